@@ -1,0 +1,51 @@
+# make demo      install into .venv and complete a few prompts in every mode
+# make test      the same set-up with the test extra, then the tests
+# make lint      ruff check and format check
+# make bench     time the modes side by side; ARGS="..." are options of bench/decode.py
+# make clean     remove .venv and everything built
+#
+# VENV=folder chooses another virtual environment, PYTHON=python3.12 another interpreter, ARGS="..." are passed on.
+# Without CUDA, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu spares the download of CUDA's libraries.
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+BIN = $(VENV)/bin
+
+.PHONY: demo test lint bench clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.installed
+	$(BIN)/stagedspec demo $(ARGS)
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(VENV)/.installed
+	$(BIN)/python bench/decode.py $(ARGS)
+
+# The interpreter, from a system without ensurepip too (Debian's python3 without python3-venv).
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "error: $(PYTHON) is missing or older than 3.10; name a newer one: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || \
+		{ $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install pip; } || \
+		{ rm -rf $(VENV); echo "error: '$(PYTHON) -m venv' failed; install its venv and pip modules" \
+		  "(Debian, Ubuntu: apt install python3-venv python3-pip) and run make again" >&2; exit 1; }
+
+# Stamps: a second run installs again only after one of these files has changed. The install is editable.
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/.installed-test: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	@touch $@ $(VENV)/.installed
+
+clean:
+	rm -rf .venv build dist stagedspec.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
