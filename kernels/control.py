@@ -1,0 +1,389 @@
+"""The control half of a decoding step on the host: committed sequences, tree growth, n-gram guesses, verification.
+
+Small integer work on a few dozen nodes: on a CPU plain Python does it in tens of microseconds, where the same in
+small tensor operations takes milliseconds. It is also the oracle of a backend that keeps control on the device.
+Tensors go in (what the models said) and come out (what to run next); everything between is private to a backend.
+
+Words. A *slot* is one row that the draft evaluates in this step: the catch-up token, the root, nodes chosen because
+they scored best, and draft²'s guesses. An evaluated slot proposes *candidates*, its likeliest children. The tree is
+made of the best candidates. A guess is confirmed when the draft, evaluated in the same pass, proposes that token
+too; a guess that is not never enters a tree: draft² saves passes and changes nothing else.
+"""
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+NEVER = float("-inf")
+CONTEXT_LOGPROB = -0.25  # worth of a match of the context n-gram: about 4 of 5 come true on code
+TARGET, DRAFT, NGRAM = range(3)  # who first proposed a token
+
+
+# ---------------------------------------------------------------- committed sequences
+
+
+@dataclass
+class Row:
+    """One sequence of the batch. `follower` is the context n-gram: (a, b) -> what followed its latest occurrence."""
+
+    tokens: list[int]
+    limit: int
+    origins: list[int] = field(default_factory=list)
+    running: bool = True
+    follower: dict[tuple[int, int], int] = field(default_factory=dict)
+
+    def __post_init__(self):
+        tokens = self.tokens
+        self.follower.update(zip(zip(tokens, tokens[1:], strict=False), tokens[2:], strict=False))
+
+    def append(self, token: int, origin: int) -> None:
+        if len(self.tokens) > 1:
+            self.follower[self.tokens[-2], self.tokens[-1]] = token
+        self.tokens.append(token)
+        self.origins.append(origin)
+
+
+class Sequences:
+    """The committed tokens of a batch, and when each row stops.
+
+    prompts: one list of ids a row; new_tokens: at most so many more; eos: ids that end a row.
+    """
+
+    def __init__(self, prompts: list[list[int]], new_tokens: int, eos: Sequence[int], device: torch.device):
+        self.rows = [Row(list(prompt), len(prompt) + new_tokens) for prompt in prompts]
+        self.eos, self.device = frozenset(eos), device
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(row.tokens) for row in self.rows]
+
+    @property
+    def finished(self) -> bool:
+        return not any(row.running for row in self.rows)
+
+
+# ---------------------------------------------------------------- one pass's inputs
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Inputs of one model pass: tokens, positions [B, N]; depths [B][N]; bias [B, 1, N, R + span] of 0 and -inf."""
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    depths: list[list[int]]
+    bias: torch.Tensor
+
+
+def _batch(
+    tokens: list[list[int]],
+    depths: list[list[int]],
+    masks: list[list[int]],
+    region: int,
+    roots: list[int],
+    prefixes: list[int],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Batch:
+    """masks: which of the `region` tree rows each node sees, one bit each; roots: position of depth 0;
+    prefixes: committed rows each sequence sees."""
+    positions = [[max(root + depth, 0) for depth in row] for root, row in zip(roots, depths, strict=True)]
+    span = max(max(prefixes), 0)
+    values = [[[0.0 if mask >> bit & 1 else NEVER for bit in range(region)] for mask in row] for row in masks]
+    bias = torch.tensor(values, dtype=dtype)
+    if min(prefixes) == span:
+        bias = torch.nn.functional.pad(bias, (0, span))
+    else:
+        hidden = torch.arange(span) >= torch.tensor(prefixes)[:, None]
+        rest = torch.zeros(len(roots), 1, span, dtype=dtype).masked_fill_(hidden[:, None], NEVER)
+        bias = torch.cat((bias, rest.expand(-1, bias.shape[1], -1)), 2)
+    return Batch(
+        torch.tensor(tokens, device=device), torch.tensor(positions, device=device), depths, bias[:, None].to(device)
+    )
+
+
+# ---------------------------------------------------------------- growing trees
+
+
+@dataclass
+class _Slot:
+    """One evaluated row: score is the log-probability of its path by the draft, -inf while it is only a guess."""
+
+    token: int
+    previous: int
+    depth: int
+    mask: int
+    score: float
+    guess: bool = False
+    parent: int = -1  # slot, for guesses
+    candidate: "_Candidate | None" = None
+
+
+@dataclass(slots=True)
+class _Candidate:
+    """A possible node of the tree; `slot` is the one that evaluates it, -1 while none does."""
+
+    token: int
+    score: float
+    parent: int
+    slot: int = -1
+    node: int = -1
+
+
+class _RowGrowth:
+    """The tree of one row."""
+
+    def __init__(self, row: Row, config, table):
+        tokens = row.tokens
+        self.config, self.table, self.follower = config, table, row.follower
+        previous = tokens[-2] if len(tokens) > 1 else -1
+        self.slots = [
+            _Slot(max(previous, 0), -1, -1, 1, NEVER),
+            _Slot(tokens[-1], previous, 0, 0b11 if previous >= 0 else 0b10, 0.0),
+        ]
+        self.candidates: list[list[_Candidate]] = []
+        self.open: list[tuple[float, int, int, _Candidate]] = []
+
+    def _add(self, token: int, parent: int, score: float, **more) -> int:
+        above, index = self.slots[parent], len(self.slots)
+        self.slots.append(_Slot(token, above.token, above.depth + 1, above.mask | 1 << index, score, parent=parent, **more))
+        return index
+
+    def select(self, width: int) -> list[int]:
+        """The best candidates that no slot evaluates yet become slots; dead ones where there are too few."""
+        chosen = []
+        while self.open and len(chosen) < width:
+            candidate = heapq.heappop(self.open)[-1]
+            if candidate.slot < 0:
+                candidate.slot = self._add(candidate.token, candidate.parent, candidate.score, candidate=candidate)
+                chosen.append(candidate.slot)
+        while len(chosen) < width:
+            chosen.append(self._add(0, 0, NEVER))
+        return chosen
+
+    def successors(self, slot: int) -> list[tuple[int, float]]:
+        """What draft² thinks comes after a slot: (token, log-probability)."""
+        above = self.slots[slot]
+        if above.depth >= self.config.depth - 1 or above.token < 0:
+            return []  # its children would be leaves, which nobody evaluates
+        found = self.follower.get((above.previous, above.token))
+        result = [] if found is None else [(found, CONTEXT_LOGPROB)]
+        if self.table is not None:
+            result += [pair for pair in self.table.successors_of(above.previous, above.token) if pair[0] != found]
+        return result
+
+    def guess(self, options: list[tuple[float, int, int]]) -> list[tuple[float, int]]:
+        """Places the best `prefetch_width` of options (score, parent slot, token); returns (score, slot)."""
+        best = heapq.nlargest(self.config.prefetch_width, options)
+        placed = [(score, self._add(token, parent, NEVER, guess=True)) for score, parent, token in best]
+        for _ in range(self.config.prefetch_width - len(best)):
+            self._add(-1, 0, NEVER, guess=True)  # no candidate is -1, so it is never confirmed
+        return placed
+
+    def record(self, start: int, tokens: list[list[int]], logprobs: list[list[float]]) -> None:
+        """Notes the candidates of the slots from `start`, in slot order, so that parents come before guesses."""
+        for index, (names, values) in enumerate(zip(tokens, logprobs, strict=True), start):
+            slot = self.slots[index]
+            if slot.guess and slot.token >= 0:
+                for candidate in self.candidates[slot.parent]:
+                    if candidate.token == slot.token and candidate.score > NEVER:
+                        candidate.slot, slot.candidate, slot.score = index, candidate, candidate.score
+            alive = slot.score > NEVER and slot.depth < self.config.depth
+            found = []
+            if alive:
+                for name, value in zip(names, values, strict=True):
+                    if value > NEVER:
+                        found.append(_Candidate(name, slot.score + value, index))
+                if slot.depth < self.config.depth - 1:
+                    for rank, candidate in enumerate(found):
+                        heapq.heappush(self.open, (-candidate.score, index, rank, candidate))
+            self.candidates.append(found)
+
+
+class Growth:
+    """One step's trees, grown over a fixed number of draft passes.
+
+    table: an object with `successors_of(a, b)`, or None; noise: the step's noise, or None when greedy.
+    """
+
+    def __init__(self, sequences: Sequences, config, table, noise, dtype: torch.dtype):
+        self.sequences, self.config, self.noise, self.dtype = sequences, config, noise, dtype
+        self.rows = [_RowGrowth(row, config, table) for row in sequences.rows]
+        self.start = 0
+
+    def select(self, number: int) -> list[list[tuple[float, int]]]:
+        """Chooses the slots of a pass that score best; returns (score, slot) of each, a list a row."""
+        if number == 0:
+            return [[(0.0, 1)] for _ in self.rows]
+        chosen = [row.select(self.config.width) for row in self.rows]
+        return [[(row.slots[slot].score, slot) for slot in slots] for row, slots in zip(self.rows, chosen, strict=True)]
+
+    def prefetch(self, parents: list[list[tuple[float, int]]]) -> None:
+        """Draft² adds its guesses below the slots `parents`, level by level."""
+        for _ in range(self.config.prefetch):
+            options = [
+                [(score + gain, slot, token) for score, slot in known for token, gain in row.successors(slot)]
+                for row, known in zip(self.rows, parents, strict=True)
+            ]
+            if self.noise is not None:
+                for index, (row, found) in enumerate(zip(self.rows, options, strict=True)):
+                    if found:
+                        depths = [row.slots[slot].depth for _, slot, _ in found]
+                        gains = self.noise.of(index, depths, [token for _, _, token in found])
+                        options[index] = [(s + g, slot, token) for (s, slot, token), g in zip(found, gains, strict=True)]
+            parents = [row.guess(found) for row, found in zip(self.rows, options, strict=True)]
+
+    def batch(self) -> Batch:
+        """The draft pass over the slots added since the last one."""
+        start, stop = self.start, len(self.rows[0].slots)
+        lengths = self.sequences.lengths
+        return _batch(
+            [[max(slot.token, 0) for slot in row.slots[start:stop]] for row in self.rows],
+            [[slot.depth for slot in row.slots[start:stop]] for row in self.rows],
+            [[slot.mask for slot in row.slots[start:stop]] for row in self.rows],
+            self.config.slots,
+            [length - 1 for length in lengths],
+            [length - 2 for length in lengths],
+            self.dtype,
+            self.sequences.device,
+        )
+
+    def record(self, tokens: torch.Tensor, logprobs: torch.Tensor) -> None:
+        """Notes what the draft proposed: tokens, logprobs [B, slots of the pass, C]."""
+        for row, names, values in zip(self.rows, tokens.tolist(), logprobs.tolist(), strict=True):
+            row.record(self.start, names, values)
+        self.start = len(self.rows[0].slots)
+
+    def harvest(self) -> "Trees":
+        """The best candidates. Scores only fall along a path, so the best always form a tree."""
+        nodes = self.config.nodes
+        trees = []
+        for row in self.rows:
+            found = [candidate for candidates in row.candidates for candidate in candidates]
+            best = heapq.nlargest(nodes - 1, found, key=lambda candidate: candidate.score)
+            tree = _Tree.root(row.slots[1].token)
+            for candidate in best:
+                parent = row.slots[candidate.parent]
+                above = 0 if parent.candidate is None else parent.candidate.node
+                guessed = candidate.slot >= 0 and row.slots[candidate.slot].guess
+                candidate.node = tree.add(candidate.token, above, candidate.slot, NGRAM if guessed else DRAFT)
+            trees.append(tree)
+        return Trees(self.sequences, trees, nodes)
+
+
+# ---------------------------------------------------------------- finished trees
+
+
+@dataclass
+class _Tree:
+    """Nodes of one row, parents before children; slots: the draft's row of each node, -1 for none."""
+
+    tokens: list[int]
+    parents: list[int]
+    depths: list[int]
+    masks: list[int]
+    slots: list[int]
+    origins: list[int]
+    children: dict[tuple[int, int], int]
+
+    @classmethod
+    def root(cls, token: int) -> "_Tree":
+        return cls([token], [0], [0], [1], [1], [TARGET], {})
+
+    def add(self, token: int, parent: int, slot: int, origin: int) -> int:
+        node = len(self.tokens)
+        self.tokens.append(token)
+        self.parents.append(parent)
+        self.depths.append(self.depths[parent] + 1)
+        self.masks.append(self.masks[parent] | 1 << node)
+        self.slots.append(slot)
+        self.origins.append(origin)
+        self.children[parent, token] = node
+        return node
+
+
+class Trees:
+    """The trees of a batch, ready for the target, and the walk that accepts them."""
+
+    def __init__(self, sequences: Sequences, trees: list[_Tree], nodes: int):
+        self.sequences, self.trees, self.nodes = sequences, trees, nodes
+
+    @classmethod
+    def roots(cls, sequences: Sequences) -> "Trees":
+        """The trees of plain decoding: a root each."""
+        return cls(sequences, [_Tree.root(row.tokens[-1]) for row in sequences.rows], 1)
+
+    def batch(self, dtype: torch.dtype) -> Batch:
+        """The target's pass over all nodes. Rows with fewer nodes are filled with nodes that nobody sees."""
+        def full(values: list[int], fill: int) -> list[int]:
+            return values + [fill] * (self.nodes - len(values))
+
+        prefixes = [length - 1 for length in self.sequences.lengths]
+        return _batch(
+            [full(tree.tokens, 0) for tree in self.trees],
+            [full(tree.depths, 0) for tree in self.trees],
+            [full(tree.masks, 1) for tree in self.trees],
+            self.nodes,
+            prefixes,
+            prefixes,
+            dtype,
+            self.sequences.device,
+        )
+
+    def verify_commit(self, chosen: torch.Tensor) -> "Moves":
+        """Walks each tree while the chosen token is among the node's children, and appends what was chosen.
+
+        chosen [B, N]: `choose` at every node. The token chosen at the last node of the walk is the bonus token. A row
+        ends with an end-of-sequence token or at its limit.
+        """
+        moves = Moves([], [], [], [])
+        for row, tree, picks in zip(self.sequences.rows, self.trees, chosen.tolist(), strict=True):
+            length, path, node = len(row.tokens), [0], 0
+            while (node := tree.children.get((node, picks[node]), -1)) >= 0:
+                path.append(node)
+            moves.lengths.append(length)
+            origins = [tree.origins[node] for node in path[1:]] + [TARGET]
+            if not row.running:
+                path = []
+            for node, origin in zip(path, origins, strict=False):
+                row.append(picks[node], origin)
+                if picks[node] in self.sequences.eos or len(row.tokens) == row.limit:
+                    row.running = False
+                    break
+            moves.accepted.append(min(len(row.tokens) - length, len(path) - 1))
+            # A row that has stopped needs no keys and values any more, and could have run past the end of the cache.
+            moves.nodes.append(path if row.running else [])
+            moves.slots.append([tree.slots[node] for node in path] if row.running else [])
+        return moves
+
+
+@dataclass
+class Moves:
+    """What a step accepted, and the KV rows to move. A list a row of the batch.
+
+    accepted: tokens taken from nodes below the root, -1 for a row that had stopped; lengths: before the step; nodes: the
+    accepted path, root first, empty for a row that has stopped; slots: the draft's row of each.
+    """
+
+    accepted: list[int]
+    lengths: list[int]
+    nodes: list[list[int]]
+    slots: list[list[int]]
+
+    def target_rows(self) -> list[list[tuple[int, int]]]:
+        """(tree row, position) pairs: the whole accepted path."""
+        return [
+            [(node, length - 1 + depth) for depth, node in enumerate(path)]
+            for path, length in zip(self.nodes, self.lengths, strict=True)
+        ]
+
+    def draft_rows(self) -> list[list[tuple[int, int]]]:
+        """The same for the draft, which feeds the last two tokens again in the next step: it needs only what lies
+        below those, and every such node had an accepted child and was therefore evaluated."""
+        return [
+            [(0, length - 2)] * (length > 1 and bool(slots))
+            + [(slot, length - 1 + depth) for depth, slot in enumerate(slots) if slot >= 0]
+            for slots, length in zip(self.slots, self.lengths, strict=True)
+        ]

@@ -1,0 +1,331 @@
+"""Every operation of a decoding step in plain torch: the CPU path, and the oracle for every other backend.
+
+Letters: B batch, N nodes of one pass, M = B*N rows, S rows of a KV cache, H heads, D head size, V vocabulary,
+L prefix length, C children per node. The control half of a step (trees, n-grams, verification) is in control.py and
+re-exported here: this module is the whole interface that a backend implements.
+
+A row's result should not depend on which other rows are in the batch. On a CPU the target's linear layers keep that
+bitwise: oneDNN's pre-packed matrix multiply uses one instruction sequence per row, whatever M is (plain
+`torch.addmm` switches algorithm below four rows). Attention keeps it to fp32 rounding; half precision on a CPU is
+therefore computed in fp32 (attention in fp64) and rounded once, so that the tokens still agree.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from stagedspec.kernels.control import NEVER, Batch, Growth, Moves, Sequences, Trees
+
+__all__ = ["Batch", "Growth", "Linear", "Moves", "Sequences", "Trees"]
+
+
+# oneDNN's fused epilogues: the name and the algorithm of `mkldnn::_linear_pointwise`.
+_FUSED = {
+    "none": ("none", ""),
+    "relu": ("relu", ""),
+    "gelu": ("gelu", "none"),
+    "gelu_new": ("gelu", "tanh"),
+    "gelu_pytorch_tanh": ("gelu", "tanh"),
+}
+
+
+# ---------------------------------------------------------------- linear layers
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A weight [out, in] and bias [out] in the layout the backend likes best."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    packed: bool
+    dtype: torch.dtype
+
+
+def pack_linear(weight: torch.Tensor, bias: torch.Tensor | None, invariant: bool) -> Linear:
+    """Prepares weight [out, in] and bias [out] once, at load.
+
+    On a CPU the weight is reordered for oneDNN, in fp32 whatever its dtype (exact: half is a subset of fp32).
+    invariant=False gives that up where a plain multiply is faster: for a small draft, whose numerics are free,
+    oneDNN's 50 microseconds a call would cost more than the arithmetic.
+    """
+    dtype = weight.dtype
+    small = weight.numel() < 1 << 19
+    if not invariant and small and weight.device.type == "cpu":
+        return Linear(weight.float().contiguous(), None if bias is None else bias.float(), False, dtype)
+    if weight.device.type == "cpu" and torch.backends.mkldnn.is_available():
+        weight = torch.ops.mkldnn._reorder_linear_weight(weight.float().contiguous(), 8)
+        return Linear(weight, None if bias is None else bias.float().contiguous(), True, dtype)
+    return Linear(weight, bias, False, dtype)
+
+
+def _linear(x: torch.Tensor, layer: Linear, activation: str | Callable) -> torch.Tensor:
+    name = activation if isinstance(activation, str) else "none"
+    if layer.packed:
+        attribute, algorithm = _FUSED[name]
+        inputs = x if x.dtype == torch.float32 else x.float()
+        y = torch.ops.mkldnn._linear_pointwise.default(inputs, layer.weight, layer.bias, attribute, [], algorithm)
+        y = y if layer.dtype == torch.float32 else y.to(layer.dtype)
+    else:
+        y = F.linear(x.to(layer.weight.dtype), layer.weight, layer.bias).to(layer.dtype)
+        if name == "relu":
+            y = F.relu(y)
+        elif name != "none":
+            y = F.gelu(y, approximate=_FUSED[name][1])
+    return y if isinstance(activation, str) else activation(y)
+
+
+def fused_activation(name: str) -> bool:
+    """Whether `norm_linear` knows the activation by name; others are passed as callables."""
+    return name in _FUSED
+
+
+def norm_linear(
+    x: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    epsilon: float,
+    layer: Linear,
+    activation: str | Callable = "none",
+) -> torch.Tensor:
+    """activation(LayerNorm(x) @ weight.T + bias): x [M, d] -> [M, out]."""
+    return _linear(F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, epsilon), layer, activation)
+
+
+def linear_add(x: torch.Tensor, layer: Linear, residual: torch.Tensor) -> torch.Tensor:
+    """residual + x @ weight.T + bias: x [M, in], residual [M, out] -> [M, out]."""
+    if layer.packed and layer.dtype == torch.float32:
+        return torch.ops.mkldnn._linear_pointwise.binary(x, residual, layer.weight, layer.bias, "add")
+    return residual + _linear(x, layer, "none")
+
+
+def embed(
+    token_table: torch.Tensor, position_table: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor
+) -> torch.Tensor:
+    """Token plus position embedding: tokens, positions [B, N] -> [M, d]. Positions past the table use its last row."""
+    positions = positions.clamp(0, position_table.shape[0] - 1)
+    return (F.embedding(tokens, token_table) + F.embedding(positions, position_table)).flatten(0, 1)
+
+
+# ---------------------------------------------------------------- attention
+
+
+def causal_bias(start: int, count: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """The mask of a prefill chunk of `count` tokens after `start` committed ones: [1, 1, count, start + count]."""
+    bias = torch.full((count, start + count), NEVER, device=device, dtype=dtype)
+    return bias.triu_(start + 1)[None, None]
+
+
+def tree_attention(
+    qkv: torch.Tensor,
+    cache: torch.Tensor,
+    write: int,
+    first: int,
+    last: int,
+    bias: torch.Tensor,
+    scale: float,
+    upcast: bool,
+) -> torch.Tensor:
+    """Attention of N nodes over the committed prefix and their own ancestors; appends the nodes' K and V.
+
+    qkv: [M, 3*H*D]; cache: [B, S, 2, H, D], its rows the tree region followed by the committed prefix.
+    The N new rows are written at `write`; rows [first, last) are attended to under bias [B or 1, 1, N, last - first].
+    Returns [M, H*D]. Bytes: the keys and values once, 4*B*(last - first)*H*D in half precision.
+    """
+    batch, _, _, heads, size = cache.shape
+    qkv = qkv.view(batch, -1, 3, heads, size)
+    nodes = qkv.shape[1]
+    cache[:, write : write + nodes] = qkv[:, :, 1:]
+    q = qkv[:, :, 0].transpose(1, 2)
+    keys = cache[:, first:last, 0].transpose(1, 2)
+    values = cache[:, first:last, 1].transpose(1, 2)
+    if q.dtype != torch.float32 and (upcast or q.device.type == "cpu"):
+        wide = torch.float64 if q.device.type == "cpu" else torch.float32
+        out = F.scaled_dot_product_attention(
+            q.to(wide), keys.to(wide), values.to(wide), attn_mask=bias.to(wide), scale=scale
+        ).to(q.dtype)
+    else:
+        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=bias, scale=scale)
+    return out.transpose(1, 2).reshape(batch * nodes, heads * size)
+
+
+# ---------------------------------------------------------------- noise and token choice
+
+
+def philox(counters: tuple[torch.Tensor, ...], keys: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Philox4x32-10 (Salmon et al., SC 2011) on int64 tensors that hold 32-bit words: 4 counters, 2 keys -> 4 words.
+
+    The 64-bit products wrap in int64, which leaves their bits right; masking makes the shifts logical.
+    """
+    mask = 0xFFFFFFFF
+    c0, c1, c2, c3 = counters
+    k0, k1 = keys
+    for _ in range(10):
+        low, high = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1 = ((high >> 32) & mask) ^ c1 ^ k0, high & mask
+        c2, c3 = ((low >> 32) & mask) ^ c3 ^ k1, low & mask
+        k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
+    return c0, c1, c2, c3
+
+
+def gumbel(words: torch.Tensor) -> torch.Tensor:
+    """Uniform 32-bit words (int64) to standard Gumbel noise, fp32, always finite.
+
+    The exponential -log(1 - v) is built from v near 0, where fp32 is fine-grained: the winners of an argmax over
+    a large vocabulary come from there, and 24-bit uniforms near 1 would make them collide.
+    """
+    v = ((words.float() + 0.5) * 2.0**-32).clamp_(max=1.0 - 2.0**-24)
+    return v.neg_().log1p_().neg_().log_().neg_()
+
+
+def gumbel_noise(seeds: torch.Tensor, streams: torch.Tensor, positions: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """The noise g(seed, stream, position, token) of every token: seeds, streams [B], positions [B, P] -> [B, P, V].
+
+    Counter (token // 4, position, stream, 0), key the seed's low and high word; word token % 4 is the token's.
+    """
+    quads = torch.arange((vocab_size + 3) // 4, device=seeds.device)
+    shape = (*positions.shape, len(quads))
+    mask = 0xFFFFFFFF
+    counters = (
+        quads.expand(shape),
+        (positions & mask)[..., None].expand(shape),
+        (streams & mask)[:, None, None].expand(shape),
+        torch.zeros((), dtype=torch.long, device=seeds.device).expand(shape),
+    )
+    keys = ((seeds & mask)[:, None, None], ((seeds >> 32) & mask)[:, None, None])
+    return gumbel(torch.stack(philox(counters, keys), -1).flatten(-2))[..., :vocab_size]
+
+
+def warp(
+    logits: torch.Tensor, temperature: float, top_k: int | None, top_p: float | None, min_p: float | None
+) -> torch.Tensor:
+    """Temperature, then top-k, top-p and min-p as `transformers` applies them: logits [..., V] fp32 -> [..., V].
+
+    Ties follow transformers: every token tied with the k-th largest stays; top-p drops from the bottom of a
+    stable ascending sort, so of tied tokens the lowest id goes first; the best token always stays.
+    """
+    if temperature != 1.0:
+        logits = logits / temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        threshold = logits.topk(top_k, -1).values[..., -1:]
+        logits = logits.masked_fill(logits < threshold, NEVER)
+    if top_p is not None and top_p < 1.0:
+        ordered, order = logits.sort(-1, stable=True)
+        drop = ordered.softmax(-1).cumsum(-1) <= 1.0 - top_p
+        drop[..., -1:] = False
+        logits = logits.masked_fill(drop.scatter(-1, order, drop), NEVER)
+    if min_p is not None and min_p > 0.0:
+        probabilities = logits.softmax(-1)
+        drop = probabilities < min_p * probabilities.amax(-1, keepdim=True)
+        # transformers keeps the first of a descending sort whatever min_p is.
+        drop.scatter_(-1, logits.argmax(-1, keepdim=True), False)
+        logits = logits.masked_fill(drop, NEVER)
+    return logits
+
+
+def head_logits(
+    x: torch.Tensor, norm_weight: torch.Tensor, norm_bias: torch.Tensor, epsilon: float, head: Linear
+) -> torch.Tensor:
+    """Final LayerNorm and head: x [..., d] -> fp32 logits [..., V]."""
+    shape = x.shape[:-1]
+    return norm_linear(x.flatten(0, -2), norm_weight, norm_bias, epsilon, head).float().unflatten(0, shape)
+
+
+@dataclass(frozen=True)
+class NoiseAt:
+    """The noise of every node of a pass: values [B, P, V] of P positions, and the position [B, N] of each node."""
+
+    values: torch.Tensor
+    index: torch.Tensor
+
+    def of(self, tokens: torch.Tensor | None = None) -> torch.Tensor:
+        """The noise of tokens [B, N, K], or of the whole vocabulary: [B, N, K or V]."""
+        rows = torch.arange(len(self.index), device=self.index.device)[:, None]
+        if tokens is None:
+            return self.values[rows, self.index]
+        return self.values[rows[..., None], self.index[..., None], tokens]
+
+
+def _contenders(
+    logits: torch.Tensor, warping: dict | None, noise: NoiseAt | None
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """What enters the argmax: scores [B, N, K], their tokens, and which nodes have a tie among their best [B, N].
+
+    With top-k only the k best logits are warped and given noise; the tokens are None where K is the vocabulary.
+    """
+    if noise is None:
+        return logits, None, None
+    k = warping["top_k"]
+    if k is None or k >= logits.shape[-1]:
+        return warp(logits, **warping) + noise.of(), None, None
+    best, tokens = logits.topk(k + 1, -1)
+    ties = (best[..., 1:] == best[..., :-1]).any(-1)
+    scores = warp(best[..., :k], **(warping | {"top_k": None}))
+    tokens = tokens[..., :k]
+    return scores + noise.of(tokens), tokens, ties
+
+
+def choose(logits: torch.Tensor, warping: dict | None, noise: NoiseAt | None) -> torch.Tensor:
+    """The one token-choice rule: logits [B, N, V], noise or None (greedy) -> tokens [B, N].
+
+    Gumbel-max: an exact sample of the warped distribution, fixed by the logits and the noise. Lowest id on ties.
+    """
+    scores, tokens, ties = _contenders(logits, warping, noise)
+    if tokens is None:
+        return scores.argmax(-1)
+    chosen = tokens.masked_fill(scores < scores.amax(-1, keepdim=True), logits.shape[-1]).amin(-1)
+    if bool(ties.any()):
+        # Which of tied logits stay is a matter of rules: such nodes take the way without the short cut.
+        chosen = torch.where(ties, (warp(logits, **warping) + noise.of()).argmax(-1), chosen)
+    return chosen
+
+
+def choose_children(
+    logits: torch.Tensor, count: int, warping: dict | None, noise: NoiseAt | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The draft's likeliest children under the shared noise: logits [B, N, V] -> tokens, log-probabilities [B, N, C].
+
+    The probability is softmax(log q + g): how likely the draft holds each token to be the one the target will
+    choose with the same noise (Daliri, Musco, Suresh, arXiv 2408.07978). At least a little is lost at every
+    level, so that a parent always outranks its children. Tokens that cannot come up have the probability 0.
+    """
+    scores, tokens, _ = _contenders(logits, warping, noise)
+    top, best = scores.topk(min(count, scores.shape[-1]), -1)
+    logprobs = (top - scores.logsumexp(-1, keepdim=True)).clamp_(max=-1e-4)
+    return best if tokens is None else tokens.gather(-1, best), logprobs
+
+
+# ---------------------------------------------------------------- n-grams
+
+
+def context_lookup(sequence: torch.Tensor, lengths: torch.Tensor, contexts: torch.Tensor) -> torch.Tensor:
+    """The context n-gram: what followed the latest earlier occurrence of two tokens in this very sequence.
+
+    sequence [B, S], lengths [B], contexts [B, K, 2] -> token [B, K], -1 where the pair has not occurred.
+    """
+    first, second = sequence[:, None, :-2], sequence[:, None, 1:-1]
+    ends = torch.arange(2, sequence.shape[1], device=sequence.device)
+    found = (first == contexts[..., :1]) & (second == contexts[..., 1:]) & (ends < lengths[:, None])[:, None]
+    where = (found * ends).amax(-1)
+    return torch.where(where > 0, sequence.gather(1, where), -1)
+
+
+# ---------------------------------------------------------------- KV compaction
+
+
+def move_rows(cache: torch.Tensor, tree_rows: int, moves: list[list[tuple[int, int]]]) -> None:
+    """Moves rows of a KV cache [layers, B, S, ...] in place, all layers at once.
+
+    moves: (tree row, position) pairs of each sequence; position p lives in row tree_rows + p. Every source is read
+    before any target is written.
+    """
+    layers, batch, rows = cache.shape[:3]
+    flat = cache.view(layers, batch * rows, -1)
+    source = [index * rows + row for index, pairs in enumerate(moves) for row, _ in pairs]
+    target = [index * rows + tree_rows + position for index, pairs in enumerate(moves) for _, position in pairs]
+    if not source:
+        return
+    indices = torch.tensor((source, target), device=cache.device)
+    flat.index_copy_(1, indices[1], flat.index_select(1, indices[0]))

@@ -1,0 +1,215 @@
+"""GPT-2 weights, the KV cache and the forward pass over a batch of token trees.
+
+Everything of `GPT2Config` that changes the forward pass is honoured; what is not supported is refused by name.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.activations import ACT2FN
+
+from stagedspec.kernels.reference import Batch, Linear
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One transformer block; `scale` multiplies the attention scores."""
+
+    norm_1: tuple[torch.Tensor, torch.Tensor]
+    qkv: Linear
+    projection: Linear
+    norm_2: tuple[torch.Tensor, torch.Tensor]
+    up: Linear
+    down: Linear
+    scale: float
+
+
+class Cache:
+    """A static KV cache [layers, B, S, 2, H, D]: the tree region, then the prefix.
+
+    Tree nodes live in rows [0, tree_rows); the token at position p lives in row tree_rows + p. The two lie side by
+    side so that one contiguous slice covers both.
+    """
+
+    def __init__(self, model: "GPT2", batch: int, tree_rows: int, positions: int):
+        self.tree_rows = tree_rows
+        shape = (len(model.layers), batch, tree_rows + positions, 2, model.heads, model.head_size)
+        # Zeros, not garbage: masked rows are multiplied by zero, and zero times NaN is NaN.
+        self.rows = torch.zeros(shape, dtype=model.dtype, device=model.device)
+        self.layers = list(self.rows.unbind(0))
+
+    def commit(self, model: "GPT2", moves: list[list[tuple[int, int]]]) -> None:
+        """Moves accepted nodes into the prefix: (tree row, position) pairs of each sequence."""
+        model.ops.move_rows(self.rows, self.tree_rows, moves)
+
+
+class GPT2:
+    """Weights of one model, laid out for a backend.
+
+    ops: the module of operations (`stagedspec.kernels.backend.resolve`). invariant: whether a node's result must not
+    depend on the rest of the batch: always for a target; a draft cannot change the output and takes what is fastest.
+    """
+
+    def __init__(
+        self, model: GPT2LMHeadModel, ops: ModuleType, device: torch.device, dtype: torch.dtype, invariant: bool = True
+    ):
+        config = model.config
+        check_config(config)
+        self.ops, self.device, self.dtype = ops, device, dtype
+        self.config = config
+        self.vocab_size, self.positions = config.vocab_size, config.n_positions
+        self.heads, self.head_size = config.n_head, config.n_embd // config.n_head
+        self.epsilon, self.upcast = config.layer_norm_epsilon, bool(config.reorder_and_upcast_attn)
+        name = config.activation_function
+        self.activation: str | Callable = name if ops.fused_activation(name) else ACT2FN[name]
+        weights = {key: value.detach().to(device=device, dtype=dtype) for key, value in model.named_parameters()}
+        # A tied head is absent from named_parameters.
+        head = weights.get("lm_head.weight", weights["transformer.wte.weight"])
+        self.token_table = weights["transformer.wte.weight"]
+        self.position_table = weights["transformer.wpe.weight"]
+        self.final_norm = (weights["transformer.ln_f.weight"], weights["transformer.ln_f.bias"])
+        self.invariant = invariant
+        self.head = ops.pack_linear(head, None, invariant)
+        self.layers = [self._layer(weights, index) for index in range(config.n_layer)]
+        self.parameters = sum(parameter.numel() for parameter in model.parameters())
+
+    def _layer(self, weights: dict[str, torch.Tensor], index: int) -> Layer:
+        def pair(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+            return weights[f"transformer.h.{index}.{name}.weight"], weights[f"transformer.h.{index}.{name}.bias"]
+
+        def linear(name: str) -> Linear:
+            weight, bias = pair(name)
+            return self.ops.pack_linear(weight.t(), bias, self.invariant)  # Conv1D stores [in, out]
+
+        scale = self.head_size**-0.5 if self.config.scale_attn_weights else 1.0
+        if self.config.scale_attn_by_inverse_layer_idx:
+            scale /= index + 1
+        return Layer(
+            pair("ln_1"),
+            linear("attn.c_attn"),
+            linear("attn.c_proj"),
+            pair("ln_2"),
+            linear("mlp.c_fc"),
+            linear("mlp.c_proj"),
+            scale,
+        )
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights one pass reads: every layer and the head; of the embeddings only a few rows."""
+        config = self.config
+        inner = config.n_inner or 4 * config.n_embd
+        layer = 4 * config.n_embd**2 + 2 * config.n_embd * inner
+        return (config.n_layer * layer + config.vocab_size * config.n_embd) * self.dtype.itemsize
+
+    def forward(self, batch: Batch, cache: Cache, write: int, first: int = 0) -> torch.Tensor:
+        """One pass over the B*N tokens of batch; returns the hidden states [B, N, d] before the last norm.
+
+        Their K and V are written to cache rows write .. write + N; as many rows from `first` as batch.bias has
+        columns are visible under it.
+        """
+        ops = self.ops
+        x = ops.embed(self.token_table, self.position_table, batch.tokens, batch.positions)
+        last = first + batch.bias.shape[-1]
+        for layer, rows in zip(self.layers, cache.layers, strict=True):
+            qkv = ops.norm_linear(x, *layer.norm_1, self.epsilon, layer.qkv)
+            mixed = ops.tree_attention(qkv, rows, write, first, last, batch.bias, layer.scale, self.upcast)
+            x = ops.linear_add(mixed, layer.projection, x)
+            inner = ops.norm_linear(x, *layer.norm_2, self.epsilon, layer.up, self.activation)
+            x = ops.linear_add(inner, layer.down, x)
+        return x.view(*batch.tokens.shape, -1)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states [..., d] to fp32 logits [..., V]."""
+        return self.ops.head_logits(hidden, *self.final_norm, self.epsilon, self.head)
+
+    def prefill(self, prompts: list[list[int]], trailing: int, cache: Cache, chunk: int = 256) -> None:
+        """Fills the cache with all but the last `trailing` tokens of each prompt, from position 0.
+
+        Shorter rows are filled up with values that are never visible and are overwritten in time.
+        """
+        count = max(max(len(prompt) for prompt in prompts) - trailing, 0)
+        tokens = torch.tensor([prompt[:count] + [0] * (count - len(prompt)) for prompt in prompts], device=self.device)
+        for start in range(0, count, chunk):
+            stop = min(start + chunk, count)
+            positions = torch.arange(start, stop, device=self.device).expand(len(prompts), -1)
+            bias = self.ops.causal_bias(start, stop - start, self.device, self.dtype)
+            batch = Batch(tokens[:, start:stop], positions, [], bias)
+            self.forward(batch, cache, cache.tree_rows + start, cache.tree_rows)
+
+
+def check_config(config: GPT2Config) -> None:
+    """Raises ValueError, by name, for what cannot be decoded."""
+    if getattr(config, "model_type", None) != "gpt2":
+        raise ValueError(f"expected a GPT-2 checkpoint (model_type 'gpt2'), got {getattr(config, 'model_type', None)!r}")
+    if config.add_cross_attention:
+        raise ValueError("add_cross_attention=True is not supported: only decoder-only GPT-2 can be decoded")
+    if config.activation_function not in ACT2FN:
+        raise ValueError(f"unknown activation_function {config.activation_function!r}; expected one transformers knows")
+    if config.n_embd % config.n_head:
+        raise ValueError(f"n_embd must be divisible by n_head, got {config.n_embd} and {config.n_head}")
+
+
+def read_checkpoint(source: "str | Path | GPT2LMHeadModel", role: str) -> GPT2LMHeadModel:
+    """A hub id, a local folder as `save_pretrained` writes it, or a GPT2LMHeadModel, to a GPT2LMHeadModel.
+
+    Only safetensors are read, nothing is unpickled and no remote code runs. role ("target", "draft") is for messages.
+    Raises ValueError for a missing, foreign or damaged checkpoint and for a hub id that cannot be reached.
+    """
+    if isinstance(source, GPT2LMHeadModel):
+        check_config(source.config)
+        return source
+    if not isinstance(source, (str, Path)):
+        raise ValueError(f"{role} must be a hub id, a folder or a GPT2LMHeadModel, got {type(source).__name__}")
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        _check_folder(folder, role)
+    elif folder.exists() or isinstance(source, Path) or str(source).startswith((".", "/", "~")):
+        raise ValueError(f"{role}: no checkpoint folder at {source}")
+    location = str(folder if folder.is_dir() else source)
+    try:
+        model, notes = GPT2LMHeadModel.from_pretrained(
+            location, use_safetensors=True, trust_remote_code=False, output_loading_info=True, dtype="auto"
+        )
+    except ValueError:
+        raise
+    except Exception as error:  # the hub client, safetensors and transformers each raise their own kinds
+        if folder.is_dir():
+            raise ValueError(f"{role}: the checkpoint in {source} cannot be loaded: {error}") from error
+        raise ValueError(
+            f"{role}: {source!r} is no local folder and could not be fetched from the model hub ({type(error).__name__}). "
+            "Check the name and the network, or give a folder written by save_pretrained"
+        ) from error
+    missing = sorted(notes["missing_keys"])
+    if missing or notes.get("mismatched_keys"):
+        raise ValueError(
+            f"{role}: the checkpoint in {source} does not fit its config: "
+            f"missing {missing[:3]}, mismatched {list(notes.get('mismatched_keys', ()))[:3]}"
+        )
+    return model
+
+
+def _check_folder(folder: Path, role: str) -> None:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{role}: {folder} has no config.json; expected a folder written by save_pretrained")
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{role}: {path} is not valid JSON: {error}") from error
+    if not isinstance(values, dict) or values.get("model_type") != "gpt2":
+        kind = values.get("model_type") if isinstance(values, dict) else type(values).__name__
+        raise ValueError(f"{role}: {folder} holds a {kind!r} model; expected model_type 'gpt2'")
+    if not list(folder.glob("*.safetensors")):
+        raise ValueError(
+            f"{role}: {folder} has no .safetensors file. Pickled weights are never loaded: "
+            "convert them with save_pretrained(..., safe_serialization=True)"
+        )
+    check_config(GPT2Config(**{k: v for k, v in values.items() if k != "model_type"}))

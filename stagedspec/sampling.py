@@ -1,0 +1,116 @@
+"""What `choose` needs to know of a request: how to warp the logits, and the counters of the noise."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+from stagedspec.kernels.reference import NoiseAt
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Greedy, or sampling with transformers' warpers in transformers' order. None leaves a warper out.
+
+    Raises ValueError for values out of range.
+    """
+
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+
+    def __post_init__(self):
+        def check(name: str, good: bool, expected: str) -> None:
+            if not good:
+                raise ValueError(f"{name} must be {expected}, got {getattr(self, name)!r}")
+
+        def number(value: object) -> bool:
+            return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+        check("do_sample", isinstance(self.do_sample, bool), "True or False")
+        check("temperature", number(self.temperature) and self.temperature > 0, "a finite number above 0")
+        whole = isinstance(self.top_k, int) and not isinstance(self.top_k, bool)
+        check("top_k", self.top_k is None or (whole and self.top_k >= 0), "a whole number (0 or None turns it off)")
+        for name in ("top_p", "min_p"):
+            value = getattr(self, name)
+            low_ok = value is not None and number(value) and (value > 0 if name == "top_p" else value >= 0)
+            expected = "in (0, 1]" if name == "top_p" else "in [0, 1]"
+            check(name, value is None or (low_ok and value <= 1), f"{expected} or None")
+
+    @property
+    def warping(self) -> dict | None:
+        """Keywords of the `warp` operation, or None when greedy."""
+        if not self.do_sample:
+            return None
+        return {
+            "temperature": float(self.temperature),
+            "top_k": self.top_k or None,
+            "top_p": self.top_p,
+            "min_p": self.min_p,
+        }
+
+
+def counters(seed: "int | Sequence[int] | torch.Tensor", batch: int) -> tuple[list[int], list[int]]:
+    """Seeds and streams of the rows. One integer: row b is stream b. One seed a row: every row is stream 0,
+    so that a row can be reproduced alone.
+
+    Raises ValueError unless seed is one integer or `batch` integers, each of 64 bits.
+    """
+    if isinstance(seed, torch.Tensor):
+        seed = seed.tolist()
+    single = not isinstance(seed, Sequence)
+    seeds = [seed] * batch if single else list(seed)
+    if len(seeds) != batch:
+        raise ValueError(f"seed must be one integer or one a row: expected {batch}, got {len(seeds)}")
+    for value in seeds:
+        if not isinstance(value, int) or isinstance(value, bool) or not -(2**63) <= value < 2**64:
+            raise ValueError(f"seed must be an integer of 64 bits, got {value!r}")
+    signed = [value - 2**64 if value >= 2**63 else value for value in seeds]
+    return signed, list(range(batch)) if single else [0] * batch
+
+
+class Noise:
+    """The Gumbel noise of the next positions of every row, made in blocks.
+
+    A block holds g(seed, stream, position, token) for `window` positions from each row's own base: making it costs
+    a hundred small tensor operations, so it is made once and lives on from step to step. It depends on the counters
+    alone, so when it is made never matters.
+    """
+
+    MEMORY = 1 << 22  # elements of one block, unless `reach` alone needs more
+
+    def __init__(self, ops: ModuleType, seeds: list[int], streams: list[int], vocab_size: int, reach: int, device):
+        self.ops, self.vocab_size, self.reach = ops, vocab_size, reach
+        self.seeds = torch.tensor(seeds, device=device)
+        self.streams = torch.tensor(streams, device=device)
+        self.window = max(reach, min(64 + reach, self.MEMORY // (vocab_size * len(seeds))))
+        self.base: list[int] = []
+        self.offsets: list[int] = []
+        self.values: torch.Tensor | None = None
+
+    def advance(self, lengths: list[int]) -> None:
+        """Makes positions lengths .. lengths + reach - 1 of every row available."""
+        if not self.base or max(n - b for n, b in zip(lengths, self.base, strict=True)) + self.reach > self.window:
+            self.base = list(lengths)
+            steps = torch.arange(self.window, device=self.seeds.device)
+            positions = torch.tensor(lengths, device=self.seeds.device)[:, None] + steps
+            self.values = self.ops.gumbel_noise(self.seeds, self.streams, positions, self.vocab_size)
+        self.offsets = [n - b for n, b in zip(lengths, self.base, strict=True)]
+
+    def at(self, depths: list[list[int]]) -> NoiseAt:
+        """For the nodes of a pass at depths [B][N]: a node of depth d chooses the token d past the row's length."""
+        index = [
+            [offset + min(max(depth, 0), self.reach - 1) for depth in row]
+            for offset, row in zip(self.offsets, depths, strict=True)
+        ]
+        return NoiseAt(self.values, torch.tensor(index, device=self.seeds.device))
+
+    def of(self, row: int, depths: list[int], tokens: list[int]) -> list[float]:
+        """The noise of single tokens below nodes of one row."""
+        offset = self.offsets[row]
+        index = torch.tensor([[offset + depth for depth in depths], tokens], device=self.seeds.device)
+        return self.values[row, index[0], index[1]].tolist()
