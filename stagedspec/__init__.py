@@ -1,0 +1,24 @@
+"""Staged speculative decoding of GPT-2-architecture models, lossless (Spector & Ré, arXiv 2308.04623)."""
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "Chunk": "decoder",
+    "Completion": "decoder",
+    "Decoder": "decoder",
+    "KatzTable": "ngram",
+    "MODES": "tree",
+    "Sampling": "sampling",
+    "Stats": "stats",
+    "TreeConfig": "tree",
+}
+__all__ = [*_EXPORTS, "__version__"]
+
+
+def __getattr__(name: str):
+    # Lazy, so that `stagedspec --help` does not wait for torch and transformers.
+    if name in _EXPORTS:
+        from importlib import import_module
+
+        return getattr(import_module(f"stagedspec.{_EXPORTS[name]}"), name)
+    raise AttributeError(f"module 'stagedspec' has no attribute {name!r}")

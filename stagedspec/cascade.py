@@ -1,0 +1,59 @@
+"""The draft cascade: the draft grows token trees pass by pass, draft² guesses ahead of it.
+
+Draft² is speculative decoding of the draft in tree form: it puts the nodes that the draft will probably want next
+into the same pass, so that several levels grow at once. Which tree is best does not depend on it.
+"""
+
+from stagedspec.gpt2 import GPT2, Cache
+from stagedspec.ngram import KatzTable
+from stagedspec.sampling import Noise
+from stagedspec.stats import Clock
+from stagedspec.tree import TreeConfig
+
+
+class Cascade:
+    """Grows the trees of a batch with one draft model and its n-grams; owns the draft's cache.
+
+    sequences: the committed tokens, of the backend's `Sequences`.
+    """
+
+    def __init__(
+        self,
+        draft: GPT2,
+        table: KatzTable | None,
+        config: TreeConfig,
+        sequences,
+        warping: dict | None,
+        noise: Noise | None,
+        clock: Clock,
+    ):
+        self.draft, self.table, self.config, self.sequences = draft, table, config, sequences
+        self.warping, self.noise, self.clock = warping, noise, clock
+        self.children = min(config.children, draft.vocab_size)
+        self.cache = Cache(draft, len(sequences.rows), config.slots, max(row.limit for row in sequences.rows))
+
+    def propose(self):
+        """Grows this step's trees over the fixed number of draft passes; returns the backend's `Trees`."""
+        draft, cache, clock = self.draft, self.cache, self.clock
+        with clock("grow"):
+            growth = draft.ops.Growth(self.sequences, self.config, self.table, self.noise, draft.dtype)
+        for number in range(self.config.passes):
+            with clock("grow"):
+                chosen = growth.select(number)
+            if self.config.prefetch:
+                with clock("ngram"):
+                    growth.prefetch(chosen)
+            with clock("grow"):
+                batch = growth.batch()
+            with clock("draft"):
+                hidden = draft.forward(batch, cache, growth.start)
+                noise = None if self.noise is None else self.noise.at(batch.depths)
+                proposed = draft.ops.choose_children(draft.logits(hidden), self.children, self.warping, noise)
+            with clock("grow"):
+                growth.record(*proposed)
+        with clock("grow"):
+            return growth.harvest()
+
+    def commit(self, moves) -> None:
+        """Moves the accepted nodes' KV into the prefix (`Moves.draft_rows`)."""
+        self.cache.commit(self.draft, moves.draft_rows())

@@ -1,0 +1,480 @@
+"""The decoder: prefill, then steps of draft, verify and commit until every row has stopped."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, GPT2LMHeadModel, PreTrainedTokenizerBase
+
+from stagedspec import cost
+from stagedspec.cascade import Cascade
+from stagedspec.gpt2 import DTYPES, GPT2, Cache, read_checkpoint
+from stagedspec.kernels import backend as kernel_backend
+from stagedspec.ngram import KatzTable
+from stagedspec.sampling import Noise, Sampling, counters
+from stagedspec.stats import ORIGINS, Clock, Stats
+from stagedspec.tree import MODES, TreeConfig
+
+MAX_BATCH = 16
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A completed prompt: the new text, its tokens, who first proposed each of them, and what it cost."""
+
+    text: str
+    tokens: list[int]
+    origins: list[str]
+    stats: Stats
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What one step added to a stream. `text` can lag behind `tokens` by an incomplete UTF-8 character."""
+
+    text: str
+    tokens: list[int]
+    origins: list[str]
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
+class _Request:
+    """A validated request: the prompts without padding, and everything else decided."""
+
+    prompts: list[list[int]]
+    new_tokens: int
+    mode: str
+    tree: TreeConfig
+    sampling: Sampling
+    seeds: list[int]
+    streams: list[int]
+    eos: list[int]
+
+
+class Decoder:
+    """Decodes a GPT-2 by staged speculative decoding (Spector & Ré, arXiv 2308.04623), losslessly.
+
+    Make one with `from_pretrained` or `default`. A decoder keeps no state between calls.
+    """
+
+    def __init__(
+        self,
+        target: GPT2,
+        draft: GPT2 | None = None,
+        ngram: KatzTable | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        tree: TreeConfig | None = None,
+        eos_token_ids: Sequence[int] = (),
+    ):
+        if draft is not None and draft.vocab_size != target.vocab_size:
+            raise ValueError(
+                f"target and draft must share the vocabulary: the target has {target.vocab_size} tokens, "
+                f"the draft {draft.vocab_size}"
+            )
+        if ngram is not None and ngram.vocab_size != target.vocab_size:
+            raise ValueError(
+                f"the n-gram table was fitted for {ngram.vocab_size} tokens, the target has {target.vocab_size}; "
+                "fit one with this tokenizer"
+            )
+        self.target, self.draft, self.ngram, self.tokenizer = target, draft, ngram, tokenizer
+        self.device = target.device
+        self.eos_token_ids = tuple(eos_token_ids)
+        self.last_stats: Stats | None = None
+        self._tree = tree
+        self._costs: cost.PassTimes | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        target: str | Path | GPT2LMHeadModel,
+        draft: str | Path | GPT2LMHeadModel | None = None,
+        ngram: str | Path | KatzTable | None = None,
+        tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
+        backend: str = "auto",
+        tree: TreeConfig | None = None,
+    ) -> "Decoder":
+        """Loads target and draft: hub ids, folders written by `save_pretrained`, or GPT2LMHeadModel objects.
+
+        ngram: a table made by `fit-ngram`; without one the context n-gram works alone. device "auto": the GPU if
+        there is one. dtype "auto": bfloat16 on a GPU that has it, else float32. tree: None lets the cost model choose.
+
+        Raises ValueError for whatever is missing, damaged or does not fit together.
+        """
+        device = _device(device)
+        dtype = _dtype(dtype, device)
+        ops = kernel_backend.resolve(backend, device)
+        if tree is not None and not isinstance(tree, TreeConfig):
+            raise ValueError(f"tree must be a TreeConfig or None, got {type(tree).__name__}")
+        target_model = read_checkpoint(target, "target")
+        draft_model = None if draft is None else read_checkpoint(draft, "draft")
+        loaded = _tokenizer(tokenizer if tokenizer is not None else target)
+        if isinstance(draft, (str, Path)):
+            _check_same_tokens(loaded, _tokenizer(draft))
+        table = ngram
+        if isinstance(ngram, (str, Path)):
+            table = KatzTable.load(ngram, vocab_size=target_model.config.vocab_size)
+        elif ngram is not None and not isinstance(ngram, KatzTable):
+            raise ValueError(f"ngram must be a path or a KatzTable, got {type(ngram).__name__}")
+        return cls(
+            GPT2(target_model, ops, device, dtype),
+            None if draft_model is None else GPT2(draft_model, ops, device, dtype, invariant=False),
+            None if table is None else table.to(device),
+            loaded,
+            tree,
+            _model_eos(target_model),
+        )
+
+    @classmethod
+    def default(cls, **options) -> "Decoder":
+        """The embedded target, draft and n-gram table, trained on Python source. Options as in `from_pretrained`."""
+        assets = Path(str(files("stagedspec") / "assets"))
+        if not (assets / "target" / "config.json").is_file():
+            raise ValueError("this installation has no embedded models; train some with `stagedspec train`")
+        known = {"draft": assets / "draft", "ngram": assets / "ngram.safetensors"}
+        return cls.from_pretrained(assets / "target", **(known | options))
+
+    # ------------------------------------------------------------ the three ways to decode
+
+    def generate(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        max_new_tokens: int = 128,
+        mode: str = "staged",
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        seed: int | Sequence[int] | torch.Tensor = 0,
+        eos_token_id: int | Sequence[int] | None = None,
+        pad_token_id: int | None = None,
+        tree: TreeConfig | None = None,
+    ) -> torch.Tensor:
+        """Continues input_ids, LongTensor [B, prompt], and returns LongTensor [B, prompt + new].
+
+        Prompts of different lengths are padded on the left and marked in attention_mask [B, prompt], as
+        transformers does; rows that stop early are filled up with pad_token_id (None: the first eos id).
+        eos_token_id: None means the model's own, an empty list never stops. For a given seed every mode, draft
+        and tree gives the same tokens; `last_stats` tells what they cost.
+
+        Raises ValueError for bad input, before any work.
+        """
+        request = self._validate(
+            input_ids, attention_mask, max_new_tokens, mode, tree, eos_token_id, seed,
+            Sampling(do_sample, temperature, top_k, top_p, min_p),
+        )  # fmt: skip
+        if pad_token_id is None:
+            pad_token_id = request.eos[0] if request.eos else 0
+        run = _Run(self, request)
+        for _ in run.steps():
+            pass
+        self.last_stats = run.stats()
+        new = run.new_tokens(pad_token_id)
+        return torch.cat((input_ids, new.to(input_ids.device)), 1)
+
+    def complete(self, prompt: str | torch.Tensor, max_new_tokens: int = 64, **options) -> Completion:
+        """Completes one prompt, text or LongTensor [T] or [1, T]; options as in `generate`."""
+        chunks = list(self.stream(prompt, max_new_tokens, **options))
+        tokens = [token for chunk in chunks for token in chunk.tokens]
+        origins = [origin for chunk in chunks for origin in chunk.origins]
+        return Completion("".join(chunk.text for chunk in chunks), tokens, origins, self.last_stats)
+
+    def stream(self, prompt: str | torch.Tensor, max_new_tokens: int = 64, **options) -> Iterator[Chunk]:
+        """Completes one prompt and yields what each step adds. Closing the iterator, or Ctrl-C, ends it cleanly."""
+        sampling = Sampling(
+            **{k: options.pop(k) for k in ("do_sample", "temperature", "top_k", "top_p", "min_p") if k in options}
+        )
+        arguments = {"mode": "staged", "tree": None, "eos_token_id": None, "seed": 0} | options
+        unknown = arguments.keys() - {"mode", "tree", "eos_token_id", "seed"}
+        if unknown:
+            raise ValueError(f"unknown option {sorted(unknown)[0]!r}")
+        request = self._validate(
+            self._encode(prompt), None, max_new_tokens, sampling=sampling, **arguments
+        )
+        return self._stream(request)
+
+    def _stream(self, request: _Request) -> Iterator[Chunk]:
+        run = _Run(self, request)
+        row, start = run.sequences.rows[0], len(request.prompts[0])
+        shown, text = 0, ""
+        try:
+            for _ in run.steps():
+                # A character cut in the middle of its bytes decodes to U+FFFD: wait for the rest.
+                ready = self._decode(row.tokens[start:])
+                ready = ready if run.finished else ready.rstrip("\ufffd")
+                yield Chunk(
+                    ready[len(text) :],
+                    row.tokens[start + shown :],
+                    [ORIGINS[origin] for origin in row.origins[shown:]],
+                )
+                shown, text = len(row.origins), ready
+        finally:
+            self.last_stats = run.stats()
+
+    # ------------------------------------------------------------ requests
+
+    def tree_for(self, mode: str, batch: int = 1, tree: TreeConfig | None = None) -> TreeConfig:
+        """The tree settings a call would use: the call's, else the decoder's, else the cost model's."""
+        if mode not in MODES:
+            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+        if tree is not None and not isinstance(tree, TreeConfig):
+            raise ValueError(f"tree must be a TreeConfig or None, got {type(tree).__name__}")
+        chosen = tree or self._tree
+        if mode == "autoregressive":
+            return TreeConfig().for_mode(mode)
+        if self.draft is None:
+            raise ValueError(f"mode {mode!r} needs a draft model: give draft=..., or use mode='autoregressive'")
+        if chosen is None:
+            if self._costs is None:
+                self._costs = cost.PassTimes(self.target, self.draft)
+            chosen = cost.best_tree(self._costs, mode, batch)
+        return chosen.for_mode(mode)
+
+    def _validate(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        max_new_tokens: int,
+        mode: str,
+        tree: TreeConfig | None,
+        eos_token_id: int | Sequence[int] | None,
+        seed: int | Sequence[int] | torch.Tensor,
+        sampling: Sampling,
+    ) -> _Request:
+        prompts = _unpad(input_ids, attention_mask, self.target.vocab_size)
+        if not isinstance(max_new_tokens, int) or isinstance(max_new_tokens, bool) or max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be a whole number of at least 1, got {max_new_tokens!r}")
+        longest = max(map(len, prompts))
+        if longest + max_new_tokens > self.target.positions:
+            raise ValueError(
+                f"prompt + new tokens must be at most n_positions = {self.target.positions}, got {longest} + "
+                f"{max_new_tokens}; shorten the prompt or ask for at most {self.target.positions - longest} new tokens"
+            )
+        seeds, streams = counters(seed, len(prompts))
+        eos = _eos(self.eos_token_ids if eos_token_id is None else eos_token_id, self.target.vocab_size)
+        settings = self.tree_for(mode, len(prompts), tree)
+        return _Request(prompts, max_new_tokens, mode, settings, sampling, seeds, streams, eos)
+
+    def _encode(self, prompt: str | torch.Tensor) -> torch.Tensor:
+        if isinstance(prompt, torch.Tensor):
+            return prompt[None] if prompt.dim() == 1 else prompt
+        if not isinstance(prompt, str):
+            raise ValueError(f"prompt must be text or a LongTensor of token ids, got {type(prompt).__name__}")
+        if self.tokenizer is None:
+            raise ValueError("this decoder has no tokenizer: give tokenizer=..., or a prompt of token ids")
+        ids = self.tokenizer(prompt, add_special_tokens=False).input_ids
+        return torch.tensor([ids], dtype=torch.long)
+
+    def _decode(self, tokens: list[int]) -> str:
+        if self.tokenizer is None:
+            return ""
+        return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+class _Run:
+    """One generation in progress. All of its state dies with it."""
+
+    def __init__(self, decoder: Decoder, request: _Request):
+        self.decoder, self.request, self.clock = decoder, request, Clock()
+        target, config, device = decoder.target, request.tree, decoder.device
+        batch, warping = len(request.prompts), request.sampling.warping
+        self.config, self.warping = config, warping
+        self.sequences = target.ops.Sequences(request.prompts, request.new_tokens, request.eos, device)
+        self.cache = Cache(target, batch, config.nodes, max(map(len, request.prompts)) + request.new_tokens)
+        self.noise = None
+        if request.sampling.do_sample:
+            self.noise = Noise(target.ops, request.seeds, request.streams, target.vocab_size, config.depth + 1, device)
+        self.cascade = None
+        if config.passes:
+            self.cascade = Cascade(
+                decoder.draft, decoder.ngram, config, self.sequences, warping, self.noise, self.clock
+            )
+        self.accepted: list[int] = []  # of every row-step
+        self.steps_done = 0
+        self.seconds = 0.0
+
+    @property
+    def finished(self) -> bool:
+        return self.sequences.finished
+
+    @torch.inference_mode()
+    def steps(self) -> Iterator[None]:
+        """Runs until every row has stopped; yields after each step. Time spent by the consumer is not counted."""
+        begin = time.perf_counter()
+        with self.clock("prefill"):
+            self.decoder.target.prefill(self.request.prompts, 1, self.cache)
+            if self.cascade is not None:
+                # The last two tokens are what every step's first draft pass starts with.
+                self.cascade.draft.prefill(self.request.prompts, 2, self.cascade.cache)
+        while not self.finished:
+            self._step()
+            self.seconds += time.perf_counter() - begin
+            yield
+            begin = time.perf_counter()
+
+    def _step(self) -> None:
+        """One step: draft trees, verify them in one target pass, commit what was accepted."""
+        target = self.decoder.target
+        if self.noise is not None:
+            with self.clock("noise"):
+                self.noise.advance(self.sequences.lengths)
+        trees = target.ops.Trees.roots(self.sequences) if self.cascade is None else self.cascade.propose()
+        with self.clock("verify"):
+            batch = trees.batch(target.dtype)
+            noise = None if self.noise is None else self.noise.at(batch.depths)
+        with self.clock("target"):
+            chosen = target.ops.choose(target.logits(target.forward(batch, self.cache, 0)), self.warping, noise)
+        with self.clock("verify"):
+            moves = trees.verify_commit(chosen)
+        with self.clock("commit"):
+            self.cache.commit(target, moves.target_rows())
+            if self.cascade is not None:
+                self.cascade.commit(moves)
+        self.accepted.extend(count for count in moves.accepted if count >= 0)
+        self.steps_done += 1
+
+    def new_tokens(self, pad: int) -> torch.Tensor:
+        """The new tokens, LongTensor [B, most], shorter rows filled up with `pad`."""
+        new = [row.tokens[len(prompt) :] for row, prompt in zip(self.sequences.rows, self.request.prompts, strict=True)]
+        most = max(map(len, new))
+        return torch.tensor([row + [pad] * (most - len(row)) for row in new])
+
+    def stats(self) -> Stats:
+        """Statistics of what has run so far."""
+        origins = [origin for row in self.sequences.rows for origin in row.origins]
+        draft = self.decoder.draft
+        return Stats(
+            mode=self.request.mode,
+            tree=asdict(self.config),
+            steps=self.steps_done,
+            row_steps=len(self.accepted),
+            new_tokens=len(origins),
+            target_passes=self.steps_done,
+            draft_passes=self.steps_done * self.config.passes,
+            accepted_per_depth=[sum(count > depth for count in self.accepted) for depth in range(self.config.depth)],
+            origins={name: origins.count(index) for index, name in enumerate(ORIGINS)},
+            seconds=dict(self.clock.seconds),
+            total_seconds=self.seconds,
+            target_bytes=self.decoder.target.weight_bytes,
+            draft_bytes=0 if draft is None else draft.weight_bytes,
+        )
+
+
+# ---------------------------------------------------------------- reading arguments
+
+
+def _unpad(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, vocab_size: int) -> list[list[int]]:
+    """Checks prompts and drops their padding.
+
+    Positions count real tokens only, as transformers' position ids do, so dropping the padding changes nothing.
+    """
+    integers = (torch.int64, torch.int32)
+    if not isinstance(input_ids, torch.Tensor) or input_ids.dim() != 2 or input_ids.dtype not in integers:
+        got = type(input_ids).__name__
+        if isinstance(input_ids, torch.Tensor):
+            got = f"{input_ids.dtype} {list(input_ids.shape)}"
+        raise ValueError(f"input_ids must be a LongTensor [batch, prompt], got {got}")
+    batch, width = input_ids.shape
+    if not 1 <= batch <= MAX_BATCH:
+        raise ValueError(f"the batch must have 1 to {MAX_BATCH} prompts, got {batch}")
+    if width == 0:
+        raise ValueError("the prompt is empty: give at least one token (the end-of-text token starts from nothing)")
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    if not isinstance(mask, torch.Tensor) or mask.shape != input_ids.shape:
+        got = list(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
+        raise ValueError(f"attention_mask must have the shape of input_ids, {[batch, width]}, got {got}")
+    prompts = []
+    for row, (ids, kept) in enumerate(zip(input_ids.tolist(), mask.tolist(), strict=True)):
+        if any(value not in (0, 1) for value in kept):
+            raise ValueError(f"attention_mask must hold only 0 and 1, got {next(v for v in kept if v not in (0, 1))}")
+        if not any(kept):
+            raise ValueError(f"prompt {row} is empty: its attention_mask is all 0")
+        if not kept[-1]:
+            raise ValueError("prompts must be padded on the left: the last column of attention_mask must be 1")
+        prompt = [token for token, keep in zip(ids, kept, strict=True) if keep]
+        bad = [token for token in prompt if not 0 <= token < vocab_size]
+        if bad:
+            raise ValueError(f"token ids must be in [0, {vocab_size}), the target's vocabulary, got {bad[0]}")
+        prompts.append(prompt)
+    return prompts
+
+
+def _eos(eos: int | Sequence[int], vocab_size: int) -> list[int]:
+    ids = [eos] if isinstance(eos, int) else list(eos.tolist() if isinstance(eos, torch.Tensor) else eos)
+    for token in ids:
+        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
+            raise ValueError(f"eos_token_id must be in [0, {vocab_size}), got {token!r}; [] never stops")
+    return ids
+
+
+def _model_eos(model: GPT2LMHeadModel) -> list[int]:
+    """The model's own end-of-sequence ids; ids outside its vocabulary can never come up and are dropped."""
+    eos = model.generation_config.eos_token_id
+    eos = model.config.eos_token_id if eos is None else eos
+    ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    return [token for token in ids if 0 <= token < model.config.vocab_size]
+
+
+def _device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device must be 'auto', 'cpu' or a GPU such as 'cuda:0', got {device!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be a CPU or a CUDA GPU, got {device}")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device} was asked for, but torch sees no CUDA GPU; use device='cpu'")
+    return device
+
+
+def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    if dtype == "auto":
+        # Half precision only where it is faster: CPUs emulate it (see kernels/reference.py).
+        half = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if half else torch.float32
+    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if found not in DTYPES.values():
+        raise ValueError(f"dtype must be 'auto', {', '.join(DTYPES)} or the torch dtype of that name, got {dtype!r}")
+    return found
+
+
+def _tokenizer(source: object) -> PreTrainedTokenizerBase | None:
+    """The tokenizer beside a checkpoint, or None if there is none."""
+    if isinstance(source, PreTrainedTokenizerBase):
+        return source
+    if not isinstance(source, (str, Path)):
+        return None
+    folder = Path(source).expanduser()
+    if folder.is_dir() and not (folder / "tokenizer.json").exists() and not (folder / "vocab.json").exists():
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(str(folder if folder.is_dir() else source), trust_remote_code=False)
+    except Exception as error:  # tokenizers raises a bare Exception for a damaged file
+        raise ValueError(f"the tokenizer of {source} cannot be loaded: {error}") from error
+
+
+def _check_same_tokens(target: PreTrainedTokenizerBase | None, draft: PreTrainedTokenizerBase | None) -> None:
+    if target is None or draft is None:
+        return
+    theirs, ours = draft.get_vocab(), target.get_vocab()
+    if theirs == ours:
+        return
+    by_id = sorted((index, token) for token, index in ours.items())
+    for index, token in by_id:
+        if theirs.get(token) != index:
+            raise ValueError(
+                f"target and draft must share the vocabulary: token {index} is {token!r} for the target, "
+                f"and the draft has it as {theirs.get(token)} (sizes {len(ours)} and {len(theirs)})"
+            )
+    raise ValueError(f"target and draft must share the vocabulary: sizes {len(ours)} and {len(theirs)}")

@@ -1,0 +1,78 @@
+"""What a generation cost and where its tokens came from."""
+
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+ORIGINS = ("target", "draft", "ngram")
+MODEL_PHASES = ("prefill", "target", "draft")
+
+
+class Clock:
+    """Wall-clock seconds per phase of a step: a few tenths of a microsecond a phase, no device synchronisation."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str):
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+
+@dataclass
+class Stats:
+    """Statistics of one generation over all its rows.
+
+    tree: the settings used. steps: times the target verified. row_steps: the same, counted for each row that was still running.
+    new_tokens: tokens produced. accepted_per_depth[d]: row-steps that accepted a node of depth d + 1.
+    origins: tokens by the model that first proposed them (Spector & Ré, Figure 3).
+    seconds: wall-clock seconds by phase; total_seconds: of the whole generation.
+    """
+
+    mode: str
+    tree: dict = field(default_factory=dict)
+    steps: int = 0
+    row_steps: int = 0
+    new_tokens: int = 0
+    target_passes: int = 0
+    draft_passes: int = 0
+    accepted_per_depth: list[int] = field(default_factory=list)
+    origins: dict[str, int] = field(default_factory=lambda: dict.fromkeys(ORIGINS, 0))
+    seconds: dict[str, float] = field(default_factory=dict)
+    total_seconds: float = 0.0
+    target_bytes: int = 0
+    draft_bytes: int = 0
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Mean accepted length of a row's step, the bonus token included."""
+        return self.new_tokens / self.row_steps if self.row_steps else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.new_tokens / self.total_seconds if self.total_seconds else 0.0
+
+    @property
+    def weight_bytes_per_token(self) -> float:
+        """Weight bytes read per token, relative to autoregressive decoding (Spector & Ré, Table 1)."""
+        if not self.new_tokens or not self.target_bytes or not self.row_steps:
+            return 0.0
+        passes = self.target_passes + self.draft_passes * self.draft_bytes / self.target_bytes
+        # A pass reads its weights once for all rows, in either mode: the batch cancels.
+        return passes / self.steps * self.row_steps / self.new_tokens
+
+    @property
+    def overhead(self) -> float:
+        """Share of the steps' time spent outside model passes."""
+        steps = self.total_seconds - self.seconds.get("prefill", 0.0)
+        models = self.seconds.get("target", 0.0) + self.seconds.get("draft", 0.0)
+        return max(0.0, 1.0 - models / steps) if steps > 0 else 0.0
+
+    def as_dict(self) -> dict:
+        """Everything as JSON-able values, derived figures included."""
+        derived = ("tokens_per_step", "tokens_per_second", "weight_bytes_per_token", "overhead")
+        return dict(vars(self)) | {name: getattr(self, name) for name in derived}

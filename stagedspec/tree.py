@@ -1,0 +1,76 @@
+"""Token trees: their settings, and the cost model that picks them."""
+
+from dataclasses import dataclass, replace
+
+MODES = ("autoregressive", "chain", "tree", "staged")
+
+
+@dataclass(frozen=True)
+class TreeConfig:
+    """Fixed shapes of one step's tree.
+
+    nodes: N, the nodes the target verifies, root included.
+    depth: the longest path below the root.
+    passes: draft passes a step. width: nodes a pass evaluates because they score best.
+    children: the candidates kept of every evaluated node.
+    prefetch: levels that draft² guesses below the nodes of a pass; prefetch_width: guesses a level.
+
+    Raises ValueError for settings that cannot be.
+    """
+
+    nodes: int = 12
+    depth: int = 6
+    passes: int = 3
+    width: int = 2
+    children: int = 4
+    prefetch: int = 1
+    prefetch_width: int = 2
+
+    def __post_init__(self):
+        low = {"nodes": 1, "depth": 0, "passes": 0, "width": 1, "children": 1, "prefetch": 0, "prefetch_width": 1}
+        for name, least in low.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"tree {name} must be a whole number of at least {least}, got {value!r}")
+        if self.nodes > 256:
+            raise ValueError(f"tree nodes must be at most 256, got {self.nodes}")
+        if self.nodes > 1 and (self.passes == 0 or self.depth == 0):
+            raise ValueError(f"a tree of {self.nodes} nodes needs at least one draft pass and a depth of 1")
+        if self.nodes - 1 > self.evaluations * self.children:
+            raise ValueError(
+                f"{self.passes} passes of width {self.width} with {self.children} children each propose at most "
+                f"{self.evaluations * self.children} nodes, fewer than nodes - 1 = {self.nodes - 1}"
+            )
+
+    @property
+    def evaluations(self) -> int:
+        """Nodes that the draft evaluates for certain: the root, then `width` a pass."""
+        return 1 + (self.passes - 1) * self.width if self.passes else 0
+
+    @property
+    def guesses(self) -> int:
+        """Draft²'s guesses a pass."""
+        return self.prefetch * self.prefetch_width
+
+    @property
+    def slots(self) -> int:
+        """Rows of the draft's tree region: the catch-up token, the root, and every evaluation."""
+        if not self.passes:
+            return 0
+        return 2 + (self.passes - 1) * self.width + self.passes * self.guesses
+
+    def for_mode(self, mode: str) -> "TreeConfig":
+        """The settings of a mode: one code path, different shapes.
+
+        Raises ValueError for an unknown mode.
+        """
+        if mode == "autoregressive":
+            return TreeConfig(nodes=1, depth=0, passes=0, children=1, prefetch=0)
+        if mode == "chain":
+            depth = max(1, min(self.depth, self.nodes - 1))
+            return TreeConfig(nodes=depth + 1, depth=depth, passes=depth, width=1, children=1, prefetch=0)
+        if mode == "tree":
+            return replace(self, prefetch=0)
+        if mode == "staged":
+            return self
+        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
