@@ -13,6 +13,7 @@ too; a guess that is not never enters a tree: draft² saves passes and changes n
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 
@@ -36,7 +37,7 @@ class Row:
 
     def __post_init__(self):
         tokens = self.tokens
-        self.follower.update(zip(zip(tokens, tokens[1:], strict=False), tokens[2:], strict=False))
+        self.follower.update(zip(pairwise(tokens), tokens[2:], strict=False))
 
     def append(self, token: int, origin: int) -> None:
         if len(self.tokens) > 1:
@@ -148,7 +149,8 @@ class _RowGrowth:
 
     def _add(self, token: int, parent: int, score: float, **more) -> int:
         above, index = self.slots[parent], len(self.slots)
-        self.slots.append(_Slot(token, above.token, above.depth + 1, above.mask | 1 << index, score, parent=parent, **more))
+        mask = above.mask | 1 << index
+        self.slots.append(_Slot(token, above.token, above.depth + 1, mask, score, parent=parent, **more))
         return index
 
     def select(self, width: int) -> list[int]:
@@ -232,7 +234,9 @@ class Growth:
                     if found:
                         depths = [row.slots[slot].depth for _, slot, _ in found]
                         gains = self.noise.of(index, depths, [token for _, _, token in found])
-                        options[index] = [(s + g, slot, token) for (s, slot, token), g in zip(found, gains, strict=True)]
+                        options[index] = [
+                            (s + g, slot, token) for (s, slot, token), g in zip(found, gains, strict=True)
+                        ]
             parents = [row.guess(found) for row, found in zip(self.rows, options, strict=True)]
 
     def batch(self) -> Batch:
@@ -317,6 +321,7 @@ class Trees:
 
     def batch(self, dtype: torch.dtype) -> Batch:
         """The target's pass over all nodes. Rows with fewer nodes are filled with nodes that nobody sees."""
+
         def full(values: list[int], fill: int) -> list[int]:
             return values + [fill] * (self.nodes - len(values))
 
@@ -363,8 +368,8 @@ class Trees:
 class Moves:
     """What a step accepted, and the KV rows to move. A list a row of the batch.
 
-    accepted: tokens taken from nodes below the root, -1 for a row that had stopped; lengths: before the step; nodes: the
-    accepted path, root first, empty for a row that has stopped; slots: the draft's row of each.
+    accepted: tokens taken from nodes below the root, -1 for a row that had stopped; lengths: before the step; nodes:
+    the accepted path, root first, empty for a row that has stopped; slots: the draft's row of each.
     """
 
     accepted: list[int]

@@ -69,7 +69,8 @@ def _linear(x: torch.Tensor, layer: Linear, activation: str | Callable) -> torch
         y = torch.ops.mkldnn._linear_pointwise.default(inputs, layer.weight, layer.bias, attribute, [], algorithm)
         y = y if layer.dtype == torch.float32 else y.to(layer.dtype)
     else:
-        y = F.linear(x.to(layer.weight.dtype), layer.weight, layer.bias).to(layer.dtype)
+        y = F.linear(x if x.dtype == layer.weight.dtype else x.float(), layer.weight, layer.bias)
+        y = y if y.dtype == layer.dtype else y.to(layer.dtype)
         if name == "relu":
             y = F.relu(y)
         elif name != "none":
@@ -120,27 +121,23 @@ def causal_bias(start: int, count: int, device: torch.device, dtype: torch.dtype
 
 def tree_attention(
     qkv: torch.Tensor,
-    cache: torch.Tensor,
-    write: int,
-    first: int,
-    last: int,
+    store: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
     bias: torch.Tensor,
     scale: float,
     upcast: bool,
 ) -> torch.Tensor:
     """Attention of N nodes over the committed prefix and their own ancestors; appends the nodes' K and V.
 
-    qkv: [M, 3*H*D]; cache: [B, S, 2, H, D], its rows the tree region followed by the committed prefix.
-    The N new rows are written at `write`; rows [first, last) are attended to under bias [B or 1, 1, N, last - first].
-    Returns [M, H*D]. Bytes: the keys and values once, 4*B*(last - first)*H*D in half precision.
+    qkv: [M, 3*H*D]. store: [B, N, 2, H, D], where the new K and V go; keys, values: [B, H, R, D], what is attended to,
+    views of the same KV cache that cover `store`. bias: [B or 1, 1, N, R] of 0 and -inf. Returns [M, H*D].
+    Bytes: the keys and values once, 4*B*R*H*D in half precision.
     """
-    batch, _, _, heads, size = cache.shape
-    qkv = qkv.view(batch, -1, 3, heads, size)
-    nodes = qkv.shape[1]
-    cache[:, write : write + nodes] = qkv[:, :, 1:]
+    batch, nodes, _, heads, size = store.shape
+    qkv = qkv.view(batch, nodes, 3, heads, size)
+    store.copy_(qkv[:, :, 1:])
     q = qkv[:, :, 0].transpose(1, 2)
-    keys = cache[:, first:last, 0].transpose(1, 2)
-    values = cache[:, first:last, 1].transpose(1, 2)
     if q.dtype != torch.float32 and (upcast or q.device.type == "cpu"):
         wide = torch.float64 if q.device.type == "cpu" else torch.float32
         out = F.scaled_dot_product_attention(
@@ -292,9 +289,8 @@ def choose_children(
     level, so that a parent always outranks its children. Tokens that cannot come up have the probability 0.
     """
     scores, tokens, _ = _contenders(logits, warping, noise)
-    top, best = scores.topk(min(count, scores.shape[-1]), -1)
-    logprobs = (top - scores.logsumexp(-1, keepdim=True)).clamp_(max=-1e-4)
-    return best if tokens is None else tokens.gather(-1, best), logprobs
+    top, best = scores.softmax(-1).topk(min(count, scores.shape[-1]), -1)
+    return best if tokens is None else tokens.gather(-1, best), top.log_().clamp_(max=-1e-4)
 
 
 # ---------------------------------------------------------------- n-grams

@@ -106,7 +106,8 @@ def expected_tokens(config: TreeConfig) -> float:
             heapq.heappush(waiting, (-child, depth + 1))
 
     for number in range(config.passes):
-        wanted = [(-1.0, 0)] if number == 0 else [heapq.heappop(waiting) for _ in range(min(config.width, len(waiting)))]
+        count = min(config.width, len(waiting))
+        wanted = [(-1.0, 0)] if number == 0 else [heapq.heappop(waiting) for _ in range(count)]
         for index, (value, depth) in enumerate(wanted):
             evaluate(-value, depth, config.prefetch if index < config.prefetch_width else 0)
     return 1.0 + sum(heapq.nlargest(config.nodes - 1, values))

@@ -7,12 +7,20 @@ from importlib.resources import files
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, GPT2LMHeadModel, PreTrainedTokenizerBase
+from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from stagedspec import cost
 from stagedspec.cascade import Cascade
-from stagedspec.gpt2 import DTYPES, GPT2, Cache, read_checkpoint
+from stagedspec.gpt2 import GPT2, Cache
 from stagedspec.kernels import backend as kernel_backend
+from stagedspec.loading import (
+    check_same_tokens,
+    end_of_sequence,
+    load_tokenizer,
+    read_checkpoint,
+    resolve_device,
+    resolve_dtype,
+)
 from stagedspec.ngram import KatzTable
 from stagedspec.sampling import Noise, Sampling, counters
 from stagedspec.stats import ORIGINS, Clock, Stats
@@ -108,16 +116,16 @@ class Decoder:
 
         Raises ValueError for whatever is missing, damaged or does not fit together.
         """
-        device = _device(device)
-        dtype = _dtype(dtype, device)
+        device = resolve_device(device)
+        dtype = resolve_dtype(dtype, device)
         ops = kernel_backend.resolve(backend, device)
         if tree is not None and not isinstance(tree, TreeConfig):
             raise ValueError(f"tree must be a TreeConfig or None, got {type(tree).__name__}")
         target_model = read_checkpoint(target, "target")
         draft_model = None if draft is None else read_checkpoint(draft, "draft")
-        loaded = _tokenizer(tokenizer if tokenizer is not None else target)
+        loaded = load_tokenizer(tokenizer if tokenizer is not None else target)
         if isinstance(draft, (str, Path)):
-            _check_same_tokens(loaded, _tokenizer(draft))
+            check_same_tokens(loaded, load_tokenizer(draft))
         table = ngram
         if isinstance(ngram, (str, Path)):
             table = KatzTable.load(ngram, vocab_size=target_model.config.vocab_size)
@@ -129,7 +137,7 @@ class Decoder:
             None if table is None else table.to(device),
             loaded,
             tree,
-            _model_eos(target_model),
+            end_of_sequence(target_model),
         )
 
     @classmethod
@@ -197,9 +205,7 @@ class Decoder:
         unknown = arguments.keys() - {"mode", "tree", "eos_token_id", "seed"}
         if unknown:
             raise ValueError(f"unknown option {sorted(unknown)[0]!r}")
-        request = self._validate(
-            self._encode(prompt), None, max_new_tokens, sampling=sampling, **arguments
-        )
+        request = self._validate(self._encode(prompt), None, max_new_tokens, sampling=sampling, **arguments)
         return self._stream(request)
 
     def _stream(self, request: _Request) -> Iterator[Chunk]:
@@ -414,67 +420,3 @@ def _eos(eos: int | Sequence[int], vocab_size: int) -> list[int]:
         if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
             raise ValueError(f"eos_token_id must be in [0, {vocab_size}), got {token!r}; [] never stops")
     return ids
-
-
-def _model_eos(model: GPT2LMHeadModel) -> list[int]:
-    """The model's own end-of-sequence ids; ids outside its vocabulary can never come up and are dropped."""
-    eos = model.generation_config.eos_token_id
-    eos = model.config.eos_token_id if eos is None else eos
-    ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-    return [token for token in ids if 0 <= token < model.config.vocab_size]
-
-
-def _device(device: str | torch.device) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device must be 'auto', 'cpu' or a GPU such as 'cuda:0', got {device!r}") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device must be a CPU or a CUDA GPU, got {device}")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {device} was asked for, but torch sees no CUDA GPU; use device='cpu'")
-    return device
-
-
-def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    if dtype == "auto":
-        # Half precision only where it is faster: CPUs emulate it (see kernels/reference.py).
-        half = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        return torch.bfloat16 if half else torch.float32
-    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if found not in DTYPES.values():
-        raise ValueError(f"dtype must be 'auto', {', '.join(DTYPES)} or the torch dtype of that name, got {dtype!r}")
-    return found
-
-
-def _tokenizer(source: object) -> PreTrainedTokenizerBase | None:
-    """The tokenizer beside a checkpoint, or None if there is none."""
-    if isinstance(source, PreTrainedTokenizerBase):
-        return source
-    if not isinstance(source, (str, Path)):
-        return None
-    folder = Path(source).expanduser()
-    if folder.is_dir() and not (folder / "tokenizer.json").exists() and not (folder / "vocab.json").exists():
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(str(folder if folder.is_dir() else source), trust_remote_code=False)
-    except Exception as error:  # tokenizers raises a bare Exception for a damaged file
-        raise ValueError(f"the tokenizer of {source} cannot be loaded: {error}") from error
-
-
-def _check_same_tokens(target: PreTrainedTokenizerBase | None, draft: PreTrainedTokenizerBase | None) -> None:
-    if target is None or draft is None:
-        return
-    theirs, ours = draft.get_vocab(), target.get_vocab()
-    if theirs == ours:
-        return
-    by_id = sorted((index, token) for token, index in ours.items())
-    for index, token in by_id:
-        if theirs.get(token) != index:
-            raise ValueError(
-                f"target and draft must share the vocabulary: token {index} is {token!r} for the target, "
-                f"and the draft has it as {theirs.get(token)} (sizes {len(ours)} and {len(theirs)})"
-            )
-    raise ValueError(f"target and draft must share the vocabulary: sizes {len(ours)} and {len(theirs)}")

@@ -3,10 +3,8 @@
 Everything of `GPT2Config` that changes the forward pass is honoured; what is not supported is refused by name.
 """
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -14,8 +12,6 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.activations import ACT2FN
 
 from stagedspec.kernels.reference import Batch, Linear
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -43,7 +39,12 @@ class Cache:
         shape = (len(model.layers), batch, tree_rows + positions, 2, model.heads, model.head_size)
         # Zeros, not garbage: masked rows are multiplied by zero, and zero times NaN is NaN.
         self.rows = torch.zeros(shape, dtype=model.dtype, device=model.device)
-        self.layers = list(self.rows.unbind(0))
+
+    def views(self, write: int, nodes: int, first: int, last: int) -> Iterator[tuple[torch.Tensor, ...]]:
+        """For each layer: where new rows go, [B, nodes, 2, H, D], and the visible keys and values, [B, H, R, D]."""
+        store = self.rows[:, :, write : write + nodes].unbind(0)
+        keys, values = self.rows[:, :, first:last].permute(3, 0, 1, 4, 2, 5).unbind(0)
+        return zip(store, keys.unbind(0), values.unbind(0), strict=True)
 
     def commit(self, model: "GPT2", moves: list[list[tuple[int, int]]]) -> None:
         """Moves accepted nodes into the prefix: (tree row, position) pairs of each sequence."""
@@ -117,10 +118,10 @@ class GPT2:
         """
         ops = self.ops
         x = ops.embed(self.token_table, self.position_table, batch.tokens, batch.positions)
-        last = first + batch.bias.shape[-1]
-        for layer, rows in zip(self.layers, cache.layers, strict=True):
+        views = cache.views(write, batch.tokens.shape[1], first, first + batch.bias.shape[-1])
+        for layer, view in zip(self.layers, views, strict=True):
             qkv = ops.norm_linear(x, *layer.norm_1, self.epsilon, layer.qkv)
-            mixed = ops.tree_attention(qkv, rows, write, first, last, batch.bias, layer.scale, self.upcast)
+            mixed = ops.tree_attention(qkv, *view, batch.bias, layer.scale, self.upcast)
             x = ops.linear_add(mixed, layer.projection, x)
             inner = ops.norm_linear(x, *layer.norm_2, self.epsilon, layer.up, self.activation)
             x = ops.linear_add(inner, layer.down, x)
@@ -148,68 +149,11 @@ class GPT2:
 def check_config(config: GPT2Config) -> None:
     """Raises ValueError, by name, for what cannot be decoded."""
     if getattr(config, "model_type", None) != "gpt2":
-        raise ValueError(f"expected a GPT-2 checkpoint (model_type 'gpt2'), got {getattr(config, 'model_type', None)!r}")
+        kind = getattr(config, "model_type", None)
+        raise ValueError(f"expected a GPT-2 checkpoint (model_type 'gpt2'), got {kind!r}")
     if config.add_cross_attention:
         raise ValueError("add_cross_attention=True is not supported: only decoder-only GPT-2 can be decoded")
     if config.activation_function not in ACT2FN:
         raise ValueError(f"unknown activation_function {config.activation_function!r}; expected one transformers knows")
     if config.n_embd % config.n_head:
         raise ValueError(f"n_embd must be divisible by n_head, got {config.n_embd} and {config.n_head}")
-
-
-def read_checkpoint(source: "str | Path | GPT2LMHeadModel", role: str) -> GPT2LMHeadModel:
-    """A hub id, a local folder as `save_pretrained` writes it, or a GPT2LMHeadModel, to a GPT2LMHeadModel.
-
-    Only safetensors are read, nothing is unpickled and no remote code runs. role ("target", "draft") is for messages.
-    Raises ValueError for a missing, foreign or damaged checkpoint and for a hub id that cannot be reached.
-    """
-    if isinstance(source, GPT2LMHeadModel):
-        check_config(source.config)
-        return source
-    if not isinstance(source, (str, Path)):
-        raise ValueError(f"{role} must be a hub id, a folder or a GPT2LMHeadModel, got {type(source).__name__}")
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        _check_folder(folder, role)
-    elif folder.exists() or isinstance(source, Path) or str(source).startswith((".", "/", "~")):
-        raise ValueError(f"{role}: no checkpoint folder at {source}")
-    location = str(folder if folder.is_dir() else source)
-    try:
-        model, notes = GPT2LMHeadModel.from_pretrained(
-            location, use_safetensors=True, trust_remote_code=False, output_loading_info=True, dtype="auto"
-        )
-    except ValueError:
-        raise
-    except Exception as error:  # the hub client, safetensors and transformers each raise their own kinds
-        if folder.is_dir():
-            raise ValueError(f"{role}: the checkpoint in {source} cannot be loaded: {error}") from error
-        raise ValueError(
-            f"{role}: {source!r} is no local folder and could not be fetched from the model hub ({type(error).__name__}). "
-            "Check the name and the network, or give a folder written by save_pretrained"
-        ) from error
-    missing = sorted(notes["missing_keys"])
-    if missing or notes.get("mismatched_keys"):
-        raise ValueError(
-            f"{role}: the checkpoint in {source} does not fit its config: "
-            f"missing {missing[:3]}, mismatched {list(notes.get('mismatched_keys', ()))[:3]}"
-        )
-    return model
-
-
-def _check_folder(folder: Path, role: str) -> None:
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{role}: {folder} has no config.json; expected a folder written by save_pretrained")
-    try:
-        values = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{role}: {path} is not valid JSON: {error}") from error
-    if not isinstance(values, dict) or values.get("model_type") != "gpt2":
-        kind = values.get("model_type") if isinstance(values, dict) else type(values).__name__
-        raise ValueError(f"{role}: {folder} holds a {kind!r} model; expected model_type 'gpt2'")
-    if not list(folder.glob("*.safetensors")):
-        raise ValueError(
-            f"{role}: {folder} has no .safetensors file. Pickled weights are never loaded: "
-            "convert them with save_pretrained(..., safe_serialization=True)"
-        )
-    check_config(GPT2Config(**{k: v for k, v in values.items() if k != "model_type"}))

@@ -1,7 +1,6 @@
 """What a generation cost and where its tokens came from."""
 
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 ORIGINS = ("target", "draft", "ngram")
@@ -9,25 +8,29 @@ MODEL_PHASES = ("prefill", "target", "draft")
 
 
 class Clock:
-    """Wall-clock seconds per phase of a step: a few tenths of a microsecond a phase, no device synchronisation."""
+    """Wall-clock seconds per phase: `with clock("draft"): ...`. Phases do not nest; the device is not synchronised."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self._phase, self._start = "", 0.0
 
-    @contextmanager
-    def __call__(self, phase: str):
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+    def __call__(self, phase: str) -> "Clock":
+        self._phase = phase
+        return self
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds[self._phase] = self.seconds.get(self._phase, 0.0) + time.perf_counter() - self._start
 
 
 @dataclass
 class Stats:
     """Statistics of one generation over all its rows.
 
-    tree: the settings used. steps: times the target verified. row_steps: the same, counted for each row that was still running.
+    tree: the settings used. steps: times the target verified. row_steps: the same, counted for each row that was still
+    running.
     new_tokens: tokens produced. accepted_per_depth[d]: row-steps that accepted a node of depth d + 1.
     origins: tokens by the model that first proposed them (Spector & Ré, Figure 3).
     seconds: wall-clock seconds by phase; total_seconds: of the whole generation.

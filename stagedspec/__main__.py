@@ -1,0 +1,5 @@
+"""`python -m stagedspec`."""
+
+from stagedspec.cli import app
+
+app()

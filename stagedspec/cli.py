@@ -1,0 +1,603 @@
+"""The command line: demo, generate, fit-ngram, train. Thin: the work is done by the library.
+
+torch and transformers are imported inside the commands, so that --help answers at once.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.segment import Segment, Segments
+from rich.style import Style
+
+import stagedspec
+from stagedspec.compare import Run, compare, table
+
+MODES = ("autoregressive", "chain", "tree", "staged")
+Mode = Enum("Mode", {name: name for name in MODES}, type=str)
+
+# Colours of the Okabe-Ito palette, told apart by every kind of colour vision, each with a second cue.
+ORIGIN_STYLES = {
+    "target": Style(bold=True),
+    "draft": Style(color="#56b4e9", italic=True),
+    "ngram": Style(color="#e69f00", underline=True),
+}
+PROMPT_STYLE = Style(dim=True)
+# What a model writes must not reach the terminal as a control sequence.
+_VISIBLE = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"} | {127: "\u2421"}
+
+DEMO_PROMPTS = (
+    'def read_json(path):\n    """Read a JSON file and return its contents."""\n',
+    "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):\n",
+    "import os\nimport sys\nimport argparse\n\n\ndef main():\n    parser = argparse.ArgumentParser(",
+    "    def __eq__(self, other):\n        if not isinstance(other, ",
+)
+
+app = typer.Typer(
+    name="stagedspec",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Decode GPT-2 models faster, with exactly the same output: staged speculative decoding.\n\n"
+    "A small draft model and an n-gram table guess a tree of continuations; one pass of the target model checks them "
+    "all. Every mode gives the same tokens as plain decoding. Start with [bold]stagedspec demo[/bold].",
+)
+
+
+# ---- what the commands share ------------------------------------------------------------------------------------
+
+
+def clear_errors(command: Callable) -> Callable:
+    """Turns ValueError and OSError into one red line on stderr and exit status 2; Ctrl-C into status 130."""
+
+    @functools.wraps(command)
+    def wrapped(*args, **kwargs):
+        try:
+            return command(*args, **kwargs)
+        except BrokenPipeError:
+            # The reader left (`| head`). Nothing more may be written, at exit either.
+            with contextlib.suppress(OSError):  # a stdout without a file descriptor
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(1) from None
+        except (ValueError, OSError) as error:
+            message = " ".join(str(error).split()) or type(error).__name__
+            console = Console(stderr=True)
+            console.print(f"error: {message}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            Console(stderr=True).print("\ninterrupted", style="dim")
+            raise typer.Exit(130) from None
+
+    return wrapped
+
+
+Target = Annotated[
+    str | None,
+    typer.Option(
+        help="Target model: a hub id or a local folder. Default: the embedded trio.", rich_help_panel="Models"
+    ),
+]
+Draft = Annotated[str | None, typer.Option(help="Draft model with the target's vocabulary.", rich_help_panel="Models")]
+Ngram = Annotated[Path | None, typer.Option(help="N-gram table written by fit-ngram.", rich_help_panel="Models")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...", rich_help_panel="Models")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.", rich_help_panel="Models")]
+Backend = Annotated[str, typer.Option(help="auto, triton or torch.", rich_help_panel="Models")]
+Nodes = Annotated[int | None, typer.Option(help="Nodes of the verified tree.", rich_help_panel="Token tree")]
+Depth = Annotated[int | None, typer.Option(help="Depth of the tree.", rich_help_panel="Token tree")]
+Width = Annotated[int | None, typer.Option(help="Nodes of one draft pass.", rich_help_panel="Token tree")]
+Passes = Annotated[int | None, typer.Option(help="Draft passes of one step.", rich_help_panel="Token tree")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+NoColor = Annotated[bool, typer.Option("--no-color", help="Print without colours.")]
+
+
+def load_decoder(target, draft, ngram, device, dtype, backend, **tree):
+    """The decoder that the model options ask for: the embedded trio unless a target is named."""
+    quiet_transformers()
+    settings = {name: value for name, value in tree.items() if value is not None}
+    options = {"device": device, "dtype": dtype, "backend": backend}
+    if settings:
+        options["tree"] = stagedspec.TreeConfig(**settings)
+    if target is None:
+        if draft is not None or ngram is not None:
+            raise ValueError("--draft and --ngram belong to a target: add --target")
+        decoder = stagedspec.Decoder.default(**options)
+    else:
+        decoder = stagedspec.Decoder.from_pretrained(target, draft=draft, ngram=ngram, **options)
+    if decoder.tokenizer is None:
+        raise ValueError(
+            f"{target} has no tokenizer, so text cannot be turned into tokens; save one in the same folder"
+        )
+    return decoder
+
+
+def quiet_transformers() -> None:
+    """Keeps notes and progress bars of loading out of the output."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def pieces(tokenizer, tokens: list[int], origins: list[str]) -> list[tuple[str, str]]:
+    """The text of each token with its origin; tokens that only together make a character share the last one's."""
+    result, first = [], 0
+    for index, origin in enumerate(origins, 1):
+        text = tokenizer.decode(tokens[first:index], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        if index == len(tokens) or not text.endswith("\ufffd"):
+            result.append((text, origin))
+            first = index
+    return result
+
+
+def paint(console: Console, text: str, style: Style) -> None:
+    """Writes text as it is: no wrapping, no tab expansion, no newline added."""
+    if console.is_terminal:
+        text = text.translate(_VISIBLE)
+    console.print(Segments([Segment(text, style)]), soft_wrap=True, end="")
+    console.file.flush()
+
+
+def stream(console: Console, decoder, prompt: str, **settings) -> None:
+    """Completes a prompt on the console, each token in the style of the model that first proposed it."""
+    chunks = decoder.stream(prompt, **settings)
+    paint(console, prompt, PROMPT_STYLE)
+    tokens, origins = [], []
+    for chunk in chunks:
+        tokens += chunk.tokens
+        origins += chunk.origins
+        parts = pieces(decoder.tokenizer, tokens, origins)
+        if parts and parts[-1][0].endswith("\ufffd"):  # bytes of a character that the next chunk goes on with
+            continue
+        for text, origin in parts:
+            paint(console, text, ORIGIN_STYLES[origin])
+        tokens, origins = [], []
+    for text, origin in pieces(decoder.tokenizer, tokens, origins):
+        paint(console, text, ORIGIN_STYLES[origin])
+    paint(console, "\n", Style())
+
+
+def print_legend(console: Console) -> None:
+    console.print(
+        "proposed by the ",
+        *(f"[{style}]{'n-gram' if name == 'ngram' else name}[/]" for name, style in ORIGIN_STYLES.items()),
+    )
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"stagedspec {stagedspec.__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+# ---- demo -------------------------------------------------------------------------------------------------------
+
+
+@app.command(
+    epilog="Example: [bold]stagedspec demo[/bold]. The same with other models: "
+    "[bold]stagedspec demo --target gpt2-large --draft distilgpt2[/bold]"
+)
+@clear_errors
+def demo(
+    max_new_tokens: Annotated[int, typer.Option(help="New tokens of each completion.")] = 96,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each mode on each prompt.")] = 2,
+    seed: Annotated[int, typer.Option(help="Seed of the sampled half.")] = 0,
+    target: Target = None,
+    draft: Draft = None,
+    ngram: Ngram = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    backend: Backend = "auto",
+    as_json: Json = False,
+    no_color: NoColor = False,
+) -> None:
+    """Complete a few Python prompts in all four modes: the text, the speed, and whether the outputs are the same.
+
+    Each token is coloured by the model that first proposed it. Exit status 1 if any output differs from plain
+    (autoregressive) decoding.
+    """
+    console = Console(no_color=no_color or None, highlight=False, quiet=as_json)
+    decoder = load_decoder(target, draft, ngram, device, dtype, backend)
+    samplings = {
+        "greedy": {"do_sample": False},
+        "sampled, top-k 50, T=1": {"do_sample": True, "top_k": 50, "seed": seed},
+    }
+    report, same = [], True
+    for name, sampling in samplings.items():
+        settings = {"max_new_tokens": max_new_tokens, **sampling}
+        console.rule(f"[bold]{name}[/bold]", align="left")
+        if not as_json:
+            print_legend(console)
+            for prompt in DEMO_PROMPTS:
+                console.print()
+                stream(console, decoder, prompt, mode="staged", **settings)
+        rows, completions = _measure(decoder, settings, repeats)
+        console.print()
+        console.print(table(rows, f"{len(DEMO_PROMPTS)} prompts, {max_new_tokens} new tokens, {name}"))
+        same = same and all(row.identical for row in rows)
+        report.append({"sampling": name, "modes": [row.as_dict() for row in rows], "completions": completions})
+    if as_json:
+        typer.echo(json.dumps({"identical": same, "samplings": report}, indent=2))
+    elif same:
+        console.print("Every mode gave exactly the tokens of autoregressive decoding.")
+    else:
+        console.print("OUTPUTS DIFFER from autoregressive decoding: this is a bug, please report it.", style="bold red")
+    if not same:
+        raise typer.Exit(1)
+
+
+def _measure(decoder, settings: dict, repeats: int) -> tuple[list, list[dict]]:
+    """Times all modes on the demo's prompts, a warm-up first; gives the rows and the staged completions."""
+    completions: dict[str, dict] = {}
+
+    def side(mode: str) -> Callable[[str], Run]:
+        def run(prompt: str) -> Run:
+            completion = decoder.complete(prompt, mode=mode, **settings)
+            if mode == "staged":
+                parts = {"prompt": prompt, "text": completion.text, "origins": list(completion.origins)}
+                completions.setdefault(prompt, parts)
+            return Run(list(completion.tokens), completion.stats.as_dict())
+
+        return run
+
+    sides = {mode: side(mode) for mode in MODES}
+    with progress_bar(auto_refresh=False) as progress:
+        task = progress.add_task("timing the modes", total=len(MODES) * (len(DEMO_PROMPTS) * repeats + 1))
+        for run in sides.values():
+            run(DEMO_PROMPTS[0])
+            progress.update(task, advance=1, refresh=True)
+        rows = compare(sides, DEMO_PROMPTS, repeats, on_run=lambda *_: progress.update(task, advance=1, refresh=True))
+    return rows, list(completions.values())
+
+
+def progress_bar(*columns, auto_refresh: bool = True, transient: bool = True):
+    """A rich Progress on stderr, silent where that is no terminal.
+
+    columns: further rich columns. auto_refresh: False where time is measured, so that no thread draws meanwhile.
+    transient: whether the bar vanishes at the end.
+    """
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        *columns,
+        console=console,
+        transient=transient,
+        auto_refresh=auto_refresh,
+        disable=not console.is_terminal,
+    )
+
+
+# ---- generate ---------------------------------------------------------------------------------------------------
+
+
+@app.command(
+    epilog="Examples: [bold]stagedspec generate 'def fibonacci(n):'[/bold]; with sampling: [bold]stagedspec generate "
+    "--sample --top-k 50 --seed 7 'import os'[/bold]; from a pipe: "
+    "[bold]head -20 file.py | stagedspec generate -[/bold]"
+)
+@clear_errors
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="Text to complete; - reads it from stdin.")] = None,
+    file: Annotated[Path | None, typer.Option(help="Read the prompt from a file instead; - is stdin.")] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="New tokens at most.")] = 128,
+    mode: Annotated[Mode, typer.Option(help="How to decode; the output is the same in every mode.")] = Mode.staged,
+    sample: Annotated[
+        bool, typer.Option("--sample", help="Sample; without it, greedy.", rich_help_panel="Sampling")
+    ] = False,
+    temperature: Annotated[float | None, typer.Option(help="Above 0; default 1.", rich_help_panel="Sampling")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Keep the k likeliest tokens.", rich_help_panel="Sampling")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Nucleus sampling.", rich_help_panel="Sampling")] = None,
+    min_p: Annotated[
+        float | None, typer.Option(help="Drop tokens below this share of the likeliest.", rich_help_panel="Sampling")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text.", rich_help_panel="Sampling")] = 0,
+    target: Target = None,
+    draft: Draft = None,
+    ngram: Ngram = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    backend: Backend = "auto",
+    nodes: Nodes = None,
+    depth: Depth = None,
+    width: Width = None,
+    passes: Passes = None,
+    stats: Annotated[bool, typer.Option("--stats", help="Print statistics to stderr at the end.")] = False,
+    as_json: Json = False,
+    no_color: NoColor = False,
+) -> None:
+    """Complete a prompt, streaming to the terminal; each token is coloured by the model that first proposed it."""
+    text = _prompt_text(prompt, file)
+    settings = {"max_new_tokens": max_new_tokens, "mode": mode.value, "do_sample": sample, "seed": seed}
+    warpers = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    warpers = {name: value for name, value in warpers.items() if value is not None}
+    if warpers and not sample:
+        options = ", ".join("--" + name.replace("_", "-") for name in warpers)
+        raise ValueError(f"{options} given without --sample: greedy decoding would ignore it; add --sample")
+    settings |= warpers
+    decoder = load_decoder(
+        target, draft, ngram, device, dtype, backend, nodes=nodes, depth=depth, width=width, passes=passes
+    )
+    if as_json:
+        completion = decoder.complete(text, **settings)
+        result = {
+            "prompt": text,
+            "text": completion.text,
+            "tokens": list(completion.tokens),
+            "origins": list(completion.origins),
+            "settings": settings,
+            "stats": completion.stats.as_dict(),
+        }
+        typer.echo(json.dumps(result, indent=2))
+        return
+    stream(Console(no_color=no_color or None, highlight=False), decoder, text, **settings)
+    if stats:
+        _print_stats(decoder.last_stats.as_dict())
+
+
+def _prompt_text(prompt: str | None, file: Path | None) -> str:
+    if (prompt is None) == (file is None):
+        raise ValueError("expected either PROMPT or --file, and one of them only; PROMPT - reads stdin")
+    if file is not None and str(file) != "-" and not file.is_file():
+        raise ValueError(f"no such file: {file}")
+    try:
+        if "-" in (prompt, str(file)):
+            text = sys.stdin.read()
+        else:
+            text = prompt if file is None else file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the prompt is not UTF-8 text: {error}") from None
+    if not text:
+        raise ValueError("the prompt is empty; give at least one character")
+    return text
+
+
+def _print_stats(values: dict) -> None:
+    from rich.table import Table
+
+    grid = Table(show_header=False, box=None)
+    for name, value in values.items():
+        if isinstance(value, dict):
+            shown = ", ".join(f"{key} {_number(part)}" for key, part in value.items())
+        elif isinstance(value, list):
+            shown = ", ".join(_number(part) for part in value)
+        else:
+            shown = _number(value)
+        grid.add_row(name.replace("_", " "), shown)
+    Console(stderr=True).print(grid)
+
+
+def _number(value) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+# ---- fit-ngram --------------------------------------------------------------------------------------------------
+
+
+@app.command(
+    "fit-ngram",
+    epilog="Examples: [bold]stagedspec fit-ngram --draft distilgpt2 --out ngram.safetensors[/bold] samples the draft; "
+    "[bold]stagedspec fit-ngram --draft distilgpt2 --text src/ --out ngram.safetensors[/bold] reads files. "
+    "Then: [bold]stagedspec generate --target gpt2-large --draft distilgpt2 --ngram ngram.safetensors ...[/bold]",
+)
+@clear_errors
+def fit_ngram(
+    out: Annotated[Path, typer.Option(help="File to write, safetensors.")],
+    draft: Annotated[
+        str | None,
+        typer.Option(help="Draft model to fit for, a hub id or a folder. Default: the embedded draft."),
+    ] = None,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(help="Fit on text files instead, or all .py files of folders; may be given several times."),
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Tokenizer for --text, a hub id or a folder. Default: the draft's own.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens to sample; the paper used 120 million.")] = 1_000_000,
+    temperature: Annotated[float, typer.Option(help="Of the samples; the paper used 1.5.")] = 1.5,
+    batch: Annotated[int, typer.Option(help="Rows sampled at once.")] = 64,
+    seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
+    work_dir: Annotated[
+        Path | None, typer.Option(help="Folder of finished samples, for going on later. Default: OUT.samples")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+) -> None:
+    """Fit the n-gram table (Katz back-off trigram) that guesses ahead of the draft.
+
+    By default on samples of the draft, as the paper did; interrupted, the same command goes on. With --text, on files.
+    """
+    from rich.progress import TextColumn
+
+    from stagedspec.gpt2 import read_checkpoint
+    from stagedspec.loading import load_tokenizer, resolve_device
+    from stagedspec.ngram import fit_from_text, fit_table
+    from stagedspec.training.sample import sample_shards
+
+    if out.is_dir():
+        raise ValueError(f"--out must be a file, but {out} is a folder")
+    if draft is None:
+        assets = Path(stagedspec.__file__).parent / "assets"
+        if not (assets / "draft").is_dir():
+            raise ValueError("this installation has no embedded models; name a draft with --draft")
+        draft, tokenizer = str(assets / "draft"), tokenizer or str(assets / "target")
+    where = resolve_device(device)
+    files = _text_files(text) if text else []
+    quiet_transformers()
+    model = read_checkpoint(draft, "draft")
+    vocab_size, end_of_text = model.config.vocab_size, model.config.eos_token_id
+    with progress_bar(TextColumn("{task.fields[rate]}")) as progress:
+        task = progress.add_task("fitting" if files else "sampling", total=None, rate="")
+        if files:
+            loaded = load_tokenizer(tokenizer or draft)
+            if loaded is None:
+                raise ValueError(
+                    f"{tokenizer or draft} has no tokenizer to read --text with; name one with --tokenizer"
+                )
+            table = fit_from_text(
+                files,
+                loaded,
+                vocab_size,
+                progress=lambda done, total: progress.update(task, completed=done, total=total),
+            )
+        else:
+            if not isinstance(end_of_text, int) or not 0 <= end_of_text < vocab_size:
+                raise ValueError(f"{draft} names no end-of-text token (eos_token_id), from which sampling starts")
+
+            def report(values: dict) -> None:
+                rate = f"{values['tokens_per_second']:.0f} tokens/s"
+                progress.update(task, completed=values["step"], total=values["steps"], rate=rate)
+
+            import torch
+
+            shards = sample_shards(
+                model.to(where).eval(),
+                tokens,
+                temperature,
+                work_dir or out.with_name(out.name + ".samples"),
+                torch.full((2,), end_of_text),  # every row starts from the end of text alone
+                batch=batch,
+                length=min(256, model.config.n_positions),
+                longest_prompt=1,
+                seed=seed,
+                report=report,
+            )
+            table = fit_table(shards, vocab_size, separator=end_of_text)
+        table.save(out)
+    typer.echo(f"{out}: fitted on {table.fitted_tokens:,} tokens, {out.stat().st_size / 1e6:.1f} MB")
+
+
+def _text_files(paths: list[Path]) -> list[Path]:
+    """The files named, and all .py files of the folders named."""
+    files = []
+    for path in paths:
+        found = sorted(path.rglob("*.py")) if path.is_dir() else [path]
+        if not found:
+            raise ValueError(f"the folder {path} holds no .py file")
+        files += found
+    return files
+
+
+# ---- train ------------------------------------------------------------------------------------------------------
+
+
+@app.command(
+    epilog="Examples: [bold]stagedspec train --out run --preset tiny[/bold] takes a minute; "
+    "[bold]stagedspec train --out run --source ~/code[/bold] trains on your own Python; "
+    "[bold]stagedspec train --out run --preset gpt2-large --source ~/code[/bold] on a GPU. "
+    "Then: [bold]stagedspec demo --target run/assets/target --draft run/assets/draft "
+    "--ngram run/assets/ngram.safetensors[/bold]"
+)
+@clear_errors
+def train(
+    out: Annotated[Path, typer.Option(help="Folder of the run; the models come to lie in OUT/assets.")],
+    preset: Annotated[
+        str, typer.Option(help="embedded (70 minutes on 2 CPU cores), tiny (a trial) or gpt2-large (one GPU).")
+    ] = "embedded",
+    source: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Python source: stdlib, an installed package or a folder; may be given several times. "
+            "Default: the preset's."
+        ),
+    ] = None,
+    vocab_size: Annotated[int | None, typer.Option(help="Tokens of the vocabulary.")] = None,
+    target_tokens: Annotated[int | None, typer.Option(help="Tokens the target is trained on.")] = None,
+    draft_tokens: Annotated[int | None, typer.Option(help="Tokens the draft is distilled on.")] = None,
+    target_samples: Annotated[int | None, typer.Option(help="Tokens sampled from the target for the draft.")] = None,
+    draft_samples: Annotated[int | None, typer.Option(help="Tokens sampled from the draft for the n-gram.")] = None,
+    target_micro_batch: Annotated[
+        int | None, typer.Option(help="Blocks of one target pass; lower it when memory runs out.")
+    ] = None,
+    draft_micro_batch: Annotated[int | None, typer.Option(help="Blocks of one draft pass.")] = None,
+    evaluate_every: Annotated[int | None, typer.Option(help="Steps between two held-out evaluations.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the initial weights and the samples.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print progress as JSON lines instead of bars.")] = False,
+) -> None:
+    """Train a target, a draft distilled from it, and the n-gram table: the whole recipe, resumable.
+
+    Interrupted, the same command goes on where it was. The models then serve in --target, --draft and --ngram.
+    """
+    from dataclasses import replace
+
+    from rich.progress import TextColumn
+
+    from stagedspec.training import recipe
+
+    given = {
+        "sources": tuple(source) if source else None,
+        "vocab_size": vocab_size,
+        "target_samples": target_samples,
+        "draft_samples": draft_samples,
+        "target_micro_batch": target_micro_batch,
+        "draft_micro_batch": draft_micro_batch,
+        "evaluate_every": evaluate_every,
+        "seed": seed,
+    }
+    settings = {name: value for name, value in given.items() if value is not None}
+    config = recipe.preset(preset, device=device)
+    for name, budget in (("target_fit", target_tokens), ("draft_fit", draft_tokens)):
+        if budget is not None:
+            if budget < 1:
+                raise ValueError(f"--{name.removesuffix('_fit')}-tokens must be at least 1, got {budget}")
+            settings[name] = replace(getattr(config, name), tokens=budget)
+    config = replace(config, **settings)
+    quiet_transformers()
+    with progress_bar(TextColumn("{task.fields[figures]}"), transient=False) as progress:
+        tasks: dict[str, int] = {}
+        latest: dict[str, dict] = {}
+
+        def show(values: dict) -> None:
+            stage = values["stage"]
+            if as_json:
+                typer.echo(json.dumps(values))
+            if stage not in tasks:
+                tasks[stage] = progress.add_task(stage, total=None, figures="")
+            if values.get("skipped"):
+                progress.update(tasks[stage], completed=1, total=1, figures="done before")
+                return
+            known = latest.setdefault(stage, {})
+            known.update(values)
+            figures = training_figures(known)
+            progress.update(tasks[stage], completed=values["step"], total=values["steps"], figures=figures)
+            # Where no bar is drawn, a log still wants the evaluations and the ends of stages.
+            if progress.disable and not as_json and ("heldout_bpb" in values or values["step"] == values["steps"]):
+                typer.echo(f"{stage} {values['step']}/{values['steps']} {figures}".rstrip())
+
+        assets = recipe.train(config, out, show)
+    if not as_json:
+        typer.echo(f"The models are in {assets}; the model card is {assets / 'README.md'}.")
+
+
+def training_figures(values: dict) -> str:
+    """The figures of a training stage that are known so far, in one line."""
+    forms = (
+        ("loss", "loss {:.3f}"),
+        ("heldout_bpb", "held-out {:.3f} bits/byte"),
+        ("agreement", "accepted {:.1%}"),
+        ("tokens_per_second", "{:,.0f} tokens/s"),
+        ("tflops", "{:.3g} TFLOP/s"),
+    )
+    return ", ".join(form.format(values[name]) for name, form in forms if values.get(name) is not None)

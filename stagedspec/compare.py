@@ -1,0 +1,163 @@
+"""Decoders side by side on the same prompts: the demo's table and `bench/decode.py`.
+
+The sides alternate on every prompt, in an order that rotates, so that a machine that slows down or warms up does so for
+all of them. A speed-up is the median of ratios of pairs that ran next to each other, and there is none for a side whose
+tokens differ from the baseline's.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from statistics import median
+from typing import TypeVar
+
+Prompt = TypeVar("Prompt")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One generation: the new tokens, and the generation's statistics as `Stats.as_dict()` gives them (or nothing)."""
+
+    tokens: list[int]
+    stats: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One side over all prompts and repeats. A value that this side does not have is None.
+
+    tokens_per_second: new tokens over the whole call's time, prefill included; the median over prompts and repeats.
+    total_tokens_per_second: all new tokens over all time.
+    speedup: the median of the paired ratios of time to the baseline's; None where outputs differ or cannot be compared.
+    identical: whether every output equals the baseline's, token by token; None where that was not asked.
+    differing: how many outputs do not.
+    tokens_per_step: accepted tokens and the bonus token, a step.
+    weight_bytes_per_token: relative to autoregressive decoding.
+    overhead: the share of a step's time outside model passes.
+    """
+
+    name: str
+    tokens_per_second: float
+    total_tokens_per_second: float
+    speedup: float | None
+    identical: bool | None
+    differing: int
+    new_tokens: int
+    seconds: float
+    steps: int | None
+    tokens_per_step: float | None
+    target_passes: int | None
+    draft_passes: int | None
+    weight_bytes_per_token: float | None
+    overhead: float | None
+
+    def as_dict(self) -> dict:
+        """The row as JSON can hold it."""
+        return asdict(self)
+
+
+def compare(
+    sides: dict[str, Callable[[Prompt], Run]],
+    prompts: Sequence[Prompt],
+    repeats: int = 1,
+    incomparable: frozenset[str] = frozenset(),
+    on_run: Callable[[str, int, Run, float], None] | None = None,
+) -> list[Row]:
+    """Runs every side on every prompt, `repeats` times, and sums up; the first side is the baseline.
+
+    sides: name to a function from a prompt to its Run; the caller warms them up.
+    incomparable: sides whose tokens are not expected to equal the baseline's (another random number generator).
+    on_run: called after each run with the side's name, the prompt's index, the run and its seconds.
+
+    Raises ValueError without sides or prompts, or if repeats is not positive.
+    """
+    if not sides or not prompts or repeats < 1:
+        raise ValueError(
+            f"expected at least one side, one prompt and one repeat; got {len(sides)}, {len(prompts)} and {repeats}"
+        )
+    names = list(sides)
+    runs: dict[str, list[tuple[Run, float]]] = {name: [] for name in names}
+    for repeat in range(repeats):
+        for index, prompt in enumerate(prompts):
+            shift = (index + repeat) % len(names)
+            for name in names[shift:] + names[:shift]:
+                started = time.perf_counter()
+                run = sides[name](prompt)
+                seconds = time.perf_counter() - started
+                runs[name].append((run, seconds))
+                if on_run is not None:
+                    on_run(name, index, run, seconds)
+    baseline = runs[names[0]]
+    return [_row(name, runs[name], baseline, name not in incomparable) for name in names]
+
+
+def _row(name: str, runs: list[tuple[Run, float]], baseline: list[tuple[Run, float]], comparable: bool) -> Row:
+    pairs = list(zip(runs, baseline, strict=True))
+    differing = sum(run.tokens != base.tokens for (run, _), (base, _) in pairs) if comparable else 0
+    identical = differing == 0 if comparable else None
+    ratios = [base_seconds / seconds for (_, seconds), (_, base_seconds) in pairs]
+    tokens = sum(len(run.tokens) for run, _ in runs)
+    seconds = sum(seconds for _, seconds in runs)
+    steps = _total(runs, "steps")
+    return Row(
+        name=name,
+        tokens_per_second=median(len(run.tokens) / seconds for run, seconds in runs),
+        total_tokens_per_second=tokens / seconds,
+        speedup=median(ratios) if identical else None,
+        identical=identical,
+        differing=differing,
+        new_tokens=tokens,
+        seconds=seconds,
+        steps=steps,
+        tokens_per_step=tokens / steps if steps else None,
+        target_passes=_total(runs, "target_passes"),
+        draft_passes=_total(runs, "draft_passes"),
+        weight_bytes_per_token=_mean(runs, "weight_bytes_per_token"),
+        overhead=_mean(runs, "overhead"),
+    )
+
+
+def _total(runs: list[tuple[Run, float]], key: str) -> int | None:
+    values = [run.stats.get(key) for run, _ in runs]
+    return None if None in values else sum(values)
+
+
+def _mean(runs: list[tuple[Run, float]], key: str) -> float | None:
+    """The mean over runs, weighted by their new tokens."""
+    values = [run.stats.get(key) for run, _ in runs]
+    weights = [len(run.tokens) for run, _ in runs]
+    if None in values or not sum(weights):
+        return None
+    return sum(value * weight for value, weight in zip(values, weights, strict=True)) / sum(weights)
+
+
+def table(rows: list[Row], title: str):
+    """The rows as a rich Table that fits 80 columns; the first is the baseline."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    result = Table(title=title, title_justify="left", box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    result.add_column("\nmode", no_wrap=True)
+    for heading in ("tokens\n/s", "speed-\nup", "tokens\n/step", "target\npasses", "draft\npasses"):
+        result.add_column(heading, justify="right", no_wrap=True)
+    for heading in ("rel.\nbytes", "over-\nhead"):
+        result.add_column(heading, justify="right", no_wrap=True)
+    result.add_column("same\noutput", no_wrap=True)
+    outputs = {None: "-", True: "yes"}
+    for row in rows:
+        result.add_row(
+            row.name,
+            f"{row.tokens_per_second:.{0 if row.tokens_per_second >= 100 else 1}f}",
+            _shown(row.speedup, ".2f", "x"),
+            _shown(row.tokens_per_step, ".2f"),
+            _shown(row.target_passes, "d"),
+            _shown(row.draft_passes, "d"),
+            _shown(row.weight_bytes_per_token, ".2f"),
+            _shown(None if row.overhead is None else 100 * row.overhead, ".0f", "%"),
+            outputs.get(row.identical, f"NO ({row.differing})"),
+        )
+    return result
+
+
+def _shown(value: float | None, form: str, unit: str = "") -> str:
+    return "-" if value is None else f"{value:{form}}{unit}"

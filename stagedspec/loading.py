@@ -1,0 +1,137 @@
+"""Where models come from and where they run: checkpoints, tokenizers, devices, dtypes."""
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
+
+from stagedspec.gpt2 import check_config
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """ "auto" is the GPU if there is one. Raises ValueError for a device that cannot be used."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device must be 'auto', 'cpu' or a GPU such as 'cuda:0', got {device!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be a CPU or a CUDA GPU, got {device}")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device} was asked for, but torch sees no CUDA GPU; use device='cpu'")
+    return device
+
+
+def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """ "auto" is bfloat16 on a GPU that has it, else float32. Raises ValueError for an unknown dtype."""
+    if dtype == "auto":
+        # Half precision only where it is faster: CPUs emulate it (see kernels/reference.py).
+        half = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if half else torch.float32
+    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if found not in DTYPES.values():
+        raise ValueError(f"dtype must be 'auto', {', '.join(DTYPES)} or the torch dtype of that name, got {dtype!r}")
+    return found
+
+
+def read_checkpoint(source: "str | Path | GPT2LMHeadModel", role: str) -> GPT2LMHeadModel:
+    """A hub id, a local folder as `save_pretrained` writes it, or a GPT2LMHeadModel, to a GPT2LMHeadModel.
+
+    Only safetensors are read, nothing is unpickled and no remote code runs. role ("target", "draft") is for messages.
+    Raises ValueError for a missing, foreign or damaged checkpoint and for a hub id that cannot be reached.
+    """
+    if isinstance(source, GPT2LMHeadModel):
+        check_config(source.config)
+        return source
+    if not isinstance(source, (str, Path)):
+        raise ValueError(f"{role} must be a hub id, a folder or a GPT2LMHeadModel, got {type(source).__name__}")
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        _check_folder(folder, role)
+    elif folder.exists() or isinstance(source, Path) or str(source).startswith((".", "/", "~")):
+        raise ValueError(f"{role}: no checkpoint folder at {source}")
+    location = str(folder if folder.is_dir() else source)
+    try:
+        model, notes = GPT2LMHeadModel.from_pretrained(
+            location, use_safetensors=True, trust_remote_code=False, output_loading_info=True, dtype="auto"
+        )
+    except ValueError:
+        raise
+    except Exception as error:  # the hub client, safetensors and transformers each raise their own kinds
+        if folder.is_dir():
+            raise ValueError(f"{role}: the checkpoint in {source} cannot be loaded: {error}") from error
+        raise ValueError(
+            f"{role}: {source!r} is no local folder and could not be fetched from the model hub "
+            f"({type(error).__name__}). "
+            "Check the name and the network, or give a folder written by save_pretrained"
+        ) from error
+    missing = sorted(notes["missing_keys"])
+    if missing or notes.get("mismatched_keys"):
+        raise ValueError(
+            f"{role}: the checkpoint in {source} does not fit its config: "
+            f"missing {missing[:3]}, mismatched {list(notes.get('mismatched_keys', ()))[:3]}"
+        )
+    return model
+
+
+def _check_folder(folder: Path, role: str) -> None:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{role}: {folder} has no config.json; expected a folder written by save_pretrained")
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{role}: {path} is not valid JSON: {error}") from error
+    if not isinstance(values, dict) or values.get("model_type") != "gpt2":
+        kind = values.get("model_type") if isinstance(values, dict) else type(values).__name__
+        raise ValueError(f"{role}: {folder} holds a {kind!r} model; expected model_type 'gpt2'")
+    if not list(folder.glob("*.safetensors")):
+        raise ValueError(
+            f"{role}: {folder} has no .safetensors file. Pickled weights are never loaded: "
+            "convert them with save_pretrained(..., safe_serialization=True)"
+        )
+    check_config(GPT2Config(**{k: v for k, v in values.items() if k != "model_type"}))
+
+
+def end_of_sequence(model: GPT2LMHeadModel) -> list[int]:
+    """The model's own end-of-sequence ids; ids outside its vocabulary can never come up and are dropped."""
+    eos = model.generation_config.eos_token_id
+    eos = model.config.eos_token_id if eos is None else eos
+    ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+    return [token for token in ids if 0 <= token < model.config.vocab_size]
+
+
+def load_tokenizer(source: object) -> PreTrainedTokenizerBase | None:
+    """The tokenizer beside a checkpoint, or None if there is none."""
+    if isinstance(source, PreTrainedTokenizerBase):
+        return source
+    if not isinstance(source, (str, Path)):
+        return None
+    folder = Path(source).expanduser()
+    if folder.is_dir() and not (folder / "tokenizer.json").exists() and not (folder / "vocab.json").exists():
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(str(folder if folder.is_dir() else source), trust_remote_code=False)
+    except Exception as error:  # tokenizers raises a bare Exception for a damaged file
+        raise ValueError(f"the tokenizer of {source} cannot be loaded: {error}") from error
+
+
+def check_same_tokens(target: PreTrainedTokenizerBase | None, draft: PreTrainedTokenizerBase | None) -> None:
+    """Raises ValueError, naming the first token that differs, unless two tokenizers are the same."""
+    if target is None or draft is None:
+        return
+    theirs, ours = draft.get_vocab(), target.get_vocab()
+    if theirs == ours:
+        return
+    by_id = sorted((index, token) for token, index in ours.items())
+    for index, token in by_id:
+        if theirs.get(token) != index:
+            raise ValueError(
+                f"target and draft must share the vocabulary: token {index} is {token!r} for the target, "
+                f"and the draft has it as {theirs.get(token)} (sizes {len(ours)} and {len(theirs)})"
+            )
+    raise ValueError(f"target and draft must share the vocabulary: sizes {len(ours)} and {len(theirs)}")

@@ -1,0 +1,1 @@
+"""The paper's training recipe: corpus, target, distilled draft, n-gram table."""

@@ -1,0 +1,152 @@
+"""The model card of an export: what was trained, on what, how long, and how good it is."""
+
+import json
+import platform
+import sys
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from stagedspec.training.corpus import source_folder
+
+
+def source_line(source: str) -> str:
+    """Name, version and licence of a source, never its place on this machine."""
+    if source == "stdlib":
+        return f"The Python standard library {platform.python_version()} (PSF-2.0)"
+    if Path(source).expanduser().is_dir():
+        return f"The folder `{Path(source).expanduser().resolve().name}` (licence: see there)"
+    names = metadata.packages_distributions().get(source)
+    if names:
+        found = metadata.metadata(names[0])
+        return f"{found['Name']} {found['Version']} ({_licence(found)})"
+    if source in sys.stdlib_module_names:
+        return f"The Python standard library {platform.python_version()}, package `{source}` (PSF-2.0)"
+    return f"{source_folder(source).name} (licence: see there)"
+
+
+def _licence(found) -> str:
+    if found.get("License-Expression"):
+        return found["License-Expression"]
+    classified = [line.split("::")[-1].strip() for line in found.get_all("Classifier", []) if "License ::" in line]
+    if classified:
+        return ", ".join(classified)
+    return (found.get("License") or "licence not stated").strip().splitlines()[0]
+
+
+def stage_seconds(path: Path, tokens_per_step: int | None = None) -> float | None:
+    """Time spent in a stage, all its runs together, from its log; None without a log."""
+    if not path.exists():
+        return None
+    total = 0.0
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            values = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # cut off when the run was killed
+        if "seconds" in values:
+            total += values["seconds"]
+        elif tokens_per_step and values.get("tokens_per_second"):
+            total += tokens_per_step / values["tokens_per_second"]
+    return total
+
+
+def model_card(config: dict, preset: str | None, out: Path, stages: Iterable[str], measured: dict) -> str:
+    """The card as Markdown.
+
+    config: TrainConfig as a dict; preset: its name, if it is one; measured: parameters, held-out figures, acceptance.
+    """
+    target, draft, acceptance = measured["target"], measured["draft"], measured["acceptance"]
+    ratio = target["parameters"] / draft["parameters"]
+    assets = out / "assets"
+    sizes = {
+        name: (assets / name).stat().st_size / 1e6
+        for name in ("target/model.safetensors", "draft/model.safetensors", "ngram.safetensors")
+    }
+    total = sum(path.stat().st_size for path in assets.rglob("*") if path.is_file()) / 1e6
+    device = torch.device("cuda" if torch.cuda.is_available() and config["device"] != "cpu" else "cpu")
+    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
+    command = f"`stagedspec train --preset {preset}`" if preset else "`stagedspec train` with the settings below"
+    lines = [
+        "---",
+        "license: apache-2.0",
+        "library_name: transformers",
+        "tags: [gpt2, code, python, speculative-decoding]",
+        "---",
+        "",
+        "# Target, draft and n-gram for staged speculative decoding",
+        "",
+        "Three models of Python source for lossless staged speculative decoding (arXiv 2308.04623): a GPT-2 target, a"
+        f" draft {ratio:.1f} times smaller distilled from it, and a Katz trigram table fitted on the draft's samples."
+        " They show the decoder at work; they are far too small to be relied on for code.",
+        "",
+        "## Models",
+        "",
+        "| | layers x width x heads | parameters | file, MB | held-out loss, nats a token | held-out bits per byte |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, values in (("target", target), ("draft", draft)):
+        shape = config[name]
+        lines.append(
+            f"| {name} | {shape['layers']} x {shape['width']} x {shape['heads']} | {values['parameters']:,} | "
+            f"{sizes[f'{name}/model.safetensors']:.2f} | {values['heldout_loss']:.3f} | {values['heldout_bpb']:.3f} |"
+        )
+    lines += [
+        f"| n-gram | {config['ngram_contexts']:,} contexts at most x {config['ngram_successors']} successors | | "
+        f"{sizes['ngram.safetensors']:.2f} | | |",
+        "",
+        f"Float16 safetensors, {total:.1f} MB in all. Byte-level BPE of {config['vocab_size']:,} tokens (id 0 ends a"
+        f" text), {config['n_positions']} positions. The held-out figures are of these half-precision weights.",
+        "",
+        "Draft against target on held-out text: the same first choice at"
+        f" {acceptance['agreement']:.1%} of positions, the target's first choice among the draft's first four at"
+        f" {acceptance['top4']:.1%}, overlap of the distributions at temperature 1 (one minus total variation)"
+        f" {acceptance['overlap']:.1%}, KL {acceptance['kl']:.3f} nats.",
+        "",
+        "## Data",
+        "",
+        "Python files of the following, without tests, vendored copies and duplicates; one file in fifty is held out.",
+        "",
+        *(f"- {line}" for line in _sources(config, out)),
+        "",
+        f"The draft saw {config['sample_share']:.0%} samples of the target ({config['target_samples']:,} tokens, at"
+        f" temperatures {', '.join(map(str, config['target_temperatures']))}) and {1 - config['sample_share']:.0%}"
+        f" corpus. The n-gram was fitted on {config['draft_samples']:,} tokens of the draft at temperature"
+        f" {config['draft_temperature']}. A sampled row begins with up to {config['longest_prompt']} tokens of the"
+        " training corpus.",
+        "",
+        "## Training",
+        "",
+        f"Made by {command}, on: {machine}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python"
+        f" {platform.python_version()}. The seconds are those of all runs of a stage together.",
+        "",
+        "| stage | tokens | seconds |",
+        "|---|---|---|",
+    ]
+    tokens = {
+        "target": config["target_fit"]["tokens"],
+        "draft": config["draft_fit"]["tokens"],
+        "target-samples": config["target_samples"],
+        "draft-samples": config["draft_samples"],
+    }
+    for stage in stages:
+        fit = config.get(f"{stage}_fit")
+        seconds = stage_seconds(out / f"{stage}.jsonl", fit and fit["batch"] * fit["block"])
+        shown = "not recorded" if seconds is None else f"{seconds:.0f}"
+        lines.append(f"| {stage} | {tokens.get(stage, '')} | {shown} |")
+    settings = {key: value for key, value in config.items() if key not in ("sources", "device")}
+    lines += ["", "```json", json.dumps(settings, indent=1), "```", ""]
+    return "\n".join(lines)
+
+
+def _sources(config: dict, out: Path) -> list[str]:
+    """The sources as they were when the corpus was made, or, where that was not logged, as they are installed now."""
+    path = out / "corpus.jsonl"
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            values = json.loads(line)
+            if "sources" in values:
+                return values["sources"]
+    return [source_line(source) for source in config["sources"]]

@@ -1,0 +1,76 @@
+"""Distillation: the draft learns the target's whole next-token distribution, partly on the target's own text.
+
+Word-level distillation at temperature 1 (Hinton, Vinyals, Dean, arXiv 1503.02531, section 2) on a mix of corpus and
+sampled text, as speculative decoding wants it: what is accepted is decided by the target's distribution on text that
+the target writes (DistillSpec, arXiv 2310.08461, section 4).
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from transformers import GPT2LMHeadModel
+
+from stagedspec.training.fit import FitConfig, autocast, sample_blocks
+
+
+def mixed_blocks(
+    corpus: torch.Tensor, samples: torch.Tensor, share: float, config: FitConfig, step: int
+) -> torch.Tensor:
+    """The batch of a step: LongTensor [batch, block + 1], the first round(share * batch) rows from samples.
+
+    corpus [T], samples [S]: token streams; offsets are drawn from (seed, step).
+    """
+    count = round(share * config.batch)
+    return torch.cat([sample_blocks(samples, config, step)[:count], sample_blocks(corpus, config, step)[count:]])
+
+
+def distillation_loss(teacher: GPT2LMHeadModel) -> Callable[[torch.nn.Module, torch.Tensor], torch.Tensor]:
+    """The loss KL(teacher || model) in nats a token, over all positions of blocks [B, T + 1] but the last.
+
+    Whole vocabulary, fp32, temperature 1. The teacher runs without gradients, under the caller's autocast.
+    """
+    teacher.requires_grad_(False).eval()
+
+    def loss(model: torch.nn.Module, blocks: torch.Tensor) -> torch.Tensor:
+        inputs = blocks[:, :-1]
+        with torch.no_grad():
+            wanted = F.log_softmax(teacher(input_ids=inputs, use_cache=False).logits.flatten(0, 1).float(), dim=-1)
+        given = F.log_softmax(model(input_ids=inputs, use_cache=False).logits.flatten(0, 1).float(), dim=-1)
+        return F.kl_div(given, wanted, reduction="batchmean", log_target=True)
+
+    return loss
+
+
+@torch.no_grad()
+def acceptance(target: GPT2LMHeadModel, draft: GPT2LMHeadModel, blocks: torch.Tensor) -> dict[str, float]:
+    """How well the draft guesses the target, over all positions of blocks [N, T + 1] but the last of each.
+
+    agreement: the argmax is the same: greedy acceptance of a single guess.
+    overlap:   mean of sum_x min(p, q) at temperature 1, that is 1 - total variation: what speculative sampling
+               accepts of a single guess (Leviathan, Kalman, Matias, arXiv 2211.17192, corollary 3.6).
+    top4:      the target's argmax is among the draft's first four: greedy acceptance of four children.
+    kl:        KL(target || draft) in nats.
+    """
+    target_mode, draft_mode = target.training, draft.training
+    target.eval(), draft.eval()
+    sums = torch.zeros(4, dtype=torch.float64)
+    count = 0
+    for part in blocks[:, :-1].split(4):
+        with autocast(target.device):
+            p = target(input_ids=part.to(target.device), use_cache=False).logits
+            q = draft(input_ids=part.to(draft.device), use_cache=False).logits
+        p = F.log_softmax(p.flatten(0, 1).float(), dim=-1)
+        q = F.log_softmax(q.flatten(0, 1).float(), dim=-1).to(p.device)
+        best = p.argmax(-1, keepdim=True)
+        guesses = q.topk(min(4, q.shape[-1]), dim=-1).indices
+        values = [
+            (q.argmax(-1, keepdim=True) == best).sum(),
+            torch.minimum(p, q).exp().sum(),
+            (guesses == best).any(-1).sum(),
+            F.kl_div(q, p, reduction="sum", log_target=True),
+        ]
+        sums += torch.stack([value.double() for value in values]).cpu()
+        count += len(p)
+    target.train(target_mode), draft.train(draft_mode)
+    return dict(zip(("agreement", "overlap", "top4", "kl"), (sums / count).tolist(), strict=True))

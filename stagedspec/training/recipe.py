@@ -1,0 +1,491 @@
+"""The paper's recipe as one resumable run: corpus, target, distilled draft, n-gram table, export.
+
+Spector & Re, arXiv 2308.04623, section 4: a target, a draft 15 to 20 times smaller trained on the same data, and a
+Katz trigram fitted on text sampled from the draft at temperature 1.5. Here the draft is also distilled on the target's
+text and logits. Stages, in order, and what each leaves in the run's folder:
+
+    corpus          corpus.safetensors, tokenizer/
+    target          target/checkpoint.safetensors
+    target-samples  target-samples/shard-*.safetensors
+    draft           draft/checkpoint.safetensors
+    draft-samples   draft-samples/shard-*.safetensors
+    ngram           ngram.safetensors
+    assets          assets/: what decoding loads
+
+A stage whose result is there is not run again, and a killed stage goes on where it was. `<stage>.jsonl` logs it.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers.utils import logging
+
+from stagedspec.loading import resolve_device
+from stagedspec.ngram import fit_table
+from stagedspec.training import card, distil, sample
+from stagedspec.training.corpus import Corpus, build, source_folder
+from stagedspec.training.fit import (
+    FitConfig,
+    cross_entropy,
+    finished_steps,
+    fit,
+    heldout_blocks,
+    heldout_loss,
+    load_weights,
+    sample_blocks,
+)
+
+STAGES = ("corpus", "target", "target-samples", "draft", "draft-samples", "ngram", "assets")
+Progress = Callable[[dict], None]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A GPT-2's size. inner: width of the MLP, 4 * width by default."""
+
+    layers: int
+    width: int
+    heads: int
+    inner: int | None = None
+
+    def __post_init__(self):
+        for name in ("layers", "width", "heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.width % self.heads:
+            raise ValueError(f"width must be a multiple of heads, got {self.width} and {self.heads}")
+        if self.inner is not None and self.inner < 1:
+            raise ValueError(f"inner must be at least 1, got {self.inner}")
+
+
+_TARGET_FIT = FitConfig(tokens=4_400_000, batch=4, block=512, learning_rate=1.5e-3)
+_DRAFT_FIT = FitConfig(tokens=1_600_000, batch=2, block=512, learning_rate=4e-3, seed=1)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """All settings of a run. The defaults train the embedded models: about 70 minutes on 2 CPU cores.
+
+    sources:            what corpus.source_folder takes: "stdlib", installed packages, folders.
+    target, draft:      sizes; target_fit, draft_fit: their training.
+    sample_share:       part of the draft's training batches that is the target's own text.
+    target_samples:     tokens of it, at target_temperatures in turn; target_rows x target_length tokens a shard.
+    draft_samples:      tokens that the n-gram is fitted on, at draft_temperature; draft_rows x draft_length a shard.
+    longest_prompt:     sampled rows begin with 1 to this many tokens of the corpus.
+    ngram_contexts, ngram_successors: size of the table.
+    target_micro_batch, draft_micro_batch: blocks a pass (memory), the whole batch by default.
+    evaluate_every:     steps between two held-out evaluations.
+    device:             "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:<n>". A run may go on on another one.
+
+    Raises ValueError for settings that cannot be.
+    """
+
+    sources: tuple[str, ...] = (
+        "stdlib",
+        "numpy",
+        "networkx",
+        "huggingface_hub",
+        "rich",
+        "matplotlib",
+        "typer",
+        "fsspec",
+        "jinja2",
+    )
+    vocab_size: int = 4096
+    n_positions: int = 512
+    target: Shape = Shape(layers=6, width=256, heads=4)
+    draft: Shape = Shape(layers=2, width=64, heads=2, inner=192)
+    target_fit: FitConfig = _TARGET_FIT
+    draft_fit: FitConfig = _DRAFT_FIT
+    sample_share: float = 0.5
+    target_samples: int = 131_072
+    target_temperatures: tuple[float, ...] = (1.0, 0.25)
+    target_rows: int = 64
+    target_length: int = 128
+    draft_samples: int = 1_500_000
+    draft_temperature: float = 1.5
+    draft_rows: int = 256
+    draft_length: int = 128
+    longest_prompt: int = 8
+    ngram_contexts: int = 32_768
+    ngram_successors: int = 4
+    target_micro_batch: int | None = None
+    draft_micro_batch: int | None = None
+    evaluate_every: int = 200
+    seed: int = 0
+    device: str = field(default="auto", compare=False)
+
+    def __post_init__(self):
+        if not self.sources:
+            raise ValueError('sources is empty: give "stdlib", an installed package or a folder')
+        if self.vocab_size < 257:
+            raise ValueError(f"vocab_size must be at least 257 (256 bytes, end of text), got {self.vocab_size}")
+        positive = "n_positions target_samples target_rows draft_samples draft_rows longest_prompt ngram_contexts"
+        for name in (*positive.split(), "ngram_successors", "evaluate_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("target", "draft"):
+            block, micro = getattr(self, f"{name}_fit").block, getattr(self, f"{name}_micro_batch")
+            batch, length = getattr(self, f"{name}_fit").batch, getattr(self, f"{name}_length")
+            if block > self.n_positions:
+                raise ValueError(f"{name}_fit.block must be at most n_positions ({self.n_positions}), got {block}")
+            if not self.longest_prompt < length <= self.n_positions:
+                raise ValueError(
+                    f"{name}_length must be above longest_prompt ({self.longest_prompt}) and at most n_positions "
+                    f"({self.n_positions}), got {length}"
+                )
+            if micro is not None and (micro < 1 or batch % micro):
+                raise ValueError(f"{name}_micro_batch must divide the batch of {batch}, got {micro}")
+        if not 0 <= self.sample_share <= 1:
+            raise ValueError(f"sample_share must be from 0 to 1, got {self.sample_share}")
+        temperatures = (*self.target_temperatures, self.draft_temperature)
+        if not self.target_temperatures or not all(0 < t < math.inf for t in temperatures):
+            raise ValueError(f"temperatures must be positive numbers, got {temperatures}")
+        # Whole shards are sampled: the last one may go beyond what was asked for.
+        if self.target_samples < self.draft_fit.block + 1:
+            raise ValueError(f"target_samples must exceed a block of {self.draft_fit.block}, got {self.target_samples}")
+
+
+_LARGE = TrainConfig(
+    vocab_size=32_768,
+    n_positions=1024,
+    target=Shape(layers=36, width=1280, heads=20),  # GPT-2-L: 752M parameters with this vocabulary
+    draft=Shape(layers=8, width=512, heads=8),  # 42.5M: 17.7 times smaller
+    target_fit=FitConfig(tokens=32_000_000, batch=128, block=1024, learning_rate=4e-4, checkpoint_seconds=300),
+    draft_fit=FitConfig(tokens=40_000_000, batch=64, block=1024, learning_rate=1e-3, seed=1),
+    target_samples=2_000_000,
+    target_rows=256,
+    target_length=512,
+    draft_samples=20_000_000,
+    draft_rows=1024,
+    draft_length=256,
+    longest_prompt=16,
+    ngram_contexts=1_048_576,
+    ngram_successors=8,
+    target_micro_batch=32,
+    draft_micro_batch=16,
+    evaluate_every=50,
+)
+
+_TINY = TrainConfig(
+    sources=("json", "asyncio", "logging"),
+    vocab_size=384,
+    n_positions=64,
+    target=Shape(layers=2, width=64, heads=2),
+    draft=Shape(layers=1, width=16, heads=1, inner=32),
+    target_fit=FitConfig(tokens=40_000, batch=8, block=32, learning_rate=1e-2),
+    draft_fit=FitConfig(tokens=40_000, batch=8, block=32, learning_rate=2e-2, seed=1),
+    target_samples=4_000,
+    target_rows=32,
+    target_length=64,
+    draft_samples=8_000,
+    draft_rows=64,
+    draft_length=64,
+    ngram_contexts=1024,
+    evaluate_every=50,
+)
+
+PRESETS: dict[str, TrainConfig] = {"embedded": TrainConfig(), "tiny": _TINY, "gpt2-large": _LARGE}
+
+
+def preset(name: str, **settings) -> TrainConfig:
+    """A preset with some settings replaced. Raises ValueError for an unknown preset or setting."""
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}: expected one of {', '.join(PRESETS)}")
+    unknown = settings.keys() - asdict(PRESETS[name]).keys()
+    if unknown:
+        raise ValueError(f"unknown settings: {', '.join(sorted(unknown))}")
+    return replace(PRESETS[name], **settings)
+
+
+def train(config: TrainConfig, out: Path, progress: Progress = lambda values: None) -> Path:
+    """Runs what is left of the recipe in the folder `out`; returns the folder of the exported models.
+
+    progress gets dicts: always `stage` (one of STAGES); `skipped` for a stage that was done before; else `step` and
+    `steps`, and as they are known loss, heldout_loss, heldout_bpb (bits per byte), agreement, overlap, top4 (see
+    distil.acceptance), tokens_per_second, tflops, seconds. A stage ends with step == steps.
+
+    Raises ValueError before any work if a source is missing or `out` belongs to other settings.
+    """
+    return _Run(config, Path(out).expanduser(), progress).run()
+
+
+class _Run:
+    def __init__(self, config: TrainConfig, out: Path, progress: Progress):
+        self.config, self.out, self.progress = config, out, progress
+        self.device = resolve_device(config.device)
+
+    def run(self) -> Path:
+        if not self._corpus_done():
+            for source in self.config.sources:
+                source_folder(source)
+        self.out.mkdir(parents=True, exist_ok=True)
+        self._claim()
+        stages = (
+            ("corpus", self._corpus_done, self._make_corpus),
+            ("target", lambda: self._fitted("target"), self._fit_target),
+            ("target-samples", lambda: self._done("target-samples"), self._sample_target),
+            ("draft", lambda: self._fitted("draft"), self._fit_draft),
+            ("draft-samples", lambda: self._done("draft-samples"), self._sample_draft),
+            ("ngram", (self.out / "ngram.safetensors").exists, self._fit_ngram),
+            ("assets", (self.out / "assets" / "README.md").exists, self._export),
+        )
+        for name, done, work in stages:
+            if done():
+                self.progress({"stage": name, "skipped": True})
+                continue
+            with open(self.out / f"{name}.jsonl", "a", encoding="utf-8") as log:
+                work(self._reporter(name, log))
+        return self.out / "assets"
+
+    # ---- stages
+
+    def _make_corpus(self, report: Progress) -> None:
+        start = time.perf_counter()
+        report({"step": 0, "steps": 1})
+        corpus, tokenizer = build(list(self.config.sources), self.config.vocab_size)
+        if len(tokenizer) != self.config.vocab_size:
+            raise ValueError(
+                f"the source yields a vocabulary of {len(tokenizer)} tokens only, not {self.config.vocab_size}: "
+                "add source or lower vocab_size"
+            )
+        self._check(corpus)
+        tokenizer.model_max_length = self.config.n_positions
+        tokenizer.save_pretrained(self.out / "tokenizer")
+        part = self.out / "corpus.part"
+        corpus.save(part)
+        part.replace(self.out / "corpus.safetensors")
+        seconds = time.perf_counter() - start
+        report({
+            "step": 1,
+            "steps": 1,
+            "train_tokens": len(corpus.train),
+            "heldout_tokens": len(corpus.heldout),
+            "sources": [card.source_line(source) for source in self.config.sources],
+            "seconds": seconds,
+        })  # fmt: skip
+
+    def _fit_target(self, report: Progress) -> None:
+        corpus, config = self._corpus(), self.config
+        model = new_model(self.config, config.target).to(self.device)
+        fit(
+            model,
+            config.target_fit,
+            self.out / "target",
+            lambda step: sample_blocks(corpus.train, config.target_fit, step),
+            cross_entropy,
+            report,
+            lambda: heldout(model, corpus, config.target_fit.block),
+            config.evaluate_every,
+            config.target_micro_batch,
+        )
+
+    def _sample_target(self, report: Progress) -> None:
+        config = self.config
+        shards = sample.sample_shards(
+            self._for_sampling("target"),
+            config.target_samples,
+            config.target_temperatures,
+            self.out / "target-samples",
+            self._corpus().train,
+            config.target_rows,
+            config.target_length,
+            config.longest_prompt,
+            config.seed + 1,
+            report,
+        )
+        self._finish("target-samples", shards, report)
+
+    def _fit_draft(self, report: Progress) -> None:
+        corpus, config = self._corpus(), self.config
+        target, draft = self._trained("target"), new_model(self.config, config.draft).to(self.device)
+        samples = torch.cat([rows.flatten() for rows in sample.load_shards(self.out / "target-samples")])
+        blocks = heldout_blocks(corpus.heldout, config.draft_fit.block, limit=16)
+        fit(
+            draft,
+            config.draft_fit,
+            self.out / "draft",
+            lambda step: distil.mixed_blocks(corpus.train, samples, config.sample_share, config.draft_fit, step),
+            distil.distillation_loss(target),
+            report,
+            lambda: distil.acceptance(target, draft, blocks) | heldout(draft, corpus, config.draft_fit.block),
+            config.evaluate_every,
+            config.draft_micro_batch,
+            teacher=target,
+        )
+
+    def _sample_draft(self, report: Progress) -> None:
+        config = self.config
+        shards = sample.sample_shards(
+            self._for_sampling("draft"),
+            config.draft_samples,
+            config.draft_temperature,
+            self.out / "draft-samples",
+            self._corpus().train,
+            config.draft_rows,
+            config.draft_length,
+            config.longest_prompt,
+            config.seed + 2,
+            report,
+        )
+        self._finish("draft-samples", shards, report)
+
+    def _fit_ngram(self, report: Progress) -> None:
+        start = time.perf_counter()
+        report({"step": 0, "steps": 1})
+        table = fit_table(
+            sample.load_shards(self.out / "draft-samples", self.config.vocab_size),
+            self.config.vocab_size,
+            successors=self.config.ngram_successors,
+            max_contexts=self.config.ngram_contexts,
+            separator=0,
+        )
+        table.save(self.out / "ngram.safetensors")
+        report({"step": 1, "steps": 1, "seconds": time.perf_counter() - start})
+
+    def _export(self, report: Progress) -> None:
+        start = time.perf_counter()
+        report({"step": 0, "steps": 1})
+        assets = self.out / "assets"
+        for name in ("target", "draft"):
+            with _no_bars():
+                self._trained(name).cpu().half().save_pretrained(assets / name)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(self.out / "tokenizer")
+        tokenizer.model_max_length = self.config.n_positions
+        tokenizer.save_pretrained(assets / "target")
+        (assets / "ngram.safetensors").write_bytes((self.out / "ngram.safetensors").read_bytes())
+        # What is reported is what is shipped: the half-precision weights, read back.
+        with _no_bars():
+            target, draft = (
+                GPT2LMHeadModel.from_pretrained(assets / name, dtype=torch.float32).to(self.device)
+                for name in ("target", "draft")
+            )
+        corpus, block = self._corpus(), self.config.target_fit.block
+        measured = {
+            "target": {"parameters": target.num_parameters(), **heldout(target, corpus, block, limit=128)},
+            "draft": {"parameters": draft.num_parameters(), **heldout(draft, corpus, block, limit=128)},
+            "acceptance": distil.acceptance(target, draft, heldout_blocks(corpus.heldout, block, limit=64)),
+        }
+        name = next((name for name, config in PRESETS.items() if config == self.config), None)
+        text = card.model_card(asdict(self.config), name, self.out, STAGES[:-1], measured)
+        part = self.out / "README.part"  # last, whole: the card marks the export as done
+        part.write_text(text, encoding="utf-8")
+        for path in (*assets.rglob("*.safetensors"), part):
+            path.chmod(0o644)  # safetensors are written for the owner alone; these are installed for everybody
+        part.replace(assets / "README.md")
+        report({"step": 1, "steps": 1, **measured, "seconds": time.perf_counter() - start})
+
+    # ---- what the stages share
+
+    def _claim(self) -> None:
+        """Checks that the folder, if there is a corpus in it, was made with the same settings, and notes them in it."""
+        path = self.out / "train.json"
+        wanted = json.loads(json.dumps(asdict(self.config)))
+        # Neither changes what is computed, beyond rounding.
+        free = {"device", "target_micro_batch", "draft_micro_batch"}
+        if path.exists() and self._corpus_done():
+            try:
+                stored = json.loads(path.read_text(encoding="utf-8"))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path} is damaged ({error}); remove the folder to train again") from error
+            different = sorted(key for key in wanted.keys() - free if stored.get(key) != wanted[key])
+            if different:
+                raise ValueError(
+                    f"{self.out} was made with other settings ({', '.join(different)}): use them, or another folder"
+                )
+        elif self._corpus_done():
+            size = len(PreTrainedTokenizerFast.from_pretrained(self.out / "tokenizer"))
+            if size != self.config.vocab_size:
+                raise ValueError(
+                    f"{self.out} has a vocabulary of {size}, not {self.config.vocab_size}: use another folder"
+                )
+            self._check(self._corpus())
+        path.write_text(json.dumps(wanted, indent=1), encoding="utf-8")
+
+    def _check(self, corpus: Corpus) -> None:
+        block = max(self.config.target_fit.block, self.config.draft_fit.block)
+        for name, tokens in (("training", corpus.train), ("held-out", corpus.heldout)):
+            if len(tokens) <= block:
+                raise ValueError(
+                    f"the {name} part has {len(tokens)} tokens, fewer than one block of {block} + 1: add source"
+                )
+
+    def _reporter(self, stage: str, log) -> Progress:
+        def report(values: dict) -> None:
+            log.write(json.dumps(values) + "\n")
+            log.flush()
+            self.progress({"stage": stage, **values})
+
+        return report
+
+    def _corpus_done(self) -> bool:
+        return (self.out / "corpus.safetensors").exists() and (self.out / "tokenizer" / "tokenizer.json").exists()
+
+    def _fitted(self, name: str) -> bool:
+        return finished_steps(self.out / name) == getattr(self.config, f"{name}_fit").steps
+
+    def _done(self, name: str) -> bool:
+        return (self.out / name / "done").exists()
+
+    def _finish(self, name: str, shards, report: Progress) -> None:
+        for _ in shards:
+            pass
+        (self.out / name / "done").touch()
+
+    def _corpus(self) -> Corpus:
+        return Corpus.load(self.out / "corpus.safetensors")
+
+    def _trained(self, name: str) -> GPT2LMHeadModel:
+        model = new_model(self.config, getattr(self.config, name))
+        return load_weights(model, self.out / name, getattr(self.config, f"{name}_fit")).to(self.device)
+
+    def _for_sampling(self, name: str) -> GPT2LMHeadModel:
+        model = self._trained(name)
+        return model.bfloat16() if self.device.type == "cuda" else model
+
+
+def new_model(config: TrainConfig, shape: Shape) -> GPT2LMHeadModel:
+    """An untrained model of this size, its weights drawn from config.seed."""
+    settings = GPT2Config(
+        vocab_size=config.vocab_size,
+        n_positions=config.n_positions,
+        n_embd=shape.width,
+        n_layer=shape.layers,
+        n_head=shape.heads,
+        n_inner=shape.inner,
+        # The same function as "gelu_new", in one kernel.
+        activation_function="gelu_pytorch_tanh",
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return GPT2LMHeadModel(settings)
+
+
+def heldout(model: GPT2LMHeadModel, corpus: Corpus, block: int, limit: int = 32) -> dict[str, float]:
+    """Held-out loss in nats a token and in bits a byte of UTF-8."""
+    loss = heldout_loss(model, corpus.heldout, block, limit)
+    return {"heldout_loss": loss, "heldout_bpb": loss * len(corpus.heldout) / corpus.heldout_bytes / math.log(2)}
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without transformers' own progress bars, which would break into the caller's."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -1,0 +1,178 @@
+"""Bulk sampling of a model into shards of token ids.
+
+The paper distils the draft on text of the target and fits the n-gram on text of the draft (arXiv 2308.04623, sections
+3.2 and 4). A shard depends on the settings and its index alone, so sampling can be killed and resumed anywhere.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from transformers import GenerationConfig, GPT2LMHeadModel, LogitsProcessor, LogitsProcessorList
+
+
+def prompt_rows(corpus: torch.Tensor, rows: int, longest: int, end_of_text: int | None, seed: int) -> torch.Tensor:
+    """Prompts of one length, drawn from 1 to `longest` by the seed: LongTensor [rows, length].
+
+    A quarter of the rows start a text (end of text, then its beginning), if the corpus [T] has that token; the rest
+    start anywhere in it.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    length = int(torch.randint(1, longest + 1, (), generator=generator))
+    starts = torch.randint(max(1, len(corpus) - length), (rows,), generator=generator)
+    texts = (
+        torch.empty(0) if end_of_text is None else (corpus[: 1 - length or None] == end_of_text).nonzero().squeeze(1)
+    )
+    if len(texts):
+        picked = texts[torch.randint(len(texts), (rows,), generator=generator)]
+        starts[: rows // 4] = picked[: rows // 4]
+    return corpus[starts[:, None] + torch.arange(length)]
+
+
+class _Draw(LogitsProcessor):
+    """Draws one token a row from softmax(scores / temperature) and leaves it the only choice.
+
+    By the inverse of the distribution function, one uniform a row. torch.multinomial draws one number a token of the
+    vocabulary: for a small model on a CPU that is two thirds of the time.
+    """
+
+    def __init__(self, temperature: float, seed: int, device: torch.device):
+        self.temperature = temperature
+        self.generator = torch.Generator(device).manual_seed(seed)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        total = torch.softmax(scores.float() / self.temperature, dim=-1).cumsum(-1)  # [rows, V]
+        uniform = torch.rand(len(scores), 1, generator=self.generator, device=scores.device)
+        # The first token whose total exceeds the number; rounding may leave the last total a little below one.
+        chosen = torch.searchsorted(total, uniform * total[:, -1:], right=True).clamp_(max=scores.shape[-1] - 1)
+        return torch.full_like(scores, float("-inf")).scatter_(1, chosen, 0.0)
+
+
+@torch.no_grad()
+def sample_rows(
+    model: GPT2LMHeadModel, prompts: torch.Tensor, length: int, temperature: float, seed: int
+) -> torch.Tensor:
+    """Continues prompts [rows, p] to LongTensor [rows, length] by pure sampling; texts run on after end of text."""
+    prompts = prompts.to(model.device)
+    config = GenerationConfig(
+        do_sample=False,  # _Draw has chosen
+        max_new_tokens=length - prompts.shape[1],
+        use_cache=True,
+        pad_token_id=0,
+    )
+    # generate fills what is unset here from the model's own settings, its end-of-text token for one.
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        rows = model.generate(
+            prompts,
+            attention_mask=torch.ones_like(prompts),
+            generation_config=config,
+            logits_processor=LogitsProcessorList([_Draw(temperature, seed, model.device)]),
+        )
+    finally:
+        model.generation_config = own
+    return rows.cpu()
+
+
+def sample_shards(
+    model: GPT2LMHeadModel,
+    tokens_wanted: int,
+    temperature: float | Sequence[float],
+    folder: Path,
+    corpus: torch.Tensor,
+    batch: int = 64,
+    length: int = 256,
+    longest_prompt: int = 16,
+    seed: int = 0,
+    report: Callable[[dict], None] = lambda values: None,
+) -> Iterator[torch.Tensor]:
+    """Samples until there are `tokens_wanted` tokens; yields shards, LongTensor [batch, length] each, in order.
+
+    Shard i is `folder/shard-<i>.safetensors`: int32 `tokens` and the settings; one that exists is loaded, not sampled.
+    model:       in eval mode, on the device and in the dtype to sample with.
+    temperature: one, or several that the shards take in turn.
+    corpus:      LongTensor [T] that the prompts are taken from; rows begin with their prompt, of at most
+                 `longest_prompt` tokens.
+    length:      tokens a row, the prompt included; at most the model's n_positions.
+    report:      gets a dict after each shard: step and steps (shards), seconds, tokens_per_second (new tokens).
+
+    Raises ValueError for settings that cannot be, or a folder whose shards are damaged or of other settings.
+    """
+    temperatures = list(temperature) if isinstance(temperature, Sequence) else [temperature]
+    limit = model.config.n_positions
+    if tokens_wanted < 1 or batch < 1:
+        raise ValueError(f"tokens_wanted and batch must be at least 1, got {tokens_wanted} and {batch}")
+    if not 1 <= longest_prompt < length <= limit:
+        raise ValueError(
+            f"need 1 <= longest_prompt < length <= n_positions, got {longest_prompt}, {length} and {limit}"
+        )
+    if not temperatures or not all(0 < t < float("inf") for t in temperatures):
+        raise ValueError(f"temperatures must be positive numbers, got {temperatures}")
+    if len(corpus) <= longest_prompt:
+        raise ValueError(f"the corpus has {len(corpus)} tokens, not more than a prompt of {longest_prompt}")
+    return _shards(
+        model, tokens_wanted, temperatures, Path(folder), corpus, batch, length, longest_prompt, seed, report
+    )
+
+
+def _shards(model, tokens_wanted, temperatures, folder, corpus, batch, length, longest_prompt, seed, report):
+    folder.mkdir(parents=True, exist_ok=True)
+    count = -(-tokens_wanted // (batch * length))
+    end_of_text = model.config.eos_token_id
+    for index in range(count):
+        path = folder / f"shard-{index:05d}.safetensors"
+        shard_seed = seed * 1_000_003 + index
+        settings = {
+            "temperature": temperatures[index % len(temperatures)],
+            "seed": shard_seed,
+            "rows": batch,
+            "length": length,
+            "longest_prompt": longest_prompt,
+        }
+        if path.exists():
+            yield _load(path, model.config.vocab_size, settings)
+            continue
+        start = time.perf_counter()
+        prompts = prompt_rows(corpus, batch, longest_prompt, end_of_text, shard_seed)
+        rows = sample_rows(model, prompts, length, settings["temperature"], shard_seed)
+        part = path.with_suffix(".part")
+        save_file({"tokens": rows.int()}, part, metadata={"settings": json.dumps(settings)})
+        part.replace(path)
+        seconds = time.perf_counter() - start
+        rate = batch * (length - prompts.shape[1]) / seconds
+        report({"step": index + 1, "steps": count, "seconds": seconds, "tokens_per_second": rate})
+        yield rows
+
+
+def load_shards(folder: Path, vocab_size: int | None = None) -> Iterator[torch.Tensor]:
+    """The shards of a folder in order, LongTensor [rows, length] each.
+
+    vocab_size: token ids must be below it, if given.
+    Raises ValueError if there are none or one is damaged.
+    """
+    paths = sorted(Path(folder).glob("shard-*.safetensors"))
+    if not paths:
+        raise ValueError(f"there are no shards in {folder}: sample first")
+    return (_load(path, vocab_size) for path in paths)
+
+
+def _load(path: Path, vocab_size: int | None = None, settings: dict | None = None) -> torch.Tensor:
+    try:
+        with safe_open(path, "pt") as file:
+            stored = json.loads((file.metadata() or {}).get("settings", "null"))
+        tokens = load_file(path).get("tokens")
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); remove it to sample it again") from error
+    if tokens is None or tokens.dtype != torch.int32 or tokens.dim() != 2 or not tokens.numel():
+        raise ValueError(f"{path} holds no int32 `tokens` [rows, length]; remove it to sample it again")
+    if settings is not None and stored != settings:
+        raise ValueError(
+            f"{path} was sampled with {stored}, not {settings}: remove the folder or use the same settings"
+        )
+    if tokens.min() < 0 or (vocab_size is not None and tokens.max() >= vocab_size):
+        raise ValueError(f"{path} holds token ids outside 0 to {vocab_size}; remove it to sample it again")
+    return tokens.long()

@@ -1,0 +1,107 @@
+"""Small random models and helpers that several test files share. The oracle everywhere is transformers."""
+
+import copy
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may wait for a network
+
+import pytest
+import torch
+from hypothesis import settings
+from transformers import GPT2Config, GPT2LMHeadModel
+
+torch.set_num_threads(1)
+settings.register_profile("repeatable", deadline=None, derandomize=True)
+settings.load_profile("repeatable")
+
+VOCAB, POSITIONS = 61, 48
+
+# Changes to GPT2Config that change the forward pass.
+CONFIGS = {
+    "gelu_new": {},
+    "gelu": {"activation_function": "gelu"},
+    "relu": {"activation_function": "relu"},
+    "silu": {"activation_function": "silu"},
+    "gelu_pytorch_tanh": {"activation_function": "gelu_pytorch_tanh"},
+    "quick_gelu": {"activation_function": "quick_gelu"},
+    "tanh": {"activation_function": "tanh"},
+    "n_inner-odd": {"n_inner": 37},
+    "unscaled": {"scale_attn_weights": False},
+    "scaled-by-layer": {"scale_attn_by_inverse_layer_idx": True, "n_layer": 3},
+    "upcast": {"reorder_and_upcast_attn": True, "scale_attn_by_inverse_layer_idx": True},
+    "epsilon": {"layer_norm_epsilon": 0.3},
+    "untied-one-head": {"tie_word_embeddings": False, "n_head": 1, "n_embd": 20},
+    "heads-6-vocabulary-even": {"n_head": 6, "vocab_size": 50, "n_layer": 1},
+}
+
+
+def make_gpt2(seed: int = 0, **changes) -> GPT2LMHeadModel:
+    """A GPT-2 of random weights, large enough that its logits are far apart."""
+    options = {
+        "vocab_size": VOCAB,
+        "n_positions": POSITIONS,
+        "n_embd": 24,
+        "n_layer": 2,
+        "n_head": 4,
+        "initializer_range": 0.25,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+    }
+    torch.manual_seed(seed)
+    model = GPT2LMHeadModel._from_config(GPT2Config(**(options | changes)), attn_implementation="eager")
+    with torch.no_grad():  # transformers starts biases at 0 and norms at 1: give them values that matter
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(0, 0.1)
+            elif ".ln_" in name:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model.eval()
+
+
+def make_draft(kind: str, target: GPT2LMHeadModel) -> GPT2LMHeadModel:
+    """ "good": the target with noise; "random": another small model; "adversarial": prefers what the target likes
+    least; "target": the target itself."""
+    if kind == "target":
+        return target
+    if kind == "random":
+        return make_gpt2(99, vocab_size=target.config.vocab_size, n_embd=8, n_layer=1, n_head=2, n_positions=16)
+    draft = copy.deepcopy(target)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        if kind == "good":
+            for parameter in draft.parameters():
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.add_(noise * parameter.std(correction=0), alpha=0.06)
+        else:
+            draft.lm_head.weight = torch.nn.Parameter(-target.lm_head.weight.detach())
+            draft.config.tie_word_embeddings = False
+    return draft
+
+
+def left_pad(prompts: list[list[int]], pad: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """input_ids and attention_mask [B, longest]."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    return ids, mask
+
+
+def random_prompts(lengths: list[int], vocab_size: int = VOCAB, seed: int = 1) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(vocab_size, (length,), generator=generator).tolist() for length in lengths]
+
+
+def oracle_generate(model: GPT2LMHeadModel, ids, mask, new: int, **options) -> torch.Tensor:
+    """transformers' own greedy `generate`."""
+    return model.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False, **options)
+
+
+@pytest.fixture(scope="session")
+def target() -> GPT2LMHeadModel:
+    return make_gpt2(0)
+
+
+@pytest.fixture(scope="session")
+def drafts(target) -> dict[str, GPT2LMHeadModel]:
+    return {kind: make_draft(kind, target) for kind in ("good", "random", "adversarial", "target")}

@@ -1,0 +1,525 @@
+"""Training: the loop, sampling, distillation, and the whole recipe on tiny models."""
+
+import json
+import math
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+from stagedspec.ngram import KatzTable
+from stagedspec.training import corpus as corpus_module
+from stagedspec.training import distil, recipe, sample
+from stagedspec.training import fit as fit_module
+from stagedspec.training.card import source_line
+from stagedspec.training.fit import FitConfig, cross_entropy, fit, heldout_blocks, heldout_loss, sample_blocks
+
+VOCAB = 24
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def tiny_model(seed: int = 0, width: int = 16, spread: float = 0.02) -> GPT2LMHeadModel:
+    torch.manual_seed(seed)
+    settings = GPT2Config(
+        vocab_size=VOCAB,
+        n_positions=32,
+        n_embd=width,
+        n_layer=1,
+        n_head=2,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        initializer_range=spread,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    return GPT2LMHeadModel(settings).eval()
+
+
+@pytest.fixture(scope="module")
+def stream() -> torch.Tensor:
+    """Tokens that are easy to learn: the next one is the last one plus 1 or 2."""
+    steps = torch.randint(1, 3, (4000,), generator=torch.Generator().manual_seed(0))
+    return steps.cumsum(0) % VOCAB
+
+
+def run_fit(model, config, folder, tokens, report=lambda values: None, **options):
+    return fit(
+        model, config, folder, lambda step: sample_blocks(tokens, config, step), cross_entropy, report, **options
+    )
+
+
+# ---- the loop
+
+
+def test_loss_falls(tmp_path, stream):
+    model = tiny_model()
+    config = FitConfig(tokens=80 * 8 * 16, batch=8, block=16, learning_rate=1e-2)
+    reports = []
+    before = heldout_loss(model, stream[:500], 16)
+    run_fit(model, config, tmp_path, stream, reports.append, evaluate=lambda: {"seen": 1}, evaluate_every=40)
+    assert heldout_loss(model, stream[:500], 16) < before - 1
+    assert [values["step"] for values in reports] == list(range(1, 81))
+    assert [values["step"] for values in reports if "seen" in values] == [40, 80]
+    assert all(values["tokens_per_second"] > 0 and values["tflops"] > 0 for values in reports)
+    assert not model.training
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_resumed_run_is_bitwise_an_uninterrupted_one(tmp_path, stream):
+    config = FitConfig(tokens=20 * 4 * 16, batch=4, block=16, learning_rate=1e-2, checkpoint_seconds=0)
+    whole = run_fit(tiny_model(), config, tmp_path / "whole", stream)
+
+    def kill(values):
+        if values["step"] in (7, 13):
+            raise Killed
+
+    for _ in range(2):
+        with pytest.raises(Killed):
+            run_fit(tiny_model(), config, tmp_path / "killed", stream, kill)
+    resumed = run_fit(tiny_model(), config, tmp_path / "killed", stream)
+    for one, other in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, other)
+    saved = [load_file(tmp_path / name / fit_module.CHECKPOINT) for name in ("whole", "killed")]
+    assert saved[0].keys() == saved[1].keys()
+    assert all(torch.equal(saved[0][key], saved[1][key]) for key in saved[0])
+
+
+def test_micro_batches_add_up_to_the_batch(tmp_path, stream):
+    config = FitConfig(tokens=5 * 8 * 16, batch=8, block=16, learning_rate=1e-2)
+    whole = run_fit(tiny_model(), config, tmp_path / "whole", stream)
+    parts = run_fit(tiny_model(), config, tmp_path / "parts", stream, micro_batch=2)
+    for one, other in zip(whole.parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("distilled", [False, True], ids=["cross_entropy", "distillation"])
+def test_compiled_attention_is_causal_without_a_mask(stream, distilled):
+    """What a GPU run compiles is one graph whose attention has no mask tensor, with the same loss."""
+    model, target, blocks = tiny_model(), tiny_model(1), stream[:68].view(4, 17)
+    loss_of = distil.distillation_loss(target) if distilled else cross_entropy
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    with fit_module.causal_attention(model, target):
+        loss = torch.compile(loss_of, backend=keep, fullgraph=True)(model, blocks)
+    (graph,) = graphs
+    calls = [node for node in graph.graph.nodes if "scaled_dot_product" in str(node.target)]
+    assert len(calls) == 1 + distilled and all(
+        node.kwargs["attn_mask"] is None and node.kwargs["is_causal"] for node in calls
+    )
+    assert model.config._attn_implementation == "sdpa"
+    torch.testing.assert_close(loss, loss_of(model, blocks))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"tokens": 0},
+        {"batch": 0},
+        {"block": -1},
+        {"learning_rate": 0.0},
+        {"learning_rate": math.nan},
+        {"warmup": 2.0},
+        {"weight_decay": -1.0},
+        {"final_learning_rate": math.nan},
+    ],
+    ids=str,
+)
+def test_fit_settings_that_cannot_be(settings):
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        FitConfig(**{"tokens": 100, **settings})
+
+
+def test_fit_refuses_foreign_and_damaged_checkpoints(tmp_path, stream):
+    config = FitConfig(tokens=64, batch=4, block=16)
+    run_fit(tiny_model(), config, tmp_path, stream)
+    with pytest.raises(ValueError, match="learning_rate"):
+        run_fit(tiny_model(), FitConfig(tokens=64, batch=4, block=16, learning_rate=1.0), tmp_path, stream)
+    with pytest.raises(ValueError, match="another shape"):
+        run_fit(tiny_model(width=8), config, tmp_path, stream)
+    with pytest.raises(ValueError, match="train first"):
+        fit_module.load_weights(tiny_model(), tmp_path / "nothing", config)
+    with pytest.raises(ValueError, match="micro_batch"):
+        run_fit(tiny_model(), config, tmp_path, stream, micro_batch=3)
+    path = tmp_path / fit_module.CHECKPOINT
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(ValueError, match="damaged"):
+        run_fit(tiny_model(), config, tmp_path, stream)
+
+
+def test_a_diverging_loss_is_an_error(tmp_path, stream):
+    model = tiny_model()
+    with torch.no_grad():
+        model.transformer.wpe.weight.fill_(math.nan)
+    with pytest.raises(ValueError, match="learning_rate"):
+        run_fit(model, FitConfig(tokens=64, batch=4, block=16), tmp_path, stream)
+
+
+def test_too_few_tokens():
+    with pytest.raises(ValueError, match="held-out part has 16 tokens"):
+        heldout_blocks(torch.zeros(16, dtype=torch.long), 16)
+    with pytest.raises(ValueError, match="16 training tokens"):
+        sample_blocks(torch.zeros(16, dtype=torch.long), FitConfig(tokens=16, block=16), 0)
+
+
+# ---- sampling
+
+
+def test_shards_resume_and_depend_on_their_index_alone(tmp_path, stream):
+    model = tiny_model(spread=0.5)
+
+    def shards(folder, tokens=400, **options):
+        return list(sample.sample_shards(model, tokens, [1.0, 0.1], folder, stream, batch=8, length=20, **options))
+
+    reports = []
+    whole = shards(tmp_path / "whole", longest_prompt=4, report=reports.append)
+    assert [rows.shape for rows in whole] == [(8, 20)] * 3
+    assert [values["step"] for values in reports] == [1, 2, 3]
+    shards(tmp_path / "parts", tokens=100, longest_prompt=4)
+    reports.clear()
+    resumed = shards(tmp_path / "parts", longest_prompt=4, report=reports.append)
+    assert [values["step"] for values in reports] == [2, 3]
+    assert all(torch.equal(one, other) for one, other in zip(whole, resumed, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(whole, sample.load_shards(tmp_path / "parts", VOCAB), strict=True))
+    assert not list(tmp_path.rglob("*.part"))
+    with pytest.raises(ValueError, match="was sampled with"):
+        shards(tmp_path / "parts", longest_prompt=4, seed=1)
+
+
+def test_samples_follow_the_models_distribution():
+    model = tiny_model(spread=0.2)
+    prompts = torch.full((20_000, 1), 5)
+    rows = sample.sample_rows(model, prompts, 3, temperature=0.7, seed=0)
+    assert model.generation_config.eos_token_id == 0  # left as it was
+    with torch.no_grad():
+        first = torch.softmax(model(prompts[:1]).logits[0, -1] / 0.7, -1)
+        token = int(first.argmax())
+        second = torch.softmax(model(torch.tensor([[5, token]])).logits[0, -1] / 0.7, -1)
+    for drawn, wanted in ((rows[:, 1], first), (rows[rows[:, 1] == token, 2], second)):
+        expected = wanted * len(drawn)
+        counts = torch.bincount(drawn, minlength=VOCAB)
+        common = expected > 5
+        statistic = ((counts - expected) ** 2 / expected)[common].sum()
+        assert statistic < VOCAB + 6 * math.sqrt(2 * VOCAB)  # chi squared, six standard deviations
+    assert (rows[:, 1] == 0).any()  # the end of text does not end a row
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"tokens_wanted": 0},
+        {"temperature": 0.0},
+        {"temperature": []},
+        {"temperature": math.nan},
+        {"length": 33},
+        {"batch": 0},
+        {"longest_prompt": 0},
+        {"longest_prompt": 20},
+        {"corpus": torch.zeros(3, dtype=torch.long)},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_sampling_settings_that_cannot_be(tmp_path, stream, settings):
+    given = {"tokens_wanted": 10, "temperature": 1.0, "folder": tmp_path, "corpus": stream, "batch": 2, "length": 20}
+    with pytest.raises(ValueError):
+        sample.sample_shards(tiny_model(), **{**given, **settings})  # before anything is read from it
+
+
+def test_damaged_shards(tmp_path):
+    with pytest.raises(ValueError, match="no shards"):
+        sample.load_shards(tmp_path)
+    path = tmp_path / "shard-00000.safetensors"
+    for tensors in ({"tokens": torch.zeros(2, 3)}, {"other": torch.zeros(2, 3).int()}):
+        save_file(tensors, path)
+        with pytest.raises(ValueError, match="int32"):
+            list(sample.load_shards(tmp_path))
+    save_file({"tokens": torch.full((2, 3), VOCAB).int()}, path)
+    with pytest.raises(ValueError, match="outside"):
+        list(sample.load_shards(tmp_path, VOCAB))
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(ValueError, match="damaged"):
+        list(sample.load_shards(tmp_path))
+
+
+# ---- distillation
+
+
+def test_distillation_raises_agreement(tmp_path, stream):
+    target, draft = tiny_model(seed=1, spread=0.4), tiny_model(seed=2, spread=0.1)
+    blocks = heldout_blocks(stream[:400], 16)
+    before = distil.acceptance(target, draft, blocks)
+    config = FitConfig(tokens=150 * 8 * 16, batch=8, block=16, learning_rate=2e-2)
+    weights = [parameter.clone() for parameter in target.parameters()]
+    fit(
+        draft,
+        config,
+        tmp_path,
+        lambda step: distil.mixed_blocks(stream, stream.flip(0), 0.5, config, step),
+        distil.distillation_loss(target),
+        lambda values: None,
+        teacher=target,
+    )
+    after = distil.acceptance(target, draft, blocks)
+    assert after["agreement"] > before["agreement"] + 0.3
+    assert after["overlap"] > before["overlap"] + 0.2
+    assert after["kl"] < before["kl"] / 2
+    assert all(torch.equal(a, b) for a, b in zip(weights, target.parameters(), strict=True))
+
+
+def test_acceptance_by_hand(stream):
+    target, draft, blocks = tiny_model(1, spread=0.4), tiny_model(2, spread=0.4), stream[:34].view(2, 17)
+    same = distil.acceptance(target, target, blocks)
+    assert same["agreement"] == same["top4"] == 1
+    assert same["overlap"] == pytest.approx(1, abs=1e-5) and same["kl"] == pytest.approx(0, abs=1e-5)
+    sums = torch.zeros(4)
+    for row in blocks[:, :-1]:
+        for position in range(16):
+            with torch.no_grad():
+                p = torch.softmax(target(row[None, : position + 1]).logits[0, -1], -1)
+                q = torch.softmax(draft(row[None, : position + 1]).logits[0, -1], -1)
+            best = int(p.argmax())
+            kl = (p * (p / q).log()).sum()
+            sums += torch.tensor([int(q.argmax()) == best, (p - q).clamp(max=0).sum() + 1, best in q.topk(4)[1], kl])
+    found = distil.acceptance(target, draft, blocks)
+    assert list(found.values()) == pytest.approx((sums / 32).tolist(), rel=1e-4)
+
+
+def test_mixed_blocks():
+    config = FitConfig(tokens=64, batch=4, block=8)
+    real, own = torch.zeros(50, dtype=torch.long), torch.ones(50, dtype=torch.long)
+    assert distil.mixed_blocks(real, own, 0.5, config, 0).sum(1).tolist() == [9, 9, 0, 0]
+    assert distil.mixed_blocks(real, own, 0.0, config, 0).sum() == 0
+    counting = torch.arange(500)
+    assert torch.equal(*(distil.mixed_blocks(counting, counting, 0.5, config, 3) for _ in range(2)))
+
+
+# ---- the recipe
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A folder of small Python files, enough for some to be held out."""
+    folder = tmp_path_factory.mktemp("source")
+    for index in range(60):
+        lines = (f"    def method_{index}_{i}(self, value):\n        return self.x{i} + value\n" for i in range(8))
+        (folder / f"module_{index}.py").write_text(f"class Thing{index}:\n" + "".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config(source):
+    fits = {"batch": 8, "block": 32, "tokens": 40 * 8 * 32}
+    return recipe.preset(
+        "tiny",
+        sources=(str(source),),
+        vocab_size=300,
+        target_fit=FitConfig(**fits, learning_rate=1e-2),
+        draft_fit=FitConfig(**fits, learning_rate=2e-2, seed=1),
+        evaluate_every=20,
+        device="cpu",
+    )
+
+
+def run_recipe(config, out, stop_at=None):
+    """Runs the recipe; returns what it reported. stop_at: (stage, step) to be killed at."""
+    seen = []
+
+    def progress(values):
+        seen.append(values)
+        if (values["stage"], values.get("step")) == stop_at:
+            raise Killed
+
+    try:
+        folder = recipe.train(config, out, progress)
+        assert folder == out / "assets"
+    except Killed:
+        assert stop_at is not None
+    return seen
+
+
+@pytest.fixture(scope="module")
+def trained(config, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run")
+    return out, run_recipe(config, out)
+
+
+def tensors_of(folder):
+    paths = folder.rglob("*.safetensors")
+    return {(path.relative_to(folder), key): value for path in paths for key, value in load_file(path).items()}
+
+
+def test_recipe_reports_every_stage(trained):
+    _, seen = trained
+    assert list(dict.fromkeys(values["stage"] for values in seen)) == list(recipe.STAGES)
+    last = {values["stage"]: values for values in seen}
+    assert all(values["step"] == values["steps"] for values in last.values())
+    losses = [values["heldout_loss"] for values in seen if values["stage"] == "target" and "heldout_loss" in values]
+    assert losses[-1] < losses[0] and last["target"]["heldout_bpb"] > 0
+    assert {"agreement", "overlap", "top4", "heldout_loss", "heldout_bpb"} <= last["draft"].keys()
+
+
+def test_exported_models_load_and_generate(trained, config):
+    assets = trained[0] / "assets"
+    tokenizer = AutoTokenizer.from_pretrained(assets / "target")
+    assert len(tokenizer) == 300 and tokenizer.eos_token_id == 0 and tokenizer.model_max_length == 64
+    text = "class Thing1:\n    def é(self): return '→'\n"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    prompt = tokenizer("class Thing", return_tensors="pt")
+    for name in ("target", "draft"):
+        model = GPT2LMHeadModel.from_pretrained(assets / name, dtype=torch.float32)
+        assert (model.config.bos_token_id, model.config.eos_token_id, model.config.resid_pdrop) == (0, 0, 0.0)
+        assert model.generate(**prompt, max_new_tokens=8, min_new_tokens=8, pad_token_id=0).shape[1] > 8
+        weights = load_file(assets / name / "model.safetensors")
+        assert all(weight.dtype == torch.float16 for weight in weights.values())
+    assert KatzTable.load(assets / "ngram.safetensors", vocab_size=300).successors == config.ngram_successors
+
+
+def test_model_card(trained, config):
+    text = (trained[0] / "assets" / "README.md").read_text()
+    for wanted in ("bits per byte", "stagedspec train", torch.__version__, "temperature 1.5", "Float16", "held out"):
+        assert wanted in text
+    assert str(trained[0]) not in text and str(config.sources[0]) not in text  # no paths of this machine
+    assert "not recorded" not in text
+
+
+def test_a_second_run_does_nothing(trained, config):
+    before = {path: path.stat().st_mtime_ns for path in trained[0].rglob("*.safetensors")}
+    seen = run_recipe(config, trained[0])
+    assert seen == [{"stage": stage, "skipped": True} for stage in recipe.STAGES]
+    assert before == {path: path.stat().st_mtime_ns for path in trained[0].rglob("*.safetensors")}
+
+
+def test_a_run_killed_anywhere_ends_the_same(trained, config, tmp_path):
+    for stop in (("corpus", 0), ("target", 20), ("target-samples", 1), ("draft", 40), ("ngram", 0), ("assets", 0)):
+        assert run_recipe(config, tmp_path, stop)[-1]["stage"] == stop[0]
+    run_recipe(config, tmp_path)
+    one, other = tensors_of(trained[0]), tensors_of(tmp_path)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_recipe_takes_over_a_folder_with_corpus_and_target(trained, config, tmp_path):
+    """A folder that other code of this package made: corpus, tokenizer, a target's checkpoint; no train.json."""
+    for path in ("corpus.safetensors", "tokenizer/tokenizer.json", "target/checkpoint.safetensors", "target.jsonl"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_bytes((trained[0] / path).read_bytes())
+    name = "tokenizer/tokenizer_config.json"
+    (tmp_path / name).write_bytes((trained[0] / name).read_bytes())
+    seen = run_recipe(config, tmp_path, ("target-samples", 1))
+    assert seen[:2] == [{"stage": "corpus", "skipped": True}, {"stage": "target", "skipped": True}]
+    (tmp_path / "train.json").unlink()
+    with pytest.raises(ValueError, match="vocabulary of 300"):
+        recipe.train(recipe.preset("tiny"), tmp_path)
+
+
+def test_recipe_refuses_bad_input_before_any_work(config, tmp_path, trained):
+    with pytest.raises(ValueError, match="nowhere"):
+        recipe.train(replace(config, sources=("nowhere_to_be_found",)), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ValueError, match="draft_samples"):
+        recipe.train(replace(config, draft_samples=9_000), trained[0])
+    with pytest.raises(ValueError, match="device"):
+        recipe.train(replace(config, device="abacus"), tmp_path / "run")
+    with pytest.raises(ValueError, match="unknown preset"):
+        recipe.preset("huge")
+    with pytest.raises(ValueError, match="unknown settings: colour"):
+        recipe.preset("tiny", colour=1)
+
+
+def test_recipe_refuses_too_little_source(config, tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    settings = replace(config, sources=(str(source),))
+    with pytest.raises(ValueError, match="too little Python source"):
+        recipe.train(settings, tmp_path / "run")
+    for index in range(2):
+        (source / f"{index}.py").write_text("".join(f"word_{index}_{i} = {i}\n" for i in range(15)))
+    with pytest.raises(ValueError, match="vocabulary of"):
+        recipe.train(replace(settings, vocab_size=4000), tmp_path / "run")
+    block = FitConfig(tokens=4000, batch=1, block=512)
+    settings = replace(settings, n_positions=512, target_fit=block, draft_fit=block, vocab_size=257)
+    with pytest.raises(ValueError, match="fewer than one block"):
+        recipe.train(settings, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"sources": ()},
+        {"vocab_size": 256},
+        {"n_positions": 16},
+        {"sample_share": 1.5},
+        {"sample_share": math.nan},
+        {"draft_temperature": 0.0},
+        {"target_temperatures": ()},
+        {"target_length": 65},
+        {"longest_prompt": 64},
+        {"target_micro_batch": 3},
+        {"ngram_successors": 0},
+        {"target_samples": 5},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_recipe_settings_that_cannot_be(settings):
+    with pytest.raises(ValueError):
+        recipe.preset("tiny", **settings)
+
+
+def test_shapes_that_cannot_be():
+    for shape in ({"layers": 0}, {"heads": 3}, {"inner": 0}):
+        with pytest.raises(ValueError, match=next(iter(shape))):
+            recipe.Shape(**{"layers": 1, "width": 16, "heads": 2, **shape})
+
+
+@pytest.mark.parametrize("name", ["embedded", "gpt2-large"])
+def test_presets_have_a_draft_15_to_20_times_smaller(name):
+    config = recipe.PRESETS[name]
+    with torch.device("meta"):
+        target, draft = (
+            sum(p.numel() for p in recipe.new_model(config, shape).parameters())
+            for shape in (config.target, config.draft)
+        )
+    assert 15 <= target / draft <= 20
+    assert json.loads(json.dumps(asdict(config)))["device"] == "auto"
+
+
+def test_corpus_is_decided_by_content(source, tmp_path):
+    copy = tmp_path / "renamed"
+    copy.mkdir()
+    for index, path in enumerate(sorted(source.glob("*.py"), reverse=True)):
+        (copy / f"{index}.py").write_bytes(path.read_bytes())
+    (copy / "tests").mkdir()
+    (copy / "tests" / "left_out.py").write_text("x = 1\n" * 100)
+    (copy / "binary.py").write_bytes(b"\xff\xfe" * 200)
+    assert corpus_module.read_documents([str(copy)]) == corpus_module.read_documents([str(source)])
+    train, heldout = corpus_module.read_documents([str(source)])
+    assert len(train) + len(heldout) == 60 and not set(train) & set(heldout)
+
+
+def test_damaged_corpus(tmp_path):
+    path = tmp_path / "corpus.safetensors"
+    path.write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="damaged"):
+        corpus_module.Corpus.load(path)
+
+
+def test_sources_are_named_with_version_and_licence(source):
+    assert "PSF-2.0" in source_line("stdlib") and "PSF-2.0" in source_line("json")
+    assert source_line("rich").startswith("rich 1") and "MIT" in source_line("rich")
+    assert str(source.parent) not in source_line(str(source))
