@@ -5,7 +5,7 @@
 # make clean     remove .venv and everything built
 #
 # VENV=folder chooses another virtual environment, PYTHON=python3.12 another interpreter, ARGS="..." are passed on.
-# Without CUDA, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu spares the download of CUDA's libraries.
+# Without CUDA, set PIP_EXTRA_INDEX_URL to an index of CPU builds of torch to spare the download of CUDA libraries.
 
 PYTHON ?= python3
 VENV ?= .venv

@@ -1,0 +1,357 @@
+"""Whole generations: greedy against transformers `generate`, sampled against plain decoding, and what they report."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CONFIGS, POSITIONS, VOCAB, left_pad, make_draft, make_gpt2, oracle_generate, random_prompts
+from transformers import GPT2LMHeadModel
+
+import stagedspec
+from stagedspec import Decoder, TreeConfig
+from stagedspec.decoder import _Run
+from stagedspec.ngram import fit_table
+
+TREES = {
+    "tiny": TreeConfig(nodes=2, depth=1, passes=1, width=1, children=1, prefetch=1, prefetch_width=1),
+    "chain-of-one": TreeConfig(nodes=2, depth=1, passes=1, width=1, children=4, prefetch=0),
+    "default": TreeConfig(),
+    "wide": TreeConfig(nodes=33, depth=4, passes=3, width=6, children=8, prefetch=2, prefetch_width=3),
+    "deep": TreeConfig(nodes=9, depth=8, passes=3, width=1, children=3, prefetch=3, prefetch_width=2),
+    "more-passes-than-depth": TreeConfig(nodes=5, depth=2, passes=5, width=2, children=3, prefetch=1),
+}
+SAMPLINGS = {
+    "plain": {},
+    "temperature": {"temperature": 1.7},
+    "top_k": {"top_k": 7},
+    "top_p": {"top_p": 0.8},
+    "min_p": {"min_p": 0.05},
+    "all": {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "min_p": 0.02},
+}
+DRAFTS = ("good", "random", "adversarial", "target")
+
+
+def make_decoder(target, draft=None, ngram=None, **options) -> Decoder:
+    return Decoder.from_pretrained(target, draft=draft, ngram=ngram, device="cpu", **({"dtype": "float32"} | options))
+
+
+@pytest.fixture(scope="module")
+def table(target):
+    """A Katz table fitted on what the target itself says, so that it is often right."""
+    ids, mask = left_pad(random_prompts([2] * 8, seed=3))
+    return fit_table([oracle_generate(target, ids, mask, 40)], VOCAB)
+
+
+@pytest.fixture(scope="module")
+def decoders(target, drafts, table):
+    known = {(kind, False): make_decoder(target, draft) for kind, draft in drafts.items()}
+    return known | {(kind, True): make_decoder(target, draft, table) for kind, draft in drafts.items()}
+
+
+# ---------------------------------------------------------------- greedy, against transformers
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_greedy_equals_transformers(name):
+    """Every mode on every kind of GPT-2, ragged prompts, one of a single token."""
+    target = make_gpt2(7, **CONFIGS[name])
+    decoder = make_decoder(target, make_draft("good", target))
+    ids, mask = left_pad(random_prompts([1, 9, 4], target.config.vocab_size))
+    expected = oracle_generate(target, ids, mask, 14)
+    assert len(expected[:, 9:].unique()) > 4  # else this test could not see much
+    for mode in stagedspec.MODES:
+        ours = decoder.generate(ids, mask, 14, mode=mode, tree=TREES["default"])
+        assert torch.equal(ours, expected), mode
+
+
+@pytest.mark.parametrize("katz", [False, True], ids=["context", "katz"])
+@pytest.mark.parametrize("kind", DRAFTS)
+def test_greedy_with_any_draft_and_tree(decoders, target, kind, katz):
+    ids, mask = left_pad(random_prompts([5, 2], seed=4))
+    expected = oracle_generate(target, ids, mask, 16)
+    decoder = decoders[kind, katz]
+    for name, tree in TREES.items():
+        for mode in ("staged",) if katz else ("chain", "tree", "staged"):
+            assert torch.equal(decoder.generate(ids, mask, 16, mode=mode, tree=tree), expected), (name, mode)
+    if kind == "target":
+        assert decoder.last_stats.tokens_per_step > 2  # and it must have come true, not only been harmless
+
+
+@pytest.mark.parametrize("batch", [1, 2, 7, 16])
+def test_greedy_in_batches_up_to_n_positions(decoders, target, batch):
+    """prompt + new == n_positions exactly, in the longest row."""
+    lengths = [30] + [1 + (7 * row) % 29 for row in range(1, batch)]
+    ids, mask = left_pad(random_prompts(lengths, seed=batch))
+    expected = oracle_generate(target, ids, mask, POSITIONS - 30)
+    for mode in ("autoregressive", "staged"):
+        ours = decoders["good", True].generate(ids, mask, POSITIONS - 30, mode=mode, tree=TREES["default"])
+        assert torch.equal(ours, expected), mode
+
+
+def test_longest_prompt(decoders, target):
+    ids, mask = left_pad(random_prompts([POSITIONS - 1]))
+    expected = oracle_generate(target, ids, mask, 1)
+    for mode in stagedspec.MODES:
+        assert torch.equal(decoders["good", False].generate(ids, mask, 1, mode=mode, tree=TREES["wide"]), expected)
+
+
+@pytest.mark.parametrize("mode", stagedspec.MODES)
+def test_rows_stop_on_their_own(decoders, target, mode):
+    """End-of-sequence ids that really come up: in different rows at different steps, one as the very first token."""
+    ids, mask = left_pad(random_prompts([3, 8, 1, 5], seed=6))
+    free = oracle_generate(target, ids, mask, 20)[:, 8:]
+    cases = ([int(free[0, 0])], [int(free[1, 5]), int(free[2, 9])], int(free[3, 3]), [int(row[4]) for row in free])
+    stops = set()
+    for eos in cases:
+        for pad in (None, 60):
+            expected = oracle_generate(target, ids, mask, 20, eos_token_id=eos, pad_token_id=pad)
+            ours = decoders["good", True].generate(
+                ids, mask, 20, mode=mode, eos_token_id=eos, pad_token_id=pad, tree=TREES["default"]
+            )
+            assert torch.equal(ours, expected), (eos, pad)
+            stops.add(expected.shape[1])
+    assert len(stops) > 1  # some generations ended early
+    kept = decoders["good", True].generate(ids, mask, 20, mode=mode, eos_token_id=[], tree=TREES["default"])
+    assert torch.equal(kept[:, 8:], free)
+
+
+def test_the_models_own_end_of_sequence(target):
+    ids, mask = left_pad(random_prompts([4, 4], seed=8))
+    eos = int(oracle_generate(target, ids, mask, 8)[0, -1])
+    model = make_gpt2(0, eos_token_id=eos)
+    expected = oracle_generate(model, ids, mask, 20, pad_token_id=eos)
+    assert torch.equal(make_decoder(model).generate(ids, mask, 20, mode="autoregressive"), expected)
+
+
+def test_drafts_of_fewer_positions(target):
+    """A draft may have fewer positions than the target; beyond them it only guesses worse."""
+    draft = make_gpt2(0, n_positions=8)
+    ids, mask = left_pad(random_prompts([20, 3], seed=8))
+    ours = make_decoder(target, draft).generate(ids, mask, 20, tree=TREES["default"])
+    assert torch.equal(ours, oracle_generate(target, ids, mask, 20))
+
+
+def test_the_cost_model_chooses_a_tree(target, drafts):
+    ids, mask = left_pad(random_prompts([6]))
+    decoder = make_decoder(target, drafts["good"])
+    expected = oracle_generate(target, ids, mask, 10)
+    for mode in stagedspec.MODES:
+        assert torch.equal(decoder.generate(ids, max_new_tokens=10, mode=mode), expected)
+    assert decoder.last_stats.tree["nodes"] > 1
+
+
+# ---------------------------------------------------------------- the embedded models
+
+
+@pytest.mark.slow
+def test_embedded_target_on_held_out_prompts():
+    """At least 100 held-out prompts, 24 new tokens each, identical to transformers."""
+    root = Path(__file__).resolve().parents[1]
+    target = root / "stagedspec" / "assets" / "target"
+    prompts_file = root / "bench" / "prompts.jsonl"
+    if not (target / "config.json").is_file():
+        pytest.fail(
+            f"the embedded target is missing: no {target.relative_to(root)}/config.json; run `stagedspec train`"
+        )
+    if not prompts_file.is_file():
+        pytest.fail("the held-out prompts are missing: no bench/prompts.jsonl; run bench/make_prompts.py")
+    decoder = Decoder.default(device="cpu", dtype="float32")
+    model = GPT2LMHeadModel.from_pretrained(target).eval()
+    texts = [json.loads(line)["prompt"] for line in prompts_file.read_text().splitlines() if line.strip()]
+    new, most = 24, model.config.n_positions - 24
+    prompts = [decoder.tokenizer(text, add_special_tokens=False).input_ids[-min(most, 200) :] for text in texts[:128]]
+    assert len(prompts) >= 100
+    prompts.sort(key=len)
+    eos = model.generation_config.eos_token_id or model.config.eos_token_id
+    pad = eos[0] if isinstance(eos, list) else eos or 0
+    tree = TreeConfig(nodes=8, depth=6, passes=2, width=1, children=4, prefetch=2, prefetch_width=2)
+    accepted = 0.0
+    for start in range(0, len(prompts), 16):
+        ids, mask = left_pad(prompts[start : start + 16])
+        expected = oracle_generate(model, ids, mask, new, pad_token_id=pad)
+        ours = decoder.generate(ids, mask, new, pad_token_id=pad, tree=tree)
+        assert torch.equal(ours, expected), f"prompts {start} to {start + 16} by length"
+        accepted += decoder.last_stats.tokens_per_step / 8
+    assert accepted > 1.3
+
+
+# ---------------------------------------------------------------- sampled, seed for seed
+
+
+@pytest.mark.parametrize("kind", DRAFTS)
+def test_every_draft_samples_alike(decoders, kind):
+    ids, mask = left_pad(random_prompts([4, 1], seed=9))
+    for index, (name, sampling) in enumerate(SAMPLINGS.items()):
+        options = {"do_sample": True, "seed": 17 * index, **sampling}
+        expected = decoders["target", False].generate(ids, mask, 12, mode="autoregressive", **options)
+        for katz, mode, tree in (
+            (False, "chain", "default"),
+            (False, "tree", "wide"),
+            (False, "staged", "deep"),
+            (True, "staged", "default"),
+        ):
+            ours = decoders[kind, katz].generate(ids, mask, 12, mode=mode, tree=TREES[tree], **options)
+            assert torch.equal(ours, expected), (name, mode, tree)
+
+
+@pytest.mark.parametrize("tree", TREES)
+def test_every_tree_samples_alike(decoders, tree):
+    ids, mask = left_pad(random_prompts([3, 6, 2], seed=10))
+    options = {"do_sample": True, "seed": -3, "top_k": 30, "temperature": 1.2}
+    decoder = decoders["good", True]
+    expected = decoder.generate(ids, mask, 30, mode="autoregressive", **options)
+    for mode in ("chain", "tree", "staged"):
+        assert torch.equal(decoder.generate(ids, mask, 30, mode=mode, tree=TREES[tree], **options), expected), mode
+
+
+@pytest.mark.parametrize("mode", ["autoregressive", "staged"])
+def test_rows_and_streams(decoders, mode):
+    """A row's tokens depend on its seed and stream, not on the batch."""
+    prompts = random_prompts([4, 9, 1], seed=11)
+    ids, mask = left_pad(prompts)
+    decoder, options = decoders["good", False], {"mode": mode, "do_sample": True, "tree": TREES["default"]}
+
+    def new(prompt_ids, prompt_mask, seed):
+        return decoder.generate(prompt_ids, prompt_mask, 10, seed=seed, **options)[:, prompt_ids.shape[1] :]
+
+    one_seed = new(ids, mask, 5)
+    seed_a_row = new(ids, mask, [5, 6, 5])
+    assert torch.equal(one_seed[0], new(*left_pad(prompts[:1]), 5)[0])  # row 0 is stream 0
+    for row, seed in enumerate([5, 6, 5]):
+        assert torch.equal(seed_a_row[row], new(*left_pad(prompts[row : row + 1]), seed)[0])
+    same, same_mask = left_pad([prompts[0]] * 3)
+    streams = new(same, same_mask, 5)
+    assert len({tuple(row.tolist()) for row in streams}) == 3  # streams differ
+    again, again_mask = left_pad([prompts[2], prompts[0], prompts[1], prompts[0]])
+    assert torch.equal(new(again, again_mask, 5)[1], streams[1])  # row 1 is stream 1 whatever is beside it
+    repeated = new(same, same_mask, torch.tensor([5, 5, 5]))
+    assert torch.equal(repeated, streams[:1].expand(3, -1))
+
+
+def test_seeds_of_64_bits(decoders):
+    ids, _ = left_pad(random_prompts([3], seed=12))
+    seen = set()
+    for seed in (0, 1, -1, 2**32, -(2**63), 2**63 - 1):
+        for_seed = [
+            decoders["good", False].generate(
+                ids, max_new_tokens=10, do_sample=True, seed=seed, mode=mode, tree=TREES["default"]
+            )
+            for mode in ("autoregressive", "tree")
+        ]
+        assert torch.equal(*for_seed)
+        seen.add(tuple(for_seed[0][0].tolist()))
+    assert len(seen) == 6
+    unsigned = decoders["good", False].generate(
+        ids, max_new_tokens=10, do_sample=True, seed=2**64 - 1, mode="autoregressive"
+    )
+    signed = decoders["good", False].generate(ids, max_new_tokens=10, do_sample=True, seed=-1, mode="autoregressive")
+    assert torch.equal(unsigned, signed)
+
+
+# ---------------------------------------------------------------- half precision
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_equals_its_own_plain_decoding(target, drafts, dtype):
+    decoder = make_decoder(target, drafts["good"], dtype=dtype)
+    assert decoder.target.dtype == getattr(torch, dtype)
+    ids, mask = left_pad(random_prompts([6, 3, 1, 10], seed=13))
+    for options in ({}, {"do_sample": True, "seed": 2, "top_k": 40}):
+        expected = decoder.generate(ids, mask, 38, mode="autoregressive", **options)
+        for mode, tree in (("chain", "default"), ("tree", "wide"), ("staged", "default"), ("staged", "wide")):
+            assert torch.equal(decoder.generate(ids, mask, 38, mode=mode, tree=TREES[tree], **options), expected), mode
+
+
+# ---------------------------------------------------------------- the caches
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("katz", [False, True])
+def test_committed_cache_is_that_of_a_fresh_prefill(decoders, target, drafts, katz, batch):
+    """After every step, by the keys and values that transformers computes for the same tokens."""
+    ids, mask = left_pad(random_prompts([5, 1, 8][:batch], seed=14))
+    decoder = decoders["good", katz]
+    sampling = stagedspec.Sampling(do_sample=True, temperature=0.7)
+    run = _Run(decoder, decoder._validate(ids, mask, 20, "staged", TREES["default"], [], 3, sampling))
+    jumps = 0
+    for _ in run.steps():
+        jumps += max(run.accepted[-batch:]) > 1
+        for index, row in enumerate(run.sequences.rows):
+            if not row.running:
+                continue
+            for model, cache, missing in ((target, run.cache, 1), (drafts["good"], run.cascade.cache, 2)):
+                known = len(row.tokens) - missing
+                if known < 1:
+                    continue
+                with torch.no_grad():
+                    past = model(torch.tensor([row.tokens[:known]]), use_cache=True).past_key_values
+                rows = cache.rows[:, index, cache.tree_rows : cache.tree_rows + known]  # [layers, L, 2, H, D]
+                for layer, ours in zip(past.layers, rows, strict=True):
+                    for which, theirs in enumerate((layer.keys, layer.values)):
+                        torch.testing.assert_close(ours[:, which], theirs[0].transpose(0, 1), rtol=1e-4, atol=1e-4)
+    assert jumps > 0
+
+
+# ---------------------------------------------------------------- statistics
+
+
+@pytest.mark.parametrize("mode", stagedspec.MODES)
+@pytest.mark.parametrize("batch", [1, 4])
+def test_statistics_add_up(decoders, mode, batch):
+    ids, mask = left_pad(random_prompts([5, 2, 7, 1][:batch], seed=15))
+    decoder, tree = decoders["good", True], TREES["default"].for_mode(mode)
+    new = decoder.generate(ids, mask, 24, mode=mode, tree=TREES["default"])[:, ids.shape[1] :]
+    stats = decoder.last_stats
+    assert stats.mode == mode and stats.new_tokens == new.numel() == sum(stats.origins.values())
+    assert stats.target_passes == stats.steps and stats.draft_passes == stats.steps * tree.passes
+    assert stats.tokens_per_step == pytest.approx(stats.new_tokens / stats.row_steps)
+    assert stats.steps <= stats.row_steps <= stats.steps * batch
+    depths = stats.accepted_per_depth
+    assert len(depths) == tree.depth and depths == sorted(depths, reverse=True)
+    # A row's step gives what it accepted and a bonus token, unless the row ended on an accepted token.
+    assert 0 <= stats.row_steps + sum(depths) - stats.new_tokens <= batch
+    accepted = stats.origins["draft"] + stats.origins["ngram"]
+    assert accepted == sum(depths) and stats.origins["target"] == stats.new_tokens - accepted
+    assert (accepted == 0) == (mode == "autoregressive")
+    if mode != "staged":
+        assert stats.origins["ngram"] == 0
+    if mode == "autoregressive":
+        assert stats.weight_bytes_per_token == 1.0 and stats.tokens_per_step == 1.0 and stats.steps == 24
+    elif batch == 1:
+        passes = stats.target_passes + stats.draft_passes * stats.draft_bytes / stats.target_bytes
+        assert stats.weight_bytes_per_token == pytest.approx(passes / stats.new_tokens)
+    assert 0 <= stats.overhead <= 1 and stats.tokens_per_second > 0
+    assert sum(stats.seconds.values()) <= stats.total_seconds * 1.01
+    read = json.loads(json.dumps(stats.as_dict()))
+    assert read["new_tokens"] == stats.new_tokens and read["weight_bytes_per_token"] == stats.weight_bytes_per_token
+
+
+def test_weight_bytes_against_the_model(target):
+    """What a pass multiplies by: every Linear of the blocks and the head."""
+    weights = [p for name, p in target.transformer.h.named_parameters() if p.dim() == 2 and name.endswith("weight")]
+    expected = 4 * (sum(p.numel() for p in weights) + target.lm_head.weight.numel())
+    assert make_decoder(target).target.weight_bytes == expected
+
+
+def test_a_perfect_draft_is_always_accepted(decoders, target):
+    ids, mask = left_pad(random_prompts([4], seed=16))
+    tree = TreeConfig(nodes=5, depth=4, passes=4, width=1, children=1, prefetch=0)
+    decoders["target", False].generate(ids, mask, 25, mode="chain", tree=tree)
+    stats = decoders["target", False].last_stats
+    assert stats.steps == 5 and stats.accepted_per_depth == [5, 5, 5, 5]
+    assert stats.origins == {"target": 5, "draft": 20, "ngram": 0}
+
+
+def test_a_repeating_text_is_proposed_by_the_context_ngram(target):
+    """A greedy model that has run into a loop: the n-gram sees it coming and saves draft passes."""
+    decoder = make_decoder(target, target)
+    ids, mask = left_pad(random_prompts([3], seed=17))
+    tail = oracle_generate(target, ids, mask, 44)[0].tolist()
+    tree = TreeConfig(nodes=6, depth=5, passes=1, width=1, children=5, prefetch=4, prefetch_width=1)
+    decoder.generate(torch.tensor([tail[:10]]), max_new_tokens=30, tree=tree)
+    stats = decoder.last_stats
+    assert stats.origins["ngram"] <= sum(stats.accepted_per_depth)
+    without = make_decoder(target, target)
+    without.generate(torch.tensor([tail[:10]]), max_new_tokens=30, tree=tree, mode="tree")
+    assert stats.steps <= without.last_stats.steps

@@ -1,0 +1,237 @@
+"""The forward pass over trees against transformers on each path by itself, and the reading of checkpoints."""
+
+import copy
+import json
+
+import pytest
+import torch
+from conftest import CONFIGS, VOCAB, make_gpt2, random_prompts
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from transformers import GPT2LMHeadModel
+
+from stagedspec.gpt2 import GPT2, Cache, check_config, read_checkpoint
+from stagedspec.kernels import reference as ops
+from stagedspec.kernels.control import Sequences, Trees, _Tree
+
+CPU = torch.device("cpu")
+
+
+def make(model, dtype=torch.float32) -> GPT2:
+    return GPT2(model, ops, CPU, dtype)
+
+
+def random_tree(root: int, parents: list[int], seed: int) -> _Tree:
+    generator = torch.Generator().manual_seed(seed)
+    tree = _Tree.root(root)
+    for node, parent in enumerate(parents, 1):
+        tree.add(int(torch.randint(VOCAB - 10, (1,), generator=generator)) + node % 10, min(parent, node - 1), -1, 1)
+    return tree
+
+
+def tree_logits(model: GPT2, prompts, trees, nodes: int, chunk: int = 256) -> torch.Tensor:
+    """Logits [B, N, V] of a prefill and one pass over the trees."""
+    sequences = Sequences(prompts, 9, [], CPU)
+    cache = Cache(model, len(prompts), nodes, max(map(len, prompts)) + 9)
+    with torch.inference_mode():
+        model.prefill(prompts, 1, cache, chunk)
+        return model.logits(model.forward(Trees(sequences, trees, nodes).batch(model.dtype), cache, 0))
+
+
+def check_paths(model, prompts, trees, logits, tolerance=2e-4):
+    """Every node's logits are those of transformers at the end of its path; all paths in one padded call."""
+    paths, owners = [], []
+    for row, (prompt, tree) in enumerate(zip(prompts, trees, strict=True)):
+        for node in range(len(tree.tokens)):
+            above = [at for at in range(node + 1) if tree.masks[node] >> at & 1]
+            assert above[0] == 0 and len(above) == tree.depths[node] + 1
+            paths.append(prompt[:-1] + [tree.tokens[at] for at in above])
+            owners.append((row, node))
+    width = max(map(len, paths))
+    with torch.no_grad():
+        expected = model(torch.tensor([path + [0] * (width - len(path)) for path in paths])).logits
+    for path, (row, node), values in zip(paths, owners, expected, strict=True):
+        torch.testing.assert_close(logits[row, node], values[len(path) - 1], rtol=tolerance, atol=tolerance)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=4),
+    shapes=st.lists(st.lists(st.integers(0, 15), max_size=15), min_size=4, max_size=4),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=25)
+def test_random_trees(target, lengths, shapes, seed):
+    prompts = random_prompts(lengths, seed=seed)
+    trees = [random_tree(prompt[-1], shape, seed + row) for row, (prompt, shape) in enumerate(zip(prompts, shapes))]  # noqa: B905
+    logits = tree_logits(make(target), prompts, trees, max(len(tree.tokens) for tree in trees))
+    check_paths(target, prompts, trees, logits)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_configuration(name):
+    model = make_gpt2(3, **CONFIGS[name])
+    prompts = random_prompts([6, 2], seed=2, vocab_size=50)
+    trees = [random_tree(prompt[-1] % 50, [0, 0, 1, 3, 3], row) for row, prompt in enumerate(prompts)]
+    for tree in trees:
+        tree.tokens = [token % 50 for token in tree.tokens]
+    check_paths(model, prompts, trees, tree_logits(make(model), prompts, trees, 6))
+
+
+def test_prefill_in_chunks(target):
+    prompts = random_prompts([23, 9, 1], seed=5)
+    trees = [random_tree(prompt[-1], [0, 1], 0) for prompt in prompts]
+    for chunk in (1, 7, 256):
+        check_paths(target, prompts, trees, tree_logits(make(target), prompts, trees, 3, chunk))
+
+
+def test_node_count_changes_nothing(target):
+    """The first nodes of a tree, among N = 1 to 33 nodes and in another batch."""
+    prompts = random_prompts([7, 3], seed=6)
+    parents = [node // 2 for node in range(32)]
+    full = [random_tree(prompt[-1], parents, row) for row, prompt in enumerate(prompts)]
+    reference = tree_logits(make(target), prompts, full, 33)
+    check_paths(target, prompts, full, reference)
+    for nodes in (1, 2, 7, 16, 33):
+        cut = [random_tree(prompt[-1], parents[: nodes - 1], row) for row, prompt in enumerate(prompts)]
+        torch.testing.assert_close(
+            tree_logits(make(target), prompts, cut, nodes), reference[:, :nodes], rtol=1e-5, atol=1e-5
+        )
+        alone = tree_logits(make(target), prompts[1:], cut[1:], nodes)[0]
+        torch.testing.assert_close(alone, reference[1, :nodes], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_error(target, dtype):
+    """At most twice the error of transformers in the same precision."""
+    (prompt,) = random_prompts([20], seed=7)
+    tree = random_tree(prompt[-1], [], 0)
+    ours = tree_logits(make(target, dtype), [prompt], [tree], 1)[0, 0]
+    with torch.no_grad():
+        exact = target(torch.tensor([prompt])).logits[0, -1]
+        theirs = copy.deepcopy(target).to(dtype)(torch.tensor([prompt])).logits[0, -1].float()
+    assert (ours - exact).norm() <= 2 * (theirs - exact).norm()
+
+
+def test_unused_cache_rows_do_not_matter(target):
+    """Large values wherever nothing was written."""
+    model, prompts = make(target), random_prompts([6, 2], seed=8)
+    trees = [random_tree(prompt[-1], [0, 0, 1], row) for row, prompt in enumerate(prompts)]
+    sequences = Sequences(prompts, 9, [], CPU)
+    cache = Cache(model, 2, 4, 15)
+    with torch.inference_mode():
+        model.prefill(prompts, 1, cache)
+        cache.rows[:, :, :4] = 1e4
+        cache.rows[:, 1, 4 + 1 :] = 1e4
+        cache.rows[:, 0, 4 + 5 :] = 1e4
+        logits = model.logits(model.forward(Trees(sequences, trees, 4).batch(model.dtype), cache, 0))
+    check_paths(target, prompts, trees, logits)
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+@pytest.fixture
+def folder(tmp_path):
+    make_gpt2(0, n_layer=1).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_round_trip(tmp_path, tied):
+    model = make_gpt2(1, tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path)
+    for source in (tmp_path, str(tmp_path)):
+        read = read_checkpoint(source, "target")
+        ours, theirs = read.state_dict(), model.state_dict()
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert read_checkpoint(model, "draft") is model
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def drop(folder, name):
+    weights = load_file(folder / "model.safetensors")
+    del weights[name]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def to_pickle(folder):
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def truncate(folder, keep):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+
+
+DAMAGE = {
+    "truncated": (lambda f: truncate(f, 9000), "target.*cannot be loaded"),
+    "truncated-header": (lambda f: truncate(f, 20), "target.*cannot be loaded"),
+    "empty-weights": (lambda f: truncate(f, 0), "target.*cannot be loaded"),
+    "no-config": (lambda f: (f / "config.json").unlink(), "no config.json.*save_pretrained"),
+    "config-not-json": (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
+    "config-a-list": (lambda f: (f / "config.json").write_text("[]"), "list.*expected model_type 'gpt2'"),
+    "other-model": (lambda f: edit_config(f, model_type="llama"), "'llama'.*expected model_type 'gpt2'"),
+    "pickle-only": (to_pickle, "no .safetensors.*[Pp]ickled"),
+    "cross-attention": (lambda f: edit_config(f, add_cross_attention=True), "add_cross_attention"),
+    "unknown-activation": (lambda f: edit_config(f, activation_function="swoosh"), "activation_function 'swoosh'"),
+    "heads-do-not-divide": (lambda f: edit_config(f, n_head=5), "divisible by n_head.*24 and 5"),
+    "no-heads": (lambda f: edit_config(f, n_head=0), "n_head"),
+    "size-not-a-number": (lambda f: edit_config(f, n_embd="wide"), "n_embd"),
+    "other-vocabulary": (lambda f: edit_config(f, vocab_size=77), "target"),
+    "missing-weight": (lambda f: drop(f, "transformer.h.0.mlp.c_fc.weight"), "missing.*c_fc.weight"),
+    "too-many-layers": (lambda f: edit_config(f, n_layer=2), "missing.*h.1"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damaged_checkpoints(folder, kind):
+    damage, message = DAMAGE[kind]
+    damage(folder)
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        read_checkpoint(folder, "target")
+
+
+def test_nothing_is_unpickled(folder, tmp_path):
+    """A pickle that would leave a mark if it were loaded."""
+
+    class Bomb:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "mark"), "w"))
+
+    (folder / "model.safetensors").unlink()
+    torch.save({"transformer.wte.weight": Bomb()}, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="safetensors"):
+        read_checkpoint(folder, "target")
+    assert not (tmp_path / "mark").exists()
+
+
+def test_missing_checkpoints(tmp_path):
+    for source in (tmp_path / "none", str(tmp_path / "none"), "./none", "~/none-such-folder"):
+        with pytest.raises(ValueError, match="draft: no checkpoint folder at"):
+            read_checkpoint(source, "draft")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="no checkpoint folder at"):
+        read_checkpoint(tmp_path / "file", "draft")
+    with pytest.raises(ValueError, match="target must be a hub id, a folder or a GPT2LMHeadModel, got int"):
+        read_checkpoint(5, "target")
+
+
+def test_hub_id_without_network(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name in ("no-such-organisation/no-such-model", "no such model!"):
+        with pytest.raises(ValueError, match="(?s)no local folder and could not be fetched.*network.*save_pretrained"):
+            read_checkpoint(name, "target")
+
+
+def test_config_of_a_model_object():
+    model = make_gpt2(0, n_layer=1)
+    model.config.model_type = "other"
+    with pytest.raises(ValueError, match="model_type 'gpt2'.*'other'"):
+        check_config(model.config)
+    assert isinstance(model, GPT2LMHeadModel)
