@@ -209,7 +209,7 @@ def warp(
         threshold = logits.topk(top_k, -1).values[..., -1:]
         logits = logits.masked_fill(logits < threshold, NEVER)
     if top_p is not None and top_p < 1.0:
-        ordered, order = logits.sort(-1, stable=True)
+        ordered, order = logits.sort(dim=-1, stable=True)
         drop = ordered.softmax(-1).cumsum(-1) <= 1.0 - top_p
         drop[..., -1:] = False
         logits = logits.masked_fill(drop.scatter(-1, order, drop), NEVER)

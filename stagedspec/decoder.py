@@ -182,6 +182,8 @@ class Decoder:
         )  # fmt: skip
         if pad_token_id is None:
             pad_token_id = request.eos[0] if request.eos else 0
+        if not isinstance(pad_token_id, int) or isinstance(pad_token_id, bool):
+            raise ValueError(f"pad_token_id must be an integer or None, got {pad_token_id!r}")
         run = _Run(self, request)
         for _ in run.steps():
             pass
@@ -205,7 +207,10 @@ class Decoder:
         unknown = arguments.keys() - {"mode", "tree", "eos_token_id", "seed"}
         if unknown:
             raise ValueError(f"unknown option {sorted(unknown)[0]!r}")
-        request = self._validate(self._encode(prompt), None, max_new_tokens, sampling=sampling, **arguments)
+        input_ids = self._encode(prompt)
+        if len(input_ids) != 1:
+            raise ValueError(f"stream and complete take one prompt, got a batch of {len(input_ids)}; use generate")
+        request = self._validate(input_ids, None, max_new_tokens, sampling=sampling, **arguments)
         return self._stream(request)
 
     def _stream(self, request: _Request) -> Iterator[Chunk]:
@@ -415,7 +420,9 @@ def _unpad(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, vocab_s
 
 
 def _eos(eos: int | Sequence[int], vocab_size: int) -> list[int]:
-    ids = [eos] if isinstance(eos, int) else list(eos.tolist() if isinstance(eos, torch.Tensor) else eos)
+    if isinstance(eos, torch.Tensor):
+        eos = eos.tolist()
+    ids = list(eos) if isinstance(eos, Sequence) else [eos]
     for token in ids:
         if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
             raise ValueError(f"eos_token_id must be in [0, {vocab_size}), got {token!r}; [] never stops")

@@ -155,5 +155,9 @@ def check_config(config: GPT2Config) -> None:
         raise ValueError("add_cross_attention=True is not supported: only decoder-only GPT-2 can be decoded")
     if config.activation_function not in ACT2FN:
         raise ValueError(f"unknown activation_function {config.activation_function!r}; expected one transformers knows")
+    for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
+        value = getattr(config, name)
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
     if config.n_embd % config.n_head:
         raise ValueError(f"n_embd must be divisible by n_head, got {config.n_embd} and {config.n_head}")

@@ -1,9 +1,14 @@
 """Where models come from and where they run: checkpoints, tokenizers, devices, dtypes."""
 
 import json
+import socket
 from pathlib import Path
+from urllib.parse import urlparse
+from urllib.request import getproxies
 
 import torch
+from huggingface_hub import constants, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from stagedspec.gpt2 import check_config
@@ -54,6 +59,8 @@ def read_checkpoint(source: "str | Path | GPT2LMHeadModel", role: str) -> GPT2LM
         _check_folder(folder, role)
     elif folder.exists() or isinstance(source, Path) or str(source).startswith((".", "/", "~")):
         raise ValueError(f"{role}: no checkpoint folder at {source}")
+    else:
+        _check_hub(str(source), role)
     location = str(folder if folder.is_dir() else source)
     try:
         model, notes = GPT2LMHeadModel.from_pretrained(
@@ -78,6 +85,26 @@ def read_checkpoint(source: "str | Path | GPT2LMHeadModel", role: str) -> GPT2LM
     return model
 
 
+def _check_hub(name: str, role: str) -> None:
+    """Fails at once where the model hub's name does not even resolve, instead of after minutes of retries."""
+    try:
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return
+    except HFValidationError as error:
+        raise ValueError(f"{role}: {name!r} is neither a local folder nor a hub id such as 'openai/gpt2'") from error
+    reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else None
+    if reason is None and not getproxies():
+        try:
+            socket.getaddrinfo(urlparse(constants.ENDPOINT).hostname, 443)
+        except OSError as error:
+            reason = str(error)
+    if reason is not None:
+        raise ValueError(
+            f"{role}: {name!r} is no local folder, is not in the local cache, and the model hub cannot be reached "
+            f"({reason}). Connect to the network, or give a folder written by save_pretrained"
+        )
+
+
 def _check_folder(folder: Path, role: str) -> None:
     path = folder / "config.json"
     if not path.is_file():
@@ -94,7 +121,11 @@ def _check_folder(folder: Path, role: str) -> None:
             f"{role}: {folder} has no .safetensors file. Pickled weights are never loaded: "
             "convert them with save_pretrained(..., safe_serialization=True)"
         )
-    check_config(GPT2Config(**{k: v for k, v in values.items() if k != "model_type"}))
+    try:
+        config = GPT2Config(**{name: value for name, value in values.items() if name != "model_type"})
+    except Exception as error:  # transformers checks types with an error class of its own
+        raise ValueError(f"{role}: {path} is damaged: {' '.join(str(error).split())}") from error
+    check_config(config)
 
 
 def end_of_sequence(model: GPT2LMHeadModel) -> list[int]:
@@ -109,8 +140,10 @@ def load_tokenizer(source: object) -> PreTrainedTokenizerBase | None:
     """The tokenizer beside a checkpoint, or None if there is none."""
     if isinstance(source, PreTrainedTokenizerBase):
         return source
-    if not isinstance(source, (str, Path)):
+    if isinstance(source, GPT2LMHeadModel):
         return None
+    if not isinstance(source, (str, Path)):
+        raise ValueError(f"tokenizer must be a hub id, a folder or a tokenizer, got {type(source).__name__}")
     folder = Path(source).expanduser()
     if folder.is_dir() and not (folder / "tokenizer.json").exists() and not (folder / "vocab.json").exists():
         return None

@@ -46,7 +46,7 @@ def make_gpt2(seed: int = 0, **changes) -> GPT2LMHeadModel:
         "initializer_range": 0.25,
         "bos_token_id": None,
         "eos_token_id": None,
-        "pad_token_id": 0,
+        "pad_token_id": None,
     }
     torch.manual_seed(seed)
     model = GPT2LMHeadModel._from_config(GPT2Config(**(options | changes)), attn_implementation="eager")

@@ -33,7 +33,7 @@ def best_paths(draft: RandomDraft, root: tuple[int, ...], depth: int, count: int
     """Brute force: all paths below the root, best first."""
     found, level = [], [((), 0.0)]
     for _ in range(depth):
-        level = [(path + (t,), score + v) for path, score in level for t, v in draft.proposals(root + path)]
+        level = [((*path, t), score + v) for path, score in level for t, v in draft.proposals(root + path)]
         found += level
     found.sort(key=lambda pair: -pair[1])
     return {path for path, _ in found[:count]}
@@ -66,7 +66,12 @@ def grow(prompts, config, draft, table=None, noise=None):
         for row, prompt in enumerate(prompts):
             tokens[row] += batch.tokens[row].tolist()
             prefix = len(prompt) - 2  # rows of the draft's cache that are valid
-            assert batch.bias.shape == (len(prompts), 1, batch.tokens.shape[1], config.slots + max(0, batch.bias.shape[-1] - config.slots))
+            assert batch.bias.shape == (
+                len(prompts),
+                1,
+                batch.tokens.shape[1],
+                config.slots + max(0, batch.bias.shape[-1] - config.slots),
+            )
             names.append([])
             values.append([])
             for node in range(batch.tokens.shape[1]):
@@ -109,7 +114,9 @@ def paths_of(tree) -> list[tuple[int, ...]]:
 
 class RandomNoise:
     def of(self, row, depths, tokens):
-        return [random.Random(f"{row} {depth} {token}").gauss(0, 1) for depth, token in zip(depths, tokens, strict=True)]
+        return [
+            random.Random(f"{row} {depth} {token}").gauss(0, 1) for depth, token in zip(depths, tokens, strict=True)
+        ]
 
 
 @given(
@@ -125,9 +132,7 @@ class RandomNoise:
     noisy=st.booleans(),
 )
 @settings(max_examples=120)
-def test_the_tree_is_the_best_one(
-    seed, lengths, nodes, depth, width, children, prefetch, prefetch_width, katz, noisy
-):
+def test_the_tree_is_the_best_one(seed, lengths, nodes, depth, width, children, prefetch, prefetch_width, katz, noisy):
     """With a pass a node, whatever draft² guesses: exactly the nodes that brute force finds."""
     size = 5
     draft = RandomDraft(seed, size, children)
@@ -161,10 +166,16 @@ def test_guesses_save_passes():
             return [((path[-1] + 1) % 7 if path else 0, -0.01), (6, -5.0)]
 
     oracle = SimpleNamespace(successors_of=lambda first, last: [((last + 1) % 7, -0.1)])
-    config = TreeConfig(nodes=5, depth=4, passes=1, width=1, children=2, prefetch=3, prefetch_width=1)
+    config = TreeConfig(nodes=5, depth=4, passes=1, width=1, children=4, prefetch=3, prefetch_width=1)
     (tree,) = grow([[5, 0]], config, Certain(), oracle).trees
     assert paths_of(tree) == [(1,), (1, 2), (1, 2, 3), (1, 2, 3, 4)]
-    assert [["target", "draft", "ngram"][origin] for origin in tree.origins] == ["target", "ngram", "ngram", "ngram", "draft"]
+    assert [["target", "draft", "ngram"][origin] for origin in tree.origins] == [
+        "target",
+        "ngram",
+        "ngram",
+        "ngram",
+        "draft",
+    ]
     wrong = SimpleNamespace(successors_of=lambda first, last: [((last + 2) % 6, -0.1)])
     (tree,) = grow([[5, 0]], config, Certain(), wrong).trees
     assert sorted(paths_of(tree)) == [(1,), (6,)]  # guesses that the draft does not confirm never enter

@@ -2,18 +2,21 @@
 
 import copy
 import json
+import socket
 
 import pytest
 import torch
 from conftest import CONFIGS, VOCAB, make_gpt2, random_prompts
+from huggingface_hub import constants
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import GPT2LMHeadModel
 
-from stagedspec.gpt2 import GPT2, Cache, check_config, read_checkpoint
+from stagedspec.gpt2 import GPT2, Cache, check_config
 from stagedspec.kernels import reference as ops
 from stagedspec.kernels.control import Sequences, Trees, _Tree
+from stagedspec.loading import read_checkpoint
 
 CPU = torch.device("cpu")
 
@@ -222,16 +225,28 @@ def test_missing_checkpoints(tmp_path):
         read_checkpoint(5, "target")
 
 
-def test_hub_id_without_network(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    for name in ("no-such-organisation/no-such-model", "no such model!"):
-        with pytest.raises(ValueError, match="(?s)no local folder and could not be fetched.*network.*save_pretrained"):
-            read_checkpoint(name, "target")
+@pytest.mark.parametrize("how", ["offline", "no-network"])
+def test_hub_id_without_network(monkeypatch, how):
+    """Says so at once, and what to do."""
+
+    def unreachable(*_, **__):
+        raise socket.gaierror("no such host")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", how == "offline")
+    monkeypatch.setattr(socket, "getaddrinfo", unreachable)
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    message = r"target: 'none/such' is no local folder.*hub cannot be reached.*Connect to the network, or give a folder"
+    with pytest.raises(ValueError, match=message):
+        read_checkpoint("none/such", "target")
+    with pytest.raises(ValueError, match="'no such model!' is neither a local folder nor a hub id"):
+        read_checkpoint("no such model!", "target")
 
 
 def test_config_of_a_model_object():
     model = make_gpt2(0, n_layer=1)
     model.config.model_type = "other"
-    with pytest.raises(ValueError, match="model_type 'gpt2'.*'other'"):
+    with pytest.raises(ValueError, match=r"model_type 'gpt2'.*'other'"):
         check_config(model.config)
     assert isinstance(model, GPT2LMHeadModel)
