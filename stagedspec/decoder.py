@@ -233,7 +233,9 @@ class Decoder:
 
     # ------------------------------------------------------------ requests
 
-    def tree_for(self, mode: str, batch: int = 1, tree: TreeConfig | None = None) -> TreeConfig:
+    def tree_for(
+        self, mode: str, batch: int = 1, tree: TreeConfig | None = None, do_sample: bool = False
+    ) -> TreeConfig:
         """The tree settings a call would use: the call's, else the decoder's, else the cost model's."""
         if mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
@@ -247,7 +249,7 @@ class Decoder:
         if chosen is None:
             if self._costs is None:
                 self._costs = cost.PassTimes(self.target, self.draft)
-            chosen = cost.best_tree(self._costs, mode, batch)
+            chosen = cost.best_tree(self._costs, mode, batch, do_sample)
         return chosen.for_mode(mode)
 
     def _validate(
@@ -272,7 +274,7 @@ class Decoder:
             )
         seeds, streams = counters(seed, len(prompts))
         eos = _eos(self.eos_token_ids if eos_token_id is None else eos_token_id, self.target.vocab_size)
-        settings = self.tree_for(mode, len(prompts), tree)
+        settings = self.tree_for(mode, len(prompts), tree, sampling.do_sample)
         return _Request(prompts, max_new_tokens, mode, settings, sampling, seeds, streams, eos)
 
     def _encode(self, prompt: str | torch.Tensor) -> torch.Tensor:
