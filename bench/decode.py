@@ -90,7 +90,6 @@ def transformers_side(model: GPT2LMHeadModel, settings: dict):
     seed = settings.pop("seed")
     if settings["do_sample"]:
         settings["top_k"] = settings["top_k"] or 0
-    # No end-of-text token: every side writes max_new_tokens.
     config = transformers.GenerationConfig(**settings, use_cache=True, pad_token_id=0)
 
     def run(ids: torch.Tensor) -> Run:
@@ -198,6 +197,8 @@ def bench(options: argparse.Namespace, console: Console) -> tuple[dict, bool]:
     source = options.target or str(EMBEDDED)
     tokenizer = decoder.tokenizer or AutoTokenizer.from_pretrained(source)
     model = GPT2LMHeadModel.from_pretrained(source, dtype=getattr(torch, options.dtype)).eval()
+    # `generate` fills an unset eos_token_id from here; every side is to write max_new_tokens.
+    model.config.eos_token_id = model.generation_config.eos_token_id = None
     room = model.config.n_positions - options.max_new_tokens
     encoded, skipped = encode(prompts, tokenizer, room, options.limit)
     console.print(f"{len(encoded)} prompts, {skipped} skipped: empty, or longer than {room} tokens", highlight=False)
