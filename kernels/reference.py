@@ -258,8 +258,9 @@ def _contenders(
     if k is None or k >= logits.shape[-1]:
         return warp(logits, **warping) + noise.of(), None, None
     best, tokens = logits.topk(k + 1, -1)
+    best = best / warping["temperature"]  # two logits can become equal here
     ties = (best[..., 1:] == best[..., :-1]).any(-1)
-    scores = warp(best[..., :k], **(warping | {"top_k": None}))
+    scores = warp(best[..., :k], 1.0, None, warping["top_p"], warping["min_p"])
     tokens = tokens[..., :k]
     return scores + noise.of(tokens), tokens, ties
 

@@ -20,8 +20,8 @@ from rich.style import Style
 
 import stagedspec
 from stagedspec.compare import Run, compare, table
+from stagedspec.tree import MODES
 
-MODES = ("autoregressive", "chain", "tree", "staged")
 Mode = Enum("Mode", {name: name for name in MODES}, type=str)
 
 # Colours of the Okabe-Ito palette, told apart by every kind of colour vision, each with a second cue.
@@ -430,8 +430,7 @@ def fit_ngram(
     """
     from rich.progress import TextColumn
 
-    from stagedspec.gpt2 import read_checkpoint
-    from stagedspec.loading import load_tokenizer, resolve_device
+    from stagedspec.loading import load_tokenizer, read_checkpoint, resolve_device
     from stagedspec.ngram import fit_from_text, fit_table
     from stagedspec.training.sample import sample_shards
 
@@ -513,7 +512,7 @@ def _text_files(paths: list[Path]) -> list[Path]:
 def train(
     out: Annotated[Path, typer.Option(help="Folder of the run; the models come to lie in OUT/assets.")],
     preset: Annotated[
-        str, typer.Option(help="embedded (70 minutes on 2 CPU cores), tiny (a trial) or gpt2-large (one GPU).")
+        str, typer.Option(help="embedded (about 100 minutes on 2 CPU cores), tiny (a trial) or gpt2-large (one GPU).")
     ] = "embedded",
     source: Annotated[
         list[str] | None,

@@ -17,6 +17,7 @@ from stagedspec.loading import (
     check_same_tokens,
     end_of_sequence,
     load_tokenizer,
+    padding,
     read_checkpoint,
     resolve_device,
     resolve_dtype,
@@ -79,6 +80,7 @@ class Decoder:
         tokenizer: PreTrainedTokenizerBase | None = None,
         tree: TreeConfig | None = None,
         eos_token_ids: Sequence[int] = (),
+        pad_token_id: int | None = None,
     ):
         if draft is not None and draft.vocab_size != target.vocab_size:
             raise ValueError(
@@ -92,7 +94,7 @@ class Decoder:
             )
         self.target, self.draft, self.ngram, self.tokenizer = target, draft, ngram, tokenizer
         self.device = target.device
-        self.eos_token_ids = tuple(eos_token_ids)
+        self.eos_token_ids, self.pad_token_id = tuple(eos_token_ids), pad_token_id
         self.last_stats: Stats | None = None
         self._tree = tree
         self._costs: cost.PassTimes | None = None
@@ -138,6 +140,7 @@ class Decoder:
             loaded,
             tree,
             end_of_sequence(target_model),
+            padding(target_model),
         )
 
     @classmethod
@@ -170,20 +173,22 @@ class Decoder:
         """Continues input_ids, LongTensor [B, prompt], and returns LongTensor [B, prompt + new].
 
         Prompts of different lengths are padded on the left and marked in attention_mask [B, prompt], as
-        transformers does; rows that stop early are filled up with pad_token_id (None: the first eos id).
+        transformers does; rows that stop early are filled up with pad_token_id (None: the model's own, else the first
+        eos id).
         eos_token_id: None means the model's own, an empty list never stops. For a given seed every mode, draft
         and tree gives the same tokens; `last_stats` tells what they cost.
 
         Raises ValueError for bad input, before any work.
         """
+        pad_token_id = self.pad_token_id if pad_token_id is None else pad_token_id
+        if pad_token_id is not None and (type(pad_token_id) is not int or not 0 <= pad_token_id < 2**63):
+            raise ValueError(f"pad_token_id must be a token id or None, got {pad_token_id!r}")
         request = self._validate(
             input_ids, attention_mask, max_new_tokens, mode, tree, eos_token_id, seed,
             Sampling(do_sample, temperature, top_k, top_p, min_p),
         )  # fmt: skip
         if pad_token_id is None:
             pad_token_id = request.eos[0] if request.eos else 0
-        if not isinstance(pad_token_id, int) or isinstance(pad_token_id, bool):
-            raise ValueError(f"pad_token_id must be an integer or None, got {pad_token_id!r}")
         run = _Run(self, request)
         for _ in run.steps():
             pass
@@ -305,7 +310,14 @@ class _Run:
         self.cache = Cache(target, batch, config.nodes, max(map(len, request.prompts)) + request.new_tokens)
         self.noise = None
         if request.sampling.do_sample:
-            self.noise = Noise(target.ops, request.seeds, request.streams, target.vocab_size, config.depth + 1, device)
+            self.noise = Noise(
+                target.ops,
+                request.seeds,
+                request.streams,
+                target.vocab_size,
+                min(config.depth, config.nodes - 1) + 1,
+                device,
+            )
         self.cascade = None
         if config.passes:
             self.cascade = Cascade(

@@ -28,13 +28,16 @@ def resolve_device(device: str | torch.device) -> torch.device:
         raise ValueError(f"device must be a CPU or a CUDA GPU, got {device}")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {device} was asked for, but torch sees no CUDA GPU; use device='cpu'")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {device} was asked for, but there are {torch.cuda.device_count()} GPUs")
     return device
 
 
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     """ "auto" is bfloat16 on a GPU that has it, else float32. Raises ValueError for an unknown dtype."""
     if dtype == "auto":
-        # Half precision only where it is faster: CPUs emulate it (see kernels/reference.py).
+        # On a CPU always fp32: half precision there is computed wider, so that the tokens of all modes agree
+        # (kernels/reference.py), and gains nothing.
         half = device.type == "cuda" and torch.cuda.is_bf16_supported()
         return torch.bfloat16 if half else torch.float32
     found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
@@ -82,6 +85,12 @@ def read_checkpoint(source: "str | Path | GPT2LMHeadModel", role: str) -> GPT2LM
             f"{role}: the checkpoint in {source} does not fit its config: "
             f"missing {missing[:3]}, mismatched {list(notes.get('mismatched_keys', ()))[:3]}"
         )
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point() or not bool(parameter.isfinite().all()):
+            raise ValueError(
+                f"{role}: the checkpoint in {source} is damaged: {name} must hold finite floating-point numbers, "
+                f"it is {parameter.dtype} with values that are not"
+            )
     return model
 
 
@@ -126,6 +135,12 @@ def _check_folder(folder: Path, role: str) -> None:
     except Exception as error:  # transformers checks types with an error class of its own
         raise ValueError(f"{role}: {path} is damaged: {' '.join(str(error).split())}") from error
     check_config(config)
+
+
+def padding(model: GPT2LMHeadModel) -> int | None:
+    """The model's own padding token, or None."""
+    pad = model.generation_config.pad_token_id
+    return model.config.pad_token_id if pad is None else pad
 
 
 def end_of_sequence(model: GPT2LMHeadModel) -> list[int]:

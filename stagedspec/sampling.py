@@ -29,10 +29,12 @@ class Sampling:
                 raise ValueError(f"{name} must be {expected}, got {getattr(self, name)!r}")
 
         def number(value: object) -> bool:
-            return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
 
         check("do_sample", isinstance(self.do_sample, bool), "True or False")
-        check("temperature", number(self.temperature) and self.temperature > 0, "a finite number above 0")
+        # Below 1e-6 logits / temperature can leave fp32; above 1e6 every distribution is flat.
+        good = number(self.temperature) and 1e-6 <= self.temperature <= 1e6
+        check("temperature", good, "a finite number above 0 (from 1e-6 to 1e6)")
         whole = isinstance(self.top_k, int) and not isinstance(self.top_k, bool)
         check("top_k", self.top_k is None or (whole and self.top_k >= 0), "a whole number (0 or None turns it off)")
         for name in ("top_p", "min_p"):

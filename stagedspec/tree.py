@@ -1,4 +1,4 @@
-"""Token trees: their settings, and the cost model that picks them."""
+"""Token trees: their settings."""
 
 from dataclasses import dataclass, replace
 
@@ -34,6 +34,11 @@ class TreeConfig:
                 raise ValueError(f"tree {name} must be a whole number of at least {least}, got {value!r}")
         if self.nodes > 256:
             raise ValueError(f"tree nodes must be at most 256, got {self.nodes}")
+        if self.depth > 256 or self.slots > 1024:
+            raise ValueError(
+                "a tree may be at most 256 deep and take at most 1024 draft evaluations a step, "
+                f"got depth {self.depth} and {self.slots} evaluations"
+            )
         if self.nodes > 1 and (self.passes == 0 or self.depth == 0):
             raise ValueError(f"a tree of {self.nodes} nodes needs at least one draft pass and a depth of 1")
         if self.nodes - 1 > self.evaluations * self.children:

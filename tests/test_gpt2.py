@@ -2,7 +2,9 @@
 
 import copy
 import json
+import math
 import socket
+from pathlib import Path
 
 import pytest
 import torch
@@ -156,6 +158,12 @@ def edit_config(folder, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def change(folder: Path, edit) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    name = "transformer.h.0.mlp.c_fc.weight"
+    save_file(tensors | {name: edit(tensors[name])}, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 def drop(folder, name):
     weights = load_file(folder / "model.safetensors")
     del weights[name]
@@ -187,6 +195,8 @@ DAMAGE = {
     "no-heads": (lambda f: edit_config(f, n_head=0), "n_head"),
     "size-not-a-number": (lambda f: edit_config(f, n_embd="wide"), "n_embd"),
     "other-vocabulary": (lambda f: edit_config(f, vocab_size=77), "target"),
+    "not-finite": (lambda f: change(f, lambda weight: weight * math.nan), "damaged: .* finite"),
+    "whole-numbers": (lambda f: change(f, lambda weight: weight.long()), "damaged: .* floating-point"),
     "missing-weight": (lambda f: drop(f, "transformer.h.0.mlp.c_fc.weight"), "missing.*c_fc.weight"),
     "too-many-layers": (lambda f: edit_config(f, n_layer=2), "missing.*h.1"),
 }

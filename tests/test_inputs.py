@@ -72,9 +72,11 @@ BAD_CALLS = {
     "tree-type": ({"tree": 5}, "tree must be a TreeConfig or None, got int"),
     "tree-dict": ({"tree": {"nodes": 5}}, "tree must be a TreeConfig or None, got dict"),
     "tree-plain-mode": ({"tree": 5, "mode": "autoregressive"}, "tree must be a TreeConfig or None, got int"),
-    "temperature-nan": ({"do_sample": True, "temperature": math.nan}, "temperature must be .* above 0, got nan"),
-    "temperature-zero": ({"do_sample": True, "temperature": 0.0}, "temperature must be .* above 0, got 0.0"),
-    "temperature-greedy": ({"temperature": -1}, "temperature must be .* above 0, got -1"),
+    "temperature-nan": ({"do_sample": True, "temperature": math.nan}, "temperature must be .* above 0 .*, got nan"),
+    "temperature-underflow": ({"do_sample": True, "temperature": 1e-46}, "temperature must be .*, got 1e-46"),
+    "temperature-overflow": ({"do_sample": True, "temperature": 10**400}, "temperature must be .*, got 1000"),
+    "temperature-zero": ({"do_sample": True, "temperature": 0.0}, "temperature must be .* above 0 .*, got 0.0"),
+    "temperature-greedy": ({"temperature": -1}, "temperature must be .* above 0 .*, got -1"),
     "top_k": ({"do_sample": True, "top_k": -5}, "top_k must be a whole number .*, got -5"),
     "top_p-zero": ({"do_sample": True, "top_p": 0.0}, r"top_p must be in \(0, 1\] or None, got 0.0"),
     "top_p": ({"do_sample": True, "top_p": 1.2}, r"top_p must be in \(0, 1\] or None, got 1.2"),
@@ -314,3 +316,9 @@ def test_two_streams_at_once(writer):
             else:
                 taken[which].extend(chunk.tokens)
     assert taken == (one, two)
+
+
+@pytest.mark.parametrize("settings", [{"depth": 10**9}, {"passes": 10**6, "width": 10**3}], ids=["depth", "slots"])
+def test_trees_beyond_reason(settings):
+    with pytest.raises(ValueError, match=r"at most 256 deep .* at most 1024 draft evaluations"):
+        TreeConfig(**settings)

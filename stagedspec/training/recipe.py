@@ -71,7 +71,7 @@ _DRAFT_FIT = FitConfig(tokens=1_600_000, batch=2, block=512, learning_rate=4e-3,
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """All settings of a run. The defaults train the embedded models: about 70 minutes on 2 CPU cores.
+    """All settings of a run. The defaults train the embedded models: about 100 minutes on 2 CPU cores.
 
     sources:            what corpus.source_folder takes: "stdlib", installed packages, folders.
     target, draft:      sizes; target_fit, draft_fit: their training.
