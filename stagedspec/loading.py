@@ -144,7 +144,7 @@ def _check_shard(path: Path, role: str) -> None:
         with safe_open(path, "pt") as file:
             kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{role}: {path} is damaged: {error}") from error
+        raise ValueError(f"{role}: the checkpoint in {path.parent} cannot be loaded: {error}") from error
     for name, kind in kinds.items():
         mask = name.endswith((".attn.bias", ".attn.masked_bias"))  # causal masks that old checkpoints carry
         if not mask and kind not in ("F64", "F32", "F16", "BF16"):

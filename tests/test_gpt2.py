@@ -198,7 +198,7 @@ DAMAGE = {
     "not-finite": (lambda f: change(f, lambda weight: weight * math.nan), "damaged: .* finite"),
     "whole-numbers": (
         lambda f: change(f, lambda weight: weight.long()),
-        "damaged: .* must be floating-point, it is I64",
+        "must be floating-point, it is I64",
     ),
     "missing-weight": (lambda f: drop(f, "transformer.h.0.mlp.c_fc.weight"), "missing.*c_fc.weight"),
     "too-many-layers": (lambda f: edit_config(f, n_layer=2), "missing.*h.1"),
