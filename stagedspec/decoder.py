@@ -287,6 +287,10 @@ class Decoder:
             return prompt[None] if prompt.dim() == 1 else prompt
         if not isinstance(prompt, str):
             raise ValueError(f"prompt must be text or a LongTensor of token ids, got {type(prompt).__name__}")
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"prompt must be text that UTF-8 can hold: {error}") from error
         if self.tokenizer is None:
             raise ValueError("this decoder has no tokenizer: give tokenizer=..., or a prompt of token ids")
         ids = self.tokenizer(prompt, add_special_tokens=False).input_ids

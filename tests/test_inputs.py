@@ -196,6 +196,7 @@ BAD_PROMPTS = {
     "empty-tensor": (torch.zeros(0, dtype=torch.long), {}, "prompt is empty"),
     "floats": (torch.zeros(3), {}, "LongTensor"),
     "option": (torch.tensor([1]), {"top_q": 1}, "unknown option 'top_q'"),
+    "lone-surrogate": ("\ud800", {}, "UTF-8"),
     "two-prompts": (IDS, {}, "one prompt|batch"),
 }
 
