@@ -106,13 +106,17 @@ class Noise:
     def at(self, depths: list[list[int]]) -> NoiseAt:
         """For the nodes of a pass at depths [B][N]: a node of depth d chooses the token d past the row's length."""
         index = [
-            [offset + min(max(depth, 0), self.reach - 1) for depth in row]
-            for offset, row in zip(self.offsets, depths, strict=True)
+            [offset + self._within(depth) for depth in row] for offset, row in zip(self.offsets, depths, strict=True)
         ]
         return NoiseAt(self.values, torch.tensor(index, device=self.seeds.device))
+
+    def _within(self, depth: int) -> int:
+        """Nodes outside the reach (the catch-up token, drafted nodes deeper than any tree of this size) can never be
+        accepted: any noise does for them, but it must lie in the block."""
+        return min(max(depth, 0), self.reach - 1)
 
     def of(self, row: int, depths: list[int], tokens: list[int]) -> list[float]:
         """The noise of single tokens below nodes of one row."""
         offset = self.offsets[row]
-        index = torch.tensor([[offset + depth for depth in depths], tokens], device=self.seeds.device)
+        index = torch.tensor([[offset + self._within(depth) for depth in depths], tokens], device=self.seeds.device)
         return self.values[row, index[0], index[1]].tolist()

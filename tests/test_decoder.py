@@ -357,3 +357,15 @@ def test_rows_are_filled_with_the_models_own_padding(target):
         target.generation_config.pad_token_id = saved
     assert torch.equal(ours, expected)
     assert 2 in ours[0, ids.shape[1] :].tolist()
+
+
+def test_sampling_with_trees_drafted_deeper_than_their_nodes_allow(target):
+    """The draft may look deeper than nodes - 1; the noise block is only as long as a path can be."""
+    decoder = make_decoder(target, make_draft("good", target))
+    tree = TreeConfig(nodes=2, depth=8, passes=3, width=1, children=4, prefetch=3, prefetch_width=1)
+    ids = torch.tensor([random_prompts([2], seed=29)[0]])
+    options = {"do_sample": True, "eos_token_id": [], "max_new_tokens": POSITIONS - 2}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("stagedspec.sampling.Noise.MEMORY", 1)  # the shortest block there can be: every step at its end
+        staged = decoder.generate(ids, tree=tree, **options)
+    assert torch.equal(staged, decoder.generate(ids, mode="autoregressive", **options))
