@@ -1,4 +1,4 @@
-"""The rate at which `stagedspec train` fits a preset's target on this machine, as a share of the matrix rate measured here.
+"""The rate at which `stagedspec train` fits a preset's target, as a share of this machine's measured matrix rate.
 
     python bench/train.py [--preset gpt2-large] [--steps 30] [--micro-batch 32] [--out train.json]
 
@@ -8,6 +8,7 @@ rate is that of an 8192 x 8192 x 8192 product in the dtype that training multipl
 """
 
 import argparse
+import contextlib
 import json
 import platform
 import statistics
@@ -57,19 +58,16 @@ def training_rates(config: recipe.TrainConfig, device: torch.device, steps: int,
         if values["step"] >= steps:
             raise _Enough
 
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            fit(
-                model,
-                settings,
-                Path(folder),
-                lambda step: sample_blocks(tokens, settings, step),
-                cross_entropy,
-                report,
-                micro_batch=micro_batch,
-            )
-        except _Enough:
-            pass
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(_Enough):
+        fit(
+            model,
+            settings,
+            Path(folder),
+            lambda step: sample_blocks(tokens, settings, step),
+            cross_entropy,
+            report,
+            micro_batch=micro_batch,
+        )
     return reports
 
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from stagedspec.kernels.control import NEVER, Batch, Growth, Moves, Sequences, Trees
 
-__all__ = ["Batch", "Growth", "Linear", "Moves", "Sequences", "Trees"]
+__all__ = ["Batch", "Growth", "Linear", "Moves", "NoiseAt", "Sequences", "Trees"]
 
 
 # oneDNN's fused epilogues: the name and the algorithm of `mkldnn::_linear_pointwise`.
@@ -52,7 +52,7 @@ def pack_linear(weight: torch.Tensor, bias: torch.Tensor | None, invariant: bool
     oneDNN's 50 microseconds a call would cost more than the arithmetic.
     """
     dtype = weight.dtype
-    small = weight.numel() < 1 << 19
+    small = weight.numel() < 1 << 18
     if not invariant and small and weight.device.type == "cpu":
         return Linear(weight.float().contiguous(), None if bias is None else bias.float(), False, dtype)
     if weight.device.type == "cpu" and torch.backends.mkldnn.is_available():
@@ -239,18 +239,21 @@ class NoiseAt:
 
     def of(self, tokens: torch.Tensor | None = None) -> torch.Tensor:
         """The noise of tokens [B, N, K], or of the whole vocabulary: [B, N, K or V]."""
-        rows = torch.arange(len(self.index), device=self.index.device)[:, None]
+        batch, positions, vocab_size = self.values.shape
+        rows = self.index
+        if batch > 1:
+            rows = rows + torch.arange(0, batch * positions, positions, device=rows.device)[:, None]
         if tokens is None:
-            return self.values[rows, self.index]
-        return self.values[rows[..., None], self.index[..., None], tokens]
+            return self.values.flatten(0, 1)[rows]
+        return self.values.take((rows * vocab_size)[..., None] + tokens)
 
 
 def _contenders(
     logits: torch.Tensor, warping: dict | None, noise: NoiseAt | None
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """What enters the argmax: scores [B, N, K], their tokens, and which nodes have a tie among their best [B, N].
+    """What enters the argmax: scores [B, N, K] and their tokens; None for these where K is the vocabulary.
 
-    With top-k only the k best logits are warped and given noise; the tokens are None where K is the vocabulary.
+    With top-k only the k best logits are warped and given noise: those and the next one, descending, come third.
     """
     if noise is None:
         return logits, None, None
@@ -258,11 +261,10 @@ def _contenders(
     if k is None or k >= logits.shape[-1]:
         return warp(logits, **warping) + noise.of(), None, None
     best, tokens = logits.topk(k + 1, -1)
-    best = best / warping["temperature"]  # two logits can become equal here
-    ties = (best[..., 1:] == best[..., :-1]).any(-1)
-    scores = warp(best[..., :k], 1.0, None, warping["top_p"], warping["min_p"])
+    if warping["temperature"] != 1.0:
+        best = best / warping["temperature"]
     tokens = tokens[..., :k]
-    return scores + noise.of(tokens), tokens, ties
+    return warp(best[..., :k], 1.0, None, warping["top_p"], warping["min_p"]) + noise.of(tokens), tokens, best
 
 
 def choose(logits: torch.Tensor, warping: dict | None, noise: NoiseAt | None) -> torch.Tensor:
@@ -270,13 +272,14 @@ def choose(logits: torch.Tensor, warping: dict | None, noise: NoiseAt | None) ->
 
     Gumbel-max: an exact sample of the warped distribution, fixed by the logits and the noise. Lowest id on ties.
     """
-    scores, tokens, ties = _contenders(logits, warping, noise)
+    scores, tokens, best = _contenders(logits, warping, noise)
     if tokens is None:
         return scores.argmax(-1)
+    ties = best[..., 1:] == best[..., :-1]
     chosen = tokens.masked_fill(scores < scores.amax(-1, keepdim=True), logits.shape[-1]).amin(-1)
     if bool(ties.any()):
         # Which of tied logits stay is a matter of rules: such nodes take the way without the short cut.
-        chosen = torch.where(ties, (warp(logits, **warping) + noise.of()).argmax(-1), chosen)
+        chosen = torch.where(ties.any(-1), (warp(logits, **warping) + noise.of()).argmax(-1), chosen)
     return chosen
 
 

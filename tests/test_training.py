@@ -487,7 +487,7 @@ def test_shapes_that_cannot_be():
             recipe.Shape(**{"layers": 1, "width": 16, "heads": 2, **shape})
 
 
-@pytest.mark.parametrize("name", ["embedded", "gpt2-large"])
+@pytest.mark.parametrize("name", ["embedded", "embedded-cpu", "gpt2-large"])
 def test_presets_have_a_draft_15_to_20_times_smaller(name):
     config = recipe.PRESETS[name]
     with torch.device("meta"):
@@ -510,6 +510,13 @@ def test_corpus_is_decided_by_content(source, tmp_path):
     assert corpus_module.read_documents([str(copy)]) == corpus_module.read_documents([str(source)])
     train, heldout = corpus_module.read_documents([str(source)])
     assert len(train) + len(heldout) == 60 and not set(train) & set(heldout)
+
+
+def test_missing_sources_are_all_named(tmp_path):
+    config = recipe.preset("tiny", sources=("json", "no_such_package", str(tmp_path / "nowhere")))
+    with pytest.raises(ValueError, match=r"'no_such_package'.*nowhere.*install"):
+        recipe.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_damaged_corpus(tmp_path):

@@ -7,6 +7,7 @@ give the same corpus.
 import hashlib
 import importlib.util
 import sysconfig
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,6 +64,22 @@ def source_folder(source: str) -> Path:
         if spec is not None and spec.submodule_search_locations:
             return Path(next(iter(spec.submodule_search_locations)))
     raise ValueError(f"source {source!r} is neither 'stdlib', a folder, nor an installed package")
+
+
+def check_sources(sources: Iterable[str]) -> None:
+    """Raises ValueError that names all of the sources that are not there, not only the first."""
+    missing = []
+    for source in sources:
+        try:
+            source_folder(source)
+        except ValueError:
+            missing.append(repr(source))
+    if missing:
+        verb = "are" if len(missing) > 1 else "is"
+        raise ValueError(
+            f"source {', '.join(missing)} {verb} neither 'stdlib', a folder, nor an installed package: install what is "
+            "missing, or name other sources (--source stdlib)"
+        )
 
 
 def read_documents(sources: list[str]) -> tuple[list[str], list[str]]:

@@ -30,7 +30,7 @@ from transformers.utils import logging
 from stagedspec.loading import resolve_device
 from stagedspec.ngram import fit_table
 from stagedspec.training import card, distil, sample
-from stagedspec.training.corpus import Corpus, build, source_folder
+from stagedspec.training.corpus import Corpus, build, check_sources
 from stagedspec.training.fit import (
     FitConfig,
     cross_entropy,
@@ -66,15 +66,15 @@ class Shape:
 
 
 # Permissively licensed (PSF, BSD, MIT, Apache) and written by many hands.
-EMBEDDED_SOURCES = (
-    *("stdlib", "numpy", "scipy", "pandas", "sklearn", "skimage", "sympy", "mpmath", "networkx", "statsmodels", "patsy"),
-    *("matplotlib", "seaborn", "xarray", "joblib", "toolz", "numba", "llvmlite", "Cython", "cupy", "h5py"),
-    *("torch", "torchvision", "torch_geometric", "lightning", "accelerate", "peft", "timm", "sentence_transformers"),
-    *("jax", "flax", "optax", "chex", "equinox", "diffrax", "lineax", "optimistix", "numpyro", "botorch", "gpytorch"),
-    *("linear_operator", "einops", "onnx", "tensorboard", "fsspec", "huggingface_hub", "aiohttp", "requests", "urllib3"),
-    *("werkzeug", "jinja2", "click", "typer", "rich", "pygments", "markdown", "imageio", "PIL", "yaml", "attr"),
-    *("setuptools", "pip", "wheel", "_pytest", "coverage", "psutil", "humanize", "formulaic", "sacrebleu"),
-)
+_PACKAGES = """
+stdlib numpy scipy pandas sklearn skimage sympy mpmath networkx statsmodels patsy matplotlib seaborn xarray
+joblib toolz numba llvmlite Cython cupy h5py torch torchvision torch_geometric lightning accelerate peft timm
+sentence_transformers jax flax optax chex equinox diffrax lineax optimistix numpyro botorch gpytorch
+linear_operator einops onnx tensorboard fsspec huggingface_hub aiohttp requests urllib3 werkzeug jinja2 click
+typer rich pygments markdown imageio PIL yaml attr setuptools pip wheel _pytest coverage psutil humanize
+formulaic sacrebleu
+"""
+EMBEDDED_SOURCES = tuple(_PACKAGES.split())
 _TARGET_FIT = FitConfig(tokens=600_000_000, batch=64, block=512, learning_rate=3e-3, checkpoint_seconds=60)
 _DRAFT_FIT = FitConfig(tokens=400_000_000, batch=64, block=512, learning_rate=6e-3, seed=1, checkpoint_seconds=60)
 
@@ -193,7 +193,29 @@ _TINY = TrainConfig(
     evaluate_every=50,
 )
 
-PRESETS: dict[str, TrainConfig] = {"embedded": TrainConfig(), "tiny": _TINY, "gpt2-large": _LARGE}
+# The embedded models' sizes with what a CPU can do in hours: a smaller budget, and no source to install first.
+_CPU = TrainConfig(
+    sources=("stdlib",),
+    target_fit=FitConfig(tokens=4_400_000, batch=4, block=512, learning_rate=1.5e-3),
+    draft_fit=FitConfig(tokens=1_600_000, batch=2, block=512, learning_rate=4e-3, seed=1),
+    sample_share=0.5,
+    target_samples=131_072,
+    target_temperatures=(1.0, 0.25),
+    target_rows=64,
+    target_length=128,
+    draft_samples=1_500_000,
+    draft_rows=256,
+    draft_length=128,
+    longest_prompt=8,
+    evaluate_every=200,
+)
+
+PRESETS: dict[str, TrainConfig] = {
+    "embedded": TrainConfig(),
+    "embedded-cpu": _CPU,
+    "tiny": _TINY,
+    "gpt2-large": _LARGE,
+}
 
 
 def preset(name: str, **settings) -> TrainConfig:
@@ -225,8 +247,7 @@ class _Run:
 
     def run(self) -> Path:
         if not self._corpus_done():
-            for source in self.config.sources:
-                source_folder(source)
+            check_sources(self.config.sources)
         self.out.mkdir(parents=True, exist_ok=True)
         self._claim()
         stages = (
