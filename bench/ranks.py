@@ -37,7 +37,7 @@ def ranks_of(decoder: Decoder, prompts: list[list[int]], new_tokens: int, sample
         with torch.inference_mode():
             cache = Cache(draft, 1, 0, count)
             positions = torch.arange(count)[None]
-            bias = draft.ops.causal_bias(0, count, draft.device, draft.dtype)
+            bias = draft.ops.causal_bias(0, count, draft.device, draft.kv_dtype)
             hidden = draft.forward(Batch(row[None, :-1], positions, [], bias), cache, 0)[:, start:]
             noise = None
             if sampled:

@@ -5,13 +5,12 @@ L prefix length, C children per node. The control half of a step (trees, n-grams
 re-exported here: this module is the whole interface that a backend implements.
 
 A row's result should not depend on which other rows are in the batch. On a CPU the target's linear layers keep that
-bitwise: oneDNN's pre-packed matrix multiply uses one instruction sequence per row, whatever M is (plain
-`torch.addmm` switches algorithm below four rows). Attention keeps it to fp32 rounding; half precision on a CPU is
-therefore computed in fp32 (attention in fp64) and rounded once, so that the tokens still agree.
+bitwise: oneDNN's pre-packed matrix multiply uses one instruction sequence per row from some number of rows on, which
+`pack_linear` finds by trying (plain `torch.addmm` switches algorithm below four rows).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -36,12 +35,17 @@ _FUSED = {
 
 @dataclass(frozen=True)
 class Linear:
-    """A weight [out, in] and bias [out] in the layout the backend likes best."""
+    """A weight [out, in] and bias [out] in the layout the backend likes best.
+
+    rows: a multiply of fewer rows is filled up to so many, from where on a row's bits are always the same;
+    0: no such number was found, and every row is multiplied alone.
+    """
 
     weight: torch.Tensor
     bias: torch.Tensor | None
     packed: bool
     dtype: torch.dtype
+    rows: int = 1
 
 
 def pack_linear(weight: torch.Tensor, bias: torch.Tensor | None, invariant: bool) -> Linear:
@@ -55,13 +59,55 @@ def pack_linear(weight: torch.Tensor, bias: torch.Tensor | None, invariant: bool
     small = weight.numel() < 1 << 18
     if not invariant and small and weight.device.type == "cpu":
         return Linear(weight.float().contiguous(), None if bias is None else bias.float(), False, dtype)
-    if weight.device.type == "cpu" and torch.backends.mkldnn.is_available():
-        weight = torch.ops.mkldnn._reorder_linear_weight(weight.float().contiguous(), 8)
-        return Linear(weight, None if bias is None else bias.float().contiguous(), True, dtype)
-    return Linear(weight, bias, False, dtype)
+    if weight.device.type != "cpu":
+        return Linear(weight, bias, False, dtype)
+    weight, bias = weight.float().contiguous(), None if bias is None else bias.float().contiguous()
+    packed = torch.backends.mkldnn.is_available()
+    if packed:
+        weight = torch.ops.mkldnn._reorder_linear_weight(weight, 8)
+    layer = Linear(weight, bias, packed, dtype)
+    return replace(layer, rows=_invariant_rows(layer)) if invariant else layer
+
+
+_TRIED = (1, 2, 3, 4, 5, 6, 7, 8, 11, 16, 17, 32, 48, 64)
+_known_rows: dict[tuple, int] = {}
+
+
+def _invariant_rows(layer: Linear) -> int:
+    """`Linear.rows`, found by trying once for every shape of weight.
+
+    On AVX-512 oneDNN multiplies one row by a weight of more than 1024 columns in another order than two rows.
+    """
+    key = (*layer.weight.shape, layer.packed)
+    if key not in _known_rows:
+        generator = torch.Generator().manual_seed(0)
+        distinct = torch.randn(4, layer.weight.shape[1], generator=generator)
+        results = {count: _linear(distinct.repeat(16, 1)[:count], layer, "none") for count in _TRIED}
+
+        def agree(least: int) -> bool:
+            alone = torch.cat([_linear(row.repeat(least, 1), layer, "none")[:1] for row in distinct.split(1)])
+            expected = alone.repeat(16, 1)
+            return all(torch.equal(y, expected[: len(y)]) for count, y in results.items() if count >= least)
+
+        _known_rows[key] = next(filter(agree, (1, 2, 4, 8)), 0)
+    return _known_rows[key]
+
+
+def _in_rows(multiply: Callable[..., torch.Tensor], layer: Linear, *inputs: torch.Tensor) -> torch.Tensor:
+    """multiply(*inputs), inputs [M, ...], in the number of rows that gives every row the same bits (`Linear.rows`)."""
+    count = len(inputs[0])
+    if count < layer.rows:
+        return multiply(*(F.pad(x, (0, 0, 0, layer.rows - count)) for x in inputs))[:count]
+    if layer.rows == 0 and count > 1:
+        return torch.cat([multiply(*rows) for rows in zip(*(x.split(1) for x in inputs), strict=True)])
+    return multiply(*inputs)
 
 
 def _linear(x: torch.Tensor, layer: Linear, activation: str | Callable) -> torch.Tensor:
+    return _in_rows(lambda x: _multiply(x, layer, activation), layer, x)
+
+
+def _multiply(x: torch.Tensor, layer: Linear, activation: str | Callable) -> torch.Tensor:
     name = activation if isinstance(activation, str) else "none"
     if layer.packed:
         attribute, algorithm = _FUSED[name]
@@ -98,7 +144,11 @@ def norm_linear(
 def linear_add(x: torch.Tensor, layer: Linear, residual: torch.Tensor) -> torch.Tensor:
     """residual + x @ weight.T + bias: x [M, in], residual [M, out] -> [M, out]."""
     if layer.packed and layer.dtype == torch.float32:
-        return torch.ops.mkldnn._linear_pointwise.binary(x, residual, layer.weight, layer.bias, "add")
+
+        def multiply(x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+            return torch.ops.mkldnn._linear_pointwise.binary(x, residual, layer.weight, layer.bias, "add")
+
+        return _in_rows(multiply, layer, x, residual)
     return residual + _linear(x, layer, "none")
 
 
@@ -119,6 +169,18 @@ def causal_bias(start: int, count: int, device: torch.device, dtype: torch.dtype
     return bias.triu_(start + 1)[None, None]
 
 
+def kv_dtype(dtype: torch.dtype, device: torch.device, invariant: bool) -> torch.dtype:
+    """The dtype of keys, values and masks of a model computed in dtype.
+
+    The order in which attention sums over keys depends on the other nodes of a pass. On a CPU an invariant model keeps
+    its keys and values in fp64: the sums then differ by 1e-16, and once rounded to fp32 they are the same bits but for
+    about one in 1e8. In fp32 alone one sampled token in 16,000 came out different.
+    """
+    if device.type != "cpu":
+        return dtype
+    return torch.float64 if invariant else torch.float32
+
+
 def tree_attention(
     qkv: torch.Tensor,
     store: torch.Tensor,
@@ -131,21 +193,18 @@ def tree_attention(
     """Attention of N nodes over the committed prefix and their own ancestors; appends the nodes' K and V.
 
     qkv: [M, 3*H*D]. store: [B, N, 2, H, D], where the new K and V go; keys, values: [B, H, R, D], what is attended to,
-    views of the same KV cache that cover `store`. bias: [B or 1, 1, N, R] of 0 and -inf. Returns [M, H*D].
-    Bytes: the keys and values once, 4*B*R*H*D in half precision.
+    views of the same KV cache that cover `store`. bias: [B or 1, 1, N, R] of 0 and -inf, in the cache's dtype, which
+    is what attention is computed in (with `upcast` at least in fp32). Returns [M, H*D] in the dtype of qkv.
+    Bytes: the keys and values once, 2*B*R*H*D elements.
     """
     batch, nodes, _, heads, size = store.shape
     qkv = qkv.view(batch, nodes, 3, heads, size)
     store.copy_(qkv[:, :, 1:])
-    q = qkv[:, :, 0].transpose(1, 2)
-    if q.dtype != torch.float32 and (upcast or q.device.type == "cpu"):
-        wide = torch.float64 if q.device.type == "cpu" else torch.float32
-        out = F.scaled_dot_product_attention(
-            q.to(wide), keys.to(wide), values.to(wide), attn_mask=bias.to(wide), scale=scale
-        ).to(q.dtype)
-    else:
-        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=bias, scale=scale)
-    return out.transpose(1, 2).reshape(batch * nodes, heads * size)
+    q = qkv[:, :, 0].transpose(1, 2).to(keys.dtype)
+    if upcast and keys.dtype.itemsize < 4:
+        q, keys, values, bias = q.float(), keys.float(), values.float(), bias.float()
+    out = F.scaled_dot_product_attention(q, keys, values, attn_mask=bias, scale=scale)
+    return out.to(qkv.dtype).transpose(1, 2).reshape(batch * nodes, heads * size)
 
 
 # ---------------------------------------------------------------- noise and token choice

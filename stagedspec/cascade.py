@@ -36,7 +36,7 @@ class Cascade:
         """Grows this step's trees over the fixed number of draft passes; returns the backend's `Trees`."""
         draft, cache, clock = self.draft, self.cache, self.clock
         with clock("grow"):
-            growth = draft.ops.Growth(self.sequences, self.config, self.table, self.noise, draft.dtype)
+            growth = draft.ops.Growth(self.sequences, self.config, self.table, self.noise, draft.kv_dtype)
         for number in range(self.config.passes):
             with clock("grow"):
                 chosen = growth.select(number)

@@ -79,7 +79,7 @@ def _passes(model: GPT2, draft: bool, batch: int, nodes: int, sampled: bool) -> 
     context = min(CONTEXT, model.positions - 1)
     cache = Cache(model, batch, nodes, context)
     tokens = torch.zeros(batch, nodes, dtype=torch.long, device=device)
-    bias = torch.zeros(batch, 1, nodes, nodes + context, dtype=model.dtype, device=device)
+    bias = torch.zeros(batch, 1, nodes, nodes + context, dtype=model.kv_dtype, device=device)
     inputs = ops.Batch(tokens, tokens + context, [], bias)
     noise = None
     if sampled:

@@ -358,7 +358,7 @@ class _Run:
                 self.noise.advance(self.sequences.lengths)
         trees = target.ops.Trees.roots(self.sequences) if self.cascade is None else self.cascade.propose()
         with self.clock("verify"):
-            batch = trees.batch(target.dtype)
+            batch = trees.batch(target.kv_dtype)
             noise = None if self.noise is None else self.noise.at(batch.depths)
         with self.clock("target"):
             chosen = target.ops.choose(target.logits(target.forward(batch, self.cache, 0)), self.warping, noise)

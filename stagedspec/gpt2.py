@@ -38,7 +38,7 @@ class Cache:
         self.tree_rows = tree_rows
         shape = (len(model.layers), batch, tree_rows + positions, 2, model.heads, model.head_size)
         # Zeros, not garbage: masked rows are multiplied by zero, and zero times NaN is NaN.
-        self.rows = torch.zeros(shape, dtype=model.dtype, device=model.device)
+        self.rows = torch.zeros(shape, dtype=model.kv_dtype, device=model.device)
 
     def views(self, write: int, nodes: int, first: int, last: int) -> Iterator[tuple[torch.Tensor, ...]]:
         """For each layer: where new rows go, [B, nodes, 2, H, D], and the visible keys and values, [B, H, R, D]."""
@@ -64,6 +64,7 @@ class GPT2:
         config = model.config
         check_config(config)
         self.ops, self.device, self.dtype = ops, device, dtype
+        self.kv_dtype = ops.kv_dtype(dtype, device, invariant)
         self.config = config
         self.vocab_size, self.positions = config.vocab_size, config.n_positions
         self.heads, self.head_size = config.n_head, config.n_embd // config.n_head
@@ -141,7 +142,7 @@ class GPT2:
         for start in range(0, count, chunk):
             stop = min(start + chunk, count)
             positions = torch.arange(start, stop, device=self.device).expand(len(prompts), -1)
-            bias = self.ops.causal_bias(start, stop - start, self.device, self.dtype)
+            bias = self.ops.causal_bias(start, stop - start, self.device, self.kv_dtype)
             batch = Batch(tokens[:, start:stop], positions, [], bias)
             self.forward(batch, cache, cache.tree_rows + start, cache.tree_rows)
 

@@ -289,7 +289,9 @@ def test_committed_cache_is_that_of_a_fresh_prefill(decoders, target, drafts, ka
                 rows = cache.rows[:, index, cache.tree_rows : cache.tree_rows + known]  # [layers, L, 2, H, D]
                 for layer, ours in zip(past.layers, rows, strict=True):
                     for which, theirs in enumerate((layer.keys, layer.values)):
-                        torch.testing.assert_close(ours[:, which], theirs[0].transpose(0, 1), rtol=1e-4, atol=1e-4)
+                        torch.testing.assert_close(
+                            ours[:, which].float(), theirs[0].transpose(0, 1), rtol=1e-4, atol=1e-4
+                        )
     assert jumps > 0
 
 

@@ -41,7 +41,7 @@ def tree_logits(model: GPT2, prompts, trees, nodes: int, chunk: int = 256) -> to
     cache = Cache(model, len(prompts), nodes, max(map(len, prompts)) + 9)
     with torch.inference_mode():
         model.prefill(prompts, 1, cache, chunk)
-        return model.logits(model.forward(Trees(sequences, trees, nodes).batch(model.dtype), cache, 0))
+        return model.logits(model.forward(Trees(sequences, trees, nodes).batch(model.kv_dtype), cache, 0))
 
 
 def check_paths(model, prompts, trees, logits, tolerance=2e-4):
@@ -90,20 +90,24 @@ def test_prefill_in_chunks(target):
         check_paths(target, prompts, trees, tree_logits(make(target), prompts, trees, 3, chunk))
 
 
-def test_node_count_changes_nothing(target):
-    """The first nodes of a tree, among N = 1 to 33 nodes and in another batch."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_node_count_changes_nothing(target, dtype):
+    """Bitwise: nodes of a tree among N = 1 to 33, in another batch, and with their ancestors committed."""
+    model = make(target, dtype)
     prompts = random_prompts([7, 3], seed=6)
     parents = [node // 2 for node in range(32)]
     full = [random_tree(prompt[-1], parents, row) for row, prompt in enumerate(prompts)]
-    reference = tree_logits(make(target), prompts, full, 33)
-    check_paths(target, prompts, full, reference)
+    reference = tree_logits(model, prompts, full, 33)
+    if dtype == torch.float32:
+        check_paths(target, prompts, full, reference)
     for nodes in (1, 2, 7, 16, 33):
         cut = [random_tree(prompt[-1], parents[: nodes - 1], row) for row, prompt in enumerate(prompts)]
-        torch.testing.assert_close(
-            tree_logits(make(target), prompts, cut, nodes), reference[:, :nodes], rtol=1e-5, atol=1e-5
-        )
-        alone = tree_logits(make(target), prompts[1:], cut[1:], nodes)[0]
-        torch.testing.assert_close(alone, reference[1, :nodes], rtol=1e-5, atol=1e-5)
+        assert torch.equal(tree_logits(model, prompts, cut, nodes), reference[:, :nodes])
+        assert torch.equal(tree_logits(model, prompts[1:], cut[1:], nodes)[0], reference[1, :nodes])
+    for node in (1, 4, 20, 32):
+        path = [full[0].tokens[at] for at in range(node + 1) if full[0].masks[node] >> at & 1]
+        committed = tree_logits(model, [prompts[0] + path[1:]], [_Tree.root(path[-1])], 1)
+        assert torch.equal(committed[0, 0], reference[0, node]), node
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -129,7 +133,7 @@ def test_unused_cache_rows_do_not_matter(target):
         cache.rows[:, :, :4] = 1e4
         cache.rows[:, 1, 4 + 1 :] = 1e4
         cache.rows[:, 0, 4 + 5 :] = 1e4
-        logits = model.logits(model.forward(Trees(sequences, trees, 4).batch(model.dtype), cache, 0))
+        logits = model.logits(model.forward(Trees(sequences, trees, 4).batch(model.kv_dtype), cache, 0))
     check_paths(target, prompts, trees, logits)
 
 

@@ -1,5 +1,7 @@
 """The operations: noise against published vectors, warping against transformers, everything else against loops."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -265,7 +267,7 @@ def test_linear_against_fp64(activation, invariant):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(24, 72), (37, 24), (64, 256), (192, 768), (128, 1003)])
+@pytest.mark.parametrize("shape", [(24, 72), (37, 24), (192, 768), (1472, 384), (1280, 1003), (5120, 640)])
 def test_a_row_does_not_depend_on_the_batch(shape, dtype):
     """Bitwise: rows alone against the same rows among 2 to 70."""
     torch.manual_seed(0)
@@ -282,6 +284,30 @@ def test_a_row_does_not_depend_on_the_batch(shape, dtype):
         assert torch.equal(ops.linear_add(x[:rows], layer, residual[:rows]), added[:rows]), rows
         last = ops.norm_linear(x[70 - rows :].contiguous(), gain, shift, 1e-5, layer, "gelu_new")
         assert torch.equal(last, alone[70 - rows :]), rows
+
+
+@pytest.mark.parametrize("rows", [0, 4])
+def test_rows_are_filled_up_or_multiplied_alone(rows, monkeypatch):
+    torch.manual_seed(0)
+    layer = replace(ops.pack_linear(torch.randn(5, 6), torch.randn(5), invariant=True), rows=rows)
+    x, residual, counts = torch.randn(3, 6), torch.randn(3, 5), []
+    multiply = ops._multiply
+    monkeypatch.setattr(ops, "_multiply", lambda x, *rest: (counts.append(len(x)), multiply(x, *rest))[1])
+    y = ops.norm_linear(x, torch.ones(6), torch.zeros(6), 1e-5, layer)
+    assert counts == ([4] if rows else [1, 1, 1])
+    torch.testing.assert_close(y, multiply(F.layer_norm(x, (6,)), layer, "none"))
+    torch.testing.assert_close(ops.linear_add(x, layer, residual), residual + multiply(x, layer, "none"))
+
+
+def test_the_number_of_rows_is_found(monkeypatch):
+    """A multiply that rounds otherwise below so many rows, and one that always does."""
+    monkeypatch.setattr(ops, "_known_rows", {})
+    multiply = ops._multiply
+    for index, (least, found) in enumerate([(1, 1), (2, 2), (3, 4), (5, 8), (99, 0)]):
+        monkeypatch.setattr(
+            ops, "_multiply", lambda x, *rest, n=least: multiply(x, *rest) * (1 if len(x) >= n else 1 + 1e-6 * len(x))
+        )
+        assert ops.pack_linear(torch.randn(7, 5 + index), None, invariant=True).rows == found
 
 
 # ---------------------------------------------------------------- n-grams and rows of the cache
