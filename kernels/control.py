@@ -11,6 +11,7 @@ too; a guess that is not never enters a tree: draft² saves passes and changes n
 """
 
 import heapq
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -133,12 +134,17 @@ class _Candidate:
     node: int = -1
 
 
+def _log(floor: float) -> float:
+    return math.log(floor) if floor else NEVER
+
+
 class _RowGrowth:
     """The tree of one row."""
 
     def __init__(self, row: Row, config, table):
         tokens = row.tokens
         self.config, self.table, self.follower = config, table, row.follower
+        self.floor = _log(config.node_floor)
         previous = tokens[-2] if len(tokens) > 1 else -1
         self.slots = [
             _Slot(max(previous, 0), -1, -1, 1, NEVER),
@@ -152,6 +158,13 @@ class _RowGrowth:
         mask = above.mask | 1 << index
         self.slots.append(_Slot(token, above.token, above.depth + 1, mask, score, parent=parent, **more))
         return index
+
+    @property
+    def best(self) -> float:
+        """The score of the best candidate that no slot evaluates yet."""
+        while self.open and self.open[0][-1].slot >= 0:
+            heapq.heappop(self.open)
+        return -self.open[0][0] if self.open else NEVER
 
     def select(self, width: int) -> list[int]:
         """The best candidates that no slot evaluates yet become slots; dead ones where there are too few."""
@@ -196,8 +209,10 @@ class _RowGrowth:
             found = []
             if alive:
                 for name, value in zip(names, values, strict=True):
-                    if value > NEVER:
-                        found.append(_Candidate(name, slot.score + value, index))
+                    score = slot.score + value
+                    if score <= self.floor:  # so are the rest, and whatever comes below them
+                        break
+                    found.append(_Candidate(name, score, index))
                 if slot.depth < self.config.depth - 1:
                     for rank, candidate in enumerate(found):
                         heapq.heappush(self.open, (-candidate.score, index, rank, candidate))
@@ -205,7 +220,7 @@ class _RowGrowth:
 
 
 class Growth:
-    """One step's trees, grown over a fixed number of draft passes.
+    """One step's trees, grown over draft passes.
 
     table: an object with `successors_of(a, b)`, or None; noise: the step's noise, or None when greedy.
     """
@@ -214,6 +229,11 @@ class Growth:
         self.sequences, self.config, self.noise, self.dtype = sequences, config, noise, dtype
         self.rows = [_RowGrowth(row, config, table) for row in sequences.rows]
         self.start = 0
+
+    def pays(self) -> bool:
+        """Whether one more pass is worth its time: some row's best open candidate is above the floor."""
+        floor = _log(self.config.pass_floor)
+        return any(row.best > floor for row, known in zip(self.rows, self.sequences.rows, strict=True) if known.running)
 
     def select(self, number: int) -> list[list[tuple[float, int]]]:
         """Chooses the slots of a pass that score best; returns (score, slot) of each, a list a row."""
@@ -274,7 +294,7 @@ class Growth:
                 guessed = candidate.slot >= 0 and row.slots[candidate.slot].guess
                 candidate.node = tree.add(candidate.token, above, candidate.slot, NGRAM if guessed else DRAFT)
             trees.append(tree)
-        return Trees(self.sequences, trees, nodes)
+        return Trees(self.sequences, trees, max(len(tree.tokens) for tree in trees))
 
 
 # ---------------------------------------------------------------- finished trees
@@ -309,7 +329,7 @@ class _Tree:
 
 
 class Trees:
-    """The trees of a batch, ready for the target, and the walk that accepts them."""
+    """The trees of a batch, ready for the target, and the walk that accepts them. nodes: of the largest."""
 
     def __init__(self, sequences: Sequences, trees: list[_Tree], nodes: int):
         self.sequences, self.trees, self.nodes = sequences, trees, nodes
@@ -377,10 +397,10 @@ class Moves:
     nodes: list[list[int]]
     slots: list[list[int]]
 
-    def target_rows(self) -> list[list[tuple[int, int]]]:
-        """(tree row, position) pairs: the whole accepted path."""
+    def target_rows(self, first: int) -> list[list[tuple[int, int]]]:
+        """(tree row, position) pairs: the whole accepted path. Node 0 lies in tree row `first`."""
         return [
-            [(node, length - 1 + depth) for depth, node in enumerate(path)]
+            [(first + node, length - 1 + depth) for depth, node in enumerate(path)]
             for path, length in zip(self.nodes, self.lengths, strict=True)
         ]
 

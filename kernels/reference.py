@@ -95,12 +95,12 @@ def _invariant_rows(layer: Linear) -> int:
 
 def _in_rows(multiply: Callable[..., torch.Tensor], layer: Linear, *inputs: torch.Tensor) -> torch.Tensor:
     """multiply(*inputs), inputs [M, ...], in the number of rows that gives every row the same bits (`Linear.rows`)."""
-    count = len(inputs[0])
-    if count < layer.rows:
-        return multiply(*(F.pad(x, (0, 0, 0, layer.rows - count)) for x in inputs))[:count]
-    if layer.rows == 0 and count > 1:
+    count = inputs[0].shape[0]
+    if count >= layer.rows > 0:
+        return multiply(*inputs)
+    if layer.rows == 0:
         return torch.cat([multiply(*rows) for rows in zip(*(x.split(1) for x in inputs), strict=True)])
-    return multiply(*inputs)
+    return multiply(*(F.pad(x, (0, 0, 0, layer.rows - count)) for x in inputs))[:count]
 
 
 def _linear(x: torch.Tensor, layer: Linear, activation: str | Callable) -> torch.Tensor:
@@ -213,17 +213,18 @@ def tree_attention(
 def philox(counters: tuple[torch.Tensor, ...], keys: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     """Philox4x32-10 (Salmon et al., SC 2011) on int64 tensors that hold 32-bit words: 4 counters, 2 keys -> 4 words.
 
-    The 64-bit products wrap in int64, which leaves their bits right; masking makes the shifts logical.
+    The 64-bit products wrap in int64, which leaves their bits right. Only what is multiplied next must be cut to 32
+    bits, and that also drops the sign that a shift draws in.
     """
     mask = 0xFFFFFFFF
     c0, c1, c2, c3 = counters
     k0, k1 = keys
     for _ in range(10):
         low, high = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c1 = ((high >> 32) & mask) ^ c1 ^ k0, high & mask
-        c2, c3 = ((low >> 32) & mask) ^ c3 ^ k1, low & mask
+        c0, c1 = (high >> 32).bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(mask), high
+        c2, c3 = (low >> 32).bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(mask), low
         k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
-    return c0, c1, c2, c3
+    return c0, c1 & mask, c2, c3 & mask
 
 
 def gumbel(words: torch.Tensor) -> torch.Tensor:
@@ -342,6 +343,11 @@ def choose(logits: torch.Tensor, warping: dict | None, noise: NoiseAt | None) ->
     return chosen
 
 
+# The target's best token is the draft's more often than the draft's probability of it says: measured on the embedded
+# models, on held-out text, where 1.5 to 2 serve equally well. Sampled, softmax(log q + g) is right as it is.
+GREEDY_SHARPNESS = 1.7
+
+
 def choose_children(
     logits: torch.Tensor, count: int, warping: dict | None, noise: NoiseAt | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -351,6 +357,8 @@ def choose_children(
     choose with the same noise (Daliri, Musco, Suresh, arXiv 2408.07978). At least a little is lost at every
     level, so that a parent always outranks its children. Tokens that cannot come up have the probability 0.
     """
+    if noise is None:
+        logits = logits * GREEDY_SHARPNESS
     scores, tokens, _ = _contenders(logits, warping, noise)
     top, best = scores.softmax(-1).topk(min(count, scores.shape[-1]), -1)
     return best if tokens is None else tokens.gather(-1, best), top.log_().clamp_(max=-1e-4)

@@ -30,14 +30,18 @@ class Cascade:
         self.draft, self.table, self.config, self.sequences = draft, table, config, sequences
         self.warping, self.noise, self.clock = warping, noise, clock
         self.children = min(config.children, draft.vocab_size)
+        self.passes = 0  # of all steps
         self.cache = Cache(draft, len(sequences.rows), config.slots, max(row.limit for row in sequences.rows))
 
     def propose(self):
-        """Grows this step's trees over the fixed number of draft passes; returns the backend's `Trees`."""
+        """Grows this step's trees for as many draft passes as pay; returns the backend's `Trees`."""
         draft, cache, clock = self.draft, self.cache, self.clock
         with clock("grow"):
             growth = draft.ops.Growth(self.sequences, self.config, self.table, self.noise, draft.kv_dtype)
         for number in range(self.config.passes):
+            if number and not growth.pays():
+                break
+            self.passes += 1
             with clock("grow"):
                 chosen = growth.select(number)
             if self.config.prefetch:

@@ -6,9 +6,12 @@ expected tokens over the time of a step.
 """
 
 import heapq
+import itertools
 import statistics
 import time
+from bisect import bisect_right
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cache as memoise
 
 import torch
@@ -17,18 +20,20 @@ from stagedspec.gpt2 import GPT2, Cache
 from stagedspec.tree import TreeConfig
 
 # How text lies before the draft, greedy and sampled (top-k 50, T=1, shared noise): a mixture of easy and hard
-# stretches, (share, how often the target takes the draft's first, second, ... child, how often draft² names the draft's
-# first child). The mean over the stretches was measured by bench/ranks.py with the embedded trio on prompts that
-# bench/decode.py does not use; the split was fitted to the tokens per step of 8 trees on 10 of them (within 7%; without
-# it, large trees come out up to 28% too small). A prior for the shape of the tree, not a result.
+# stretches, (share of the text, how often the target takes the draft's first, second, ... child, how often draft² names
+# the draft's first child). Means measured by bench/ranks.py with the embedded trio on prompts that bench/decode.py does
+# not use; the split fitted to tokens and passes per step of 18 trees there (tokens within 7% for each of them). A prior
+# for the shape of the tree, not a result.
 STRETCHES = {
     False: (
-        (0.4, (0.99, 0.004, 0.001, 0.001, 0.0, 0.0, 0.0, 0.0), 0.9),
-        (0.6, (0.76, 0.096, 0.032, 0.018, 0.011, 0.01, 0.008, 0.005), 0.4),
+        (0.69, (0.995, 0.002, 0.001, 0.0, 0.0, 0.0, 0.0, 0.0), 0.98),
+        (0.11, (0.886, 0.046, 0.015, 0.008, 0.005, 0.005, 0.004, 0.002), 0.02),
+        (0.2, (0.326, 0.269, 0.091, 0.05, 0.032, 0.027, 0.023, 0.014), 0.04),
     ),
     True: (
-        (0.4, (0.75, 0.069, 0.037, 0.019, 0.014, 0.01, 0.007, 0.006), 0.9),
-        (0.6, (0.382, 0.171, 0.091, 0.047, 0.034, 0.025, 0.018, 0.016), 0.6),
+        (0.22, (0.995, 0.001, 0.001, 0.0, 0.0, 0.0, 0.0, 0.0), 0.98),
+        (0.25, (0.658, 0.094, 0.05, 0.026, 0.019, 0.014, 0.01, 0.009), 0.02),
+        (0.53, (0.268, 0.202, 0.107, 0.056, 0.04, 0.03, 0.022, 0.019), 0.02),
     ),
 }
 SAMPLED = {"temperature": 1.0, "top_k": 50, "top_p": None, "min_p": None}
@@ -36,7 +41,13 @@ CHILDREN = 8
 # Seconds of host work outside the models: a step, a draft pass (measured on a slow core; they matter for small models).
 STEP_SECONDS, PASS_SECONDS = 6e-4, 3e-4
 CONTEXT = 128  # prefix length that passes are measured at
-GRID = (1, 4, 8, 16, 32, 64)
+GRID = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # numbers of rows that are measured
+# What is tried.
+SIZES = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+PASSES = (1, 2, 3, 4, 6)
+PREFETCH = (1, 2, 4, 6, 8)
+NODE_FLOORS = (0.0, 0.03, 0.06)
+PASS_FLOORS = (0.0, 0.5, 0.65, 0.8)
 BUDGET = 0.2  # seconds a measurement may take
 
 
@@ -111,42 +122,82 @@ def _median_time(run: Callable[[], None], before: Callable[[], None]) -> float:
     return statistics.median(times)
 
 
+@dataclass(frozen=True)
+class Expected:
+    """Steps in one kind of stretch: their share of all steps; each one's tokens, bonus included, nodes and passes."""
+
+    share: float
+    tokens: float
+    nodes: int
+    passes: int
+
+
+def expected(config: TreeConfig, sampled: bool) -> list[Expected]:
+    """What a step of `config` comes to in each of the STRETCHES."""
+    found = []
+    for index, (share, _, _) in enumerate(STRETCHES[sampled]):
+        passes, values = _grown(
+            config.depth, config.passes, config.width, config.children, config.prefetch, config.prefetch_width,
+            config.pass_floor, sampled, index,
+        )  # fmt: skip
+        count = min(config.nodes - 1, bisect_right(values, -config.node_floor, key=lambda value: -value))
+        tokens = 1.0 + sum(values[:count])
+        found.append(Expected(share / tokens, tokens, 1 + count, passes))
+    steps = sum(kind.share for kind in found)
+    return [replace(kind, share=kind.share / steps) for kind in found]
+
+
 @memoise
-def expected_tokens(config: TreeConfig, sampled: bool) -> float:
-    """Expected tokens of a step, the bonus token included: the mean over STRETCHES."""
-    return sum(share * _expected(config, ranks, hit) for share, ranks, hit in STRETCHES[sampled])
-
-
-def _expected(config: TreeConfig, ranks: tuple[float, ...], hit: float) -> float:
-    """The same if every node's children were accepted independently, by rank."""
-    ranks = ranks[: config.children]
-    values: list[float] = []  # of every candidate
+def _grown(
+    depth: int, passes: int, width: int, children: int, prefetch: int, prefetch_width: int, pass_floor: float,
+    sampled: bool, stretch: int,
+) -> tuple[int, list[float]]:  # fmt: skip
+    """The passes run, and the values of all candidates, best first, if every node's children were accepted
+    independently, by rank."""
+    _, ranks, hit = STRETCHES[sampled][stretch]
+    ranks = ranks[:children]
+    values: list[float] = []
     waiting: list[tuple[float, int]] = []  # candidates not evaluated yet: (-value, depth)
 
-    def evaluate(value: float, depth: int, guess: int) -> None:
-        if depth >= config.depth:
-            return
+    def evaluate(value: float, level: int, guess: int) -> None:
         for rank, rate in enumerate(ranks):
             child = value * rate
             values.append(child)
+            if level + 1 >= depth:
+                continue
             if rank == 0 and guess > 0:
                 # The guess is right with some probability; otherwise the child still waits.
-                evaluate(child * hit, depth + 1, guess - 1)
+                evaluate(child * hit, level + 1, guess - 1)
                 child *= 1 - hit
-            heapq.heappush(waiting, (-child, depth + 1))
+            heapq.heappush(waiting, (-child, level + 1))
 
-    for number in range(config.passes):
-        count = min(config.width, len(waiting))
+    for number in range(passes):
+        count = min(width, len(waiting))
+        if number and (not count or -waiting[0][0] < pass_floor):
+            return number, sorted(values, reverse=True)
         wanted = [(-1.0, 0)] if number == 0 else [heapq.heappop(waiting) for _ in range(count)]
-        for index, (value, depth) in enumerate(wanted):
-            evaluate(-value, depth, config.prefetch if index < config.prefetch_width else 0)
-    return 1.0 + sum(heapq.nlargest(config.nodes - 1, values))
+        for index, (value, level) in enumerate(wanted):
+            evaluate(-value, level, prefetch if index < prefetch_width else 0)
+    return passes, sorted(values, reverse=True)
 
 
-def step_seconds(times: PassTimes, config: TreeConfig, batch: int, sampled: bool) -> float:
-    """Predicted seconds of one step."""
-    seconds = times.target_pass(batch, config.nodes, sampled) + STEP_SECONDS
-    for number in range(config.passes):
+def tokens_per_second(times: PassTimes, config: TreeConfig, batch: int, sampled: bool) -> float:
+    """Predicted tokens a second of each row. The row that grows longest sets a step's passes and nodes for all."""
+    tokens, seconds, below = 0.0, 0.0, 0.0
+    for kind in sorted(expected(config, sampled), key=lambda kind: (kind.passes, kind.nodes)):
+        tokens += kind.share * kind.tokens
+        longest = (below + kind.share) ** batch - below**batch
+        below += kind.share
+        seconds += longest * _step_seconds(times, config, kind, batch, sampled)
+    return tokens / seconds
+
+
+def _step_seconds(times: PassTimes, config: TreeConfig, kind: Expected, batch: int, sampled: bool) -> float:
+    # How many nodes reach a floor varies from step to step, up to the most there may be.
+    spread = [min(config.nodes, max(1, round(kind.nodes * part))) for part in (0.5, 1.0, 2.0)]
+    sizes = spread if config.node_floor else [kind.nodes]
+    seconds = sum(times.target_pass(batch, size, sampled) for size in sizes) / len(sizes) + STEP_SECONDS
+    for number in range(kind.passes):
         rows = (2 if number == 0 else config.width) + config.guesses
         seconds += times.draft_pass(batch, rows, sampled) + PASS_SECONDS
     return seconds
@@ -155,18 +206,15 @@ def step_seconds(times: PassTimes, config: TreeConfig, batch: int, sampled: bool
 def best_tree(times: PassTimes, mode: str, batch: int, sampled: bool) -> TreeConfig:
     """The settings with the most expected tokens a second for this pair of models, mode, batch size and sampling."""
     candidates = []
-    for nodes in (2, 3, 4, 6, 8, 10, 12, 16, 24, 32, 48, 64):
+    for nodes, node_floor, pass_floor in itertools.product(SIZES, NODE_FLOORS, PASS_FLOORS):
+        floors = {"node_floor": node_floor, "pass_floor": pass_floor}
         if mode == "chain":
-            candidates.append(TreeConfig(nodes, nodes - 1, nodes - 1, 1, 1, 0))
+            candidates.append(TreeConfig(nodes, nodes - 1, nodes - 1, 1, 1, 0, **floors))
             continue
-        for passes in (1, 2, 3, 4, 6):
-            for width in (1, 2, 4):
-                for prefetch in (1, 2, 4, 6) if mode == "staged" else (0,):
-                    depth = min(nodes - 1, passes * (1 + prefetch))
-                    if nodes - 1 <= CHILDREN * (1 + (passes - 1) * width) and (passes > 1 or width == 1):
-                        candidates.append(TreeConfig(nodes, depth, passes, width, CHILDREN, prefetch, 1))
-
-    def speed(config: TreeConfig) -> float:
-        return expected_tokens(config, sampled) / step_seconds(times, config, batch, sampled)
-
-    return max(candidates, key=speed)
+        for passes, width, prefetch in itertools.product(PASSES, (1, 2), PREFETCH if mode == "staged" else (0,)):
+            certain = 1 + (passes - 1) * width
+            if nodes - 1 > CHILDREN * certain or (passes == 1 and (width > 1 or pass_floor)):
+                continue
+            depth = passes * (1 + prefetch)
+            candidates.append(TreeConfig(nodes, depth, passes, width, CHILDREN, prefetch, 1, **floors))
+    return max(candidates, key=lambda config: tokens_per_second(times, config, batch, sampled))

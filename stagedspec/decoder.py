@@ -98,6 +98,7 @@ class Decoder:
         self.last_stats: Stats | None = None
         self._tree = tree
         self._costs: cost.PassTimes | None = None
+        self._trees: dict[tuple[str, int, bool], TreeConfig] = {}  # chosen by the cost model
 
     @classmethod
     def from_pretrained(
@@ -251,11 +252,14 @@ class Decoder:
             return TreeConfig().for_mode(mode)
         if self.draft is None:
             raise ValueError(f"mode {mode!r} needs a draft model: give draft=..., or use mode='autoregressive'")
-        if chosen is None:
-            if self._costs is None:
-                self._costs = cost.PassTimes(self.target, self.draft)
-            chosen = cost.best_tree(self._costs, mode, batch, do_sample)
-        return chosen.for_mode(mode)
+        if chosen is not None:
+            return chosen.for_mode(mode)
+        if self._costs is None:
+            self._costs = cost.PassTimes(self.target, self.draft)
+        key = mode, batch, do_sample
+        if key not in self._trees:
+            self._trees[key] = cost.best_tree(self._costs, mode, batch, do_sample)
+        return self._trees[key].for_mode(mode)
 
     def _validate(
         self,
@@ -320,6 +324,7 @@ class _Run:
                 request.streams,
                 target.vocab_size,
                 min(config.depth, config.nodes - 1) + 1,
+                [row.limit for row in self.sequences.rows],
                 device,
             )
         self.cascade = None
@@ -361,11 +366,14 @@ class _Run:
             batch = trees.batch(target.kv_dtype)
             noise = None if self.noise is None else self.noise.at(batch.depths)
         with self.clock("target"):
-            chosen = target.ops.choose(target.logits(target.forward(batch, self.cache, 0)), self.warping, noise)
+            # The nodes lie right below the prefix, so that no unused rows are attended to.
+            first = self.config.nodes - trees.nodes
+            hidden = target.forward(batch, self.cache, first, first)
+            chosen = target.ops.choose(target.logits(hidden), self.warping, noise)
         with self.clock("verify"):
             moves = trees.verify_commit(chosen)
         with self.clock("commit"):
-            self.cache.commit(target, moves.target_rows())
+            self.cache.commit(target, moves.target_rows(first))
             if self.cascade is not None:
                 self.cascade.commit(moves)
         self.accepted.extend(count for count in moves.accepted if count >= 0)
@@ -388,7 +396,7 @@ class _Run:
             row_steps=len(self.accepted),
             new_tokens=len(origins),
             target_passes=self.steps_done,
-            draft_passes=self.steps_done * self.config.passes,
+            draft_passes=0 if self.cascade is None else self.cascade.passes,
             accepted_per_depth=[sum(count > depth for count in self.accepted) for depth in range(self.config.depth)],
             origins={name: origins.count(index) for index, name in enumerate(ORIGINS)},
             seconds=dict(self.clock.seconds),

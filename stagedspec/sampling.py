@@ -76,49 +76,67 @@ def counters(seed: "int | Sequence[int] | torch.Tensor", batch: int) -> tuple[li
 
 
 class Noise:
-    """The Gumbel noise of the next positions of every row, made in blocks.
+    """The Gumbel noise g(seed, stream, position, token) of the next positions of every row.
 
-    A block holds g(seed, stream, position, token) for `window` positions from each row's own base: making it costs
-    a hundred small tensor operations, so it is made once and lives on from step to step. It depends on the counters
-    alone, so when it is made never matters.
+    Making it costs a hundred small tensor operations, so it is made a block of positions at a time, ahead of need, and
+    lives on from step to step in a ring: position p lies in slot p % window. It depends on the counters alone, so when
+    it is made never matters.
     """
 
-    MEMORY = 1 << 22  # elements of one block, unless `reach` alone needs more
+    BLOCK = 64  # positions made at once: enough for two threads at a vocabulary of 4096
+    MEMORY = 1 << 22  # elements made at once, unless one position of every row takes more
 
-    def __init__(self, ops: ModuleType, seeds: list[int], streams: list[int], vocab_size: int, reach: int, device):
-        self.ops, self.vocab_size, self.reach = ops, vocab_size, reach
+    def __init__(
+        self,
+        ops: ModuleType,
+        seeds: list[int],
+        streams: list[int],
+        vocab_size: int,
+        reach: int,
+        limits: list[int],
+        device: torch.device,
+    ):
+        """reach: positions that a step needs; limits: the position of each row from which on none is ever chosen."""
+        self.ops, self.vocab_size, self.reach, self.limits = ops, vocab_size, reach, limits
         self.seeds = torch.tensor(seeds, device=device)
         self.streams = torch.tensor(streams, device=device)
-        self.window = max(reach, min(64 + reach, self.MEMORY // (vocab_size * len(seeds))))
-        self.base: list[int] = []
-        self.offsets: list[int] = []
-        self.values: torch.Tensor | None = None
-        self.host = None  # the same as a NumPy array
+        self.block = max(1, min(self.BLOCK, self.MEMORY // (vocab_size * len(seeds))))
+        self.window = reach + self.block
+        self.values = torch.zeros(len(seeds), self.window, vocab_size, device=device)
+        self.host = self.values.cpu().numpy()  # on a CPU the same memory
+        self.lengths: list[int] = []
+        self.made: list[int] = []  # the first position of each row that is not made yet
 
     def advance(self, lengths: list[int]) -> None:
         """Makes positions lengths .. lengths + reach - 1 of every row available."""
-        if not self.base or max(n - b for n, b in zip(lengths, self.base, strict=True)) + self.reach > self.window:
-            self.base = list(lengths)
-            steps = torch.arange(self.window, device=self.seeds.device)
-            positions = torch.tensor(lengths, device=self.seeds.device)[:, None] + steps
-            self.values = self.ops.gumbel_noise(self.seeds, self.streams, positions, self.vocab_size)
-            self.host = self.values.cpu().numpy()
-        self.offsets = [n - b for n, b in zip(lengths, self.base, strict=True)]
+        self.lengths = lengths
+        self.made = self.made or list(lengths)
+        needed = [min(n + self.reach, limit) for n, limit in zip(lengths, self.limits, strict=True)]
+        while rows := [row for row, need in enumerate(needed) if self.made[row] < need]:
+            count = min(self.block, max(self.limits[row] - self.made[row] for row in rows))
+            which = torch.tensor(rows, device=self.seeds.device)
+            starts = torch.tensor([self.made[row] for row in rows], device=self.seeds.device)
+            positions = starts[:, None] + torch.arange(count, device=self.seeds.device)
+            fresh = self.ops.gumbel_noise(self.seeds[which], self.streams[which], positions, self.vocab_size)
+            slots = which[:, None], positions % self.window
+            self.values[slots] = fresh
+            if self.values.device.type != "cpu":
+                self.host[tuple(part.cpu().numpy() for part in slots)] = fresh.cpu().numpy()
+            for row in rows:
+                self.made[row] += count
 
     def at(self, depths: list[list[int]]) -> NoiseAt:
         """For the nodes of a pass at depths [B][N]: a node of depth d chooses the token d past the row's length."""
-        index = [
-            [offset + self._within(depth) for depth in row] for offset, row in zip(self.offsets, depths, strict=True)
-        ]
+        index = [[self._slot(n, depth) for depth in row] for n, row in zip(self.lengths, depths, strict=True)]
         return NoiseAt(self.values, torch.tensor(index, device=self.seeds.device))
 
-    def _within(self, depth: int) -> int:
+    def _slot(self, length: int, depth: int) -> int:
         """Nodes outside the reach (the catch-up token, drafted nodes deeper than any tree of this size) can never be
-        accepted: any noise does for them, but it must lie in the block."""
-        return min(max(depth, 0), self.reach - 1)
+        accepted: any noise does for them."""
+        return (length + min(max(depth, 0), self.reach - 1)) % self.window
 
     def of(self, row: int, depths: list[int], tokens: list[int]) -> list[float]:
         """The noise of single tokens below nodes of one row."""
         # Read one by one from host memory: on a CPU that is a view, and far cheaper than a gather of a few numbers.
-        values, offset = self.host[row], self.offsets[row]
-        return [float(values[offset + self._within(depth), token]) for depth, token in zip(depths, tokens, strict=True)]
+        values, length = self.host[row], self.lengths[row]
+        return [float(values[self._slot(length, depth), token]) for depth, token in zip(depths, tokens, strict=True)]

@@ -7,13 +7,16 @@ MODES = ("autoregressive", "chain", "tree", "staged")
 
 @dataclass(frozen=True)
 class TreeConfig:
-    """Fixed shapes of one step's tree.
+    """The most that one step's tree may take, and what a node and a pass must promise.
 
     nodes: N, the nodes the target verifies, root included.
     depth: the longest path below the root.
     passes: draft passes a step. width: nodes a pass evaluates because they score best.
     children: the candidates kept of every evaluated node.
     prefetch: levels that draft² guesses below the nodes of a pass; prefetch_width: guesses a level.
+    node_floor: the least probability, by the draft, that a node's path is accepted; less likely ones stay out.
+    pass_floor: the least such probability of the best node that one more pass would evaluate; else no pass is run.
+    With floors of 0 every step has the same shape.
 
     Raises ValueError for settings that cannot be.
     """
@@ -25,6 +28,8 @@ class TreeConfig:
     children: int = 4
     prefetch: int = 1
     prefetch_width: int = 2
+    node_floor: float = 0.0
+    pass_floor: float = 0.0
 
     def __post_init__(self):
         low = {"nodes": 1, "depth": 0, "passes": 0, "width": 1, "children": 1, "prefetch": 0, "prefetch_width": 1}
@@ -32,6 +37,10 @@ class TreeConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"tree {name} must be a whole number of at least {least}, got {value!r}")
+        for name in ("node_floor", "pass_floor"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < 1:
+                raise ValueError(f"tree {name} must be a probability in [0, 1), got {value!r}")
         if self.nodes > 256:
             raise ValueError(f"tree nodes must be at most 256, got {self.nodes}")
         if self.depth > 256 or self.slots > 1024:
@@ -73,7 +82,8 @@ class TreeConfig:
             return TreeConfig(nodes=1, depth=0, passes=0, children=1, prefetch=0)
         if mode == "chain":
             depth = max(1, min(self.depth, self.nodes - 1))
-            return TreeConfig(nodes=depth + 1, depth=depth, passes=depth, width=1, children=1, prefetch=0)
+            floors = {"node_floor": self.node_floor, "pass_floor": self.pass_floor}
+            return TreeConfig(depth + 1, depth, depth, width=1, children=1, prefetch=0, **floors)
         if mode == "tree":
             return replace(self, prefetch=0)
         if mode == "staged":

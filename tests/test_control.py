@@ -261,12 +261,12 @@ def test_walk_against_recursion(rows, limit, eos):
         if row.running:
             path = [0] + [node for _, node in walk[:-1]]
             assert moves.nodes[index] == path
-            assert moves.target_rows()[index] == [(node, len(prompt) - 1 + at) for at, node in enumerate(path)]
+            assert moves.target_rows(0)[index] == [(node, len(prompt) - 1 + at) for at, node in enumerate(path)]
             catch_up = [(0, len(prompt) - 2)] if len(prompt) > 1 else []
             slots = [(tree.slots[node], len(prompt) - 1 + at) for at, node in enumerate(path) if tree.slots[node] >= 0]
             assert moves.draft_rows()[index] == catch_up + slots
         else:
-            assert moves.nodes[index] == [] and moves.target_rows()[index] == moves.draft_rows()[index] == []
+            assert moves.nodes[index] == [] and moves.target_rows(0)[index] == moves.draft_rows()[index] == []
 
 
 def test_target_pass_of_rows_with_fewer_nodes():

@@ -91,10 +91,11 @@ def test_noise_depends_on_its_counters_alone():
         assert not (other == one).any()
 
 
-def test_noise_window():
-    """`Noise` gives the same values whenever its block was made, and however far it has advanced."""
-    noise = Noise(ops, [5, 5], [0, 1], 7, 4, torch.device("cpu"))
-    noise.window = 9
+@pytest.mark.parametrize("block", [1, 3, 32])
+def test_noise_window(block, monkeypatch):
+    """`Noise` gives the same values whenever a block was made, and however far it has advanced; not past the limits."""
+    monkeypatch.setattr(Noise, "BLOCK", block)
+    noise = Noise(ops, [5, 5], [0, 1], 7, 4, [26, 99], torch.device("cpu"))
     depths = [[0, 1, 3, -1], [2, 2, 0, 9]]  # depths outside are clamped
     for step in range(12):
         lengths = [3 + 2 * step, 20 + step]
@@ -103,6 +104,8 @@ def test_noise_window():
         for row in range(2):
             for node, depth in enumerate(depths[row]):
                 position = torch.tensor([[lengths[row] + min(max(depth, 0), 3)]])
+                if position >= noise.limits[row]:
+                    continue
                 expected = ops.gumbel_noise(torch.tensor([5]), torch.tensor([row]), position, 7)[0, 0]
                 assert torch.equal(values[row, node], expected)
                 picked = noise.of(row, [min(max(depth, 0), 3)], [6])
@@ -223,7 +226,9 @@ def test_choose_children(top_k):
     assert torch.equal(tokens[..., 0], ops.choose(logits, warping, noise))
     tokens, logprobs = ops.choose_children(logits, 50, None, None)  # greedy; more children than tokens
     assert tokens.shape == (2, 5, 23)
-    torch.testing.assert_close(logprobs, logits.log_softmax(-1).gather(-1, tokens), rtol=1e-4, atol=2e-4)
+    torch.testing.assert_close(
+        logprobs, (logits * ops.GREEDY_SHARPNESS).log_softmax(-1).gather(-1, tokens), rtol=1e-4, atol=2e-4
+    )
 
 
 def test_children_that_cannot_come_up():
