@@ -1,0 +1,121 @@
+"""What every kernel file shares: registration, the checks of its arguments, scratch memory, compile cases.
+
+Operations are registered with `torch.library` define/impl (a call costs 2 microseconds; `custom_op` costs 11). All of
+them write into tensors that the caller gives and return nothing: a step allocates nothing and can be captured.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+
+import torch
+import triton
+
+LIBRARY = torch.library.Library("stagedspec", "DEF")
+
+
+def register(schema: str, launch: Callable, fake: Callable | None = None) -> Callable:
+    """Registers `launch` as the operation `schema`, on CUDA and (for the interpreter) on the CPU; returns it.
+
+    schema: "name(Tensor x, ..., Tensor(a!) out) -> ()". fake: checks for tensors without data; by default nothing.
+    """
+    name = schema.split("(")[0]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for key in ("CUDA", "CPU"):
+        LIBRARY.impl(name, launch, key)
+    torch.library.register_fake(f"stagedspec::{name}", fake or (lambda *_: None), lib=LIBRARY)
+    return getattr(torch.ops.stagedspec, name).default
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on the CPU (TRITON_INTERPRET=1)."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+@cache
+def pdl(device: torch.device) -> bool:
+    """Whether kernels on this device are launched before the one ahead of them ends (programmatic dependent launch)."""
+    return device.type == "cuda" and not interpreted() and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+# ---------------------------------------------------------------- checks
+
+
+def check_runs(tensor: torch.Tensor, op: str) -> None:
+    """Raises ValueError where no kernel can run on the tensor's device."""
+    if tensor.device.type == "cuda" or (tensor.device.type == "cpu" and interpreted()):
+        return
+    raise ValueError(
+        f"{op}: tensors on {tensor.device} need a GPU, or TRITON_INTERPRET=1 set before Python starts to interpret on the CPU"
+    )
+
+
+def check_tensor(
+    op: str,
+    name: str,
+    tensor: torch.Tensor,
+    shape: tuple[int | None, ...],
+    dtype: torch.dtype | tuple[torch.dtype, ...],
+    device: torch.device,
+) -> None:
+    """Raises ValueError unless `tensor` is contiguous, on `device`, of one of the dtypes and of `shape` (None: any)."""
+    dtypes = dtype if isinstance(dtype, tuple) else (dtype,)
+    if not isinstance(tensor, torch.Tensor):
+        raise ValueError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
+    fits = tensor.dim() == len(shape) and all(
+        want is None or size == want for size, want in zip(tensor.shape, shape, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"{op}: {name} must have the shape [{wanted}], got {list(tensor.shape)}")
+    if tensor.dtype not in dtypes:
+        raise ValueError(f"{op}: {name} must be {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
+    if tensor.device != device:
+        raise ValueError(f"{op}: {name} must be on {device}, got {tensor.device}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{op}: {name} must be contiguous, got strides {tensor.stride()} for {list(tensor.shape)}")
+
+
+# ---------------------------------------------------------------- scratch memory
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """Memory that kernels pass partial results through; one serves all kernels of a stream, which run in turn.
+
+    partials: fp32 [n], garbage between kernels. counters: int32 [m], zero between kernels: whoever counts up to the
+    end sets it back.
+    """
+
+    partials: torch.Tensor
+    counters: torch.Tensor
+
+    @classmethod
+    def of(cls, sizes: list[tuple[int, int]], device: torch.device) -> "Scratch":
+        """Enough for each of `sizes`, (partials, counters) as the operations' `scratch_size` return them."""
+        partials, counters = (max((size[i] for size in sizes), default=1) for i in (0, 1))
+        return cls(
+            torch.empty(max(partials, 1), dtype=torch.float32, device=device),
+            torch.zeros(max(counters, 1), dtype=torch.int32, device=device),
+        )
+
+
+# ---------------------------------------------------------------- compiling without a GPU
+
+
+@dataclass(frozen=True)
+class CompileCase:
+    """One kernel at one shape, as `triton.compile` wants it.
+
+    signature: argument name to type ("*bf16", "i32", "fp32"); constexprs: the compile-time arguments.
+    matrix: the kernel is expected to use matrix instructions. aligned: arguments divisible by 16.
+    """
+
+    name: str
+    kernel: object
+    signature: dict[str, str]
+    constexprs: dict[str, object]
+    num_warps: int = 4
+    num_stages: int = 3
+    matrix: bool = False
+    aligned: tuple[str, ...] = field(default_factory=tuple)
