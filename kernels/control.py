@@ -12,6 +12,7 @@ too; a guess that is not never enters a tree: draft² saves passes and changes n
 
 import heapq
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -56,6 +57,7 @@ class Sequences:
     def __init__(self, prompts: list[list[int]], new_tokens: int, eos: Sequence[int], device: torch.device):
         self.rows = [Row(list(prompt), len(prompt) + new_tokens) for prompt in prompts]
         self.eos, self.device = frozenset(eos), device
+        self.accepted: Counter[int] = Counter()  # how many row-steps took so many tokens from nodes below the root
 
     @property
     def lengths(self) -> list[int]:
@@ -220,14 +222,19 @@ class _RowGrowth:
 
 
 class Growth:
-    """One step's trees, grown over draft passes.
+    """The trees of a generation's steps, grown over draft passes, one step after the other.
 
     table: an object with `successors_of(a, b)`, or None; noise: the step's noise, or None when greedy.
     """
 
     def __init__(self, sequences: Sequences, config, table, noise, dtype: torch.dtype):
-        self.sequences, self.config, self.noise, self.dtype = sequences, config, noise, dtype
-        self.rows = [_RowGrowth(row, config, table) for row in sequences.rows]
+        self.sequences, self.config, self.table = sequences, config, table
+        self.noise, self.dtype = noise, dtype
+        self.begin()
+
+    def begin(self) -> None:
+        """Starts a step's trees: the catch-up token and the root."""
+        self.rows = [_RowGrowth(row, self.config, self.table) for row in self.sequences.rows]
         self.start = 0
 
     def pays(self) -> bool:
@@ -381,6 +388,7 @@ class Trees:
             # A row that has stopped needs no keys and values any more, and could have run past the end of the cache.
             moves.nodes.append(path if row.running else [])
             moves.slots.append([tree.slots[node] for node in path] if row.running else [])
+        self.sequences.accepted.update(count for count in moves.accepted if count >= 0)
         return moves
 
 

@@ -9,7 +9,7 @@ bitwise: oneDNN's pre-packed matrix multiply uses one instruction sequence per r
 `pack_linear` finds by trying (plain `torch.addmm` switches algorithm below four rows).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from stagedspec.kernels.control import NEVER, Batch, Growth, Moves, Sequences, Trees
 
-__all__ = ["Batch", "Growth", "Linear", "Moves", "NoiseAt", "Sequences", "Trees"]
+__all__ = ["Batch", "Growth", "Linear", "Moves", "Noise", "NoiseAt", "Sequences", "Trees"]
 
 
 # oneDNN's fused epilogues: the name and the algorithm of `mkldnn::_linear_pointwise`.
@@ -163,10 +163,31 @@ def embed(
 # ---------------------------------------------------------------- attention
 
 
+def prefill_chunk(batch: int) -> int:
+    """The tokens of each prompt that one prefill pass takes."""
+    return 256
+
+
+def prefill_batch(tokens: torch.Tensor, start: int, kv_dtype: torch.dtype) -> Batch:
+    """The pass over a chunk of prompts, tokens [B, N], after `start` committed ones."""
+    count, device = tokens.shape[1], tokens.device
+    positions = torch.arange(start, start + count, device=device).expand(tokens.shape)
+    return Batch(tokens, positions, [list(range(count))] * len(tokens), causal_bias(start, count, device, kv_dtype))
+
+
 def causal_bias(start: int, count: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """The mask of a prefill chunk of `count` tokens after `start` committed ones: [1, 1, count, start + count]."""
     bias = torch.full((count, start + count), NEVER, device=device, dtype=dtype)
     return bias.triu_(start + 1)[None, None]
+
+
+def layer_views(cache: torch.Tensor, batch: Batch, write: int, first: int) -> Iterator[tuple[torch.Tensor, ...]]:
+    """For each layer of a KV cache [layers, B, S, 2, H, D]: where the pass's rows go, [B, N, 2, H, D], and the keys and
+    values visible under its bias, [B, H, R, D], from row `first` on."""
+    nodes, visible = batch.tokens.shape[1], batch.bias.shape[-1]
+    store = cache[:, :, write : write + nodes].unbind(0)
+    keys, values = cache[:, :, first : first + visible].permute(3, 0, 1, 4, 2, 5).unbind(0)
+    return zip(store, keys.unbind(0), values.unbind(0), strict=True)
 
 
 def kv_dtype(dtype: torch.dtype, device: torch.device, invariant: bool) -> torch.dtype:
@@ -182,29 +203,24 @@ def kv_dtype(dtype: torch.dtype, device: torch.device, invariant: bool) -> torch
 
 
 def tree_attention(
-    qkv: torch.Tensor,
-    store: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    bias: torch.Tensor,
-    scale: float,
-    upcast: bool,
+    qkv: torch.Tensor, view: tuple[torch.Tensor, ...], batch: Batch, scale: float, upcast: bool
 ) -> torch.Tensor:
     """Attention of N nodes over the committed prefix and their own ancestors; appends the nodes' K and V.
 
-    qkv: [M, 3*H*D]. store: [B, N, 2, H, D], where the new K and V go; keys, values: [B, H, R, D], what is attended to,
-    views of the same KV cache that cover `store`. bias: [B or 1, 1, N, R] of 0 and -inf, in the cache's dtype, which
+    qkv: [M, 3*H*D]. view: of `layer_views`. batch.bias: [B or 1, 1, N, R] of 0 and -inf, in the cache's dtype, which
     is what attention is computed in (with `upcast` at least in fp32). Returns [M, H*D] in the dtype of qkv.
     Bytes: the keys and values once, 2*B*R*H*D elements.
     """
-    batch, nodes, _, heads, size = store.shape
-    qkv = qkv.view(batch, nodes, 3, heads, size)
+    store, keys, values = view
+    bias = batch.bias
+    rows, nodes, _, heads, size = store.shape
+    qkv = qkv.view(rows, nodes, 3, heads, size)
     store.copy_(qkv[:, :, 1:])
     q = qkv[:, :, 0].transpose(1, 2).to(keys.dtype)
     if upcast and keys.dtype.itemsize < 4:
         q, keys, values, bias = q.float(), keys.float(), values.float(), bias.float()
     out = F.scaled_dot_product_attention(q, keys, values, attn_mask=bias, scale=scale)
-    return out.to(qkv.dtype).transpose(1, 2).reshape(batch * nodes, heads * size)
+    return out.to(qkv.dtype).transpose(1, 2).reshape(rows * nodes, heads * size)
 
 
 # ---------------------------------------------------------------- noise and token choice
@@ -308,6 +324,72 @@ class NoiseAt:
         return self.values.take((rows * vocab_size)[..., None] + tokens)
 
 
+class Noise:
+    """The Gumbel noise g(seed, stream, position, token) of the next positions of every row.
+
+    Making it costs a hundred small tensor operations, so it is made a block of positions at a time, ahead of need, and
+    lives on from step to step in a ring: position p lies in slot p % window. It depends on the counters alone, so when
+    it is made never matters.
+    """
+
+    BLOCK = 64  # positions made at once: enough for two threads at a vocabulary of 4096
+    MEMORY = 1 << 22  # elements made at once, unless one position of every row takes more
+
+    def __init__(
+        self,
+        seeds: list[int],
+        streams: list[int],
+        vocab_size: int,
+        reach: int,
+        limits: list[int],
+        device: torch.device,
+    ):
+        """reach: positions that a step needs; limits: the position of each row from which on none is ever chosen."""
+        self.vocab_size, self.reach, self.limits = vocab_size, reach, limits
+        self.seeds = torch.tensor(seeds, device=device)
+        self.streams = torch.tensor(streams, device=device)
+        self.block = max(1, min(self.BLOCK, self.MEMORY // (vocab_size * len(seeds))))
+        self.window = reach + self.block
+        self.values = torch.zeros(len(seeds), self.window, vocab_size, device=device)
+        self.host = self.values.cpu().numpy()  # on a CPU the same memory
+        self.lengths: list[int] = []
+        self.made: list[int] = []  # the first position of each row that is not made yet
+
+    def advance(self, sequences: Sequences) -> None:
+        """Makes the positions that a step of the sequences can choose for available."""
+        self.lengths = lengths = sequences.lengths
+        self.made = self.made or list(lengths)
+        needed = [min(n + self.reach, limit) for n, limit in zip(lengths, self.limits, strict=True)]
+        while rows := [row for row, need in enumerate(needed) if self.made[row] < need]:
+            count = min(self.block, max(self.limits[row] - self.made[row] for row in rows))
+            which = torch.tensor(rows, device=self.seeds.device)
+            starts = torch.tensor([self.made[row] for row in rows], device=self.seeds.device)
+            positions = starts[:, None] + torch.arange(count, device=self.seeds.device)
+            fresh = gumbel_noise(self.seeds[which], self.streams[which], positions, self.vocab_size)
+            slots = which[:, None], positions % self.window
+            self.values[slots] = fresh
+            if self.values.device.type != "cpu":
+                self.host[tuple(part.cpu().numpy() for part in slots)] = fresh.cpu().numpy()
+            for row in rows:
+                self.made[row] += count
+
+    def at(self, batch: Batch) -> NoiseAt:
+        """For the nodes of a pass: a node of depth d chooses the token d past the row's length."""
+        index = [[self._slot(n, depth) for depth in row] for n, row in zip(self.lengths, batch.depths, strict=True)]
+        return NoiseAt(self.values, torch.tensor(index, device=self.seeds.device))
+
+    def _slot(self, length: int, depth: int) -> int:
+        """Nodes outside the reach (the catch-up token, drafted nodes deeper than any tree of this size) can never be
+        accepted: any noise does for them."""
+        return (length + min(max(depth, 0), self.reach - 1)) % self.window
+
+    def of(self, row: int, depths: list[int], tokens: list[int]) -> list[float]:
+        """The noise of single tokens below nodes of one row."""
+        # Read one by one from host memory: on a CPU that is a view, and far cheaper than a gather of a few numbers.
+        values, length = self.host[row], self.lengths[row]
+        return [float(values[self._slot(length, depth), token]) for depth, token in zip(depths, tokens, strict=True)]
+
+
 def _contenders(
     logits: torch.Tensor, warping: dict | None, noise: NoiseAt | None
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
@@ -362,6 +444,33 @@ def choose_children(
     scores, tokens, _ = _contenders(logits, warping, noise)
     top, best = scores.softmax(-1).topk(min(count, scores.shape[-1]), -1)
     return best if tokens is None else tokens.gather(-1, best), top.log_().clamp_(max=-1e-4)
+
+
+def lm_head_choose(
+    x: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    epsilon: float,
+    head: Linear,
+    warping: dict | None,
+    noise: NoiseAt | None,
+) -> torch.Tensor:
+    """`choose` from hidden states x [B, N, d] -> tokens [B, N]."""
+    return choose(head_logits(x, norm_weight, norm_bias, epsilon, head), warping, noise)
+
+
+def lm_head_children(
+    x: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    epsilon: float,
+    head: Linear,
+    count: int,
+    warping: dict | None,
+    noise: NoiseAt | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`choose_children` from hidden states x [B, N, d] -> tokens, log-probabilities [B, N, C]."""
+    return choose_children(head_logits(x, norm_weight, norm_bias, epsilon, head), count, warping, noise)
 
 
 # ---------------------------------------------------------------- n-grams

@@ -46,7 +46,8 @@ def check_runs(tensor: torch.Tensor, op: str) -> None:
     if tensor.device.type == "cuda" or (tensor.device.type == "cpu" and interpreted()):
         return
     raise ValueError(
-        f"{op}: tensors on {tensor.device} need a GPU, or TRITON_INTERPRET=1 set before Python starts to interpret on the CPU"
+        f"{op}: tensors on {tensor.device} cannot be reached by a kernel: use a GPU, or set TRITON_INTERPRET=1 before "
+        "Python starts to interpret kernels on the CPU"
     )
 
 

@@ -6,7 +6,6 @@ into the same pass, so that several levels grow at once. Which tree is best does
 
 from stagedspec.gpt2 import GPT2, Cache
 from stagedspec.ngram import KatzTable
-from stagedspec.sampling import Noise
 from stagedspec.stats import Clock
 from stagedspec.tree import TreeConfig
 
@@ -14,7 +13,7 @@ from stagedspec.tree import TreeConfig
 class Cascade:
     """Grows the trees of a batch with one draft model and its n-grams; owns the draft's cache.
 
-    sequences: the committed tokens, of the backend's `Sequences`.
+    sequences: the committed tokens, of the backend's `Sequences`; noise: its `Noise`, or None when greedy.
     """
 
     def __init__(
@@ -24,20 +23,22 @@ class Cascade:
         config: TreeConfig,
         sequences,
         warping: dict | None,
-        noise: Noise | None,
+        noise,
         clock: Clock,
     ):
-        self.draft, self.table, self.config, self.sequences = draft, table, config, sequences
+        self.draft, self.config, self.sequences = draft, config, sequences
         self.warping, self.noise, self.clock = warping, noise, clock
         self.children = min(config.children, draft.vocab_size)
+        self.growth = draft.ops.Growth(sequences, config, table, noise, draft.kv_dtype)
         self.passes = 0  # of all steps
         self.cache = Cache(draft, len(sequences.rows), config.slots, max(row.limit for row in sequences.rows))
 
     def propose(self):
         """Grows this step's trees for as many draft passes as pay; returns the backend's `Trees`."""
         draft, cache, clock = self.draft, self.cache, self.clock
+        growth = self.growth
         with clock("grow"):
-            growth = draft.ops.Growth(self.sequences, self.config, self.table, self.noise, draft.kv_dtype)
+            growth.begin()
         for number in range(self.config.passes):
             if number and not growth.pays():
                 break
@@ -51,8 +52,8 @@ class Cascade:
                 batch = growth.batch()
             with clock("draft"):
                 hidden = draft.forward(batch, cache, growth.start)
-                noise = None if self.noise is None else self.noise.at(batch.depths)
-                proposed = draft.ops.choose_children(draft.logits(hidden), self.children, self.warping, noise)
+                noise = None if self.noise is None else self.noise.at(batch)
+                proposed = draft.children(hidden, self.children, self.warping, noise)
             with clock("grow"):
                 growth.record(*proposed)
         with clock("grow"):

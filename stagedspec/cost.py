@@ -88,23 +88,24 @@ def _passes(model: GPT2, draft: bool, batch: int, nodes: int, sampled: bool) -> 
     """A function that runs one pass and waits for its result."""
     ops, device = model.ops, model.device
     context = min(CONTEXT, model.positions - 1)
-    cache = Cache(model, batch, nodes, context)
+    cache = Cache(model, batch, 0, context + nodes)
     tokens = torch.zeros(batch, nodes, dtype=torch.long, device=device)
-    bias = torch.zeros(batch, 1, nodes, nodes + context, dtype=model.kv_dtype, device=device)
-    inputs = ops.Batch(tokens, tokens + context, [], bias)
-    noise = None
+    inputs = ops.prefill_batch(tokens, context, model.kv_dtype)
+    noise, warping = None, None
     if sampled:
-        values = torch.zeros(batch, 1, model.vocab_size, device=device)
-        noise = ops.NoiseAt(values, torch.zeros_like(tokens))
-    warping = SAMPLED if sampled else None
+        sequences = ops.Sequences([[0] * context] * batch, nodes, (), device)
+        limits, warping = [context + nodes] * batch, SAMPLED
+        maker = ops.Noise([0] * batch, list(range(batch)), model.vocab_size, nodes, limits, device)
+        maker.advance(sequences)
+        noise = maker.at(inputs)
 
     @torch.inference_mode()
     def run() -> None:
-        logits = model.logits(model.forward(inputs, cache, 0))
+        hidden = model.forward(inputs, cache, context)
         if draft:
-            ops.choose_children(logits, min(CHILDREN, model.vocab_size), warping, noise)[0].tolist()
+            model.children(hidden, min(CHILDREN, model.vocab_size), warping, noise)[0].tolist()
         else:
-            ops.choose(logits, warping, noise).tolist()
+            model.choose(hidden, warping, noise).tolist()
 
     return run
 

@@ -23,7 +23,7 @@ from stagedspec.loading import (
     resolve_dtype,
 )
 from stagedspec.ngram import KatzTable
-from stagedspec.sampling import Noise, Sampling, counters
+from stagedspec.sampling import Sampling, counters
 from stagedspec.stats import ORIGINS, Clock, Stats
 from stagedspec.tree import MODES, TreeConfig
 
@@ -318,8 +318,7 @@ class _Run:
         self.cache = Cache(target, batch, config.nodes, max(map(len, request.prompts)) + request.new_tokens)
         self.noise = None
         if request.sampling.do_sample:
-            self.noise = Noise(
-                target.ops,
+            self.noise = target.ops.Noise(
                 request.seeds,
                 request.streams,
                 target.vocab_size,
@@ -332,7 +331,6 @@ class _Run:
             self.cascade = Cascade(
                 decoder.draft, decoder.ngram, config, self.sequences, warping, self.noise, self.clock
             )
-        self.accepted: list[int] = []  # of every row-step
         self.steps_done = 0
         self.seconds = 0.0
 
@@ -360,23 +358,22 @@ class _Run:
         target = self.decoder.target
         if self.noise is not None:
             with self.clock("noise"):
-                self.noise.advance(self.sequences.lengths)
+                self.noise.advance(self.sequences)
         trees = target.ops.Trees.roots(self.sequences) if self.cascade is None else self.cascade.propose()
         with self.clock("verify"):
             batch = trees.batch(target.kv_dtype)
-            noise = None if self.noise is None else self.noise.at(batch.depths)
+            noise = None if self.noise is None else self.noise.at(batch)
         with self.clock("target"):
             # The nodes lie right below the prefix, so that no unused rows are attended to.
             first = self.config.nodes - trees.nodes
             hidden = target.forward(batch, self.cache, first, first)
-            chosen = target.ops.choose(target.logits(hidden), self.warping, noise)
+            chosen = target.choose(hidden, self.warping, noise)
         with self.clock("verify"):
             moves = trees.verify_commit(chosen)
         with self.clock("commit"):
             self.cache.commit(target, moves.target_rows(first))
             if self.cascade is not None:
                 self.cascade.commit(moves)
-        self.accepted.extend(count for count in moves.accepted if count >= 0)
         self.steps_done += 1
 
     def new_tokens(self, pad: int) -> torch.Tensor:
@@ -388,16 +385,18 @@ class _Run:
     def stats(self) -> Stats:
         """Statistics of what has run so far."""
         origins = [origin for row in self.sequences.rows for origin in row.origins]
-        draft = self.decoder.draft
+        accepted, draft = self.sequences.accepted, self.decoder.draft
         return Stats(
             mode=self.request.mode,
             tree=asdict(self.config),
             steps=self.steps_done,
-            row_steps=len(self.accepted),
+            row_steps=accepted.total(),
             new_tokens=len(origins),
             target_passes=self.steps_done,
             draft_passes=0 if self.cascade is None else self.cascade.passes,
-            accepted_per_depth=[sum(count > depth for count in self.accepted) for depth in range(self.config.depth)],
+            accepted_per_depth=[
+                sum(times for count, times in accepted.items() if count > depth) for depth in range(self.config.depth)
+            ],
             origins={name: origins.count(index) for index, name in enumerate(ORIGINS)},
             seconds=dict(self.clock.seconds),
             total_seconds=self.seconds,

@@ -3,7 +3,7 @@
 Everything of `GPT2Config` that changes the forward pass is honoured; what is not supported is refused by name.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -39,12 +39,6 @@ class Cache:
         shape = (len(model.layers), batch, tree_rows + positions, 2, model.heads, model.head_size)
         # Zeros, not garbage: masked rows are multiplied by zero, and zero times NaN is NaN.
         self.rows = torch.zeros(shape, dtype=model.kv_dtype, device=model.device)
-
-    def views(self, write: int, nodes: int, first: int, last: int) -> Iterator[tuple[torch.Tensor, ...]]:
-        """For each layer: where new rows go, [B, nodes, 2, H, D], and the visible keys and values, [B, H, R, D]."""
-        store = self.rows[:, :, write : write + nodes].unbind(0)
-        keys, values = self.rows[:, :, first:last].permute(3, 0, 1, 4, 2, 5).unbind(0)
-        return zip(store, keys.unbind(0), values.unbind(0), strict=True)
 
     def commit(self, model: "GPT2", moves: list[list[tuple[int, int]]]) -> None:
         """Moves accepted nodes into the prefix: (tree row, position) pairs of each sequence."""
@@ -114,15 +108,14 @@ class GPT2:
     def forward(self, batch: Batch, cache: Cache, write: int, first: int = 0) -> torch.Tensor:
         """One pass over the B*N tokens of batch; returns the hidden states [B, N, d] before the last norm.
 
-        Their K and V are written to cache rows write .. write + N; as many rows from `first` as batch.bias has
-        columns are visible under it.
+        Their K and V are written to cache rows write .. write + N; what they attend to begins at row `first`.
         """
         ops = self.ops
         x = ops.embed(self.token_table, self.position_table, batch.tokens, batch.positions)
-        views = cache.views(write, batch.tokens.shape[1], first, first + batch.bias.shape[-1])
+        views = ops.layer_views(cache.rows, batch, write, first)
         for layer, view in zip(self.layers, views, strict=True):
             qkv = ops.norm_linear(x, *layer.norm_1, self.epsilon, layer.qkv)
-            mixed = ops.tree_attention(qkv, *view, batch.bias, layer.scale, self.upcast)
+            mixed = ops.tree_attention(qkv, view, batch, layer.scale, self.upcast)
             x = ops.linear_add(mixed, layer.projection, x)
             inner = ops.norm_linear(x, *layer.norm_2, self.epsilon, layer.up, self.activation)
             x = ops.linear_add(inner, layer.down, x)
@@ -132,18 +125,25 @@ class GPT2:
         """Hidden states [..., d] to fp32 logits [..., V]."""
         return self.ops.head_logits(hidden, *self.final_norm, self.epsilon, self.head)
 
-    def prefill(self, prompts: list[list[int]], trailing: int, cache: Cache, chunk: int = 256) -> None:
+    def choose(self, hidden: torch.Tensor, warping: dict | None, noise) -> torch.Tensor:
+        """Hidden states [B, N, d] to the one token of every node [B, N]."""
+        return self.ops.lm_head_choose(hidden, *self.final_norm, self.epsilon, self.head, warping, noise)
+
+    def children(self, hidden: torch.Tensor, count: int, warping: dict | None, noise) -> tuple[torch.Tensor, ...]:
+        """Hidden states [B, N, d] to the likeliest children: tokens and log-probabilities [B, N, count]."""
+        return self.ops.lm_head_children(hidden, *self.final_norm, self.epsilon, self.head, count, warping, noise)
+
+    def prefill(self, prompts: list[list[int]], trailing: int, cache: Cache, chunk: int | None = None) -> None:
         """Fills the cache with all but the last `trailing` tokens of each prompt, from position 0.
 
-        Shorter rows are filled up with values that are never visible and are overwritten in time.
+        Shorter rows are filled up with values that are never visible and are overwritten in time. chunk: tokens of each
+        prompt that a pass takes, None for what the backend takes.
         """
         count = max(max(len(prompt) for prompt in prompts) - trailing, 0)
         tokens = torch.tensor([prompt[:count] + [0] * (count - len(prompt)) for prompt in prompts], device=self.device)
+        chunk = chunk or self.ops.prefill_chunk(len(prompts))
         for start in range(0, count, chunk):
-            stop = min(start + chunk, count)
-            positions = torch.arange(start, stop, device=self.device).expand(len(prompts), -1)
-            bias = self.ops.causal_bias(start, stop - start, self.device, self.kv_dtype)
-            batch = Batch(tokens[:, start:stop], positions, [], bias)
+            batch = self.ops.prefill_batch(tokens[:, start : start + chunk], start, self.kv_dtype)
             self.forward(batch, cache, cache.tree_rows + start, cache.tree_rows)
 
 

@@ -3,11 +3,8 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
-
-from stagedspec.kernels.reference import NoiseAt
 
 
 @dataclass(frozen=True)
@@ -73,70 +70,3 @@ def counters(seed: "int | Sequence[int] | torch.Tensor", batch: int) -> tuple[li
             raise ValueError(f"seed must be an integer of 64 bits, got {value!r}")
     signed = [value - 2**64 if value >= 2**63 else value for value in seeds]
     return signed, list(range(batch)) if single else [0] * batch
-
-
-class Noise:
-    """The Gumbel noise g(seed, stream, position, token) of the next positions of every row.
-
-    Making it costs a hundred small tensor operations, so it is made a block of positions at a time, ahead of need, and
-    lives on from step to step in a ring: position p lies in slot p % window. It depends on the counters alone, so when
-    it is made never matters.
-    """
-
-    BLOCK = 64  # positions made at once: enough for two threads at a vocabulary of 4096
-    MEMORY = 1 << 22  # elements made at once, unless one position of every row takes more
-
-    def __init__(
-        self,
-        ops: ModuleType,
-        seeds: list[int],
-        streams: list[int],
-        vocab_size: int,
-        reach: int,
-        limits: list[int],
-        device: torch.device,
-    ):
-        """reach: positions that a step needs; limits: the position of each row from which on none is ever chosen."""
-        self.ops, self.vocab_size, self.reach, self.limits = ops, vocab_size, reach, limits
-        self.seeds = torch.tensor(seeds, device=device)
-        self.streams = torch.tensor(streams, device=device)
-        self.block = max(1, min(self.BLOCK, self.MEMORY // (vocab_size * len(seeds))))
-        self.window = reach + self.block
-        self.values = torch.zeros(len(seeds), self.window, vocab_size, device=device)
-        self.host = self.values.cpu().numpy()  # on a CPU the same memory
-        self.lengths: list[int] = []
-        self.made: list[int] = []  # the first position of each row that is not made yet
-
-    def advance(self, lengths: list[int]) -> None:
-        """Makes positions lengths .. lengths + reach - 1 of every row available."""
-        self.lengths = lengths
-        self.made = self.made or list(lengths)
-        needed = [min(n + self.reach, limit) for n, limit in zip(lengths, self.limits, strict=True)]
-        while rows := [row for row, need in enumerate(needed) if self.made[row] < need]:
-            count = min(self.block, max(self.limits[row] - self.made[row] for row in rows))
-            which = torch.tensor(rows, device=self.seeds.device)
-            starts = torch.tensor([self.made[row] for row in rows], device=self.seeds.device)
-            positions = starts[:, None] + torch.arange(count, device=self.seeds.device)
-            fresh = self.ops.gumbel_noise(self.seeds[which], self.streams[which], positions, self.vocab_size)
-            slots = which[:, None], positions % self.window
-            self.values[slots] = fresh
-            if self.values.device.type != "cpu":
-                self.host[tuple(part.cpu().numpy() for part in slots)] = fresh.cpu().numpy()
-            for row in rows:
-                self.made[row] += count
-
-    def at(self, depths: list[list[int]]) -> NoiseAt:
-        """For the nodes of a pass at depths [B][N]: a node of depth d chooses the token d past the row's length."""
-        index = [[self._slot(n, depth) for depth in row] for n, row in zip(self.lengths, depths, strict=True)]
-        return NoiseAt(self.values, torch.tensor(index, device=self.seeds.device))
-
-    def _slot(self, length: int, depth: int) -> int:
-        """Nodes outside the reach (the catch-up token, drafted nodes deeper than any tree of this size) can never be
-        accepted: any noise does for them."""
-        return (length + min(max(depth, 0), self.reach - 1)) % self.window
-
-    def of(self, row: int, depths: list[int], tokens: list[int]) -> list[float]:
-        """The noise of single tokens below nodes of one row."""
-        # Read one by one from host memory: on a CPU that is a view, and far cheaper than a gather of a few numbers.
-        values, length = self.host[row], self.lengths[row]
-        return [float(values[self._slot(length, depth), token]) for depth, token in zip(depths, tokens, strict=True)]

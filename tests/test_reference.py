@@ -1,6 +1,7 @@
 """The operations: noise against published vectors, warping against transformers, everything else against loops."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from transformers import (
 )
 
 from stagedspec.kernels import reference as ops
-from stagedspec.sampling import Noise, Sampling, counters
+from stagedspec.kernels.reference import Noise
+from stagedspec.sampling import Sampling, counters
 
 # ---------------------------------------------------------------- random numbers
 
@@ -95,12 +97,12 @@ def test_noise_depends_on_its_counters_alone():
 def test_noise_window(block, monkeypatch):
     """`Noise` gives the same values whenever a block was made, and however far it has advanced; not past the limits."""
     monkeypatch.setattr(Noise, "BLOCK", block)
-    noise = Noise(ops, [5, 5], [0, 1], 7, 4, [26, 99], torch.device("cpu"))
+    noise = Noise([5, 5], [0, 1], 7, 4, [26, 99], torch.device("cpu"))
     depths = [[0, 1, 3, -1], [2, 2, 0, 9]]  # depths outside are clamped
     for step in range(12):
         lengths = [3 + 2 * step, 20 + step]
-        noise.advance(lengths)
-        values = noise.at(depths).of()
+        noise.advance(SimpleNamespace(lengths=lengths))
+        values = noise.at(SimpleNamespace(depths=depths)).of()
         for row in range(2):
             for node, depth in enumerate(depths[row]):
                 position = torch.tensor([[lengths[row] + min(max(depth, 0), 3)]])
@@ -111,7 +113,7 @@ def test_noise_window(block, monkeypatch):
                 picked = noise.of(row, [min(max(depth, 0), 3)], [6])
                 assert picked == [expected[6].item()]
         tokens = torch.tensor([[[1, 4]] * 4, [[6, 0]] * 4])
-        assert torch.equal(noise.at(depths).of(tokens), values.gather(-1, tokens))
+        assert torch.equal(noise.at(SimpleNamespace(depths=depths)).of(tokens), values.gather(-1, tokens))
 
 
 # ---------------------------------------------------------------- warping and choosing
