@@ -1,0 +1,159 @@
+"""Compiles every kernel for real GPUs, with no GPU present, and tells what the compiler made of it.
+
+    python profiling/compile_report.py [--arch 80 --arch 90] [--match tree_attention] [--out report.json]
+
+For each kernel at the shapes of GPT-2 S, M, L, XL and of the embedded models (`compile_cases()` of the kernel files):
+registers a thread, shared memory a block, bytes spilled, matrix instructions and the width of asynchronous loads.
+The exit status is 1 if a kernel spills, takes more shared memory than the chip has, or is a matrix multiply without
+matrix instructions. Needs Triton's own compiler, not its interpreter: TRITON_INTERPRET must not be set.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from multiprocessing import get_context
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from stagedspec.kernels.registry import CompileCase
+
+MODULES = (
+    "linear",
+    "embed",
+    "tree_attention",
+    "compact",
+    "lm_head",
+    "choose",
+    "ngram_lookup",
+    "grow_tree",
+    "verify_commit",
+)
+# Shared memory a block may take, bytes (CUDA C++ Programming Guide, table of technical specifications).
+SHARED_LIMIT = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
+MATRIX = re.compile(r"\b(UTCHMMA|UTCQMMA|HGMMA|HMMA|DMMA|IMMA)\b")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of one case on one architecture. error: why it did not compile, else empty."""
+
+    name: str
+    arch: int
+    registers: int = 0
+    shared: int = 0
+    spilled: int = 0
+    matrix: str = ""
+    wide_loads: int = 0
+    problem: str = ""
+
+
+def cases(match: str) -> list[tuple[str, int]]:
+    """(module, index of the case) of every case whose name contains `match`."""
+    return [
+        (module, index)
+        for module in MODULES
+        for index, case in enumerate(import_module(f"stagedspec.kernels.{module}").compile_cases())
+        if match in f"{module} {case.name}"
+    ]
+
+
+def compile_case(job: tuple[str, int, int]) -> Report:
+    """Compiles case `index` of a kernel file for one architecture."""
+    module, index, arch = job
+    case: CompileCase = import_module(f"stagedspec.kernels.{module}").compile_cases()[index]
+    names = list(case.signature)
+    attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in case.aligned}
+    signature = {name: "constexpr" if name in case.constexprs else kind for name, kind in case.signature.items()}
+    source = ASTSource(fn=case.kernel, signature=signature, constexprs=case.constexprs, attrs=attrs)
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    name = f"{module}: {case.name}"
+    try:
+        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    except Exception as error:  # the compiler raises its own and MLIR's kinds
+        return Report(name, arch, problem=f"does not compile: {str(error).strip().splitlines()[-1][:100]}")
+    usage, code = _dump(compiled.asm["cubin"])
+    registers, stack = (int(re.search(rf"{what}:(\d+)", usage).group(1)) for what in ("REG", "STACK"))
+    # A cubin of Blackwell's addresses its tensor memory by UTC... instructions; their operands are not in registers.
+    matrix = Counter(found.group(1) for found in MATRIX.finditer(code))
+    spilled = stack + len(re.findall(r"\b(?:LDL|STL)\b", code)) * 4
+    report = Report(
+        name,
+        arch,
+        registers,
+        compiled.metadata.shared,
+        spilled,
+        " ".join(f"{count} {kind}" for kind, count in matrix.most_common()),
+        len(re.findall(r"(?:LDGSTS|LDG)\.[\w.]*128", code)),
+    )
+    return Report(**asdict(report) | {"problem": _problem(case, report)})
+
+
+def _problem(case: CompileCase, report: Report) -> str:
+    if report.spilled:
+        return "spills registers"
+    if report.shared > SHARED_LIMIT[report.arch]:
+        return f"takes {report.shared} bytes of shared memory, the chip has {SHARED_LIMIT[report.arch]}"
+    if case.matrix and not report.matrix:
+        return "has no matrix instructions"
+    return ""
+
+
+def _dump(cubin: bytes) -> tuple[str, str]:
+    """Resource usage and machine code, by the disassembler that comes with Triton."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return tuple(
+            subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
+            for flag in ("-res-usage", "-sass")
+        )
+
+
+def table(reports: list[Report]) -> str:
+    """Markdown."""
+    lines = ["| kernel | sm | registers | shared, bytes | spilled | matrix instructions | 128-bit loads | |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
+    for r in reports:
+        cells = (r.name, r.arch, r.registers, r.shared, r.spilled, r.matrix or "-", r.wide_loads, r.problem or "ok")
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", type=int, action="append", choices=SHARED_LIMIT, help="default: all")
+    parser.add_argument("--match", default="", help="only kernels whose name contains this")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--out", type=Path, help="write the report as JSON")
+    options = parser.parse_args()
+    if triton.knobs.runtime.interpret:
+        print("error: TRITON_INTERPRET is set: unset it, the interpreter compiles nothing", file=sys.stderr)
+        return 2
+    jobs = [(*case, arch) for case in cases(options.match) for arch in options.arch or SHARED_LIMIT]
+    if not jobs:
+        print(f"error: no kernel's name contains {options.match!r}", file=sys.stderr)
+        return 2
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+        reports = list(pool.map(compile_case, jobs))
+    print(table(reports))
+    if options.out:
+        options.out.write_text(json.dumps([asdict(report) for report in reports], indent=1), encoding="utf-8")
+    bad = [report for report in reports if report.problem]
+    print(f"\n{len(reports)} kernels compiled with triton {triton.__version__}, {len(bad)} with a problem")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
