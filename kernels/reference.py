@@ -181,9 +181,12 @@ def causal_bias(start: int, count: int, device: torch.device, dtype: torch.dtype
     return bias.triu_(start + 1)[None, None]
 
 
-def layer_views(cache: torch.Tensor, batch: Batch, write: int, first: int) -> Iterator[tuple[torch.Tensor, ...]]:
+def layer_views(
+    cache: torch.Tensor, tree_rows: int, batch: Batch, write: int, first: int
+) -> Iterator[tuple[torch.Tensor, ...]]:
     """For each layer of a KV cache [layers, B, S, 2, H, D]: where the pass's rows go, [B, N, 2, H, D], and the keys and
-    values visible under its bias, [B, H, R, D], from row `first` on."""
+    values visible under its bias, [B, H, R, D], from row `first` on. What lies where is in the bias: tree_rows is not
+    needed here."""
     nodes, visible = batch.tokens.shape[1], batch.bias.shape[-1]
     store = cache[:, :, write : write + nodes].unbind(0)
     keys, values = cache[:, :, first : first + visible].permute(3, 0, 1, 4, 2, 5).unbind(0)

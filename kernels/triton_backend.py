@@ -92,3 +92,103 @@ class TritonOps:
             sizes = [size] if held is None else [size, (held.partials.numel(), held.counters.numel())]
             self._scratch = registry.Scratch.of(sizes, place)
         return self._scratch
+
+    # ---------------------------------------------------------------- weights
+
+    def kv_dtype(self, dtype: torch.dtype, place: torch.device, invariant: bool) -> torch.dtype:
+        """Keys and values are kept as computed: every sum over them has one order."""
+        return dtype
+
+    def pack_linear(self, weight: torch.Tensor, bias: torch.Tensor | None, invariant: bool) -> Linear:
+        """Rows of the weight [out, in] contiguous, as the kernels stream them."""
+        return Linear(weight.contiguous(), None if bias is None else bias.contiguous())
+
+    def fused_activation(self, name: str) -> bool:
+        return linear.activation_known(name)
+
+    # ---------------------------------------------------------------- layers
+
+    def norm_linear(
+        self,
+        x: torch.Tensor,
+        norm_weight: torch.Tensor,
+        norm_bias: torch.Tensor,
+        epsilon: float,
+        layer: Linear,
+        activation: str | Callable = "none",
+    ) -> torch.Tensor:
+        outputs, inputs = layer.weight.shape
+        name = activation if isinstance(activation, str) else "none"
+        out = self._buffer("norm_linear", (x.shape[0], outputs), x.dtype, x.device)
+        for rows, result in zip(x.split(ROWS), out.split(ROWS), strict=True):
+            scratch = self._need(linear.scratch_size(rows.shape[0], outputs, inputs), x.device)
+            linear.norm_linear(
+                rows, norm_weight, norm_bias, epsilon, layer.weight, layer.bias, name, result, scratch
+            )  # fmt: skip
+        return out if isinstance(activation, str) else activation(out)
+
+    def linear_add(self, x: torch.Tensor, layer: Linear, residual: torch.Tensor) -> torch.Tensor:
+        """Adds in place: the residual stream of a pass is one buffer."""
+        outputs, inputs = layer.weight.shape
+        for rows, result in zip(x.split(ROWS), residual.split(ROWS), strict=True):
+            scratch = self._need(linear.scratch_size(rows.shape[0], outputs, inputs), x.device)
+            linear.linear_add(rows, layer.weight, layer.bias, result, result, scratch)
+        return residual
+
+    def embed(
+        self,
+        token_table: torch.Tensor,
+        position_table: torch.Tensor,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+    ) -> torch.Tensor:
+        shape = (tokens.numel(), token_table.shape[1])
+        out = self._buffer("embed", shape, token_table.dtype, token_table.device)
+        embed.embed(token_table, position_table, tokens, positions, out)
+        return out
+
+    # ---------------------------------------------------------------- attention
+
+    def prefill_chunk(self, batch: int) -> int:
+        return max(1, ROWS // batch)
+
+    def prefill_batch(self, tokens: torch.Tensor, start: int, kv_dtype: torch.dtype) -> device.Batch:
+        """The pass over a chunk of prompts: a chain after `start` committed tokens."""
+        rows, count = tokens.shape
+        place = tokens.device
+        bits = torch.arange(32 * -(-count // 32), device=place)
+        seen = bits <= torch.arange(count, device=place)[:, None]
+        words = (seen.view(count, -1, 32).long() << bits[:32]).sum(-1)
+        masks = torch.where(words >= 2**31, words - 2**32, words).int().expand(rows, -1, -1).contiguous()
+        positions = torch.arange(start, start + count, dtype=torch.int32, device=place).expand(rows, -1).contiguous()
+        prefix = torch.full((rows,), start, dtype=torch.int32, device=place)
+        return device.Batch(tokens.int().contiguous(), positions, positions + 1, masks, prefix)
+
+    def layer_views(
+        self, cache: torch.Tensor, tree_rows: int, batch: device.Batch, write: int, first: int
+    ) -> Iterator[tuple[torch.Tensor, int, int]]:
+        """For each layer: its part of the cache, how many rows are the tree region, and the row to write to."""
+        return ((layer, tree_rows, write) for layer in cache.unbind(0))
+
+    def tree_attention(
+        self,
+        qkv: torch.Tensor,
+        view: tuple[torch.Tensor, int, int],
+        batch: device.Batch,
+        scale: float,
+        upcast: bool,
+    ) -> torch.Tensor:
+        cache, tree_rows, write = view
+        rows, _, kv_heads, size = cache.shape[1:]
+        heads = qkv.shape[1] // size - 2 * kv_heads
+        out = self._buffer("tree_attention", (qkv.shape[0], heads * size), qkv.dtype, qkv.device)
+        need = attention.scratch_size(cache.shape[0], batch.nodes, heads, kv_heads, size, rows, tree_rows)
+        scratch = self._need(need, qkv.device)
+        attention.tree_attention(
+            qkv, cache, batch.masks, batch.prefix, batch.first_bit, write, tree_rows, scale, out, scratch, WINDOW
+        )
+        return out
+
+    def move_rows(self, cache: torch.Tensor, tree_rows: int, moves: torch.Tensor) -> None:
+        """moves int32 [2, B, K]: tree rows, and the positions they move to."""
+        compact.compact(cache, *moves.unbind(0), tree_rows)

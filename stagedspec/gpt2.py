@@ -112,7 +112,7 @@ class GPT2:
         """
         ops = self.ops
         x = ops.embed(self.token_table, self.position_table, batch.tokens, batch.positions)
-        views = ops.layer_views(cache.rows, batch, write, first)
+        views = ops.layer_views(cache.rows, cache.tree_rows, batch, write, first)
         for layer, view in zip(self.layers, views, strict=True):
             qkv = ops.norm_linear(x, *layer.norm_1, self.epsilon, layer.qkv)
             mixed = ops.tree_attention(qkv, view, batch, layer.scale, self.upcast)
