@@ -67,6 +67,9 @@ class Sequences:
     def finished(self) -> bool:
         return not any(row.running for row in self.rows)
 
+    def publish(self) -> None:
+        """Called after every step: here `finished` is always up to date."""
+
 
 # ---------------------------------------------------------------- one pass's inputs
 

@@ -30,6 +30,11 @@ _FUSED = {
 }
 
 
+def repeated(step: Callable[[], int]) -> Callable[[], int]:
+    """The function that runs a generation's next step. A backend whose steps all have one shape may capture it."""
+    return step
+
+
 # ---------------------------------------------------------------- linear layers
 
 

@@ -30,13 +30,13 @@ class Cascade:
         self.warping, self.noise, self.clock = warping, noise, clock
         self.children = min(config.children, draft.vocab_size)
         self.growth = draft.ops.Growth(sequences, config, table, noise, draft.kv_dtype)
-        self.passes = 0  # of all steps
+        self.passes = 0  # of the last step
         self.cache = Cache(draft, len(sequences.rows), config.slots, max(row.limit for row in sequences.rows))
 
     def propose(self):
         """Grows this step's trees for as many draft passes as pay; returns the backend's `Trees`."""
         draft, cache, clock = self.draft, self.cache, self.clock
-        growth = self.growth
+        growth, self.passes = self.growth, 0
         with clock("grow"):
             growth.begin()
         for number in range(self.config.passes):

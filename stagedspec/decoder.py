@@ -331,7 +331,7 @@ class _Run:
             self.cascade = Cascade(
                 decoder.draft, decoder.ngram, config, self.sequences, warping, self.noise, self.clock
             )
-        self.steps_done = 0
+        self.steps_done, self.draft_passes = 0, 0
         self.seconds = 0.0
 
     @property
@@ -347,14 +347,17 @@ class _Run:
             if self.cascade is not None:
                 # The last two tokens are what every step's first draft pass starts with.
                 self.cascade.draft.prefill(self.request.prompts, 2, self.cascade.cache)
+        step = self.decoder.target.ops.repeated(self._step)
         while not self.finished:
-            self._step()
+            self.draft_passes += step()
+            self.steps_done += 1
+            self.sequences.publish()
             self.seconds += time.perf_counter() - begin
             yield
             begin = time.perf_counter()
 
-    def _step(self) -> None:
-        """One step: draft trees, verify them in one target pass, commit what was accepted."""
+    def _step(self) -> int:
+        """One step: draft trees, verify them in one target pass, commit what was accepted. Returns the draft passes."""
         target = self.decoder.target
         if self.noise is not None:
             with self.clock("noise"):
@@ -374,7 +377,7 @@ class _Run:
             self.cache.commit(target, moves.target_rows(first))
             if self.cascade is not None:
                 self.cascade.commit(moves)
-        self.steps_done += 1
+        return 0 if self.cascade is None else self.cascade.passes
 
     def new_tokens(self, pad: int) -> torch.Tensor:
         """The new tokens, LongTensor [B, most], shorter rows filled up with `pad`."""
@@ -393,7 +396,7 @@ class _Run:
             row_steps=accepted.total(),
             new_tokens=len(origins),
             target_passes=self.steps_done,
-            draft_passes=0 if self.cascade is None else self.cascade.passes,
+            draft_passes=self.draft_passes,
             accepted_per_depth=[
                 sum(times for count, times in accepted.items() if count > depth) for depth in range(self.config.depth)
             ],
