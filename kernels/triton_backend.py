@@ -93,6 +93,12 @@ class TritonOps:
             self._scratch = registry.Scratch.of(sizes, place)
         return self._scratch
 
+    # ---------------------------------------------------------------- steps
+
+    def repeated(self, step: Callable[[], int]) -> Callable[[], int]:
+        """On a GPU the step becomes a CUDA graph when it runs for the second time; in the interpreter it stays."""
+        return step if registry.interpreted() else _Captured(step, self)
+
     # ---------------------------------------------------------------- weights
 
     def kv_dtype(self, dtype: torch.dtype, place: torch.device, invariant: bool) -> torch.dtype:
@@ -189,6 +195,41 @@ class TritonOps:
         )
         return out
 
+    # ---------------------------------------------------------------- token choice
+
+    def head_logits(
+        self, x: torch.Tensor, norm_weight: torch.Tensor, norm_bias: torch.Tensor, epsilon: float, head: Linear
+    ) -> torch.Tensor:
+        """fp32 logits [..., V] in a tensor of their own."""
+        rows = x.flatten(0, -2)
+        out = torch.empty(rows.shape[0], head.weight.shape[0], dtype=torch.float32, device=x.device)
+        for part, result in zip(rows.split(ROWS), out.split(ROWS), strict=True):
+            scratch = self._need(linear.scratch_size(part.shape[0], *head.weight.shape), x.device)
+            linear.norm_linear(part, norm_weight, norm_bias, epsilon, head.weight, None, "none", result, scratch)
+        return out.unflatten(0, x.shape[:-1])
+
     def move_rows(self, cache: torch.Tensor, tree_rows: int, moves: torch.Tensor) -> None:
         """moves int32 [2, B, K]: tree rows, and the positions they move to."""
         compact.compact(cache, *moves.unbind(0), tree_rows)
+
+
+class _Captured:
+    """A step as a CUDA graph. The first call compiles its kernels and makes its buffers, the second captures it."""
+
+    def __init__(self, step: Callable[[], int], ops: TritonOps):
+        self.step, self.ops = step, ops
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.warm, self.value = False, 0
+
+    def __call__(self) -> int:
+        if not self.warm:
+            self.warm = True
+            return self.step()
+        if self.graph is None:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self.value = self.step()
+            # The graph reads and writes through addresses: what lies there must outlive it.
+            self.graph, self.held = graph, (self.ops._scratch, dict(self.ops._buffers))
+        self.graph.replay()
+        return self.value

@@ -1,0 +1,129 @@
+"""Tree attention: 64 and other numbers of nodes over a committed prefix, a KV cache of its own for every layer."""
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from harness import Case, error_ratio
+from models import MODELS, randn
+
+from stagedspec.kernels.registry import Scratch
+from stagedspec.kernels.tree_attention import scratch_size, tree_attention
+
+NODES = (1, 8, 16, 32, 64, 128)
+CONTEXTS = (64, 256, 512, 1024)
+
+
+def random_tree(nodes: int, deepest: int = 16) -> torch.Tensor:
+    """bool [N, N]: whom each node sees; parents before children, no path longer than `deepest`."""
+    generator = torch.Generator().manual_seed(nodes)
+    seen = torch.eye(nodes, dtype=torch.bool)
+    for node in range(1, nodes):
+        parent = int(torch.randint(max(0, node - 8), node, (), generator=generator))
+        while seen[parent].sum() >= deepest:
+            parent = int(seen[parent].nonzero()[-2])
+        seen[node] |= seen[parent]
+    return seen
+
+
+def mask_words(seen: torch.Tensor) -> torch.Tensor:
+    """int32 [N, W] of bool [N, N]."""
+    nodes = len(seen)
+    padded = F.pad(seen, (0, -nodes % 32)).view(nodes, -1, 32).long()
+    words = (padded << torch.arange(32)).sum(-1)
+    return torch.where(words >= 2**31, words - 2**32, words).int()
+
+
+def cases(
+    names: tuple[str, ...] = ("L",),
+    nodes: tuple[int, ...] = NODES,
+    contexts: tuple[int, ...] = CONTEXTS,
+    batches: tuple[int, ...] = (1, 8),
+) -> Iterator[Case]:
+    for model in names:
+        for batch in batches:
+            for context in contexts:
+                for count in nodes if batch == 1 else (1, 64):
+                    yield _case(model, batch, count, context)
+
+
+def _case(model: str, batch: int, count: int, context: int) -> Case:
+    shape = MODELS[model]
+    heads, size = shape.heads, shape.size
+    rows = count + context
+    cache = randn(shape.layers, batch, rows, 2, heads, size)
+    qkv = randn(batch * count, 3 * heads * size)
+    seen = random_tree(count)
+    masks = mask_words(seen).cuda().expand(batch, -1, -1).contiguous()
+    prefix = torch.full((batch,), context, dtype=torch.int32, device="cuda")
+    out = torch.full((batch * count, heads * size), float("nan"), device="cuda", dtype=torch.bfloat16)
+    scratch = Scratch.of([scratch_size(batch, count, heads, heads, size, rows, count)], out.device)
+    scale = size**-0.5
+
+    def ours() -> None:
+        for layer in cache:
+            tree_attention(qkv, layer, masks, prefix, 0, 0, count, scale, out, scratch)
+
+    # Peers get their keys and values laid out as they like best, tree rows already in place: they append nothing.
+    visible = torch.cat((seen, torch.ones(count, context, dtype=torch.bool)), 1).cuda()
+    q = qkv.view(batch, count, 3, heads, size)[:, :, 0].transpose(1, 2)
+    keys, values = (cache[:, :, :, i].transpose(2, 3).contiguous() for i in (0, 1))
+
+    def sdpa() -> None:
+        for k, v in zip(keys, values, strict=True):
+            F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale)
+
+    def check() -> float:
+        tree_attention(qkv, cache[0], masks, prefix, 0, 0, count, scale, out, scratch)
+        k, v = (cache[0][:, :, i].transpose(1, 2) for i in (0, 1))
+        plain, exact = (
+            F.scaled_dot_product_attention(*(t.to(dtype) for t in (q, k, v)), attn_mask=visible, scale=scale)
+            for dtype in (torch.bfloat16, torch.float64)
+        )
+        flat = (batch * count, heads * size)
+        return error_ratio(out, *(t.transpose(1, 2).reshape(flat) for t in (plain, exact)))
+
+    read = 2 * batch * context * heads * size * 2 + qkv.numel() * 2 + 2 * batch * count * heads * size * 2
+    return Case(
+        "tree_attention",
+        model,
+        {"B": batch, "N": count, "L": context},
+        read + out.numel() * 2,
+        shape.layers,
+        ours,
+        {"SDPA, mask": sdpa} | _flex(q, keys, values, visible, scale) | _flashinfer(q, keys, values, visible, scale),
+        check,
+    )
+
+
+def _flex(q, keys, values, visible, scale) -> dict:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    count, total = visible.shape
+    mask = create_block_mask(lambda b, h, i, j: visible[i, j], None, None, count, total, device="cuda")
+    compiled = torch.compile(flex_attention, dynamic=False)
+
+    def run() -> None:
+        for k, v in zip(keys, values, strict=True):
+            compiled(q, k, v, block_mask=mask, scale=scale)
+
+    return {"FlexAttention": run}
+
+
+def _flashinfer(q, keys, values, visible, scale) -> dict:
+    try:
+        import flashinfer
+    except ImportError:
+        return {}
+    if q.shape[0] > 1:
+        return {}
+    laid = [(k[0], v[0]) for k, v in zip(keys, values, strict=True)]
+    queries = q[0].transpose(0, 1).contiguous()
+
+    def one(pair: tuple[torch.Tensor, torch.Tensor]) -> None:
+        flashinfer.single_prefill_with_kv_cache(
+            queries, *pair, custom_mask=visible, kv_layout="HND", sm_scale=scale
+        )
+
+    return {"FlashInfer": partial(lambda pairs: [one(pair) for pair in pairs], laid)}
