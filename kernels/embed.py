@@ -1,0 +1,111 @@
+"""Token and position embeddings of a pass, gathered and added: out[m] = tokens_table[token[m]] + positions_table[p[m]].
+
+Bytes: 3 * M * d elements. Positions outside their table take its nearest row: only nodes that can never be accepted
+have them.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from stagedspec.kernels.registry import CompileCase, check_runs, check_tensor, interpreted, pdl, register
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@triton.jit
+def _embed(
+    p_tokens,  # [M]
+    p_positions,  # [M]
+    p_token_table,  # [V, D]
+    p_position_table,  # [P, D]
+    p_out,  # [M, D]
+    V: tl.constexpr,
+    P: tl.constexpr,
+    D: tl.constexpr,
+    WIDE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    i_m, columns = tl.program_id(0), tl.arange(0, WIDE)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    token = tl.minimum(tl.maximum(tl.load(p_tokens + i_m), 0), V - 1).to(tl.int64)
+    position = tl.minimum(tl.maximum(tl.load(p_positions + i_m), 0), P - 1).to(tl.int64)
+    inside = columns < D
+    b_token = tl.load(p_token_table + token * D + columns, mask=inside)
+    b_position = tl.load(p_position_table + position * D + columns, mask=inside)
+    b_sum = b_token.to(tl.float32) + b_position.to(tl.float32)
+    tl.store(p_out + i_m.to(tl.int64) * D + columns, b_sum.to(p_out.dtype.element_ty), mask=inside)
+
+
+def _launch(
+    token_table: torch.Tensor,
+    position_table: torch.Tensor,
+    tokens: torch.Tensor,
+    positions: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    check_runs(out, "embed")
+    dependent = pdl(out.device)
+    _embed[(out.shape[0],)](
+        tokens,
+        positions,
+        token_table,
+        position_table,
+        out,
+        V=token_table.shape[0],
+        P=position_table.shape[0],
+        D=out.shape[1],
+        WIDE=triton.next_power_of_2(out.shape[1]),
+        PDL=dependent,
+        num_warps=4,
+        **({} if interpreted() else {"launch_pdl": dependent}),
+    )
+
+
+_op = register(
+    "embed(Tensor token_table, Tensor position_table, Tensor tokens, Tensor positions, Tensor(a!) out) -> ()", _launch
+)
+
+
+def embed(
+    token_table: torch.Tensor,
+    position_table: torch.Tensor,
+    tokens: torch.Tensor,
+    positions: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    """out [B*N, d] = token_table[tokens] + position_table[positions], added in fp32.
+
+    token_table [V, d], position_table [P, d], out: of one dtype, fp32, fp16 or bf16. tokens, positions: int32 or int64
+    [B, N]; ids outside a table take its nearest row.
+
+    Raises ValueError for a wrong shape, dtype, device or layout.
+    """
+    op, device = "embed", out.device
+    check_runs(out, op)
+    check_tensor(op, "token_table", token_table, (None, None), DTYPES, device)
+    width, dtype = token_table.shape[1], token_table.dtype
+    check_tensor(op, "position_table", position_table, (None, width), dtype, device)
+    check_tensor(op, "tokens", tokens, (None, None), (torch.int32, torch.int64), device)
+    check_tensor(op, "positions", positions, tuple(tokens.shape), (torch.int32, torch.int64), device)
+    check_tensor(op, "out", out, (tokens.numel(), width), dtype, device)
+    _op(token_table, position_table, tokens, positions, out)
+
+
+def compile_cases() -> list[CompileCase]:
+    """GPT-2 S to XL and the embedded models in bf16."""
+    tables = ("p_token_table", "p_position_table", "p_out")
+    kinds = dict.fromkeys(("p_tokens", "p_positions"), "*i32") | dict.fromkeys(tables, "*bf16")
+    cases = []
+    for name, (vocab, positions, width) in {
+        "s": (50257, 1024, 768), "m": (50257, 1024, 1024), "l": (50257, 1024, 1280), "xl": (50257, 1024, 1600),
+        "target": (2048, 512, 384), "draft": (2048, 512, 96),
+    }.items():  # fmt: skip
+        constants = {
+            "V": vocab, "P": positions, "D": width, "WIDE": triton.next_power_of_2(width), "PDL": False
+        }  # fmt: skip
+        signature = {key: kinds.get(key, "constexpr") for key in _embed.arg_names}
+        cases.append(CompileCase(name, _embed, signature, constants, aligned=tables))
+    return cases
