@@ -2,13 +2,13 @@
 
 `control.Growth` in two kernels. One CTA holds one sequence; nothing is read back and nothing is allocated.
 
-    grow_pass     records what the draft proposed for the last pass, then chooses the slots of the next: the best `width`
-                  candidates that no slot evaluates, and below them `prefetch` levels of draft²'s `prefetch_width` best
-                  guesses; writes the inputs of the draft's pass over them
+    grow_pass     records what the draft proposed for the last pass, then chooses the slots of the next: the best
+                  `width` candidates that no slot evaluates, and below them `prefetch` levels of draft²'s
+                  `prefetch_width` best guesses; writes the inputs of the draft's pass over them
     harvest_tree  records the last pass; the best nodes - 1 candidates become the tree; writes the target's inputs
 
 Words as in control.py: a slot is a row that the draft evaluates (0 the catch-up token, 1 the root), a candidate a
-child that an evaluated slot proposed. Candidate c of slot s has the index s * children + c, so its parent needs no field.
+child that an evaluated slot proposed. Candidate c of slot s has the index s * children + c: its parent needs no field.
 
 State, for L slots, C children and W = ceil(L / 32) mask words (`GrowthState`):
 
@@ -22,8 +22,8 @@ The inputs of a model's pass over N rows: batch int32 [3, B, N] (token, position
 [B, N, words] and prefix [B], the committed rows that the pass sees. The tree: tree int32 [5, B, N] (token, parent,
 depth, slot, origin); nodes that a row's tree lacks have the parent -1 and see the root alone.
 
-The best few are found by taking the greatest of int64 keys again and again: the score as an integer of the same order in
-the high word, and in the low word whatever decides a tie as control.py's heaps do (candidates: lower index first;
+The best few are found by taking the greatest of int64 keys again and again: the score as an integer of the same order
+in the high word, and in the low word whatever decides a tie as control.py's heaps do (candidates: lower index first;
 guesses: higher slot, then higher token). A key also says what it stands for, so nothing is gathered to find out.
 For the N - 1 nodes of a tree that would be long: there a bisection finds the score that parts them from the rest, and
 each of the few that are left counts how many go before it. (`tl.topk` would serve for both, but takes a minute and more
@@ -460,7 +460,9 @@ def harvest_tree_kernel(
         b_valid = b_known_score > NEVER
         taken = tl.minimum(tl.sum(b_valid.to(tl.int32), 0), NODES - 1)
         # All scores above the one that parts the best from the rest, and the first of those that equal it.
-        b_order = tl.where(b_valid, _flip(b_known_score.to(tl.int32, bitcast=True)) ^ -(2**31), 0).to(tl.uint32, bitcast=True)
+        b_order = tl.where(b_valid, _flip(b_known_score.to(tl.int32, bitcast=True)) ^ -(2**31), 0).to(
+            tl.uint32, bitcast=True
+        )
         part = _parting(b_order, taken)
         b_above_part, b_at_part = b_valid & (b_order > part), b_valid & (b_order == part)
         above = tl.sum(b_above_part.to(tl.int32), 0)
@@ -674,10 +676,10 @@ def grow_pass(
 ) -> None:
     """Records what the draft `proposed` in pass number - 1 and writes the inputs of pass `number`.
 
-    tokens int32 [B, S], lengths int32 [B]: what is committed. config: a TreeConfig. proposed: tokens int32 or int64 and
-    log-probabilities fp32 [B, rows of the last pass, children], descending; None before pass 0. table: a `KatzTable`, or
-    None. noise: seeds int64 [B] and streams int32 or int64 [B], or None when greedy. batch, batch_masks, prefix: see the
-    module's docstring. Raises ValueError for a wrong shape, dtype, device or layout.
+    tokens int32 [B, S], lengths int32 [B]: what is committed. config: a TreeConfig. proposed: tokens int32 or int64
+    and log-probabilities fp32 [B, rows of the last pass, children], descending; None before pass 0. table: a
+    `KatzTable`, or None. noise: seeds int64 [B] and streams int32 or int64 [B], or None when greedy. batch,
+    batch_masks, prefix: see the module's docstring. Raises ValueError for a wrong shape, dtype, device or layout.
     """
     name, device = "grow_pass", tokens.device
     check_runs(tokens, name)
@@ -747,46 +749,42 @@ def harvest_tree(
 
 
 def compile_cases() -> list[CompileCase]:
-    """Trees for a GPU: 16, 64 and 256 nodes, with the default table, sampled and greedy."""
-    state = {"p_slots": "*i32", "p_scores": "*fp32", "p_candidates": "*i32", "p_candidate_scores": "*fp32"}
-    out = {"p_batch": "*i32", "p_batch_masks": "*i32", "p_prefix": "*i32"}
-    sequences = {"p_tokens": "*i32", "p_lengths": "*i32"}
-    proposed = {"p_names": "*i32", "p_values": "*fp32"}
-    table = {"p_keys": "*i64", "p_rows": "*i32", "p_table_tokens": "*i32", "p_table_logprobs": "*fp32"}
-    cases = []
-    for nodes, passes, width, children, prefetch, prefetch_width in ((16, 3, 4, 4, 1, 2), (64, 6, 8, 8, 2, 4), (256, 8, 16, 16, 2, 8)):  # fmt: skip
+    """Trees for a GPU: 16, 64 and 256 nodes, with the default table, sampled."""
+    pointers = {
+        "p_tokens": "*i32", "p_lengths": "*i32", "p_seeds": "*i64", "p_streams": "*i32", "p_keys": "*i64",
+        "p_rows": "*i32", "p_table_tokens": "*i32", "p_table_logprobs": "*fp32", "p_names": "*i32", "p_values": "*fp32",
+        "p_slots": "*i32", "p_masks": "*i32", "p_scores": "*fp32", "p_candidates": "*i32",
+        "p_candidate_scores": "*fp32", "p_tree": "*i32", "p_batch": "*i32", "p_batch_masks": "*i32", "p_prefix": "*i32",
+        "stride": "i32", "vocab_size": "i32", "hash_slots": "i32", "start": "i32", "floor": "fp32",
+    }  # fmt: skip
+
+    def case(name: str, kernel, constexprs: dict, warps: int) -> CompileCase:
+        signature = {argument: pointers[argument] for argument in kernel.arg_names if argument in pointers}
+        return CompileCase(name, kernel, signature, constexprs, num_warps=warps)
+
+    up, cases = triton.next_power_of_2, []
+    for nodes, passes, width, children, prefetch, prefetch_width in (
+        (16, 3, 4, 4, 1, 2),
+        (64, 6, 8, 8, 2, 4),
+        (256, 8, 16, 16, 2, 8),
+    ):
         size = 2 + (passes - 1) * width + passes * prefetch * prefetch_width
         blocks = _blocks(width, prefetch_width, children, size)
-        common = {
-            "GIVEN": children, "PREFETCH": prefetch, "PREFETCH_WIDTH": prefetch_width, "SLOTS": size,
-            "CHILDREN": children, "MAX_DEPTH": 12, **blocks, "PDL": False,
-        }  # fmt: skip
         warps = _warps(blocks["CANDIDATES"])
+        shared = blocks | {
+            "GIVEN": children, "PREFETCH": prefetch, "PREFETCH_WIDTH": prefetch_width, "SLOTS": size,
+            "CHILDREN": children, "MAX_DEPTH": 12, "PDL": False,
+        }  # fmt: skip
+        growing = shared | {
+            "SAMPLED": True, "SUCCESSORS": 8, "WIDTH": width, "WORDS": words(size), "WORDS_BLOCK": up(words(size)),
+            "NGRAM_RANKS": ranks(8), "BLOCK": BLOCK,
+        }  # fmt: skip
         for record in (0, 2, width):
-            cases.append(
-                CompileCase(
-                    f"grow_pass N={nodes} after={record}",
-                    grow_pass_kernel,
-                    sequences | {"p_seeds": "*i64", "p_streams": "*i32"} | table | proposed | state
-                    | {"p_masks": "*i32"} | out | {"stride": "i32", "vocab_size": "i32", "hash_slots": "i32", "start": "i32", "floor": "fp32"},
-                    common | {
-                        "RECORD": record, "SAMPLED": True, "SUCCESSORS": 8, "WIDTH": width, "WORDS": words(size),
-                        "WORDS_BLOCK": triton.next_power_of_2(words(size)), "NGRAM_RANKS": ranks(8), "BLOCK": BLOCK,
-                    },
-                    num_warps=warps,
-                )
-            )  # fmt: skip
-        nodes_block = triton.next_power_of_2(max(nodes - 1, 2))
-        cases.append(
-            CompileCase(
-                f"harvest_tree N={nodes}",
-                harvest_tree_kernel,
-                sequences | proposed | state | {"p_tree": "*i32"} | out | {"stride": "i32", "start": "i32", "floor": "fp32"},
-                common | {
-                    "RECORD": width, "NODES": nodes, "WORDS": words(nodes),
-                    "WORDS_BLOCK": triton.next_power_of_2(words(nodes)), "NODES_BLOCK": nodes_block,
-                },
-                num_warps=warps,
-            )
-        )  # fmt: skip
+            name = f"grow_pass N={nodes} after={record}"
+            cases.append(case(name, grow_pass_kernel, growing | {"RECORD": record}, warps))
+        harvesting = shared | {
+            "RECORD": width, "NODES": nodes, "WORDS": words(nodes), "WORDS_BLOCK": up(words(nodes)),
+            "NODES_BLOCK": up(max(nodes - 1, 2)),
+        }  # fmt: skip
+        cases.append(case(f"harvest_tree N={nodes}", harvest_tree_kernel, harvesting, warps))
     return cases

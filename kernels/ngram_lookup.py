@@ -36,7 +36,7 @@ BLOCK = 256  # positions of the sequence compared at once
 
 @triton.jit
 def latest(p_sequence, length, b_first, b_last, BLOCK: tl.constexpr):
-    """The token after the latest earlier occurrence of each pair: b_first, b_last [K] -> [K], -1 where there is none."""
+    """The token after the latest earlier occurrence of each pair b_first, b_last [K]: [K], -1 where there is none."""
     LANES: tl.constexpr = b_first.shape[0]
     b_found = tl.zeros([LANES, BLOCK], dtype=tl.int32)  # [K, BLOCK]: the latest end that each lane has met, 0 for none
     for i_start in range(2, length, BLOCK):

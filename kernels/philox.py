@@ -1,4 +1,4 @@
-"""The noise of single tokens inside a kernel: Philox4x32-10 and Gumbel, as in `reference.philox` and `reference.gumbel`."""
+"""The noise of single tokens inside a kernel: `reference.philox` and `reference.gumbel`."""
 
 import triton
 import triton.language as tl

@@ -182,7 +182,8 @@ def _launch(
         chosen, tree, masks, tokens, origins, lengths, limits, running, active, eos,
         accepted, counts, target_moves, draft_moves, tokens.shape[1], eos.shape[0],
         NODES=nodes, DEEPEST=deepest, WORDS=words(nodes), NODES_BLOCK=nodes_block, WORDS_BLOCK=nodes_block // 32,
-        DEPTHS_BLOCK=up(deepest + 2), ENDS_BLOCK=up(eos.shape[0]), PDL=bool(options), num_warps=_warps(nodes), **options,
+        DEPTHS_BLOCK=up(deepest + 2), ENDS_BLOCK=up(eos.shape[0]), PDL=bool(options),
+        num_warps=_warps(nodes), **options,
     )  # fmt: skip
 
 
@@ -191,8 +192,9 @@ def _warps(nodes: int) -> int:
 
 
 _op = register(
-    "verify_commit(Tensor chosen, Tensor tree, Tensor masks, Tensor(a!) tokens, Tensor(b!) origins, Tensor(c!) lengths, "
-    "Tensor limits, Tensor(d!) running, Tensor(e!) active, Tensor eos, Tensor(f!) accepted, Tensor(g!) counts, "
+    "verify_commit(Tensor chosen, Tensor tree, Tensor masks, Tensor(a!) tokens, Tensor(b!) origins, "
+    "Tensor(c!) lengths, Tensor limits, Tensor(d!) running, Tensor(e!) active, Tensor eos, "
+    "Tensor(f!) accepted, Tensor(g!) counts, "
     "Tensor(h!) target_moves, Tensor(i!) draft_moves) -> ()",
     _launch,
 )

@@ -6,10 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from stagedspec.kernels import control, device as on_device
+from stagedspec.kernels import control
+from stagedspec.kernels import device as on_device
 from stagedspec.kernels.reference import gumbel_noise
 from stagedspec.ngram import fit_table
 from stagedspec.tree import TreeConfig
@@ -89,7 +90,9 @@ def pick(generator: random.Random, trees: control.Trees, nodes: int) -> torch.Te
         chosen.append([])
         for node in range(nodes):
             below = [token for parent, token in tree.children if parent == node]
-            chosen[-1].append(generator.choice(below) if below and generator.random() < 0.8 else generator.randrange(VOCAB))
+            chosen[-1].append(
+                generator.choice(below) if below and generator.random() < 0.8 else generator.randrange(VOCAB)
+            )
     return torch.tensor(chosen)
 
 
@@ -101,7 +104,7 @@ def replay(prompts, new_tokens, eos, config: TreeConfig, table, seed: int | None
     if seed is not None:
         seeds = torch.tensor([seed + 2**40 * row for row in range(len(prompts))])
         streams = torch.tensor([row % 2 for row in range(len(prompts))], dtype=torch.int32)
-        host_noise = HostNoise(seeds, streams, lambda: host.lengths)
+        host_noise = HostNoise(seeds, streams.long(), lambda: host.lengths)
         noise = SimpleNamespace(seeds=seeds.to(DEVICE), streams=streams.to(DEVICE))
     growth = on_device.Growth(ours, config, None if table is None else table.to(DEVICE), noise)
     accepted = []
@@ -161,7 +164,7 @@ def table():
     eos=st.lists(st.integers(0, VOCAB - 1), max_size=2),
     new_tokens=st.integers(1, 12),
 )
-@settings(max_examples=25)
+@settings(max_examples=8, phases=[Phase.explicit, Phase.generate])  # shrinking would take an hour
 def test_the_same_as_on_the_host(
     table, seed, lengths, depth, passes, width, children, prefetch, prefetch_width, floor, katz, noisy, eos, new_tokens
 ):
@@ -171,6 +174,4 @@ def test_the_same_as_on_the_host(
         generator.randint(2, most), depth, passes, width, children, prefetch, prefetch_width, node_floor=floor
     )
     prompts = [[generator.randrange(4) for _ in range(length)] for length in lengths]
-    replay(
-        prompts, new_tokens, eos, config, table if katz else None, seed if noisy else None, generator, steps=3
-    )
+    replay(prompts, new_tokens, eos, config, table if katz else None, seed if noisy else None, generator, steps=3)
