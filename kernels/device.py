@@ -195,7 +195,9 @@ class Growth:
         return True
 
     def select(self, number: int) -> None:
-        """Asks for the slots of a pass that score best."""
+        """Asks for the slots of a pass that score best. Raises ValueError for a pass that the settings lack."""
+        if not 0 <= number < self.config.passes:
+            raise ValueError(f"a step has the passes 0 to {self.config.passes - 1}, got {number}")
         self.number = number
 
     def prefetch(self, parents: None) -> None:
