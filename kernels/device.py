@@ -1,0 +1,313 @@
+"""The control half of a decoding step on the device: the classes of control.py over static tensors.
+
+Everything is allocated when a generation starts. A step only launches kernels: `Growth.batch` and `Growth.harvest` one
+each (what `select`, `prefetch` and `record` ask for is done there), `Trees.verify_commit` one. Nothing is read back, so
+a step can be captured, with one difference to the host: `TreeConfig.pass_floor` cannot be honoured, every pass runs.
+Scores are summed in fp32, where the host sums in fp64: candidates closer than fp32's rounding can change places, which
+never changes the output.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+
+from stagedspec.kernels import grow_tree
+from stagedspec.kernels.grow_tree import GrowthState, pass_size, pass_start, words
+from stagedspec.kernels.registry import check_runs
+from stagedspec.kernels.verify_commit import CommitState, verify_commit
+
+# ---------------------------------------------------------------- committed sequences
+
+
+class Row(NamedTuple):
+    """A snapshot of one sequence: all its tokens, the origins of the new ones, the length at which it ends."""
+
+    tokens: list[int]
+    origins: list[int]
+    limit: int
+    running: bool
+
+
+class Sequences:
+    """The committed tokens of a batch, and when each row stops; lives on the device.
+
+    prompts: one list of ids a row; new_tokens: at most so many more; eos: ids that end a row.
+
+    Raises ValueError for an empty prompt or no new tokens, and where no kernel can run on the device.
+    """
+
+    def __init__(self, prompts: list[list[int]], new_tokens: int, eos: Sequence[int], device: torch.device):
+        if not prompts or not all(prompts):
+            raise ValueError(f"every prompt needs at least one token, got {[len(prompt) for prompt in prompts]}")
+        if new_tokens < 1:
+            raise ValueError(f"new_tokens must be at least 1, got {new_tokens}")
+        self.device, self.prompt_lengths = device, [len(prompt) for prompt in prompts]
+        self.limits = [length + new_tokens for length in self.prompt_lengths]
+        tokens = torch.zeros(len(prompts), max(self.limits), dtype=torch.int32)
+        for row, prompt in zip(tokens, prompts, strict=True):
+            row[: len(prompt)] = torch.tensor(prompt)
+
+        def integers(values: Sequence[int]) -> torch.Tensor:
+            return torch.tensor(values, dtype=torch.int32, device=device)
+
+        check_runs(tokens.new_empty(0, device=device), "Sequences")
+        self.state = CommitState(
+            tokens=tokens.to(device),
+            origins=torch.zeros(tokens.shape, dtype=torch.int8, device=device),
+            lengths=integers(self.prompt_lengths),
+            limits=integers(self.limits),
+            running=integers([1] * len(prompts)),
+            active=integers([len(prompts)]),
+            eos=integers(sorted(set(eos)) or [-1]),
+        )
+        self._counts: list[torch.Tensor] = []  # of every `Trees` made for this batch
+        self._roots: Trees | None = None
+        # The host learns how many rows run from copies in pinned memory, and never waits for the step under way.
+        pinned = device.type == "cuda"
+        self._known = [torch.full((1,), len(prompts), dtype=torch.int32, pin_memory=pinned) for _ in range(2)]
+        self._copied = [torch.cuda.Event() for _ in range(2)] if pinned else []
+        self._published = 0
+
+    def __len__(self) -> int:
+        return len(self.prompt_lengths)
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """int32 [B], on the device."""
+        return self.state.lengths
+
+    # ------------------------------------------------------------ what the host sees
+
+    def publish(self) -> None:
+        """Starts copying the number of running rows to the host; outside a captured step, after it was launched."""
+        turn = self._published % 2
+        self._known[turn].copy_(self.state.active, non_blocking=True)
+        if self._copied:
+            self._copied[turn].record()
+        self._published += 1
+
+    @property
+    def finished(self) -> bool:
+        """Whether all rows have stopped, as far as the host knows without waiting for the last step.
+
+        Waits for the step before the last one: the host is at most one step ahead, so at most one step runs in vain. It
+        changes nothing. Without a `publish` after each step this stays False.
+        """
+        if self._copied and self._published > 1:
+            self._copied[self._published % 2].synchronize()
+        newest = self._published - 1
+        if self._copied and newest >= 0 and not self._copied[newest % 2].query():
+            newest -= 1
+        return newest >= 0 and self._known[newest % 2].item() == 0
+
+    @property
+    def rows(self) -> list[Row]:
+        """Snapshots of the rows; waits for the device."""
+        lengths, running = self.state.lengths.tolist(), self.state.running.tolist()
+        tokens, origins = self.state.tokens.cpu(), self.state.origins.cpu()
+        return [
+            Row(tokens[row, :length].tolist(), origins[row, start:length].tolist(), limit, bool(runs))
+            for row, (start, length, limit, runs) in enumerate(
+                zip(self.prompt_lengths, lengths, self.limits, running, strict=True)
+            )
+        ]
+
+    @property
+    def accepted(self) -> Counter[int]:
+        """How many row-steps took so many tokens from nodes below the root; waits for the device."""
+        result: Counter[int] = Counter()
+        for counts in self._counts:
+            more = [*counts.sum(0).tolist(), 0]  # row-steps that accepted at least d tokens
+            result.update({depth: more[depth] - more[depth + 1] for depth in range(len(more) - 1)})
+        return +result
+
+
+# ---------------------------------------------------------------- one pass's inputs
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Inputs of one model pass, static tensors that a kernel fills.
+
+    tokens, positions, noise_positions int32 [B, N]; masks int32 [B, N, W]: the tree rows that each node sees, itself
+    included; prefix int32 [B]: committed rows that each sequence sees, at least 0. first_bit: the tree row of node 0.
+    """
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    noise_positions: torch.Tensor
+    masks: torch.Tensor
+    prefix: torch.Tensor
+    first_bit: int = 0
+    packed: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, rows: int, nodes: int, region: int, device: torch.device) -> "Batch":
+        """Of `nodes` nodes in a tree region of `region` rows."""
+        packed = torch.zeros(3, rows, nodes, dtype=torch.int32, device=device)
+        masks = torch.zeros(rows, nodes, words(region), dtype=torch.int32, device=device)
+        return cls(*packed.unbind(), masks, torch.zeros(rows, dtype=torch.int32, device=device), packed=packed)
+
+    @property
+    def nodes(self) -> int:
+        return self.tokens.shape[1]
+
+
+# ---------------------------------------------------------------- growing trees
+
+
+class Growth:
+    """The trees of a generation's steps, grown over draft passes, one step after the other.
+
+    table: a `KatzTable` on the device, or None; noise: an object with `seeds` int64 [B] and `streams` [B] on the
+    device, or None when greedy. dtype is of no account: masks are words of bits.
+    """
+
+    def __init__(self, sequences: Sequences, config, table, noise, dtype: torch.dtype | None = None):
+        self.sequences, self.config, self.table = sequences, config, table
+        self.noise = None if noise is None else (noise.seeds, noise.streams)
+        rows, device = len(sequences), sequences.device
+        self.state = GrowthState.of(rows, config.slots, config.children, device)
+        self.trees = Trees(sequences, config, self.state)
+        shapes = {
+            number: Batch.of(rows, pass_size(config, number), config.slots, device)
+            for number in range(min(config.passes, 2))
+        }
+        self.batches = [
+            replace(shapes[min(number, 1)], first_bit=pass_start(config, number)) for number in range(config.passes)
+        ]
+        self.begin()
+
+    def begin(self) -> None:
+        """Starts a step's trees."""
+        self.number, self.proposed = 0, None
+
+    @property
+    def start(self) -> int:
+        """The first slot of the pass under way."""
+        return pass_start(self.config, self.number)
+
+    def pays(self) -> bool:
+        """Every pass runs: whether it pays is not known on the host."""
+        return True
+
+    def select(self, number: int) -> None:
+        """Asks for the slots of a pass that score best. Raises ValueError for a pass that the settings lack."""
+        if not 0 <= number < self.config.passes:
+            raise ValueError(f"a step has the passes 0 to {self.config.passes - 1}, got {number}")
+        self.number = number
+
+    def prefetch(self, parents: None) -> None:
+        """Asks for draft²'s guesses below them, which `batch` always makes where the settings have any."""
+
+    def batch(self) -> Batch:
+        """The draft's pass over the slots asked for; the tensors hold until the next call."""
+        batch, state = self.batches[self.number], self.sequences.state
+        grow_tree.grow_pass(
+            state.tokens, state.lengths, self.state, self.config, self.number, self.proposed, self.table, self.noise,
+            batch.packed, batch.masks, batch.prefix,
+        )  # fmt: skip
+        return batch
+
+    def record(self, tokens: torch.Tensor, logprobs: torch.Tensor) -> None:
+        """What the draft proposed in this pass: tokens int32 or int64, logprobs fp32 [B, rows of the pass, C].
+
+        They are read by the next `batch` or `harvest` and must stay as they are until then.
+        """
+        self.proposed = tokens, logprobs
+
+    def harvest(self) -> "Trees":
+        """The best candidates. Scores only fall along a path, so the best always form a tree."""
+        self.trees.grow(self.proposed)
+        return self.trees
+
+
+# ---------------------------------------------------------------- finished trees
+
+
+class _Alone:
+    """The settings of a root alone, as of TreeConfig's mode "autoregressive"."""
+
+    nodes, depth, passes, width, children, slots = 1, 0, 0, 1, 1, 0
+    prefetch, prefetch_width, guesses, node_floor = 0, 1, 0, 0.0
+
+
+class Trees:
+    """The trees of a batch, ready for the target, and the walk that accepts them. nodes: of each."""
+
+    def __init__(self, sequences: Sequences, config, growth: GrowthState):
+        self.sequences, self.config, self.growth = sequences, config, growth
+        self.nodes, rows, device = config.nodes, len(sequences), sequences.device
+        deepest = min(config.depth, config.nodes - 1)
+        self.tree = torch.zeros(5, rows, self.nodes, dtype=torch.int32, device=device)
+        self.inputs = Batch.of(rows, self.nodes, self.nodes, device)
+        self.counts = torch.zeros(rows, deepest + 1, dtype=torch.int32, device=device)
+        sequences._counts.append(self.counts)
+        self.moves = Moves.of(rows, deepest, device)
+
+    @classmethod
+    def roots(cls, sequences: Sequences) -> "Trees":
+        """The trees of plain decoding: a root each."""
+        if sequences._roots is None:
+            growth = GrowthState.of(len(sequences), _Alone.slots, _Alone.children, sequences.device)
+            sequences._roots = cls(sequences, _Alone, growth)
+        sequences._roots.grow(None)
+        return sequences._roots
+
+    def grow(self, proposed: tuple[torch.Tensor, torch.Tensor] | None) -> None:
+        """Fills in the trees, from the candidates on record and what the draft proposed last."""
+        state, inputs = self.sequences.state, self.inputs
+        grow_tree.harvest_tree(
+            state.tokens, state.lengths, self.growth, self.config, proposed,
+            self.tree, inputs.packed, inputs.masks, inputs.prefix,
+        )  # fmt: skip
+
+    def batch(self, dtype: torch.dtype | None = None) -> Batch:
+        """The target's pass over all nodes. Nodes that a row's tree lacks see its root and are seen by nobody."""
+        return self.inputs
+
+    def verify_commit(self, chosen: torch.Tensor) -> "Moves":
+        """Walks each tree while the chosen token is among the node's children, and appends what was chosen.
+
+        chosen int32 or int64 [B, N]: `choose` at every node. The token chosen at the last node of the walk is the bonus
+        token. A row ends with an end-of-sequence token or at its limit.
+        """
+        moves = self.moves
+        verify_commit(
+            chosen, self.tree, self.inputs.masks, self.sequences.state,
+            moves.accepted, self.counts, moves.target, moves.draft,
+        )  # fmt: skip
+        return moves
+
+
+@dataclass(frozen=True)
+class Moves:
+    """What a step accepted, and the KV rows to move; static tensors that `verify_commit` fills.
+
+    accepted int32 [B]: tokens taken from nodes below the root, -1 for a row that had stopped. Moves are int32
+    [2, B, M]: tree rows, and the positions they move to; -1 in both where nothing moves.
+    """
+
+    accepted: torch.Tensor
+    target: torch.Tensor
+    draft: torch.Tensor
+
+    @classmethod
+    def of(cls, rows: int, deepest: int, device: torch.device) -> "Moves":
+        def none(*shape: int) -> torch.Tensor:
+            return torch.full(shape, -1, dtype=torch.int32, device=device)
+
+        return cls(none(rows), none(2, rows, deepest + 1), none(2, rows, deepest + 2))
+
+    def target_rows(self, first: int = 0) -> torch.Tensor:
+        """[2, B, deepest path + 1]: the whole accepted path. Node 0 lies in tree row 0."""
+        if first:
+            raise ValueError(f"on a GPU node 0 always lies in tree row 0 of the target's cache, got {first}")
+        return self.target
+
+    def draft_rows(self) -> torch.Tensor:
+        """[2, B, deepest path + 2]: the same for the draft, after its catch-up token."""
+        return self.draft

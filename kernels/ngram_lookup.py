@@ -1,0 +1,214 @@
+"""What draft² thinks comes after two tokens: the context n-gram of the sequence itself, then a Katz table.
+
+    rank 0        what followed the latest earlier occurrence of the pair in this sequence, worth CONTEXT_LOGPROB
+    ranks 1 .. r  the table's successors of the pair if it has a row, else of its second token (`KatzTable.lookup`),
+                  most probable first, without the token of rank 0
+
+A rank without a token holds -1 and the log-probability -inf.
+
+Shapes: contexts int32 [B, K, 2], the first of a pair -1 where there is no earlier token, the second -1 for no context;
+sequence int32 [B, S] of which row b holds `lengths[b]` tokens; the table as `KatzTable` keeps it. Out: tokens int32 and
+logprobs fp32 [B, K, 1 + r], [B, K, 1] without a table.
+
+The sequence is compared with all contexts at once, a block of positions after the other. A key of the table lies in one
+of PROBES slots: all are read together, with the rows that they name.
+Bytes: 4 S of each sequence, and per context PROBES * 12 of the hash table and 8 r of a row. None of it is much; what
+counts is the chain of loads: the sequence's length, one block, one probe, one row.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from stagedspec.kernels import control
+from stagedspec.kernels.registry import CompileCase, check_runs, check_tensor, pdl, register
+
+CONTEXT_LOGPROB = tl.constexpr(control.CONTEXT_LOGPROB)
+NEVER = tl.constexpr(float("-inf"))
+# The layout of stagedspec.ngram's hash table, which kernels cannot import.
+PROBES = tl.constexpr(8)
+HASH_MULTIPLIER = tl.constexpr(0x9E3779B97F4A7C15 - 2**64)
+HASH_SHIFT = tl.constexpr(32)
+
+TILE = 8  # contexts of one CTA
+BLOCK = 256  # positions of the sequence compared at once
+
+
+@triton.jit
+def latest(p_sequence, length, b_first, b_last, BLOCK: tl.constexpr):
+    """The token after the latest earlier occurrence of each pair b_first, b_last [K]: [K], -1 where there is none."""
+    LANES: tl.constexpr = b_first.shape[0]
+    b_found = tl.zeros([LANES, BLOCK], dtype=tl.int32)  # [K, BLOCK]: the latest end that each lane has met, 0 for none
+    for i_start in range(2, length, BLOCK):
+        i_end = i_start + tl.arange(0, BLOCK)
+        b_inside = i_end < length
+        b_before = tl.load(p_sequence + i_end - 2, mask=b_inside, other=-2)  # [BLOCK]
+        b_at = tl.load(p_sequence + i_end - 1, mask=b_inside, other=-2)
+        b_hit = (b_before[None, :] == b_first[:, None]) & (b_at[None, :] == b_last[:, None])
+        b_found = tl.where(b_hit, i_end[None, :], b_found)  # ends only grow
+    b_end = tl.max(b_found, 1)
+    return tl.load(p_sequence + b_end, mask=b_end > 0, other=-1)
+
+
+@triton.jit
+def successors(
+    p_sequence,
+    length,
+    b_first,
+    b_last,
+    p_keys,
+    p_rows,
+    p_tokens,
+    p_logprobs,
+    vocab_size,
+    hash_slots,
+    SUCCESSORS: tl.constexpr,
+    RANKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Tokens int32 and log-probabilities fp32 [K, RANKS] of the contexts b_first, b_last [K]."""
+    b_context = latest(p_sequence, length, b_first, b_last, BLOCK)
+    i_rank = tl.arange(0, RANKS)
+    b_tokens = tl.where(i_rank[None, :] == 0, b_context[:, None], -1)  # [K, RANKS]
+    b_logprobs = tl.where(b_tokens >= 0, CONTEXT_LOGPROB, NEVER)
+    if SUCCESSORS > 0:
+        # A key below 0 (no first token) is not in the table, or is -1 and meets empty slots, which name its right row.
+        b_key = b_first.to(tl.int64) * vocab_size + b_last
+        i_probe = ((b_key * HASH_MULTIPLIER) >> HASH_SHIFT)[:, None] + tl.arange(0, PROBES)[None, :]  # [K, PROBES]
+        i_probe &= (hash_slots - 1).to(tl.int64)
+        b_known = (b_last >= 0)[:, None]
+        b_held = tl.load(p_keys + i_probe, mask=b_known, other=-1)
+        b_rows = tl.load(p_rows + i_probe, mask=b_known, other=-1)
+        b_row = tl.max(tl.where(b_held == b_key[:, None], b_rows, -1), 1)
+        b_row = tl.where(b_row < 0, b_last, b_row)
+        i_entry = b_row.to(tl.int64)[:, None] * SUCCESSORS + (i_rank - 1)[None, :]
+        b_listed = b_known & (i_rank > 0)[None, :] & (i_rank <= SUCCESSORS)[None, :]
+        b_names = tl.load(p_tokens + i_entry, mask=b_listed, other=-1)
+        b_values = tl.load(p_logprobs + i_entry, mask=b_listed, other=NEVER)
+        b_listed &= b_names != b_context[:, None]
+        b_tokens = tl.where(b_listed, b_names, b_tokens)
+        b_logprobs = tl.where(b_listed, b_values, b_logprobs)
+    return b_tokens, b_logprobs
+
+
+@triton.jit
+def ngram_lookup_kernel(
+    p_contexts,  # [B, K, 2]
+    p_sequence,  # [B, S]
+    p_lengths,  # [B]
+    p_keys,  # [C] int64
+    p_rows,  # [C]
+    p_tokens,  # [rows, r]
+    p_logprobs,  # [rows, r]
+    p_out_tokens,  # [B, K, 1 + r]
+    p_out_logprobs,
+    contexts,
+    stride,
+    vocab_size,
+    hash_slots,
+    SUCCESSORS: tl.constexpr,
+    RANKS: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    i_row = tl.program_id(0)
+    i_context = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    b_inside = i_context < contexts
+    p_pair = p_contexts + (i_row * contexts + i_context) * 2
+    b_first = tl.load(p_pair, mask=b_inside, other=-1)
+    b_last = tl.load(p_pair + 1, mask=b_inside, other=-1)
+    length = tl.load(p_lengths + i_row)
+    b_tokens, b_logprobs = successors(
+        p_sequence + i_row * stride, length, b_first, b_last, p_keys, p_rows, p_tokens, p_logprobs,
+        vocab_size, hash_slots, SUCCESSORS, RANKS, BLOCK,
+    )  # fmt: skip
+    i_rank = tl.arange(0, RANKS)
+    i_out = (i_row * contexts + i_context)[:, None] * (SUCCESSORS + 1) + i_rank[None, :]
+    b_written = b_inside[:, None] & (i_rank <= SUCCESSORS)[None, :]
+    tl.store(p_out_tokens + i_out, b_tokens, mask=b_written)
+    tl.store(p_out_logprobs + i_out, b_logprobs, mask=b_written)
+
+
+def ranks(successors: int) -> int:
+    """The width of a tile that holds the context n-gram and all of a table's successors."""
+    return max(2, triton.next_power_of_2(1 + successors))
+
+
+def _launch(contexts, sequence, lengths, keys, rows, tokens, logprobs, vocab_size, out_tokens, out_logprobs) -> None:
+    batch, count, _ = contexts.shape
+    width = 0 if tokens is None else tokens.shape[1]
+    options = {"launch_pdl": True} if pdl(contexts.device) else {}
+    ngram_lookup_kernel[(batch, triton.cdiv(count, TILE))](
+        contexts, sequence, lengths, keys, rows, tokens, logprobs, out_tokens, out_logprobs,
+        count, sequence.shape[1], vocab_size, 0 if keys is None else keys.shape[0],
+        SUCCESSORS=width, RANKS=ranks(width), TILE=TILE, BLOCK=BLOCK, PDL=bool(options), num_warps=4, **options,
+    )  # fmt: skip
+
+
+_op = register(
+    "ngram_lookup(Tensor contexts, Tensor sequence, Tensor lengths, Tensor? keys, Tensor? rows, Tensor? tokens, "
+    "Tensor? logprobs, int vocab_size, Tensor(a!) out_tokens, Tensor(b!) out_logprobs) -> ()",
+    _launch,
+)
+
+
+def check_table(op: str, table, device: torch.device) -> tuple:
+    """The tensors of a KatzTable as kernels take them: hash keys and their rows, tokens, log-probabilities, and the
+    size of the vocabulary; Nones and 0 without a table. Raises ValueError for a table on another device."""
+    if table is None:
+        return None, None, None, None, 0
+    slots, width = table.slots.shape[0], table.successors
+    check_tensor(op, "table.slots", table.slots, (slots,), torch.int64, device)
+    check_tensor(op, "table.rows", table.rows, (slots,), torch.int32, device)
+    check_tensor(op, "table.tokens", table.tokens, (None, width), torch.int32, device)
+    check_tensor(op, "table.logprobs", table.logprobs, table.tokens.shape, torch.float32, device)
+    if slots & (slots - 1):
+        raise ValueError(f"{op}: table.slots must be a power of two long, got {slots}; make it with KatzTable.build")
+    return table.slots, table.rows, table.tokens, table.logprobs, table.vocab_size
+
+
+def ngram_lookup(
+    contexts: torch.Tensor,
+    sequence: torch.Tensor,
+    lengths: torch.Tensor,
+    table,
+    out_tokens: torch.Tensor,
+    out_logprobs: torch.Tensor,
+) -> None:
+    """Writes what draft² thinks comes after `contexts` (the module's docstring has shapes and dtypes).
+
+    table: a `KatzTable` on the same device, or None. Raises ValueError for a wrong shape, dtype, device or layout.
+    """
+    name, device = "ngram_lookup", contexts.device
+    check_runs(contexts, name)
+    check_tensor(name, "contexts", contexts, (None, None, 2), torch.int32, device)
+    batch, count, _ = contexts.shape
+    check_tensor(name, "sequence", sequence, (batch, None), torch.int32, device)
+    check_tensor(name, "lengths", lengths, (batch,), torch.int32, device)
+    *tensors, vocab_size = check_table(name, table, device)
+    shape = (batch, count, 1 + (0 if table is None else table.successors))
+    check_tensor(name, "out_tokens", out_tokens, shape, torch.int32, device)
+    check_tensor(name, "out_logprobs", out_logprobs, shape, torch.float32, device)
+    _op(contexts, sequence, lengths, *tensors, vocab_size, out_tokens, out_logprobs)
+
+
+def compile_cases() -> list[CompileCase]:
+    """The tables that fit-ngram makes by default, and none."""
+    signature = {
+        "p_contexts": "*i32", "p_sequence": "*i32", "p_lengths": "*i32", "p_keys": "*i64", "p_rows": "*i32",
+        "p_tokens": "*i32", "p_logprobs": "*fp32", "p_out_tokens": "*i32", "p_out_logprobs": "*fp32",
+        "contexts": "i32", "stride": "i32", "vocab_size": "i32", "hash_slots": "i32",
+    }  # fmt: skip
+    return [
+        CompileCase(
+            f"ngram_lookup r={width}",
+            ngram_lookup_kernel,
+            signature,
+            {"SUCCESSORS": width, "RANKS": ranks(width), "TILE": TILE, "BLOCK": BLOCK, "PDL": False},
+        )
+        for width in (0, 8)
+    ]
