@@ -9,10 +9,12 @@ A node's result has the same bits whatever stands beside it and wherever its anc
 depends on its distance alone:
 
 - *near* keys, positions (p - window, p]: any ancestor that may not be committed yet. Each node gathers its own, from
-  the cache or from this pass's qkv, and multiplies elementwise in fp32: no other node takes part.
+  the cache or from this pass's qkv, in order of position. A tile holds the keys of a few nodes one after another.
 - *far* keys, positions <= p - window: one row of the cache for all nodes, in splits at absolute multiples of SPLIT.
-  Keys and values are the wide left operand of the matrix product and the queries its narrow right side, which is one
-  family of matrix instructions for every number of nodes. Keys that a node does not see add exactly nothing.
+
+Keys and values are the wide left operand of the matrix products and the queries their narrow right side, which is one
+family of matrix instructions for every number of nodes. Keys that a node does not see, its neighbours' near keys too,
+have a weight of exactly zero and add exactly nothing.
 
 Maxima are exact in any order; sums run over splits in ascending order, then the near part.
 
@@ -42,18 +44,16 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 @triton.jit
 def _bit_counts(word):
-    """Set bits in every pair, nibble, byte and half of uint32 words, each in place."""
+    """Set bits in every pair, nibble and byte of uint32 words, each in place."""
     pairs = word - ((word >> 1) & 0x55555555)
     nibbles = (pairs & 0x33333333) + ((pairs >> 2) & 0x33333333)
-    bytes_ = (nibbles + (nibbles >> 4)) & 0x0F0F0F0F
-    halves = (bytes_ + (bytes_ >> 8)) & 0x00FF00FF
-    return pairs, nibbles, bytes_, halves
+    return pairs, nibbles, (nibbles + (nibbles >> 4)) & 0x0F0F0F0F
 
 
 @triton.jit
 def _popcount(word):
-    halves = _bit_counts(word)[3]
-    return ((halves + (halves >> 16)) & 0x3F).to(tl.int32)
+    # LLVM knows this form and makes one instruction of it.
+    return ((_bit_counts(word)[2] * 0x01010101) >> 24).to(tl.int32)
 
 
 @triton.jit
@@ -67,7 +67,8 @@ def _descend(counts, position, rank, step: tl.constexpr):
 @triton.jit
 def _select(word, rank):
     """The place of the set bit with `rank` set bits below it."""
-    pairs, nibbles, bytes_, halves = _bit_counts(word)
+    pairs, nibbles, bytes_ = _bit_counts(word)
+    halves = (bytes_ + (bytes_ >> 8)) & 0x00FF00FF
     position = tl.zeros_like(word)
     position, rank = _descend(halves, position, rank, 16)
     position, rank = _descend(bytes_, position, rank, 8)
@@ -92,6 +93,17 @@ def _positions(p_masks, nodes, prefix, ok, WORDS: tl.constexpr):
 
 
 # ---------------------------------------------------------------- the kernel
+
+
+@triton.jit
+def _attend(b_k, b_v, b_q, seen, scale):
+    """Softmax parts of queries [ROWS, D] over keys [KEYS, D]: maximum [ROWS], sum [ROWS], weighted values [D, ROWS]."""
+    b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee") * scale  # [KEYS, ROWS]
+    b_s = tl.where(seen, b_s, float("-inf"))
+    b_max = tl.max(b_s, axis=0)
+    b_p = tl.exp2(b_s - tl.where(b_max == float("-inf"), 0.0, b_max)[None, :])
+    b_acc = tl.dot(tl.trans(b_v), b_p.to(b_v.dtype), input_precision="ieee")
+    return b_max, tl.sum(b_p, axis=0), b_acc
 
 
 @triton.jit
@@ -142,14 +154,10 @@ def _far(
     p_query = p_q + nodes[:, None] * QKV_STRIDE + (rows % GROUP)[:, None] * D + dims[None, :]
     b_q = tl.load(p_query, mask=ok[:, None] & in_head[None, :], other=0.0)  # [ROWS, D]
     last = _positions(p_masks, nodes, prefix, ok, WORDS) - WINDOW  # [ROWS], the last far position
-    b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee") * scale  # [SPLIT, ROWS]
-    b_s = tl.where(keys[:, None] <= last[None, :], b_s, float("-inf"))
-    b_max = tl.max(b_s, axis=0)  # [ROWS]
-    b_p = tl.exp2(b_s - tl.where(b_max == float("-inf"), 0.0, b_max)[None, :])
-    b_acc = tl.dot(tl.trans(b_v), b_p.to(b_v.dtype), input_precision="ieee")  # [D, ROWS]
+    b_max, b_sum, b_acc = _attend(b_k, b_v, b_q, keys[:, None] <= last[None, :], scale)
     tl.store(p_acc + rows[None, :] * D + dims[:, None], b_acc, mask=ok[None, :] & in_head[:, None])
     tl.store(p_max + rows, b_max, mask=ok)
-    tl.store(p_sum + rows, tl.sum(b_p, axis=0), mask=ok)
+    tl.store(p_sum + rows, b_sum, mask=ok)
     tl.debug_barrier()  # every thread's partial results come before the arrival
     tl.atomic_add(p_counter, 1, sem="release")
 
@@ -186,53 +194,59 @@ def _near(
     OUT_STRIDE: tl.constexpr,
     V_IN_PASS: tl.constexpr,
     V_IN_ROW: tl.constexpr,
+    COLUMNS: tl.constexpr,
     TOGETHER: tl.constexpr,
 ):
     """The near keys of a tile of queries, and the end: adds the far part, writes the result. Appends K and V."""
     dims = tl.arange(0, D_PAD)
     in_head = (dims < D)[None, :]
-    rows = i_tile * ROWS + tl.arange(0, ROWS)  # [ROWS], node * GROUP + head in the group
-    nodes, ok = rows // GROUP, rows < N * GROUP
-    position = _positions(p_masks, nodes, prefix, ok, WORDS)[:, None]
 
-    # Where the near keys lie.
-    keys = position - (WINDOW - 1) + tl.arange(0, WINDOW)[None, :]  # [ROWS, WINDOW], positions
-    seen = (keys >= 0) & (position >= 0) & ok[:, None]
+    # Where the near keys lie: WINDOW of each query, one query after another.
+    index = tl.arange(0, ROWS * WINDOW)  # [KEYS]
+    query = i_tile * ROWS + index // WINDOW  # node * GROUP + head in the group
+    node, known = query // GROUP, query < N * GROUP
+    position = _positions(p_masks, node, prefix, known, WORDS)
+    keys = position - (WINDOW - 1) + index % WINDOW  # [KEYS], positions
     rank = keys - prefix
-    bits = tl.zeros_like(keys).to(tl.uint32)  # the word that holds the key's bit,
-    bit = tl.zeros_like(keys)  # the first bit of that word,
-    rest = tl.zeros_like(keys)  # and the set bits of that word below the key's
-    below = tl.zeros_like(nodes)
+    bits = tl.full([ROWS * WINDOW], 0, tl.uint32)  # the word that holds the key's bit,
+    bit = tl.full([ROWS * WINDOW], 0, tl.int32)  # the first bit of that word,
+    rest = tl.full([ROWS * WINDOW], 0, tl.int32)  # and the set bits of that word below the key's
+    below = tl.full([ROWS * WINDOW], 0, tl.int32)
     for i_word in tl.static_range(WORDS):
-        word = _word(p_masks, nodes, i_word, ok, WORDS)
+        word = _word(p_masks, node, i_word, known, WORDS)
         above = below + _popcount(word)
-        here = (rank >= below[:, None]) & (rank < above[:, None])
-        bits = tl.where(here, word[:, None], bits)
+        here = (rank >= below) & (rank < above)
+        bits = tl.where(here, word, bits)
         bit = tl.where(here, 32 * i_word, bit)
-        rest = tl.where(here, rank - below[:, None], rest)
+        rest = tl.where(here, rank - below, rest)
         below = above
-    inside = keys >= prefix
     bit += _select(bits, rest)
+    inside = rank >= 0
     fresh = inside & (bit >= first_bit)
     row = tl.where(inside, tl.where(fresh, bit - first_bit, bit), tree_rows + keys)
     offset = row.to(tl.int64) * tl.where(fresh, QKV_STRIDE, ROW_STRIDE)
-    p_k = tl.where(fresh, p_pass, p_cache) + offset
-    p_v = tl.where(fresh, p_pass + V_IN_PASS, p_cache + V_IN_ROW) + offset
+    p_k = (tl.where(fresh, p_pass, p_cache) + offset)[:, None] + dims[None, :]  # [KEYS, D]
+    p_v = (tl.where(fresh, p_pass + V_IN_PASS, p_cache + V_IN_ROW) + offset)[:, None] + dims[None, :]
     ALIGN: tl.constexpr = 16 if D * p_cache.dtype.element_ty.primitive_bitwidth % 128 == 0 else 1
-    p_k, p_v = tl.multiple_of(p_k, [ALIGN, ALIGN]), tl.multiple_of(p_v, [ALIGN, ALIGN])  # lost in the choice
-    load = seen[:, :, None] & in_head[None, :, :]
-    b_k = tl.load(p_k[:, :, None] + dims[None, None, :], mask=load, other=0.0)  # [ROWS, WINDOW, D]
-    b_v = tl.load(p_v[:, :, None] + dims[None, None, :], mask=load, other=0.0)  # [ROWS, WINDOW, D]
+    p_k, p_v = tl.multiple_of(p_k, [1, ALIGN]), tl.multiple_of(p_v, [1, ALIGN])  # lost in the choice
+    seen = (keys >= 0) & (position >= 0) & known
+    b_k = tl.load(p_k, mask=seen[:, None] & in_head, other=0.0)
+    b_v = tl.load(p_v, mask=seen[:, None] & in_head, other=0.0)
 
-    p_query = p_q + nodes[:, None] * QKV_STRIDE + (rows % GROUP)[:, None] * D + dims[None, :]
-    b_q = tl.load(p_query, mask=ok[:, None] & in_head, other=0.0).to(tl.float32)  # [ROWS, D]
-    b_s = tl.sum(b_q[:, None, :] * b_k.to(tl.float32), axis=2) * scale  # [ROWS, WINDOW]
-    b_s = tl.where(seen, b_s, float("-inf"))
-    b_max = tl.max(b_s, axis=1)  # [ROWS]
-    b_p = tl.exp2(b_s - tl.where(b_max == float("-inf"), 0.0, b_max)[:, None])
-    b_sum = tl.sum(b_p, axis=1)
-    b_acc = tl.sum(b_p[:, :, None] * b_v.to(tl.float32), axis=1)  # [ROWS, D]
+    columns = tl.arange(0, COLUMNS)  # [COLUMNS], the queries of the tile, filled up
+    query = i_tile * ROWS + columns
+    p_query = p_q + (query // GROUP)[:, None] * QKV_STRIDE + (query % GROUP)[:, None] * D + dims[None, :]
+    known = (columns < ROWS) & (query < N * GROUP)
+    b_q = tl.load(p_query, mask=known[:, None] & in_head, other=0.0)  # [COLUMNS, D]
+    own = (index // WINDOW)[:, None] == columns[None, :]
+    b_max, b_sum, b_acc = _attend(b_k, b_v, b_q, own & seen[:, None], scale)
+    # Only the first ROWS columns hold anything: take them out.
+    b_max = tl.max(tl.reshape(b_max, [COLUMNS // ROWS, ROWS]), axis=0)  # [ROWS]
+    b_sum = tl.sum(tl.reshape(b_sum, [COLUMNS // ROWS, ROWS]), axis=0)  # [ROWS]
+    b_acc = tl.sum(tl.reshape(tl.trans(b_acc), [COLUMNS // ROWS, ROWS, D_PAD]), axis=0)  # [ROWS, D]
 
+    rows = i_tile * ROWS + tl.arange(0, ROWS)  # [ROWS]
+    nodes, ok = rows // GROUP, rows < N * GROUP
     # Nobody in this launch reads the rows appended here.
     first_of_group = (ok & (rows % GROUP == 0))[:, None] & in_head
     p_own = p_pass + nodes[:, None] * QKV_STRIDE + dims[None, :]
@@ -425,6 +439,7 @@ def _tree_attention(
             OUT_STRIDE,
             V_STEP,
             V_STEP,
+            16,
             TOGETHER,
         )
 
@@ -444,9 +459,8 @@ _unaligned = triton.jit(
 def _tiles(head_size: int, itemsize: int, window: int) -> dict[str, int]:
     """Tile sizes, by the head and the window only: they fix the order of every sum."""
     padded = max(triton.next_power_of_2(head_size), 16)
-    # Near keys and values of a tile stay in registers: 16 KB each over 128 threads.
-    near = min(max(16384 // (window * padded * itemsize), 1), 16)
     split = 128 if padded * itemsize <= 256 else 64
+    near = min(max(split // window, 1), 16)
     return {"D_PAD": padded, "NEAR_ROWS": near, "SPLIT": split, "TOGETHER": 8}
 
 
@@ -532,8 +546,8 @@ def _launch(
 
 
 _op = register(
-    "tree_attention(Tensor qkv, Tensor(a!) cache, Tensor masks, Tensor prefix, int first_bit, int write, int tree_rows, "
-    "int window, float scale, Tensor(b!) out, Tensor(c!) partials, Tensor(d!) counters) -> ()",
+    "tree_attention(Tensor qkv, Tensor(a!) cache, Tensor masks, Tensor prefix, int first_bit, int write, "
+    "int tree_rows, int window, float scale, Tensor(b!) out, Tensor(c!) partials, Tensor(d!) counters) -> ()",
     _launch,
 )
 
@@ -588,7 +602,7 @@ def tree_attention(
     heads = out.shape[1] // size
     if out.shape[1] % size or heads < 1 or heads % kv_heads:
         raise ValueError(
-            f"{op}: out must have H*{size} columns with H a multiple of the cache's {kv_heads} heads, got {out.shape[1]}"
+            f"{op}: out must have H*{size} columns with H a multiple of the cache's {kv_heads}, got {out.shape[1]}"
         )
     check_tensor(op, "qkv", qkv, (batch * nodes, (heads + 2 * kv_heads) * size), DTYPES, device)
     if not (8 <= window <= 256 and window & (window - 1) == 0):
