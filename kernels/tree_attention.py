@@ -107,6 +107,33 @@ def _attend(b_k, b_v, b_q, seen, scale):
 
 
 @triton.jit
+def _queries(p_q, rows, ok, dims, GROUP: tl.constexpr, D: tl.constexpr, QKV_STRIDE: tl.constexpr):
+    """Queries [ROWS, D]; row = node * GROUP + head in the group."""
+    p_rows = p_q + (rows // GROUP)[:, None] * QKV_STRIDE + (rows % GROUP)[:, None] * D + dims[None, :]
+    return tl.load(p_rows, mask=ok[:, None] & (dims < D)[None, :], other=0.0)
+
+
+@triton.jit
+def _store_part(p_acc, p_max, p_sum, rows, ok, b_max, b_sum, b_acc, dims, D: tl.constexpr):
+    """Leaves what `_attend` returned in rows of the partial results."""
+    p_rows = p_acc + rows.to(tl.int64)[None, :] * D + dims[:, None]
+    tl.store(p_rows, b_acc, mask=ok[None, :] & (dims < D)[:, None])
+    tl.store(p_max + rows, b_max, mask=ok)
+    tl.store(p_sum + rows, b_sum, mask=ok)
+
+
+@triton.jit
+def _load_part(p_acc, p_max, p_sum, rows, ok, top, dims, D: tl.constexpr):
+    """Sum [ROWS] and weighted values [ROWS, D] of partial results, relative to the maximum `top`."""
+    b_max = tl.load(p_max + rows, mask=ok, other=float("-inf"), cache_modifier=".cg")
+    b_sum = tl.load(p_sum + rows, mask=ok, other=0.0, cache_modifier=".cg")
+    p_rows = p_acc + rows.to(tl.int64)[:, None] * D + dims[None, :]
+    b_acc = tl.load(p_rows, mask=ok[:, None] & (dims < D)[None, :], other=0.0, cache_modifier=".cg")
+    weight = tl.exp2(b_max - top)
+    return weight * b_sum, weight[:, None] * b_acc
+
+
+@triton.jit
 def _far(
     p_q,
     p_pass,
@@ -121,6 +148,7 @@ def _far(
     prefix,
     bound,
     N,
+    queries,
     scale,
     GROUP: tl.constexpr,
     D: tl.constexpr,
@@ -150,14 +178,11 @@ def _far(
     b_k = tl.load(p_k, mask=seen, other=0.0)  # [SPLIT, D]
     b_v = tl.load(p_v, mask=seen, other=0.0)  # [SPLIT, D]
     rows = i_tile * ROWS + tl.arange(0, ROWS)  # [ROWS], node * GROUP + head in the group
-    nodes, ok = rows // GROUP, rows < N * GROUP
-    p_query = p_q + nodes[:, None] * QKV_STRIDE + (rows % GROUP)[:, None] * D + dims[None, :]
-    b_q = tl.load(p_query, mask=ok[:, None] & in_head[None, :], other=0.0)  # [ROWS, D]
-    last = _positions(p_masks, nodes, prefix, ok, WORDS) - WINDOW  # [ROWS], the last far position
+    ok = rows < N * GROUP
+    b_q = _queries(p_q, rows, ok, dims, GROUP, D, QKV_STRIDE)  # [ROWS, D]
+    last = _positions(p_masks, rows // GROUP, prefix, ok, WORDS) - WINDOW  # [ROWS], the last far position
     b_max, b_sum, b_acc = _attend(b_k, b_v, b_q, keys[:, None] <= last[None, :], scale)
-    tl.store(p_acc + rows[None, :] * D + dims[:, None], b_acc, mask=ok[None, :] & in_head[:, None])
-    tl.store(p_max + rows, b_max, mask=ok)
-    tl.store(p_sum + rows, b_sum, mask=ok)
+    _store_part(p_acc, p_max, p_sum, i_split * queries + rows, ok, b_max, b_sum, b_acc, dims, D)
     tl.debug_barrier()  # every thread's partial results come before the arrival
     tl.atomic_add(p_counter, 1, sem="release")
 
@@ -182,7 +207,8 @@ def _near(
     write,
     tree_rows,
     scale,
-    split_stride,
+    parts,
+    queries,
     GROUP: tl.constexpr,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
@@ -234,19 +260,16 @@ def _near(
     b_v = tl.load(p_v, mask=seen[:, None] & in_head, other=0.0)
 
     columns = tl.arange(0, COLUMNS)  # [COLUMNS], the queries of the tile, filled up
-    query = i_tile * ROWS + columns
-    p_query = p_q + (query // GROUP)[:, None] * QKV_STRIDE + (query % GROUP)[:, None] * D + dims[None, :]
-    known = (columns < ROWS) & (query < N * GROUP)
-    b_q = tl.load(p_query, mask=known[:, None] & in_head, other=0.0)  # [COLUMNS, D]
     own = (index // WINDOW)[:, None] == columns[None, :]
+    rows = i_tile * ROWS + columns
+    ok = (columns < ROWS) & (rows < N * GROUP)
+    b_q = _queries(p_q, rows, ok, dims, GROUP, D, QKV_STRIDE)  # [COLUMNS, D]
     b_max, b_sum, b_acc = _attend(b_k, b_v, b_q, own & seen[:, None], scale)
-    # Only the first ROWS columns hold anything: take them out.
-    b_max = tl.max(tl.reshape(b_max, [COLUMNS // ROWS, ROWS]), axis=0)  # [ROWS]
-    b_sum = tl.sum(tl.reshape(b_sum, [COLUMNS // ROWS, ROWS]), axis=0)  # [ROWS]
-    b_acc = tl.sum(tl.reshape(tl.trans(b_acc), [COLUMNS // ROWS, ROWS, D_PAD]), axis=0)  # [ROWS, D]
-
+    # Through memory, like the far part: the program reads them back row by row.
+    near = parts - 1
+    _store_part(p_acc, p_max, p_sum, near * queries + rows, ok, b_max, b_sum, b_acc, dims, D)
     rows = i_tile * ROWS + tl.arange(0, ROWS)  # [ROWS]
-    nodes, ok = rows // GROUP, rows < N * GROUP
+    nodes, ok = rows // GROUP, rows < queries
     # Nobody in this launch reads the rows appended here.
     first_of_group = (ok & (rows % GROUP == 0))[:, None] & in_head
     p_own = p_pass + nodes[:, None] * QKV_STRIDE + dims[None, :]
@@ -254,45 +277,35 @@ def _near(
     tl.store(p_new, tl.load(p_own, mask=first_of_group), mask=first_of_group)
     tl.store(p_new + V_IN_ROW, tl.load(p_own + V_IN_PASS, mask=first_of_group), mask=first_of_group)
 
-    total, acc, top = tl.zeros_like(b_sum), tl.zeros_like(b_acc), b_max
+    tl.debug_barrier()
     if splits > 0:
         while tl.atomic_add(p_counter, 0, sem="acquire") < splits:
             pass
-        reach = tl.where(ok, splits, 0)  # [ROWS]
-        for start in range(0, splits, TOGETHER):
-            part = start + tl.arange(0, TOGETHER)[None, :]
-            b_tops = tl.load(
-                p_max + part * split_stride + rows[:, None],
-                mask=part < reach[:, None],
-                other=float("-inf"),
-                cache_modifier=".cg",
-            )
-            top = tl.maximum(top, tl.max(b_tops, axis=1))
-        base = tl.where(top == float("-inf"), 0.0, top)
-        for start in range(0, splits, TOGETHER):
-            for i_part in tl.static_range(TOGETHER):
-                i_split = start + i_part
-                exists = reach > i_split
-                where = i_split * split_stride + rows
-                part_max = tl.load(p_max + where, mask=exists, other=float("-inf"), cache_modifier=".cg")
-                part_sum = tl.load(p_sum + where, mask=exists, other=0.0, cache_modifier=".cg")
-                part_acc = tl.load(
-                    p_acc + where.to(tl.int64)[:, None] * D + dims[None, :],
-                    mask=exists[:, None] & in_head,
-                    other=0.0,
-                    cache_modifier=".cg",
-                )
-                weight = tl.exp2(part_max - base)
-                total += weight * part_sum
-                acc += weight[:, None] * part_acc
-        if tl.atomic_add(p_counter, 1, sem="relaxed") == splits + tiles - 1:
-            tl.store(p_counter, 0)
-    weight = tl.exp2(b_max - tl.where(top == float("-inf"), 0.0, top))
-    total += weight * b_sum
-    acc += weight[:, None] * b_acc
+    reach = tl.where(ok, splits, 0)  # [ROWS]
+    top = tl.load(p_max + near * queries + rows, mask=ok, other=float("-inf"), cache_modifier=".cg")
+    for start in range(0, splits, TOGETHER):
+        for i_part in tl.static_range(TOGETHER):
+            i_split = start + i_part
+            p_part = p_max + i_split * queries + rows
+            top = tl.maximum(top, tl.load(p_part, mask=reach > i_split, other=float("-inf"), cache_modifier=".cg"))
+    top = tl.where(top == float("-inf"), 0.0, top)
+    total, acc = tl.full([ROWS], 0.0, tl.float32), tl.full([ROWS, D_PAD], 0.0, tl.float32)
+    for start in range(0, splits, TOGETHER):
+        for i_part in tl.static_range(TOGETHER):
+            i_split = start + i_part
+            part, b_part = _load_part(p_acc, p_max, p_sum, i_split * queries + rows, reach > i_split, top, dims, D)
+            total += part
+            acc += b_part
+    part, b_part = _load_part(p_acc, p_max, p_sum, near * queries + rows, ok, top, dims, D)
+    total += part
+    acc += b_part
     b_out = acc / tl.where(total > 0.0, total, 1.0)[:, None]
     p_result = p_out + nodes[:, None] * OUT_STRIDE + (rows % GROUP)[:, None] * D + dims[None, :]
     tl.store(p_result, b_out.to(p_out.dtype.element_ty), mask=ok[:, None] & in_head)
+    # The last program to have waited sets the counter back.
+    if splits > 0:  # noqa: SIM102 - a scalar, not a chain
+        if tl.atomic_add(p_counter, 1, sem="relaxed") == splits + tiles - 1:
+            tl.store(p_counter, 0)
 
 
 _INTEGERS = ("N", "S", "first_bit", "write", "tree_rows", "splits", "far_tiles", "near_tiles", "n_far")
@@ -305,9 +318,9 @@ def _tree_attention(
     p_masks,  # [B, N, WORDS]
     p_prefix,  # [B]
     p_out,  # [B, N, H*D]
-    p_acc,  # [B, H_kv, splits, N*GROUP, D]
-    p_max,  # [B, H_kv, splits, N*GROUP]
-    p_sum,  # [B, H_kv, splits, N*GROUP]
+    p_acc,  # [B, H_kv, splits + 1, N*GROUP, D]
+    p_max,  # [B, H_kv, splits + 1, N*GROUP]
+    p_sum,  # [B, H_kv, splits + 1, N*GROUP]
     p_counters,  # [B, H_kv, far_tiles]
     scale,
     N,
@@ -370,10 +383,9 @@ def _tree_attention(
     p_q = p_pass + i_kv * (GROUP * D)
     p_pass += (HEADS + i_kv) * D
     p_masks += i_b * N * WORDS
-    rows = N * GROUP
-    p_max += i_head.to(tl.int64) * splits * rows
-    p_sum += i_head.to(tl.int64) * splits * rows
-    p_acc += i_head.to(tl.int64) * splits * rows * D
+    queries, parts = N * GROUP, splits + 1  # the near part comes last
+    first_part = i_head.to(tl.int64) * parts * queries
+    p_max, p_sum, p_acc = p_max + first_part, p_sum + first_part, p_acc + first_part * D
     if is_far:
         i_split, i_tile = i_inner % splits, i_inner // splits
         if i_split < active:
@@ -382,15 +394,16 @@ def _tree_attention(
                 p_pass,
                 p_rows + tree_rows.to(tl.int64) * ROW_STRIDE,
                 p_masks,
-                p_acc + i_split.to(tl.int64) * rows * D,
-                p_max + i_split * rows,
-                p_sum + i_split * rows,
+                p_acc,
+                p_max,
+                p_sum,
                 p_counters + i_head * far_tiles + i_tile,
                 i_split,
                 i_tile,
                 prefix,
                 bound,
                 N,
+                queries,
                 scale,
                 GROUP,
                 D,
@@ -427,7 +440,8 @@ def _tree_attention(
             write,
             tree_rows,
             scale,
-            rows,
+            parts,
+            queries,
             GROUP,
             D,
             D_PAD,
@@ -478,8 +492,8 @@ def scratch_size(
 ) -> tuple[int, int]:
     """(partials, counters) that `tree_attention` needs with a cache of `rows` rows, for any dtype and window."""
     queries = nodes * heads // kv_heads
-    splits = _splits(rows, tree_rows, 64)
-    return batch * kv_heads * splits * queries * (head_size + 2), batch * kv_heads * triton.cdiv(queries, 16)
+    parts = _splits(rows, tree_rows, 64) + 1
+    return batch * kv_heads * parts * queries * (head_size + 2), batch * kv_heads * triton.cdiv(queries, 16)
 
 
 def _launch(
@@ -507,7 +521,7 @@ def _launch(
     far_tiles = triton.cdiv(nodes * group, far_rows)
     near_tiles = triton.cdiv(nodes * group, tiles["NEAR_ROWS"])
     n_far = batch * kv_heads * splits * far_tiles
-    count = batch * kv_heads * splits * nodes * group
+    count = batch * kv_heads * (splits + 1) * nodes * group
     acc, top, total = partials[: count * size], partials[count * size :], partials[count * (size + 1) :]
     # Products and sums stay separate: which of them fuse could differ between the registers of two rows.
     kernel = _tree_attention if size * qkv.element_size() % 16 == 0 else _unaligned
