@@ -1,0 +1,119 @@
+"""Moves accepted rows of a KV cache from the tree region into the prefix, all layers in one launch.
+
+    cache[l, b, target[b, k]] = cache[l, b, source[b, k]]      for every layer l and every k with target[b, k] >= 0
+
+Every source of a sequence is read before any of its targets is written: a program owns some columns of all K rows of a
+sequence in a layer, so rows may overlap in any way, as long as no two targets are the same.
+
+Bytes: 2 * layers * moved rows * 2*H_kv*D elements. 16 bytes a thread at a time.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from stagedspec.kernels.registry import CompileCase, check_runs, check_tensor, interpreted, pdl, register
+
+ELEMENTS = 4096  # of a program's tile
+
+
+@triton.jit(do_not_specialize=("B", "S", "K"))
+def _compact(
+    p_cache,  # [layers, B, S, COLUMNS]
+    p_source,  # [B, K]
+    p_target,  # [B, K]
+    B,
+    S,
+    K,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    i_columns, i_b, i_layer = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    rows = tl.arange(0, ROWS)
+    columns = i_columns * WIDTH + tl.arange(0, WIDTH)
+    p_rows = p_cache + (i_layer * B + i_b).to(tl.int64) * S * COLUMNS + columns[None, :]
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    source = tl.load(p_source + i_b * K + rows, mask=rows < K, other=-1)
+    target = tl.load(p_target + i_b * K + rows, mask=rows < K, other=-1)
+    moved = ((target >= 0) & (source >= 0))[:, None] & (columns < COLUMNS)[None, :]
+    b_rows = tl.load(p_rows + source.to(tl.int64)[:, None] * COLUMNS, mask=moved)  # [ROWS, WIDTH]
+    tl.debug_barrier()  # every thread has read before any writes
+    tl.store(p_rows + target.to(tl.int64)[:, None] * COLUMNS, b_rows, mask=moved)
+
+
+def _tiles(count: int) -> dict[str, int]:
+    rows = triton.next_power_of_2(count)
+    return {"ROWS": rows, "WIDTH": max(ELEMENTS // rows, 16)}
+
+
+def _launch(cache: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:
+    check_runs(cache, "compact")
+    layers, batch, rows = cache.shape[:3]
+    columns, count = cache.shape[3:].numel(), source.shape[1]
+    tiles = _tiles(count)
+    dependent = pdl(cache.device)
+    _compact[(triton.cdiv(columns, tiles["WIDTH"]), batch, layers)](
+        cache,
+        source,
+        target,
+        batch,
+        rows,
+        count,
+        COLUMNS=columns,
+        PDL=dependent,
+        num_warps=4,
+        **tiles,
+        **({} if interpreted() else {"launch_pdl": dependent}),
+    )
+
+
+_op = register("compact(Tensor(a!) cache, Tensor source, Tensor target) -> ()", _launch)
+
+
+def compact(cache: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:
+    """Moves rows of a KV cache in place.
+
+    cache: [layers, B, S, 2, H_kv, D] of fp32, fp16 or bf16. source, target: int32 [B, K], K from 1 to 256: rows of the
+    cache; a pair with a negative row is left out. The targets of a sequence must differ from each other; apart from
+    that rows may overlap. Rows of S and more are the caller's mistake and are not noticed.
+
+    Raises ValueError for a wrong shape, dtype, device or layout.
+    """
+    op = "compact"
+    check_runs(cache, op)
+    dtypes = (torch.float32, torch.float16, torch.bfloat16)
+    check_tensor(op, "cache", cache, (None, None, None, 2, None, None), dtypes, cache.device)
+    check_tensor(op, "source", source, (cache.shape[1], None), torch.int32, cache.device)
+    check_tensor(op, "target", target, tuple(source.shape), torch.int32, cache.device)
+    if not 1 <= source.shape[1] <= 256:
+        raise ValueError(f"{op}: 1 to 256 rows of a sequence can be moved, got {source.shape[1]}")
+    _op(cache, source, target)
+
+
+def compact_reference(cache: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:
+    """The same in plain torch, row by row."""
+    before = cache.clone()
+    for i_b, (sources, targets) in enumerate(zip(source.tolist(), target.tolist(), strict=True)):
+        for old, new in zip(sources, targets, strict=True):
+            if old >= 0 and new >= 0:
+                cache[:, i_b, new] = before[:, i_b, old]
+
+
+def compile_cases() -> list[CompileCase]:
+    """The rows of GPT-2 S to XL and the embedded models in bf16, paths of 16 nodes."""
+    widths = {"s": 768, "m": 1024, "l": 1280, "xl": 1600, "target": 384, "draft": 96}
+    signature = {"p_cache": "*bf16", "p_source": "*i32", "p_target": "*i32"} | dict.fromkeys(("B", "S", "K"), "i32")
+    return [
+        CompileCase(
+            f"compact-{name}",
+            _compact,
+            signature,
+            {"COLUMNS": 2 * width, "PDL": False} | _tiles(16),
+            aligned=("p_cache", "p_source", "p_target"),
+        )
+        for name, width in widths.items()
+    ]

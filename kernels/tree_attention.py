@@ -1,0 +1,696 @@
+"""Attention of a pass's nodes over the committed prefix and their own ancestors; appends the pass's K and V.
+
+    out[n, h] = softmax(scale * q[n, h] . k[t, g])_t v[t, g]   over the positions t = 0 .. p(n), g = h's KV head
+
+A node's mask holds its ancestors in the tree and itself, one bit a tree row; its position is
+p = prefix + popcount(mask) - 1, and the key at position t >= prefix lies in the row of the mask's (t - prefix)-th bit.
+
+A node's result has the same bits whatever stands beside it and wherever its ancestors lie. So what happens to a key
+depends on its distance alone:
+
+- *near* keys, positions (p - window, p]: any ancestor that may not be committed yet. Each node gathers its own, from
+  the cache or from this pass's qkv, in order of position. A tile holds the keys of a few nodes one after another.
+- *far* keys, positions <= p - window: one row of the cache for all nodes, in splits at absolute multiples of SPLIT.
+
+Keys and values are the wide left operand of the matrix products and the queries their narrow right side, which is one
+family of matrix instructions for every number of nodes. Keys that a node does not see, its neighbours' near keys too,
+have a weight of exactly zero and add exactly nothing.
+
+Maxima are exact in any order; sums run over splits in ascending order, then the near part.
+
+One launch. Programs of the far part come first in the grid and leave (maximum, sum, weighted values) in scratch; those
+of the near part wait for them and write the result. A GPU starts programs in the order of the grid, so by the time one
+waits, all it waits for have started, and those wait for nobody.
+
+Bytes: the keys and values of the prefix once, 2*L*H_kv*D elements a sequence (and a row tile of 64 queries), the qkv
+and the appended rows; through L2 also the gathered near rows, 2*window*D a query, and the partial results,
+8*(L/SPLIT)*D a query.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from stagedspec.kernels.registry import CompileCase, Scratch, check_runs, check_tensor, interpreted, pdl, register
+
+WINDOW = 32  # near keys; more than the depth of any tree
+MAX_NODES = 256
+LOG2E = 1.4426950408889634
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+# ---------------------------------------------------------------- bits of a mask
+
+
+@triton.jit
+def _bit_counts(word):
+    """Set bits in every pair, nibble and byte of uint32 words, each in place."""
+    pairs = word - ((word >> 1) & 0x55555555)
+    nibbles = (pairs & 0x33333333) + ((pairs >> 2) & 0x33333333)
+    return pairs, nibbles, (nibbles + (nibbles >> 4)) & 0x0F0F0F0F
+
+
+@triton.jit
+def _popcount(word):
+    # LLVM knows this form and makes one instruction of it.
+    return ((_bit_counts(word)[2] * 0x01010101) >> 24).to(tl.int32)
+
+
+@triton.jit
+def _descend(counts, position, rank, step: tl.constexpr):
+    """One step of `_select`: goes to the upper part if the lower holds fewer set bits than the rank."""
+    low = ((counts >> position) & (2 * step - 1)).to(tl.int32)
+    upper = rank >= low
+    return position + tl.where(upper, step, 0).to(tl.uint32), rank - tl.where(upper, low, 0)
+
+
+@triton.jit
+def _select(word, rank):
+    """The place of the set bit with `rank` set bits below it."""
+    pairs, nibbles, bytes_ = _bit_counts(word)
+    halves = (bytes_ + (bytes_ >> 8)) & 0x00FF00FF
+    position = tl.zeros_like(word)
+    position, rank = _descend(halves, position, rank, 16)
+    position, rank = _descend(bytes_, position, rank, 8)
+    position, rank = _descend(nibbles, position, rank, 4)
+    position, rank = _descend(pairs, position, rank, 2)
+    position, rank = _descend(word, position, rank, 1)
+    return position.to(tl.int32)
+
+
+@triton.jit
+def _word(p_masks, nodes, i_word, ok, WORDS: tl.constexpr):
+    return tl.load(p_masks + nodes * WORDS + i_word, mask=ok, other=0).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def _positions(p_masks, nodes, prefix, ok, WORDS: tl.constexpr):
+    """Positions of nodes, int32; -1 for a node that sees nothing."""
+    count = _popcount(_word(p_masks, nodes, 0, ok, WORDS))
+    for i_word in tl.static_range(1, WORDS):
+        count += _popcount(_word(p_masks, nodes, i_word, ok, WORDS))
+    return tl.where(count > 0, prefix + count - 1, -1)
+
+
+# ---------------------------------------------------------------- the kernel
+
+
+@triton.jit
+def _attend(b_k, b_v, b_q, seen, scale):
+    """Softmax parts of queries [ROWS, D] over keys [KEYS, D]: maximum [ROWS], sum [ROWS], weighted values [D, ROWS]."""
+    b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee") * scale  # [KEYS, ROWS]
+    b_s = tl.where(seen, b_s, float("-inf"))
+    b_max = tl.max(b_s, axis=0)
+    b_p = tl.exp2(b_s - tl.where(b_max == float("-inf"), 0.0, b_max)[None, :])
+    b_acc = tl.dot(tl.trans(b_v), b_p.to(b_v.dtype), input_precision="ieee")
+    return b_max, tl.sum(b_p, axis=0), b_acc
+
+
+@triton.jit
+def _queries(p_q, rows, ok, dims, GROUP: tl.constexpr, D: tl.constexpr, QKV_STRIDE: tl.constexpr):
+    """Queries [ROWS, D]; row = node * GROUP + head in the group."""
+    p_rows = p_q + (rows // GROUP)[:, None] * QKV_STRIDE + (rows % GROUP)[:, None] * D + dims[None, :]
+    return tl.load(p_rows, mask=ok[:, None] & (dims < D)[None, :], other=0.0)
+
+
+@triton.jit
+def _store_part(p_acc, p_max, p_sum, rows, ok, b_max, b_sum, b_acc, dims, D: tl.constexpr):
+    """Leaves what `_attend` returned in rows of the partial results."""
+    p_rows = p_acc + rows.to(tl.int64)[None, :] * D + dims[:, None]
+    tl.store(p_rows, b_acc, mask=ok[None, :] & (dims < D)[:, None])
+    tl.store(p_max + rows, b_max, mask=ok)
+    tl.store(p_sum + rows, b_sum, mask=ok)
+
+
+@triton.jit
+def _load_part(p_acc, p_max, p_sum, rows, ok, top, dims, D: tl.constexpr):
+    """Sum [ROWS] and weighted values [ROWS, D] of partial results, relative to the maximum `top`."""
+    b_max = tl.load(p_max + rows, mask=ok, other=float("-inf"), cache_modifier=".cg")
+    b_sum = tl.load(p_sum + rows, mask=ok, other=0.0, cache_modifier=".cg")
+    p_rows = p_acc + rows.to(tl.int64)[:, None] * D + dims[None, :]
+    b_acc = tl.load(p_rows, mask=ok[:, None] & (dims < D)[None, :], other=0.0, cache_modifier=".cg")
+    weight = tl.exp2(b_max - top)
+    return weight * b_sum, weight[:, None] * b_acc
+
+
+@triton.jit
+def _far(
+    p_q,
+    p_pass,
+    p_rows,
+    p_masks,
+    p_acc,
+    p_max,
+    p_sum,
+    p_counter,
+    i_split,
+    i_tile,
+    prefix,
+    bound,
+    N,
+    queries,
+    scale,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    WORDS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SPLIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHAIN: tl.constexpr,
+    QKV_STRIDE: tl.constexpr,
+    ROW_STRIDE: tl.constexpr,
+    V_IN_PASS: tl.constexpr,
+    V_IN_ROW: tl.constexpr,
+):
+    """One split of keys for one tile of queries."""
+    dims = tl.arange(0, D_PAD)
+    in_head = dims < D
+    keys = i_split * SPLIT + tl.arange(0, SPLIT)  # [SPLIT], positions
+    seen = (keys < bound)[:, None] & in_head[None, :]
+    p_k = p_rows + keys.to(tl.int64)[:, None] * ROW_STRIDE + dims[None, :]
+    p_v = p_k + V_IN_ROW
+    if CHAIN:  # keys of this very pass, which are not in the cache yet
+        fresh = (keys >= prefix)[:, None]
+        p_own = p_pass + (keys - prefix)[:, None] * QKV_STRIDE + dims[None, :]
+        p_k = tl.where(fresh, p_own, p_k)
+        p_v = tl.where(fresh, p_own + V_IN_PASS, p_v)
+    b_k = tl.load(p_k, mask=seen, other=0.0)  # [SPLIT, D]
+    b_v = tl.load(p_v, mask=seen, other=0.0)  # [SPLIT, D]
+    rows = i_tile * ROWS + tl.arange(0, ROWS)  # [ROWS], node * GROUP + head in the group
+    ok = rows < N * GROUP
+    b_q = _queries(p_q, rows, ok, dims, GROUP, D, QKV_STRIDE)  # [ROWS, D]
+    last = _positions(p_masks, rows // GROUP, prefix, ok, WORDS) - WINDOW  # [ROWS], the last far position
+    b_max, b_sum, b_acc = _attend(b_k, b_v, b_q, keys[:, None] <= last[None, :], scale)
+    _store_part(p_acc, p_max, p_sum, i_split * queries + rows, ok, b_max, b_sum, b_acc, dims, D)
+    tl.debug_barrier()  # every thread's partial results come before the arrival
+    tl.atomic_add(p_counter, 1, sem="release")
+
+
+@triton.jit
+def _near(
+    p_q,
+    p_pass,
+    p_cache,
+    p_masks,
+    p_acc,
+    p_max,
+    p_sum,
+    p_counter,
+    p_out,
+    i_tile,
+    prefix,
+    splits,
+    tiles,
+    N,
+    first_bit,
+    write,
+    tree_rows,
+    scale,
+    parts,
+    queries,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    WORDS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    ROWS: tl.constexpr,
+    QKV_STRIDE: tl.constexpr,
+    ROW_STRIDE: tl.constexpr,
+    OUT_STRIDE: tl.constexpr,
+    V_IN_PASS: tl.constexpr,
+    V_IN_ROW: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TOGETHER: tl.constexpr,
+):
+    """The near keys of a tile of queries, and the end: adds the far part, writes the result. Appends K and V."""
+    dims = tl.arange(0, D_PAD)
+    in_head = (dims < D)[None, :]
+
+    # Where the near keys lie: WINDOW of each query, one query after another.
+    index = tl.arange(0, ROWS * WINDOW)  # [KEYS]
+    query = i_tile * ROWS + index // WINDOW  # node * GROUP + head in the group
+    node, known = query // GROUP, query < N * GROUP
+    position = _positions(p_masks, node, prefix, known, WORDS)
+    keys = position - (WINDOW - 1) + index % WINDOW  # [KEYS], positions
+    rank = keys - prefix
+    bits = tl.full([ROWS * WINDOW], 0, tl.uint32)  # the word that holds the key's bit,
+    bit = tl.full([ROWS * WINDOW], 0, tl.int32)  # the first bit of that word,
+    rest = tl.full([ROWS * WINDOW], 0, tl.int32)  # and the set bits of that word below the key's
+    below = tl.full([ROWS * WINDOW], 0, tl.int32)
+    for i_word in tl.static_range(WORDS):
+        word = _word(p_masks, node, i_word, known, WORDS)
+        above = below + _popcount(word)
+        here = (rank >= below) & (rank < above)
+        bits = tl.where(here, word, bits)
+        bit = tl.where(here, 32 * i_word, bit)
+        rest = tl.where(here, rank - below, rest)
+        below = above
+    bit += _select(bits, rest)
+    inside = rank >= 0
+    fresh = inside & (bit >= first_bit)
+    row = tl.where(inside, tl.where(fresh, bit - first_bit, bit), tree_rows + keys)
+    offset = row.to(tl.int64) * tl.where(fresh, QKV_STRIDE, ROW_STRIDE)
+    p_k = (tl.where(fresh, p_pass, p_cache) + offset)[:, None] + dims[None, :]  # [KEYS, D]
+    p_v = (tl.where(fresh, p_pass + V_IN_PASS, p_cache + V_IN_ROW) + offset)[:, None] + dims[None, :]
+    ALIGN: tl.constexpr = 16 if D * p_cache.dtype.element_ty.primitive_bitwidth % 128 == 0 else 1
+    p_k, p_v = tl.multiple_of(p_k, [1, ALIGN]), tl.multiple_of(p_v, [1, ALIGN])  # lost in the choice
+    seen = (keys >= 0) & (position >= 0) & known
+    b_k = tl.load(p_k, mask=seen[:, None] & in_head, other=0.0)
+    b_v = tl.load(p_v, mask=seen[:, None] & in_head, other=0.0)
+
+    columns = tl.arange(0, COLUMNS)  # [COLUMNS], the queries of the tile, filled up
+    own = (index // WINDOW)[:, None] == columns[None, :]
+    rows = i_tile * ROWS + columns
+    ok = (columns < ROWS) & (rows < N * GROUP)
+    b_q = _queries(p_q, rows, ok, dims, GROUP, D, QKV_STRIDE)  # [COLUMNS, D]
+    b_max, b_sum, b_acc = _attend(b_k, b_v, b_q, own & seen[:, None], scale)
+    # Through memory, like the far part: the program reads them back row by row.
+    near = parts - 1
+    _store_part(p_acc, p_max, p_sum, near * queries + rows, ok, b_max, b_sum, b_acc, dims, D)
+    rows = i_tile * ROWS + tl.arange(0, ROWS)  # [ROWS]
+    nodes, ok = rows // GROUP, rows < queries
+    # Nobody in this launch reads the rows appended here.
+    first_of_group = (ok & (rows % GROUP == 0))[:, None] & in_head
+    p_own = p_pass + nodes[:, None] * QKV_STRIDE + dims[None, :]
+    p_new = p_cache + (write + nodes).to(tl.int64)[:, None] * ROW_STRIDE + dims[None, :]
+    tl.store(p_new, tl.load(p_own, mask=first_of_group), mask=first_of_group)
+    tl.store(p_new + V_IN_ROW, tl.load(p_own + V_IN_PASS, mask=first_of_group), mask=first_of_group)
+
+    tl.debug_barrier()
+    if splits > 0:
+        while tl.atomic_add(p_counter, 0, sem="acquire") < splits:
+            pass
+    reach = tl.where(ok, splits, 0)  # [ROWS]
+    top = tl.load(p_max + near * queries + rows, mask=ok, other=float("-inf"), cache_modifier=".cg")
+    for start in range(0, splits, TOGETHER):
+        for i_part in tl.static_range(TOGETHER):
+            i_split = start + i_part
+            p_part = p_max + i_split * queries + rows
+            top = tl.maximum(top, tl.load(p_part, mask=reach > i_split, other=float("-inf"), cache_modifier=".cg"))
+    top = tl.where(top == float("-inf"), 0.0, top)
+    total, acc = tl.full([ROWS], 0.0, tl.float32), tl.full([ROWS, D_PAD], 0.0, tl.float32)
+    for start in range(0, splits, TOGETHER):
+        for i_part in tl.static_range(TOGETHER):
+            i_split = start + i_part
+            part, b_part = _load_part(p_acc, p_max, p_sum, i_split * queries + rows, reach > i_split, top, dims, D)
+            total += part
+            acc += b_part
+    part, b_part = _load_part(p_acc, p_max, p_sum, near * queries + rows, ok, top, dims, D)
+    total += part
+    acc += b_part
+    b_out = acc / tl.where(total > 0.0, total, 1.0)[:, None]
+    p_result = p_out + nodes[:, None] * OUT_STRIDE + (rows % GROUP)[:, None] * D + dims[None, :]
+    tl.store(p_result, b_out.to(p_out.dtype.element_ty), mask=ok[:, None] & in_head)
+    # The last program to have waited sets the counter back.
+    if splits > 0:  # noqa: SIM102 - a scalar, not a chain
+        if tl.atomic_add(p_counter, 1, sem="relaxed") == splits + tiles - 1:
+            tl.store(p_counter, 0)
+
+
+_INTEGERS = ("N", "S", "first_bit", "write", "tree_rows", "splits", "far_tiles", "near_tiles", "n_far")
+
+
+@triton.jit(do_not_specialize=_INTEGERS)
+def _tree_attention(
+    p_qkv,  # [B, N, (H + 2*H_kv)*D]
+    p_cache,  # [B, S, 2, H_kv, D]
+    p_masks,  # [B, N, WORDS]
+    p_prefix,  # [B]
+    p_out,  # [B, N, H*D]
+    p_acc,  # [B, H_kv, splits + 1, N*GROUP, D]
+    p_max,  # [B, H_kv, splits + 1, N*GROUP]
+    p_sum,  # [B, H_kv, splits + 1, N*GROUP]
+    p_counters,  # [B, H_kv, far_tiles]
+    scale,
+    N,
+    S,
+    first_bit,
+    write,
+    tree_rows,
+    splits,
+    far_tiles,
+    near_tiles,
+    n_far,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    WORDS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SPLIT: tl.constexpr,
+    FAR_ROWS: tl.constexpr,
+    NEAR_ROWS: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    CHAIN: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    HEADS: tl.constexpr = KV_HEADS * GROUP
+    QKV_STRIDE: tl.constexpr = (HEADS + 2 * KV_HEADS) * D
+    ROW_STRIDE: tl.constexpr = 2 * KV_HEADS * D
+    V_STEP: tl.constexpr = KV_HEADS * D
+    OUT_STRIDE: tl.constexpr = HEADS * D
+    pid = tl.program_id(0)
+    is_far = pid < n_far
+    inner = tl.where(is_far, splits * far_tiles, near_tiles)
+    index = tl.where(is_far, pid, pid - n_far)
+    i_head, i_inner = index // inner, index % inner  # i_head: of all sequences
+    i_b, i_kv = i_head // KV_HEADS, i_head % KV_HEADS
+    p_rows = p_cache + i_b.to(tl.int64) * S * ROW_STRIDE + i_kv * D
+    if PDL:
+        if is_far:  # a prefix out of date is good enough for a prefetch
+            keys = i_inner % splits * SPLIT + tl.arange(0, SPLIT)
+            wanted = keys < tl.minimum(tl.load(p_prefix + i_b), S - tree_rows)
+            row = tree_rows + tl.where(wanted, keys, 0)
+            p_first = p_rows + row.to(tl.int64) * ROW_STRIDE
+            for i_half in tl.static_range(2):
+                tl.inline_asm_elementwise(
+                    "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+                    "=r,l",
+                    [p_first + i_half * V_STEP],
+                    dtype=tl.int32,
+                    is_pure=False,
+                    pack=1,
+                )
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    prefix = tl.maximum(tl.load(p_prefix + i_b), 0)
+    bound = prefix + first_bit + N - WINDOW  # no node of the pass sees a far key from here on
+    if not CHAIN:
+        bound = tl.minimum(bound, prefix)
+    active = tl.cdiv(tl.maximum(bound, 0), SPLIT)
+    p_pass = p_qkv + i_b.to(tl.int64) * N * QKV_STRIDE  # [N, QKV_STRIDE]
+    p_q = p_pass + i_kv * (GROUP * D)
+    p_pass += (HEADS + i_kv) * D
+    p_masks += i_b * N * WORDS
+    queries, parts = N * GROUP, splits + 1  # the near part comes last
+    first_part = i_head.to(tl.int64) * parts * queries
+    p_max, p_sum, p_acc = p_max + first_part, p_sum + first_part, p_acc + first_part * D
+    if is_far:
+        i_split, i_tile = i_inner % splits, i_inner // splits
+        if i_split < active:
+            _far(
+                p_q,
+                p_pass,
+                p_rows + tree_rows.to(tl.int64) * ROW_STRIDE,
+                p_masks,
+                p_acc,
+                p_max,
+                p_sum,
+                p_counters + i_head * far_tiles + i_tile,
+                i_split,
+                i_tile,
+                prefix,
+                bound,
+                N,
+                queries,
+                scale,
+                GROUP,
+                D,
+                D_PAD,
+                WORDS,
+                WINDOW,
+                SPLIT,
+                FAR_ROWS,
+                CHAIN,
+                QKV_STRIDE,
+                ROW_STRIDE,
+                V_STEP,
+                V_STEP,
+            )
+    else:
+        PER_FAR: tl.constexpr = FAR_ROWS // NEAR_ROWS
+        i_far = i_inner // PER_FAR
+        _near(
+            p_q,
+            p_pass,
+            p_rows,
+            p_masks,
+            p_acc,
+            p_max,
+            p_sum,
+            p_counters + i_head * far_tiles + i_far,
+            p_out + i_b.to(tl.int64) * N * OUT_STRIDE + i_kv * (GROUP * D),
+            i_inner,
+            prefix,
+            active,
+            tl.minimum(near_tiles - i_far * PER_FAR, PER_FAR),
+            N,
+            first_bit,
+            write,
+            tree_rows,
+            scale,
+            parts,
+            queries,
+            GROUP,
+            D,
+            D_PAD,
+            WORDS,
+            WINDOW,
+            NEAR_ROWS,
+            QKV_STRIDE,
+            ROW_STRIDE,
+            OUT_STRIDE,
+            V_STEP,
+            V_STEP,
+            16,
+            TOGETHER,
+        )
+
+
+# Alignment decides layouts, and layouts the order of sums. Where heads are no multiple of 16 bytes, a layer's rows can
+# start aligned in one batch size and not in another.
+_unaligned = triton.jit(
+    _tree_attention.fn,
+    do_not_specialize=_INTEGERS,
+    do_not_specialize_on_alignment=("p_qkv", "p_cache", "p_out"),
+)
+
+
+# ---------------------------------------------------------------- launcher
+
+
+def _tiles(head_size: int, itemsize: int, window: int) -> dict[str, int]:
+    """Tile sizes, by the head and the window only: they fix the order of every sum."""
+    padded = max(triton.next_power_of_2(head_size), 16)
+    split = 128 if padded * itemsize <= 256 else 64
+    near = min(max(split // window, 1), 16)
+    return {"D_PAD": padded, "NEAR_ROWS": near, "SPLIT": split, "TOGETHER": 8}
+
+
+def _far_rows(queries: int, fixed: bool) -> int:
+    """Queries of a far tile. fixed: for hardware whose layout of a product, and so its sums, changes with its width."""
+    return 64 if fixed or queries > 16 else 16
+
+
+def _splits(rows: int, tree_rows: int, split: int) -> int:
+    return triton.cdiv(max(rows - tree_rows, 1), split)
+
+
+def scratch_size(
+    batch: int, nodes: int, heads: int, kv_heads: int, head_size: int, rows: int, tree_rows: int
+) -> tuple[int, int]:
+    """(partials, counters) that `tree_attention` needs with a cache of `rows` rows, for any dtype and window."""
+    queries = nodes * heads // kv_heads
+    parts = _splits(rows, tree_rows, 64) + 1
+    return batch * kv_heads * parts * queries * (head_size + 2), batch * kv_heads * triton.cdiv(queries, 16)
+
+
+def _launch(
+    qkv: torch.Tensor,
+    cache: torch.Tensor,
+    masks: torch.Tensor,
+    prefix: torch.Tensor,
+    first_bit: int,
+    write: int,
+    tree_rows: int,
+    window: int,
+    scale: float,
+    out: torch.Tensor,
+    partials: torch.Tensor,
+    counters: torch.Tensor,
+) -> None:
+    check_runs(qkv, "tree_attention")
+    batch, nodes, words = masks.shape
+    _, rows, _, kv_heads, size = cache.shape
+    group = out.shape[1] // size // kv_heads
+    tiles = _tiles(size, qkv.element_size(), window)
+    dependent = pdl(qkv.device)
+    far_rows = _far_rows(nodes * group, fixed=not dependent)
+    splits = _splits(rows, tree_rows, tiles["SPLIT"])
+    far_tiles = triton.cdiv(nodes * group, far_rows)
+    near_tiles = triton.cdiv(nodes * group, tiles["NEAR_ROWS"])
+    n_far = batch * kv_heads * splits * far_tiles
+    count = batch * kv_heads * (splits + 1) * nodes * group
+    acc, top, total = partials[: count * size], partials[count * size :], partials[count * (size + 1) :]
+    # Products and sums stay separate: which of them fuse could differ between the registers of two rows.
+    kernel = _tree_attention if size * qkv.element_size() % 16 == 0 else _unaligned
+    kernel[(n_far + batch * kv_heads * near_tiles,)](
+        qkv,
+        cache,
+        masks,
+        prefix,
+        out,
+        acc,
+        top,
+        total,
+        counters,
+        scale * LOG2E,
+        nodes,
+        rows,
+        first_bit,
+        write,
+        tree_rows,
+        splits,
+        far_tiles,
+        near_tiles,
+        n_far,
+        KV_HEADS=kv_heads,
+        GROUP=group,
+        WORDS=words,
+        D=size,
+        WINDOW=window,
+        FAR_ROWS=far_rows,
+        CHAIN=write >= tree_rows and nodes > window,
+        PDL=dependent,
+        num_warps=4,
+        **tiles,
+        **({} if interpreted() else {"launch_pdl": dependent, "enable_fp_fusion": False}),
+    )
+
+
+_op = register(
+    "tree_attention(Tensor qkv, Tensor(a!) cache, Tensor masks, Tensor prefix, int first_bit, int write, "
+    "int tree_rows, int window, float scale, Tensor(b!) out, Tensor(c!) partials, Tensor(d!) counters) -> ()",
+    _launch,
+)
+
+
+# ---------------------------------------------------------------- public function
+
+
+def tree_attention(
+    qkv: torch.Tensor,
+    cache: torch.Tensor,
+    masks: torch.Tensor,
+    prefix: torch.Tensor,
+    first_bit: int,
+    write: int,
+    tree_rows: int,
+    scale: float,
+    out: torch.Tensor,
+    scratch: Scratch,
+    window: int = WINDOW,
+) -> None:
+    """Attention of a pass of N nodes a sequence; writes out and appends the nodes' K and V to the cache.
+
+    qkv: [B*N, (H + 2*H_kv)*D] of fp32, fp16 or bf16: queries, keys, values; H_kv divides H. cache: [B, S, 2, H_kv, D]
+    of the same dtype, rows [0, tree_rows) the tree region, position t in row tree_rows + t. masks: int32 [B, N, W], the
+    tree rows that a node sees and its own; a node with no bit set gets zeros. prefix: int32 [B], committed rows that
+    are seen; below 0 counts as 0. first_bit: tree row of the pass's node 0; rows before it are read from the cache.
+    out: [B*N, H*D].
+
+    write: the cache row that node 0's K and V go to. Below tree_rows the pass is part of a tree, write = first_bit, and
+    no node may have more than `window` bits set. From tree_rows on it is a chunk of a prompt: masks must be chains from
+    bit 0 and prefix = write - tree_rows.
+    window: a power of two, the same for everything that must agree bitwise. Scores and sums are in fp32.
+
+    Raises ValueError for a wrong shape, dtype, device or layout, N over 256, and rows or bits out of range.
+    """
+    op = "tree_attention"
+    check_runs(qkv, op)
+    device = qkv.device
+    check_tensor(op, "qkv", qkv, (None, None), DTYPES, device)
+    check_tensor(op, "cache", cache, (None, None, 2, None, None), qkv.dtype, device)
+    batch, rows, _, kv_heads, size = cache.shape
+    check_tensor(op, "masks", masks, (batch, None, None), torch.int32, device)
+    nodes, words = masks.shape[1:]
+    check_tensor(op, "prefix", prefix, (batch,), torch.int32, device)
+    check_tensor(op, "out", out, (batch * nodes, None), qkv.dtype, device)
+    check_tensor(op, "scratch.partials", scratch.partials, (None,), torch.float32, device)
+    check_tensor(op, "scratch.counters", scratch.counters, (None,), torch.int32, device)
+    if not 1 <= nodes <= MAX_NODES:
+        raise ValueError(f"{op}: a pass must have 1 to {MAX_NODES} nodes, got masks for {nodes}")
+    if not 1 <= size <= 256:
+        raise ValueError(f"{op}: the head size must be 1 to 256, got a cache of {size}")
+    heads = out.shape[1] // size
+    if out.shape[1] % size or heads < 1 or heads % kv_heads:
+        raise ValueError(
+            f"{op}: out must have H*{size} columns with H a multiple of the cache's {kv_heads}, got {out.shape[1]}"
+        )
+    check_tensor(op, "qkv", qkv, (batch * nodes, (heads + 2 * kv_heads) * size), DTYPES, device)
+    if not (8 <= window <= 256 and window & (window - 1) == 0):
+        raise ValueError(f"{op}: window must be a power of two from 8 to 256, got {window}")
+    if not 0 <= tree_rows <= rows:
+        raise ValueError(f"{op}: tree_rows must be 0 to the cache's {rows} rows, got {tree_rows}")
+    if write < tree_rows:
+        if not 0 <= first_bit == write or first_bit + nodes > tree_rows:
+            raise ValueError(
+                f"{op}: a pass of a tree must write the rows from first_bit on, inside the {tree_rows} tree rows; "
+                f"got first_bit {first_bit}, write {write}, {nodes} nodes"
+            )
+    elif first_bit != 0 or write + nodes > rows:
+        raise ValueError(
+            f"{op}: a chunk of a prompt must have first_bit 0 and end inside the cache's {rows} rows; "
+            f"got first_bit {first_bit}, write {write}, {nodes} nodes"
+        )
+    if 32 * words < first_bit + nodes:
+        raise ValueError(f"{op}: masks must have {triton.cdiv(first_bit + nodes, 32)} words a node, got {words}")
+    need = scratch_size(batch, nodes, heads, kv_heads, size, rows, tree_rows)
+    have = (scratch.partials.numel(), scratch.counters.numel())
+    if have[0] < need[0] or have[1] < need[1]:
+        raise ValueError(f"{op}: scratch must hold {need} (partials, counters), got {have}; see scratch_size")
+    _op(
+        qkv,
+        cache,
+        masks,
+        prefix,
+        first_bit,
+        write,
+        tree_rows,
+        window,
+        scale,
+        out,
+        scratch.partials,
+        scratch.counters,
+    )
+
+
+# ---------------------------------------------------------------- compiling without a GPU
+
+_POINTERS = {
+    name: f"*{kind}"
+    for names, kind in (
+        (("p_qkv", "p_cache"), "bf16"),
+        (("p_masks", "p_prefix"), "i32"),
+        (("p_out",), "bf16"),
+        (("p_acc", "p_max", "p_sum"), "fp32"),
+        (("p_counters",), "i32"),
+    )
+    for name in names
+}
+
+
+def compile_cases() -> list[CompileCase]:
+    """The shapes of GPT-2 S to XL and the embedded models in bf16, few and many nodes, trees and prompts."""
+    models = {"s": (12, 64), "m": (16, 64), "l": (20, 64), "xl": (25, 64), "target": (6, 64), "draft": (3, 32)}
+    passes = {"n1": (1, 1, False), "n64": (2, 64, False), "chunk256": (8, 64, True)}
+    signature = _POINTERS | {"scale": "fp32"} | dict.fromkeys(_INTEGERS, "i32")
+    cases = []
+    for model, (heads, size) in models.items():
+        for name, (words, queries, chain) in passes.items():
+            constants = {
+                "KV_HEADS": heads,
+                "GROUP": 1,
+                "D": size,
+                "WORDS": words,
+                "WINDOW": WINDOW,
+                "FAR_ROWS": _far_rows(queries, fixed=False),
+                "CHAIN": chain,
+                "PDL": False,
+            } | _tiles(size, 2, WINDOW)
+            case = f"tree_attention-{model}-{name}"
+            cases.append(
+                CompileCase(case, _tree_attention, signature, constants, matrix=True, aligned=tuple(_POINTERS))
+            )
+    return cases

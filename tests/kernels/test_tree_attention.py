@@ -1,0 +1,386 @@
+"""The reference walks each node's path in fp64, one node and head at a time."""
+
+from dataclasses import dataclass, replace
+
+import numpy
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stagedspec.kernels import tree_attention as module
+from stagedspec.kernels.registry import Scratch
+from stagedspec.kernels.tree_attention import scratch_size, tree_attention
+
+WINDOW = 16
+POISON = 1e4
+
+
+@dataclass
+class Case:
+    """Tokens of B sequences as K, V and Q at every cache row, and the masks of the nodes that a pass evaluates."""
+
+    qkv: torch.Tensor  # [B, N, (H + 2*H_kv)*D]
+    cache: torch.Tensor  # [B, S, 2, H_kv, D]
+    masks: torch.Tensor  # [B, N, W]
+    prefix: torch.Tensor  # [B]
+    heads: int
+    tree_rows: int
+    first_bit: int = 0
+    write: int = 0
+    window: int = WINDOW
+
+    @property
+    def sizes(self):
+        return *self.masks.shape[:2], self.heads, self.cache.shape[3], self.cache.shape[4]
+
+    def run(self, cache=None):
+        """Returns out [B, N, H, D] and the cache after."""
+        cache = self.cache.clone() if cache is None else cache
+        batch, nodes, heads, kv_heads, size = self.sizes
+        device = self.qkv.device
+        out = torch.full((batch * nodes, heads * size), torch.nan, dtype=self.qkv.dtype, device=device)
+        need = scratch_size(batch, nodes, heads, kv_heads, size, cache.shape[1], self.tree_rows)
+        scratch = Scratch.of([need], device)
+        scratch.partials.fill_(torch.nan)
+        tree_attention(
+            self.qkv.flatten(0, 1),
+            cache,
+            self.masks,
+            self.prefix,
+            self.first_bit,
+            self.write,
+            self.tree_rows,
+            size**-0.5,
+            out,
+            scratch,
+            self.window,
+        )
+        assert not scratch.counters.any()
+        return out.view(batch, nodes, heads, size), cache
+
+    def split(self):
+        """q [B, N, H, D], k and v [B, N, H_kv, D]."""
+        batch, nodes, heads, kv_heads, size = self.sizes
+        q, k, v = self.qkv.split((heads * size, kv_heads * size, kv_heads * size), -1)
+        return q.view(batch, nodes, heads, size), *(x.reshape(batch, nodes, kv_heads, size) for x in (k, v))
+
+    def reference(self, dtype):
+        """Each node's path attended to densely in `dtype`."""
+        q, k, v = self.split()
+        nodes, group = q.shape[1], self.heads // self.cache.shape[3]
+        out = torch.zeros_like(q, dtype=dtype)
+        for i_b, rows in enumerate(self.masks.tolist()):
+            prefix = max(self.prefix[i_b].item(), 0)
+            for i_node, words in enumerate(rows):
+                bits = [32 * i + bit for i, word in enumerate(words) for bit in range(32) if word >> bit & 1]
+                if not bits:
+                    continue
+                path = [self.cache[i_b, self.tree_rows + t] for t in range(prefix)]
+                for bit in bits:
+                    own = 0 <= (node := bit - self.first_bit) < nodes
+                    path.append(torch.stack((k[i_b, node], v[i_b, node])) if own else self.cache[i_b, bit])
+                keys, values = torch.stack(path, 1).repeat_interleave(group, 2).to(dtype)  # [path, H, D]
+                scores = (q[i_b, i_node].to(dtype) * keys).sum(-1) * q.shape[-1] ** -0.5
+                out[i_b, i_node] = (scores.softmax(0)[..., None] * values).sum(0)
+        return out
+
+
+def words_of(masks, words):
+    """Masks as Python integers to int32 words [B, N, W]."""
+    flat = [[[mask >> 32 * i & 0xFFFFFFFF for i in range(words)] for mask in row] for row in masks]
+    return torch.tensor(flat, dtype=torch.int64).to(torch.int32)
+
+
+def masks_of(parents):
+    """Masks of a tree whose parents come first; the root's parent is -1."""
+    masks = []
+    for node, parent in enumerate(parents):
+        masks.append((masks[parent] if parent >= 0 else 0) | 1 << node)
+    return masks
+
+
+def make(
+    device, dtype, masks, prefix, positions=300, tree_rows=None, heads=2, kv_heads=2, size=32, first_bit=0, seed=0
+):
+    """Masks [B][N] as integers. Rows of the cache that nobody may read are poisoned, half with NaN."""
+    generator = torch.Generator().manual_seed(seed)
+    batch, nodes = len(masks), len(masks[0])
+    tree_rows = first_bit + nodes if tree_rows is None else tree_rows
+    cache = torch.randn(batch, tree_rows + positions, 2, kv_heads, size, generator=generator)
+    for i_b, count in enumerate(prefix):
+        cache[i_b, tree_rows + max(count, 0) :] = torch.nan if i_b % 2 else POISON
+        cache[i_b, first_bit:tree_rows] = POISON if i_b % 2 else torch.nan
+    return Case(
+        torch.randn(batch, nodes, (heads + 2 * kv_heads) * size, generator=generator).to(device, dtype),
+        cache.to(device, dtype),
+        words_of(masks, (tree_rows + 31) // 32).to(device),
+        torch.tensor(prefix, dtype=torch.int32, device=device),
+        heads,
+        tree_rows,
+        first_bit,
+        first_bit,
+    )
+
+
+def check(case, error_ratio):
+    """The result by the error rule, the appended rows exactly, and no other row touched."""
+    out, cache = case.run()
+    exact = case.reference(torch.float64)
+    assert error_ratio(out, case.reference(case.qkv.dtype), exact) <= 2
+    expected = case.cache.clone()
+    nodes = case.masks.shape[1]
+    expected[:, case.write : case.write + nodes] = torch.stack(case.split()[1:], 2)
+    assert torch.equal(cache.nan_to_num(7.0), expected.nan_to_num(7.0))
+
+
+CHAIN = list(range(-1, 11))
+STAR = [-1] + [0] * 20
+MIXED = [-1, 0, 0, 1, 1, 2, 5, 6, 6, 3, 9, 10, 0, 12, 13, 7, 4]
+
+
+@pytest.mark.parametrize("parents", [[-1], CHAIN, STAR, MIXED], ids=["one", "chain", "star", "mixed"])
+@pytest.mark.parametrize("prefix", [0, 16, 300])
+def test_trees(device, dtype, error_ratio, parents, prefix):
+    check(make(device, dtype, [masks_of(parents)], [prefix], positions=300 + 1), error_ratio)
+
+
+@pytest.mark.parametrize("size", [40, 64, 80, 96, 128, 33])
+def test_head_sizes(device, dtype, error_ratio, size):
+    check(make(device, dtype, [masks_of(MIXED)], [150], size=size), error_ratio)
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(6, 2), (3, 1), (5, 5)])
+def test_grouped_heads_and_ragged_prefixes(device, dtype, error_ratio, heads, kv_heads):
+    tree = masks_of(MIXED)
+    case = make(device, dtype, [tree] * 4, [0, 200, 17, 140], 230, heads=heads, kv_heads=kv_heads)
+    check(case, error_ratio)
+
+
+def test_draft_passes(device, dtype, error_ratio):
+    """Row 0 is the catch-up token; the second pass reads the rows of the first from the cache."""
+    masks = [0b1, 0b11, 0b111, 0b1011, 0b10111, 0b101011]
+    case = make(device, dtype, [masks[4:], masks[4:]], [30, 0], first_bit=4, tree_rows=40)
+    check(case, error_ratio)
+    check(replace(case, window=32), error_ratio)
+
+
+def test_no_committed_row_and_no_catch_up(device, dtype):
+    """With one token the draft's prefix is -1 and the root sees itself alone."""
+    case = make(device, dtype, [[0b01, 0b10, 0b110]], [-1])
+    out, _ = case.run()
+    assert torch.equal(out[0, 1], case.split()[2][0, 1])
+    assert torch.allclose(out.double(), case.reference(torch.float64), atol=1e-3)
+
+
+def test_nodes_that_see_nothing_get_zeros(device, dtype, error_ratio):
+    case = make(device, dtype, [[1, 0, 0b101, 0], [0, 0, 0, 0]], [140, 3])
+    check(case, error_ratio)
+    out, _ = case.run()
+    assert not out[0, [1, 3]].any() and not out[1].any()
+
+
+def test_more_than_128_nodes(device, error_ratio):
+    dtype = torch.float16
+    parents = [-1] + [max(node - 20, 0) for node in range(1, 200)]
+    check(make(device, dtype, [masks_of(parents)], [133], heads=1, kv_heads=1), error_ratio)
+
+
+def test_a_layer_of_a_cache(device, dtype):
+    """The cache may be a slice of all layers."""
+    case = make(device, dtype, [masks_of(MIXED)], [40])
+    layers = torch.full((3, *case.cache.shape), torch.nan, device=device, dtype=dtype)
+    layers[1] = case.cache
+    out, _ = case.run(layers[1])
+    assert torch.equal(out, case.run()[0])
+    assert layers[[0, 2]].isnan().all()
+
+
+@settings(max_examples=8)
+@given(st.data())
+def test_random_trees(data):
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    draw = data.draw
+    nodes, batch, first_bit = draw(st.integers(1, 40)), draw(st.integers(1, 2)), draw(st.integers(0, 3))
+    trees = []
+    for _ in range(batch):
+        parents, depths = [-1], [0]
+        for node in range(1, first_bit + nodes):
+            parent = draw(st.integers(0, node - 1).filter(lambda p: depths[p] < WINDOW - 2))  # noqa: B023
+            parents.append(parent)
+            depths.append(depths[parent] + 1)
+        trees.append(masks_of(parents)[first_bit:])
+    prefix = draw(st.lists(st.integers(0, 160), min_size=batch, max_size=batch))
+    case = make(device, torch.float32, trees, prefix, positions=160, first_bit=first_bit, heads=1, kv_heads=1)
+    out, _ = case.run()
+    assert torch.allclose(out.double(), case.reference(torch.float64), atol=1e-5)
+
+
+# ---------------------------------------------------------------- the same bits
+
+
+@pytest.fixture
+def fixed_order(monkeypatch):
+    """The interpreter multiplies with numpy, whose order of summation depends on the column: make it one for all."""
+
+    def matmul(a, b, dtype):
+        out = numpy.zeros((a.shape[0], b.shape[1]), dtype)
+        for column, row in zip(a.T.astype(dtype), b.astype(dtype), strict=True):
+            out += column[:, None] * row
+        return out
+
+    monkeypatch.setattr(numpy, "matmul", matmul)
+
+
+def committed(case, path):
+    """The first of the tree's nodes `path` committed: the case of what is left when they are in the prefix."""
+    cache = case.cache.clone()
+    _, k, v = case.split()
+    start = case.prefix[0].item()
+    for depth, node in enumerate(path):
+        cache[:, case.tree_rows + start + depth] = torch.stack((k[:, node], v[:, node]), 1)
+    return replace(case, cache=cache, prefix=case.prefix + len(path))
+
+
+@pytest.mark.parametrize("prefix", [0, 5, 140])
+def test_committed_or_in_the_tree(device, dtype, fixed_order, prefix):
+    """Node 5 of a chain, with 0 to 5 of its ancestors committed, evaluated alone."""
+    parents = CHAIN[:6]
+    whole = make(device, dtype, [masks_of(parents)], [prefix])
+    expected = whole.run()[0][:, 5]
+    for count in range(1, 6):
+        after = committed(whole, range(count))
+        masks = masks_of(range(-1, 5 - count))
+        after = replace(after, qkv=after.qkv[:, count:].contiguous(), masks=words_of([masks], 1).to(device))
+        assert torch.equal(after.run()[0][:, -1], expected), count
+
+
+@pytest.fixture(scope="module")
+def wholes():
+    return {}
+
+
+@pytest.fixture
+def whole(wholes, device, dtype, fixed_order):
+    """A case of two trees of 64 nodes, its result and the cache after."""
+    if dtype not in wholes:
+        parents = [-1] + [node - 1 if node % 8 else node // 2 for node in range(1, 64)]
+        case = make(device, dtype, [masks_of(parents)] * 2, [10, 150], 160, heads=1, kv_heads=1)
+        wholes[dtype] = case, *case.run()
+    return wholes[dtype]
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 16, 33, 64])
+def test_alone_or_beside_others(device, dtype, fixed_order, whole, count):
+    """Nodes of a tree of 64 come out the same from a pass of the last `count` nodes, of one sequence or both."""
+    whole, expected, cache = whole
+    first = 64 - count
+    for rows in (slice(0, 1), slice(0, 2)):
+        part = replace(
+            whole,
+            qkv=whole.qkv[rows, first:].contiguous(),
+            masks=whole.masks[rows, first:].contiguous(),
+            cache=cache[rows].contiguous(),
+            prefix=whole.prefix[rows].contiguous(),
+            first_bit=first,
+            write=first,
+        )
+        assert torch.equal(part.run()[0], expected[rows, first:])
+
+
+@pytest.mark.parametrize("heads, kv_heads, size", [(1, 1, 64), (2, 1, 40)])
+def test_prefill_is_decoding(device, dtype, fixed_order, heads, kv_heads, size):
+    """A prompt in chunks longer than the window, and token by token: the same bits."""
+    length, tree_rows, batch = 160, 4, 1
+    case = make(device, dtype, [[0] * length] * batch, [0] * batch, length, tree_rows, heads, kv_heads, size)
+    case.cache[:] = torch.nan
+    chunks, cache = [], case.cache.clone()
+    for start in range(0, length, 90):
+        nodes = min(90, length - start)
+        chunk = replace(
+            case,
+            qkv=case.qkv[:, start : start + nodes].contiguous(),
+            masks=words_of([masks_of(range(-1, nodes - 1))] * batch, 3).to(device),
+            prefix=torch.full_like(case.prefix, start),
+            write=tree_rows + start,
+        )
+        out, cache = chunk.run(cache)
+        chunks.append(out)
+    whole = torch.cat(chunks, 1)
+    one = words_of([[1]] * batch, 1).to(device)
+    for t in (0, 15, 16, 89, 90, 127, 128, 143, 144, 159):
+        step = replace(
+            case,
+            qkv=case.qkv[:, t : t + 1].contiguous(),
+            masks=one,
+            cache=cache,
+            prefix=torch.full_like(case.prefix, t),
+        )
+        assert torch.equal(step.run()[0][:, 0], whole[:, t]), t
+
+
+# ---------------------------------------------------------------- interface
+
+
+def arguments(device):
+    case = make(device, torch.float32, [masks_of(MIXED)], [150])
+    batch, nodes, heads, kv_heads, size = case.sizes
+    need = scratch_size(batch, nodes, heads, kv_heads, size, case.cache.shape[1], case.tree_rows)
+    return {
+        "qkv": case.qkv.flatten(0, 1),
+        "cache": case.cache.nan_to_num(),
+        "masks": case.masks,
+        "prefix": case.prefix,
+        "first_bit": 0,
+        "write": 0,
+        "tree_rows": case.tree_rows,
+        "scale": 0.1,
+        "out": torch.empty(nodes, heads * size, device=device),
+        "scratch": Scratch.of([need], device),
+    }
+
+
+def test_opcheck(device):
+    given = arguments(device)
+    scratch, scale = given.pop("scratch"), given.pop("scale")
+    values = list(given.values())
+    torch.library.opcheck(module._op, (*values[:-1], WINDOW, scale, values[-1], scratch.partials, scratch.counters))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"qkv": torch.zeros(17, 191)}, r"qkv must have the shape \[17, 192\]"),
+        ({"qkv": torch.zeros(17, 192, dtype=torch.float64)}, "qkv must be"),
+        ({"cache": torch.zeros(1, 317, 2, 2, 32, dtype=torch.float16)}, "cache must be torch.float32"),
+        ({"cache": torch.zeros(1, 317, 2, 32, 2).mT}, "cache must be contiguous"),
+        ({"masks": torch.zeros(2, 17, 1, dtype=torch.int32)}, r"masks must have the shape \[1, any, any\]"),
+        ({"masks": torch.zeros(1, 17, 1)}, "masks must be torch.int32"),
+        ({"masks": torch.zeros(1, 17, 0, dtype=torch.int32)}, "masks must have 1 words"),
+        (
+            {"masks": torch.zeros(1, 257, 9, dtype=torch.int32), "out": torch.zeros(257, 64)},
+            "1 to 256 nodes, got masks",
+        ),
+        ({"prefix": torch.zeros(1, dtype=torch.int64)}, "prefix must be torch.int32"),
+        ({"out": torch.zeros(17, 60)}, "out must have"),
+        ({"first_bit": 1}, "must write the rows from first_bit on"),
+        ({"first_bit": 9, "write": 9}, "inside the 17 tree rows"),
+        ({"write": 301}, "end inside the cache"),
+        ({"tree_rows": 400}, "tree_rows must be"),
+        ({"window": 24}, "window must be a power of two"),
+        ({"scratch": Scratch(torch.zeros(5), torch.zeros(5, dtype=torch.int32))}, "see scratch_size"),
+    ],
+)
+def test_errors_name_what_was_expected(device, change, message):
+    change = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in change.items()}
+    if "scratch" in change:
+        scratch = change["scratch"]
+        change["scratch"] = Scratch(scratch.partials.to(device), scratch.counters.to(device))
+    with pytest.raises(ValueError, match=message):
+        tree_attention(**arguments(device) | change)
+
+
+def test_compile_cases_are_complete():
+    """Every argument of the kernel is either in the signature or a constant."""
+    for case in module.compile_cases():
+        assert {*case.signature, *case.constexprs} == set(case.kernel.arg_names)
