@@ -63,8 +63,9 @@ def cases(match: str) -> list[tuple[str, int]]:
     return [
         (module, index)
         for module in MODULES
+        if match.split(":")[0] in module or ":" not in match
         for index, case in enumerate(import_module(f"stagedspec.kernels.{module}").compile_cases())
-        if match in f"{module} {case.name}"
+        if match in f"{module}: {case.name}"
     ]
 
 
