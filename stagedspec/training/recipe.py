@@ -75,8 +75,8 @@ typer rich pygments markdown imageio PIL yaml attr setuptools pip wheel _pytest 
 formulaic sacrebleu
 """
 EMBEDDED_SOURCES = tuple(_PACKAGES.split())
-_TARGET_FIT = FitConfig(tokens=440_000_000, batch=64, block=512, learning_rate=3e-3, checkpoint_seconds=60)
-_DRAFT_FIT = FitConfig(tokens=320_000_000, batch=64, block=512, learning_rate=6e-3, seed=1, checkpoint_seconds=60)
+_TARGET_FIT = FitConfig(tokens=400_000_000, batch=64, block=512, learning_rate=3e-3, checkpoint_seconds=60)
+_DRAFT_FIT = FitConfig(tokens=280_000_000, batch=64, block=512, learning_rate=6e-3, seed=1, checkpoint_seconds=60)
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,8 @@ class TrainConfig:
     target_fit: FitConfig = _TARGET_FIT
     draft_fit: FitConfig = _DRAFT_FIT
     sample_share: float = 0.75
-    overlap_weight: float = 0.0
-    target_samples: int = 10_485_760
+    overlap_weight: float = 3.0
+    target_samples: int = 8_388_608
     target_temperatures: tuple[float, ...] = (1.0, 1.0, 0.5, 0.1)
     target_rows: int = 4096
     target_length: int = 256
