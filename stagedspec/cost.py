@@ -23,7 +23,7 @@ from stagedspec.tree import TreeConfig
 # hard stretches, (share of the text, how often the target takes the draft's first, second, ... child, how often draft²
 # names the draft's first child). Made by `bench/ranks.py --fit` with the embedded trio on prompts that bench/decode.py
 # does not use: means measured, the split fitted to tokens and passes per step of 18 trees. Sampled: --limit 6
-# --max-new-tokens 64, tokens within 4% for each of them. Greedy: of the previous trio, within 7%. A prior for the shape
+# --max-new-tokens 64, tokens within 5% for each of them. Greedy: of the previous trio, within 7%. A prior for the shape
 # of the tree, not a result.
 STRETCHES = {
     False: (
