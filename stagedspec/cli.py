@@ -514,7 +514,7 @@ def train(
     preset: Annotated[
         str,
         typer.Option(
-            help="embedded (what is shipped: 11 minutes on an H100), embedded-cpu (the same sizes on far less data: "
+            help="embedded (what is shipped: 10 minutes on an H100), embedded-cpu (the same sizes on far less data: "
             "hours on 2 CPU cores), tiny (a trial: a minute) or gpt2-large (one GPU)."
         ),
     ] = "embedded",

@@ -3,7 +3,8 @@
 import json
 import platform
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -18,13 +19,19 @@ def source_line(source: str) -> str:
         return f"The Python standard library {platform.python_version()} (PSF-2.0)"
     if Path(source).expanduser().is_dir():
         return f"The folder `{Path(source).expanduser().resolve().name}` (licence: see there)"
-    names = metadata.packages_distributions().get(source)
+    names = _distributions().get(source)
     if names:
         found = metadata.metadata(names[0])
         return f"{found['Name']} {found['Version']} ({_licence(found)})"
     if source in sys.stdlib_module_names:
         return f"The Python standard library {platform.python_version()}, package `{source}` (PSF-2.0)"
     return f"{source_folder(source).name} (licence: see there)"
+
+
+@cache
+def _distributions() -> Mapping[str, list[str]]:
+    """Import names to the distributions they come from: reading what is installed takes a second."""
+    return metadata.packages_distributions()
 
 
 def _licence(found) -> str:

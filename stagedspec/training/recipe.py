@@ -75,8 +75,8 @@ typer rich pygments markdown imageio PIL yaml attr setuptools pip wheel _pytest 
 formulaic sacrebleu
 """
 EMBEDDED_SOURCES = tuple(_PACKAGES.split())
-_TARGET_FIT = FitConfig(tokens=600_000_000, batch=64, block=512, learning_rate=3e-3, checkpoint_seconds=60)
-_DRAFT_FIT = FitConfig(tokens=400_000_000, batch=64, block=512, learning_rate=6e-3, seed=1, checkpoint_seconds=60)
+_TARGET_FIT = FitConfig(tokens=400_000_000, batch=64, block=512, learning_rate=3e-3, checkpoint_seconds=60)
+_DRAFT_FIT = FitConfig(tokens=280_000_000, batch=64, block=512, learning_rate=6e-3, seed=1, checkpoint_seconds=60)
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,7 @@ class TrainConfig:
     sources:            what corpus.source_folder takes: "stdlib", installed packages, folders.
     target, draft:      sizes; target_fit, draft_fit: their training.
     sample_share:       part of the draft's training batches that is the target's own text.
+    overlap_weight:     of the total variation in the draft's loss, see distil.distillation_loss.
     target_samples:     tokens of it, at target_temperatures in turn; target_rows x target_length tokens a shard.
     draft_samples:      tokens that the n-gram is fitted on, at draft_temperature; draft_rows x draft_length a shard.
     longest_prompt:     sampled rows begin with 1 to this many tokens of the corpus.
@@ -98,15 +99,16 @@ class TrainConfig:
     """
 
     sources: tuple[str, ...] = EMBEDDED_SOURCES
-    vocab_size: int = 4096
+    vocab_size: int = 2048
     n_positions: int = 512
-    target: Shape = Shape(layers=4, width=384, heads=6, inner=1472)
-    draft: Shape = Shape(layers=2, width=96, heads=3, inner=128)
+    target: Shape = Shape(layers=4, width=384, heads=6, inner=1728)
+    draft: Shape = Shape(layers=2, width=96, heads=3, inner=640)
     target_fit: FitConfig = _TARGET_FIT
     draft_fit: FitConfig = _DRAFT_FIT
     sample_share: float = 0.75
-    target_samples: int = 16_777_216
-    target_temperatures: tuple[float, ...] = (1.0, 0.5, 0.1)
+    overlap_weight: float = 3.0
+    target_samples: int = 8_388_608
+    target_temperatures: tuple[float, ...] = (1.0, 1.0, 0.5, 0.1)
     target_rows: int = 4096
     target_length: int = 256
     draft_samples: int = 8_388_608
@@ -145,6 +147,8 @@ class TrainConfig:
                 raise ValueError(f"{name}_micro_batch must divide the batch of {batch}, got {micro}")
         if not 0 <= self.sample_share <= 1:
             raise ValueError(f"sample_share must be from 0 to 1, got {self.sample_share}")
+        if not 0 <= self.overlap_weight < math.inf:
+            raise ValueError(f"overlap_weight must be a number from 0 on, got {self.overlap_weight}")
         temperatures = (*self.target_temperatures, self.draft_temperature)
         if not self.target_temperatures or not all(0 < t < math.inf for t in temperatures):
             raise ValueError(f"temperatures must be positive numbers, got {temperatures}")
@@ -335,7 +339,7 @@ class _Run:
             config.draft_fit,
             self.out / "draft",
             lambda step: distil.mixed_blocks(corpus.train, samples, config.sample_share, config.draft_fit, step),
-            distil.distillation_loss(target),
+            distil.distillation_loss(target, config.overlap_weight),
             report,
             lambda: distil.acceptance(target, draft, blocks) | heldout(draft, corpus, config.draft_fit.block),
             config.evaluate_every,
