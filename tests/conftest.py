@@ -8,10 +8,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may wait for a network
 import pytest
 import torch
 from hypothesis import settings
-from transformers import GPT2Config, GPT2LMHeadModel
 
+# Before anything imports triton, as transformers does: its own functions are interpreted or not from then on.
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is defined
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from transformers import GPT2Config, GPT2LMHeadModel
 
 torch.set_num_threads(1)
 settings.register_profile("repeatable", deadline=None, derandomize=True)
