@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 
 from stagedspec.kernels.philox import gumbel_at, gumbel_tile
-from stagedspec.kernels.registry import CompileCase, check_runs, check_tensor, pdl, register
+from stagedspec.kernels.registry import check_runs, check_tensor, pdl, register
 
 GROUP = 64  # tokens that share one maximum
 SLICE = 2048  # tokens of one program of `scan`
@@ -89,7 +89,9 @@ def add_noise(
 
 
 @triton.jit
-def store_groups(scores, first, rows, kept, p_maxima, p_masses, G, MASSES: tl.constexpr, T: tl.constexpr, R: tl.constexpr):
+def store_groups(
+    scores, first, rows, kept, p_maxima, p_masses, G, MASSES: tl.constexpr, T: tl.constexpr, R: tl.constexpr
+):
     """Largest score [M, G] of each group, and its mass relative to that in fixed point; absent tokens are -inf."""
     grouped = tl.reshape(scores, (T // _GROUP, _GROUP, R))
     maxima = tl.max(grouped, 1)  # [T / 64, R]
@@ -331,7 +333,9 @@ def select_kernel(
                 values = tl.where(left, values, float("-inf"))
                 here = tl.max(values, 0)
                 token = tl.min(tl.where(left & (values == here), tokens, V), 0)
-                winner_id = tl.where(here > winner, token, tl.where(here == winner, tl.minimum(token, winner_id), winner_id))
+                winner_id = tl.where(
+                    here > winner, token, tl.where(here == winner, tl.minimum(token, winner_id), winner_id)
+                )
                 winner = tl.maximum(here, winner)
             logprob = tl.minimum(winner - best - tl.log(normaliser), -1e-4)
             possible = winner > float("-inf")
@@ -406,7 +410,8 @@ def launch_select(
         out if logprobs is None else logprobs, positions.shape[1], scale[1], top_p, min_p,
         V=vocab_size, G=groups, GROUPS=triton.next_power_of_2(groups), SCALING=scale[0], NOISE=kind,
         TOP_K=top_k if 0 < top_k < vocab_size else 0, TOP_P=top_p < 1.0, MIN_P=min_p > 0.0,
-        CHILDREN=0 if logprobs is None else out.shape[1], WHOLE=whole, BLOCK=BLOCK, SPAN=SPAN, PDL=use_pdl,
+        CHILDREN=0 if logprobs is None else out.shape[1], WHOLE=whole, BLOCK=min(BLOCK, triton.next_power_of_2(vocab_size)),
+        SPAN=min(SPAN, triton.next_power_of_2(groups)), PDL=use_pdl,
         num_warps=8, **options,
     )  # fmt: skip
 
@@ -414,11 +419,12 @@ def launch_select(
 def _scan(logits, noise, seeds, streams, positions, scores, maxima, masses, best, ids, counters, out, scale, kind,
           choose, need_masses):  # fmt: skip
     rows, vocab_size = logits.shape
-    slices = -(-vocab_size // SLICE)
+    size = min(SLICE, max(GROUP, triton.next_power_of_2(vocab_size)))
+    slices = -(-vocab_size // size)
     use_pdl, options = launch_options(logits.device)
     scan_kernel[(rows, slices)](
         logits, logits if noise is None else noise, seeds, streams, positions, scores, maxima, masses, best, ids, counters,
-        out, positions.shape[1], scale[1], V=vocab_size, G=groups_of(vocab_size), T=SLICE, SLICES=slices, SLICES_UP=triton.next_power_of_2(slices),
+        out, positions.shape[1], scale[1], V=vocab_size, G=groups_of(vocab_size), T=size, SLICES=slices, SLICES_UP=triton.next_power_of_2(slices),
         SCALING=scale[0], NOISE=kind, CHOOSE=choose, MASSES=need_masses, SCORES=scores is not logits, PDL=use_pdl,
         num_warps=4, **options,
     )  # fmt: skip
@@ -506,7 +512,9 @@ def check_sampling(
     check_tensor(op, "scratch.counters", scratch.counters, (None,), torch.int32, device)
     got = scratch.partials.numel(), scratch.counters.numel()
     if got[0] < needed[0] or got[1] < needed[1]:
-        raise ValueError(f"{op}: scratch must hold (partials, counters) of at least {needed}, got {got}; see scratch_size")
+        raise ValueError(
+            f"{op}: scratch must hold (partials, counters) of at least {needed}, got {got}; see scratch_size"
+        )
 
 
 def check_children(op, rows, vocab_size, device, out_tokens, out_logprobs):

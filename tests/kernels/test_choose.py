@@ -108,7 +108,7 @@ def cases(draw):
 
 
 @given(cases())
-@settings(max_examples=60)
+@settings(max_examples=60 if DEVICE.type == "cuda" else 20)
 def test_choice_on_given_noise_is_the_rules(case):
     """Against the fp64 rule wherever no threshold is within rounding, and there against the torch reference too."""
     logits, noise, options = case
@@ -158,7 +158,7 @@ def g_test(counts, expected):
 def test_frequencies(name):
     rows, rounds = (512, 2) if DEVICE.type == "cpu" else (65536, 16)
     if name != "plain" and DEVICE.type == "cpu":
-        rows = 256
+        rows, rounds = 150, 1
     generator = torch.Generator().manual_seed(2)
     one = torch.randn(1, 13, generator=generator) * 1.5
     options = WARPERS[name] | ({"top_k": 6} if "top_k" in WARPERS[name] else {})
