@@ -1,0 +1,293 @@
+"""The language model's head: final LayerNorm, logits, and the choice of a token a node, in one operation.
+
+    h      = LayerNorm(x)                           x [M, d], rounded to the head's dtype
+    logits = h @ head.T                             head [V, d], fp32 accumulation, never rounded below fp32
+    lm_head_choose: out [M] = choose(logits)                        (`reference.choose`)
+    lm_head_topm:   the draft's m children and log-probabilities    (`reference.choose_children`)
+
+Bytes: the head once, V*d elements; for greedy and plain temperature sampling nothing else of size. With top-k, top-p
+or min-p, and for children, the fp32 logits go through memory, 8*M*V bytes that stay in L2 at M = 64.
+
+Kernels. `norm_kernel`, one program a row: every program of the matrix multiply would otherwise compute the same
+statistics again. `head_kernel`: some programs a multiprocessor, each takes vocabulary tiles in turn. The weight tile is
+the left operand of `tl.dot`, the tokens the narrow right one, so that every M meets the same instructions in the same
+order of K. While a tile is in registers its scores get their noise, and its best token is kept, or the groups' maxima
+for `choose.select_kernel` are written. The last program to finish reduces the programs' best: maxima and lowest ids
+have no order, so neither the number of programs nor M can change a bit.
+"""
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+
+from stagedspec.kernels.choose import (
+    SAMPLING,
+    Parts,
+    add_noise,
+    best_of,
+    check_children,
+    check_sampling,
+    groups_of,
+    launch_options,
+    launch_select,
+    noise_kind,
+    rounded,
+    scale_logits,
+    scaling,
+    store_groups,
+    warped,
+)
+from stagedspec.kernels.configs import config
+from stagedspec.kernels.registry import check_runs, check_tensor, register
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@triton.jit
+def norm_kernel(p_x, p_weight, p_bias, p_out, epsilon, K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """LayerNorm of one row, in fp32, written in the dtype of p_out."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    at = tl.arange(0, BLOCK)
+    inside = at < K
+    weight = tl.load(p_weight + at, inside, 0.0).to(tl.float32)
+    bias = tl.load(p_bias + at, inside, 0.0).to(tl.float32)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    row = tl.program_id(0).to(tl.int64) * K
+    x = tl.load(p_x + row + at, inside, 0.0).to(tl.float32)
+    centred = tl.where(inside, x - tl.sum(x, 0) / K, 0.0)
+    scale = 1.0 / tl.sqrt(tl.sum(centred * centred, 0) / K + epsilon)
+    tl.store(p_out + row + at, (centred * scale * weight + bias).to(p_out.dtype.element_ty), inside)
+
+
+@triton.jit
+def head_kernel(
+    p_x, p_head, p_noise, p_seeds, p_streams, p_positions, p_logits, p_maxima, p_masses, p_best, p_ids, p_counters, p_out,
+    M, N, scale, V: tl.constexpr, K: tl.constexpr, G: tl.constexpr, T: tl.constexpr, R: tl.constexpr,
+    BLOCK_K: tl.constexpr, SCALING: tl.constexpr, NOISE: tl.constexpr, CHOOSE: tl.constexpr, STORE: tl.constexpr,
+    MASSES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Program (p, c): vocabulary tiles p, p + programs, ... for rows c * R .. + R.
+
+    CHOOSE: keep the best token, reduced by the last program. Else the groups' maxima and masses of the scores.
+    STORE 0: no logits in memory; 1: the logits; 2: the scores, noise included.
+    """
+    i_program, i_chunk = tl.program_id(0), tl.program_id(1)
+    programs = tl.num_programs(0)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    rows = i_chunk * R + tl.arange(0, R)  # [R]
+    kept = rows < M
+    safe = tl.minimum(rows, M - 1)
+    depth = tl.arange(0, BLOCK_K)
+    top = tl.full((R,), float("-inf"), tl.float32)
+    chosen = tl.full((R,), V, tl.int32)
+    p_right = p_x + safe[None, :].to(tl.int64) * K + depth[:, None]  # [BLOCK_K, R]
+    for tile in range(i_program, (V + T - 1) // T, programs):
+        first = tile * T
+        tokens = first + tl.arange(0, T)  # [T]
+        p_left = p_head + tl.minimum(tokens, V - 1)[:, None].to(tl.int64) * K + depth[None, :]  # [T, BLOCK_K]
+        scores = tl.full((T, R), 0.0, tl.float32)
+        for start in range(0, K, BLOCK_K):
+            if K % BLOCK_K == 0:
+                left, right = tl.load(p_left + start), tl.load(p_right + start)
+            else:
+                left = tl.load(p_left + start, (start + depth < K)[None, :], 0.0)
+                right = tl.load(p_right + start, (start + depth < K)[:, None], 0.0)
+            scores = tl.dot(left, right, scores, input_precision="ieee")  # [T, R]
+        real = (tokens < V)[:, None] & kept[None, :]
+        at = safe[None, :].to(tl.int64) * V + tokens[:, None]
+        if STORE == 1:
+            tl.store(p_logits + at, scores, real)
+        scores = scale_logits(scores, scale, SCALING)
+        scores = add_noise(
+            scores, first, tokens, safe, real, p_noise, p_seeds, p_streams, p_positions, V, N, NOISE, T, R
+        )
+        if STORE == 2:
+            tl.store(p_logits + at, scores, real)
+        scores = tl.where((tokens < V)[:, None], scores, float("-inf"))
+        if CHOOSE:
+            best, ids = best_of(scores, tokens, V)
+            chosen = tl.where(best > top, ids, tl.where(best == top, tl.minimum(ids, chosen), chosen))
+            top = tl.maximum(best, top)
+        else:
+            store_groups(scores, first, rows, kept, p_maxima, p_masses, G, MASSES, T, R)
+    if CHOOSE:
+        tl.store(p_best + i_program * M + rows, top, kept)
+        tl.store(p_ids + i_program * M + rows, chosen, kept)
+        tl.debug_barrier()
+        if tl.atomic_add(p_counters + i_chunk, 1, sem="acq_rel") == programs - 1:
+            for other in range(0, programs):
+                best = tl.load(p_best + other * M + rows, kept, float("-inf"), cache_modifier=".cg")
+                ids = tl.load(p_ids + other * M + rows, kept, V, cache_modifier=".cg")
+                chosen = tl.where(best > top, ids, tl.where(best == top, tl.minimum(ids, chosen), chosen))
+                top = tl.maximum(best, top)
+            tl.store(p_out + rows, tl.minimum(chosen, V - 1), kept)
+            tl.store(p_counters + i_chunk, 0)
+
+
+# ---------------------------------------------------------------- launchers
+
+ROWS = 128  # most rows of one program
+PROGRAMS = 512  # most programs along the vocabulary
+
+
+@cache
+def _settings(vocab_size: int, width: int, device: torch.device) -> dict:
+    if device.type != "cuda":
+        return {"tile": 64, "warps": 4, "stages": 2, "programs": 3}
+    properties = torch.cuda.get_device_properties(device)
+    default = {"tile": 128, "warps": 4, "stages": 4, "programs": 2 * properties.multi_processor_count}
+    return config("lm_head", (vocab_size, width), properties.name, default)
+
+
+def block_k(width: int, dtype: torch.dtype) -> int:
+    """The step along K, by the weight's shape alone."""
+    return min(64 if dtype.itemsize < 4 else 32, max(16, triton.next_power_of_2(width)))
+
+
+def _norm_elements(rows: int, width: int) -> int:
+    return rounded(rows * width)  # fp32 or less each
+
+
+def scratch_size(rows: int, vocab_size: int, width: int) -> tuple[int, int]:
+    """Partials and counters for M rows of either operation."""
+    groups = rounded(rows * groups_of(vocab_size))
+    through_memory = 3 * groups + 3 * rounded(rows * vocab_size)
+    return _norm_elements(rows, width) + max(through_memory, 2 * rounded(PROGRAMS * rows)), -(-rows // 16)
+
+
+def _head(x, norm_weight, norm_bias, epsilon, head, noise, seeds, streams, positions, logits, maxima, masses, best, ids,
+          counters, out, normed, scale, kind, choose, store, need_masses):  # fmt: skip
+    (rows, width), vocab_size = x.shape, head.shape[0]
+    settings = _settings(vocab_size, width, x.device)
+    use_pdl, options = launch_options(x.device)
+    norm_kernel[(rows,)](
+        x, norm_weight, norm_bias, normed, epsilon, K=width, BLOCK=triton.next_power_of_2(width), PDL=use_pdl,
+        num_warps=4, **options,
+    )  # fmt: skip
+    tile, block = settings["tile"], min(ROWS, max(16, triton.next_power_of_2(rows)))
+    programs = min(-(-vocab_size // tile), settings["programs"], PROGRAMS)
+    head_kernel[(programs, -(-rows // block))](
+        normed, head, x if noise is None else noise, seeds, streams, positions, logits, maxima, masses, best, ids,
+        counters, out, rows, positions.shape[1], scale[1], V=vocab_size, K=width, G=groups_of(vocab_size), T=tile,
+        R=block, BLOCK_K=block_k(width, head.dtype), SCALING=scale[0], NOISE=kind, CHOOSE=choose, STORE=store,
+        MASSES=need_masses, PDL=use_pdl, num_warps=settings["warps"] * (2 if block > 64 else 1),
+        num_stages=settings["stages"], **options,
+    )  # fmt: skip
+
+
+def _launch_choose(
+    x, norm_weight, norm_bias, epsilon, head, seeds, streams, positions, temperature, top_k, top_p, min_p, greedy, noise,
+    logits, out, partials, counters,
+):  # fmt: skip
+    rows, vocab_size = x.shape[0], head.shape[0]
+    scale, kind = scaling(greedy, temperature), noise_kind(greedy, noise)
+    parts = Parts(partials)
+    normed = parts.take(rows * x.shape[1])[: -(-rows * x.shape[1] * head.dtype.itemsize // 4)].view(head.dtype)
+    norm = x, norm_weight, norm_bias, epsilon, head
+    if not warped(greedy, top_k, top_p, min_p, vocab_size):
+        best, ids = parts.take(PROGRAMS * rows), parts.take(PROGRAMS * rows, torch.int32)
+        _head(*norm, noise, seeds, streams, positions, best if logits is None else logits, best, ids, best, ids,
+              counters, out, normed, scale, kind, True, int(logits is not None), False)  # fmt: skip
+        return
+    groups = rows * groups_of(vocab_size)
+    maxima, masses = parts.take(groups), parts.take(groups, torch.int32)
+    if logits is None:
+        logits = parts.take(rows * vocab_size).view(rows, vocab_size)
+    need = top_p < 1.0 and not 0 < top_k < vocab_size
+    _head(*norm, None, seeds, streams, positions, logits, maxima, masses, maxima, masses, counters, out, normed, scale, 0,
+          False, 1, need)  # fmt: skip
+    launch_select(logits, maxima, masses, parts, noise, seeds, streams, positions, scale, top_k, top_p, min_p, kind, out,
+                  None, False)  # fmt: skip
+
+
+def _launch_topm(
+    x, norm_weight, norm_bias, epsilon, head, seeds, streams, positions, temperature, top_k, top_p, min_p, greedy,
+    sharpness, noise, out_tokens, out_logprobs, partials, counters,
+):  # fmt: skip
+    rows, vocab_size = x.shape[0], head.shape[0]
+    scale, kind = scaling(greedy, temperature, sharpness), noise_kind(greedy, noise)
+    parts = Parts(partials)
+    normed = parts.take(rows * x.shape[1])[: -(-rows * x.shape[1] * head.dtype.itemsize // 4)].view(head.dtype)
+    groups = rows * groups_of(vocab_size)
+    maxima, masses = parts.take(groups), parts.take(groups, torch.int32)
+    logits = parts.take(rows * vocab_size).view(rows, vocab_size)
+    whole = not warped(greedy, top_k, top_p, min_p, vocab_size)
+    need = whole or (top_p < 1.0 and not 0 < top_k < vocab_size)
+    _head(x, norm_weight, norm_bias, epsilon, head, noise, seeds, streams, positions, logits, maxima, masses, maxima,
+          masses, counters, out_tokens, normed, scale, kind if whole else 0, False, 2 if whole else 1, need)  # fmt: skip
+    if whole:
+        scale, kind, noise = (0, 1.0), 0, None
+    launch_select(logits, maxima, masses, parts, noise, seeds, streams, positions, scale, top_k, top_p, min_p, kind,
+                  out_tokens, out_logprobs, whole)  # fmt: skip
+
+
+_HEAD = "Tensor x, Tensor norm_weight, Tensor norm_bias, float epsilon, Tensor head"
+
+_choose = register(
+    f"lm_head_choose({_HEAD}, {SAMPLING}, Tensor? noise, Tensor(a!)? logits, Tensor(b!) out, Tensor(c!) partials, "
+    "Tensor(d!) counters) -> ()",
+    _launch_choose,
+)
+_topm = register(
+    f"lm_head_topm({_HEAD}, {SAMPLING}, float sharpness, Tensor? noise, Tensor(a!) out_tokens, Tensor(b!) out_logprobs, "
+    "Tensor(c!) partials, Tensor(d!) counters) -> ()",
+    _launch_topm,
+)
+
+
+# ---------------------------------------------------------------- public functions
+
+
+def _check(op, x, norm_weight, norm_bias, head):
+    check_tensor(op, "x", x, (None, None), FLOATS, x.device)
+    check_tensor(op, "norm_weight", norm_weight, (x.shape[1],), FLOATS, x.device)
+    check_tensor(op, "norm_bias", norm_bias, (x.shape[1],), FLOATS, x.device)
+    check_tensor(op, "head", head, (None, x.shape[1]), x.dtype, x.device)
+
+
+def lm_head_choose(
+    x, norm_weight, norm_bias, epsilon, head, seeds, streams, positions, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0,
+    greedy=False, noise=None, logits=None, out, scratch,
+):  # fmt: skip
+    """One token a node: x [M, d] (hidden states before the final norm), head [V, d] of x's dtype -> out [M] int32.
+
+    logits: [M, V] fp32 to fill, or None. The sampling arguments are those of `choose.choose`.
+
+    Raises ValueError for a wrong shape, dtype, device or layout, a setting out of range, or too little scratch memory.
+    """
+    op = "lm_head_choose"
+    _check(op, x, norm_weight, norm_bias, head)
+    rows, vocab_size = x.shape[0], head.shape[0]
+    check_sampling(op, rows, vocab_size, x.device, seeds, streams, positions, temperature, top_k, top_p, min_p, noise,
+                   scratch, scratch_size(rows, vocab_size, x.shape[1]))  # fmt: skip
+    check_tensor(op, "out", out, (rows,), torch.int32, x.device)
+    if logits is not None:
+        check_tensor(op, "logits", logits, (rows, vocab_size), torch.float32, x.device)
+    check_runs(x, op)
+    _choose(x, norm_weight, norm_bias, epsilon, head, seeds, streams, positions, temperature, top_k, top_p, min_p, greedy,
+            noise, logits, out, scratch.partials, scratch.counters)  # fmt: skip
+
+
+def lm_head_topm(
+    x, norm_weight, norm_bias, epsilon, head, seeds, streams, positions, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0,
+    greedy=False, sharpness=1.0, noise=None, out_tokens, out_logprobs, scratch,
+):  # fmt: skip
+    """The draft's m children a node: out_tokens [M, m] int32, out_logprobs [M, m] fp32 (see `choose.choose_children`).
+
+    The other arguments and the errors are those of `lm_head_choose`; sharpness multiplies the logits when greedy.
+    """
+    op = "lm_head_topm"
+    _check(op, x, norm_weight, norm_bias, head)
+    rows, vocab_size = x.shape[0], head.shape[0]
+    check_sampling(op, rows, vocab_size, x.device, seeds, streams, positions, temperature, top_k, top_p, min_p, noise,
+                   scratch, scratch_size(rows, vocab_size, x.shape[1]))  # fmt: skip
+    check_children(op, rows, vocab_size, x.device, out_tokens, out_logprobs)
+    check_runs(x, op)
+    _topm(x, norm_weight, norm_bias, epsilon, head, seeds, streams, positions, temperature, top_k, top_p, min_p, greedy,
+          sharpness, noise, out_tokens, out_logprobs, scratch.partials, scratch.counters)  # fmt: skip

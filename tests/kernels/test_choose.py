@@ -1,0 +1,259 @@
+"""Choosing over logits in memory: equal to the reference on explicit noise; distributed as it must be on its own."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stagedspec.kernels import choose as kernels
+from stagedspec.kernels import reference
+from stagedspec.kernels.registry import Scratch
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+WARPERS = {
+    "plain": {},
+    "temperature": {"temperature": 0.7},
+    "top_k": {"top_k": 5},
+    "top_p": {"top_p": 0.83},
+    "min_p": {"min_p": 0.07},
+    "top_k-top_p": {"temperature": 1.3, "top_k": 40, "top_p": 0.77},
+    "all": {"temperature": 0.9, "top_k": 20, "top_p": 0.93, "min_p": 0.02},
+}
+
+
+def counters(batch, nodes, seed=7):
+    return (
+        torch.full((batch,), seed, device=DEVICE),
+        torch.arange(batch, dtype=torch.int32, device=DEVICE),
+        (torch.arange(batch * nodes, dtype=torch.int32, device=DEVICE) % 11 + 3).view(batch, nodes),
+    )
+
+
+def scratch_for(rows, vocab_size):
+    scratch = Scratch.of([kernels.scratch_size(rows, vocab_size)], DEVICE)
+    scratch.partials.fill_(torch.nan)
+    return scratch
+
+
+def choose(logits, batch=1, at=None, **settings):
+    rows, vocab_size = logits.shape
+    scratch = scratch_for(rows, vocab_size)
+    out = torch.full((rows,), -1, dtype=torch.int32, device=DEVICE)
+    at = at or counters(batch, rows // batch)
+    kernels.choose(logits, *at, **settings, out=out, scratch=scratch)
+    assert not scratch.counters.any(), "counters are zero between kernels"
+    return out
+
+
+def children(logits, count, batch=1, **settings):
+    rows, vocab_size = logits.shape
+    tokens = torch.full((rows, count), -1, dtype=torch.int32, device=DEVICE)
+    logprobs = torch.full((rows, count), torch.nan, device=DEVICE)
+    kernels.choose_children(
+        logits, *counters(batch, rows // batch), **settings, out_tokens=tokens, out_logprobs=logprobs,
+        scratch=scratch_for(rows, vocab_size),
+    )  # fmt: skip
+    return tokens, logprobs
+
+
+def warping(settings):
+    none = {"temperature": 1.0, "top_k": None, "top_p": None, "min_p": None}
+    return none | {key: value or None for key, value in settings.items()}
+
+
+def exact_warp(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+    """The rule by sorting, in fp64, a row at a time: the kept tokens [M, V], and whether a threshold is too close."""
+    kept = torch.zeros_like(logits, dtype=torch.bool)
+    close = torch.zeros(len(logits), dtype=torch.bool)
+    for row, values in enumerate((logits.cpu() / temperature).double()):
+        alive = values > float("-inf")
+        if 0 < top_k < len(values):
+            alive &= values >= values.sort(descending=True).values[top_k - 1]
+        if top_p < 1.0:
+            masked = values.masked_fill(~alive, float("-inf"))
+            ordered, order = masked.sort(stable=True)
+            total = ordered.softmax(-1).cumsum(-1)
+            drop = total <= 1.0 - top_p
+            drop[-1] = False
+            close[row] |= bool(((total[:-1] - (1.0 - top_p)).abs() < 2e-6).any())
+            alive[order[drop]] = False
+        if min_p > 0.0:
+            ratio = (values - values.max()).exp()
+            close[row] |= bool(((ratio / min_p - 1).abs() < 1e-5)[ratio < 1].any())
+            alive &= ratio >= min_p
+        kept[row] = alive.to(kept.device)
+    return kept, close
+
+
+@st.composite
+def cases(draw):
+    size = draw(st.sampled_from([1, 5, 61, 64, 65, 257]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 999)))
+    logits = torch.randn(3, size, generator=generator) * draw(st.sampled_from([0.3, 2.0, 6.0]))
+    if draw(st.booleans()):
+        logits = logits.round()  # ties
+    if draw(st.booleans()):
+        logits[torch.rand(3, size, generator=generator) < 0.3] = float("-inf")
+        logits[:, size // 2] = 0.0
+    noise = torch.randn(3, size, generator=generator)
+    if draw(st.booleans()):
+        noise = noise.round()  # ties of the sums
+    settings = {
+        "temperature": draw(st.sampled_from([1.0, 0.3, 1.7])),
+        "top_k": draw(st.sampled_from([0, 1, 2, 7, 50, 300])),
+        "top_p": draw(st.sampled_from([1.0, 0.999, 0.83, 0.47, 1e-6])),
+        "min_p": draw(st.sampled_from([0.0, 1e-4, 0.07, 1.0])),
+    }
+    return logits.to(DEVICE), noise.to(DEVICE), settings
+
+
+@given(cases())
+@settings(max_examples=60 if DEVICE.type == "cuda" else 20)
+def test_choice_on_given_noise_is_the_rules(case):
+    """Against the fp64 rule wherever no threshold is within rounding, and there against the torch reference too."""
+    logits, noise, options = case
+    ours = choose(logits, noise=noise, **options)
+    kept, close = exact_warp(logits, **options)
+    scores = (logits if options["temperature"] == 1.0 else logits / options["temperature"]) + noise
+    expected = scores.masked_fill(~kept, float("-inf")).argmax(-1)
+    plain = reference.warp(logits, **warping(options)) + noise
+    for row in range(len(logits)):
+        if not close[row]:
+            assert ours[row] == expected[row] == plain[row].argmax(), (row, options)
+
+
+@pytest.mark.parametrize("name", WARPERS)
+@pytest.mark.parametrize("vocab_size", [61, 1003])
+def test_choice_by_counters(name, vocab_size):
+    """Made noise differs from the reference's by an ulp or two: the same token unless two scores are that close."""
+    generator = torch.Generator().manual_seed(1)
+    logits = (torch.randn(6, vocab_size, generator=generator) * 3).to(DEVICE)
+    seeds, streams, positions = counters(2, 3)
+    ours = choose(logits, 2, **WARPERS[name])
+    noise = reference.gumbel_noise(seeds, streams.long(), positions.long(), vocab_size).flatten(0, 1)
+    scores = reference.warp(logits, **warping(WARPERS[name])) + noise
+    best = scores.topk(2, -1).values
+    sure = best[:, 0] - best[:, 1] > 1e-5
+    assert sure.all(), "choose another seed"
+    assert torch.equal(ours.long(), scores.argmax(-1))
+
+
+def test_greedy():
+    logits = torch.zeros(3, 257, device=DEVICE)
+    logits[0, [70, 200]] = 1.0
+    logits[1, 256] = 1e-3
+    assert choose(logits, greedy=True, temperature=0.5, top_k=3).tolist() == [70, 256, 0]
+
+
+def g_test(counts, expected):
+    """The p-value of counts under expected probabilities."""
+    assert counts[expected == 0].sum() == 0, "drew what cannot come up"
+    seen = counts > 0
+    g = 2 * (counts[seen] * (counts[seen] / (expected[seen] * counts.sum())).log()).sum()
+    freedom = torch.tensor(float((expected > 0).sum() - 1), dtype=torch.float64)
+    return float(torch.special.gammaincc(freedom / 2, g.clamp(min=0) / 2))
+
+
+@pytest.mark.parametrize("name", ["plain", "top_k-top_p", "min_p"])
+def test_frequencies(name):
+    rows, rounds = (512, 2) if DEVICE.type == "cpu" else (65536, 16)
+    if name != "plain" and DEVICE.type == "cpu":
+        rows, rounds = 150, 1
+    generator = torch.Generator().manual_seed(2)
+    one = torch.randn(1, 13, generator=generator) * 1.5
+    options = WARPERS[name] | ({"top_k": 6} if "top_k" in WARPERS[name] else {})
+    counts = torch.zeros(13, dtype=torch.float64)
+    for seed in range(rounds):
+        at = (
+            torch.tensor([seed], device=DEVICE),
+            torch.tensor([0], dtype=torch.int32, device=DEVICE),
+            torch.arange(rows, dtype=torch.int32, device=DEVICE)[None],
+        )
+        chosen = choose(one.expand(rows, -1).contiguous().to(DEVICE), at=at, **options)
+        counts += torch.bincount(chosen.long(), minlength=13).cpu()
+    kept, close = exact_warp(one, **options)
+    assert not close.any()
+    exact = (one / options.get("temperature", 1.0)).double().masked_fill(~kept, float("-inf")).softmax(-1)[0]
+    assert g_test(counts, exact) > 1e-4
+
+
+@pytest.mark.parametrize("name", WARPERS)
+def test_rows_do_not_depend_on_each_other(name):
+    """Bitwise, children's log-probabilities included: alone, and among others."""
+    generator = torch.Generator().manual_seed(3)
+    logits = (torch.randn(7, 321, generator=generator) * 2).to(DEVICE)
+    noise = torch.randn(7, 321, generator=generator).to(DEVICE)
+    tokens, logprobs = children(logits, 4, noise=noise, **WARPERS[name])
+    chosen = choose(logits, noise=noise, **WARPERS[name])
+    assert torch.equal(tokens[:, 0], chosen)
+    for row in (0, 3, 6):
+        one = slice(row, row + 1)
+        alone = children(logits[one].clone(), 4, noise=noise[one].clone(), **WARPERS[name])
+        assert torch.equal(alone[0][0], tokens[row]) and torch.equal(alone[1][0], logprobs[row])
+        assert choose(logits[one].clone(), noise=noise[one].clone(), **WARPERS[name])[0] == chosen[row]
+
+
+@pytest.mark.parametrize("name", [*WARPERS, "greedy"])
+@pytest.mark.parametrize("vocab_size", [61, 1003])
+def test_children(name, vocab_size):
+    generator = torch.Generator().manual_seed(4)
+    logits = (torch.randn(4, vocab_size, generator=generator) * 2).to(DEVICE)
+    noise = torch.randn(4, vocab_size, generator=generator).to(DEVICE)
+    if name == "greedy":
+        tokens, logprobs = children(logits, 8, greedy=True, sharpness=reference.GREEDY_SHARPNESS)
+        expected = reference.choose_children(logits[None], 8, None, None)
+    else:
+        tokens, logprobs = children(logits, 8, noise=noise, **WARPERS[name])
+        given_noise = reference.NoiseAt(noise[None], torch.arange(4, device=DEVICE)[None])
+        expected = reference.choose_children(logits[None], 8, warping(WARPERS[name]), given_noise)
+    possible = expected[1][0].isfinite()
+    assert torch.equal(logprobs.isfinite(), possible)
+    assert torch.equal(tokens[possible].long(), expected[0][0][possible])
+    torch.testing.assert_close(logprobs, expected[1][0], rtol=1e-5, atol=1e-5)
+
+
+def test_opcheck():
+    logits = torch.randn(2, 61, device=DEVICE)
+    scratch = scratch_for(2, 61)
+    scratch.partials.zero_()
+    at = counters(1, 2)
+    out = torch.zeros(2, dtype=torch.int32, device=DEVICE)
+    for top_k in (0, 5):
+        args = (logits, *at, 0.9, top_k, 1.0, 0.0, False, None, out, scratch.partials, scratch.counters)
+        torch.library.opcheck(torch.ops.stagedspec.choose.default, args)
+    tokens, logprobs = torch.zeros(2, 3, dtype=torch.int32, device=DEVICE), torch.zeros(2, 3, device=DEVICE)
+    args = (logits, *at, 0.9, 5, 1.0, 0.0, False, 1.0, None, tokens, logprobs, scratch.partials, scratch.counters)
+    torch.library.opcheck(torch.ops.stagedspec.choose_children.default, args)
+
+
+BAD = {
+    "dtype": ({"logits": torch.zeros(2, 61, dtype=torch.float16)}, "logits must be torch.float32, got torch.float16"),
+    "layout": ({"logits": torch.zeros(61, 2).T}, "logits must be contiguous"),
+    "positions": ({"positions": torch.zeros(1, 3, dtype=torch.int32)}, r"B \* N = 2 rows, got \[1, 3\]"),
+    "seeds": ({"seeds": torch.zeros(1, dtype=torch.int32)}, "seeds must be torch.int64"),
+    "out": ({"out": torch.zeros(3, dtype=torch.int32)}, r"out must have the shape \[2\], got \[3\]"),
+    "noise": ({"noise": torch.zeros(2, 60)}, r"noise must have the shape \[2, 61\]"),
+    "temperature": ({"temperature": 0.0}, "temperature must be above 0"),
+    "top_p": ({"top_p": 0.0}, "top_p must be in"),
+    "scratch": ({"scratch": Scratch(torch.zeros(4), torch.zeros(4, dtype=torch.int32))}, "scratch must hold"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_errors(case):
+    changes, message = BAD[case]
+    seeds, streams, positions = counters(1, 2)
+    args = {
+        "logits": torch.zeros(2, 61, device=DEVICE), "seeds": seeds, "streams": streams, "positions": positions,
+        "out": torch.zeros(2, dtype=torch.int32, device=DEVICE), "scratch": scratch_for(2, 61),
+    }  # fmt: skip
+    to_device = {
+        key: value.to(DEVICE) if isinstance(value, torch.Tensor) and value.is_contiguous() else value
+        for key, value in changes.items()
+    }
+    if case == "layout":
+        to_device["logits"] = torch.zeros(61, 2, device=DEVICE).T
+    if case == "scratch":
+        to_device["scratch"] = Scratch.of([(4, 4)], DEVICE)
+    with pytest.raises(ValueError, match=message):
+        kernels.choose(**(args | to_device))

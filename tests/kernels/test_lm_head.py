@@ -1,0 +1,151 @@
+"""The head against fp64, its tokens against the reference's rule over its own logits."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from stagedspec.kernels import lm_head, reference
+from stagedspec.kernels.registry import Scratch
+
+WARPERS = {
+    "greedy": {"greedy": True},
+    "plain": {},
+    "temperature": {"temperature": 0.7},
+    "top_k": {"temperature": 1.2, "top_k": 9},
+    "top_p": {"top_p": 0.83},
+    "all": {"temperature": 0.9, "top_k": 20, "top_p": 0.93, "min_p": 0.02},
+}
+
+
+def warping(options):
+    none = {"temperature": 1.0, "top_k": None, "top_p": None, "min_p": None}
+    return None if options.get("greedy") else none | options
+
+
+class Case:
+    """Inputs of a head, and calls with poisoned outputs."""
+
+    def __init__(self, device, dtype, rows, vocab_size, width, batch=1):
+        generator = torch.Generator().manual_seed(rows + vocab_size)
+
+        def normal(*shape):
+            return torch.randn(shape, generator=generator).to(device, dtype)
+
+        self.device, self.rows, self.vocab_size = device, rows, vocab_size
+        self.x, self.weight, self.bias = normal(rows, width) * 2 + 0.5, normal(width), normal(width)
+        self.head = normal(vocab_size, width) * 0.3
+        self.noise = torch.randn(rows, vocab_size, generator=generator).to(device)
+        self.seeds = torch.full((batch,), 5, device=device)
+        self.streams = torch.arange(batch, dtype=torch.int32, device=device)
+        self.positions = torch.arange(rows, dtype=torch.int32, device=device).view(batch, -1)
+        self.scratch = Scratch.of([lm_head.scratch_size(rows, vocab_size, width)], device)
+
+    def at(self, rows=slice(None)):
+        self.scratch.partials.fill_(torch.nan)
+        x, positions = self.x[rows].contiguous(), self.positions.flatten()[rows].view(len(self.seeds), -1)
+        return x, self.weight, self.bias, 1e-5, self.head, self.seeds, self.streams, positions.contiguous()
+
+    def choose(self, rows=slice(None), with_logits=True, **options):
+        args = self.at(rows)
+        out = torch.full((len(args[0]),), -1, dtype=torch.int32, device=self.device)
+        logits = torch.full((len(out), self.vocab_size), torch.nan, device=self.device) if with_logits else None
+        lm_head.lm_head_choose(*args, **options, logits=logits, out=out, scratch=self.scratch)
+        assert not self.scratch.counters.any()
+        return out, logits
+
+    def children(self, count, rows=slice(None), **options):
+        args = self.at(rows)
+        tokens = torch.full((len(args[0]), count), -1, dtype=torch.int32, device=self.device)
+        logprobs = torch.full(tokens.shape, torch.nan, device=self.device)
+        lm_head.lm_head_topm(*args, **options, out_tokens=tokens, out_logprobs=logprobs, scratch=self.scratch)
+        return tokens, logprobs
+
+
+@pytest.mark.parametrize(("rows", "vocab_size", "width"), [(1, 61, 24), (7, 257, 96), (17, 131, 70)])
+def test_logits(rows, vocab_size, width, device, dtype, error_ratio):
+    case = Case(device, dtype, rows, vocab_size, width)
+    _, logits = case.choose(greedy=True)
+    norm = F.layer_norm(case.x.double(), (width,), case.weight.double(), case.bias.double(), 1e-5)
+    plain = F.layer_norm(case.x, (width,), case.weight, case.bias, 1e-5) @ case.head.T
+    assert error_ratio(logits, plain, norm @ case.head.double().T) <= 2
+
+
+@pytest.mark.parametrize("name", WARPERS)
+def test_choice(name, device, dtype):
+    """Exactly the rule over the kernel's own logits, on given noise."""
+    case, options = Case(device, dtype, 5, 257, 40), WARPERS[name]
+    noise = None if options.get("greedy") else case.noise
+    out, logits = case.choose(noise=noise, **options)
+    given = None if noise is None else reference.NoiseAt(noise[None], torch.arange(5, device=device)[None])
+    assert torch.equal(out.long(), reference.choose(logits[None], warping(options), given)[0])
+    again, _ = case.choose(with_logits=False, noise=noise, **options)
+    assert torch.equal(again, out)
+
+
+@pytest.mark.parametrize("name", ["plain", "top_k"])
+def test_choice_by_counters(name, device):
+    case, options = Case(device, torch.float32, 6, 257, 40, batch=2), WARPERS[name]
+    out, logits = case.choose(**options)
+    noise = reference.gumbel_noise(case.seeds, case.streams.long(), case.positions.long(), 257).flatten(0, 1)
+    scores = reference.warp(logits, **warping(options)) + noise
+    best = scores.topk(2, -1).values
+    assert (best[:, 0] - best[:, 1] > 1e-5).all(), "choose another seed"
+    assert torch.equal(out.long(), scores.argmax(-1))
+
+
+@pytest.mark.parametrize("name", ["greedy", "plain", "top_k"])
+def test_children(name, device):
+    case, options = Case(device, torch.float32, 3, 257, 40), WARPERS[name]
+    _, logits = case.choose(greedy=True)
+    if name == "greedy":
+        ours = case.children(6, sharpness=reference.GREEDY_SHARPNESS, **options)
+        given = None
+    else:
+        ours = case.children(6, noise=case.noise, **options)
+        given = reference.NoiseAt(case.noise[None], torch.arange(3, device=device)[None])
+    tokens, logprobs = reference.choose_children(logits[None], 6, warping(options), given)
+    assert torch.equal(ours[0].long(), tokens[0])
+    torch.testing.assert_close(ours[1], logprobs[0], rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 16, 33])
+def test_rows_do_not_depend_on_each_other(rows, device, dtype):
+    if device.type == "cpu" and rows > 7:
+        pytest.skip("NumPy's matrix multiply has no fixed order")
+    case = Case(device, dtype, 33, 131, 64)
+    some = slice(3, 3 + rows) if rows < 33 else slice(None)
+    out, logits = case.choose()
+    part, part_logits = case.choose(some)
+    assert torch.equal(part, out[some])
+    if device.type == "cuda":
+        assert torch.equal(part_logits, logits[some])
+
+
+def test_opcheck(device):
+    case = Case(device, torch.float32, 2, 61, 24)
+    args, scratch = case.at(), case.scratch
+    scratch.partials.zero_()
+    out, logits = torch.zeros(2, dtype=torch.int32, device=device), torch.zeros(2, 61, device=device)
+    rest = (0.9, 5, 1.0, 0.0, False)
+    for given in (None, logits):
+        call = (*args, *rest, None, given, out, scratch.partials, scratch.counters)
+        torch.library.opcheck(torch.ops.stagedspec.lm_head_choose.default, call)
+    tokens, logprobs = torch.zeros(2, 3, dtype=torch.int32, device=device), torch.zeros(2, 3, device=device)
+    call = (*args, *rest, 1.0, None, tokens, logprobs, scratch.partials, scratch.counters)
+    torch.library.opcheck(torch.ops.stagedspec.lm_head_topm.default, call)
+
+
+def test_errors(device):
+    case = Case(device, torch.float32, 2, 61, 24)
+    with pytest.raises(ValueError, match=r"head must have the shape \[any, 24\], got \[61, 23\]"):
+        case.head = case.head[:, :23].contiguous()
+        case.choose()
+    case = Case(device, torch.float32, 2, 61, 24)
+    case.head = case.head.half()
+    with pytest.raises(ValueError, match=r"head must be torch.float32, got torch.float16"):
+        case.choose()
+    case = Case(device, torch.float32, 2, 61, 24)
+    with pytest.raises(ValueError, match="m from 1 to the vocabulary 61"):
+        case.children(62)
+    with pytest.raises(ValueError, match="noise must have the shape"):
+        case.choose(noise=case.noise[:, :3].contiguous())
