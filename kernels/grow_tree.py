@@ -41,7 +41,7 @@ import triton
 import triton.language as tl
 
 from stagedspec.kernels.ngram_lookup import BLOCK, check_table, ranks, successors
-from stagedspec.kernels.philox import gumbel_of
+from stagedspec.kernels.philox import gumbel_at
 from stagedspec.kernels.registry import CompileCase, check_runs, check_tensor, pdl, register
 
 NEVER = tl.constexpr(float("-inf"))
@@ -359,7 +359,6 @@ def grow_pass_kernel(
         i_slot = begin + i_lane
         if SAMPLED:
             seed = tl.load(p_seeds + i_row)
-            seed_lo, seed_hi = seed.to(tl.int32), (seed >> 32).to(tl.int32)
             stream = tl.load(p_streams + i_row).to(tl.int32)
         for level in tl.static_range(PREFETCH):
             tl.debug_barrier()
@@ -371,7 +370,7 @@ def grow_pass_kernel(
             )  # fmt: skip
             b_option = b_score[:, None] + b_gains  # [LANES, NGRAM_RANKS]
             if SAMPLED:
-                b_option += gumbel_of(seed_lo, seed_hi, stream, (length + b_depth)[:, None], tl.maximum(b_names, 0))
+                b_option += gumbel_at(tl.maximum(b_names, 0), seed, stream, (length + b_depth)[:, None])
             b_low = (i_slot << TOKEN_BITS)[:, None] | tl.maximum(b_names, 0)
             b_keys = tl.where(b_parents[:, None] & (b_names >= 0), _pack(b_option, b_low), NOTHING)
             b_best = _best(tl.reshape(b_keys, [LANES * NGRAM_RANKS]), PREFETCH_WIDTH, LANES)
