@@ -472,14 +472,16 @@ _unaligned = triton.jit(
 
 def _tiles(head_size: int, itemsize: int, window: int) -> dict[str, int]:
     """Tile sizes, by the head and the window only: they fix the order of every sum."""
-    padded = max(triton.next_power_of_2(head_size), 16)
-    split = 128 if padded * itemsize <= 256 else 64
+    padded = max(triton.next_power_of_2(head_size), 64)  # the least left side of Hopper's matrix instructions
+    split = 128 if padded * itemsize <= 256 and itemsize == 2 else 64
     near = min(max(split // window, 1), 16)
     return {"D_PAD": padded, "NEAR_ROWS": near, "SPLIT": split, "TOGETHER": 8}
 
 
-def _far_rows(queries: int, fixed: bool) -> int:
+def _far_rows(queries: int, itemsize: int, fixed: bool) -> int:
     """Queries of a far tile. fixed: for hardware whose layout of a product, and so its sums, changes with its width."""
+    if itemsize == 4:
+        return 16  # there are no matrix instructions for fp32: wider products only make longer programs
     return 64 if fixed or queries > 16 else 16
 
 
@@ -516,7 +518,7 @@ def _launch(
     group = out.shape[1] // size // kv_heads
     tiles = _tiles(size, qkv.element_size(), window)
     dependent = pdl(qkv.device)
-    far_rows = _far_rows(nodes * group, fixed=not dependent)
+    far_rows = _far_rows(nodes * group, qkv.element_size(), fixed=not dependent)
     splits = _splits(rows, tree_rows, tiles["SPLIT"])
     far_tiles = triton.cdiv(nodes * group, far_rows)
     near_tiles = triton.cdiv(nodes * group, tiles["NEAR_ROWS"])
@@ -685,7 +687,7 @@ def compile_cases() -> list[CompileCase]:
                 "D": size,
                 "WORDS": words,
                 "WINDOW": WINDOW,
-                "FAR_ROWS": _far_rows(queries, fixed=False),
+                "FAR_ROWS": _far_rows(queries, 2, fixed=False),
                 "CHAIN": chain,
                 "PDL": False,
             } | _tiles(size, 2, WINDOW)

@@ -140,20 +140,20 @@ MIXED = [-1, 0, 0, 1, 1, 2, 5, 6, 6, 3, 9, 10, 0, 12, 13, 7, 4]
 
 
 @pytest.mark.parametrize("parents", [[-1], CHAIN, STAR, MIXED], ids=["one", "chain", "star", "mixed"])
-@pytest.mark.parametrize("prefix", [0, 16, 300])
+@pytest.mark.parametrize("prefix", [0, 150])
 def test_trees(device, dtype, error_ratio, parents, prefix):
-    check(make(device, dtype, [masks_of(parents)], [prefix], positions=300 + 1), error_ratio)
+    check(make(device, dtype, [masks_of(parents)], [prefix], positions=150), error_ratio)
 
 
-@pytest.mark.parametrize("size", [40, 64, 80, 96, 128, 33])
+@pytest.mark.parametrize("size", [40, 64, 80, 128, 33])
 def test_head_sizes(device, dtype, error_ratio, size):
-    check(make(device, dtype, [masks_of(MIXED)], [150], size=size), error_ratio)
+    check(make(device, dtype, [masks_of(MIXED)], [150], 150, heads=1, kv_heads=1, size=size), error_ratio)
 
 
-@pytest.mark.parametrize("heads, kv_heads", [(6, 2), (3, 1), (5, 5)])
+@pytest.mark.parametrize("heads, kv_heads", [(6, 2), (3, 1)])
 def test_grouped_heads_and_ragged_prefixes(device, dtype, error_ratio, heads, kv_heads):
     tree = masks_of(MIXED)
-    case = make(device, dtype, [tree] * 4, [0, 200, 17, 140], 230, heads=heads, kv_heads=kv_heads)
+    case = make(device, dtype, [tree] * 3, [0, 140, 17], 150, heads=heads, kv_heads=kv_heads)
     check(case, error_ratio)
 
 
@@ -288,15 +288,14 @@ def test_alone_or_beside_others(device, dtype, fixed_order, whole, count):
         assert torch.equal(part.run()[0], expected[rows, first:])
 
 
-@pytest.mark.parametrize("heads, kv_heads, size", [(1, 1, 64), (2, 1, 40)])
-def test_prefill_is_decoding(device, dtype, fixed_order, heads, kv_heads, size):
+def test_prefill_is_decoding(device, dtype, fixed_order):
     """A prompt in chunks longer than the window, and token by token: the same bits."""
-    length, tree_rows, batch = 160, 4, 1
+    length, tree_rows, batch, heads, kv_heads, size = 120, 4, 1, 2, 1, 40
     case = make(device, dtype, [[0] * length] * batch, [0] * batch, length, tree_rows, heads, kv_heads, size)
     case.cache[:] = torch.nan
     chunks, cache = [], case.cache.clone()
-    for start in range(0, length, 90):
-        nodes = min(90, length - start)
+    for start in range(0, length, 70):
+        nodes = min(70, length - start)
         chunk = replace(
             case,
             qkv=case.qkv[:, start : start + nodes].contiguous(),
@@ -308,7 +307,7 @@ def test_prefill_is_decoding(device, dtype, fixed_order, heads, kv_heads, size):
         chunks.append(out)
     whole = torch.cat(chunks, 1)
     one = words_of([[1]] * batch, 1).to(device)
-    for t in (0, 15, 16, 89, 90, 127, 128, 143, 144, 159):
+    for t in (0, 15, 16, 69, 70, 80, 119):
         step = replace(
             case,
             qkv=case.qkv[:, t : t + 1].contiguous(),
@@ -323,7 +322,7 @@ def test_prefill_is_decoding(device, dtype, fixed_order, heads, kv_heads, size):
 
 
 def arguments(device):
-    case = make(device, torch.float32, [masks_of(MIXED)], [150])
+    case = make(device, torch.float32, [masks_of(MIXED)], [40], 60)
     batch, nodes, heads, kv_heads, size = case.sizes
     need = scratch_size(batch, nodes, heads, kv_heads, size, case.cache.shape[1], case.tree_rows)
     return {
@@ -365,7 +364,7 @@ def test_opcheck(device):
         ({"out": torch.zeros(17, 60)}, "out must have"),
         ({"first_bit": 1}, "must write the rows from first_bit on"),
         ({"first_bit": 9, "write": 9}, "inside the 17 tree rows"),
-        ({"write": 301}, "end inside the cache"),
+        ({"write": 61}, "end inside the cache"),
         ({"tree_rows": 400}, "tree_rows must be"),
         ({"window": 24}, "window must be a power of two"),
         ({"scratch": Scratch(torch.zeros(5), torch.zeros(5, dtype=torch.int32))}, "see scratch_size"),
