@@ -91,8 +91,17 @@ def read(
         raise ValueError(f"generation_config must be a GenerationConfig or None, got {type(given).__name__}")
     for source in (decoder.defaults, {} if given is None else vars(given), options):
         refuse_settings(source)
-    if input_ids is not None:
-        _unpad(input_ids, attention_mask, decoder.target.vocab_size)  # for its messages, before transformers' own
+    if input_ids is None:
+        sources = (
+            options.get("bos_token_id"),
+            getattr(given, "bos_token_id", None),
+            decoder.target.config.bos_token_id,
+        )
+        begin = next((value for value in sources if value is not None), None)
+        if begin is None:
+            raise ValueError("give input_ids: this model has no begin-of-sequence token to start from")
+        input_ids = torch.tensor([[begin]])
+    _unpad(input_ids, attention_mask, decoder.target.vocab_size)  # for its messages, before transformers' own
     if max_new_tokens is not None:
         if type(max_new_tokens) is not int or max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be a whole number of at least 1, got {max_new_tokens!r}")
@@ -112,8 +121,7 @@ def read(
 
     # transformers drops the tokenizer on the way to a custom generate, and then misses it.
     tokenizer = options.pop("tokenizer", None) or decoder.tokenizer
-    sources = (options.get("stop_strings"), getattr(given, "stop_strings", None), own.get("stop_strings"))
-    strings = next((value for value in sources if value is not None), None)
+    strings = _first(options.get("stop_strings"), getattr(given, "stop_strings", None), own.get("stop_strings"))
     if strings is not None:
         if tokenizer is None:
             raise ValueError("stop_strings need a tokenizer: this decoder has none, give tokenizer=...")
@@ -138,6 +146,11 @@ def read(
     return calls[0]
 
 
+def _first(*values: Any) -> Any:
+    """The first that is not None."""
+    return next((value for value in values if value is not None), None)
+
+
 @lru_cache(maxsize=1)
 def _options() -> frozenset[str]:
     """What `generate` of a GPT-2 can be given by name."""
@@ -158,7 +171,6 @@ def _skeleton(decoder: Decoder) -> GPT2LMHeadModel:
             **decoder.defaults,
             eos_token_id=list(decoder.eos_token_ids) or None,
             pad_token_id=decoder.pad_token_id,
-            bos_token_id=decoder.target.config.bos_token_id,
         )
         _skeletons[decoder] = model
     return _skeletons[decoder]
