@@ -188,7 +188,7 @@ def assisted(decoder: Decoder, assistant: GPT2LMHeadModel) -> Decoder:
             decoder.defaults,
         )  # fmt: skip
 
-    return _made(decoder, weakref.ref(assistant), _versions(assistant), make)
+    return _made(decoder, weakref.ref(assistant), _print(assistant), make)
 
 
 # ---------------------------------------------------------------- what transformers prepared, to a call
@@ -305,9 +305,12 @@ def _split_criteria(criteria: StoppingCriteriaList, vocab_size: int) -> tuple[li
 def _check_positions(position_ids: torch.Tensor | None, mask: torch.Tensor | None, input_ids: torch.Tensor) -> None:
     if position_ids is None:
         return
-    mask = torch.ones_like(input_ids) if mask is None else mask.long()
-    expected = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)
-    if position_ids.shape[-1] != expected.shape[-1] or not bool((position_ids == expected)[mask > 0].all()):
+    width = input_ids.shape[1]
+    if mask is None:
+        good = position_ids.shape[-1] == width and bool((position_ids.cpu() == torch.arange(width)).all())
+    else:
+        good = position_ids.shape == mask.shape and torch.equal(position_ids * mask, (mask.cumsum(-1) - 1) * mask)
+    if not good:
         raise ValueError("position_ids other than those of the attention_mask are not supported: leave them out")
 
 
@@ -324,7 +327,8 @@ class custom_generate:
     streamer: an alternative to generate's own.
 
     Everything is made at the first call and kept for as long as the model lives, whether this object is kept or made
-    anew for every call; when the model's weights have changed, in place or not, they are read again. Decoding runs on
+    anew for every call; when the model's weights have changed, in place or not, they are read again (but for single
+    values written through `.data`: then call `forget(model)`). Decoding runs on
     the model's device in its dtype. Weights are shared with the model where the layout allows: on a GPU all of them. On
     a CPU the linear layers and the head are packed for oneDNN in fp32, which takes their size once more; embeddings,
     norms and biases are shared.
@@ -413,7 +417,7 @@ def decoder_for(
     table = _load_table(str(ngram), model.config.vocab_size) if isinstance(ngram, (str, Path)) else ngram
     if table is not None and not isinstance(table, KatzTable):
         raise ValueError(f"ngram must be a path or a KatzTable, got {type(table).__name__}")
-    prints = (_versions(model), _sums(model), None if draft is None else _versions(draft))
+    prints = _print(model, sampled=True), None if draft is None else _print(draft)
 
     def make(last: Decoder | None) -> Decoder:
         _check_parameters(model)
@@ -451,20 +455,26 @@ def _made(owner: Any, key: Any, prints: Any, make: Callable[[Decoder | None], De
         return known[key][1]
 
 
-def _versions(model: GPT2LMHeadModel) -> tuple:
-    """Changes when a parameter is replaced, moved, or written to in place: an optimizer's step, `load_state_dict`."""
-    return tuple((one.data_ptr(), one.dtype, 0 if one.is_inference() else one._version) for one in model.parameters())
+def _print(model: GPT2LMHeadModel, sampled: bool = False) -> tuple:
+    """Changes when a parameter is replaced, moved, or written to in place: an optimizer's step, `load_state_dict`.
 
-
-@torch.no_grad()
-def _sums(model: GPT2LMHeadModel) -> tuple[float, ...]:
-    """The sum of every parameter where weights are copied: writing through `.data` leaves versions as they are.
-
-    Reads all weights once, about what one token costs.
+    Writing through `.data` leaves versions as they are; sampled adds a row and a column of every matrix and the whole
+    of every vector, which whatever writes to all of a parameter, to rows or to columns changes. To read all weights
+    would cost as much as a token.
     """
-    if model.device.type != "cpu":
-        return ()
-    return tuple(torch.stack([one.sum(dtype=torch.float32) for one in model.parameters()]).tolist())
+    parameters = list(model.parameters())
+    versions = tuple((one.data_ptr(), one.dtype, 0 if one.is_inference() else one._version) for one in parameters)
+    if not sampled or parameters[0].device.type != "cpu":  # on a GPU weights are shared, not copied
+        return versions
+    with torch.no_grad():
+        parts = [part for one in parameters for part in ((one[0], one[:, 0]) if one.dim() > 1 else (one,))]
+        return versions, torch.cat(parts).view(torch.uint8).numpy().tobytes()
+
+
+def forget(model: GPT2LMHeadModel) -> None:
+    """Drops what is kept for a model. For single weights that were written through `.data`: nothing else hides."""
+    with _making:
+        _made_for.pop(model, None)
 
 
 @lru_cache(maxsize=8)

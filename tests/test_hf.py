@@ -485,6 +485,10 @@ def made(monkeypatch):
     return known
 
 
+def test_the_module_is_at_hand():
+    assert stagedspec.__getattr__("hf") is hf
+
+
 def test_weights_are_read_once(made):
     model, draft = make_gpt2(50), make_gpt2(51)
     ids = torch.tensor(random_prompts([5], seed=49))
@@ -509,16 +513,33 @@ def _changes(model):
         for parameter in model.parameters():
             parameter.data.mul_(0.7)
 
+    def a_token_through_data():
+        model.transformer.wte.weight.data[4].mul_(-4.0)
+
+    def a_neuron_through_data():
+        model.transformer.h[1].mlp.c_proj.weight.data[:, 3].mul_(-20.0)
+
     def one_value_through_data():
-        model.transformer.h[0].mlp.c_fc.bias.data[3] += 5.0
+        model.transformer.h[0].mlp.c_fc.weight.data[1, 1] += 30.0
+        hf.forget(model)
 
     def replaced():
         model.transformer.h[1].attn.c_proj.weight = torch.nn.Parameter(torch.randn(24, 24))
 
-    return [step, lambda: model.load_state_dict(other), through_data, one_value_through_data, replaced]
+    return {
+        "optimizer": step,
+        "load_state_dict": lambda: model.load_state_dict(other),
+        "data": through_data,
+        "data-row": a_token_through_data,
+        "data-column": a_neuron_through_data,
+        "forgotten": one_value_through_data,
+        "replaced": replaced,
+    }
 
 
-@pytest.mark.parametrize("way", range(5), ids=["optimizer", "load_state_dict", "data", "one-value", "replaced"])
+@pytest.mark.parametrize(
+    "way", ["optimizer", "load_state_dict", "data", "data-row", "data-column", "forgotten", "replaced"]
+)
 def test_changed_weights_are_never_missed(way):
     model, draft = make_gpt2(50), make_gpt2(51)
     ids = torch.tensor(random_prompts([5], seed=51))
