@@ -236,15 +236,15 @@ class Decoder:
 
         return hf.finish(call, sequences, self.last_stats)
 
-    def complete(self, prompt: str | torch.Tensor, max_new_tokens: int = 64, **options) -> Completion:
-        """Completes one prompt, text or LongTensor [T] or [1, T]; options as in `generate`."""
+    def complete(self, prompt: str | torch.Tensor, max_new_tokens: int | None = None, **options) -> Completion:
+        """Completes one prompt, text or LongTensor [T] or [1, T]; options as in `generate`, but 64 new tokens."""
         chunks = list(self.stream(prompt, max_new_tokens, **options))
         tokens = [token for chunk in chunks for token in chunk.tokens]
         origins = [origin for chunk in chunks for origin in chunk.origins]
         return Completion("".join(chunk.text for chunk in chunks), tokens, origins, self.last_stats)
 
-    def stream(self, prompt: str | torch.Tensor, max_new_tokens: int = 64, **options) -> Iterator[Chunk]:
-        """Completes one prompt and yields what each step adds; options as in `generate`.
+    def stream(self, prompt: str | torch.Tensor, max_new_tokens: int | None = None, **options) -> Iterator[Chunk]:
+        """Completes one prompt and yields what each step adds; options as in `generate`, but 64 new tokens.
 
         Closing the iterator, or Ctrl-C, ends it cleanly.
         """
@@ -254,6 +254,8 @@ class Decoder:
         for name in ("streamer", "return_dict_in_generate", "assistant_model"):
             if options.get(name):
                 raise ValueError(f"stream and complete take no {name}: use generate")
+        if max_new_tokens is None and not options.keys() & {"generation_config", "max_length"}:
+            max_new_tokens = self.defaults.get("max_new_tokens", 64)
         mode, seed, tree = options.pop("mode", "staged"), options.pop("seed", 0), options.pop("tree", None)
         return self._stream(self._read(input_ids, None, max_new_tokens, mode, seed, tree, options))
 

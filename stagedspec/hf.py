@@ -45,8 +45,7 @@ from transformers.generation import (
 from stagedspec.decoder import NEW_TOKENS, Call, Decoder, _unpad
 from stagedspec.fields import REFUSED_ARGUMENTS, refuse_arguments, refuse_passed_on, refuse_settings
 from stagedspec.gpt2 import GPT2
-from stagedspec.kernels import backend as kernel_backend
-from stagedspec.loading import end_of_sequence, padding, read_checkpoint, resolve_device, resolve_dtype
+from stagedspec.loading import read_checkpoint
 from stagedspec.ngram import KatzTable
 from stagedspec.positions import Positions
 from stagedspec.sampling import Sampling
@@ -421,18 +420,7 @@ def decoder_for(
 
     def make(last: Decoder | None) -> Decoder:
         _check_parameters(model)
-        device = resolve_device(model.device)
-        dtype = resolve_dtype(model.dtype, device)
-        ops = kernel_backend.resolve(backend, device)
-        made = Decoder(
-            GPT2(model, ops, device, dtype),
-            None if draft is None else GPT2(draft, ops, device, dtype, invariant=False),
-            None if table is None else table.to(device),
-            None,
-            None,
-            end_of_sequence(model),
-            padding(model),
-        )
+        made = Decoder.from_pretrained(model, draft, table, device=model.device, dtype=model.dtype, backend=backend)
         if last is not None:
             made._costs, made._trees = last._costs, last._trees  # new weights take as long as the old
         return made

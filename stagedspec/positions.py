@@ -8,7 +8,8 @@ callables exactly the calls that transformers would give it:
   nodes stepped to, and so on until some row has no child to step to. All rows then take that many tokens, so that each
   call sees the batch at one length, even processors that keep state or look at other rows. Nodes off the walk are never
   processed: their choice would not be used. It costs what it costs in transformers, and in a batch the rows advance at
-  the pace of the slowest.
+  the pace of the slowest. Rows that have stopped show logits of 0, where transformers shows what the model says after
+  padding: a processor that lets them change what other rows say is the one kind that can differ.
 - Stopping criteria and streamers only see what was chosen. They are called after the step for every position that all
   rows have reached; what a row decoded beyond its end is dropped.
 """

@@ -24,7 +24,7 @@ from transformers import (
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
-import stagedspec
+import stagedspec.decoder
 from stagedspec import Decoder, TreeConfig, fields, hf
 from stagedspec.hf import custom_generate
 
@@ -133,6 +133,9 @@ CALLS = {
     "criterion": lambda: {"max_new_tokens": 25, "stopping_criteria": [StopsAt(EOS)]},
     "criterion-and-eos": lambda: {
         "max_new_tokens": 25, "eos_token_id": 8, "pad_token_id": 1, "stopping_criteria": [StopsAt(EOS)],
+    },
+    "criterion-and-custom-processor": lambda: {
+        "max_new_tokens": 25, "stopping_criteria": [StopsAt(EOS)], "logits_processor": [Notes()],
     },
     "criterion-length": lambda: {"max_new_tokens": 25, "stopping_criteria": [MaxLengthCriteria(14)]},
     "criterion-and-processor": lambda: {
@@ -475,13 +478,13 @@ def test_prompt_lookup_accepts_what_repeats(target):
 def made(monkeypatch):
     """Names of the models whose weights are laid out."""
     known = []
-    real = hf.GPT2
+    real = stagedspec.decoder.GPT2
 
     def record(model, *args, **options):
         known.append(model)
         return real(model, *args, **options)
 
-    monkeypatch.setattr(hf, "GPT2", record)
+    monkeypatch.setattr(stagedspec.decoder, "GPT2", record)
     return known
 
 
