@@ -19,6 +19,7 @@ from transformers import (
     StopStringCriteria,
     TextIteratorStreamer,
     TextStreamer,
+    TopPLogitsWarper,
     WatermarkingConfig,
 )
 from transformers.generation import GenerateDecoderOnlyOutput
@@ -203,6 +204,28 @@ def test_processors_and_criteria_get_transformers_own_calls(ours, target, batch)
             running[row] &= expected[row, ids.shape[1] + call].item() not in stops
 
 
+@pytest.mark.parametrize("mode", stagedspec.MODES)
+def test_processors_along_long_walks(target, mode):
+    """A perfect draft and a processor that changes nothing: walks are deep, and rows end in the middle of them."""
+    ids, mask = left_pad(random_prompts([6, 2, 4], seed=33))
+    free = target.generate(ids, attention_mask=mask, max_new_tokens=24)
+    eos = [int(free[0, 9]), int(free[1, 14])]
+    tree = TreeConfig(nodes=9, depth=8, passes=8, width=1, children=1, prefetch=0)
+    seen = []
+    for more in ({}, {"custom_generate": custom_generate(target, mode=mode, tree=tree)}):
+        calls = []
+
+        def watch(ids, scores, calls=calls):
+            calls.append(ids.tolist())
+            return scores
+
+        options = {"max_new_tokens": 24, "eos_token_id": eos, "pad_token_id": 1, "logits_processor": [watch]}
+        seen.append((target.generate(ids, attention_mask=mask, **options, **more).tolist(), calls))
+    assert seen[0] == seen[1]
+    if mode != "autoregressive":
+        assert more["custom_generate"].last_stats.steps < 10
+
+
 def test_prompts_without_a_mask(ours, target):
     """Padding is recognised where it is no end-of-sequence token, and taken for text where it is."""
     ids, _ = left_pad(random_prompts([6, 2], seed=34), pad=60)
@@ -373,20 +396,21 @@ SAMPLED = {
     "renormalised": {"renormalize_logits": True, "top_p": 0.9},
     "watermark": {"watermarking_config": {"bias": 2.0}, "no_repeat_ngram_size": 2},
     "nothing-left-to-choose": {"top_p": 0.0},
+    "another-order": {"logits_processor": [TopPLogitsWarper(0.6)], "temperature": 0.4, "top_k": 30},
 }
 
 
 @pytest.mark.parametrize("name", SAMPLED)
 def test_sampled_tokens_are_those_of_every_mode(decoder, name):
     ids, mask = left_pad(random_prompts([5, 2, 8], seed=43))
-    options = {"do_sample": True, "max_new_tokens": 20, "logits_processor": [], **SAMPLED[name]}
+    options = {"do_sample": True, "max_new_tokens": 20, **SAMPLED[name]}
     for seed in (0, 9):
         expected = decoder.generate(ids, mask, mode="autoregressive", seed=seed, **options)
         for mode in ("chain", "tree", "staged"):
             assert torch.equal(decoder.generate(ids, mask, mode=mode, seed=seed, **options), expected), mode
 
 
-@pytest.mark.parametrize("name", ["all-warpers", "penalty"])
+@pytest.mark.parametrize("name", ["all-warpers", "penalty", "another-order"])
 def test_built_in_warping_chooses_as_transformers_warpers_do(decoder, monkeypatch, name):
     """The same noise, once on logits warped by our operation, once on logits warped by transformers' processors."""
     ids, mask = left_pad(random_prompts([5, 2], seed=44))
