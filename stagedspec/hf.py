@@ -91,12 +91,8 @@ def read(
     for source in (decoder.defaults, {} if given is None else vars(given), options):
         refuse_settings(source)
     if input_ids is None:
-        sources = (
-            options.get("bos_token_id"),
-            getattr(given, "bos_token_id", None),
-            decoder.target.config.bos_token_id,
-        )
-        begin = next((value for value in sources if value is not None), None)
+        own_begin = decoder.target.config.bos_token_id
+        begin = _first(options.get("bos_token_id"), getattr(given, "bos_token_id", None), own_begin)
         if begin is None:
             raise ValueError("give input_ids: this model has no begin-of-sequence token to start from")
         input_ids = torch.tensor([[begin]])
@@ -267,7 +263,8 @@ _WARPERS = {
 def _split_processors(processors: LogitsProcessorList, do_sample: bool) -> tuple[list[Callable], Sampling]:
     """The processors to apply along the walk, and the warpers at their end as a `Sampling`.
 
-    Only a tail in the order in which `Sampling` warps is taken off; anything else stays a processor.
+    Only a tail in the order in which `Sampling` warps is taken off; anything else stays a processor, to which the
+    noise is then added as it is.
     """
     rest, order, settings = list(processors), list(_WARPERS), {}
     while do_sample and rest and type(rest[-1]) in order and _is_built_in(rest[-1]):

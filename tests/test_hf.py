@@ -395,7 +395,7 @@ SAMPLED = {
     "entropy": {"top_h": 0.6},
     "renormalised": {"renormalize_logits": True, "top_p": 0.9},
     "watermark": {"watermarking_config": {"bias": 2.0}, "no_repeat_ngram_size": 2},
-    "nothing-left-to-choose": {"top_p": 0.0},
+    "nothing-left-to-choose": {"generation_config": GenerationConfig(top_p=0.0)},
     "another-order": {"logits_processor": [TopPLogitsWarper(0.6)], "temperature": 0.4, "top_k": 30},
 }
 
