@@ -254,8 +254,9 @@ class Decoder:
         for name in ("streamer", "return_dict_in_generate", "assistant_model"):
             if options.get(name):
                 raise ValueError(f"stream and complete take no {name}: use generate")
-        if max_new_tokens is None and not options.keys() & {"generation_config", "max_length"}:
-            max_new_tokens = self.defaults.get("max_new_tokens", 64)
+        lengths = {"generation_config", "max_new_tokens", "max_length"}
+        if max_new_tokens is None and not lengths & (options.keys() | self.defaults.keys()):
+            max_new_tokens = 64
         mode, seed, tree = options.pop("mode", "staged"), options.pop("seed", 0), options.pop("tree", None)
         return self._stream(self._read(input_ids, None, max_new_tokens, mode, seed, tree, options))
 

@@ -340,6 +340,11 @@ def test_streams_honour_everything_too(decoder):
         assert [token for chunk in chunks for token in chunk.tokens] == expected
         assert "".join(map(str, chunks)) == decoder.tokenizer.decode(expected)
         assert decoder.complete(ids, 25, **options).tokens == expected
+    config = GenerationConfig(max_new_tokens=9, no_repeat_ngram_size=2)
+    assert (
+        decoder.complete(ids, generation_config=config).tokens
+        == decoder.generate(ids, generation_config=config)[0, 5:].tolist()
+    )
 
 
 # ---------------------------------------------------------------- what is returned
@@ -420,7 +425,7 @@ def test_built_in_warping_chooses_as_transformers_warpers_do(decoder, monkeypatc
     assert torch.equal(decoder.generate(ids, mask, **options), built_in)
 
 
-def test_seeds(target, draft):
+def test_seeds(target, draft, decoder):
     """torch's generator decides, unless a seed is given, beforehand or in the call."""
     ids = torch.tensor(random_prompts([5], seed=45))
 
@@ -432,6 +437,8 @@ def test_seeds(target, draft):
 
     assert sample(1) == sample(1) != sample(2)
     assert sample(1, seed=7) == sample(2, seed=7) == sample(3, call=7) == sample(3, call=7, seed=8)
+    config = GenerationConfig(do_sample=True, max_new_tokens=30)
+    assert sample(1, seed=7) == decoder.generate(ids, generation_config=config, seed=7).tolist()
     torch.manual_seed(1)
     generator = custom_generate(draft, tree=TREE)
     options = {"do_sample": True, "max_new_tokens": 30, "custom_generate": generator}
