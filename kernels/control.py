@@ -367,16 +367,29 @@ class Trees:
             self.sequences.device,
         )
 
-    def verify_commit(self, chosen: torch.Tensor) -> "Moves":
+    @classmethod
+    def repeats(cls, sequences: Sequences, depth: int) -> "Trees":
+        """Chains of up to `depth` nodes proposed by the context n-gram alone: what followed the last two tokens when
+        they last occurred in the sequence, what followed those, and so on."""
+        trees = []
+        for row in sequences.rows:
+            tree, pair, node = _Tree.root(row.tokens[-1]), tuple(row.tokens[-2:]), 0
+            while len(tree.tokens) <= depth and (token := row.follower.get(pair)) is not None:
+                node = tree.add(token, node, -1, NGRAM)
+                pair = pair[1], token
+            trees.append(tree)
+        return cls(sequences, trees, max(len(tree.tokens) for tree in trees))
+
+    def verify_commit(self, chosen: torch.Tensor, most: int | None = None) -> "Moves":
         """Walks each tree while the chosen token is among the node's children, and appends what was chosen.
 
-        chosen [B, N]: `choose` at every node. The token chosen at the last node of the walk is the bonus token. A row
-        ends with an end-of-sequence token or at its limit.
+        chosen [B, N]: `choose` at every node; most: the most tokens to take. The token chosen at the last node of the
+        walk is the bonus token. A row ends with an end-of-sequence token or at its limit.
         """
         moves = Moves([], [], [], [])
         for row, tree, picks in zip(self.sequences.rows, self.trees, chosen.tolist(), strict=True):
             length, path, node = len(row.tokens), [0], 0
-            while (node := tree.children.get((node, picks[node]), -1)) >= 0:
+            while len(path) != most and (node := tree.children.get((node, picks[node]), -1)) >= 0:
                 path.append(node)
             moves.lengths.append(length)
             origins = [tree.origins[node] for node in path[1:]] + [TARGET]

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from stagedspec.kernels import compact, device, embed, linear, lm_head, registry
+from stagedspec.kernels import compact, device, embed, linear, registry
 from stagedspec.kernels import tree_attention as attention
-from stagedspec.kernels.reference import GREEDY_SHARPNESS
 
 ROWS = 256  # the most rows that one launch of a linear or one pass of attention takes
 # Keys nearer than this are gathered node by node, so that it does not matter whether they are committed. A constant:

@@ -12,13 +12,15 @@ _EXPORTS = {
     "Stats": "stats",
     "TreeConfig": "tree",
 }
-__all__ = [*_EXPORTS, "__version__"]
+__all__ = [*_EXPORTS, "__version__", "hf"]
 
 
 def __getattr__(name: str):
     # Lazy, so that `stagedspec --help` does not wait for torch and transformers.
-    if name in _EXPORTS:
-        from importlib import import_module
+    from importlib import import_module
 
+    if name == "hf":
+        return import_module("stagedspec.hf")
+    if name in _EXPORTS:
         return getattr(import_module(f"stagedspec.{_EXPORTS[name]}"), name)
     raise AttributeError(f"module 'stagedspec' has no attribute {name!r}")

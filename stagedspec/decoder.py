@@ -5,17 +5,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from stagedspec import cost
-from stagedspec.cascade import Cascade
+from stagedspec.cascade import Cascade, Repeats
 from stagedspec.gpt2 import GPT2, Cache
 from stagedspec.kernels import backend as kernel_backend
 from stagedspec.loading import (
     check_same_tokens,
     end_of_sequence,
+    generation_defaults,
     load_tokenizer,
     padding,
     read_checkpoint,
@@ -23,11 +25,18 @@ from stagedspec.loading import (
     resolve_dtype,
 )
 from stagedspec.ngram import KatzTable
+from stagedspec.positions import Positions
 from stagedspec.sampling import Sampling, counters
 from stagedspec.stats import ORIGINS, Clock, Stats
 from stagedspec.tree import MODES, TreeConfig
 
+if TYPE_CHECKING:
+    from stagedspec.hf import StagedOutput
+
 MAX_BATCH = 16
+NEW_TOKENS = 128  # where nobody says how many
+# Arguments that need no reading by transformers.
+_PLAIN = {"do_sample", "temperature", "top_k", "top_p", "min_p", "eos_token_id", "pad_token_id"}
 
 
 @dataclass(frozen=True)
@@ -64,12 +73,28 @@ class _Request:
     seeds: list[int]
     streams: list[int]
     eos: list[int]
+    repeats: bool = False  # proposed by the context n-gram alone
+
+
+@dataclass(frozen=True)
+class Call:
+    """Everything that the arguments of `generate` come to.
+
+    pad: what rows that stop early are filled up with; positions: what is called at every position, if anything.
+    """
+
+    input_ids: torch.Tensor
+    request: _Request
+    pad: int
+    positions: Positions | None = None
+    return_dict: bool = False
 
 
 class Decoder:
     """Decodes a GPT-2 by staged speculative decoding (Spector & Ré, arXiv 2308.04623), losslessly.
 
     Make one with `from_pretrained` or `default`. A decoder keeps no state between calls.
+    defaults: what the model's own generation config sets; it holds where a call says nothing else.
     """
 
     def __init__(
@@ -81,6 +106,7 @@ class Decoder:
         tree: TreeConfig | None = None,
         eos_token_ids: Sequence[int] = (),
         pad_token_id: int | None = None,
+        defaults: dict[str, Any] | None = None,
     ):
         if draft is not None and draft.vocab_size != target.vocab_size:
             raise ValueError(
@@ -95,6 +121,7 @@ class Decoder:
         self.target, self.draft, self.ngram, self.tokenizer = target, draft, ngram, tokenizer
         self.device = target.device
         self.eos_token_ids, self.pad_token_id = tuple(eos_token_ids), pad_token_id
+        self.defaults = {} if defaults is None else defaults
         self.last_stats: Stats | None = None
         self._tree = tree
         self._costs: cost.PassTimes | None = None
@@ -142,6 +169,7 @@ class Decoder:
             tree,
             end_of_sequence(target_model),
             padding(target_model),
+            generation_defaults(target_model),
         )
 
     @classmethod
@@ -157,74 +185,89 @@ class Decoder:
 
     def generate(
         self,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        max_new_tokens: int = 128,
+        max_new_tokens: int | None = None,
         mode: str = "staged",
-        do_sample: bool = False,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        seed: int | Sequence[int] | torch.Tensor = 0,
-        eos_token_id: int | Sequence[int] | None = None,
-        pad_token_id: int | None = None,
+        *,
+        seed: int | Sequence[int] | torch.Tensor | None = 0,
         tree: TreeConfig | None = None,
-    ) -> torch.Tensor:
+        **options,
+    ) -> "torch.Tensor | StagedOutput":
         """Continues input_ids, LongTensor [B, prompt], and returns LongTensor [B, prompt + new].
 
         Prompts of different lengths are padded on the left and marked in attention_mask [B, prompt], as
         transformers does; rows that stop early are filled up with pad_token_id (None: the model's own, else the first
         eos id).
-        eos_token_id: None means the model's own, an empty list never stops. For a given seed every mode, draft
-        and tree gives the same tokens; `last_stats` tells what they cost.
+        options: whatever transformers' `generate` takes: do_sample, temperature, top_k, top_p, min_p,
+        eos_token_id (None: the model's own; an empty list never stops), pad_token_id, max_length, generation_config,
+        logits_processor, stopping_criteria, streamer, return_dict_in_generate (then a `hf.StagedOutput`, with
+        `stats`), output_scores, repetition_penalty and the rest; assistant_model is a draft for this call, and
+        prompt_lookup_num_tokens proposes by the context n-gram where there is no draft. `stagedspec.hf` lists what is
+        honoured and what is refused. An option left out is the generation_config's, else the model's own, else 128 new
+        tokens, greedy, nothing warped (with a generation_config: transformers' defaults, such as top_k=50).
 
-        Raises ValueError for bad input, before any work.
+        For a given seed every mode, draft and tree gives the same tokens (None: drawn from torch's global generator);
+        `last_stats` tells what they cost. Logits processors are applied at every accepted position: exact, and slower.
+
+        Raises ValueError for bad input and for what is not supported, before any work.
         """
-        pad_token_id = self.pad_token_id if pad_token_id is None else pad_token_id
-        if pad_token_id is not None and (type(pad_token_id) is not int or not 0 <= pad_token_id < 2**63):
-            raise ValueError(f"pad_token_id must be a token id or None, got {pad_token_id!r}")
-        request = self._validate(
-            input_ids, attention_mask, max_new_tokens, mode, tree, eos_token_id, seed,
-            Sampling(do_sample, temperature, top_k, top_p, min_p),
-        )  # fmt: skip
-        if pad_token_id is None:
-            pad_token_id = request.eos[0] if request.eos else 0
-        run = _Run(self, request)
-        for _ in run.steps():
-            pass
-        self.last_stats = run.stats()
-        new = run.new_tokens(pad_token_id)
-        return torch.cat((input_ids, new.to(input_ids.device)), 1)
+        decoder = self
+        if options.get("assistant_model") is not None:
+            from stagedspec import hf
 
-    def complete(self, prompt: str | torch.Tensor, max_new_tokens: int = 64, **options) -> Completion:
-        """Completes one prompt, text or LongTensor [T] or [1, T]; options as in `generate`."""
+            decoder = hf.assisted(self, options.pop("assistant_model"))
+        output = decoder.decode(decoder._read(input_ids, attention_mask, max_new_tokens, mode, seed, tree, options))
+        self.last_stats = decoder.last_stats
+        return output
+
+    def decode(self, call: Call) -> "torch.Tensor | StagedOutput":
+        """Runs a call to its end: what `generate` does once its arguments are read."""
+        run = _Run(self, call.request, call.positions)
+        for _ in run.steps():
+            if call.positions is not None:
+                call.positions.settle(run)
+        self.last_stats = run.stats()
+        new = run.new_tokens(call.pad)
+        sequences = torch.cat((call.input_ids, new.to(call.input_ids.device)), 1)
+        if call.positions is None and not call.return_dict:
+            return sequences
+        from stagedspec import hf
+
+        return hf.finish(call, sequences, self.last_stats)
+
+    def complete(self, prompt: str | torch.Tensor, max_new_tokens: int | None = None, **options) -> Completion:
+        """Completes one prompt, text or LongTensor [T] or [1, T]; options as in `generate`, but 64 new tokens."""
         chunks = list(self.stream(prompt, max_new_tokens, **options))
         tokens = [token for chunk in chunks for token in chunk.tokens]
         origins = [origin for chunk in chunks for origin in chunk.origins]
         return Completion("".join(chunk.text for chunk in chunks), tokens, origins, self.last_stats)
 
-    def stream(self, prompt: str | torch.Tensor, max_new_tokens: int = 64, **options) -> Iterator[Chunk]:
-        """Completes one prompt and yields what each step adds. Closing the iterator, or Ctrl-C, ends it cleanly."""
-        sampling = Sampling(
-            **{k: options.pop(k) for k in ("do_sample", "temperature", "top_k", "top_p", "min_p") if k in options}
-        )
-        arguments = {"mode": "staged", "tree": None, "eos_token_id": None, "seed": 0} | options
-        unknown = arguments.keys() - {"mode", "tree", "eos_token_id", "seed"}
-        if unknown:
-            raise ValueError(f"unknown option {sorted(unknown)[0]!r}")
+    def stream(self, prompt: str | torch.Tensor, max_new_tokens: int | None = None, **options) -> Iterator[Chunk]:
+        """Completes one prompt and yields what each step adds; options as in `generate`, but 64 new tokens.
+
+        Closing the iterator, or Ctrl-C, ends it cleanly.
+        """
         input_ids = self._encode(prompt)
         if len(input_ids) != 1:
             raise ValueError(f"stream and complete take one prompt, got a batch of {len(input_ids)}; use generate")
-        request = self._validate(input_ids, None, max_new_tokens, sampling=sampling, **arguments)
-        return self._stream(request)
+        for name in ("streamer", "return_dict_in_generate", "assistant_model"):
+            if options.get(name):
+                raise ValueError(f"stream and complete take no {name}: use generate")
+        lengths = {"generation_config", "max_new_tokens", "max_length"}
+        if max_new_tokens is None and not lengths & (options.keys() | self.defaults.keys()):
+            max_new_tokens = 64
+        mode, seed, tree = options.pop("mode", "staged"), options.pop("seed", 0), options.pop("tree", None)
+        return self._stream(self._read(input_ids, None, max_new_tokens, mode, seed, tree, options))
 
-    def _stream(self, request: _Request) -> Iterator[Chunk]:
-        run = _Run(self, request)
-        row, start = run.sequences.rows[0], len(request.prompts[0])
+    def _stream(self, call: Call) -> Iterator[Chunk]:
+        run = _Run(self, call.request, call.positions)
+        row, start = run.sequences.rows[0], len(call.request.prompts[0])
         shown, text = 0, ""
         try:
             for _ in run.steps():
+                if call.positions is not None:
+                    call.positions.settle(run)
                 # A character cut in the middle of its bytes decodes to U+FFFD: wait for the rest.
                 ready = self._decode(row.tokens[start:])
                 ready = ready if run.finished else ready.rstrip("\ufffd")
@@ -239,6 +282,40 @@ class Decoder:
 
     # ------------------------------------------------------------ requests
 
+    def _read(self, input_ids, attention_mask, max_new_tokens, mode, seed, tree, options: dict) -> Call:
+        """The arguments of `generate`, read and checked."""
+        seed = int(torch.randint(2**63 - 1, ())) if seed is None else seed
+        if options.keys() <= _PLAIN and not self.defaults and input_ids is not None:
+            return self._read_plain(input_ids, attention_mask, max_new_tokens, mode, seed, tree, **options)
+        from stagedspec import hf  # which imports this module
+
+        return hf.read(self, input_ids, attention_mask, max_new_tokens, mode, seed, tree, options)
+
+    def _read_plain(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        max_new_tokens: int | None,
+        mode: str,
+        seed: int | Sequence[int] | torch.Tensor,
+        tree: TreeConfig | None,
+        eos_token_id: int | Sequence[int] | None = None,
+        pad_token_id: int | None = None,
+        **sampling,
+    ) -> Call:
+        """The short way for arguments that say nothing more than how long and how to sample."""
+        pad_token_id = self.pad_token_id if pad_token_id is None else pad_token_id
+        if pad_token_id is not None and (type(pad_token_id) is not int or not 0 <= pad_token_id < 2**63):
+            raise ValueError(f"pad_token_id must be a token id or None, got {pad_token_id!r}")
+        new_tokens = NEW_TOKENS if max_new_tokens is None else max_new_tokens
+        eos = self.eos_token_ids if eos_token_id is None else eos_token_id
+        request = self._validate(
+            input_ids, attention_mask, new_tokens, mode, tree, eos, seed, Sampling(**sampling), pad_token_id
+        )
+        if pad_token_id is None:
+            pad_token_id = request.eos[0] if request.eos else 0
+        return Call(input_ids, request, pad_token_id)
+
     def tree_for(
         self, mode: str, batch: int = 1, tree: TreeConfig | None = None, do_sample: bool = False
     ) -> TreeConfig:
@@ -251,7 +328,10 @@ class Decoder:
         if mode == "autoregressive":
             return TreeConfig().for_mode(mode)
         if self.draft is None:
-            raise ValueError(f"mode {mode!r} needs a draft model: give draft=..., or use mode='autoregressive'")
+            raise ValueError(
+                f"mode {mode!r} needs a draft model: give draft=..., or use mode='autoregressive' or "
+                "prompt_lookup_num_tokens=..., which proposes what the sequence itself repeats"
+            )
         if chosen is not None:
             return chosen.for_mode(mode)
         if self._costs is None:
@@ -271,7 +351,13 @@ class Decoder:
         eos_token_id: int | Sequence[int] | None,
         seed: int | Sequence[int] | torch.Tensor,
         sampling: Sampling,
+        pad_token_id: int | None = None,
+        lookup: int | None = None,
     ) -> _Request:
+        """lookup: propose chains so long by the context n-gram, where there is no draft."""
+        eos = _eos(self.eos_token_ids if eos_token_id is None else eos_token_id, self.target.vocab_size)
+        if attention_mask is None and pad_token_id is not None and pad_token_id not in eos:
+            attention_mask = _mask_of_padding(input_ids, pad_token_id)
         prompts = _unpad(input_ids, attention_mask, self.target.vocab_size)
         if not isinstance(max_new_tokens, int) or isinstance(max_new_tokens, bool) or max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be a whole number of at least 1, got {max_new_tokens!r}")
@@ -282,9 +368,15 @@ class Decoder:
                 f"{max_new_tokens}; shorten the prompt or ask for at most {self.target.positions - longest} new tokens"
             )
         seeds, streams = counters(seed, len(prompts))
-        eos = _eos(self.eos_token_ids if eos_token_id is None else eos_token_id, self.target.vocab_size)
-        settings = self.tree_for(mode, len(prompts), tree, sampling.do_sample)
-        return _Request(prompts, max_new_tokens, mode, settings, sampling, seeds, streams, eos)
+        repeats = lookup is not None and self.draft is None and mode != "autoregressive"
+        if repeats:
+            if type(lookup) is not int or not 1 <= lookup <= 255:
+                raise ValueError(f"prompt_lookup_num_tokens must be a whole number from 1 to 255, got {lookup!r}")
+            settings = TreeConfig(lookup + 1, lookup, lookup, width=1, children=1, prefetch=0)
+        else:
+            settings = self.tree_for(mode, len(prompts), tree, sampling.do_sample)
+        mode = "lookup" if repeats else mode
+        return _Request(prompts, max_new_tokens, mode, settings, sampling, seeds, streams, eos, repeats)
 
     def _encode(self, prompt: str | torch.Tensor) -> torch.Tensor:
         if isinstance(prompt, torch.Tensor):
@@ -309,7 +401,7 @@ class Decoder:
 class _Run:
     """One generation in progress. All of its state dies with it."""
 
-    def __init__(self, decoder: Decoder, request: _Request):
+    def __init__(self, decoder: Decoder, request: _Request, positions: Positions | None = None):
         self.decoder, self.request, self.clock = decoder, request, Clock()
         target, config, device = decoder.target, request.tree, decoder.device
         batch, warping = len(request.prompts), request.sampling.warping
@@ -326,8 +418,11 @@ class _Run:
                 [row.limit for row in self.sequences.rows],
                 device,
             )
-        self.cascade = None
-        if config.passes:
+        self.walk = positions.walk if positions is not None and positions.walks else None
+        self.cascade: Cascade | Repeats | None = None
+        if request.repeats:
+            self.cascade = Repeats(target.ops, config.depth, self.sequences, self.clock)
+        elif config.passes:
             self.cascade = Cascade(
                 decoder.draft, decoder.ngram, config, self.sequences, warping, self.noise, self.clock
             )
@@ -345,8 +440,7 @@ class _Run:
         with self.clock("prefill"):
             self.decoder.target.prefill(self.request.prompts, 1, self.cache)
             if self.cascade is not None:
-                # The last two tokens are what every step's first draft pass starts with.
-                self.cascade.draft.prefill(self.request.prompts, 2, self.cascade.cache)
+                self.cascade.prefill(self.request.prompts)
         step = self.decoder.target.ops.repeated(self._step)
         while not self.finished:
             self.draft_passes += step()
@@ -370,14 +464,24 @@ class _Run:
             # The nodes lie right below the prefix, so that no unused rows are attended to.
             first = self.config.nodes - trees.nodes
             hidden = target.forward(batch, self.cache, first, first)
-            chosen = target.choose(hidden, self.warping, noise)
+            most = None
+            if self.walk is None:
+                chosen = target.choose(hidden, self.warping, noise)
+            else:
+                chosen, most = self.walk(target.ops, trees, target.logits(hidden), self.warping, noise)
         with self.clock("verify"):
-            moves = trees.verify_commit(chosen)
+            moves = trees.verify_commit(chosen) if most is None else trees.verify_commit(chosen, most)
         with self.clock("commit"):
             self.cache.commit(target, moves.target_rows(first))
             if self.cascade is not None:
                 self.cascade.commit(moves)
         return 0 if self.cascade is None else self.cascade.passes
+
+    def stop(self, index: int, count: int) -> None:
+        """Ends a row after `count` new tokens; what was decoded beyond is dropped."""
+        row, end = self.sequences.rows[index], len(self.request.prompts[index]) + count
+        del row.tokens[end:], row.origins[count:]
+        row.running = False
 
     def new_tokens(self, pad: int) -> torch.Tensor:
         """The new tokens, LongTensor [B, most], shorter rows filled up with `pad`."""
@@ -409,6 +513,13 @@ class _Run:
 
 
 # ---------------------------------------------------------------- reading arguments
+
+
+def _mask_of_padding(input_ids: torch.Tensor, pad: int) -> torch.Tensor | None:
+    """As transformers: where there is no mask, padding tokens that do not end a sequence are taken for padding."""
+    if not isinstance(input_ids, torch.Tensor) or not bool((input_ids == pad).any()):
+        return None
+    return (input_ids != pad).long()
 
 
 def _unpad(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, vocab_size: int) -> list[list[int]]:

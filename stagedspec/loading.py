@@ -1,8 +1,10 @@
 """Where models come from and where they run: checkpoints, tokenizers, devices, dtypes."""
 
+import copy
 import json
 import socket
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 from urllib.request import getproxies
 
@@ -10,7 +12,7 @@ import torch
 from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from stagedspec.gpt2 import check_config
 
@@ -163,6 +165,21 @@ def end_of_sequence(model: GPT2LMHeadModel) -> list[int]:
     eos = model.config.eos_token_id if eos is None else eos
     ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
     return [token for token in ids if 0 <= token < model.config.vocab_size]
+
+
+def generation_defaults(model: GPT2LMHeadModel) -> dict[str, Any]:
+    """What the model's own generation config sets, by name.
+
+    Without special tokens, which `padding` and `end_of_sequence` read, and without what changes nothing.
+    """
+    known = vars(GenerationConfig())
+    read = ("pad_token_id", "eos_token_id", "bos_token_id", "use_cache", "transformers_version")
+    own = vars(model.generation_config).items()
+    return {
+        name: copy.deepcopy(value)
+        for name, value in own
+        if name in known and name[0] != "_" and name not in read and value is not None and value is not False
+    }
 
 
 def load_tokenizer(source: object) -> PreTrainedTokenizerBase | None:

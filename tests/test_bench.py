@@ -3,6 +3,7 @@
 import gzip
 import importlib.util
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -26,7 +27,8 @@ def script(name: str):
     return module
 
 
-decode, make_prompts = script("decode"), script("make_prompts")
+sys.path.insert(0, str(BENCH))  # a script's own folder is where it looks first
+decode, make_prompts, entrance = script("decode"), script("make_prompts"), script("entrance")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -159,3 +161,39 @@ def test_compare_gives_no_ratio_where_outputs_differ():
 def test_compare_refuses_nothing_to_do(arguments):
     with pytest.raises(ValueError, match="at least one side"):
         compare(*arguments)
+
+
+# ---------------------------------------------------------------- entrance.py
+
+
+def test_costs_are_paired(monkeypatch):
+    """Ratios within a turn, so that a machine that slows down does not count; every side goes first in turn."""
+    clock, order = [0.0], []
+    monkeypatch.setattr(entrance.time, "perf_counter", lambda: clock[0])
+
+    def side(name, share):
+        def run(ids):
+            order.append(name)
+            clock[0] += share * (1 + len(order) // 3)  # ever slower
+            return ids
+
+        return run
+
+    sides = {"plain": side("a", 1.0), "config": side("b", 1.02), "custom": side("c", 1.1)}
+    seconds = entrance.measure(sides, [torch.tensor([[1]]), torch.tensor([[2]])], repeats=3)
+    assert {name: len(values) for name, values in seconds.items()} == dict.fromkeys(sides, 6)
+    assert order[3:9] == ["a", "b", "c", "b", "c", "a"]
+    assert entrance.costs({"a": [1.0, 2.0, 4.0], "b": [1.1, 2.2, 4.4]})["b"] == pytest.approx((0.1, 0.1, 0.1))
+
+
+def test_entrances_must_agree():
+    sides = {"plain": lambda ids: ids, "other": lambda ids: ids + 1}
+    with pytest.raises(ValueError, match="other gave other tokens than plain on prompt 0"):
+        entrance.measure(sides, [torch.tensor([[1]])], repeats=1)
+
+
+def test_entrance_on_the_embedded_models(capsys):
+    assert entrance.main(["--limit", "2", "--max-new-tokens", "4", "--repeats", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "2 pairs of 4 new tokens" in printed and "custom_generate" in printed and "the bound is 3%" in printed
+    assert entrance.main(["--prompts", "/none/such"]) == 2

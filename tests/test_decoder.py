@@ -368,6 +368,8 @@ def test_sampling_with_trees_drafted_deeper_than_their_nodes_allow(target):
     ids = torch.tensor([random_prompts([2], seed=29)[0]])
     options = {"do_sample": True, "eos_token_id": [], "max_new_tokens": POSITIONS - 2}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("stagedspec.kernels.reference.Noise.MEMORY", 1)  # the shortest block there can be: every step at its end
+        patch.setattr(
+            "stagedspec.kernels.reference.Noise.MEMORY", 1
+        )  # the shortest block there can be: every step at its end
         staged = decoder.generate(ids, tree=tree, **options)
     assert torch.equal(staged, decoder.generate(ids, mode="autoregressive", **options))

@@ -4,22 +4,13 @@ import math
 
 import pytest
 import torch
-from conftest import POSITIONS, VOCAB, make_gpt2, random_prompts
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from conftest import POSITIONS, VOCAB, byte_tokenizer, make_gpt2, random_prompts
+from tokenizers import pre_tokenizers
 
 from stagedspec import Decoder, TreeConfig
 from stagedspec.ngram import fit_table
 
 TREE = TreeConfig()
-
-
-def byte_tokenizer(tokens: list[str]) -> PreTrainedTokenizerFast:
-    """One token a byte: characters beyond ASCII are split over several tokens."""
-    tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
 @pytest.fixture(scope="module")

@@ -122,8 +122,6 @@ def _flashinfer(q, keys, values, visible, scale) -> dict:
     queries = q[0].transpose(0, 1).contiguous()
 
     def one(pair: tuple[torch.Tensor, torch.Tensor]) -> None:
-        flashinfer.single_prefill_with_kv_cache(
-            queries, *pair, custom_mask=visible, kv_layout="HND", sm_scale=scale
-        )
+        flashinfer.single_prefill_with_kv_cache(queries, *pair, custom_mask=visible, kv_layout="HND", sm_scale=scale)
 
     return {"FlashInfer": partial(lambda pairs: [one(pair) for pair in pairs], laid)}

@@ -1,0 +1,110 @@
+"""What the entrances for transformers' arguments cost over the plain `Decoder.generate`, at batch 1.
+
+    python bench/entrance.py [--limit 16] [--max-new-tokens 64] [--repeats 3] [--mode staged] [--threads 1]
+
+Three ways to the same tokens, with the same weights and tree, taking turns on every prompt: the plain call, the same
+call with a `generation_config`, and `GPT2LMHeadModel.generate` with `stagedspec.hf.custom_generate`. The cost is the
+median of the paired ratios of time, less one. See bench/README.md.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from statistics import median, quantiles
+
+import torch
+from decode import EMBEDDED, HERE, encode, machine, read_prompts
+from transformers import GenerationConfig, GPT2LMHeadModel
+
+from stagedspec import Decoder
+from stagedspec.cli import quiet_transformers
+from stagedspec.hf import custom_generate
+
+BOUND = 0.03
+
+
+def ways(mode: str, new: int, device: str) -> tuple[dict, object]:
+    """Functions from ids [1, L] to tokens [1, L + new], the plain one first, and the tokenizer."""
+    assets = EMBEDDED.parent
+    decoder = Decoder.default(device=device)
+    model = GPT2LMHeadModel.from_pretrained(EMBEDDED, dtype=decoder.target.dtype).to(decoder.device)
+    # Every side the tree that the cost model chose for one of them: it must not differ by a measurement's noise.
+    tree = decoder.tree_for(mode)
+    options = {"max_new_tokens": new, "pad_token_id": 0}
+    config = GenerationConfig(**options, eos_token_id=[model.config.vocab_size - 1])
+    eos = config.eos_token_id
+    generator = custom_generate(assets / "draft", assets / "ngram.safetensors", mode, tree)
+    return {
+        "plain": lambda ids: decoder.generate(ids, mode=mode, tree=tree, eos_token_id=eos, **options),
+        "generation_config": lambda ids: decoder.generate(ids, mode=mode, tree=tree, generation_config=config),
+        "custom_generate": lambda ids: model.generate(ids, generation_config=config, custom_generate=generator),
+    }, decoder.tokenizer
+
+
+def measure(sides: dict, prompts: list[torch.Tensor], repeats: int) -> dict[str, list[float]]:
+    """Seconds of every side on every prompt and repeat, in one order, the sides taking turns at going first.
+
+    Raises ValueError if a side's tokens differ from the first one's.
+    """
+    names = list(sides)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for side in sides.values():
+        side(prompts[0])
+    for turn in range(repeats * len(prompts)):
+        ids, tokens = prompts[turn % len(prompts)], {}
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            begin = time.perf_counter()
+            tokens[name] = sides[name](ids).tolist()
+            seconds[name].append(time.perf_counter() - begin)
+        for name in names[1:]:
+            if tokens[name] != tokens[names[0]]:
+                raise ValueError(f"{name} gave other tokens than {names[0]} on prompt {turn % len(prompts)}")
+    return seconds
+
+
+def costs(seconds: dict[str, list[float]]) -> dict[str, tuple[float, float, float]]:
+    """Lower quartile, median and upper quartile of every side's time over the first one's, less one."""
+    base, *others = seconds
+    found = {}
+    for name in others:
+        ratios = [mine / plain - 1 for mine, plain in zip(seconds[name], seconds[base], strict=True)]
+        found[name] = tuple(quantiles(ratios, n=4)) if len(ratios) > 1 else (ratios[0],) * 3
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--prompts", type=Path, default=HERE / "prompts.jsonl")
+    parser.add_argument("--limit", type=int, default=16)
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--mode", default="staged")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    quiet_transformers()
+    try:
+        sides, tokenizer = ways(options.mode, options.max_new_tokens, options.device)
+        prompts, _ = encode(read_prompts(options.prompts), tokenizer, 256, options.limit)
+        seconds = measure(sides, prompts, options.repeats)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    count = len(seconds["plain"])
+    on = ", ".join(f"{key} {value}" for key, value in machine(torch.device(options.device)).items())
+    print(f"{count} pairs of {options.max_new_tokens} new tokens, {options.mode}, on {on}")
+    print(f"{'plain':20} {1e3 * median(seconds['plain']):8.1f} ms a call")
+    worst = 0.0
+    for name, (low, middle, high) in costs(seconds).items():
+        print(
+            f"{name:20} {1e3 * median(seconds[name]):8.1f} ms a call, costs {middle:+.2%} ({low:+.2%} to {high:+.2%})"
+        )
+        worst = max(worst, middle)
+    print(f"the bound is {BOUND:.0%}: {'kept' if worst <= BOUND else 'missed'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""Every setting of transformers' `generate`, and what becomes of it here: honoured, without effect, or refused.
+
+A setting that changes the output is never ignored. One that a later transformers adds is refused until it is in one of
+these tables (tests/test_hf.py holds them against the installed `GenerationConfig`).
+"""
+
+from typing import Any
+
+from transformers import GenerationConfig
+
+HONOURED = {
+    "length": ("max_length", "max_new_tokens"),
+    "choice": ("do_sample", "temperature", "top_k", "top_p", "min_p"),
+    "special tokens": ("eos_token_id", "pad_token_id", "bos_token_id"),
+    "output": ("return_dict_in_generate", "output_scores", "output_logits"),
+    "proposals": ("prompt_lookup_num_tokens",),
+    # transformers makes these into logits processors, which are applied along the walk.
+    "logits processors": (
+        "min_length", "min_new_tokens", "repetition_penalty", "encoder_repetition_penalty", "no_repeat_ngram_size",
+        "encoder_no_repeat_ngram_size", "bad_words_ids", "sequence_bias", "suppress_tokens", "begin_suppress_tokens",
+        "forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty", "remove_invalid_values",
+        "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff", "watermarking_config", "renormalize_logits",
+    ),
+    "stopping criteria": ("max_time", "stop_strings"),
+}  # fmt: skip
+
+# Without effect on the tokens.
+IRRELEVANT = {
+    "how transformers runs the model": (
+        "use_cache", "cache_config", "max_cache_len", "compile_config", "disable_compile", "prefill_chunk_size",
+        "low_memory", "continuous_batching_config",
+    ),
+    "how a draft is run, which the cost model decides here": (
+        "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold",
+        "max_matching_ngram_size", "assistant_early_exit", "use_mtp", "speculation_type",
+    ),
+    "drafts with another tokenizer, which are refused": ("assistant_lookbehind", "target_lookbehind"),
+    "beams, which are refused": ("early_stopping", "length_penalty"),
+    "encoder-decoder models, which are refused": ("decoder_start_token_id",),
+    "notes": ("transformers_version",),
+}  # fmt: skip
+
+_OWN = "use transformers' own generate, without stagedspec"
+# name: (values that ask for nothing, what to use instead)
+REFUSED: dict[str, tuple[tuple, str]] = {
+    "num_beams": ((None, 1), f"sample, or {_OWN}"),
+    "num_beam_groups": ((None, 1), f"sample, or {_OWN}"),
+    "diversity_penalty": ((None, 0.0), f"sample, or {_OWN}"),
+    "num_return_sequences": ((None, 1), "repeat the prompt in the batch: every row samples by itself"),
+    "constraints": ((None,), f"use a logits processor, or {_OWN}"),
+    "force_words_ids": ((None,), f"use sequence_bias or a logits processor, or {_OWN}"),
+    "penalty_alpha": ((None, 0.0), f"use repetition_penalty, or {_OWN}"),
+    "dola_layers": ((None,), _OWN),
+    "guidance_scale": ((None, 1, 1.0), _OWN),
+    "token_healing": ((None, False), "cut the prompt back with the model's heal_tokens before generating"),
+    "assistant_ensemble_weight": ((None,), "leave it out: decoding here is lossless"),
+    "is_assistant": ((None, False), "leave it out: this decoder cannot be another model's assistant"),
+    "output_attentions": ((None, False), "run the model on the finished sequences: model(ids, output_attentions=True)"),
+    "output_hidden_states": (
+        (None, False),
+        "run the model on the finished sequences: model(ids, output_hidden_states=True)",
+    ),
+    "cache_implementation": (
+        (None, "dynamic", "static", "offloaded", "offloaded_static", "hybrid"),
+        "leave it out: the cache here is static and exact",
+    ),
+}
+
+# Arguments of `generate` and of the model that are no settings.
+REFUSED_ARGUMENTS = {
+    "inputs_embeds": "give input_ids",
+    "past_key_values": "give the whole sequence as input_ids: the prefix is computed again",
+    "token_type_ids": _OWN,
+    "encoder_hidden_states": _OWN,
+    "encoder_attention_mask": _OWN,
+    "negative_prompt_ids": _OWN,
+    "negative_prompt_attention_mask": _OWN,
+    "assistant_tokenizer": "give a draft of the target's own vocabulary",
+    "synced_gpus": "run one decoder a process",
+    "custom_generate": "leave it out: this is one",
+}
+# What transformers hands on to the model and does not matter here.
+_PASSED_ON = ("attention_mask", "use_cache", "logits_to_keep", "cache_position", "return_dict", "labels")
+
+_KNOWN = {name for group in (HONOURED, IRRELEVANT) for names in group.values() for name in names} | REFUSED.keys()
+
+
+def refuse_settings(settings: dict[str, Any]) -> None:
+    """Raises ValueError for the first setting that is not supported, with what to use instead.
+
+    Names that the installed `GenerationConfig` does not have are ignored, as transformers does.
+    """
+    for name, (neutral, instead) in REFUSED.items():
+        value = settings.get(name)
+        if not any(value is known or (type(value) is type(known) and value == known) for known in neutral):
+            raise ValueError(f"{name}={value!r} is not supported: {instead}")
+    fields, defaults = vars(GenerationConfig()), GenerationConfig._get_default_generation_params()
+    for name, value in settings.items():
+        if name in _KNOWN or name not in fields or name.startswith("_"):
+            continue
+        if value is not None and value is not False and value != defaults.get(name):
+            raise ValueError(f"{name}={value!r} is not supported: this release does not know the setting; leave it out")
+
+
+def refuse_arguments(arguments: dict[str, Any]) -> None:
+    """Raises ValueError for the first argument of `generate` that is not supported."""
+    for name, instead in REFUSED_ARGUMENTS.items():
+        value = arguments.get(name)
+        if value is not None and value is not False:
+            raise ValueError(f"{name} is not supported: {instead}")
+
+
+def refuse_passed_on(arguments: dict[str, Any]) -> None:
+    """The same for what transformers' `generate` hands to a custom one, after its own preparations."""
+    for name, value in arguments.items():
+        if value is None or value is False or name in _PASSED_ON or name == "position_ids":
+            continue
+        # transformers itself adds an empty cache.
+        if name == "past_key_values" and not getattr(value, "_is_user_defined", False):
+            continue
+        raise ValueError(f"{name} is not supported: {REFUSED_ARGUMENTS.get(name, 'leave it out')}")

@@ -1,0 +1,495 @@
+"""At home beside transformers: `Decoder.generate` with all of its arguments, and `custom_generate` for its models.
+
+    out = hf_model.generate(**inputs, custom_generate=stagedspec.hf.custom_generate(draft="distilgpt2"))
+
+Either way it is transformers that reads the arguments: which of keyword, generation config and model's default holds,
+which logits processors and stopping criteria they come to, what is warned about. What comes out of that is translated
+here. `stagedspec.fields` has the table of all settings.
+
+Three things are refused or different, always by name: settings of other algorithms (beams, ...); what only the model's
+own forward pass could give (attentions, hidden states, `past_key_values`); and sampled tokens, which are drawn from the
+same distribution as transformers' by other random numbers.
+"""
+
+import inspect
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    GenerationConfig,
+    GPT2LMHeadModel,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    StoppingCriteriaList,
+    StopStringCriteria,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.generation import (
+    EosTokenCriteria,
+    GenerateDecoderOnlyOutput,
+    GenerationMixin,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+)
+
+from stagedspec.decoder import NEW_TOKENS, Call, Decoder, _unpad
+from stagedspec.fields import REFUSED_ARGUMENTS, refuse_arguments, refuse_passed_on, refuse_settings
+from stagedspec.gpt2 import GPT2
+from stagedspec.loading import read_checkpoint
+from stagedspec.ngram import KatzTable
+from stagedspec.positions import Positions
+from stagedspec.sampling import Sampling
+from stagedspec.stats import Stats
+from stagedspec.tree import TreeConfig
+
+
+@dataclass
+class StagedOutput(GenerateDecoderOnlyOutput):
+    """What `generate` returns with return_dict_in_generate=True.
+
+    sequences: LongTensor [B, prompt + new]. scores, logits: where asked for, a tensor fp32 [B, V] for each new
+    position, after and before processing; zeros in rows that have stopped (transformers leaves there what the model
+    says after padding). stats: what the generation cost.
+    """
+
+    stats: Stats | None = None
+
+
+# ---------------------------------------------------------------- Decoder.generate with transformers' arguments
+
+
+def read(
+    decoder: Decoder,
+    input_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    max_new_tokens: int | None,
+    mode: str,
+    seed: int | Sequence[int] | torch.Tensor,
+    tree: TreeConfig | None,
+    options: dict[str, Any],
+) -> Call:
+    """Reads arguments of `Decoder.generate` as transformers reads those of its own."""
+    options = dict(options)
+    if input_ids is None:
+        input_ids = options.pop("inputs", None)
+    if unknown := options.keys() - _options():
+        raise ValueError(f"unknown option {min(unknown)!r}")
+    refuse_arguments(options)
+    given: GenerationConfig | None = options.get("generation_config")
+    if given is not None and not isinstance(given, GenerationConfig):
+        raise ValueError(f"generation_config must be a GenerationConfig or None, got {type(given).__name__}")
+    for source in (decoder.defaults, {} if given is None else vars(given), options):
+        refuse_settings(source)
+    if input_ids is None:
+        own_begin = decoder.target.config.bos_token_id
+        begin = _first(options.get("bos_token_id"), getattr(given, "bos_token_id", None), own_begin)
+        if begin is None:
+            raise ValueError("give input_ids: this model has no begin-of-sequence token to start from")
+        input_ids = torch.tensor([[begin]])
+    _unpad(input_ids, attention_mask, decoder.target.vocab_size)  # for its messages, before transformers' own
+    if max_new_tokens is not None:
+        if type(max_new_tokens) is not int or max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be a whole number of at least 1, got {max_new_tokens!r}")
+        options["max_new_tokens"] = max_new_tokens
+
+    own = decoder.defaults
+    if given is None:
+        options.setdefault("top_k", own.get("top_k"))
+        if not any(source.get(name) for name in ("max_new_tokens", "max_length") for source in (options, own)):
+            options["max_new_tokens"] = NEW_TOKENS
+    for name in ("eos_token_id", "pad_token_id"):
+        value = options.get(name)
+        if value is None:
+            options.pop(name, None)  # the model's own; transformers would take it for none
+        elif name == "eos_token_id" and isinstance(value, (list, tuple)) and not value:
+            options[name] = None
+
+    # transformers drops the tokenizer on the way to a custom generate, and then misses it.
+    tokenizer = options.pop("tokenizer", None) or decoder.tokenizer
+    strings = _first(options.get("stop_strings"), getattr(given, "stop_strings", None), own.get("stop_strings"))
+    if strings is not None:
+        if tokenizer is None:
+            raise ValueError("stop_strings need a tokenizer: this decoder has none, give tokenizer=...")
+        found = StopStringCriteria(tokenizer, strings)
+        options |= {"stop_strings": None, "stopping_criteria": [*(options.get("stopping_criteria") or []), found]}
+
+    calls: list[Call] = []
+    streamer, began = options.get("streamer"), time.time()
+
+    def capture(model, input_ids, logits_processor, stopping_criteria, generation_config, **passed_on):
+        calls.append(
+            _call(
+                decoder, input_ids, logits_processor, stopping_criteria, generation_config, passed_on, mode, seed, tree,
+                streamer, began,
+            )
+        )  # fmt: skip
+        return input_ids
+
+    if attention_mask is not None:
+        options["attention_mask"] = attention_mask
+    _skeleton(decoder).generate(input_ids, custom_generate=capture, **options)
+    return calls[0]
+
+
+def _first(*values: Any) -> Any:
+    """The first that is not None."""
+    return next((value for value in values if value is not None), None)
+
+
+@lru_cache(maxsize=1)
+def _options() -> frozenset[str]:
+    """What `generate` of a GPT-2 can be given by name."""
+    functions = (GPT2LMHeadModel.generate, GPT2LMHeadModel.forward)
+    names = {name for function in functions for name in inspect.signature(function).parameters}
+    return frozenset(names | vars(GenerationConfig()).keys() | REFUSED_ARGUMENTS.keys() | {"tokenizer"})
+
+
+_skeletons: "weakref.WeakKeyDictionary[Decoder, GPT2LMHeadModel]" = weakref.WeakKeyDictionary()
+
+
+def _skeleton(decoder: Decoder) -> GPT2LMHeadModel:
+    """A model of the target's config without weights, whose `generate` reads arguments."""
+    if decoder not in _skeletons:
+        with torch.device("meta"):
+            model = GPT2LMHeadModel(decoder.target.config)
+        model.generation_config = GenerationConfig(
+            **decoder.defaults,
+            eos_token_id=list(decoder.eos_token_ids) or None,
+            pad_token_id=decoder.pad_token_id,
+        )
+        _skeletons[decoder] = model
+    return _skeletons[decoder]
+
+
+def assisted(decoder: Decoder, assistant: GPT2LMHeadModel) -> Decoder:
+    """The decoder with another draft, made once for every pair."""
+    assistant = read_checkpoint(assistant, "assistant_model")
+    target = decoder.target
+
+    def make(_: Decoder | None) -> Decoder:
+        draft = GPT2(assistant, target.ops, target.device, target.dtype, invariant=False)
+        return Decoder(
+            target, draft, decoder.ngram, decoder.tokenizer, decoder._tree, decoder.eos_token_ids, decoder.pad_token_id,
+            decoder.defaults,
+        )  # fmt: skip
+
+    return _made(decoder, weakref.ref(assistant), _print(assistant), make)
+
+
+# ---------------------------------------------------------------- what transformers prepared, to a call
+
+
+def _call(
+    decoder: Decoder,
+    input_ids: torch.Tensor,
+    processors: LogitsProcessorList,
+    criteria: StoppingCriteriaList,
+    config: GenerationConfig,
+    passed_on: dict[str, Any],
+    mode: str,
+    seed: int | Sequence[int] | torch.Tensor,
+    tree: TreeConfig | None,
+    streamer,
+    began: float,
+) -> Call:
+    """Translates what transformers hands to a decoding loop. began: when the call came in (`time.time()`)."""
+    refuse_settings(vars(config))
+    refuse_passed_on(passed_on)
+    mask = passed_on.get("attention_mask")
+    _check_positions(passed_on.get("position_ids"), mask, input_ids)
+    rest, sampling = _split_processors(processors, bool(config.do_sample))
+    width, vocab_size = input_ids.shape[1], decoder.target.vocab_size
+    eos, longest, others = _split_criteria(criteria, vocab_size)
+    pad = 0 if config._pad_token_tensor is None else int(config._pad_token_tensor)
+    request = decoder._validate(
+        input_ids, mask, max(longest - width, 1), mode, tree, eos, seed, sampling,
+        lookup=config.prompt_lookup_num_tokens,
+    )  # fmt: skip
+    return_dict = bool(config.return_dict_in_generate)
+    keep = [name for name in ("scores", "logits") if return_dict and getattr(config, f"output_{name}")]
+    if not rest and not others and streamer is None and not keep:
+        return Call(input_ids, request, pad, None, return_dict)
+    # A first call measures pass times and may lay out weights: none of the time that a generation may take.
+    waited = time.time() - began
+    others = [
+        MaxTimeCriteria(one.max_time, one.initial_timestamp + waited) if type(one) is MaxTimeCriteria else one
+        for one in others
+    ]
+    positions = Positions(
+        input_ids,
+        request.new_tokens,
+        pad,
+        eos,
+        LogitsProcessorList(rest) if rest else None,
+        StoppingCriteriaList(others) if others else None,
+        streamer,
+        any(hasattr(one, "eos_token_id") for one in criteria),
+        keep,
+    )
+    return Call(input_ids, request, pad, positions, return_dict)
+
+
+def finish(call: Call, sequences: torch.Tensor, stats: Stats) -> torch.Tensor | StagedOutput:
+    """Ends the stream, and makes what `generate` returns."""
+    positions = call.positions
+    if positions is not None and positions.streamer is not None:
+        positions.streamer.end()
+    if not call.return_dict:
+        return sequences
+    count = sequences.shape[1] - call.input_ids.shape[1]
+    kept = {} if positions is None else {name: tuple(values[:count]) for name, values in positions.kept.items()}
+    return StagedOutput(sequences=sequences, **kept, stats=stats)
+
+
+# The warpers that the token choice has built in, and what it calls them.
+_WARPERS = {
+    TemperatureLogitsWarper: "temperature",
+    TopKLogitsWarper: "top_k",
+    TopPLogitsWarper: "top_p",
+    MinPLogitsWarper: "min_p",
+}
+
+
+def _split_processors(processors: LogitsProcessorList, do_sample: bool) -> tuple[list[Callable], Sampling]:
+    """The processors to apply along the walk, and the warpers at their end as a `Sampling`.
+
+    Only a tail in the order in which `Sampling` warps is taken off; anything else stays a processor, to which the
+    noise is then added as it is.
+    """
+    rest, order, settings = list(processors), list(_WARPERS), {}
+    while do_sample and rest and type(rest[-1]) in order and _is_built_in(rest[-1]):
+        kind = type(rest[-1])
+        settings[_WARPERS[kind]] = getattr(rest.pop(), _WARPERS[kind])
+        order = order[: order.index(kind)]
+    return rest, Sampling(do_sample, **settings)
+
+
+def _is_built_in(warper: Callable) -> bool:
+    name = _WARPERS[type(warper)]
+    try:
+        Sampling(True, **{name: getattr(warper, name)})
+    except ValueError:  # transformers allows a little more, such as top_p=0
+        return False
+    return getattr(warper, "filter_value", -torch.inf) == -torch.inf and getattr(warper, "min_tokens_to_keep", 1) == 1
+
+
+def _split_criteria(criteria: StoppingCriteriaList, vocab_size: int) -> tuple[list[int], int, list[Callable]]:
+    """End-of-sequence ids, the longest sequence, and the criteria that remain to be called."""
+    eos: list[int] = []
+    lengths: list[int] = []
+    others = []
+    for one in criteria:
+        if type(one) is EosTokenCriteria:
+            eos += [token for token in one.eos_token_id.tolist() if 0 <= token < vocab_size]
+        elif type(one) is MaxLengthCriteria:
+            lengths.append(one.max_length)
+        else:
+            others.append(one)
+    return eos, min(lengths), others
+
+
+def _check_positions(position_ids: torch.Tensor | None, mask: torch.Tensor | None, input_ids: torch.Tensor) -> None:
+    if position_ids is None:
+        return
+    width = input_ids.shape[1]
+    if mask is None:
+        good = position_ids.shape[-1] == width and bool((position_ids.cpu() == torch.arange(width)).all())
+    else:
+        good = position_ids.shape == mask.shape and torch.equal(position_ids * mask, (mask.cumsum(-1) - 1) * mask)
+    if not good:
+        raise ValueError("position_ids other than those of the attention_mask are not supported: leave them out")
+
+
+# ---------------------------------------------------------------- a custom generate for transformers' models
+
+
+class custom_generate:
+    """For `GPT2LMHeadModel.generate(..., custom_generate=stagedspec.hf.custom_generate(draft=...))`.
+
+    draft: a GPT2LMHeadModel, folder or hub id of the same vocabulary; left out, generate's `assistant_model`, and with
+    neither `mode="autoregressive"` or `prompt_lookup_num_tokens` must be given. ngram: a KatzTable or its path.
+    mode, tree: as in `Decoder.generate`. seed: None draws it from torch's global generator, so that
+    `torch.manual_seed` and `transformers.set_seed` decide. A single `generate` takes mode, tree and seed too.
+    streamer: an alternative to generate's own.
+
+    Everything is made at the first call and kept for as long as the model lives, whether this object is kept or made
+    anew for every call; when the model's weights have changed, in place or not, they are read again (but for single
+    values written through `.data`: then call `forget(model)`). Decoding runs on
+    the model's device in its dtype. Weights are shared with the model where the layout allows: on a GPU all of them. On
+    a CPU the linear layers and the head are packed for oneDNN in fp32, which takes their size once more; embeddings,
+    norms and biases are shared.
+
+    Not honoured by transformers itself on this way: `stop_strings`, because `generate` does not hand on its
+    `tokenizer`; give `stopping_criteria=[StopStringCriteria(tokenizer, strings)]`.
+
+    `last_stats` tells what the last call cost. Raises ValueError at the call for what is not supported.
+    """
+
+    def __init__(
+        self,
+        draft: str | Path | GPT2LMHeadModel | None = None,
+        ngram: str | Path | KatzTable | None = None,
+        mode: str = "staged",
+        tree: TreeConfig | None = None,
+        seed: int | Sequence[int] | None = None,
+        backend: str = "auto",
+        streamer=None,
+    ):
+        self.draft, self.ngram, self.mode, self.tree = draft, ngram, mode, tree
+        self.seed, self.backend, self.streamer = seed, backend, streamer
+        self.last_stats: Stats | None = None
+
+    def __call__(
+        self,
+        model: GPT2LMHeadModel,
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        mode: str | None = None,
+        tree: TreeConfig | None = None,
+        seed: int | Sequence[int] | None = None,
+        **model_kwargs: Any,
+    ) -> torch.Tensor | StagedOutput:
+        began = time.time()
+        refuse_settings(vars(generation_config))
+        dropped = _dropped_arguments()
+        streamer = dropped.get("streamer")
+        if streamer is None and self.streamer is not None:
+            streamer = self.streamer
+            streamer.put(input_ids.cpu())
+        draft = dropped.get("assistant_model") if self.draft is None else self.draft
+        decoder = decoder_for(model, draft, self.ngram, self.backend)
+        seed = self.seed if seed is None else seed
+        call = _call(
+            decoder, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs,
+            self.mode if mode is None else mode,
+            int(torch.randint(2**63 - 1, ())) if seed is None else seed,
+            self.tree if tree is None else tree,
+            streamer, began,
+        )  # fmt: skip
+        output = decoder.decode(call)
+        self.last_stats = decoder.last_stats
+        return output
+
+
+def _dropped_arguments() -> dict[str, Any]:
+    """What transformers' `generate` was given and does not hand on: the streamer and the assistant model.
+
+    Without a look at its frame a streamer given to `generate` would see the prompt and then nothing, and whoever reads
+    from it would wait forever.
+    """
+    frame = sys._getframe(2)
+    if frame.f_code is not inspect.unwrap(GenerationMixin.generate).__code__:
+        return {}
+    return {name: frame.f_locals.get(name) for name in ("streamer", "assistant_model")}
+
+
+def decoder_for(
+    model: GPT2LMHeadModel,
+    draft: str | Path | GPT2LMHeadModel | None = None,
+    ngram: str | Path | KatzTable | None = None,
+    backend: str = "auto",
+) -> Decoder:
+    """The decoder of a model as it is now: made at the first call, made anew when the weights have changed.
+
+    Raises ValueError for a model that this package would decode differently from transformers.
+    """
+    _check_model(model)
+    if isinstance(draft, (str, Path)):
+        draft = _load_draft(str(draft))
+    elif draft is not None:
+        draft = read_checkpoint(draft, "draft")
+    table = _load_table(str(ngram), model.config.vocab_size) if isinstance(ngram, (str, Path)) else ngram
+    if table is not None and not isinstance(table, KatzTable):
+        raise ValueError(f"ngram must be a path or a KatzTable, got {type(table).__name__}")
+    prints = _print(model, sampled=True), None if draft is None else _print(draft)
+
+    def make(last: Decoder | None) -> Decoder:
+        _check_parameters(model)
+        made = Decoder.from_pretrained(model, draft, table, device=model.device, dtype=model.dtype, backend=backend)
+        if last is not None:
+            made._costs, made._trees = last._costs, last._trees  # new weights take as long as the old
+        return made
+
+    key = (None if draft is None else weakref.ref(draft), None if table is None else id(table), backend)
+    return _made(model, key, prints, make, table)
+
+
+_made_for: "weakref.WeakKeyDictionary[Any, dict]" = weakref.WeakKeyDictionary()
+_making = threading.RLock()
+
+
+def _made(owner: Any, key: Any, prints: Any, make: Callable[[Decoder | None], Decoder], keep: Any = None) -> Decoder:
+    """The decoder kept for owner under key, made anew where prints differ. keep: what must outlive key."""
+    with _making:
+        known = _made_for.setdefault(owner, {})
+        last = known.get(key)
+        if last is None or last[0] != prints:
+            known[key] = prints, make(None if last is None else last[1]), keep
+        return known[key][1]
+
+
+def _print(model: GPT2LMHeadModel, sampled: bool = False) -> tuple:
+    """Changes when a parameter is replaced, moved, or written to in place: an optimizer's step, `load_state_dict`.
+
+    Writing through `.data` leaves versions as they are; sampled adds a row and a column of every matrix and the whole
+    of every vector, which whatever writes to all of a parameter, to rows or to columns changes. To read all weights
+    would cost as much as a token.
+    """
+    parameters = list(model.parameters())
+    versions = tuple((one.data_ptr(), one.dtype, 0 if one.is_inference() else one._version) for one in parameters)
+    if not sampled or parameters[0].device.type != "cpu":  # on a GPU weights are shared, not copied
+        return versions
+    with torch.no_grad():
+        parts = [part for one in parameters for part in ((one[0], one[:, 0]) if one.dim() > 1 else (one,))]
+        return versions, torch.cat(parts).view(torch.uint8).numpy().tobytes()
+
+
+def forget(model: GPT2LMHeadModel) -> None:
+    """Drops what is kept for a model. For single weights that were written through `.data`: nothing else hides."""
+    with _making:
+        _made_for.pop(model, None)
+
+
+@lru_cache(maxsize=8)
+def _load_draft(location: str) -> GPT2LMHeadModel:
+    return read_checkpoint(location, "draft")
+
+
+@lru_cache(maxsize=8)
+def _load_table(location: str, vocab_size: int) -> KatzTable:
+    return KatzTable.load(location, vocab_size=vocab_size)
+
+
+def _check_model(model: Any) -> None:
+    read_checkpoint(model, "the model")
+    config = model.config
+    if model.training and max(config.attn_pdrop, config.embd_pdrop, config.resid_pdrop) > 0:
+        raise ValueError("the model is in training mode, where dropout changes what it says: call model.eval() first")
+
+
+def _check_parameters(model: GPT2LMHeadModel) -> None:
+    """Adapters and quantised layers add or rename parameters; their models would be decoded wrongly or not at all."""
+    with torch.device("meta"):
+        plain = dict(GPT2LMHeadModel(model.config).named_parameters())
+    found = dict(model.named_parameters())
+    for name in sorted(plain.keys() ^ found.keys()):
+        kind = "has no" if name in plain else "has a"
+        raise ValueError(
+            f"the model {kind} parameter {name!r}, unlike a plain GPT-2: merge adapters into the weights "
+            "(merge_and_unload), load without quantisation, or use transformers' own generate"
+        )
+    devices = {str(one.device) for one in found.values()}
+    if len(devices) > 1:
+        raise ValueError(f"the model is spread over {', '.join(sorted(devices))}: it must be on one device")

@@ -1,0 +1,732 @@
+"""At home beside transformers: the same calls with and without stagedspec, through both entrances."""
+
+import gc
+import json
+import string
+import threading
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import POSITIONS, VOCAB, byte_tokenizer, left_pad, make_gpt2, random_prompts
+from transformers import (
+    GenerationConfig,
+    GPT2LMHeadModel,
+    LogitsProcessor,
+    MaxLengthCriteria,
+    StoppingCriteria,
+    StopStringCriteria,
+    TextIteratorStreamer,
+    TextStreamer,
+    TopPLogitsWarper,
+    WatermarkingConfig,
+)
+from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation.streamers import BaseStreamer
+
+import stagedspec.decoder
+from stagedspec import Decoder, TreeConfig, fields, hf
+from stagedspec.hf import custom_generate
+
+TREE = TreeConfig()
+TOKENS = [*string.ascii_letters, "Ġ", "Ċ", *string.digits][:VOCAB]
+
+
+@pytest.fixture(scope="module")
+def draft(drafts):
+    return drafts["good"]
+
+
+@pytest.fixture(scope="module")
+def decoder(target, draft):
+    return Decoder.from_pretrained(
+        target, draft=draft, tokenizer=byte_tokenizer(TOKENS), device="cpu", dtype="float32", tree=TREE
+    )
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return byte_tokenizer(TOKENS)
+
+
+@pytest.fixture(params=["decoder", "custom"])
+def ours(request, target, decoder, draft):
+    """generate(...) through either entrance."""
+    if request.param == "decoder":
+        return decoder.generate
+
+    def generate(*args, mode="staged", **options):
+        return target.generate(*args, custom_generate=custom_generate(draft, mode=mode, tree=TREE), **options)
+
+    return generate
+
+
+class Records(BaseStreamer):
+    """Notes what a streamer is given."""
+
+    def __init__(self):
+        self.calls = []
+
+    def put(self, value):
+        self.calls.append(value.tolist())
+
+    def end(self):
+        self.calls.append("end")
+
+
+class Notes(LogitsProcessor):
+    """Depends on the history and on its own state, and notes every call."""
+
+    def __init__(self):
+        self.ids, self.scores = [], []
+
+    def __call__(self, input_ids, scores):
+        self.ids.append(input_ids.tolist())
+        self.scores.append(scores.clone())
+        scores = scores.scatter_add(1, input_ids, torch.full_like(scores, -1.5).gather(1, input_ids))
+        scores[:, len(self.ids) % VOCAB] += 2.0  # not the same at two calls
+        return scores + 0.5 * scores.mean(0)  # of the whole batch
+
+
+class StopsAt(StoppingCriteria):
+    """Stops a row when a token comes up, and notes every call."""
+
+    def __init__(self, tokens):
+        self.tokens, self.ids = tokens, []
+
+    def __call__(self, input_ids, scores, **_):
+        self.ids.append(input_ids.tolist())
+        return torch.tensor([row[-1] in self.tokens for row in input_ids.tolist()])
+
+
+# ---------------------------------------------------------------- greedy, the same calls
+
+EOS = [3, 17, 40]
+CALLS = {
+    "new-tokens": lambda: {"max_new_tokens": 17},
+    "length": lambda: {"max_length": 23},
+    "both-lengths": lambda: {"max_length": 40, "max_new_tokens": 5},
+    "eos": lambda: {"max_new_tokens": 25, "eos_token_id": EOS, "pad_token_id": 0},
+    "eos-alone": lambda: {"max_new_tokens": 25, "eos_token_id": 17},
+    "min-length": lambda: {"max_new_tokens": 25, "eos_token_id": EOS, "pad_token_id": 2, "min_length": 15},
+    "min-new": lambda: {"max_new_tokens": 25, "eos_token_id": EOS, "min_new_tokens": 9},
+    "repetition": lambda: {"max_new_tokens": 25, "repetition_penalty": 1.6},
+    "encoder-repetition": lambda: {"max_new_tokens": 20, "encoder_repetition_penalty": 1.05},
+    "no-repeat": lambda: {"max_new_tokens": 25, "no_repeat_ngram_size": 2},
+    "encoder-no-repeat": lambda: {"max_new_tokens": 20, "encoder_no_repeat_ngram_size": 1},
+    "bad-words": lambda: {"max_new_tokens": 20, "bad_words_ids": [[5], [9, 11], [40]]},
+    "bias": lambda: {"max_new_tokens": 20, "sequence_bias": [[[7], 1.0], [[7, 8], 2.0]]},
+    "suppress": lambda: {"max_new_tokens": 20, "suppress_tokens": [1, 2, 3], "begin_suppress_tokens": [4, 5]},
+    "forced-eos": lambda: {"max_new_tokens": 12, "forced_eos_token_id": 3, "eos_token_id": 3},
+    "decay": lambda: {"max_new_tokens": 25, "eos_token_id": EOS, "exponential_decay_length_penalty": (3, 1.5)},
+    "normalised": lambda: {"max_new_tokens": 12, "renormalize_logits": True, "remove_invalid_values": True},
+    "watermark": lambda: {"max_new_tokens": 20, "watermarking_config": WatermarkingConfig(bias=4.0)},
+    "custom-processor": lambda: {"max_new_tokens": 20, "logits_processor": [Notes()]},
+    "many-processors": lambda: {
+        "max_new_tokens": 25, "eos_token_id": EOS, "repetition_penalty": 1.3, "no_repeat_ngram_size": 3,
+        "min_new_tokens": 3, "logits_processor": [Notes()],
+    },
+    "prefix": lambda: {
+        "max_new_tokens": 12,
+        "prefix_allowed_tokens_fn": lambda row, ids: [(int(ids[-1]) * 7 + row) % VOCAB, (int(ids[-1]) + 5) % VOCAB],
+    },
+    "criterion": lambda: {"max_new_tokens": 25, "stopping_criteria": [StopsAt(EOS)]},
+    "criterion-and-eos": lambda: {
+        "max_new_tokens": 25, "eos_token_id": 8, "pad_token_id": 1, "stopping_criteria": [StopsAt(EOS)],
+    },
+    "criterion-and-custom-processor": lambda: {
+        "max_new_tokens": 25, "stopping_criteria": [StopsAt(EOS)], "logits_processor": [Notes()],
+    },
+    "criterion-length": lambda: {"max_new_tokens": 25, "stopping_criteria": [MaxLengthCriteria(14)]},
+    "criterion-and-processor": lambda: {
+        "max_new_tokens": 25, "eos_token_id": 8, "stopping_criteria": [StopsAt(EOS)], "repetition_penalty": 1.4,
+    },
+    "config": lambda: {
+        "generation_config": GenerationConfig(max_new_tokens=15, repetition_penalty=1.3, eos_token_id=EOS),
+    },
+    "config-length": lambda: {"generation_config": GenerationConfig(max_length=20, no_repeat_ngram_size=2)},
+    "config-empty": lambda: {"generation_config": GenerationConfig()},
+    "config-overridden": lambda: {
+        "generation_config": GenerationConfig(max_new_tokens=15, repetition_penalty=1.9), "repetition_penalty": 1.1,
+    },
+    "no-cache": lambda: {"max_new_tokens": 10, "use_cache": False},
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", CALLS)
+def test_same_greedy_tokens_and_stream(ours, target, name):
+    """Ragged prompts padded on the left: the same tokens, stops and padding, and the very same calls of a streamer."""
+    ids, mask = left_pad(random_prompts([6, 2, 9, 1], seed=31))
+    theirs, streamer = Records(), Records()
+    expected = target.generate(ids, attention_mask=mask, streamer=theirs, **CALLS[name]())
+    assert expected.shape[1] > 9 and len(expected[:, 9:].unique()) > 3
+    for mode in ("staged", "autoregressive"):
+        found = ours(ids, attention_mask=mask, mode=mode, **CALLS[name]())
+        assert torch.equal(found, expected), mode
+    assert torch.equal(ours(ids, attention_mask=mask, streamer=streamer, **CALLS[name]()), expected)
+    assert streamer.calls == theirs.calls
+
+
+@pytest.mark.parametrize("name", ["repetition", "many-processors", "criterion", "eos"])
+@pytest.mark.parametrize("kind", ["target", "random", "adversarial"])
+def test_any_draft(target, drafts, kind, name):
+    ids, mask = left_pad(random_prompts([4, 7], seed=32))
+    expected = target.generate(ids, attention_mask=mask, **CALLS[name]())
+    for mode in stagedspec.MODES:
+        options = CALLS[name]() | {"custom_generate": custom_generate(drafts[kind], mode=mode, tree=TREE)}
+        assert torch.equal(target.generate(ids, attention_mask=mask, **options), expected), mode
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_processors_and_criteria_get_transformers_own_calls(ours, target, batch):
+    """Call for call: the sequences, padding of stopped rows included, and the logits of rows that are running."""
+    ids, mask = left_pad(random_prompts([6, 2, 4][:batch], seed=33))
+    free = target.generate(ids, attention_mask=mask, max_new_tokens=24, logits_processor=[Notes()])
+    stops = [int(free[row, 10 + 3 * row]) for row in range(batch)]
+    options = {"max_new_tokens": 24, "eos_token_id": stops[:1], "pad_token_id": 0}
+    calls = []
+    for generate in (target.generate, ours):
+        notes, criterion = Notes(), StopsAt(stops)
+        tokens = generate(ids, attention_mask=mask, logits_processor=[notes], stopping_criteria=[criterion], **options)
+        calls.append((tokens, notes, criterion))
+    (expected, theirs, their_stops), (found, notes, our_stops) = calls
+    assert torch.equal(found, expected) and expected.shape[1] > ids.shape[1] + 3
+    assert our_stops.ids == their_stops.ids
+    count = len(theirs.ids)
+    # A step may process a few positions more before its criteria are asked.
+    assert notes.ids[:count] == theirs.ids and len(notes.ids) <= count + TREE.depth
+    running = torch.ones(batch, dtype=torch.bool)
+    for call in range(count):
+        torch.testing.assert_close(notes.scores[call][running], theirs.scores[call][running], rtol=1e-4, atol=1e-4)
+        for row in range(batch):
+            running[row] &= expected[row, ids.shape[1] + call].item() not in stops
+
+
+@pytest.mark.parametrize("mode", stagedspec.MODES)
+def test_processors_along_long_walks(target, mode):
+    """A perfect draft and a processor that changes nothing: walks are deep, and rows end in the middle of them."""
+    ids, mask = left_pad(random_prompts([6, 2, 4], seed=33))
+    free = target.generate(ids, attention_mask=mask, max_new_tokens=24)
+    eos = [int(free[0, 9]), int(free[1, 14])]
+    tree = TreeConfig(nodes=9, depth=8, passes=8, width=1, children=1, prefetch=0)
+    seen = []
+    for more in ({}, {"custom_generate": custom_generate(target, mode=mode, tree=tree)}):
+        calls = []
+
+        def watch(ids, scores, calls=calls):
+            calls.append(ids.tolist())
+            return scores
+
+        options = {"max_new_tokens": 24, "eos_token_id": eos, "pad_token_id": 1, "logits_processor": [watch]}
+        seen.append((target.generate(ids, attention_mask=mask, **options, **more).tolist(), calls))
+    assert seen[0] == seen[1]
+    if mode != "autoregressive":
+        assert more["custom_generate"].last_stats.steps < 10
+
+
+def test_prompts_without_a_mask(ours, target):
+    """Padding is recognised where it is no end-of-sequence token, and taken for text where it is."""
+    ids, _ = left_pad(random_prompts([6, 2], seed=34), pad=60)
+    for eos in (None, 60):
+        options = {"max_new_tokens": 12, "pad_token_id": 60, "eos_token_id": eos}
+        assert torch.equal(ours(ids, **options), target.generate(ids, **options)), eos
+
+
+def test_prompts_that_are_left_out(target, draft):
+    """transformers starts from the begin-of-sequence token."""
+    model = make_gpt2(0, bos_token_id=5)
+    expected = model.generate(max_new_tokens=8)
+    decoder = Decoder.from_pretrained(model, draft=draft, device="cpu", dtype="float32", tree=TREE)
+    assert torch.equal(decoder.generate(max_new_tokens=8), expected)
+    assert torch.equal(decoder.generate(inputs=expected[:, :3], max_length=9), expected)
+    assert torch.equal(model.generate(max_new_tokens=8, custom_generate=custom_generate(draft, tree=TREE)), expected)
+
+
+def test_the_models_own_generation_config(draft):
+    model = make_gpt2(0)
+    model.generation_config.update(repetition_penalty=1.5, max_new_tokens=13, no_repeat_ngram_size=2)
+    decoder = Decoder.from_pretrained(model, draft=draft, device="cpu", dtype="float32", tree=TREE)
+    ids = torch.tensor(random_prompts([4], seed=35))
+    assert torch.equal(decoder.generate(ids), model.generate(ids))
+    options = {"repetition_penalty": 1.0, "max_new_tokens": 20}
+    assert torch.equal(decoder.generate(ids, **options), model.generate(ids, **options))
+
+
+def test_defaults_of_a_plain_call(target, draft):
+    """128 new tokens and no top-k, also where other arguments take the way through transformers."""
+    target = make_gpt2(0, n_positions=160)
+    decoder = Decoder.from_pretrained(target, draft=draft, device="cpu", dtype="float32", tree=TREE)
+    ids = torch.tensor(random_prompts([4], seed=36))
+    assert decoder.generate(ids).shape == decoder.generate(ids, bad_words_ids=[[5]]).shape == (1, 4 + 128)
+    plain = decoder.generate(ids, max_new_tokens=60, do_sample=True, seed=3)
+    assert torch.equal(plain, decoder.generate(ids, max_new_tokens=60, do_sample=True, seed=3, min_length=1))
+    config = GenerationConfig(max_new_tokens=60, do_sample=True)  # transformers' own defaults: top-k 50
+    assert torch.equal(
+        decoder.generate(ids, generation_config=config, seed=3),
+        decoder.generate(ids, max_new_tokens=60, do_sample=True, seed=3, top_k=50),
+    )
+
+
+# ---------------------------------------------------------------- text
+
+
+def test_text_streamers(ours, target, tokenizer, capsys):
+    text = "ab cde fgh"
+    inputs = tokenizer(text, return_tensors="pt")
+    ids = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    printed = []
+    for generate in (target.generate, ours):
+        generate(**ids, max_new_tokens=30, streamer=TextStreamer(tokenizer))
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] and printed[0].startswith(text)
+
+    chunks = []
+    for generate in (target.generate, ours):
+        streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60)
+        options = {**ids, "max_new_tokens": 30, "streamer": streamer}
+        thread = threading.Thread(target=generate, kwargs=options)
+        thread.start()
+        chunks.append(list(streamer))
+        thread.join()
+    assert chunks[0] == chunks[1] and len(chunks[0]) == 31
+
+
+def test_a_streamer_bound_beforehand(target, draft, tokenizer):
+    ids = torch.tensor(random_prompts([5], seed=37))
+    theirs, bound = Records(), Records()
+    target.generate(ids, max_new_tokens=12, streamer=theirs)
+    target.generate(ids, max_new_tokens=12, custom_generate=custom_generate(draft, tree=TREE, streamer=bound))
+    assert bound.calls == theirs.calls
+
+
+def test_text_streamers_reject_batches(ours, tokenizer):
+    ids, mask = left_pad(random_prompts([5, 3], seed=37))
+    with pytest.raises(ValueError, match="TextStreamer only supports batch size 1"):
+        ours(ids, attention_mask=mask, max_new_tokens=4, streamer=TextStreamer(tokenizer))
+
+
+def test_stop_strings(target, decoder, draft, tokenizer):
+    ids = torch.tensor(random_prompts([5], seed=38))
+    free = tokenizer.decode(target.generate(ids, max_new_tokens=25)[0, 5:])
+    stop = free[11:14]
+    expected = target.generate(ids, max_new_tokens=25, stop_strings=stop, tokenizer=tokenizer)
+    assert 5 < expected.shape[1] < 30
+    assert torch.equal(decoder.generate(ids, max_new_tokens=25, stop_strings=stop), expected)
+    config = GenerationConfig(max_new_tokens=25, stop_strings=[stop])
+    assert torch.equal(decoder.generate(ids, generation_config=config, tokenizer=tokenizer), expected)
+    found = target.generate(
+        ids, max_new_tokens=25, stopping_criteria=[StopStringCriteria(tokenizer, stop)],
+        custom_generate=custom_generate(draft, tree=TREE),
+    )  # fmt: skip
+    assert torch.equal(found, expected)
+    with pytest.raises(ValueError, match="stop_strings need a tokenizer"):
+        Decoder.from_pretrained(target, device="cpu").generate(ids, stop_strings="a", mode="autoregressive")
+
+
+def test_max_time(ours):
+    """Setting up takes none of it; when it is over one token still comes."""
+    ids = torch.tensor(random_prompts([5], seed=39))
+    assert ours(ids, max_new_tokens=25, max_time=600.0).shape[1] == 30
+    assert ours(ids, max_new_tokens=25, max_time=1e-9).shape[1] == 6
+
+
+def test_streams_honour_everything_too(decoder):
+    ids = torch.tensor(random_prompts([5], seed=40))
+    for options in ({"repetition_penalty": 1.7}, {"stopping_criteria": [StopsAt(EOS)]}, {"do_sample": True, "seed": 4}):
+        expected = decoder.generate(ids, max_new_tokens=25, **options)[0, 5:].tolist()
+        chunks = list(decoder.stream(ids, 25, **options))
+        assert [token for chunk in chunks for token in chunk.tokens] == expected
+        assert "".join(map(str, chunks)) == decoder.tokenizer.decode(expected)
+        assert decoder.complete(ids, 25, **options).tokens == expected
+    config = GenerationConfig(max_new_tokens=9, no_repeat_ngram_size=2)
+    assert (
+        decoder.complete(ids, generation_config=config).tokens
+        == decoder.generate(ids, generation_config=config)[0, 5:].tolist()
+    )
+
+
+# ---------------------------------------------------------------- what is returned
+
+
+@pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.5}], ids=["plain", "processed"])
+def test_dictionaries(ours, target, options):
+    ids, mask = left_pad(random_prompts([5, 3], seed=41))
+    eos = int(target.generate(ids, attention_mask=mask, max_new_tokens=9, **options)[0, -1])
+    options = options | {
+        "max_new_tokens": 20, "eos_token_id": eos, "attention_mask": mask, "return_dict_in_generate": True,
+        "output_scores": True, "output_logits": True,
+    }  # fmt: skip
+    expected, found = target.generate(ids, **options), ours(ids, **options)
+    assert isinstance(found, hf.StagedOutput) and isinstance(found, GenerateDecoderOnlyOutput)
+    assert torch.equal(found.sequences, expected.sequences) and torch.equal(found[0], expected.sequences)
+    assert found.attentions is None and found.past_key_values is None
+    assert found.stats.mode == "staged" and found.stats.tokens_per_step > 1
+    for name in ("scores", "logits"):
+        ours_, theirs = getattr(found, name), getattr(expected, name)
+        assert len(ours_) == len(theirs) == expected.sequences.shape[1] - 5
+        running = torch.tensor([True, True])
+        for step, (mine, other) in enumerate(zip(ours_, theirs, strict=True)):
+            assert mine.dtype == torch.float32
+            torch.testing.assert_close(mine[running], other[running], rtol=1e-4, atol=1e-4)
+            assert not mine[~running].any()
+            running &= expected.sequences[:, 5 + step] != eos
+    found.scores[0].add_(1)  # ordinary tensors, not those of inference mode
+    for flag in ("output_scores", "output_logits"):
+        options[flag] = False
+    assert ours(ids, **options).scores is None
+
+
+def test_scores_are_warped_as_transformers_warps_them(ours, target):
+    """The scores of the first position depend on the prompt alone, whatever is sampled."""
+    ids = torch.tensor(random_prompts([5], seed=42))
+    options = {
+        "do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.9, "min_p": 0.001, "repetition_penalty": 1.2,
+        "max_new_tokens": 3, "return_dict_in_generate": True, "output_scores": True,
+    }  # fmt: skip
+    mine, other = ours(ids, **options).scores[0], target.generate(ids, **options).scores[0]
+    assert 1 < int(other.isfinite().sum()) < 20
+    torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
+
+
+# ---------------------------------------------------------------- sampled
+
+SAMPLED = {
+    "penalty": {"repetition_penalty": 1.4, "top_k": 20},
+    "all-warpers": {"temperature": 1.3, "top_k": 30, "top_p": 0.95, "min_p": 0.01},
+    "typical": {"typical_p": 0.9, "temperature": 0.8},
+    "cutoffs": {"epsilon_cutoff": 0.01, "eta_cutoff": 0.01, "top_k": 0},
+    "entropy": {"top_h": 0.6},
+    "renormalised": {"renormalize_logits": True, "top_p": 0.9},
+    "watermark": {"watermarking_config": {"bias": 2.0}, "no_repeat_ngram_size": 2},
+    "nothing-left-to-choose": {"generation_config": GenerationConfig(top_p=0.0)},
+    "another-order": {"logits_processor": [TopPLogitsWarper(0.6)], "temperature": 0.4, "top_k": 30},
+}
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+def test_sampled_tokens_are_those_of_every_mode(decoder, name):
+    ids, mask = left_pad(random_prompts([5, 2, 8], seed=43))
+    options = {"do_sample": True, "max_new_tokens": 20, **SAMPLED[name]}
+    for seed in (0, 9):
+        expected = decoder.generate(ids, mask, mode="autoregressive", seed=seed, **options)
+        for mode in ("chain", "tree", "staged"):
+            assert torch.equal(decoder.generate(ids, mask, mode=mode, seed=seed, **options), expected), mode
+
+
+@pytest.mark.parametrize("name", ["all-warpers", "penalty", "another-order"])
+def test_built_in_warping_chooses_as_transformers_warpers_do(decoder, monkeypatch, name):
+    """The same noise, once on logits warped by our operation, once on logits warped by transformers' processors."""
+    ids, mask = left_pad(random_prompts([5, 2], seed=44))
+    options = {"do_sample": True, "max_new_tokens": 30, "seed": 5, "repetition_penalty": 1.0, **SAMPLED[name]}
+    built_in = decoder.generate(ids, mask, **options)
+    monkeypatch.setattr(hf, "_WARPERS", {})
+    assert torch.equal(decoder.generate(ids, mask, **options), built_in)
+
+
+def test_seeds(target, draft, decoder):
+    """torch's generator decides, unless a seed is given, beforehand or in the call."""
+    ids = torch.tensor(random_prompts([5], seed=45))
+
+    def sample(torch_seed, call=None, **options):
+        torch.manual_seed(torch_seed)
+        generator = custom_generate(draft, tree=TREE, **options)
+        more = {} if call is None else {"seed": call}
+        return target.generate(ids, do_sample=True, max_new_tokens=30, custom_generate=generator, **more).tolist()
+
+    assert sample(1) == sample(1) != sample(2)
+    assert sample(1, seed=7) == sample(2, seed=7) == sample(3, call=7) == sample(3, call=7, seed=8)
+    config = GenerationConfig(do_sample=True, max_new_tokens=30)
+    assert sample(1, seed=7) == decoder.generate(ids, generation_config=config, seed=7).tolist()
+    torch.manual_seed(1)
+    generator = custom_generate(draft, tree=TREE)
+    options = {"do_sample": True, "max_new_tokens": 30, "custom_generate": generator}
+    assert target.generate(ids, **options).tolist() != target.generate(ids, **options).tolist()
+
+
+def test_seeds_of_a_decoder(decoder):
+    ids = torch.tensor(random_prompts([5], seed=45))
+    options = {"do_sample": True, "max_new_tokens": 30}
+    torch.manual_seed(3)
+    first, second = (decoder.generate(ids, seed=None, **options).tolist() for _ in range(2))
+    torch.manual_seed(3)
+    assert first == decoder.generate(ids, seed=None, **options).tolist() != second
+    assert decoder.generate(ids, **options).tolist() == decoder.generate(ids, seed=0, **options).tolist()
+
+
+# ---------------------------------------------------------------- other proposals
+
+
+def test_assistant_models(target, draft):
+    ids = torch.tensor(random_prompts([5], seed=46))
+    expected = target.generate(ids, max_new_tokens=20)
+    plain = Decoder.from_pretrained(target, device="cpu", dtype="float32", tree=TREE)
+    assert torch.equal(plain.generate(ids, max_new_tokens=20, assistant_model=draft), expected)
+    assert plain.last_stats.draft_passes > 0 and plain.last_stats.tokens_per_step > 1.5
+    assert plain.draft is None
+    generator = custom_generate(tree=TREE)
+    found = target.generate(ids, max_new_tokens=20, assistant_model=draft, custom_generate=generator)
+    assert torch.equal(found, expected) and generator.last_stats.draft_passes > 0
+    with pytest.raises(ValueError, match="share the vocabulary"):
+        plain.generate(ids, assistant_model=make_gpt2(0, vocab_size=50, n_layer=1))
+    with pytest.raises(ValueError, match="assistant_model must be a hub id, a folder or a GPT2LMHeadModel, got int"):
+        plain.generate(ids, assistant_model=7)
+
+
+@pytest.mark.parametrize("options", [{}, {"do_sample": True, "seed": 3}, {"repetition_penalty": 1.02}])
+def test_prompt_lookup(target, options):
+    """Chains from the sequence's own repeats, without a draft: the tokens of plain decoding."""
+    decoder = Decoder.from_pretrained(target, device="cpu", dtype="float32")
+    ids, mask = left_pad([*random_prompts([4], seed=47), [7, 8, 9, 10] * 4, [3]])
+    expected = decoder.generate(ids, mask, 30, mode="autoregressive", **options)
+    for count in (1, 5, 20):
+        assert torch.equal(decoder.generate(ids, mask, 30, prompt_lookup_num_tokens=count, **options), expected), count
+    stats = decoder.last_stats
+    assert stats.mode == "lookup" and stats.draft_passes == 0 and stats.origins["draft"] == 0
+    if not options.get("do_sample"):
+        assert torch.equal(expected, target.generate(ids, attention_mask=mask, max_new_tokens=30, **options))
+        assert stats.origins["ngram"] > 0
+
+
+def test_prompt_lookup_accepts_what_repeats(target):
+    """Greedy decoding of a small model soon repeats itself: then whole chains come true."""
+    ids = torch.tensor(random_prompts([2], seed=48))
+    expected = target.generate(ids, max_new_tokens=46)
+    generator = custom_generate()
+    found = target.generate(ids, max_new_tokens=46, prompt_lookup_num_tokens=8, custom_generate=generator)
+    assert torch.equal(found, expected)
+    assert generator.last_stats.steps < 46 and generator.last_stats.origins["ngram"] > 4
+    for count in (0, 256, 2.5):
+        with pytest.raises(ValueError, match="prompt_lookup_num_tokens must be a whole number from 1 to 255"):
+            target.generate(ids, prompt_lookup_num_tokens=count, custom_generate=generator)
+
+
+# ---------------------------------------------------------------- the model behind custom_generate
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """Names of the models whose weights are laid out."""
+    known = []
+    real = stagedspec.decoder.GPT2
+
+    def record(model, *args, **options):
+        known.append(model)
+        return real(model, *args, **options)
+
+    monkeypatch.setattr(stagedspec.decoder, "GPT2", record)
+    return known
+
+
+def test_the_module_is_at_hand():
+    assert stagedspec.__getattr__("hf") is hf
+
+
+def test_weights_are_read_once(made):
+    model, draft = make_gpt2(50), make_gpt2(51)
+    ids = torch.tensor(random_prompts([5], seed=49))
+    for _ in range(3):
+        model.generate(ids, max_new_tokens=4, custom_generate=custom_generate(draft, tree=TREE))
+    assert made == [model, draft]
+    model.generate(ids, max_new_tokens=4, custom_generate=custom_generate(mode="autoregressive"))
+    assert made == [model, draft, model]
+
+
+def _changes(model):
+    """Ways in which weights change."""
+    other = make_gpt2(77).state_dict()
+
+    def step():
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        model(torch.tensor([[1, 2, 3]]), labels=torch.tensor([[1, 2, 3]])).loss.backward()
+        optimizer.step()
+        model.zero_grad()
+
+    def through_data():
+        for parameter in model.parameters():
+            parameter.data.mul_(0.7)
+
+    def a_token_through_data():
+        model.transformer.wte.weight.data[4].mul_(-4.0)
+
+    def a_neuron_through_data():
+        model.transformer.h[1].mlp.c_proj.weight.data[:, 3].mul_(-20.0)
+
+    def one_value_through_data():
+        model.transformer.h[0].mlp.c_fc.weight.data[1, 1] += 30.0
+        hf.forget(model)
+
+    def replaced():
+        model.transformer.h[1].attn.c_proj.weight = torch.nn.Parameter(torch.randn(24, 24))
+
+    return {
+        "optimizer": step,
+        "load_state_dict": lambda: model.load_state_dict(other),
+        "data": through_data,
+        "data-row": a_token_through_data,
+        "data-column": a_neuron_through_data,
+        "forgotten": one_value_through_data,
+        "replaced": replaced,
+    }
+
+
+@pytest.mark.parametrize(
+    "way", ["optimizer", "load_state_dict", "data", "data-row", "data-column", "forgotten", "replaced"]
+)
+def test_changed_weights_are_never_missed(way):
+    model, draft = make_gpt2(50), make_gpt2(51)
+    ids = torch.tensor(random_prompts([5], seed=51))
+    options = {"max_new_tokens": 30}
+    before = model.generate(ids, **options, custom_generate=custom_generate(draft, tree=TREE))
+    assert torch.equal(before, model.generate(ids, **options))
+    _changes(model)[way]()
+    after = model.generate(ids, **options, custom_generate=custom_generate(draft, tree=TREE))
+    assert torch.equal(after, model.generate(ids, **options))
+    assert not torch.equal(after, before)
+
+
+def test_models_are_let_go():
+    model, draft = make_gpt2(50), make_gpt2(51)
+    ids = torch.tensor(random_prompts([5], seed=50))
+    model.generate(ids, max_new_tokens=4, custom_generate=custom_generate(draft, tree=TREE))
+    gone = [weakref.ref(model), weakref.ref(draft), weakref.ref(hf.decoder_for(model, draft))]
+    del model, draft
+    gc.collect()
+    assert [one() for one in gone] == [None, None, None]
+
+
+def test_weights_are_shared_where_the_layout_allows(target, draft):
+    decoder = hf.decoder_for(target, draft)
+    ours, theirs = decoder.target, target.transformer
+    assert ours.token_table.data_ptr() == theirs.wte.weight.data_ptr()
+    assert ours.position_table.data_ptr() == theirs.wpe.weight.data_ptr()
+    assert ours.final_norm[0].data_ptr() == theirs.ln_f.weight.data_ptr()
+    assert ours.layers[1].qkv.bias.data_ptr() == theirs.h[1].attn.c_attn.bias.data_ptr()
+
+
+def test_the_models_dtype(target, draft):
+    model = make_gpt2(0).to(torch.bfloat16)
+    assert hf.decoder_for(model, draft).target.dtype == torch.bfloat16
+    ids = torch.tensor(random_prompts([5], seed=52))
+    found = model.generate(ids, max_new_tokens=20, custom_generate=custom_generate(draft, tree=TREE))
+    assert torch.equal(
+        found, model.generate(ids, max_new_tokens=20, custom_generate=custom_generate(mode="autoregressive"))
+    )
+
+
+def test_models_that_would_be_decoded_wrongly(draft):
+    ids = torch.tensor([[1, 2, 3]])
+    call = {"max_new_tokens": 4, "custom_generate": custom_generate(draft, tree=TREE)}
+    model = make_gpt2(0).train()
+    with pytest.raises(ValueError, match=r"training mode, where dropout .*model.eval\(\)"):
+        model.generate(ids, **call)
+    calm = make_gpt2(0, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0).train()
+    assert torch.equal(calm.generate(ids, **call), calm.eval().generate(ids, max_new_tokens=4))
+    adapted = make_gpt2(0)
+    adapted.transformer.h[0].mlp.c_fc.lora_A = torch.nn.Parameter(torch.zeros(2, 2))
+    with pytest.raises(ValueError, match=r"has a parameter 'transformer.h.0.mlp.c_fc.lora_A'.*merge adapters"):
+        adapted.generate(ids, **call)
+    with pytest.raises(ValueError, match="no checkpoint folder at /none/such"):
+        make_gpt2(0).generate(ids, custom_generate=custom_generate("/none/such"))
+    with pytest.raises(ValueError, match=r"mode 'staged' needs a draft model: .*prompt_lookup_num_tokens"):
+        make_gpt2(0).generate(ids, custom_generate=custom_generate())
+
+
+# ---------------------------------------------------------------- what is not supported
+
+
+def test_every_setting_is_in_one_table():
+    tables = [names for group in (fields.HONOURED, fields.IRRELEVANT) for names in group.values()]
+    listed = [name for names in tables for name in names] + list(fields.REFUSED)
+    assert len(listed) == len(set(listed))
+    known = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
+    assert known - set(listed) == set()
+
+
+def test_settings_of_a_later_transformers_are_refused(monkeypatch):
+    monkeypatch.setattr(fields, "_KNOWN", fields._KNOWN - {"top_h"})
+    with pytest.raises(ValueError, match=r"top_h=0\.5 is not supported: this release does not know the setting"):
+        fields.refuse_settings({"top_h": 0.5})
+    fields.refuse_settings({"top_h": None, "colour": "blue"})
+
+
+REFUSALS = {
+    "beams": ({"num_beams": 3}, "num_beams=3 is not supported: sample"),
+    "several": ({"num_return_sequences": 2, "do_sample": True}, "num_return_sequences=2 .*: repeat the prompt"),
+    "attentions": ({"output_attentions": True}, "output_attentions=True .*run the model on the finished sequences"),
+    "hidden": ({"output_hidden_states": True}, "output_hidden_states=True .*run the model"),
+    "guidance": ({"guidance_scale": 1.5}, "guidance_scale=1.5 is not supported: use transformers' own generate"),
+    "ensemble": ({"assistant_ensemble_weight": 0.5}, "assistant_ensemble_weight=0.5 .*lossless"),
+    "quantised-cache": ({"past_key_values": "cache"}, "past_key_values is not supported: give the whole sequence"),
+    "types": ({"token_type_ids": torch.ones(1, 3, dtype=torch.long)}, "token_type_ids is not supported"),
+    "positions": ({"position_ids": torch.tensor([[3, 4, 5]])}, "position_ids other than .* are not supported"),
+    "too-long": ({"max_new_tokens": POSITIONS}, f"must be at most n_positions = {POSITIONS}"),
+    "mode": ({"max_new_tokens": 3, "mode": "sideways"}, "mode must be one of .*, got 'sideways'"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", REFUSALS)
+def test_refused_by_name(ours, name):
+    options, message = REFUSALS[name]
+    if name == "quantised-cache":
+        from transformers import DynamicCache
+
+        options = {"past_key_values": DynamicCache()}
+    with pytest.raises(ValueError, match=message):
+        ours(torch.tensor([[1, 2, 3]]), **options)
+
+
+BAD_OPTIONS = {
+    "typo": ({"top_q": 1}, "unknown option 'top_q'"),
+    "healing": ({"token_healing": True}, "token_healing=True is not supported: .*heal_tokens"),
+    "paged": ({"cache_implementation": "paged"}, "cache_implementation='paged' is not supported"),
+    "constraints": ({"force_words_ids": [[1]]}, r"force_words_ids=\[\[1\]\] is not supported: use sequence_bias"),
+    "contrastive": ({"penalty_alpha": 0.6}, "penalty_alpha=0.6 is not supported"),
+    "dola": ({"dola_layers": "low"}, "dola_layers='low' is not supported"),
+    "embeddings": ({"inputs_embeds": torch.zeros(1, 3, 24)}, "inputs_embeds is not supported: give input_ids"),
+    "custom": ({"custom_generate": print}, "custom_generate is not supported: leave it out"),
+    "config": ({"generation_config": {"max_new_tokens": 3}}, "generation_config must be a GenerationConfig.*got dict"),
+    "config-beams": ({"generation_config": GenerationConfig(num_beams=2)}, "num_beams=2 is not supported"),
+    "new-tokens": ({"max_new_tokens": 0, "repetition_penalty": 1.1}, "max_new_tokens must be .* at least 1, got 0"),
+    "prompt": ({"input_ids": [[1, 2]], "repetition_penalty": 1.1}, "input_ids must be a LongTensor .*, got list"),
+    "penalty": ({"repetition_penalty": -1.0}, "penalty.* strictly positive float"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_OPTIONS)
+def test_bad_options_of_a_decoder(decoder, name):
+    options, message = BAD_OPTIONS[name]
+    with pytest.raises(ValueError, match=message):
+        decoder.generate(**({"input_ids": torch.tensor([[1, 2, 3]])} | options))
+
+
+def test_streams_refuse_what_they_cannot_do(decoder):
+    for options in ({"streamer": Records()}, {"return_dict_in_generate": True}, {"assistant_model": 1}):
+        with pytest.raises(ValueError, match=f"stream and complete take no {next(iter(options))}"):
+            decoder.stream("ab", 4, **options)
+
+
+# ---------------------------------------------------------------- the embedded models
+
+
+def test_embedded_models_through_transformers():
+    """An unmodified GPT2LMHeadModel with folders for draft and table, streamed."""
+    root = Path(__file__).resolve().parents[1]
+    assets = root / "stagedspec" / "assets"
+    if not (assets / "target" / "config.json").is_file():
+        pytest.fail("the embedded target is missing: run `stagedspec train`")
+    model = GPT2LMHeadModel.from_pretrained(assets / "target", dtype=torch.float32)
+    tokenizer = Decoder.default(device="cpu").tokenizer
+    generator = custom_generate(assets / "draft", assets / "ngram.safetensors", tree=TREE)
+    prompts = (json.loads(line)["prompt"] for line in (root / "bench" / "prompts.jsonl").read_text().splitlines())
+    for text, options in zip(prompts, ({}, {"repetition_penalty": 1.2}, {"no_repeat_ngram_size": 3}), strict=False):
+        ids = tokenizer(text, return_tensors="pt").input_ids[:, -64:]
+        theirs, ours = Records(), Records()
+        options = options | {"max_new_tokens": 40, "pad_token_id": 0}
+        expected = model.generate(ids, streamer=theirs, **options)
+        found = model.generate(ids, streamer=ours, custom_generate=generator, **options)
+        assert torch.equal(found, expected), options
+        assert ours.calls == theirs.calls
+    assert generator.last_stats.tokens_per_step > 1
