@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
-from stagedspec.kernels.control import NEVER, Batch, Growth, Moves, Sequences, Trees
+from stagedspec.kernels.control import NEVER, Batch, Growth, Moves, Sequences, Trees, Unread
 
-__all__ = ["Batch", "Growth", "Linear", "Moves", "NoiseAt", "Sequences", "Trees"]
+__all__ = ["Batch", "Growth", "Linear", "Moves", "NoiseAt", "Sequences", "Trees", "Unread"]
 
 
 # oneDNN's fused epilogues: the name and the algorithm of `mkldnn::_linear_pointwise`.

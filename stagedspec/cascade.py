@@ -4,6 +4,7 @@ Draft² is speculative decoding of the draft in tree form: it puts the nodes tha
 into the same pass, so that several levels grow at once. Which tree is best does not depend on it.
 """
 
+from stagedspec.adapt import WAITS, Controller
 from stagedspec.gpt2 import GPT2, Cache
 from stagedspec.ngram import KatzTable
 from stagedspec.sampling import Noise
@@ -14,7 +15,8 @@ from stagedspec.tree import TreeConfig
 class Cascade:
     """Grows the trees of a batch with one draft model and its n-grams; owns the draft's cache.
 
-    sequences: the committed tokens, of the backend's `Sequences`.
+    sequences: the committed tokens, of the backend's `Sequences`. controller: chooses every step's tree, at most as
+    large as config; None: every step's is config.
     """
 
     def __init__(
@@ -26,38 +28,91 @@ class Cascade:
         warping: dict | None,
         noise: Noise | None,
         clock: Clock,
+        controller: Controller | None = None,
     ):
         self.draft, self.table, self.config, self.sequences = draft, table, config, sequences
-        self.warping, self.noise, self.clock = warping, noise, clock
-        self.children = min(config.children, draft.vocab_size)
+        self.warping, self.noise, self.clock, self.controller = warping, noise, clock, controller
         self.passes = 0  # of all steps
-        self.cache = Cache(draft, len(sequences.rows), config.slots, max(row.limit for row in sequences.rows))
+        trees = [config] if controller is None else [rung.tree for rung in controller.ladder]
+        rows = max([tree.slots for tree in trees] + ([] if controller is None else [max(WAITS)]))
+        self.cache = Cache(draft, len(sequences.rows), rows, max(row.limit for row in sequences.rows))
+
+    def prefill(self, prompts: list[list[int]]) -> None:
+        """Reads the prompts, but for the last two tokens, with which every step's first draft pass starts."""
+        shortest = min(map(len, prompts)) - 2
+        last = 0
+        if self.controller is not None:
+            last = max((count for count in WAITS if count <= shortest), default=0)
+        self.draft.prefill(prompts, 2 + last, self.cache)
+        if last:
+            self._read(last, None)  # a prompt was not chosen under any noise
 
     def propose(self):
         """Grows this step's trees for as many draft passes as pay; returns the backend's `Trees`."""
-        draft, cache, clock = self.draft, self.cache, self.clock
+        draft, cache, clock, controller = self.draft, self.cache, self.clock, self.controller
+        if controller is not None:
+            if controller.due:
+                with clock("draft"):
+                    self._read(controller.missed, self.noise)
+            self.config = controller.rung.tree
+        if not self.config.passes:
+            self._seen = draft.ops.Trees.roots(self.sequences), 0
+            return self._seen[0]
+        config, before = self.config, self.passes
+        first, children = cache.tree_rows - config.slots, min(config.children, draft.vocab_size)
         with clock("grow"):
-            growth = draft.ops.Growth(self.sequences, self.config, self.table, self.noise, draft.kv_dtype)
-        for number in range(self.config.passes):
+            growth = draft.ops.Growth(self.sequences, config, self.table, self.noise, draft.kv_dtype)
+        for number in range(config.passes):
             if number and not growth.pays():
                 break
             self.passes += 1
             with clock("grow"):
                 chosen = growth.select(number)
-            if self.config.prefetch:
+            if config.prefetch:
                 with clock("ngram"):
                     growth.prefetch(chosen)
             with clock("grow"):
                 batch = growth.batch()
             with clock("draft"):
-                hidden = draft.forward(batch, cache, growth.start)
+                hidden = draft.forward(batch, cache, first + growth.start, first)
                 noise = None if self.noise is None else self.noise.at(batch.depths)
-                proposed = draft.ops.choose_children(draft.logits(hidden), self.children, self.warping, noise)
+                proposed = draft.ops.choose_children(draft.logits(hidden), children, self.warping, noise)
             with clock("grow"):
                 growth.record(*proposed)
         with clock("grow"):
-            return growth.harvest()
+            trees = growth.harvest()
+        self._seen = trees, self.passes - before
+        return trees
 
     def commit(self, moves) -> None:
-        """Moves the accepted nodes' KV into the prefix (`Moves.draft_rows`)."""
-        self.cache.commit(self.draft, moves.draft_rows())
+        """Moves the accepted nodes' KV into the prefix (`Moves.draft_rows`), and tells the controller."""
+        if self.config.passes:
+            self.cache.commit(self.draft, moves.draft_rows(self.cache.tree_rows - self.config.slots))
+        if self.controller is not None:
+            trees, passes = self._seen
+            self.controller.step(trees.nodes, passes, moves.accepted, trees.depths)
+
+    def _read(self, count: int, noise: Noise | None) -> None:
+        """The draft reads `count` tokens that were written without it, and the controller hears what it thinks of them.
+
+        All running rows lack the same number of tokens: plain decoding gives each one a step.
+        """
+        draft, children = self.draft, max(rung.tree.children for rung in self.controller.ladder)
+        unread = draft.ops.Unread.before_last(self.sequences, count, self.cache.tree_rows, draft.kv_dtype)
+        hidden = draft.forward(unread.batch, self.cache, 0)
+        at = None if noise is None else noise.at(unread.batch.depths)
+        tokens, logprobs = draft.ops.choose_children(
+            draft.logits(hidden), min(children, draft.vocab_size), self.warping, at
+        )
+        self.passes += 1
+        hits = tokens == unread.following[..., None]
+        ranks = (hits.int().argmax(-1) + 1) * hits.any(-1) - 1
+        values = logprobs.gather(-1, ranks.clamp(min=0)[..., None])[..., 0]
+        # Slots that stand for no token have nothing to say.
+        self.controller.read(
+            [
+                list(zip(row, scores, strict=True))[count - len(moves) :]
+                for row, scores, moves in zip(ranks.tolist(), values.tolist(), unread.moves, strict=True)
+            ]
+        )
+        self.cache.commit(draft, unread.moves)

@@ -10,6 +10,7 @@ import torch
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from stagedspec import cost
+from stagedspec.adapt import WAITS, Controller, Rung, rungs
 from stagedspec.cascade import Cascade
 from stagedspec.gpt2 import GPT2, Cache
 from stagedspec.kernels import backend as kernel_backend
@@ -64,6 +65,7 @@ class _Request:
     seeds: list[int]
     streams: list[int]
     eos: list[int]
+    ladder: tuple[Rung, ...] = ()  # what the trees may adapt to; `tree` is the largest
 
 
 class Decoder:
@@ -98,7 +100,7 @@ class Decoder:
         self.last_stats: Stats | None = None
         self._tree = tree
         self._costs: cost.PassTimes | None = None
-        self._trees: dict[tuple[str, int, bool], TreeConfig] = {}  # chosen by the cost model
+        self._ladders: dict[tuple[str, int, bool], tuple[Rung, ...]] = {}  # chosen by the cost model
 
     @classmethod
     def from_pretrained(
@@ -254,12 +256,17 @@ class Decoder:
             raise ValueError(f"mode {mode!r} needs a draft model: give draft=..., or use mode='autoregressive'")
         if chosen is not None:
             return chosen.for_mode(mode)
+        return self._ladder(mode, batch, do_sample)[-1].tree
+
+    def _ladder(self, mode: str, batch: int, do_sample: bool) -> tuple[Rung, ...]:
+        """The trees that a generation adapts between, plain decoding first, the cost model's best one last."""
         if self._costs is None:
             self._costs = cost.PassTimes(self.target, self.draft)
         key = mode, batch, do_sample
-        if key not in self._trees:
-            self._trees[key] = cost.best_tree(self._costs, mode, batch, do_sample)
-        return self._trees[key].for_mode(mode)
+        if key not in self._ladders:
+            model = cost.Model(self._costs, batch, do_sample)
+            self._ladders[key] = tuple(rungs(model, model.ladder(mode)))
+        return self._ladders[key]
 
     def _validate(
         self,
@@ -283,8 +290,10 @@ class Decoder:
             )
         seeds, streams = counters(seed, len(prompts))
         eos = _eos(self.eos_token_ids if eos_token_id is None else eos_token_id, self.target.vocab_size)
-        settings = self.tree_for(mode, len(prompts), tree, sampling.do_sample)
-        return _Request(prompts, max_new_tokens, mode, settings, sampling, seeds, streams, eos)
+        settings, ladder = self.tree_for(mode, len(prompts), tree, sampling.do_sample), ()
+        if settings.passes and tree is None and self._tree is None:
+            ladder = self._ladder(mode, len(prompts), sampling.do_sample)
+        return _Request(prompts, max_new_tokens, mode, settings, sampling, seeds, streams, eos, ladder)
 
     def _encode(self, prompt: str | torch.Tensor) -> torch.Tensor:
         if isinstance(prompt, torch.Tensor):
@@ -326,11 +335,13 @@ class _Run:
                 min(config.depth, config.nodes - 1) + 1,
                 [row.limit for row in self.sequences.rows],
                 device,
+                past=max(WAITS) + 1 if request.ladder else 0,
             )
         self.cascade = None
         if config.passes:
+            controller = Controller(request.ladder) if request.ladder else None
             self.cascade = Cascade(
-                decoder.draft, decoder.ngram, config, self.sequences, warping, self.noise, self.clock
+                decoder.draft, decoder.ngram, config, self.sequences, warping, self.noise, self.clock, controller
             )
         self.accepted: list[int] = []  # of every row-step
         self.steps_done = 0
@@ -347,8 +358,7 @@ class _Run:
         with self.clock("prefill"):
             self.decoder.target.prefill(self.request.prompts, 1, self.cache)
             if self.cascade is not None:
-                # The last two tokens are what every step's first draft pass starts with.
-                self.cascade.draft.prefill(self.request.prompts, 2, self.cascade.cache)
+                self.cascade.prefill(self.request.prompts)
         while not self.finished:
             self._step()
             self.seconds += time.perf_counter() - begin
@@ -367,7 +377,7 @@ class _Run:
             noise = None if self.noise is None else self.noise.at(batch.depths)
         with self.clock("target"):
             # The nodes lie right below the prefix, so that no unused rows are attended to.
-            first = self.config.nodes - trees.nodes
+            first = self.cache.tree_rows - trees.nodes
             hidden = target.forward(batch, self.cache, first, first)
             chosen = target.ops.choose(target.logits(hidden), self.warping, noise)
         with self.clock("verify"):
@@ -389,9 +399,11 @@ class _Run:
         """Statistics of what has run so far."""
         origins = [origin for row in self.sequences.rows for origin in row.origins]
         draft = self.decoder.draft
+        controller = None if self.cascade is None else self.cascade.controller
         return Stats(
             mode=self.request.mode,
             tree=asdict(self.config),
+            adapted={} if controller is None else controller.made,
             steps=self.steps_done,
             row_steps=len(self.accepted),
             new_tokens=len(origins),

@@ -95,13 +95,15 @@ class Noise:
         reach: int,
         limits: list[int],
         device: torch.device,
+        past: int = 0,
     ):
-        """reach: positions that a step needs; limits: the position of each row from which on none is ever chosen."""
+        """reach: positions that a step needs; limits: the position of each row from which on none is ever chosen;
+        past: positions that are kept behind."""
         self.ops, self.vocab_size, self.reach, self.limits = ops, vocab_size, reach, limits
         self.seeds = torch.tensor(seeds, device=device)
         self.streams = torch.tensor(streams, device=device)
         self.block = max(1, min(self.BLOCK, self.MEMORY // (vocab_size * len(seeds))))
-        self.window = reach + self.block
+        self.window, self.past = past + reach + self.block, past
         self.values = torch.zeros(len(seeds), self.window, vocab_size, device=device)
         self.host = self.values.cpu().numpy()  # on a CPU the same memory
         self.lengths: list[int] = []
@@ -133,7 +135,7 @@ class Noise:
     def _slot(self, length: int, depth: int) -> int:
         """Nodes outside the reach (the catch-up token, drafted nodes deeper than any tree of this size) can never be
         accepted: any noise does for them."""
-        return (length + min(max(depth, 0), self.reach - 1)) % self.window
+        return (length + min(max(depth, -self.past), self.reach - 1)) % self.window
 
     def of(self, row: int, depths: list[int], tokens: list[int]) -> list[float]:
         """The noise of single tokens below nodes of one row."""
