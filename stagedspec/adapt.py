@@ -149,27 +149,31 @@ class Controller:
         walks = [(taken, depth) for taken, depth in zip(accepted, depths, strict=True) if taken >= 0]
         if not walks:
             return
-        tree, onward = self.rung.tree, self.onward.value
-        # Whether this rung was too small to show what a larger one would have brought.
-        bound = nodes >= tree.nodes or passes >= tree.passes
+        tree = self.rung.tree
         taken = sum(taken for taken, _ in walks)
         tried = sum(taken + (taken < depth) for taken, depth in walks)
         if tried:
             self.onward.add(taken / tried)
+        # Whether this rung was too small to show what a larger one would have brought.
+        bound = nodes >= tree.nodes or passes >= tree.passes
+        deepest = max(depth for _, depth in walks)
         for index, rung in enumerate(self.ladder[1:], 1):
-            total, larger = 0.0, index > self.chosen and bound
+            # A tree grows at an even pace: with fewer passes it is as much shallower.
+            pace = min(1.0, rung.tree.passes / passes)
+            total = further = 0.0
             for taken, depth in walks:
-                total += min(taken, rung.reach)
-                if larger and taken >= depth:
-                    total += _geometric(onward, rung.reach - taken)
-            whole = larger and any(taken >= depth for taken, depth in walks)
-            cost = rung.cost(rung.tree.nodes, rung.tree.passes) if whole else rung.cost(nodes, passes)
+                total += min(taken, rung.reach, depth * pace)
+                if bound and index > self.chosen and taken >= depth:
+                    more = _geometric(self.onward.value, rung.reach - taken)
+                    total, further = total + more, max(further, more)
+            grown = (deepest + further) / deepest if deepest else 1.0
             self.tokens[index].add(1.0 + total / len(walks))
-            self.seconds[index].add(cost)
+            self.seconds[index].add(rung.cost(round(1 + (nodes - 1) * pace * grown), math.ceil(passes * grown)))
         self._choose()
 
     def _choose(self) -> None:
-        best = max(range(1, len(self.ladder)), key=self.rate)
+        # Where text gives no reason to tell them apart, the larger: floors keep it small where that pays.
+        best = max(range(len(self.ladder) - 1, 0, -1), key=self.rate)
         margin = 1.0 if self.chosen else RESUME
         if self.rate(best) <= self.rate(0) * margin:
             best = 0
