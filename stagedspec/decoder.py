@@ -27,6 +27,7 @@ from stagedspec.ngram import KatzTable
 from stagedspec.sampling import Noise, Sampling, counters
 from stagedspec.stats import ORIGINS, Clock, Stats
 from stagedspec.tree import MODES, TreeConfig
+from stagedspec.tuning import Tuning, keep, recall
 
 MAX_BATCH = 16
 
@@ -99,6 +100,8 @@ class Decoder:
         self.eos_token_ids, self.pad_token_id = tuple(eos_token_ids), pad_token_id
         self.last_stats: Stats | None = None
         self._tree = tree
+        self._tuning: Tuning | None = None  # read from the user's cache when a tree is first chosen
+        self._own = True  # whether what is measured is kept there
         self._costs: cost.PassTimes | None = None
         self._ladders: dict[tuple[str, int, bool], tuple[Rung, ...]] = {}  # chosen by the cost model
 
@@ -112,20 +115,25 @@ class Decoder:
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
         backend: str = "auto",
-        tree: TreeConfig | None = None,
+        tree: TreeConfig | str | Path | None = "auto",
     ) -> "Decoder":
         """Loads target and draft: hub ids, folders written by `save_pretrained`, or GPT2LMHeadModel objects.
 
         ngram: a table made by `fit-ngram`; without one the context n-gram works alone. device "auto": the GPU if
-        there is one. dtype "auto": bfloat16 on a GPU that has it, else float32. tree: None lets the cost model choose.
+        there is one. dtype "auto": bfloat16 on a GPU that has it, else float32. tree: "auto" (or None) lets the cost
+        model choose, on what was measured before on this machine or is measured at first use, and the trees adapt to
+        the text; a file written by `stagedspec tune-tree` is used in its place; a TreeConfig is kept to.
 
         Raises ValueError for whatever is missing, damaged or does not fit together.
         """
         device = resolve_device(device)
         dtype = resolve_dtype(dtype, device)
         ops = kernel_backend.resolve(backend, device)
-        if tree is not None and not isinstance(tree, TreeConfig):
-            raise ValueError(f"tree must be a TreeConfig or None, got {type(tree).__name__}")
+        if tree is not None and not isinstance(tree, (TreeConfig, str, Path)):
+            raise ValueError(f"tree must be 'auto', a tuning's file or a TreeConfig, got {type(tree).__name__}")
+        tuning = None
+        if isinstance(tree, (str, Path)):
+            tree, tuning = None, None if tree == "auto" else Tuning.load(tree)
         target_model = read_checkpoint(target, "target")
         draft_model = None if draft is None else read_checkpoint(draft, "draft")
         loaded = load_tokenizer(tokenizer if tokenizer is not None else target)
@@ -136,7 +144,7 @@ class Decoder:
             table = KatzTable.load(ngram, vocab_size=target_model.config.vocab_size)
         elif ngram is not None and not isinstance(ngram, KatzTable):
             raise ValueError(f"ngram must be a path or a KatzTable, got {type(ngram).__name__}")
-        return cls(
+        decoder = cls(
             GPT2(target_model, ops, device, dtype),
             None if draft_model is None else GPT2(draft_model, ops, device, dtype, invariant=False),
             None if table is None else table.to(device),
@@ -145,6 +153,10 @@ class Decoder:
             end_of_sequence(target_model),
             padding(target_model),
         )
+        if tuning is not None:
+            tuning.check(decoder, "the tree file")
+            decoder.use(tuning)
+        return decoder
 
     @classmethod
     def default(cls, **options) -> "Decoder":
@@ -154,6 +166,12 @@ class Decoder:
             raise ValueError("this installation has no embedded models; train some with `stagedspec train`")
         known = {"draft": assets / "draft", "ngram": assets / "ngram.safetensors"}
         return cls.from_pretrained(assets / "target", **(known | options))
+
+    def use(self, tuning: Tuning) -> None:
+        """Chooses trees on what `stagedspec.tune.tune` found. Raises ValueError if that was for other models."""
+        tuning.check(self, "the tuning")
+        self._tuning, self._own, self._costs = tuning, False, None
+        self._ladders.clear()
 
     # ------------------------------------------------------------ the three ways to decode
 
@@ -260,12 +278,19 @@ class Decoder:
 
     def _ladder(self, mode: str, batch: int, do_sample: bool) -> tuple[Rung, ...]:
         """The trees that a generation adapts between, plain decoding first, the cost model's best one last."""
-        if self._costs is None:
-            self._costs = cost.PassTimes(self.target, self.draft)
         key = mode, batch, do_sample
         if key not in self._ladders:
-            model = cost.Model(self._costs, batch, do_sample)
-            self._ladders[key] = tuple(rungs(model, model.ladder(mode)))
+            tuning = self._tuning = self._tuning or recall(self)
+            if self._costs is None:
+                self._costs = cost.PassTimes(self.target, self.draft, tuning.seconds)
+            model = cost.Model(self._costs, batch, do_sample, tuning.text_of(do_sample))
+            trees = tuning.trees.get(key)
+            if trees is None:
+                trees = tuning.trees[key] = model.ladder(mode)
+            self._ladders[key] = tuple(rungs(model, trees))
+            if self._own and self._costs.seconds != tuning.seconds:
+                tuning.seconds = dict(self._costs.seconds)
+                keep(self, tuning)
         return self._ladders[key]
 
     def _validate(
