@@ -155,7 +155,7 @@ def tune(
             advance()
     tuning.seconds = times.seconds
     decoder.use(tuning)
-    for (batch, sampled), model in models.items():
+    for model in models.values():
         tuning.measured += _timed(decoder, tuning, model, prompts, new_tokens, advance)
     return tuning
 

@@ -114,10 +114,10 @@ class Tuning:
         for entry in content["trees"]:
             ladder = [TreeConfig(**tree) for tree in entry["trees"]]
             full = ladder[-1] if ladder else None
-            if full is None or entry["mode"] not in MODES or any(
+            if full is None or len(ladder) > 3 or entry["mode"] not in MODES or any(
                 not tree.passes or tree.nodes > full.nodes or tree.depth > full.depth for tree in ladder
             ):  # fmt: skip
-                raise ValueError("trees must be ladders that end with their largest, for a mode that drafts")
+                raise ValueError("trees must be ladders of one to three, the largest last, for a mode that drafts")
             found.trees[entry["mode"], entry["batch"], entry["sampled"]] = ladder
         return found
 

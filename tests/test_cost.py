@@ -40,7 +40,7 @@ def test_expected_tokens_of_a_chain_are_a_geometric_sum():
 
 def test_expected_tokens_with_draft2_against_drawing():
     """Chains of guesses: a pass learns one level for certain and `prefetch` more while the guesses are right."""
-    config = TreeConfig(nodes=9, depth=8, passes=1, width=1, children=1, prefetch=3, prefetch_width=1)
+    config = TreeConfig(nodes=9, depth=8, passes=1, width=1, children=8, prefetch=3, prefetch_width=1)
     (kind,) = expected(config, text(0.7, 0.6))
     generator, total = random.Random(0), 0
     for _ in range(40000):
