@@ -111,6 +111,42 @@ def _batch(
     )
 
 
+@dataclass(frozen=True)
+class Unread:
+    """A pass over committed tokens that the draft has not read, in the first rows of its tree region: following: the
+    token after each, [B, n]; moves: (tree row, position) pairs of the rows that are running, for the KV."""
+
+    batch: Batch
+    following: torch.Tensor
+    moves: list[list[tuple[int, int]]]
+
+    @classmethod
+    def before_last(cls, sequences: Sequences, count: int, region: int, dtype: torch.dtype) -> "Unread":
+        """The last `count` tokens but two of each sequence: every step's first draft pass reads those two anyway."""
+        tokens, following, masks, moves = [], [], [], []
+        for row in sequences.rows:
+            start = len(row.tokens) - 2 - count  # below 0 for a short row, whose first slots are then dead
+            known = row.tokens[max(start, 0) :]
+            dead = [0] * max(-start, 0)
+            tokens.append((dead + known)[:count])
+            following.append((dead + known[1:])[:count])
+            masks.append([1 << slot if slot < len(dead) else (2 << slot) - (1 << len(dead)) for slot in range(count)])
+            moves.append([(slot, start + slot) for slot in range(len(dead), count)] if row.running else [])
+        lengths = sequences.lengths
+        depths = [list(range(-1 - count, -1))] * len(tokens)
+        batch = _batch(
+            tokens,
+            depths,
+            masks,
+            region,
+            [length - 1 for length in lengths],
+            [length - 2 - count for length in lengths],
+            dtype,
+            sequences.device,
+        )
+        return cls(batch, torch.tensor(following, device=sequences.device), moves)
+
+
 # ---------------------------------------------------------------- growing trees
 
 
@@ -349,6 +385,11 @@ class Trees:
         """The trees of plain decoding: a root each."""
         return cls(sequences, [_Tree.root(row.tokens[-1]) for row in sequences.rows], 1)
 
+    @property
+    def depths(self) -> list[int]:
+        """The depth of each row's deepest node."""
+        return [max(tree.depths) for tree in self.trees]
+
     def batch(self, dtype: torch.dtype) -> Batch:
         """The target's pass over all nodes. Rows with fewer nodes are filled with nodes that nobody sees."""
 
@@ -428,11 +469,12 @@ class Moves:
             for path, length in zip(self.nodes, self.lengths, strict=True)
         ]
 
-    def draft_rows(self) -> list[list[tuple[int, int]]]:
+    def draft_rows(self, first: int = 0) -> list[list[tuple[int, int]]]:
         """The same for the draft, which feeds the last two tokens again in the next step: it needs only what lies
-        below those, and every such node had an accepted child and was therefore evaluated."""
+        below those, and every such node had an accepted child and was therefore evaluated. Slot 0 lies in tree row
+        `first`."""
         return [
-            [(0, length - 2)] * (length > 1 and bool(slots))
-            + [(slot, length - 1 + depth) for depth, slot in enumerate(slots) if slot >= 0]
+            [(first, length - 2)] * (length > 1 and bool(slots))
+            + [(first + slot, length - 1 + depth) for depth, slot in enumerate(slots) if slot >= 0]
             for slots, length in zip(self.slots, self.lengths, strict=True)
         ]

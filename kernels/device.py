@@ -308,6 +308,6 @@ class Moves:
             raise ValueError(f"on a GPU node 0 always lies in tree row 0 of the target's cache, got {first}")
         return self.target
 
-    def draft_rows(self) -> torch.Tensor:
+    def draft_rows(self, first: int = 0) -> torch.Tensor:
         """[2, B, deepest path + 2]: the same for the draft, after its catch-up token."""
         return self.draft

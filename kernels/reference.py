@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
-from stagedspec.kernels.control import NEVER, Batch, Growth, Moves, Sequences, Trees
+from stagedspec.kernels.control import NEVER, Batch, Growth, Moves, Sequences, Trees, Unread
 
-__all__ = ["Batch", "Growth", "Linear", "Moves", "Noise", "NoiseAt", "Sequences", "Trees"]
+__all__ = ["Batch", "Growth", "Linear", "Moves", "Noise", "NoiseAt", "Sequences", "Trees", "Unread"]
 
 
 # oneDNN's fused epilogues: the name and the algorithm of `mkldnn::_linear_pointwise`.
@@ -28,6 +28,9 @@ _FUSED = {
     "gelu_new": ("gelu", "tanh"),
     "gelu_pytorch_tanh": ("gelu", "tanh"),
 }
+
+
+fixed_shapes = False  # a step takes as many passes, and a tree as many nodes, as it is worth
 
 
 def repeated(step: Callable[[], int]) -> Callable[[], int]:
@@ -351,13 +354,15 @@ class Noise:
         reach: int,
         limits: list[int],
         device: torch.device,
+        past: int = 0,
     ):
-        """reach: positions that a step needs; limits: the position of each row from which on none is ever chosen."""
+        """reach: positions that a step needs; limits: the position of each row from which on none is ever chosen;
+        past: positions that are kept behind."""
         self.vocab_size, self.reach, self.limits = vocab_size, reach, limits
         self.seeds = torch.tensor(seeds, device=device)
         self.streams = torch.tensor(streams, device=device)
         self.block = max(1, min(self.BLOCK, self.MEMORY // (vocab_size * len(seeds))))
-        self.window = reach + self.block
+        self.window, self.past = past + reach + self.block, past
         self.values = torch.zeros(len(seeds), self.window, vocab_size, device=device)
         self.host = self.values.cpu().numpy()  # on a CPU the same memory
         self.lengths: list[int] = []
@@ -389,7 +394,7 @@ class Noise:
     def _slot(self, length: int, depth: int) -> int:
         """Nodes outside the reach (the catch-up token, drafted nodes deeper than any tree of this size) can never be
         accepted: any noise does for them."""
-        return (length + min(max(depth, 0), self.reach - 1)) % self.window
+        return (length + min(max(depth, -self.past), self.reach - 1)) % self.window
 
     def of(self, row: int, depths: list[int], tokens: list[int]) -> list[float]:
         """The noise of single tokens below nodes of one row."""

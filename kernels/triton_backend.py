@@ -47,6 +47,7 @@ class Noise:
         reach: int,
         limits: list[int],
         device: torch.device,
+        past: int = 0,
     ):
         self.seeds = torch.tensor(seeds, dtype=torch.int64, device=device)
         self.streams = torch.tensor(streams, dtype=torch.int32, device=device)

@@ -8,6 +8,7 @@ into the same pass, so that several levels grow at once. Which tree is best does
 
 from types import ModuleType
 
+from stagedspec.adapt import WAITS, Controller
 from stagedspec.gpt2 import GPT2, Cache
 from stagedspec.ngram import KatzTable
 from stagedspec.stats import Clock
@@ -18,6 +19,7 @@ class Cascade:
     """Grows the trees of a batch with one draft model and its n-grams; owns the draft's cache.
 
     sequences: the committed tokens, of the backend's `Sequences`; noise: its `Noise`, or None when greedy.
+    controller: chooses every step's tree, at most as large as config; None: every step's is config.
     """
 
     def __init__(
@@ -29,53 +31,109 @@ class Cascade:
         warping: dict | None,
         noise,
         clock: Clock,
+        controller: Controller | None = None,
     ):
-        self.draft, self.config, self.sequences = draft, config, sequences
-        self.warping, self.noise, self.clock = warping, noise, clock
-        self.children = min(config.children, draft.vocab_size)
-        self.growth = draft.ops.Growth(sequences, config, table, noise, draft.kv_dtype)
+        self.draft, self.table, self.config, self.sequences = draft, table, config, sequences
+        self.warping, self.noise, self.clock, self.controller = warping, noise, clock, controller
         self.passes = 0  # of the last step
-        self.cache = Cache(draft, len(sequences.rows), config.slots, max(row.limit for row in sequences.rows))
+        trees = [config] if controller is None else [rung.tree for rung in controller.ladder]
+        rows = max([tree.slots for tree in trees] + ([] if controller is None else [max(WAITS)]))
+        self.cache = Cache(draft, len(sequences.rows), rows, max(row.limit for row in sequences.rows))
+        self._growths: dict[TreeConfig, object] = {}
 
     def prefill(self, prompts: list[list[int]]) -> None:
-        """Fills the draft's cache with all but the last two tokens, which every step's first pass starts with."""
-        self.draft.prefill(prompts, 2, self.cache)
+        """Reads the prompts, but for the last two tokens, with which every step's first draft pass starts."""
+        shortest = min(map(len, prompts)) - 2
+        last = 0
+        if self.controller is not None:
+            last = max((count for count in WAITS if count <= shortest), default=0)
+        self.draft.prefill(prompts, 2 + last, self.cache)
+        if last:
+            self._read(last, None)  # a prompt was not chosen under any noise
+
+    def _growth(self, config: TreeConfig):
+        """The backend's `Growth` of a tree's settings, ready for a step."""
+        if config not in self._growths:
+            ops, dtype = self.draft.ops, self.draft.kv_dtype
+            self._growths[config] = ops.Growth(self.sequences, config, self.table, self.noise, dtype)
+        growth = self._growths[config]
+        growth.begin()
+        return growth
 
     def propose(self):
         """Grows this step's trees for as many draft passes as pay; returns the backend's `Trees`."""
-        draft, cache, clock = self.draft, self.cache, self.clock
-        growth, self.passes = self.growth, 0
+        draft, cache, clock, controller = self.draft, self.cache, self.clock, self.controller
+        self.passes = 0
+        if controller is not None:
+            if controller.due:
+                with clock("draft"):
+                    self._read(controller.missed, self.noise)
+            self.config = controller.rung.tree
+        config, before = self.config, self.passes
+        if not config.passes:
+            self._seen = draft.ops.Trees.roots(self.sequences), 0
+            return self._seen[0]
+        first, children = cache.tree_rows - config.slots, min(config.children, draft.vocab_size)
         with clock("grow"):
-            growth.begin()
-        for number in range(self.config.passes):
+            growth = self._growth(config)
+        for number in range(config.passes):
             if number and not growth.pays():
                 break
             self.passes += 1
             with clock("grow"):
                 chosen = growth.select(number)
-            if self.config.prefetch:
+            if config.prefetch:
                 with clock("ngram"):
                     growth.prefetch(chosen)
             with clock("grow"):
                 batch = growth.batch()
             with clock("draft"):
-                hidden = draft.forward(batch, cache, growth.start)
+                hidden = draft.forward(batch, cache, first + growth.start, first)
                 noise = None if self.noise is None else self.noise.at(batch)
-                proposed = draft.children(hidden, self.children, self.warping, noise)
+                proposed = draft.children(hidden, children, self.warping, noise)
             with clock("grow"):
                 growth.record(*proposed)
         with clock("grow"):
-            return growth.harvest()
+            trees = growth.harvest()
+        self._seen = trees, self.passes - before
+        return trees
 
     def commit(self, moves) -> None:
-        """Moves the accepted nodes' KV into the prefix (`Moves.draft_rows`)."""
-        self.cache.commit(self.draft, moves.draft_rows())
+        """Moves the accepted nodes' KV into the prefix (`Moves.draft_rows`), and tells the controller."""
+        if self.config.passes:
+            self.cache.commit(self.draft, moves.draft_rows(self.cache.tree_rows - self.config.slots))
+        if self.controller is not None:
+            trees, passes = self._seen
+            self.controller.step(trees.nodes, passes, moves.accepted, trees.depths)
+
+    def _read(self, count: int, noise) -> None:
+        """The draft reads `count` tokens that were written without it, and the controller hears what it thinks of them.
+
+        All running rows lack the same number of tokens: plain decoding gives each one a step.
+        """
+        draft, children = self.draft, max(rung.tree.children for rung in self.controller.ladder)
+        unread = draft.ops.Unread.before_last(self.sequences, count, self.cache.tree_rows, draft.kv_dtype)
+        hidden = draft.forward(unread.batch, self.cache, 0)
+        at = None if noise is None else noise.at(unread.batch)
+        tokens, logprobs = draft.children(hidden, min(children, draft.vocab_size), self.warping, at)
+        self.passes += 1
+        hits = tokens == unread.following[..., None]
+        ranks = (hits.int().argmax(-1) + 1) * hits.any(-1) - 1
+        values = logprobs.gather(-1, ranks.clamp(min=0)[..., None])[..., 0]
+        # Slots that stand for no token have nothing to say.
+        self.controller.read(
+            [
+                list(zip(row, scores, strict=True))[count - len(moves) :]
+                for row, scores, moves in zip(ranks.tolist(), values.tolist(), unread.moves, strict=True)
+            ]
+        )
+        self.cache.commit(draft, unread.moves)
 
 
 class Repeats:
     """Proposes chains by the context n-gram alone (prompt lookup): no draft, no passes, nothing to keep."""
 
-    passes = 0
+    passes, controller = 0, None
 
     def __init__(self, ops: ModuleType, depth: int, sequences, clock: Clock):
         self.ops, self.depth, self.sequences, self.clock = ops, depth, sequences, clock

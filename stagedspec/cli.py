@@ -498,6 +498,110 @@ def _text_files(paths: list[Path]) -> list[Path]:
     return files
 
 
+# ---- tune-tree --------------------------------------------------------------------------------------------------
+
+
+@app.command(
+    "tune-tree",
+    epilog="Examples: [bold]stagedspec tune-tree[/bold] keeps what it finds for later runs with the same models on "
+    "this machine; [bold]stagedspec tune-tree --target gpt2-large --draft distilgpt2 --prompts mine.jsonl --out "
+    "tree.json[/bold] writes a file, for Decoder.from_pretrained(..., tree='tree.json').",
+)
+@clear_errors
+def tune_tree(
+    out: Annotated[Path | None, typer.Option(help="File to write, JSON. Default: the user's cache.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="JSON lines with a `prompt` field. Default: a few beginnings of Python.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Prompts at most.")] = 16,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=8, help="New tokens of each.")] = 96,
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1, max=16, help="Batch size; may be given several times. Default: 1.")
+    ] = None,
+    target: Target = None,
+    draft: Draft = None,
+    ngram: Ngram = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    backend: Backend = "auto",
+    as_json: Json = False,
+    no_color: NoColor = False,
+) -> None:
+    """Choose token trees for a pair of models on this machine: measure passes and acceptance, save what is found.
+
+    Prints the cost model's predicted speed beside the measured one. Exit status 1 if any output differs from plain
+    (autoregressive) decoding.
+    """
+    from stagedspec.tune import PROMPTS, tune
+    from stagedspec.tuning import keep
+
+    if out is not None and (out.is_dir() or not out.expanduser().resolve().parent.is_dir()):
+        raise ValueError(f"--out must be a file in a folder that exists, got {out}")
+    texts = list(PROMPTS) if prompts is None else _prompt_lines(prompts)
+    decoder = load_decoder(target, draft, ngram, device, dtype, backend)
+    encoded = [decoder.tokenizer(text, add_special_tokens=False).input_ids for text in texts[:limit]]
+    with progress_bar(auto_refresh=False) as progress:
+        task = progress.add_task("measuring", total=None)
+
+        def report(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total, refresh=True)
+
+        tuning = tune(decoder, encoded, max_new_tokens, batch or [1], report)
+    if out is None:
+        saved = keep(decoder, tuning)
+    else:
+        saved = out.expanduser()
+        tuning.save(saved)
+    same = all(row["identical"] for row in tuning.measured)
+    if as_json:
+        trees = [
+            {"mode": mode, "batch": size, "sampled": sampled, "tree": vars(ladder[-1])}
+            for (mode, size, sampled), ladder in tuning.trees.items()
+        ]
+        result = {"saved": None if saved is None else str(saved), "identical": same, "trees": trees}
+        typer.echo(json.dumps(result | {"measured": tuning.measured}, indent=2))
+    else:
+        _print_tuning(Console(no_color=no_color or None, highlight=False), tuning)
+        typer.echo("The cache folder cannot be written; use --out." if saved is None else f"Saved in {saved}")
+    if not same:
+        raise typer.Exit(1)
+
+
+def _prompt_lines(path: Path) -> list[str]:
+    import gzip
+
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+            texts = [json.loads(line)["prompt"] for line in file if line.strip()]
+    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"cannot read prompts from {path}, JSON lines with a `prompt` text: {error}") from None
+    if not texts or not all(isinstance(text, str) and text for text in texts):
+        raise ValueError(f"{path} must hold JSON lines, each with a text in its `prompt` field")
+    return texts
+
+
+def _print_tuning(console: Console, tuning) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    grid = Table(title="predicted / measured", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    grid.add_column("mode", no_wrap=True)
+    for name in ("batch", "nodes", "tokens/s", "speed-up", "tokens\n/step"):
+        grid.add_column(name, justify="right", no_wrap=True)
+    for row in tuning.measured:
+        ladder = tuning.trees.get((row["mode"], row["batch"], row["sampled"]))
+        speedup = "-" if row["measured_speedup"] is None else f"{row['measured_speedup']:.2f}x"
+        grid.add_row(
+            row["mode"] + (", sampled" if row["sampled"] else ""),
+            str(row["batch"]),
+            "1" if ladder is None else str(ladder[-1].nodes),
+            f"{row['predicted_tokens_per_second']:.0f} / {row['measured_tokens_per_second']:.0f}",
+            f"{row['predicted_speedup']:.2f}x / {speedup}",
+            f"{row['predicted_tokens_per_step']:.2f} / {row['measured_tokens_per_step']:.2f}",
+        )
+    console.print(grid)
+
+
 # ---- train ------------------------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ import itertools
 import statistics
 import time
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache as memoise
 
@@ -21,11 +21,10 @@ from stagedspec.tree import TreeConfig
 
 # How text lies before the draft, greedy and sampled (top-k 50, T=1, shared noise): a mixture of easy, middling and
 # hard stretches, (share of the text, how often the target takes the draft's first, second, ... child, how often draft²
-# names the draft's first child). Made by `bench/ranks.py --fit` with the embedded trio on prompts that bench/decode.py
-# does not use: means measured, the split fitted to tokens and passes per step of 18 trees. Sampled: --limit 6
-# --max-new-tokens 64, tokens within 5% for each of them. Greedy: of the previous trio, within 7%. A prior for the shape
-# of the tree, not a result.
-STRETCHES = {
+# names the draft's first child). Made by bench/ranks.py with the embedded trio on prompts that bench/decode.py does not
+# use. A prior for the shape of the tree, not a result: `stagedspec tune-tree` measures a pair's own.
+Stretch = tuple[float, tuple[float, ...], float]
+STRETCHES: dict[bool, tuple[Stretch, ...]] = {
     False: (
         (0.69, (0.995, 0.002, 0.001, 0.0, 0.0, 0.0, 0.0, 0.0), 0.98),
         (0.11, (0.886, 0.046, 0.015, 0.008, 0.005, 0.005, 0.004, 0.002), 0.02),
@@ -59,9 +58,10 @@ class PassTimes:
     too, a pass of the draft finds the caches full of the target's weights.
     """
 
-    def __init__(self, target: GPT2, draft: GPT2):
+    def __init__(self, target: GPT2, draft: GPT2, known: dict[tuple[bool, int, int, bool], float] | None = None):
+        """known: measured before, by (whether of the draft, batch, rows, sampled)."""
         self.target, self.draft = target, draft
-        self._seconds: dict[tuple[bool, int, int, bool], float] = {}
+        self.seconds = dict(known or {})
 
     def target_pass(self, batch: int, nodes: int, sampled: bool) -> float:
         return self._interpolate(False, batch, nodes, sampled)
@@ -79,10 +79,10 @@ class PassTimes:
 
     def _measure(self, draft: bool, batch: int, nodes: int, sampled: bool) -> float:
         key = (draft, batch, nodes, sampled)
-        if key not in self._seconds:
+        if key not in self.seconds:
             before = _passes(self.target, False, batch, 1, False)
-            self._seconds[key] = _median_time(_passes(self.draft if draft else self.target, *key), before)
-        return self._seconds[key]
+            self.seconds[key] = _median_time(_passes(self.draft if draft else self.target, *key), before)
+        return self.seconds[key]
 
 
 def _passes(model: GPT2, draft: bool, batch: int, nodes: int, sampled: bool) -> Callable[[], None]:
@@ -134,13 +134,13 @@ class Expected:
     passes: int
 
 
-def expected(config: TreeConfig, sampled: bool) -> list[Expected]:
-    """What a step of `config` comes to in each of the STRETCHES."""
+def expected(config: TreeConfig, stretches: Sequence[Stretch]) -> list[Expected]:
+    """What a step of `config` comes to in each stretch."""
     found = []
-    for index, (share, _, _) in enumerate(STRETCHES[sampled]):
+    for share, ranks, hit in stretches:
         passes, values = _grown(
-            config.depth, config.passes, config.width, config.children, config.prefetch, config.prefetch_width,
-            config.pass_floor, sampled, index,
+            config.depth, config.passes, config.width, config.prefetch, config.prefetch_width, config.pass_floor,
+            ranks[: config.children], hit,
         )  # fmt: skip
         count = min(config.nodes - 1, bisect_right(values, -config.node_floor, key=lambda value: -value))
         tokens = 1.0 + sum(values[:count])
@@ -151,13 +151,11 @@ def expected(config: TreeConfig, sampled: bool) -> list[Expected]:
 
 @memoise
 def _grown(
-    depth: int, passes: int, width: int, children: int, prefetch: int, prefetch_width: int, pass_floor: float,
-    sampled: bool, stretch: int,
+    depth: int, passes: int, width: int, prefetch: int, prefetch_width: int, pass_floor: float,
+    ranks: tuple[float, ...], hit: float,
 ) -> tuple[int, list[float]]:  # fmt: skip
     """The passes run, and the values of all candidates, best first, if every node's children were accepted
     independently, by rank."""
-    _, ranks, hit = STRETCHES[sampled][stretch]
-    ranks = ranks[:children]
     values: list[float] = []
     waiting: list[tuple[float, int]] = []  # candidates not evaluated yet: (-value, depth)
 
@@ -183,40 +181,85 @@ def _grown(
     return passes, sorted(values, reverse=True)
 
 
-def tokens_per_second(times: PassTimes, config: TreeConfig, batch: int, sampled: bool) -> float:
-    """Predicted tokens a second of each row. The row that grows longest sets a step's passes and nodes for all."""
-    tokens, seconds, below = 0.0, 0.0, 0.0
-    for kind in sorted(expected(config, sampled), key=lambda kind: (kind.passes, kind.nodes)):
-        tokens += kind.share * kind.tokens
-        longest = (below + kind.share) ** batch - below**batch
-        below += kind.share
-        seconds += longest * _step_seconds(times, config, kind, batch, sampled)
-    return tokens / seconds
+class Model:
+    """Predicts what trees cost and bring for one pair of models, batch size and way of choosing.
+
+    stretches: how the text lies before the draft; None: as before the embedded one.
+    """
+
+    def __init__(self, times: PassTimes, batch: int, sampled: bool, stretches: Sequence[Stretch] | None = None):
+        self.times, self.batch, self.sampled = times, batch, sampled
+        self.stretches = STRETCHES[sampled] if stretches is None else tuple(stretches)
+
+    def verify_seconds(self, nodes: int) -> float:
+        """Of a step without its draft passes."""
+        return self.times.target_pass(self.batch, nodes, self.sampled) + STEP_SECONDS
+
+    def draft_seconds(self, rows: int) -> float:
+        """Of one draft pass."""
+        return self.times.draft_pass(self.batch, rows, self.sampled) + PASS_SECONDS
+
+    def rows(self, config: TreeConfig, number: int) -> int:
+        """Rows of the draft pass `number` of a step."""
+        return (config.width if number else 2) + config.guesses
+
+    def step(self, config: TreeConfig) -> tuple[float, float]:
+        """Expected tokens of a row and seconds of a step. The row that grows longest sets passes and nodes for all."""
+        tokens, seconds, below = 0.0, 0.0, 0.0
+        for kind in sorted(expected(config, self.stretches), key=lambda kind: (kind.passes, kind.nodes)):
+            tokens += kind.share * kind.tokens
+            longest = (below + kind.share) ** self.batch - below**self.batch
+            below += kind.share
+            seconds += longest * self._seconds(config, kind)
+        return tokens, seconds
+
+    def _seconds(self, config: TreeConfig, kind: Expected) -> float:
+        # How many nodes reach a floor varies from step to step, up to the most there may be.
+        spread = [min(config.nodes, max(1, round(kind.nodes * part))) for part in (0.5, 1.0, 2.0)]
+        sizes = spread if config.node_floor else [kind.nodes]
+        verify = sum(self.verify_seconds(size) for size in sizes) / len(sizes)
+        return verify + sum(self.draft_seconds(self.rows(config, number)) for number in range(kind.passes))
+
+    def tokens_per_second(self, config: TreeConfig) -> float:
+        """Predicted tokens a second of each row."""
+        tokens, seconds = self.step(config)
+        return tokens / seconds
+
+    def ladder(self, mode: str) -> list[TreeConfig]:
+        """The tree with the most expected tokens a second, and before it the best of at most a half and a quarter of
+        its nodes and passes, smallest first: what a generation climbs up and down."""
+        ranked = sorted(candidates(mode), key=self.tokens_per_second, reverse=True)
+        full = ranked[0]
+        chosen = [full]
+
+        def fits(tree: TreeConfig, nodes: int, passes: int) -> bool:
+            return tree.nodes <= nodes and tree.passes <= passes and tree.depth <= full.depth
+
+        for part in (2, 4):
+            nodes, passes = max(2, full.nodes // part), max(1, full.passes // part)
+            smaller = next((tree for tree in ranked if fits(tree, nodes, passes)), full)
+            if smaller not in chosen:
+                chosen.insert(0, smaller)
+        return chosen
+
+    def best_tree(self, mode: str) -> TreeConfig:
+        """The tree with the most expected tokens a second."""
+        return max(candidates(mode), key=self.tokens_per_second)
 
 
-def _step_seconds(times: PassTimes, config: TreeConfig, kind: Expected, batch: int, sampled: bool) -> float:
-    # How many nodes reach a floor varies from step to step, up to the most there may be.
-    spread = [min(config.nodes, max(1, round(kind.nodes * part))) for part in (0.5, 1.0, 2.0)]
-    sizes = spread if config.node_floor else [kind.nodes]
-    seconds = sum(times.target_pass(batch, size, sampled) for size in sizes) / len(sizes) + STEP_SECONDS
-    for number in range(kind.passes):
-        rows = (2 if number == 0 else config.width) + config.guesses
-        seconds += times.draft_pass(batch, rows, sampled) + PASS_SECONDS
-    return seconds
-
-
-def best_tree(times: PassTimes, mode: str, batch: int, sampled: bool) -> TreeConfig:
-    """The settings with the most expected tokens a second for this pair of models, mode, batch size and sampling."""
-    candidates = []
+@memoise
+def candidates(mode: str) -> tuple[TreeConfig, ...]:
+    """All trees that are tried for a mode."""
+    found = []
     for nodes, node_floor, pass_floor in itertools.product(SIZES, NODE_FLOORS, PASS_FLOORS):
         floors = {"node_floor": node_floor, "pass_floor": pass_floor}
         if mode == "chain":
-            candidates.append(TreeConfig(nodes, nodes - 1, nodes - 1, 1, 1, 0, **floors))
+            found.append(TreeConfig(nodes, nodes - 1, nodes - 1, 1, 1, 0, **floors))
             continue
         for passes, width, prefetch in itertools.product(PASSES, (1, 2), PREFETCH if mode == "staged" else (0,)):
             certain = 1 + (passes - 1) * width
             if nodes - 1 > CHILDREN * certain or (passes == 1 and (width > 1 or pass_floor)):
                 continue
             depth = passes * (1 + prefetch)
-            candidates.append(TreeConfig(nodes, depth, passes, width, CHILDREN, prefetch, 1, **floors))
-    return max(candidates, key=lambda config: tokens_per_second(times, config, batch, sampled))
+            found.append(TreeConfig(nodes, depth, passes, width, CHILDREN, prefetch, 1, **floors))
+    return tuple(found)

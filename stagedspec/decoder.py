@@ -11,6 +11,7 @@ import torch
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from stagedspec import cost
+from stagedspec.adapt import WAITS, Controller, Rung, rungs
 from stagedspec.cascade import Cascade, Repeats
 from stagedspec.gpt2 import GPT2, Cache
 from stagedspec.kernels import backend as kernel_backend
@@ -29,6 +30,7 @@ from stagedspec.positions import Positions
 from stagedspec.sampling import Sampling, counters
 from stagedspec.stats import ORIGINS, Clock, Stats
 from stagedspec.tree import MODES, TreeConfig
+from stagedspec.tuning import Tuning, keep, recall
 
 if TYPE_CHECKING:
     from stagedspec.hf import StagedOutput
@@ -73,6 +75,7 @@ class _Request:
     seeds: list[int]
     streams: list[int]
     eos: list[int]
+    ladder: tuple[Rung, ...] = ()  # what the trees may adapt to; `tree` is the largest
     repeats: bool = False  # proposed by the context n-gram alone
 
 
@@ -124,8 +127,10 @@ class Decoder:
         self.defaults = {} if defaults is None else defaults
         self.last_stats: Stats | None = None
         self._tree = tree
+        self._tuning: Tuning | None = None  # read from the user's cache when a tree is first chosen
+        self._own = True  # whether what is measured is kept there
         self._costs: cost.PassTimes | None = None
-        self._trees: dict[tuple[str, int, bool], TreeConfig] = {}  # chosen by the cost model
+        self._ladders: dict[tuple[str, int, bool], tuple[Rung, ...]] = {}  # chosen by the cost model
 
     @classmethod
     def from_pretrained(
@@ -137,20 +142,25 @@ class Decoder:
         device: str | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
         backend: str = "auto",
-        tree: TreeConfig | None = None,
+        tree: TreeConfig | str | Path | None = "auto",
     ) -> "Decoder":
         """Loads target and draft: hub ids, folders written by `save_pretrained`, or GPT2LMHeadModel objects.
 
         ngram: a table made by `fit-ngram`; without one the context n-gram works alone. device "auto": the GPU if
-        there is one. dtype "auto": bfloat16 on a GPU that has it, else float32. tree: None lets the cost model choose.
+        there is one. dtype "auto": bfloat16 on a GPU that has it, else float32. tree: "auto" (or None) lets the cost
+        model choose, on what was measured before on this machine or is measured at first use, and the trees adapt to
+        the text; a file written by `stagedspec tune-tree` is used in its place; a TreeConfig is kept to.
 
         Raises ValueError for whatever is missing, damaged or does not fit together.
         """
         device = resolve_device(device)
         dtype = resolve_dtype(dtype, device)
         ops = kernel_backend.resolve(backend, device)
-        if tree is not None and not isinstance(tree, TreeConfig):
-            raise ValueError(f"tree must be a TreeConfig or None, got {type(tree).__name__}")
+        if tree is not None and not isinstance(tree, (TreeConfig, str, Path)):
+            raise ValueError(f"tree must be 'auto', a tuning's file or a TreeConfig, got {type(tree).__name__}")
+        tuning = None
+        if isinstance(tree, (str, Path)):
+            tree, tuning = None, None if tree == "auto" else Tuning.load(tree)
         target_model = read_checkpoint(target, "target")
         draft_model = None if draft is None else read_checkpoint(draft, "draft")
         loaded = load_tokenizer(tokenizer if tokenizer is not None else target)
@@ -161,7 +171,7 @@ class Decoder:
             table = KatzTable.load(ngram, vocab_size=target_model.config.vocab_size)
         elif ngram is not None and not isinstance(ngram, KatzTable):
             raise ValueError(f"ngram must be a path or a KatzTable, got {type(ngram).__name__}")
-        return cls(
+        decoder = cls(
             GPT2(target_model, ops, device, dtype),
             None if draft_model is None else GPT2(draft_model, ops, device, dtype, invariant=False),
             None if table is None else table.to(device),
@@ -171,6 +181,10 @@ class Decoder:
             padding(target_model),
             generation_defaults(target_model),
         )
+        if tuning is not None:
+            tuning.check(decoder, "the tree file")
+            decoder.use(tuning)
+        return decoder
 
     @classmethod
     def default(cls, **options) -> "Decoder":
@@ -180,6 +194,12 @@ class Decoder:
             raise ValueError("this installation has no embedded models; train some with `stagedspec train`")
         known = {"draft": assets / "draft", "ngram": assets / "ngram.safetensors"}
         return cls.from_pretrained(assets / "target", **(known | options))
+
+    def use(self, tuning: Tuning) -> None:
+        """Chooses trees on what `stagedspec.tune.tune` found. Raises ValueError if that was for other models."""
+        tuning.check(self, "the tuning")
+        self._tuning, self._own, self._costs = tuning, False, None
+        self._ladders.clear()
 
     # ------------------------------------------------------------ the three ways to decode
 
@@ -334,12 +354,24 @@ class Decoder:
             )
         if chosen is not None:
             return chosen.for_mode(mode)
-        if self._costs is None:
-            self._costs = cost.PassTimes(self.target, self.draft)
+        return self._ladder(mode, batch, do_sample)[-1].tree
+
+    def _ladder(self, mode: str, batch: int, do_sample: bool) -> tuple[Rung, ...]:
+        """The trees that a generation adapts between, plain decoding first, the cost model's best one last."""
         key = mode, batch, do_sample
-        if key not in self._trees:
-            self._trees[key] = cost.best_tree(self._costs, mode, batch, do_sample)
-        return self._trees[key].for_mode(mode)
+        if key not in self._ladders:
+            tuning = self._tuning = self._tuning or recall(self)
+            if self._costs is None:
+                self._costs = cost.PassTimes(self.target, self.draft, tuning.seconds)
+            model = cost.Model(self._costs, batch, do_sample, tuning.text_of(do_sample))
+            trees = tuning.trees.get(key)
+            if trees is None:
+                trees = tuning.trees[key] = model.ladder(mode)
+            self._ladders[key] = tuple(rungs(model, trees))
+            if self._own and self._costs.seconds != tuning.seconds:
+                tuning.seconds = dict(self._costs.seconds)
+                keep(self, tuning)
+        return self._ladders[key]
 
     def _validate(
         self,
@@ -369,14 +401,17 @@ class Decoder:
             )
         seeds, streams = counters(seed, len(prompts))
         repeats = lookup is not None and self.draft is None and mode != "autoregressive"
+        ladder: tuple[Rung, ...] = ()
         if repeats:
             if type(lookup) is not int or not 1 <= lookup <= 255:
                 raise ValueError(f"prompt_lookup_num_tokens must be a whole number from 1 to 255, got {lookup!r}")
             settings = TreeConfig(lookup + 1, lookup, lookup, width=1, children=1, prefetch=0)
         else:
             settings = self.tree_for(mode, len(prompts), tree, sampling.do_sample)
+            if settings.passes and tree is None and self._tree is None and not self.target.ops.fixed_shapes:
+                ladder = self._ladder(mode, len(prompts), sampling.do_sample)
         mode = "lookup" if repeats else mode
-        return _Request(prompts, max_new_tokens, mode, settings, sampling, seeds, streams, eos, repeats)
+        return _Request(prompts, max_new_tokens, mode, settings, sampling, seeds, streams, eos, ladder, repeats)
 
     def _encode(self, prompt: str | torch.Tensor) -> torch.Tensor:
         if isinstance(prompt, torch.Tensor):
@@ -417,14 +452,16 @@ class _Run:
                 min(config.depth, config.nodes - 1) + 1,
                 [row.limit for row in self.sequences.rows],
                 device,
+                past=max(WAITS) + 1 if request.ladder else 0,
             )
         self.walk = positions.walk if positions is not None and positions.walks else None
         self.cascade: Cascade | Repeats | None = None
         if request.repeats:
             self.cascade = Repeats(target.ops, config.depth, self.sequences, self.clock)
         elif config.passes:
+            controller = Controller(request.ladder) if request.ladder else None
             self.cascade = Cascade(
-                decoder.draft, decoder.ngram, config, self.sequences, warping, self.noise, self.clock
+                decoder.draft, decoder.ngram, config, self.sequences, warping, self.noise, self.clock, controller
             )
         self.steps_done, self.draft_passes = 0, 0
         self.seconds = 0.0
@@ -462,7 +499,7 @@ class _Run:
             noise = None if self.noise is None else self.noise.at(batch)
         with self.clock("target"):
             # The nodes lie right below the prefix, so that no unused rows are attended to.
-            first = self.config.nodes - trees.nodes
+            first = self.cache.tree_rows - trees.nodes
             hidden = target.forward(batch, self.cache, first, first)
             most = None
             if self.walk is None:
@@ -493,9 +530,11 @@ class _Run:
         """Statistics of what has run so far."""
         origins = [origin for row in self.sequences.rows for origin in row.origins]
         accepted, draft = self.sequences.accepted, self.decoder.draft
+        controller = None if self.cascade is None else self.cascade.controller
         return Stats(
             mode=self.request.mode,
             tree=asdict(self.config),
+            adapted={} if controller is None else controller.made,
             steps=self.steps_done,
             row_steps=accepted.total(),
             new_tokens=len(origins),

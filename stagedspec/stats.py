@@ -29,7 +29,8 @@ class Clock:
 class Stats:
     """Statistics of one generation over all its rows.
 
-    tree: the settings used. steps: times the target verified. row_steps: the same, counted for each row that was still
+    tree: the settings used; adapted: where the tree followed the text, the steps made with each rung of the ladder, of
+    which `tree` is the last. steps: times the target verified. row_steps: the same, counted for each row that was still
     running.
     new_tokens: tokens produced. accepted_per_depth[d]: row-steps that accepted a node of depth d + 1.
     origins: tokens by the model that first proposed them (Spector & Ré, Figure 3).
@@ -38,6 +39,7 @@ class Stats:
 
     mode: str
     tree: dict = field(default_factory=dict)
+    adapted: dict[str, int] = field(default_factory=dict)
     steps: int = 0
     row_steps: int = 0
     new_tokens: int = 0

@@ -2,8 +2,10 @@
 
 import copy
 import os
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may wait for a network
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="stagedspec-tests-")  # nor leave anything in the user's cache
 
 import pytest
 import torch

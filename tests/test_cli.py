@@ -317,3 +317,29 @@ def test_train_then_decode_then_train_again(tmp_path):
 )
 def test_train_errors_are_one_line(tmp_path, arguments, part):
     assert_error(run("train", "--out", str(tmp_path / "run"), "--preset", "tiny", *arguments), part)
+
+
+def test_tune_tree(tmp_path, monkeypatch):
+    """The embedded pair, briefly: the table, the JSON, and a file that can be used."""
+    from stagedspec.tuning import Tuning
+
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "tree.json"
+    prompts.write_text('{"prompt": "import os\\n"}\n\n{"prompt": "def f(x):\\n"}\n')
+    options = ["tune-tree", "--device", "cpu", "--prompts", str(prompts), "-n", "8", "--out", str(out)]
+    result = CliRunner().invoke(cli.app, [*options, "--json"])
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["identical"] and report["saved"] == str(out) and len(report["measured"]) == 8
+    assert Tuning.load(out).trees["staged", 1, False][-1].nodes == next(
+        entry["tree"]["nodes"] for entry in report["trees"] if entry["mode"] == "staged" and not entry["sampled"]
+    )
+    table = CliRunner().invoke(cli.app, options)
+    assert table.exit_code == 0 and "staged, sampled" in table.stdout and "Saved in" in table.stdout
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"prompt": 3}', "text"])
+def test_tune_tree_with_bad_prompts(tmp_path, content):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(content)
+    result = CliRunner().invoke(cli.app, ["tune-tree", "--prompts", str(path)])
+    assert result.exit_code == 2 and "prompt" in result.stderr

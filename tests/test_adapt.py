@@ -1,0 +1,228 @@
+"""The controller on made-up sequences, and generations whose trees adapt: only the speed may change."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import left_pad, make_gpt2, random_prompts
+
+from stagedspec import Decoder, Sampling, TreeConfig
+from stagedspec.adapt import OFF, WAITS, Controller, Rung
+from stagedspec.decoder import _Run
+from stagedspec.kernels.control import Sequences, Unread
+
+SMALL = TreeConfig(nodes=2, depth=1, passes=1, width=1, children=4, prefetch=0)
+MEDIUM = TreeConfig(nodes=6, depth=3, passes=2, width=1, children=4, prefetch=1, prefetch_width=1, node_floor=0.01)
+FULL = TreeConfig(nodes=12, depth=8, passes=4, width=1, children=4, prefetch=1, prefetch_width=1, node_floor=0.01)
+
+
+def ladder(draft: float = 0.25, expected: tuple[float, ...] = (1.6, 2.5, 4.0)) -> tuple[Rung, ...]:
+    """A pass of the target takes 1 and a twentieth a node, one of the draft `draft`."""
+    verify = tuple(1 + 0.05 * max(0, nodes - 1) for nodes in range(13))
+    rungs = [Rung("off", OFF, 1.0, 1.0, verify)]
+    for name, tree, tokens in zip(("small", "medium", "full"), (SMALL, MEDIUM, FULL), expected, strict=True):
+        rungs.append(Rung(name, tree, tokens, verify[tree.nodes] + tree.passes * draft, verify, draft, draft))
+    return tuple(rungs)
+
+
+def play(controller: Controller, text: list[float], seed: int = 0) -> float:
+    """Writes a text whose token i the draft knows with probability text[i]; returns the seconds, at ladder()'s prices.
+
+    The draft is confident: every tree is as deep as it may be.
+    """
+    generator, at, seconds = random.Random(seed), 0, 0.0
+    known = [generator.random() < rate for rate in text]
+    while at < len(known):
+        if controller.due:
+            missed = known[at - controller.missed : at]
+            seconds += controller.ladder[1].first
+            controller.read([[(0, -0.05) if hit else (-1, -9.0) for hit in missed]])
+        rung = controller.rung
+        taken = 0
+        while taken < rung.reach and at + taken < len(known) and known[at + taken]:
+            taken += 1
+        seconds += rung.cost(rung.tree.nodes, rung.tree.passes)
+        controller.step(rung.tree.nodes, rung.tree.passes, [taken], [rung.reach])
+        at += taken + 1
+    return seconds
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_hopeless_draft_costs_little(seed):
+    controller = Controller(ladder())
+    assert play(controller, [0.0] * 256, seed) < 256 / 0.9
+    assert controller.made["off"] > 230
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_good_draft_gets_the_largest_tree(seed):
+    controller = Controller(ladder(expected=(1.1, 1.2, 1.3)))  # even against the cost model's expectation
+    play(controller, [0.97] * 600, seed)
+    made = controller.made
+    assert made["full"] > 0.8 * sum(made.values())
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_middling_draft_gets_no_large_tree(seed):
+    controller = Controller(ladder(draft=0.2))
+    play(controller, [0.45] * 600, seed)
+    assert controller.made["full"] < 0.2 * sum(controller.made.values())
+
+
+def test_drafting_starts_again_when_it_pays():
+    controller = Controller(ladder())
+    play(controller, [0.0] * 200)
+    assert controller.rung.name == "off"
+    before = controller.made["off"]
+    play(controller, [1.0] * 300)
+    assert controller.rung.name == "full" and controller.made["off"] - before <= 2 * max(WAITS)
+
+
+def test_text_that_changes_is_followed():
+    """Faster than plain decoding and than the largest tree throughout."""
+    text = ([0.97] * 120 + [0.02] * 120) * 4
+    full = replace(ladder()[-1])
+    adaptive = play(Controller(ladder()), text)
+    fixed = Controller(ladder())
+    fixed._choose = lambda: None
+    fixed.chosen = 3
+    assert adaptive < 0.9 * play(fixed, text) and adaptive < 0.9 * len(text)
+    assert full.reach == 8
+
+
+def test_stopped_rows_say_nothing():
+    one, two = Controller(ladder()), Controller(ladder())
+    for taken in (3, 0, 1, 8, 8):
+        one.step(12, 4, [taken], [8])
+        two.step(12, 4, [-1, taken, -1], [8, 8, 2])
+        assert [mean.value for mean in one.tokens] == [mean.value for mean in two.tokens]
+    one.step(12, 4, [-1], [8])
+    one.read([])
+    one.read([[]])
+    assert [mean.value for mean in one.tokens] == [mean.value for mean in two.tokens]
+
+
+# ---------------------------------------------------------------- whole generations
+
+
+class Fickle(Controller):
+    """Any rung at any time, and readings after however many plain steps."""
+
+    seed = 0
+
+    def __init__(self, rungs):
+        self.random, self.reads = random.Random(Fickle.seed), 0
+        super().__init__(rungs)
+
+    @property
+    def due(self) -> bool:
+        return self.missed > 0 and self.chosen > 0
+
+    def read(self, rows) -> None:
+        self.missed = 0
+        self.reads += 1
+
+    def step(self, nodes, passes, accepted, depths) -> None:
+        self.steps[self.chosen] += 1
+        self.missed += self.chosen == 0
+        self.chosen = 0 if 0 < self.missed < self.random.choice((1, 3, 9)) else self.random.randrange(len(self.ladder))
+        if self.missed == max(WAITS):
+            self.chosen = len(self.ladder) - 1
+
+    def _choose(self) -> None:
+        self.chosen = self.random.randrange(len(self.ladder))
+
+
+@pytest.fixture(scope="module")
+def decoders(target, drafts):
+    made = {}
+    for kind, draft in drafts.items():
+        made[kind] = Decoder.from_pretrained(target, draft, device="cpu", dtype="float32")
+        for mode in ("chain", "tree", "staged"):
+            trees = [tree.for_mode(mode) for tree in (SMALL, MEDIUM, FULL)]
+            for batch in (1, 3):
+                for sampled in (False, True):
+                    rungs = [replace(rung, tree=tree) for rung, tree in zip(ladder()[1:], trees, strict=True)]
+                    made[kind]._ladders[mode, batch, sampled] = (ladder()[0], *rungs)
+    return made
+
+
+@pytest.mark.parametrize("controller", [Controller, Fickle])
+@pytest.mark.parametrize("lengths", [[5], [1], [7, 1, 12]], ids=["one", "short", "ragged"])
+@pytest.mark.parametrize("kind", ["good", "random", "adversarial", "target"])
+def test_same_tokens_as_plain_decoding(decoders, kind, lengths, controller, monkeypatch):
+    monkeypatch.setattr("stagedspec.decoder.Controller", controller)
+    ids, mask = left_pad(random_prompts(lengths, seed=21))
+    eos = [int(token) for token in random_prompts([2], seed=5)[0]]
+    for seed, options in enumerate(
+        ({}, {"do_sample": True, "seed": 8}, {"do_sample": True, "top_k": 9, "seed": [3] * len(lengths)})
+    ):
+        Fickle.seed = seed
+        plain = decoders[kind].generate(ids, mask, 36, mode="autoregressive", eos_token_id=eos, **options)
+        for mode in ("chain", "tree", "staged"):
+            ours = decoders[kind].generate(ids, mask, 36, mode=mode, eos_token_id=eos, **options)
+            assert torch.equal(ours, plain), (mode, options)
+            stats = decoders[kind].last_stats
+            assert sum(stats.adapted.values()) == stats.steps == stats.target_passes
+
+
+@pytest.mark.parametrize("lengths", [[6], [1, 9, 3]], ids=["one", "ragged"])
+def test_the_drafts_cache_after_it_was_left_out(decoders, drafts, lengths, monkeypatch):
+    """Whenever the draft is in step again its cache is what transformers computes for the same tokens."""
+    monkeypatch.setattr("stagedspec.decoder.Controller", Fickle)
+    Fickle.seed = 4
+    ids, mask = left_pad(random_prompts(lengths, seed=14))
+    decoder, draft = decoders["good"], drafts["good"]
+    run = _Run(decoder, decoder._validate(ids, mask, 34, "staged", None, [], 3, Sampling(do_sample=True)))
+    checked = 0
+    for _ in run.steps():
+        cascade = run.cascade
+        if cascade.controller.missed:
+            continue
+        for index, row in enumerate(run.sequences.rows):
+            known = len(row.tokens) - 2
+            if not row.running or known < 1:
+                continue
+            with torch.no_grad():
+                past = draft(torch.tensor([row.tokens[:known]]), use_cache=True).past_key_values
+            rows = cascade.cache.rows[:, index, cascade.cache.tree_rows : cascade.cache.tree_rows + known]
+            for layer, ours in zip(past.layers, rows, strict=True):
+                torch.testing.assert_close(ours[:, 0].float(), layer.keys[0].transpose(0, 1), rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(ours[:, 1].float(), layer.values[0].transpose(0, 1), rtol=1e-4, atol=1e-4)
+            checked += 1
+    assert checked > 3 and cascade.controller.reads > 1
+
+
+def test_what_is_unread():
+    sequences = Sequences([[1, 2, 3, 4, 5, 6], [7]], 9, [], torch.device("cpu"))
+    unread = Unread.before_last(sequences, 3, 4, torch.float32)
+    assert unread.batch.tokens.tolist() == [[2, 3, 4], [0, 0, 0]]
+    assert unread.following[0].tolist() == [3, 4, 5] and unread.moves == [[(0, 1), (1, 2), (2, 3)], []]
+    assert unread.batch.positions[0].tolist() == [1, 2, 3]
+    seen = (unread.batch.bias[0, 0] == 0).tolist()
+    assert [row[:4] for row in seen] == [[True] + [False] * 3, [True, True, False, False], [True] * 3 + [False]]
+    assert all(row[4:] == [True] for row in seen)  # the prefix
+
+
+def test_a_hopeless_draft_reads_now_and_then(decoders):
+    ids, _ = left_pad(random_prompts([12], seed=3))
+    decoders["adversarial"].generate(ids, max_new_tokens=36, eos_token_id=[])
+    stats = decoders["adversarial"].last_stats
+    assert stats.adapted["off"] >= 30 and 1 <= stats.draft_passes <= 12
+
+
+def test_a_tree_that_is_given_is_kept_to(target, drafts):
+    decoder = Decoder.from_pretrained(target, drafts["adversarial"], device="cpu", dtype="float32", tree=SMALL)
+    ids = torch.tensor(random_prompts([4]))
+    decoder.generate(ids, max_new_tokens=12, eos_token_id=[])
+    assert decoder.last_stats.adapted == {} and decoder.last_stats.draft_passes == decoder.last_stats.steps
+
+
+def test_drafts_of_fewer_positions_may_be_left_out_too(target, monkeypatch):
+    monkeypatch.setattr("stagedspec.decoder.Controller", Fickle)
+    decoder = Decoder.from_pretrained(target, make_gpt2(0, n_positions=8), device="cpu", dtype="float32")
+    decoder._ladders["staged", 1, False] = ladder()
+    ids = torch.tensor(random_prompts([10]))
+    plain = decoder.generate(ids, max_new_tokens=30, mode="autoregressive")
+    assert torch.equal(decoder.generate(ids, max_new_tokens=30), plain)

@@ -1,0 +1,247 @@
+"""The cost model, the fit of its stretches, and the files that keep what was measured."""
+
+import json
+import random
+
+import pytest
+import torch
+from conftest import VOCAB, make_draft, make_gpt2, random_prompts
+
+from stagedspec import Decoder
+from stagedspec.cost import CHILDREN, Model, candidates, expected
+from stagedspec.tree import TreeConfig
+from stagedspec.tune import fit_stretches, outcomes, tune
+from stagedspec.tuning import Tuning, cache_file, keep, recall
+
+
+class Times:
+    """Pass times by formula instead of measurement."""
+
+    def __init__(self, node: float, draft: float):
+        self.node, self.draft = node, draft
+
+    def target_pass(self, batch, nodes, sampled):
+        return 1.0 + self.node * nodes
+
+    def draft_pass(self, batch, nodes, sampled):
+        return self.draft
+
+
+def text(first: float, hit: float = 0.0):
+    return ((1.0, (first,) + (0.0,) * (CHILDREN - 1), hit),)
+
+
+def test_expected_tokens_of_a_chain_are_a_geometric_sum():
+    config = TreeConfig(nodes=6, depth=5, passes=5, width=1, children=1, prefetch=0)
+    (kind,) = expected(config, text(0.8))
+    assert kind.tokens == pytest.approx(sum(0.8**depth for depth in range(6)))
+    assert (kind.nodes, kind.passes, kind.share) == (6, 5, 1.0)
+
+
+def test_expected_tokens_with_draft2_against_drawing():
+    """Chains of guesses: a pass learns one level for certain and `prefetch` more while the guesses are right."""
+    config = TreeConfig(nodes=9, depth=8, passes=1, width=1, children=8, prefetch=3, prefetch_width=1)
+    (kind,) = expected(config, text(0.7, 0.6))
+    generator, total = random.Random(0), 0
+    for _ in range(40000):
+        depth = 1
+        while depth <= 3 and generator.random() < 0.6:
+            depth += 1
+        taken = 0
+        while taken < depth and generator.random() < 0.7:
+            taken += 1
+        total += 1 + taken
+    assert kind.tokens == pytest.approx(total / 40000, rel=0.01)
+
+
+def test_trees_grow_with_acceptance_and_with_cheap_nodes():
+    sizes = [Model(Times(0.05, 0.1), 1, False, text(first)).best_tree("chain").nodes for first in (0.3, 0.8, 0.97)]
+    assert sizes[0] < sizes[1] < sizes[2]
+    dear, cheap = (Model(Times(node, 0.1), 1, False, text(0.8)).best_tree("chain").nodes for node in (0.5, 0.001))
+    assert dear < cheap
+
+
+@pytest.mark.parametrize("mode", ["chain", "tree", "staged"])
+def test_the_ladder_ends_with_the_best_tree(mode):
+    model = Model(Times(0.03, 0.1), 1, False)
+    ladder = model.ladder(mode)
+    best = max(model.tokens_per_second(tree) for tree in candidates(mode))
+    assert model.tokens_per_second(ladder[-1]) == best
+    for tree in ladder:
+        assert tree.for_mode(mode) == tree and tree.nodes <= ladder[-1].nodes and tree.depth <= ladder[-1].depth
+
+
+def test_a_step_of_a_batch_takes_as_long_as_its_longest_row():
+    kinds = ((0.5, (0.95,) + (0.0,) * 7, 0.0), (0.5, (0.1,) + (0.0,) * 7, 0.0))
+    config = TreeConfig(nodes=9, depth=8, passes=8, width=1, children=1, prefetch=0, pass_floor=0.5)
+    seconds = [Model(Times(0.05, 0.2), batch, False, kinds).step(config)[1] for batch in (1, 4, 16)]
+    assert seconds[0] < seconds[1] < seconds[2]
+
+
+def test_the_fit_finds_stretches_again():
+    generator = random.Random(1)
+
+    def stretch(first, second, hit, tokens):
+        draws = []
+        for _ in range(tokens):
+            x = generator.random()
+            rank = 0 if x < first else 1 if x < first + second else -1
+            draws.append((rank, generator.random() < hit))
+        return draws
+
+    texts = [
+        stretch(0.97, 0.01, 0.9, 160) + stretch(0.6, 0.2, 0.3, 80) + stretch(0.2, 0.3, 0.02, 80) for _ in range(20)
+    ]
+    found = fit_stretches(texts)
+    assert found == fit_stretches(texts)  # reproducible
+    for (share, ranks, hit), wanted in zip(
+        found, ((0.5, 0.97, 0.01, 0.9), (0.25, 0.6, 0.2, 0.3), (0.25, 0.2, 0.3, 0.02)), strict=True
+    ):
+        assert (share, ranks[0], ranks[1], hit) == pytest.approx(wanted, abs=0.04)
+    with pytest.raises(ValueError, match="at least one token"):
+        fit_stretches([[]])
+
+
+# ---------------------------------------------------------------- measuring and keeping
+
+
+@pytest.fixture(scope="module")
+def decoder(target):
+    return Decoder.from_pretrained(target, make_draft("good", target), device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def tuned(decoder):
+    told = []
+    tuning = tune(decoder, random_prompts([4, 6, 3]), 12, [1, 2], lambda done, total: told.append((done, total)))
+    assert told == [(done, told[-1][1]) for done in range(1, told[-1][1] + 1)]  # all of it, one after the other
+    return tuning
+
+
+def test_outcomes_against_transformers(target, drafts, decoder):
+    """Greedy: the rank of the target's token in the draft's own order, position by position."""
+    prompt = random_prompts([5], seed=2)[0]
+    found = outcomes(decoder, prompt, 12, False)
+    ids = target.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)
+    order = drafts["good"](ids).logits[0].argsort(-1, descending=True)
+    for index, (rank, _) in enumerate(found):
+        place = (order[4 + index] == ids[0, 5 + index]).nonzero().item()
+        assert rank == (place if place < CHILDREN else -1)
+    assert len(found) == 12
+
+
+def test_a_perfect_draft_is_taken_at_its_first_word(target):
+    decoder = Decoder.from_pretrained(target, target, device="cpu", dtype="float32")
+    for sampled in (False, True):
+        assert {rank for rank, _ in outcomes(decoder, [3, 1], 20, sampled, seed=4)} == {0}
+
+
+def test_tuning(tuned, decoder):
+    assert len(tuned.measured) == 16 and all(row["identical"] for row in tuned.measured)
+    assert set(tuned.stretches) == {False, True} and len(tuned.trees) == 12
+    for row in tuned.measured:
+        assert row["predicted_tokens_per_second"] > 0 and row["measured_tokens_per_second"] > 0
+        if row["mode"] != "autoregressive":
+            assert (
+                decoder.tree_for(row["mode"], row["batch"], do_sample=row["sampled"])
+                == (tuned.trees[row["mode"], row["batch"], row["sampled"]][-1])
+            )
+
+
+def test_a_saved_tuning_is_used_again(tuned, decoder, target, drafts, tmp_path):
+    path = tmp_path / "tree.json"
+    tuned.save(path)
+    read = Tuning.load(path)
+    assert (read.pair, read.seconds, read.stretches, read.trees) == (
+        tuned.pair, tuned.seconds, tuned.stretches, tuned.trees,
+    )  # fmt: skip
+    assert [entry.name for entry in tmp_path.iterdir()] == ["tree.json"]
+    for source in (path, str(path)):
+        again = Decoder.from_pretrained(target, drafts["good"], device="cpu", dtype="float32", tree=source)
+        assert again.tree_for("staged", 2) == tuned.trees["staged", 2, False][-1]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"vocab_size": 53}, f"vocabulary {VOCAB}, here 53"),
+        ({"n_layer": 1}, "target parameters"),
+    ],
+)
+def test_a_foreign_tuning_is_refused(tuned, tmp_path, change, message):
+    tuned.save(tmp_path / "tree.json")
+    other = make_gpt2(0, **change)
+    with pytest.raises(ValueError, match=message):
+        Decoder.from_pretrained(other, make_draft("good", other), device="cpu", tree=tmp_path / "tree.json")
+
+
+def test_another_device_is_refused(tuned, decoder, tmp_path):
+    path = tmp_path / "tree.json"
+    tuned.save(path)
+    path.write_text(path.read_text().replace(tuned.pair["device"], "another machine"))
+    with pytest.raises(ValueError, match="device 'another machine', here"):
+        decoder.use(Tuning.load(path))
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda c: "{", "no tuning written by"),
+        (lambda c: "[1, 2]", "no tuning written by"),
+        (lambda c: json.dumps(c | {"format": "other"}), "format must be"),
+        (lambda c: json.dumps({k: v for k, v in c.items() if k != "passes"}), "no 'passes'"),
+        (lambda c: json.dumps(c | {"passes": [c["passes"][0] | {"seconds": -1}]}), "a pass's seconds must be"),
+        (lambda c: json.dumps(c | {"stretches": {"greedy": [[0.2, [0.5], 0.1]]}}), "sum to 1"),
+        (lambda c: json.dumps(c | {"stretches": {"greedy": [[1, [1.5], 0.1]]}}), "an acceptance must be"),
+        (lambda c: json.dumps(c | {"trees": [c["trees"][0] | {"trees": []}]}), "must be ladders"),
+        (lambda c: json.dumps(c | {"trees": [c["trees"][0] | {"trees": [{"nodes": 0}]}]}), "tree nodes must be"),
+    ],
+)  # fmt: skip
+def test_damaged_tunings(tuned, tmp_path, damage, message):
+    path = tmp_path / "tree.json"
+    tuned.save(path)
+    path.write_text(damage(json.loads(path.read_text())))
+    with pytest.raises(ValueError, match=message):
+        Tuning.load(path)
+
+
+def test_missing_tunings(target, drafts, tmp_path):
+    with pytest.raises(ValueError, match="cannot read the tuning"):
+        Decoder.from_pretrained(target, drafts["good"], device="cpu", tree=tmp_path / "none.json")
+    with pytest.raises(ValueError, match="tree must be 'auto', a tuning's file or a TreeConfig"):
+        Decoder.from_pretrained(target, drafts["good"], device="cpu", tree=3)
+
+
+def test_what_a_decoder_measures_is_kept(target, drafts, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def make(draft="good"):
+        return Decoder.from_pretrained(target, drafts[draft], device="cpu", dtype="float32")
+
+    first = make()
+    tree = first.tree_for("staged")
+    assert cache_file(first).is_file() and cache_file(first).is_relative_to(tmp_path)
+    assert recall(make()).trees["staged", 1, False][-1] == tree
+
+    def measured(*_):
+        raise AssertionError("measured again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("stagedspec.cost._median_time", measured)
+        assert make().tree_for("staged") == tree
+    assert cache_file(make("random")) != cache_file(first) == cache_file(make())
+    cache_file(first).write_text("damaged")
+    assert recall(make()).trees == {}
+
+
+def test_a_cache_that_cannot_be_written(decoder, tuned, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert keep(decoder, tuned) is None and recall(decoder).trees == {}
+
+
+def test_tuning_needs_a_pair_and_prompts(target, decoder):
+    with pytest.raises(ValueError, match="give a draft"):
+        tune(Decoder.from_pretrained(target, device="cpu"), [[1]], 8)
+    with pytest.raises(ValueError, match="at least one prompt of 1 to 40 tokens"):
+        tune(decoder, [[1] * 41, []], 8)
