@@ -157,8 +157,8 @@ def _search(p_values, p_ids, count, target, top, tie, WHAT: tl.constexpr, BLOCK:
     ids >= t among the values with key == tie.
     """
     bound = tl.full((), 0, tl.uint32)
-    for step in tl.static_range(8):
-        shift: tl.constexpr = 28 - 4 * step
+    shift = tl.full((), 28, tl.uint32)
+    for _ in range(8):
         tests = bound + (tl.arange(0, 16).to(tl.uint32) << shift)
         if WHAT == 1:
             total = tl.full((16,), 0, tl.int64)
@@ -181,6 +181,7 @@ def _search(p_values, p_ids, count, target, top, tie, WHAT: tl.constexpr, BLOCK:
                 total += tl.sum(above.to(tl.int32), 1)
         digit = tl.maximum(tl.sum((total >= target).to(tl.int32), 0) - 1, 0)
         bound = bound + (digit.to(tl.uint32) << shift)
+        shift = (shift - 4) & 31
     return bound
 
 
