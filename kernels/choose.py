@@ -25,11 +25,11 @@ import triton
 import triton.language as tl
 
 from stagedspec.kernels.philox import gumbel_at, gumbel_tile
-from stagedspec.kernels.registry import check_runs, check_tensor, pdl, register
+from stagedspec.kernels.registry import CompileCase, check_runs, check_tensor, pdl, register
 
 GROUP = 64  # tokens that share one maximum
 SLICE = 2048  # tokens of one program of `scan`
-BLOCK = 1024  # candidates looked at together
+BLOCK = 512  # candidates looked at together
 SPAN = 64  # groups compacted together
 
 _GROUP = tl.constexpr(GROUP)
@@ -137,9 +137,9 @@ def scan_kernel(
         if tl.atomic_add(p_counters + i_row, 1, sem="acq_rel") == SLICES - 1:
             slices = tl.arange(0, SLICES_UP)
             inside = slices < SLICES
-            best = tl.load(p_best + i_row * SLICES + slices, inside, float("-inf"), cache_modifier=".cg")
-            ids = tl.load(p_ids + i_row * SLICES + slices, inside, V, cache_modifier=".cg")
-            chosen = tl.min(tl.where(best == tl.max(best, 0), ids, V), 0)
+            all_best = tl.load(p_best + i_row * SLICES + slices, inside, float("-inf"), cache_modifier=".cg")
+            all_ids = tl.load(p_ids + i_row * SLICES + slices, inside, V, cache_modifier=".cg")
+            chosen = tl.min(tl.where(all_best == tl.max(all_best, 0), all_ids, V), 0)
             tl.store(p_out + i_row, tl.minimum(chosen, V - 1))
             tl.store(p_counters + i_row, 0)
     else:
@@ -259,11 +259,11 @@ def select_kernel(
         group = tl.load(p_groups + at, at < n_groups, G)  # [SPAN]
         tokens = tl.reshape(group[:, None] * _GROUP + tl.arange(0, _GROUP)[None, :], (SPAN * _GROUP,))
         values = scale_logits(tl.load(p_logits + tokens, tokens < V, float("-inf")), scale, SCALING)
-        alive = (values >= floor) & (values > float("-inf")) & (tokens < V)
-        place = count + tl.cumsum(alive.to(tl.int32), 0) - 1
-        tl.store(p_values + place, values, alive)
-        tl.store(p_ids + place, tokens, alive)
-        count += tl.sum(alive.to(tl.int32), 0)
+        found = (values >= floor) & (values > float("-inf")) & (tokens < V)
+        slot = count + tl.cumsum(found.to(tl.int32), 0) - 1
+        tl.store(p_values + slot, values, found)
+        tl.store(p_ids + slot, tokens, found)
+        count += tl.sum(found.to(tl.int32), 0)
     tl.debug_barrier()
 
     # Thresholds: keys above `least_key` stay; of the keys equal to it the ids from `least_id` on.
@@ -574,3 +574,50 @@ def choose_children(
         logits, seeds, streams, positions, temperature, top_k, top_p, min_p, greedy, sharpness, noise, out_tokens,
         out_logprobs, scratch.partials, scratch.counters,
     )  # fmt: skip
+
+
+# ---------------------------------------------------------------- compiling without a GPU
+
+TYPES = {
+    "p_seeds": "*i64", "p_streams": "*i32", "p_positions": "*i32", "p_masses": "*i32", "p_ids": "*i32", "p_groups": "*i32",
+    "p_counters": "*i32", "p_out": "*i32", "M": "i32", "N": "i32", "scale": "fp32", "top_p": "fp32", "min_p": "fp32",
+    "epsilon": "fp32",
+}  # fmt: skip
+
+
+def compile_case(
+    name: str, kernel, constexprs: dict, num_warps: int, num_stages: int = 3, matrix: bool = False, **types
+):
+    """A `CompileCase` of a kernel of this file or lm_head.py; pointers are fp32 unless said otherwise."""
+    known = TYPES | types
+    names = [argument for argument in kernel.arg_names if argument not in constexprs]
+    signature = {argument: known.get(argument, "*fp32") for argument in names}
+    aligned = tuple(argument for argument in names if signature[argument].startswith("*"))
+    return CompileCase(name, kernel, signature, constexprs, num_warps, num_stages, matrix, aligned)
+
+
+def compile_cases() -> list[CompileCase]:
+    cases = []
+    for vocab_size in (50257, 4096, 2048):
+        groups, slices = groups_of(vocab_size), -(-vocab_size // SLICE)
+        shape = {"V": vocab_size, "G": groups}
+        for name, choosing, noise in (("choose", True, 1), ("greedy", True, 0), ("groups", False, 0)):
+            settings = {
+                "T": SLICE, "SLICES": slices, "SLICES_UP": triton.next_power_of_2(slices), "SCALING": noise,
+                "NOISE": noise, "CHOOSE": choosing, "MASSES": not choosing, "SCORES": False, "PDL": False,
+            }  # fmt: skip
+            cases.append(compile_case(f"scan-{name}-{vocab_size}", scan_kernel, shape | settings, 4))
+        for name, top_k, top_p, min_p, children, whole in (
+            ("top_k", 50, False, False, 0, False),
+            ("top_p", 0, True, False, 0, False),
+            ("all", 50, True, True, 0, False),
+            ("children-top_k", 50, False, False, 8, False),
+            ("children", 0, False, False, 8, True),
+        ):
+            settings = {
+                "GROUPS": triton.next_power_of_2(groups), "SCALING": int(not whole), "NOISE": int(not whole),
+                "TOP_K": top_k, "TOP_P": top_p, "MIN_P": min_p, "CHILDREN": children, "WHOLE": whole,
+                "BLOCK": BLOCK, "SPAN": min(SPAN, triton.next_power_of_2(groups)), "PDL": False,
+            }  # fmt: skip
+            cases.append(compile_case(f"select-{name}-{vocab_size}", select_kernel, shape | settings, 8))
+    return cases

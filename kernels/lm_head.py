@@ -29,6 +29,7 @@ from stagedspec.kernels.choose import (
     best_of,
     check_children,
     check_sampling,
+    compile_case,
     groups_of,
     launch_options,
     launch_select,
@@ -40,7 +41,7 @@ from stagedspec.kernels.choose import (
     warped,
 )
 from stagedspec.kernels.configs import config
-from stagedspec.kernels.registry import check_runs, check_tensor, register
+from stagedspec.kernels.registry import CompileCase, check_runs, check_tensor, register
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -132,7 +133,7 @@ def head_kernel(
 
 # ---------------------------------------------------------------- launchers
 
-ROWS = 128  # most rows of one program
+ROWS = 64  # most rows of one program: with noise and masses 128 spill
 PROGRAMS = 512  # most programs along the vocabulary
 
 
@@ -176,7 +177,7 @@ def _head(x, norm_weight, norm_bias, epsilon, head, noise, seeds, streams, posit
         normed, head, x if noise is None else noise, seeds, streams, positions, logits, maxima, masses, best, ids,
         counters, out, rows, positions.shape[1], scale[1], V=vocab_size, K=width, G=groups_of(vocab_size), T=tile,
         R=block, BLOCK_K=block_k(width, head.dtype), SCALING=scale[0], NOISE=kind, CHOOSE=choose, STORE=store,
-        MASSES=need_masses, PDL=use_pdl, num_warps=settings["warps"] * (2 if block > 64 else 1),
+        MASSES=need_masses, PDL=use_pdl, num_warps=settings["warps"] * (2 if block > 32 else 1),
         num_stages=settings["stages"], **options,
     )  # fmt: skip
 
@@ -291,3 +292,35 @@ def lm_head_topm(
     check_runs(x, op)
     _topm(x, norm_weight, norm_bias, epsilon, head, seeds, streams, positions, temperature, top_k, top_p, min_p, greedy,
           sharpness, noise, out_tokens, out_logprobs, scratch.partials, scratch.counters)  # fmt: skip
+
+
+# ---------------------------------------------------------------- compiling without a GPU
+
+
+def compile_cases() -> list[CompileCase]:
+    """bf16, at the heads of GPT-2 S, M, L, XL and the embedded models."""
+    cases = []
+    for vocab_size, width in ((50257, 768), (50257, 1024), (50257, 1280), (50257, 1600), (4096, 384), (2048, 96)):
+        shape = {"V": vocab_size, "K": width}
+        settings = {"BLOCK": triton.next_power_of_2(width), "PDL": False}
+        halves = dict.fromkeys(("p_x", "p_head", "p_weight", "p_bias"), "*bf16")
+        name = f"{vocab_size}x{width}"
+        cases.append(
+            compile_case(f"norm-{name}", norm_kernel, {"K": width} | settings, 4, **halves | {"p_out": "*bf16"})
+        )
+        for rows, warps in ((16, 4), (32, 4), (64, 8)):
+            for kind, choosing, noise, store in (
+                ("greedy", 1, 0, 0),
+                ("sampled", 1, 1, 0),
+                ("logits", 0, 0, 1),
+                ("topm", 0, 1, 2),
+            ):
+                settings = {
+                    "G": groups_of(vocab_size), "T": 128, "R": rows, "BLOCK_K": block_k(width, torch.bfloat16),
+                    "SCALING": 0, "NOISE": noise, "CHOOSE": bool(choosing), "STORE": store, "MASSES": store == 2,
+                    "PDL": False,
+                }  # fmt: skip
+                cases.append(
+                    compile_case(f"head-{kind}-{name}-r{rows}", head_kernel, shape | settings, warps, 4, True, **halves)
+                )
+    return cases
