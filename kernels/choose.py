@@ -30,7 +30,7 @@ from stagedspec.kernels.registry import CompileCase, check_runs, check_tensor, p
 GROUP = 64  # tokens that share one maximum
 SLICE = 2048  # tokens of one program of `scan`
 BLOCK = 512  # candidates looked at together
-SPAN = 64  # groups compacted together
+SPAN = 32  # groups compacted together
 
 _GROUP = tl.constexpr(GROUP)
 _UNIT = tl.constexpr(float(2**40))  # fixed point of probabilities relative to the largest
@@ -57,7 +57,7 @@ def value_of(key):
 
 @triton.jit
 def scale_logits(values, scale, SCALING: tl.constexpr):
-    """SCALING 0: as they are; 1: divided by the temperature, correctly rounded; 2: multiplied (the draft's sharpness)."""
+    """SCALING 0: as they are; 1: divided by the temperature, correctly rounded; 2: times the draft's sharpness."""
     if SCALING == 1:
         values = tl.div_rn(values, scale)
     elif SCALING == 2:
@@ -111,7 +111,8 @@ def store_groups(
 @triton.jit
 def scan_kernel(
     p_logits, p_noise, p_seeds, p_streams, p_positions, p_scores, p_maxima, p_masses, p_best, p_ids, p_counters, p_out,
-    N, scale, V: tl.constexpr, G: tl.constexpr, T: tl.constexpr, SLICES: tl.constexpr, SLICES_UP: tl.constexpr, SCALING: tl.constexpr,
+    N, scale, V: tl.constexpr, G: tl.constexpr, T: tl.constexpr, SLICES: tl.constexpr, SLICES_UP: tl.constexpr,
+    SCALING: tl.constexpr,
     NOISE: tl.constexpr, CHOOSE: tl.constexpr, MASSES: tl.constexpr, SCORES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (row, slice). CHOOSE: the best token of the row; else the groups' maxima and masses of the scores."""
@@ -199,7 +200,8 @@ def _mass(p_values, count, top, least, BLOCK: tl.constexpr):
 
 @triton.jit
 def select_kernel(
-    p_logits, p_maxima, p_masses, p_noise, p_seeds, p_streams, p_positions, p_groups, p_values, p_ids, p_out, p_logprobs,
+    p_logits, p_maxima, p_masses, p_noise, p_seeds, p_streams, p_positions, p_groups, p_values, p_ids, p_out,
+    p_logprobs,
     N, scale, top_p, min_p, V: tl.constexpr, G: tl.constexpr, GROUPS: tl.constexpr, SCALING: tl.constexpr,
     NOISE: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr, CHILDREN: tl.constexpr,
     WHOLE: tl.constexpr, BLOCK: tl.constexpr, SPAN: tl.constexpr, PDL: tl.constexpr,
@@ -398,7 +400,8 @@ def launch_options(device: torch.device) -> tuple[bool, dict]:
 
 
 def launch_select(
-    logits, maxima, masses, parts, noise, seeds, streams, positions, scale, top_k, top_p, min_p, kind, out, logprobs, whole
+    logits, maxima, masses, parts, noise, seeds, streams, positions, scale, top_k, top_p, min_p, kind, out, logprobs,
+    whole
 ):  # fmt: skip
     """`select_kernel` for every row; scale: (SCALING, number); kind: NOISE; whole: children of final scores."""
     rows, vocab_size = logits.shape
@@ -407,11 +410,13 @@ def launch_select(
     values, ids = parts.take(rows * vocab_size), parts.take(rows * vocab_size, torch.int32)
     use_pdl, options = launch_options(logits.device)
     select_kernel[(rows,)](
-        logits, maxima, masses, logits if noise is None else noise, seeds, streams, positions, members, values, ids, out,
+        logits, maxima, masses, logits if noise is None else noise, seeds, streams, positions, members, values, ids,
+        out,
         out if logprobs is None else logprobs, positions.shape[1], scale[1], top_p, min_p,
         V=vocab_size, G=groups, GROUPS=triton.next_power_of_2(groups), SCALING=scale[0], NOISE=kind,
         TOP_K=top_k if 0 < top_k < vocab_size else 0, TOP_P=top_p < 1.0, MIN_P=min_p > 0.0,
-        CHILDREN=0 if logprobs is None else out.shape[1], WHOLE=whole, BLOCK=min(BLOCK, triton.next_power_of_2(vocab_size)),
+        CHILDREN=0 if logprobs is None else out.shape[1], WHOLE=whole, BLOCK=min(BLOCK,
+        triton.next_power_of_2(vocab_size)),
         SPAN=min(SPAN, triton.next_power_of_2(groups)), PDL=use_pdl,
         num_warps=8, **options,
     )  # fmt: skip
@@ -424,8 +429,10 @@ def _scan(logits, noise, seeds, streams, positions, scores, maxima, masses, best
     slices = -(-vocab_size // size)
     use_pdl, options = launch_options(logits.device)
     scan_kernel[(rows, slices)](
-        logits, logits if noise is None else noise, seeds, streams, positions, scores, maxima, masses, best, ids, counters,
-        out, positions.shape[1], scale[1], V=vocab_size, G=groups_of(vocab_size), T=size, SLICES=slices, SLICES_UP=triton.next_power_of_2(slices),
+        logits, logits if noise is None else noise, seeds, streams, positions, scores, maxima, masses, best, ids,
+        counters,
+        out, positions.shape[1], scale[1], V=vocab_size, G=groups_of(vocab_size), T=size, SLICES=slices,
+        SLICES_UP=triton.next_power_of_2(slices),
         SCALING=scale[0], NOISE=kind, CHOOSE=choose, MASSES=need_masses, SCORES=scores is not logits, PDL=use_pdl,
         num_warps=4, **options,
     )  # fmt: skip
@@ -446,7 +453,8 @@ def _launch_choose(
     need = top_p < 1.0 and not 0 < top_k < vocab_size
     _scan(logits, None, seeds, streams, positions, logits, maxima, masses, maxima, masses, counters, out, scale, 0,
           False, need)  # fmt: skip
-    launch_select(logits, maxima, masses, parts, noise, seeds, streams, positions, scale, top_k, top_p, min_p, kind, out,
+    launch_select(logits, maxima, masses, parts, noise, seeds, streams, positions, scale, top_k, top_p, min_p, kind,
+    out,
                   None, False)  # fmt: skip
 
 
@@ -473,7 +481,10 @@ def _launch_children(
                   out_tokens, out_logprobs, whole)  # fmt: skip
 
 
-SAMPLING = "Tensor seeds, Tensor streams, Tensor positions, float temperature, int top_k, float top_p, float min_p, bool greedy"
+SAMPLING = (
+    "Tensor seeds, Tensor streams, Tensor positions, "
+    "float temperature, int top_k, float top_p, float min_p, bool greedy"
+)
 
 _choose = register(
     f"choose(Tensor logits, {SAMPLING}, Tensor? noise, Tensor(a!) out, Tensor(b!) partials, Tensor(c!) counters) -> ()",
@@ -513,15 +524,13 @@ def check_sampling(
     check_tensor(op, "scratch.counters", scratch.counters, (None,), torch.int32, device)
     got = scratch.partials.numel(), scratch.counters.numel()
     if got[0] < needed[0] or got[1] < needed[1]:
-        raise ValueError(
-            f"{op}: scratch must hold (partials, counters) of at least {needed}, got {got}; see scratch_size"
-        )
+        raise ValueError(f"{op}: scratch must hold (partials, counters) of {needed}, got {got}; see scratch_size")
 
 
 def check_children(op, rows, vocab_size, device, out_tokens, out_logprobs):
     if out_tokens.dim() != 2 or not 1 <= out_tokens.shape[1] <= vocab_size:
         raise ValueError(
-            f"{op}: out_tokens must be [M, m] with m from 1 to the vocabulary {vocab_size}, got {list(out_tokens.shape)}"
+            f"{op}: out_tokens must be [M, m], m from 1 to the vocabulary {vocab_size}, got {list(out_tokens.shape)}"
         )
     check_tensor(op, "out_tokens", out_tokens, (rows, out_tokens.shape[1]), torch.int32, device)
     check_tensor(op, "out_logprobs", out_logprobs, tuple(out_tokens.shape), torch.float32, device)
@@ -579,8 +588,9 @@ def choose_children(
 # ---------------------------------------------------------------- compiling without a GPU
 
 TYPES = {
-    "p_seeds": "*i64", "p_streams": "*i32", "p_positions": "*i32", "p_masses": "*i32", "p_ids": "*i32", "p_groups": "*i32",
-    "p_counters": "*i32", "p_out": "*i32", "M": "i32", "N": "i32", "scale": "fp32", "top_p": "fp32", "min_p": "fp32",
+    "p_seeds": "*i64", "p_streams": "*i32", "p_positions": "*i32", "p_masses": "*i32", "p_ids": "*i32",
+    "p_groups": "*i32", "p_counters": "*i32", "p_out": "*i32",
+    "M": "i32", "N": "i32", "scale": "fp32", "top_p": "fp32", "min_p": "fp32",
     "epsilon": "fp32",
 }  # fmt: skip
 
