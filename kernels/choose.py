@@ -25,12 +25,12 @@ import triton
 import triton.language as tl
 
 from stagedspec.kernels.philox import gumbel_at, gumbel_tile
-from stagedspec.kernels.registry import check_runs, check_tensor, pdl, register
+from stagedspec.kernels.registry import CompileCase, check_runs, check_tensor, pdl, register
 
 GROUP = 64  # tokens that share one maximum
 SLICE = 2048  # tokens of one program of `scan`
-BLOCK = 1024  # candidates looked at together
-SPAN = 64  # groups compacted together
+BLOCK = 512  # candidates looked at together
+SPAN = 32  # groups compacted together
 
 _GROUP = tl.constexpr(GROUP)
 _UNIT = tl.constexpr(float(2**40))  # fixed point of probabilities relative to the largest
@@ -57,7 +57,7 @@ def value_of(key):
 
 @triton.jit
 def scale_logits(values, scale, SCALING: tl.constexpr):
-    """SCALING 0: as they are; 1: divided by the temperature, correctly rounded; 2: multiplied (the draft's sharpness)."""
+    """SCALING 0: as they are; 1: divided by the temperature, correctly rounded; 2: times the draft's sharpness."""
     if SCALING == 1:
         values = tl.div_rn(values, scale)
     elif SCALING == 2:
@@ -111,7 +111,8 @@ def store_groups(
 @triton.jit
 def scan_kernel(
     p_logits, p_noise, p_seeds, p_streams, p_positions, p_scores, p_maxima, p_masses, p_best, p_ids, p_counters, p_out,
-    N, scale, V: tl.constexpr, G: tl.constexpr, T: tl.constexpr, SLICES: tl.constexpr, SLICES_UP: tl.constexpr, SCALING: tl.constexpr,
+    N, scale, V: tl.constexpr, G: tl.constexpr, T: tl.constexpr, SLICES: tl.constexpr, SLICES_UP: tl.constexpr,
+    SCALING: tl.constexpr,
     NOISE: tl.constexpr, CHOOSE: tl.constexpr, MASSES: tl.constexpr, SCORES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (row, slice). CHOOSE: the best token of the row; else the groups' maxima and masses of the scores."""
@@ -137,9 +138,9 @@ def scan_kernel(
         if tl.atomic_add(p_counters + i_row, 1, sem="acq_rel") == SLICES - 1:
             slices = tl.arange(0, SLICES_UP)
             inside = slices < SLICES
-            best = tl.load(p_best + i_row * SLICES + slices, inside, float("-inf"), cache_modifier=".cg")
-            ids = tl.load(p_ids + i_row * SLICES + slices, inside, V, cache_modifier=".cg")
-            chosen = tl.min(tl.where(best == tl.max(best, 0), ids, V), 0)
+            all_best = tl.load(p_best + i_row * SLICES + slices, inside, float("-inf"), cache_modifier=".cg")
+            all_ids = tl.load(p_ids + i_row * SLICES + slices, inside, V, cache_modifier=".cg")
+            chosen = tl.min(tl.where(all_best == tl.max(all_best, 0), all_ids, V), 0)
             tl.store(p_out + i_row, tl.minimum(chosen, V - 1))
             tl.store(p_counters + i_row, 0)
     else:
@@ -157,8 +158,8 @@ def _search(p_values, p_ids, count, target, top, tie, WHAT: tl.constexpr, BLOCK:
     ids >= t among the values with key == tie.
     """
     bound = tl.full((), 0, tl.uint32)
-    for step in tl.static_range(8):
-        shift: tl.constexpr = 28 - 4 * step
+    shift = tl.full((), 28, tl.uint32)
+    for _ in range(8):
         tests = bound + (tl.arange(0, 16).to(tl.uint32) << shift)
         if WHAT == 1:
             total = tl.full((16,), 0, tl.int64)
@@ -181,6 +182,7 @@ def _search(p_values, p_ids, count, target, top, tie, WHAT: tl.constexpr, BLOCK:
                 total += tl.sum(above.to(tl.int32), 1)
         digit = tl.maximum(tl.sum((total >= target).to(tl.int32), 0) - 1, 0)
         bound = bound + (digit.to(tl.uint32) << shift)
+        shift = (shift - 4) & 31
     return bound
 
 
@@ -198,7 +200,8 @@ def _mass(p_values, count, top, least, BLOCK: tl.constexpr):
 
 @triton.jit
 def select_kernel(
-    p_logits, p_maxima, p_masses, p_noise, p_seeds, p_streams, p_positions, p_groups, p_values, p_ids, p_out, p_logprobs,
+    p_logits, p_maxima, p_masses, p_noise, p_seeds, p_streams, p_positions, p_groups, p_values, p_ids, p_out,
+    p_logprobs,
     N, scale, top_p, min_p, V: tl.constexpr, G: tl.constexpr, GROUPS: tl.constexpr, SCALING: tl.constexpr,
     NOISE: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr, CHILDREN: tl.constexpr,
     WHOLE: tl.constexpr, BLOCK: tl.constexpr, SPAN: tl.constexpr, PDL: tl.constexpr,
@@ -258,11 +261,11 @@ def select_kernel(
         group = tl.load(p_groups + at, at < n_groups, G)  # [SPAN]
         tokens = tl.reshape(group[:, None] * _GROUP + tl.arange(0, _GROUP)[None, :], (SPAN * _GROUP,))
         values = scale_logits(tl.load(p_logits + tokens, tokens < V, float("-inf")), scale, SCALING)
-        alive = (values >= floor) & (values > float("-inf")) & (tokens < V)
-        place = count + tl.cumsum(alive.to(tl.int32), 0) - 1
-        tl.store(p_values + place, values, alive)
-        tl.store(p_ids + place, tokens, alive)
-        count += tl.sum(alive.to(tl.int32), 0)
+        found = (values >= floor) & (values > float("-inf")) & (tokens < V)
+        slot = count + tl.cumsum(found.to(tl.int32), 0) - 1
+        tl.store(p_values + slot, values, found)
+        tl.store(p_ids + slot, tokens, found)
+        count += tl.sum(found.to(tl.int32), 0)
     tl.debug_barrier()
 
     # Thresholds: keys above `least_key` stay; of the keys equal to it the ids from `least_id` on.
@@ -397,7 +400,8 @@ def launch_options(device: torch.device) -> tuple[bool, dict]:
 
 
 def launch_select(
-    logits, maxima, masses, parts, noise, seeds, streams, positions, scale, top_k, top_p, min_p, kind, out, logprobs, whole
+    logits, maxima, masses, parts, noise, seeds, streams, positions, scale, top_k, top_p, min_p, kind, out, logprobs,
+    whole
 ):  # fmt: skip
     """`select_kernel` for every row; scale: (SCALING, number); kind: NOISE; whole: children of final scores."""
     rows, vocab_size = logits.shape
@@ -406,11 +410,13 @@ def launch_select(
     values, ids = parts.take(rows * vocab_size), parts.take(rows * vocab_size, torch.int32)
     use_pdl, options = launch_options(logits.device)
     select_kernel[(rows,)](
-        logits, maxima, masses, logits if noise is None else noise, seeds, streams, positions, members, values, ids, out,
+        logits, maxima, masses, logits if noise is None else noise, seeds, streams, positions, members, values, ids,
+        out,
         out if logprobs is None else logprobs, positions.shape[1], scale[1], top_p, min_p,
         V=vocab_size, G=groups, GROUPS=triton.next_power_of_2(groups), SCALING=scale[0], NOISE=kind,
         TOP_K=top_k if 0 < top_k < vocab_size else 0, TOP_P=top_p < 1.0, MIN_P=min_p > 0.0,
-        CHILDREN=0 if logprobs is None else out.shape[1], WHOLE=whole, BLOCK=min(BLOCK, triton.next_power_of_2(vocab_size)),
+        CHILDREN=0 if logprobs is None else out.shape[1], WHOLE=whole, BLOCK=min(BLOCK,
+        triton.next_power_of_2(vocab_size)),
         SPAN=min(SPAN, triton.next_power_of_2(groups)), PDL=use_pdl,
         num_warps=8, **options,
     )  # fmt: skip
@@ -423,8 +429,10 @@ def _scan(logits, noise, seeds, streams, positions, scores, maxima, masses, best
     slices = -(-vocab_size // size)
     use_pdl, options = launch_options(logits.device)
     scan_kernel[(rows, slices)](
-        logits, logits if noise is None else noise, seeds, streams, positions, scores, maxima, masses, best, ids, counters,
-        out, positions.shape[1], scale[1], V=vocab_size, G=groups_of(vocab_size), T=size, SLICES=slices, SLICES_UP=triton.next_power_of_2(slices),
+        logits, logits if noise is None else noise, seeds, streams, positions, scores, maxima, masses, best, ids,
+        counters,
+        out, positions.shape[1], scale[1], V=vocab_size, G=groups_of(vocab_size), T=size, SLICES=slices,
+        SLICES_UP=triton.next_power_of_2(slices),
         SCALING=scale[0], NOISE=kind, CHOOSE=choose, MASSES=need_masses, SCORES=scores is not logits, PDL=use_pdl,
         num_warps=4, **options,
     )  # fmt: skip
@@ -445,7 +453,8 @@ def _launch_choose(
     need = top_p < 1.0 and not 0 < top_k < vocab_size
     _scan(logits, None, seeds, streams, positions, logits, maxima, masses, maxima, masses, counters, out, scale, 0,
           False, need)  # fmt: skip
-    launch_select(logits, maxima, masses, parts, noise, seeds, streams, positions, scale, top_k, top_p, min_p, kind, out,
+    launch_select(logits, maxima, masses, parts, noise, seeds, streams, positions, scale, top_k, top_p, min_p, kind,
+    out,
                   None, False)  # fmt: skip
 
 
@@ -472,7 +481,10 @@ def _launch_children(
                   out_tokens, out_logprobs, whole)  # fmt: skip
 
 
-SAMPLING = "Tensor seeds, Tensor streams, Tensor positions, float temperature, int top_k, float top_p, float min_p, bool greedy"
+SAMPLING = (
+    "Tensor seeds, Tensor streams, Tensor positions, "
+    "float temperature, int top_k, float top_p, float min_p, bool greedy"
+)
 
 _choose = register(
     f"choose(Tensor logits, {SAMPLING}, Tensor? noise, Tensor(a!) out, Tensor(b!) partials, Tensor(c!) counters) -> ()",
@@ -512,15 +524,13 @@ def check_sampling(
     check_tensor(op, "scratch.counters", scratch.counters, (None,), torch.int32, device)
     got = scratch.partials.numel(), scratch.counters.numel()
     if got[0] < needed[0] or got[1] < needed[1]:
-        raise ValueError(
-            f"{op}: scratch must hold (partials, counters) of at least {needed}, got {got}; see scratch_size"
-        )
+        raise ValueError(f"{op}: scratch must hold (partials, counters) of {needed}, got {got}; see scratch_size")
 
 
 def check_children(op, rows, vocab_size, device, out_tokens, out_logprobs):
     if out_tokens.dim() != 2 or not 1 <= out_tokens.shape[1] <= vocab_size:
         raise ValueError(
-            f"{op}: out_tokens must be [M, m] with m from 1 to the vocabulary {vocab_size}, got {list(out_tokens.shape)}"
+            f"{op}: out_tokens must be [M, m], m from 1 to the vocabulary {vocab_size}, got {list(out_tokens.shape)}"
         )
     check_tensor(op, "out_tokens", out_tokens, (rows, out_tokens.shape[1]), torch.int32, device)
     check_tensor(op, "out_logprobs", out_logprobs, tuple(out_tokens.shape), torch.float32, device)
@@ -573,3 +583,51 @@ def choose_children(
         logits, seeds, streams, positions, temperature, top_k, top_p, min_p, greedy, sharpness, noise, out_tokens,
         out_logprobs, scratch.partials, scratch.counters,
     )  # fmt: skip
+
+
+# ---------------------------------------------------------------- compiling without a GPU
+
+TYPES = {
+    "p_seeds": "*i64", "p_streams": "*i32", "p_positions": "*i32", "p_masses": "*i32", "p_ids": "*i32",
+    "p_groups": "*i32", "p_counters": "*i32", "p_out": "*i32",
+    "M": "i32", "N": "i32", "scale": "fp32", "top_p": "fp32", "min_p": "fp32",
+    "epsilon": "fp32",
+}  # fmt: skip
+
+
+def compile_case(
+    name: str, kernel, constexprs: dict, num_warps: int, num_stages: int = 3, matrix: bool = False, **types
+):
+    """A `CompileCase` of a kernel of this file or lm_head.py; pointers are fp32 unless said otherwise."""
+    known = TYPES | types
+    names = [argument for argument in kernel.arg_names if argument not in constexprs]
+    signature = {argument: known.get(argument, "*fp32") for argument in names}
+    aligned = tuple(argument for argument in names if signature[argument].startswith("*"))
+    return CompileCase(name, kernel, signature, constexprs, num_warps, num_stages, matrix, aligned)
+
+
+def compile_cases() -> list[CompileCase]:
+    cases = []
+    for vocab_size in (50257, 4096, 2048):
+        groups, slices = groups_of(vocab_size), -(-vocab_size // SLICE)
+        shape = {"V": vocab_size, "G": groups}
+        for name, choosing, noise in (("choose", True, 1), ("greedy", True, 0), ("groups", False, 0)):
+            settings = {
+                "T": SLICE, "SLICES": slices, "SLICES_UP": triton.next_power_of_2(slices), "SCALING": noise,
+                "NOISE": noise, "CHOOSE": choosing, "MASSES": not choosing, "SCORES": False, "PDL": False,
+            }  # fmt: skip
+            cases.append(compile_case(f"scan-{name}-{vocab_size}", scan_kernel, shape | settings, 4))
+        for name, top_k, top_p, min_p, children, whole in (
+            ("top_k", 50, False, False, 0, False),
+            ("top_p", 0, True, False, 0, False),
+            ("all", 50, True, True, 0, False),
+            ("children-top_k", 50, False, False, 8, False),
+            ("children", 0, False, False, 8, True),
+        ):
+            settings = {
+                "GROUPS": triton.next_power_of_2(groups), "SCALING": int(not whole), "NOISE": int(not whole),
+                "TOP_K": top_k, "TOP_P": top_p, "MIN_P": min_p, "CHILDREN": children, "WHOLE": whole,
+                "BLOCK": BLOCK, "SPAN": min(SPAN, triton.next_power_of_2(groups)), "PDL": False,
+            }  # fmt: skip
+            cases.append(compile_case(f"select-{name}-{vocab_size}", select_kernel, shape | settings, 8))
+    return cases

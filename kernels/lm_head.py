@@ -29,6 +29,7 @@ from stagedspec.kernels.choose import (
     best_of,
     check_children,
     check_sampling,
+    compile_case,
     groups_of,
     launch_options,
     launch_select,
@@ -40,7 +41,7 @@ from stagedspec.kernels.choose import (
     warped,
 )
 from stagedspec.kernels.configs import config
-from stagedspec.kernels.registry import check_runs, check_tensor, register
+from stagedspec.kernels.registry import CompileCase, check_runs, check_tensor, register
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -65,7 +66,8 @@ def norm_kernel(p_x, p_weight, p_bias, p_out, epsilon, K: tl.constexpr, BLOCK: t
 
 @triton.jit
 def head_kernel(
-    p_x, p_head, p_noise, p_seeds, p_streams, p_positions, p_logits, p_maxima, p_masses, p_best, p_ids, p_counters, p_out,
+    p_x, p_head, p_noise, p_seeds, p_streams, p_positions, p_logits, p_maxima, p_masses, p_best, p_ids, p_counters,
+    p_out,
     M, N, scale, V: tl.constexpr, K: tl.constexpr, G: tl.constexpr, T: tl.constexpr, R: tl.constexpr,
     BLOCK_K: tl.constexpr, SCALING: tl.constexpr, NOISE: tl.constexpr, CHOOSE: tl.constexpr, STORE: tl.constexpr,
     MASSES: tl.constexpr, PDL: tl.constexpr,
@@ -121,9 +123,14 @@ def head_kernel(
         tl.store(p_ids + i_program * M + rows, chosen, kept)
         tl.debug_barrier()
         if tl.atomic_add(p_counters + i_chunk, 1, sem="acq_rel") == programs - 1:
-            for other in range(0, programs):
-                best = tl.load(p_best + other * M + rows, kept, float("-inf"), cache_modifier=".cg")
-                ids = tl.load(p_ids + other * M + rows, kept, V, cache_modifier=".cg")
+            for start in range(0, programs, 64):
+                others = start + tl.arange(0, 64)
+                at = others[:, None] * M + rows[None, :]
+                inside = (others < programs)[:, None] & kept[None, :]  # [64, R]
+                parts = tl.load(p_best + at, inside, float("-inf"), cache_modifier=".cg")
+                numbers = tl.load(p_ids + at, inside, V, cache_modifier=".cg")
+                best = tl.max(parts, 0)
+                ids = tl.min(tl.where(parts == best[None, :], numbers, V), 0)
                 chosen = tl.where(best > top, ids, tl.where(best == top, tl.minimum(ids, chosen), chosen))
                 top = tl.maximum(best, top)
             tl.store(p_out + rows, tl.minimum(chosen, V - 1), kept)
@@ -132,7 +139,7 @@ def head_kernel(
 
 # ---------------------------------------------------------------- launchers
 
-ROWS = 128  # most rows of one program
+ROWS = 64  # most rows of one program: with noise and masses 128 spill
 PROGRAMS = 512  # most programs along the vocabulary
 
 
@@ -176,13 +183,14 @@ def _head(x, norm_weight, norm_bias, epsilon, head, noise, seeds, streams, posit
         normed, head, x if noise is None else noise, seeds, streams, positions, logits, maxima, masses, best, ids,
         counters, out, rows, positions.shape[1], scale[1], V=vocab_size, K=width, G=groups_of(vocab_size), T=tile,
         R=block, BLOCK_K=block_k(width, head.dtype), SCALING=scale[0], NOISE=kind, CHOOSE=choose, STORE=store,
-        MASSES=need_masses, PDL=use_pdl, num_warps=settings["warps"] * (2 if block > 64 else 1),
+        MASSES=need_masses, PDL=use_pdl, num_warps=settings["warps"] * (2 if block > 32 else 1),
         num_stages=settings["stages"], **options,
     )  # fmt: skip
 
 
 def _launch_choose(
-    x, norm_weight, norm_bias, epsilon, head, seeds, streams, positions, temperature, top_k, top_p, min_p, greedy, noise,
+    x, norm_weight, norm_bias, epsilon, head, seeds, streams, positions, temperature, top_k, top_p, min_p, greedy,
+    noise,
     logits, out, partials, counters,
 ):  # fmt: skip
     rows, vocab_size = x.shape[0], head.shape[0]
@@ -200,9 +208,11 @@ def _launch_choose(
     if logits is None:
         logits = parts.take(rows * vocab_size).view(rows, vocab_size)
     need = top_p < 1.0 and not 0 < top_k < vocab_size
-    _head(*norm, None, seeds, streams, positions, logits, maxima, masses, maxima, masses, counters, out, normed, scale, 0,
+    _head(*norm, None, seeds, streams, positions, logits, maxima, masses, maxima, masses, counters, out, normed,
+    scale, 0,
           False, 1, need)  # fmt: skip
-    launch_select(logits, maxima, masses, parts, noise, seeds, streams, positions, scale, top_k, top_p, min_p, kind, out,
+    launch_select(logits, maxima, masses, parts, noise, seeds, streams, positions, scale, top_k, top_p, min_p, kind,
+    out,
                   None, False)  # fmt: skip
 
 
@@ -220,7 +230,8 @@ def _launch_topm(
     whole = not warped(greedy, top_k, top_p, min_p, vocab_size)
     need = whole or (top_p < 1.0 and not 0 < top_k < vocab_size)
     _head(x, norm_weight, norm_bias, epsilon, head, noise, seeds, streams, positions, logits, maxima, masses, maxima,
-          masses, counters, out_tokens, normed, scale, kind if whole else 0, False, 2 if whole else 1, need)  # fmt: skip
+          masses, counters, out_tokens, normed, scale, kind if whole else 0, False, 2 if whole else 1,
+          need)  # fmt: skip
     if whole:
         scale, kind, noise = (0, 1.0), 0, None
     launch_select(logits, maxima, masses, parts, noise, seeds, streams, positions, scale, top_k, top_p, min_p, kind,
@@ -235,8 +246,8 @@ _choose = register(
     _launch_choose,
 )
 _topm = register(
-    f"lm_head_topm({_HEAD}, {SAMPLING}, float sharpness, Tensor? noise, Tensor(a!) out_tokens, Tensor(b!) out_logprobs, "
-    "Tensor(c!) partials, Tensor(d!) counters) -> ()",
+    f"lm_head_topm({_HEAD}, {SAMPLING}, float sharpness, Tensor? noise, Tensor(a!) out_tokens, "
+    "Tensor(b!) out_logprobs, Tensor(c!) partials, Tensor(d!) counters) -> ()",
     _launch_topm,
 )
 
@@ -252,7 +263,8 @@ def _check(op, x, norm_weight, norm_bias, head):
 
 
 def lm_head_choose(
-    x, norm_weight, norm_bias, epsilon, head, seeds, streams, positions, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0,
+    x, norm_weight, norm_bias, epsilon, head, seeds, streams, positions, *, temperature=1.0, top_k=0, top_p=1.0,
+    min_p=0.0,
     greedy=False, noise=None, logits=None, out, scratch,
 ):  # fmt: skip
     """One token a node: x [M, d] (hidden states before the final norm), head [V, d] of x's dtype -> out [M] int32.
@@ -270,12 +282,14 @@ def lm_head_choose(
     if logits is not None:
         check_tensor(op, "logits", logits, (rows, vocab_size), torch.float32, x.device)
     check_runs(x, op)
-    _choose(x, norm_weight, norm_bias, epsilon, head, seeds, streams, positions, temperature, top_k, top_p, min_p, greedy,
+    _choose(x, norm_weight, norm_bias, epsilon, head, seeds, streams, positions, temperature, top_k, top_p, min_p,
+    greedy,
             noise, logits, out, scratch.partials, scratch.counters)  # fmt: skip
 
 
 def lm_head_topm(
-    x, norm_weight, norm_bias, epsilon, head, seeds, streams, positions, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0,
+    x, norm_weight, norm_bias, epsilon, head, seeds, streams, positions, *, temperature=1.0, top_k=0, top_p=1.0,
+    min_p=0.0,
     greedy=False, sharpness=1.0, noise=None, out_tokens, out_logprobs, scratch,
 ):  # fmt: skip
     """The draft's m children a node: out_tokens [M, m] int32, out_logprobs [M, m] fp32 (see `choose.choose_children`).
@@ -291,3 +305,35 @@ def lm_head_topm(
     check_runs(x, op)
     _topm(x, norm_weight, norm_bias, epsilon, head, seeds, streams, positions, temperature, top_k, top_p, min_p, greedy,
           sharpness, noise, out_tokens, out_logprobs, scratch.partials, scratch.counters)  # fmt: skip
+
+
+# ---------------------------------------------------------------- compiling without a GPU
+
+
+def compile_cases() -> list[CompileCase]:
+    """bf16, at the heads of GPT-2 S, M, L, XL and the embedded models."""
+    cases = []
+    for vocab_size, width in ((50257, 768), (50257, 1024), (50257, 1280), (50257, 1600), (4096, 384), (2048, 96)):
+        shape = {"V": vocab_size, "K": width}
+        settings = {"BLOCK": triton.next_power_of_2(width), "PDL": False}
+        halves = dict.fromkeys(("p_x", "p_head", "p_weight", "p_bias"), "*bf16")
+        name = f"{vocab_size}x{width}"
+        cases.append(
+            compile_case(f"norm-{name}", norm_kernel, {"K": width} | settings, 4, **halves | {"p_out": "*bf16"})
+        )
+        for rows, warps in ((16, 4), (32, 4), (64, 8)):
+            for kind, choosing, noise, store in (
+                ("greedy", 1, 0, 0),
+                ("sampled", 1, 1, 0),
+                ("logits", 0, 0, 1),
+                ("topm", 0, 1, 2),
+            ):
+                settings = {
+                    "G": groups_of(vocab_size), "T": 128, "R": rows, "BLOCK_K": block_k(width, torch.bfloat16),
+                    "SCALING": 0, "NOISE": noise, "CHOOSE": bool(choosing), "STORE": store, "MASSES": store == 2,
+                    "PDL": False,
+                }  # fmt: skip
+                cases.append(
+                    compile_case(f"head-{kind}-{name}-r{rows}", head_kernel, shape | settings, warps, 4, True, **halves)
+                )
+    return cases
