@@ -1,6 +1,6 @@
 """Moves accepted rows of a KV cache from the tree region into the prefix, all layers in one launch.
 
-    cache[l, b, target[b, k]] = cache[l, b, source[b, k]]      for every layer l and every k with target[b, k] >= 0
+    cache[l, b, offset + target[b, k]] = cache[l, b, source[b, k]]      for every layer l and k with target[b, k] >= 0
 
 Every source of a sequence is read before any of its targets is written: a program owns some columns of all K rows of a
 sequence in a layer, so rows may overlap in any way, as long as no two targets are the same.
@@ -17,7 +17,7 @@ from stagedspec.kernels.registry import CompileCase, check_runs, check_tensor, i
 ELEMENTS = 4096  # of a program's tile
 
 
-@triton.jit(do_not_specialize=("B", "S", "K"))
+@triton.jit(do_not_specialize=("B", "S", "K", "OFFSET"))
 def _compact(
     p_cache,  # [layers, B, S, COLUMNS]
     p_source,  # [B, K]
@@ -25,6 +25,7 @@ def _compact(
     B,
     S,
     K,
+    OFFSET,
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -42,7 +43,7 @@ def _compact(
     moved = ((target >= 0) & (source >= 0))[:, None] & (columns < COLUMNS)[None, :]
     b_rows = tl.load(p_rows + source.to(tl.int64)[:, None] * COLUMNS, mask=moved)  # [ROWS, WIDTH]
     tl.debug_barrier()  # every thread has read before any writes
-    tl.store(p_rows + target.to(tl.int64)[:, None] * COLUMNS, b_rows, mask=moved)
+    tl.store(p_rows + (target + OFFSET).to(tl.int64)[:, None] * COLUMNS, b_rows, mask=moved)
 
 
 def _tiles(count: int) -> dict[str, int]:
@@ -50,7 +51,7 @@ def _tiles(count: int) -> dict[str, int]:
     return {"ROWS": rows, "WIDTH": max(ELEMENTS // rows, 16)}
 
 
-def _launch(cache: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:
+def _launch(cache: torch.Tensor, source: torch.Tensor, target: torch.Tensor, offset: int) -> None:
     check_runs(cache, "compact")
     layers, batch, rows = cache.shape[:3]
     columns, count = cache.shape[3:].numel(), source.shape[1]
@@ -63,6 +64,7 @@ def _launch(cache: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> 
         batch,
         rows,
         count,
+        offset,
         COLUMNS=columns,
         PDL=dependent,
         num_warps=4,
@@ -71,15 +73,15 @@ def _launch(cache: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> 
     )
 
 
-_op = register("compact(Tensor(a!) cache, Tensor source, Tensor target) -> ()", _launch)
+_op = register("compact(Tensor(a!) cache, Tensor source, Tensor target, int offset) -> ()", _launch)
 
 
-def compact(cache: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:
+def compact(cache: torch.Tensor, source: torch.Tensor, target: torch.Tensor, offset: int = 0) -> None:
     """Moves rows of a KV cache in place.
 
     cache: [layers, B, S, 2, H_kv, D] of fp32, fp16 or bf16. source, target: int32 [B, K], K from 1 to 256: rows of the
-    cache; a pair with a negative row is left out. The targets of a sequence must differ from each other; apart from
-    that rows may overlap. Rows of S and more are the caller's mistake and are not noticed.
+    cache, targets counted from row `offset`; a pair with a negative number is left out. The targets of a sequence must
+    differ from each other; apart from that rows may overlap. Rows of S and more are the caller's mistake and are not noticed.
 
     Raises ValueError for a wrong shape, dtype, device or layout.
     """
@@ -91,7 +93,7 @@ def compact(cache: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> 
     check_tensor(op, "target", target, tuple(source.shape), torch.int32, cache.device)
     if not 1 <= source.shape[1] <= 256:
         raise ValueError(f"{op}: 1 to 256 rows of a sequence can be moved, got {source.shape[1]}")
-    _op(cache, source, target)
+    _op(cache, source, target, offset)
 
 
 def compact_reference(cache: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:
@@ -106,7 +108,8 @@ def compact_reference(cache: torch.Tensor, source: torch.Tensor, target: torch.T
 def compile_cases() -> list[CompileCase]:
     """The rows of GPT-2 S to XL and the embedded models in bf16, paths of 16 nodes."""
     widths = {"s": 768, "m": 1024, "l": 1280, "xl": 1600, "target": 384, "draft": 96}
-    signature = {"p_cache": "*bf16", "p_source": "*i32", "p_target": "*i32"} | dict.fromkeys(("B", "S", "K"), "i32")
+    numbers = dict.fromkeys(("B", "S", "K", "OFFSET"), "i32")
+    signature = {"p_cache": "*bf16", "p_source": "*i32", "p_target": "*i32"} | numbers
     return [
         CompileCase(
             f"compact-{name}",

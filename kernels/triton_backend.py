@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
-from stagedspec.kernels import compact, device, embed, linear, registry
+from stagedspec.kernels import compact, device, embed, linear, lm_head, registry
 from stagedspec.kernels import tree_attention as attention
+from stagedspec.kernels.reference import GREEDY_SHARPNESS
 
 ROWS = 256  # the most rows that one launch of a linear or one pass of attention takes
 # Keys nearer than this are gathered node by node, so that it does not matter whether they are committed. A constant:
@@ -126,20 +127,26 @@ class TritonOps:
         outputs, inputs = layer.weight.shape
         name = activation if isinstance(activation, str) else "none"
         out = self._buffer("norm_linear", (x.shape[0], outputs), x.dtype, x.device)
-        for rows, result in zip(x.split(ROWS), out.split(ROWS), strict=True):
+        stats = self._stats(x)
+        for rows, known, result in zip(x.split(ROWS), stats.split(ROWS), out.split(ROWS), strict=True):
             scratch = self._need(linear.scratch_size(rows.shape[0], outputs, inputs), x.device)
             linear.norm_linear(
-                rows, norm_weight, norm_bias, epsilon, layer.weight, layer.bias, name, result, scratch
-            )  # fmt: skip
+                rows, known, norm_weight, norm_bias, epsilon, layer.weight, layer.bias, name, result, scratch
+            )
         return out if isinstance(activation, str) else activation(out)
 
     def linear_add(self, x: torch.Tensor, layer: Linear, residual: torch.Tensor) -> torch.Tensor:
-        """Adds in place: the residual stream of a pass is one buffer."""
+        """Adds in place: the residual stream of a pass is one buffer, and the statistics of its rows another."""
         outputs, inputs = layer.weight.shape
-        for rows, result in zip(x.split(ROWS), residual.split(ROWS), strict=True):
+        stats = self._stats(residual)
+        for rows, known, result in zip(x.split(ROWS), stats.split(ROWS), residual.split(ROWS), strict=True):
             scratch = self._need(linear.scratch_size(rows.shape[0], outputs, inputs), x.device)
-            linear.linear_add(rows, layer.weight, layer.bias, result, result, scratch)
+            linear.linear_add(rows, layer.weight, layer.bias, result, result, known, scratch)
         return residual
+
+    def _stats(self, x: torch.Tensor) -> torch.Tensor:
+        """The statistics of a residual stream's rows: written by `embed` and `linear_add`, read by `norm_linear`."""
+        return self._buffer("stats", (x.shape[0], linear.stat_tiles(x.shape[1]), 2), torch.float32, x.device)
 
     def embed(
         self,
@@ -151,6 +158,7 @@ class TritonOps:
         shape = (tokens.numel(), token_table.shape[1])
         out = self._buffer("embed", shape, token_table.dtype, token_table.device)
         embed.embed(token_table, position_table, tokens, positions, out)
+        linear.row_stats(out, self._stats(out))
         return out
 
     # ---------------------------------------------------------------- attention
@@ -203,14 +211,84 @@ class TritonOps:
         """fp32 logits [..., V] in a tensor of their own."""
         rows = x.flatten(0, -2)
         out = torch.empty(rows.shape[0], head.weight.shape[0], dtype=torch.float32, device=x.device)
-        for part, result in zip(rows.split(ROWS), out.split(ROWS), strict=True):
+        stats = torch.empty(rows.shape[0], linear.stat_tiles(rows.shape[1]), 2, device=x.device)
+        linear.row_stats(rows, stats)
+        for part, known, result in zip(rows.split(ROWS), stats.split(ROWS), out.split(ROWS), strict=True):
             scratch = self._need(linear.scratch_size(part.shape[0], *head.weight.shape), x.device)
-            linear.norm_linear(part, norm_weight, norm_bias, epsilon, head.weight, None, "none", result, scratch)
+            linear.norm_linear(part, known, norm_weight, norm_bias, epsilon, head.weight, None, "none", result, scratch)
         return out.unflatten(0, x.shape[:-1])
+
+    def lm_head_choose(
+        self,
+        x: torch.Tensor,
+        norm_weight: torch.Tensor,
+        norm_bias: torch.Tensor,
+        epsilon: float,
+        head: Linear,
+        warping: dict | None,
+        noise: NoiseAt | None,
+    ) -> torch.Tensor:
+        shape, place = x.shape[:2], x.device
+        out = self._buffer("choose", shape, torch.int32, place)
+        need = lm_head.scratch_size(out.numel(), *head.weight.shape)
+        lm_head.lm_head_choose(
+            x.flatten(0, 1), norm_weight, norm_bias, epsilon, head.weight, *self._counters(shape, noise, place),
+            **_settings(warping), out=out.view(-1), scratch=self._need(need, place),
+        )  # fmt: skip
+        return out
+
+    def lm_head_children(
+        self,
+        x: torch.Tensor,
+        norm_weight: torch.Tensor,
+        norm_bias: torch.Tensor,
+        epsilon: float,
+        head: Linear,
+        count: int,
+        warping: dict | None,
+        noise: NoiseAt | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        shape, place = (*x.shape[:2], count), x.device
+        tokens = self._buffer("children", shape, torch.int32, place)
+        logprobs = self._buffer("logprobs", shape, torch.float32, place)
+        need = lm_head.scratch_size(x.shape[:2].numel(), *head.weight.shape)
+        lm_head.lm_head_topm(
+            x.flatten(0, 1), norm_weight, norm_bias, epsilon, head.weight, *self._counters(shape[:2], noise, place),
+            **_settings(warping), sharpness=GREEDY_SHARPNESS, out_tokens=tokens.view(-1, count),
+            out_logprobs=logprobs.view(-1, count), scratch=self._need(need, place),
+        )  # fmt: skip
+        return tokens, logprobs
+
+    def _counters(
+        self, shape: tuple[int, int], noise: NoiseAt | None, place: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Seeds, streams and positions; of no account, but there, when greedy."""
+        if noise is not None:
+            return noise.seeds, noise.streams, noise.positions
+        return (
+            self._buffer("no seeds", (shape[0],), torch.int64, place),
+            self._buffer("no streams", (shape[0],), torch.int32, place),
+            self._buffer("no positions", tuple(shape), torch.int32, place),
+        )
+
+    # ---------------------------------------------------------------- KV cache
 
     def move_rows(self, cache: torch.Tensor, tree_rows: int, moves: torch.Tensor) -> None:
         """moves int32 [2, B, K]: tree rows, and the positions they move to."""
         compact.compact(cache, *moves.unbind(0), tree_rows)
+
+
+def _settings(warping: dict | None) -> dict:
+    """`Sampling.warping` as the kernels take it."""
+    if warping is None:
+        return {"greedy": True}
+    top_p = warping["top_p"]
+    return {
+        "temperature": warping["temperature"],
+        "top_k": warping["top_k"] or 0,
+        "top_p": 1.0 if top_p is None else top_p,
+        "min_p": warping["min_p"] or 0.0,
+    }
 
 
 class _Captured:

@@ -54,7 +54,7 @@ def test_rows_that_do_not_move_are_not_read(device):
 
 
 def test_opcheck(device):
-    torch.library.opcheck(_op, (make(device, torch.float32), *pairs(device, [(0, 9)], [(1, 8), (2, 9)])))
+    torch.library.opcheck(_op, (make(device, torch.float32), *pairs(device, [(0, 9)], [(1, 8), (2, 9)]), 0))
 
 
 @pytest.mark.parametrize(
