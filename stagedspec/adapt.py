@@ -201,7 +201,7 @@ def _walks(tree: TreeConfig, reach: int, rows: Sequence[Sequence[tuple[int, floa
 
     A node is in the tree if its path is likely enough for one of so few nodes, and not under the floor.
     """
-    floor = math.log(max(tree.node_floor, 1.0 / tree.nodes))
+    floor = math.log(max(tree.node_floor, 0.25 / tree.nodes))
     total = count = 0
     for row in rows:
         for start in range(len(row)):
@@ -212,7 +212,7 @@ def _walks(tree: TreeConfig, reach: int, rows: Sequence[Sequence[tuple[int, floa
                     break
                 rank, logprob = row[start + taken]
                 score += logprob
-                if not 0 <= rank < tree.children or score < floor:
+                if not 0 <= rank < min(tree.children, tree.nodes - 1 - taken) or score < floor:
                     break
                 taken += 1
             total += taken
