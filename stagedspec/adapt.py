@@ -20,6 +20,7 @@ PRIOR = 3.0  # of the cost model's expectation
 READ = 0.25  # of one token that the draft has read
 READS = 8.0  # at most, of one reading
 RESUME = 1.05  # how much faster a tree must seem than plain decoding before drafting starts again
+SMALLER = 1.15  # how much faster a smaller tree must seem than the largest
 WAITS = (4, 8, 16, 32)  # plain steps between two readings, longer each time that the draft fails; the first goes for
 # the prompt's end too, backwards
 
@@ -172,8 +173,11 @@ class Controller:
         self._choose()
 
     def _choose(self) -> None:
-        # Where text gives no reason to tell them apart, the larger: floors keep it small where that pays.
-        best = max(range(len(self.ladder) - 1, 0, -1), key=self.rate)
+        best = max(range(1, len(self.ladder)), key=self.rate)
+        # What other rungs would have brought is a guess, and floors keep the largest small where that pays.
+        last = len(self.ladder) - 1
+        if self.rate(best) < self.rate(last) * SMALLER:
+            best = last
         margin = 1.0 if self.chosen else RESUME
         if self.rate(best) <= self.rate(0) * margin:
             best = 0
@@ -197,7 +201,7 @@ def _walks(tree: TreeConfig, reach: int, rows: Sequence[Sequence[tuple[int, floa
 
     A node is in the tree if its path is likely enough for one of so few nodes, and not under the floor.
     """
-    floor = math.log(max(tree.node_floor, 1.0 / tree.nodes))
+    floor = math.log(max(tree.node_floor, 0.25 / tree.nodes))
     total = count = 0
     for row in rows:
         for start in range(len(row)):
@@ -208,7 +212,7 @@ def _walks(tree: TreeConfig, reach: int, rows: Sequence[Sequence[tuple[int, floa
                     break
                 rank, logprob = row[start + taken]
                 score += logprob
-                if not 0 <= rank < tree.children or score < floor:
+                if not 0 <= rank < min(tree.children, tree.nodes - 1 - taken) or score < floor:
                     break
                 taken += 1
             total += taken

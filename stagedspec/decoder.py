@@ -157,7 +157,7 @@ class Decoder:
         dtype = resolve_dtype(dtype, device)
         ops = kernel_backend.resolve(backend, device)
         if tree is not None and not isinstance(tree, (TreeConfig, str, Path)):
-            raise ValueError(f"tree must be 'auto', a tuning's file or a TreeConfig, got {type(tree).__name__}")
+            raise ValueError(f"tree must be a TreeConfig, 'auto' or a tuning's file, got {type(tree).__name__}")
         tuning = None
         if isinstance(tree, (str, Path)):
             tree, tuning = None, None if tree == "auto" else Tuning.load(tree)

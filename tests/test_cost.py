@@ -208,7 +208,7 @@ def test_damaged_tunings(tuned, tmp_path, damage, message):
 def test_missing_tunings(target, drafts, tmp_path):
     with pytest.raises(ValueError, match="cannot read the tuning"):
         Decoder.from_pretrained(target, drafts["good"], device="cpu", tree=tmp_path / "none.json")
-    with pytest.raises(ValueError, match="tree must be 'auto', a tuning's file or a TreeConfig"):
+    with pytest.raises(ValueError, match="tree must be a TreeConfig, 'auto' or a tuning's file"):
         Decoder.from_pretrained(target, drafts["good"], device="cpu", tree=3)
 
 

@@ -123,7 +123,7 @@ BAD_MAKING = {
     "dtype": ({"dtype": "int8"}, "dtype must be .*, got 'int8'"),
     "dtype-torch": ({"dtype": torch.float64}, "dtype must be .*, got torch.float64"),
     "backend": ({"backend": "jax"}, "backend must be one of auto, torch, triton, got 'jax'"),
-    "tree": ({"tree": "big"}, "tree must be a TreeConfig or None, got str"),
+    "tree": ({"tree": "big"}, "cannot read the tuning big: No such file"),
     "ngram": ({"ngram": 7}, "ngram must be a path or a KatzTable, got int"),
     "ngram-missing": ({"ngram": "/none/such.safetensors"}, "no n-gram table at /none/such.safetensors"),
     "draft": ({"draft": 7}, "draft must be a hub id, a folder or a GPT2LMHeadModel, got int"),
