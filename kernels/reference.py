@@ -12,6 +12,7 @@ bitwise: oneDNN's pre-packed matrix multiply uses one instruction sequence per r
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -405,21 +406,44 @@ class Noise:
 
 def _contenders(
     logits: torch.Tensor, warping: dict | None, noise: NoiseAt | None
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """What enters the argmax: scores [B, N, K] and their tokens; None for these where K is the vocabulary.
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What enters the argmax: scores [B, N, K], and their tokens, ascending; None for these where K is the vocabulary.
 
-    With top-k only the k best logits are warped and given noise: those and the next one, descending, come third.
+    With top-k only the k best logits are warped and given noise.
     """
     if noise is None:
-        return logits, None, None
-    k = warping["top_k"]
-    if k is None or k >= logits.shape[-1]:
-        return warp(logits, **warping) + noise.of(), None, None
-    best, tokens = logits.topk(k + 1, -1)
-    if warping["temperature"] != 1.0:
-        best = best / warping["temperature"]
-    tokens = tokens[..., :k]
-    return warp(best[..., :k], 1.0, None, warping["top_p"], warping["min_p"]) + noise.of(tokens), tokens, best
+        return logits, None
+    if warping["top_k"] is not None and warping["top_k"] < logits.shape[-1] and logits.device.type == "cpu":
+        if warping["temperature"] != 1.0:
+            logits = logits / warping["temperature"]
+        found = _best(logits, warping["top_k"])
+        if found is not None:
+            values, tokens = found
+            return warp(values, 1.0, None, warping["top_p"], warping["min_p"]) + noise.of(tokens), tokens
+        warping = warping | {"temperature": 1.0}
+    return warp(logits, **warping) + noise.of(), None
+
+
+def _best(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The k largest logits [..., k] and their tokens, ascending; None where the k-th is tied, so that more of them stay.
+
+    numpy's partition takes a quarter of the time of torch.topk on a CPU, which sorts.
+    """
+    size = logits.shape[-1]
+    rows = logits.reshape(-1, size).numpy()
+    least = np.partition(rows, size - k, -1)[:, size - k, None]
+    places = np.flatnonzero(rows >= least)
+    if len(places) != len(rows) * k:
+        return None
+    shape = (*logits.shape[:-1], k)
+    return torch.from_numpy(rows.ravel()[places]).view(shape), torch.from_numpy(places % size).view(shape)
+
+
+def _argmax(scores: torch.Tensor) -> torch.Tensor:
+    """The first of the largest scores of the last dimension."""
+    if scores.device.type != "cpu":
+        return scores.argmax(-1)
+    return torch.from_numpy(scores.numpy().argmax(-1))  # a tenth of torch's time
 
 
 def choose(logits: torch.Tensor, warping: dict | None, noise: NoiseAt | None) -> torch.Tensor:
@@ -427,15 +451,9 @@ def choose(logits: torch.Tensor, warping: dict | None, noise: NoiseAt | None) ->
 
     Gumbel-max: an exact sample of the warped distribution, fixed by the logits and the noise. Lowest id on ties.
     """
-    scores, tokens, best = _contenders(logits, warping, noise)
-    if tokens is None:
-        return scores.argmax(-1)
-    ties = best[..., 1:] == best[..., :-1]
-    chosen = tokens.masked_fill(scores < scores.amax(-1, keepdim=True), logits.shape[-1]).amin(-1)
-    if bool(ties.any()):
-        # Which of tied logits stay is a matter of rules: such nodes take the way without the short cut.
-        chosen = torch.where(ties.any(-1), (warp(logits, **warping) + noise.of()).argmax(-1), chosen)
-    return chosen
+    scores, tokens = _contenders(logits, warping, noise)
+    best = _argmax(scores)
+    return best if tokens is None else tokens.gather(-1, best[..., None])[..., 0]
 
 
 # The target's best token is the draft's more often than the draft's probability of it says: measured on the embedded
@@ -454,7 +472,7 @@ def choose_children(
     """
     if noise is None:
         logits = logits * GREEDY_SHARPNESS
-    scores, tokens, _ = _contenders(logits, warping, noise)
+    scores, tokens = _contenders(logits, warping, noise)
     top, best = scores.softmax(-1).topk(min(count, scores.shape[-1]), -1)
     return best if tokens is None else tokens.gather(-1, best), top.log_().clamp_(max=-1e-4)
 
