@@ -8,7 +8,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 STYLE = {
     "font.family": "DejaVu Sans",
@@ -80,7 +80,7 @@ def roofline(report: dict, path: Path) -> list[Path]:
         axes.axhline(peak, color=INK, linewidth=1.2)
         axes.text(right / 1.05, peak * 1.06, f"arithmetic: {peak / 1e9:.3g} GFLOP/s", ha="right", va="bottom")
         models = list(dict.fromkeys(entry["model"] for entry in passes))
-        for model, look in zip(models, (LOOKS["staged"], ("#0072b2", "s")), strict=False):
+        for model, look, above in zip(models, (LOOKS["staged"], ("#0072b2", "s")), (False, True), strict=False):
             points = [entry for entry in passes if entry["model"] == model]
             x = [entry["flops"] / entry["bytes"] for entry in points]
             y = [entry["flops"] / entry["seconds"] for entry in points]
@@ -90,15 +90,17 @@ def roofline(report: dict, path: Path) -> list[Path]:
                     f"M={entry['nodes']}",
                     (a, b),
                     textcoords="offset points",
-                    xytext=(6, -10),
+                    xytext=(0, 8 if above else -16),
+                    ha="center",
                     color=look[0],
                     fontsize=9,
                 )
         axes.set(xscale="log", yscale="log", xlim=(left, right), ylim=(None, peak * 2))
+        axes.margins(y=0.12)
         axes.set(xlabel="arithmetic per byte of weights, FLOP/byte", ylabel="GFLOP/s", title="Roofline of this machine")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1e9:g}"))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.legend(loc="lower right")
+        figure.legend(loc="outside lower center", ncols=2)
         return save(figure, path)
 
 
@@ -127,7 +129,10 @@ def speedups(
                     f"paper, {name} {value:.2f}x", (1, value), xycoords=("axes fraction", "data"), ha="right",
                     va="bottom", fontsize=8.5, color=LOOKS[name][0], textcoords="offset points", xytext=(0, 1),
                 )  # fmt: skip
-            axes.set(title=title, xlabel="prompts, sorted by speed-up", ylim=(0, None))
+            axes.set(title=title, xlabel="prompts, sorted by speed-up", yscale="log")
+            axes.yaxis.set_major_locator(LogLocator(base=2, subs=(1.0, 1.5), numticks=20))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
+            axes.yaxis.set_minor_locator(NullLocator())
             axes.xaxis.get_major_locator().set_params(integer=True)
         grid[0][0].set_ylabel("speed-up over autoregressive")
         handles = {

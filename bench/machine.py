@@ -65,7 +65,7 @@ def where(report: dict) -> str:
 # ---------------------------------------------------------------- roofs
 
 
-def read_bandwidth(size: int, device: torch.device, seconds: float = 0.5) -> float:
+def read_bandwidth(size: int, device: torch.device, seconds: float = 2.0) -> float:
     """The most bytes a second that reading `size` bytes, or copying them within that size, comes to.
 
     Copies count bytes read and written.

@@ -72,7 +72,7 @@ def sides_of(models: Models, settings: dict) -> dict:
 
 
 def measure_roofline(models: Models) -> dict:
-    """The machine's roofs, and each model's passes over 1 to 64 tokens; arithmetic and bytes are those of the weights."""
+    """The machine's roofs, and each model's passes over 1 to 64 tokens: FLOPs and bytes are those of the weights."""
     decoder = models.decoder
     roofs = [{"name": "memory", "bytes_per_second": read_bandwidth(1 << 30, decoder.device)}]
     if decoder.device.type == "cpu":
@@ -134,10 +134,9 @@ def table_2(name: str, rows: list[Row]) -> str:
     for row in rows:
         same = {None: "not comparable", True: "yes"}.get(row.identical, f"NO ({row.differing} differ)")
         theirs = paper.get(row.name)
-        lines.append([
-            row.name, number(row.tokens_per_second, ".0f"), number(row.speedup, ".2f", "x"), number(row.tokens_per_step),
-            same, number(theirs and theirs[0], "d"), number(theirs and theirs[0] / paper[BASELINE][0], ".2f", "x"),
-        ])  # fmt: skip
+        ours = number(row.tokens_per_second, ".0f"), number(row.speedup, ".2f", "x"), number(row.tokens_per_step), same
+        ratio = theirs and theirs[0] / paper[BASELINE][0]
+        lines.append([row.name, *ours, number(theirs and theirs[0], "d"), number(ratio, ".2f", "x")])
     return markdown(headings, lines)
 
 
@@ -153,7 +152,7 @@ def summary(report: dict, rows: dict[str, list[Row]]) -> str:
         f"{settings['max_new_tokens']} new tokens, batch 1, {settings['dtype']}.",
         "**Table 1**\n\n" + table_1(rows),
         "**Table 2**\n\n" + "\n\n".join(table_2(name, found) for name, found in rows.items()),
-        "Sampled, transformers draws other random numbers: its tokens are not comparable token by token, so there is no "
+        "Sampled, transformers draws other random numbers: its tokens are not comparable token by token, so it gets no "
         "ratio.",
         "**Figure 1**\n\n![The machine's roofs and the models' passes](figures/figure1.svg)",
         "**Figure 2**\n\n![Speed-up of every prompt, sorted](figures/figure2.svg)",
@@ -205,7 +204,7 @@ def bench(options: argparse.Namespace, arguments: list[str], console: Console) -
         rows[name] = summarise(runs, list(sides), foreign)
         ratios = {side: speedups(runs, side, BASELINE) for side in sides if side not in foreign | {BASELINE}}
         panels[TITLES[name]] = {side: values for side, values in ratios.items() if None not in values}
-        last = list((models.draft is not None and MODES) or [BASELINE])[-1]
+        last = [side for side in sides if side in MODES][-1]
         steps[name] = [run.run.stats["tokens_per_step"] for run in runs if run.side == last and run.repeat == 0]
         report["samplings"][name] = {"sides": [row.as_dict() for row in rows[name]], "speedups": ratios}
     report["roofline"] = measure_roofline(models)
