@@ -1,9 +1,9 @@
 """Four ways to draft m children of a node and to accept one of them, all lossless: the token that comes out has the
 target's distribution, whatever the draft's.
 
-Each takes the target's and the draft's distributions p and q, [R, V], whose rows sum to 1 and may hold zeros, the number
-of children m and a generator, and gives an Outcome for every row. Children are nested: the first j of m are those of a
-tree with j children a node, so one call tells the acceptance for every number up to m.
+Each takes the distributions p and q of the target and the draft, [R, V], whose rows sum to 1 and may hold zeros, the
+number of children m and a generator, and gives an Outcome for every row. Children are nested: the first j of m are
+those of a tree with j children a node, so one call tells the acceptance for every number up to m.
 """
 
 from dataclasses import dataclass
