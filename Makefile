@@ -2,6 +2,8 @@
 # make test      the same set-up with the test extra, then the tests
 # make lint      ruff check and format check
 # make bench     time the modes side by side; ARGS="..." are options of bench/decode.py
+# make paper     the paper's tables and figures, and acceptance by rule; ARGS="..." are options of both scripts:
+#                --update-readme writes bench/README.md, --target T --draft D --ngram N --prompts FILE take other models
 # make clean     remove .venv and everything built
 #
 # VENV=folder chooses another virtual environment, PYTHON=python3.12 another interpreter, ARGS="..." are passed on.
@@ -12,7 +14,7 @@ VENV ?= .venv
 ARGS ?=
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench paper clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -27,6 +29,10 @@ lint: $(VENV)/.installed-test
 
 bench: $(VENV)/.installed
 	$(BIN)/python bench/decode.py $(ARGS)
+
+paper: $(VENV)/.installed
+	$(BIN)/python bench/paper.py $(ARGS)
+	$(BIN)/python bench/acceptance.py $(ARGS)
 
 # The interpreter, from a system without ensurepip too (Debian's python3 without python3-venv).
 $(BIN)/python:

@@ -20,6 +20,7 @@ from rich.style import Style
 
 import stagedspec
 from stagedspec.compare import Run, compare, table
+from stagedspec.origins import VISIBLE, Shown, check_path, pieces, save
 from stagedspec.tree import MODES
 
 Mode = Enum("Mode", {name: name for name in MODES}, type=str)
@@ -31,8 +32,6 @@ ORIGIN_STYLES = {
     "ngram": Style(color="#e69f00", underline=True),
 }
 PROMPT_STYLE = Style(dim=True)
-# What a model writes must not reach the terminal as a control sequence.
-_VISIBLE = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"} | {127: "\u2421"}
 
 DEMO_PROMPTS = (
     'def read_json(path):\n    """Read a JSON file and return its contents."""\n',
@@ -127,30 +126,20 @@ def quiet_transformers() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def pieces(tokenizer, tokens: list[int], origins: list[str]) -> list[tuple[str, str]]:
-    """The text of each token with its origin; tokens that only together make a character share the last one's."""
-    result, first = [], 0
-    for index, origin in enumerate(origins, 1):
-        text = tokenizer.decode(tokens[first:index], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        if index == len(tokens) or not text.endswith("\ufffd"):
-            result.append((text, origin))
-            first = index
-    return result
-
-
 def paint(console: Console, text: str, style: Style) -> None:
     """Writes text as it is: no wrapping, no tab expansion, no newline added."""
     if console.is_terminal:
-        text = text.translate(_VISIBLE)
+        text = text.translate(VISIBLE)  # never a control sequence
     console.print(Segments([Segment(text, style)]), soft_wrap=True, end="")
     console.file.flush()
 
 
-def stream(console: Console, decoder, prompt: str, **settings) -> None:
-    """Completes a prompt on the console, each token in the style of the model that first proposed it."""
+def stream(console: Console, decoder, prompt: str, **settings) -> list[tuple[str, str]]:
+    """Completes a prompt on the console, each token in the style of the model that first proposed it, and gives the
+    text's pieces with their origins."""
     chunks = decoder.stream(prompt, **settings)
     paint(console, prompt, PROMPT_STYLE)
-    tokens, origins = [], []
+    written, tokens, origins = [], [], []
     for chunk in chunks:
         tokens += chunk.tokens
         origins += chunk.origins
@@ -159,10 +148,13 @@ def stream(console: Console, decoder, prompt: str, **settings) -> None:
             continue
         for text, origin in parts:
             paint(console, text, ORIGIN_STYLES[origin])
+        written += parts
         tokens, origins = [], []
-    for text, origin in pieces(decoder.tokenizer, tokens, origins):
+    rest = pieces(decoder.tokenizer, tokens, origins)
+    for text, origin in rest:
         paint(console, text, ORIGIN_STYLES[origin])
     paint(console, "\n", Style())
+    return written + rest
 
 
 def print_legend(console: Console) -> None:
@@ -324,6 +316,9 @@ def generate(
     width: Width = None,
     passes: Passes = None,
     stats: Annotated[bool, typer.Option("--stats", help="Print statistics to stderr at the end.")] = False,
+    save_html: Annotated[
+        Path | None, typer.Option(help="Also write the coloured completion to a file: HTML, or SVG if it ends in .svg.")
+    ] = None,
     as_json: Json = False,
     no_color: NoColor = False,
 ) -> None:
@@ -336,6 +331,8 @@ def generate(
         options = ", ".join("--" + name.replace("_", "-") for name in warpers)
         raise ValueError(f"{options} given without --sample: greedy decoding would ignore it; add --sample")
     settings |= warpers
+    if save_html is not None:
+        check_path(save_html)
     decoder = load_decoder(
         target, draft, ngram, device, dtype, backend, nodes=nodes, depth=depth, width=width, passes=passes
     )
@@ -350,10 +347,14 @@ def generate(
             "stats": completion.stats.as_dict(),
         }
         typer.echo(json.dumps(result, indent=2))
-        return
-    stream(Console(no_color=no_color or None, highlight=False), decoder, text, **settings)
-    if stats:
-        _print_stats(decoder.last_stats.as_dict())
+        parts = pieces(decoder.tokenizer, completion.tokens, completion.origins)
+    else:
+        parts = stream(Console(no_color=no_color or None, highlight=False), decoder, text, **settings)
+        if stats:
+            _print_stats(decoder.last_stats.as_dict())
+    if save_html is not None:
+        title = f"{mode.value}, {f'sampled, seed {seed}' if sample else 'greedy'}"
+        save(save_html, [Shown(title, text, parts)])
 
 
 def _prompt_text(prompt: str | None, file: Path | None) -> str:

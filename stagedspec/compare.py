@@ -6,7 +6,7 @@ tokens differ from the baseline's.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import TypeVar
@@ -56,39 +56,87 @@ class Row:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Timed:
+    """A run, its wall-clock seconds, and where it belongs: the side's name, the prompt's index, the repeat."""
+
+    side: str
+    prompt: int
+    repeat: int
+    run: Run
+    seconds: float
+
+
 def compare(
     sides: dict[str, Callable[[Prompt], Run]],
     prompts: Sequence[Prompt],
     repeats: int = 1,
     incomparable: frozenset[str] = frozenset(),
-    on_run: Callable[[str, int, Run, float], None] | None = None,
+    on_run: Callable[[Timed], None] | None = None,
+    done: Mapping[tuple[int, int], Sequence[Timed]] | None = None,
 ) -> list[Row]:
     """Runs every side on every prompt, `repeats` times, and sums up; the first side is the baseline.
 
     sides: name to a function from a prompt to its Run; the caller warms them up.
     incomparable: sides whose tokens are not expected to equal the baseline's (another random number generator).
-    on_run: called after each run with the side's name, the prompt's index, the run and its seconds.
+    on_run: called after each run.
+    done: earlier runs by (repeat, prompt's index), each with a run of every side that took place next to each other;
+    these are taken over and not run again, nor given to on_run.
 
     Raises ValueError without sides or prompts, or if repeats is not positive.
     """
+    runs = measure(sides, prompts, repeats, on_run, done)
+    return summarise(runs, list(sides), incomparable)
+
+
+def measure(
+    sides: dict[str, Callable[[Prompt], Run]],
+    prompts: Sequence[Prompt],
+    repeats: int = 1,
+    on_run: Callable[[Timed], None] | None = None,
+    done: Mapping[tuple[int, int], Sequence[Timed]] | None = None,
+) -> list[Timed]:
+    """The runs behind `compare`, which explains the arguments; prompt by prompt."""
     if not sides or not prompts or repeats < 1:
         raise ValueError(
             f"expected at least one side, one prompt and one repeat; got {len(sides)}, {len(prompts)} and {repeats}"
         )
-    names = list(sides)
-    runs: dict[str, list[tuple[Run, float]]] = {name: [] for name in names}
+    names, runs = list(sides), []
     for repeat in range(repeats):
         for index, prompt in enumerate(prompts):
+            if done and (repeat, index) in done:
+                runs.extend(done[repeat, index])
+                continue
             shift = (index + repeat) % len(names)
             for name in names[shift:] + names[:shift]:
                 started = time.perf_counter()
                 run = sides[name](prompt)
-                seconds = time.perf_counter() - started
-                runs[name].append((run, seconds))
+                runs.append(Timed(name, index, repeat, run, time.perf_counter() - started))
                 if on_run is not None:
-                    on_run(name, index, run, seconds)
-    baseline = runs[names[0]]
-    return [_row(name, runs[name], baseline, name not in incomparable) for name in names]
+                    on_run(runs[-1])
+    return runs
+
+
+def summarise(runs: Sequence[Timed], names: Sequence[str], incomparable: frozenset[str] = frozenset()) -> list[Row]:
+    """A row for each name, in that order; the first is the baseline. Every side has run in every round."""
+    by_side: dict[str, list[tuple[Run, float]]] = {name: [] for name in names}
+    for timed in sorted(runs, key=lambda timed: (timed.repeat, timed.prompt)):
+        if timed.side in by_side:
+            by_side[timed.side].append((timed.run, timed.seconds))
+    baseline = by_side[names[0]]
+    return [_row(name, by_side[name], baseline, name not in incomparable) for name in names]
+
+
+def speedups(runs: Sequence[Timed], name: str, baseline: str) -> list[float | None]:
+    """Prompt by prompt, the median over repeats of the baseline's time over that of the side `name` in the same round;
+    None for a prompt where any output differs."""
+    ours = {(timed.prompt, timed.repeat): timed for timed in runs if timed.side == name}
+    theirs = {(timed.prompt, timed.repeat): timed for timed in runs if timed.side == baseline}
+    ratios: dict[int, list[float | None]] = {}
+    for key in sorted(ours):
+        same = ours[key].run.tokens == theirs[key].run.tokens
+        ratios.setdefault(key[0], []).append(theirs[key].seconds / ours[key].seconds if same else None)
+    return [None if None in values else median(values) for values in ratios.values()]
 
 
 def _row(name: str, runs: list[tuple[Run, float]], baseline: list[tuple[Run, float]], comparable: bool) -> Row:

@@ -1,0 +1,263 @@
+"""The tables and figures of the paper (Spector & Ré, arXiv 2308.04623), measured on your models and this machine.
+
+    python bench/paper.py [--target T --draft D --ngram N] [--prompts FILE.jsonl[.gz]] [--limit 24] [--out FOLDER]
+
+Table 1: weight bytes read per token. Table 2: tokens per second. Figure 1: the machine's roofline. Figure 2: the
+speed-up of every prompt. Figure 3: completions coloured by the model that first proposed each token. Every run is noted
+as soon as it is done: the same command goes on after an interruption. See bench/README.md.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from statistics import median_low
+
+from rich.console import Console
+
+import figures
+from journal import Journal, code_fingerprint
+from machine import arguments_of, arithmetic, header, read_bandwidth, where
+from report import FIGURES, markdown, number, update_readme
+from sides import (
+    ASSISTED,
+    BASELINE,
+    HERE,
+    LOOKUP,
+    PLAIN,
+    Models,
+    add_options,
+    check_options,
+    clear_errors,
+    encode,
+    load,
+    measure,
+    our_side,
+    read_prompts,
+    transformers_side,
+)
+from stagedspec import MODES
+from stagedspec.cli import ORIGIN_STYLES, PROMPT_STYLE, Style, paint, print_legend
+from stagedspec.compare import Row, speedups, summarise
+from stagedspec.cost import PassTimes
+from stagedspec.origins import Shown, pieces, save
+
+TITLES = {"greedy": "greedy", "sample": "top-k 50, T=1"}
+# Tables 1 and 2 of the paper: GPT-2-L on an RTX 4090, HumanEval. (tokens/s, weight bytes per token.)
+PAPER = {
+    "greedy": {"autoregressive": (150, 1.00), "chain": (350, 0.31), "staged": (475, 0.23)},
+    "sample": {"autoregressive": (150, 1.00), "chain": (219, 0.48), "staged": (298, 0.35)},
+}
+NODES = (1, 8, 16, 32, 64)
+
+
+# ---------------------------------------------------------------- what is measured
+
+
+def samplings(options: argparse.Namespace) -> dict[str, dict]:
+    common = {"max_new_tokens": options.max_new_tokens, "seed": options.seed}
+    return {
+        "greedy": {"do_sample": False, **common},
+        "sample": {"do_sample": True, "temperature": 1.0, "top_k": options.top_k, **common},
+    }
+
+
+def sides_of(models: Models, settings: dict) -> dict:
+    """Our modes, the baseline first, then transformers alone, with the draft as its assistant, and with its prompt
+    lookup. Without a draft only what needs none."""
+    modes = MODES if models.draft is not None else (BASELINE,)
+    kinds = (PLAIN, ASSISTED, LOOKUP) if models.draft is not None else (PLAIN, LOOKUP)
+    ours = {mode: our_side(models.decoder, mode, settings) for mode in modes}
+    return ours | {kind: transformers_side(models, settings, kind) for kind in kinds}
+
+
+def measure_roofline(models: Models) -> dict:
+    """The machine's roofs, and each model's passes over 1 to 64 tokens: FLOPs and bytes are those of the weights."""
+    decoder = models.decoder
+    roofs = [{"name": "memory", "bytes_per_second": read_bandwidth(1 << 30, decoder.device)}]
+    if decoder.device.type == "cpu":
+        # Small models stay in the last cache from pass to pass.
+        size = decoder.target.weight_bytes + (0 if decoder.draft is None else decoder.draft.weight_bytes)
+        name = f"the models' {size / 1e6:.0f} MB, over and over"
+        roofs.append({"name": name, "bytes_per_second": read_bandwidth(size, decoder.device)})
+    times = PassTimes(decoder.target, decoder.draft)
+    passes = []
+    for name, model in (("target", decoder.target), ("draft", decoder.draft)):
+        for nodes in NODES if model is not None else ():
+            seconds = (times.target_pass if name == "target" else times.draft_pass)(1, nodes, False)
+            flops = 2 * nodes * model.weight_bytes // model.dtype.itemsize
+            passes.append(
+                {"model": name, "nodes": nodes, "seconds": seconds, "flops": flops, "bytes": model.weight_bytes}
+            )
+    return {"arithmetic": arithmetic(decoder.target.dtype, decoder.device), "roofs": roofs, "passes": passes}
+
+
+def completions(
+    models: Models, prompts: list, steps: dict[str, list[float]], options: argparse.Namespace
+) -> list[Shown]:
+    """Figure 3: for each sampling the staged completion of the prompt whose tokens per step are the median."""
+    mode = "staged" if models.draft is not None else BASELINE
+    result = []
+    for name, settings in samplings(options).items():
+        index = steps[name].index(median_low(steps[name]))
+        more = {key: value for key, value in settings.items() if key != "max_new_tokens"}
+        done = models.decoder.complete(prompts[index], options.max_new_tokens, mode=mode, eos_token_id=[], **more)
+        parts = pieces(models.tokenizer, done.tokens, done.origins)
+        result.append(Shown(f"{mode}, {TITLES[name]}", models.tokenizer.decode(prompts[index][0]), parts))
+    return result
+
+
+# ---------------------------------------------------------------- tables
+
+
+def table_1(rows: dict[str, list[Row]]) -> str:
+    """Weight bytes read per token, relative to autoregressive decoding, ours beside the paper's."""
+    headings = ["weight bytes per token"]
+    for name in rows:
+        headings += [TITLES[name], "paper"]
+    lines = []
+    for row in next(iter(rows.values())):
+        line = [row.name]
+        for name in rows:
+            found = next(other for other in rows[name] if other.name == row.name)
+            paper = PAPER[name].get(row.name)
+            line += [number(found.weight_bytes_per_token), number(paper and paper[1])]
+        lines.append(line)
+    return markdown(headings, lines)
+
+
+def table_2(name: str, rows: list[Row]) -> str:
+    """Tokens per second, speed-up over autoregressive and tokens per step, ours beside the paper's."""
+    paper = PAPER[name]
+    headings = [TITLES[name], "tokens/s", "speed-up", "tokens/step", "same output", "paper: tokens/s", "speed-up"]
+    lines = []
+    for row in rows:
+        same = {None: "not comparable", True: "yes"}.get(row.identical, f"NO ({row.differing} differ)")
+        theirs = paper.get(row.name)
+        ours = number(row.tokens_per_second, ".0f"), number(row.speedup, ".2f", "x"), number(row.tokens_per_step), same
+        ratio = theirs and theirs[0] / paper[BASELINE][0]
+        lines.append([row.name, *ours, number(theirs and theirs[0], "d"), number(ratio, ".2f", "x")])
+    return markdown(headings, lines)
+
+
+def summary(report: dict, rows: dict[str, list[Row]]) -> str:
+    """The part of bench/README.md that this script writes."""
+    prompts = report["prompts"]
+    skipped = f", {prompts['skipped']} skipped as empty or longer than {prompts['room']} tokens" * bool(
+        prompts["skipped"]
+    )
+    settings = report["settings"]
+    parts = [
+        f"`{report['command']}`  \n{where(report)}  \n{prompts['used']} prompts of `{prompts['file']}`{skipped}; "
+        f"{settings['max_new_tokens']} new tokens, batch 1, {settings['dtype']}.",
+        "**Table 1**\n\n" + table_1(rows),
+        "**Table 2**\n\n" + "\n\n".join(table_2(name, found) for name, found in rows.items()),
+        "Sampled, transformers draws other random numbers: its tokens are not comparable token by token, so it gets no "
+        "ratio.",
+        "**Figure 1**\n\n![The machine's roofs and the models' passes](figures/figure1.svg)",
+        "**Figure 2**\n\n![Speed-up of every prompt, sorted](figures/figure2.svg)",
+        "**Figure 3** ([the same as HTML](figures/figure3.html))\n\n"
+        "![Completions, tokens by the model that first proposed them](figures/figure3.svg)",
+    ]
+    return "\n\n".join(parts)
+
+
+# ---------------------------------------------------------------- the command
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_options(parser, limit=24, max_new_tokens=128)
+    parser.add_argument("--repeats", type=int, default=1, help="runs of every side on every prompt")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "paper", help="folder to write to")
+    parser.add_argument("--fresh", action="store_true", help="measure again what has been measured before")
+    parser.add_argument("--update-readme", action="store_true", help="also write bench/README.md and bench/figures/")
+    options = parser.parse_args(arguments)
+    check_options(parser, options)
+    return options
+
+
+def bench(options: argparse.Namespace, arguments: list[str], console: Console) -> bool:
+    """Measures, writes and prints everything; gives whether our modes agree. Raises ValueError for bad input."""
+    prompts = read_prompts(options.prompts)
+    models = load(options)
+    room = models.positions - options.max_new_tokens
+    encoded, skipped = encode(prompts, models.tokenizer, room, options.limit)
+    console.print(f"{len(encoded)} prompts, {skipped} skipped: empty, or longer than {room} tokens", highlight=False)
+    options.out.mkdir(parents=True, exist_ok=True)
+    report = header("paper.py", arguments, models.decoder.device) | {
+        "prompts": {"file": options.prompts.name, "used": len(encoded), "skipped": skipped, "room": room},
+        "settings": {key: getattr(options, key) for key in ("max_new_tokens", "dtype", "backend", "seed", "top_k")},
+    }
+    key = {name: report[name] for name in ("versions", "machine", "settings")}
+    key |= {"models": models.fingerprint(), "code": code_fingerprint()}
+    journal = Journal(options.out / "runs.jsonl", key, options.fresh)
+    if journal.entries:
+        console.print(f"{len(journal.entries)} runs were measured before; --fresh measures them again", highlight=False)
+
+    rows, panels, steps, report["samplings"] = {}, {}, {}, {}
+    for name, settings in samplings(options).items():
+        sides = sides_of(models, settings)
+        runs = measure(sides, encoded, options.repeats, name, journal)
+        # Sampled, transformers draws other random numbers: its tokens are not expected to be ours.
+        foreign = frozenset(side for side in sides if side not in MODES) if name == "sample" else frozenset()
+        rows[name] = summarise(runs, list(sides), foreign)
+        ratios = {side: speedups(runs, side, BASELINE) for side in sides if side not in foreign | {BASELINE}}
+        panels[TITLES[name]] = {side: values for side, values in ratios.items() if None not in values}
+        last = [side for side in sides if side in MODES][-1]
+        steps[name] = [run.run.stats["tokens_per_step"] for run in runs if run.side == last and run.repeat == 0]
+        report["samplings"][name] = {"sides": [row.as_dict() for row in rows[name]], "speedups": ratios}
+    report["roofline"] = measure_roofline(models)
+    report["identical"] = all(row.identical for found in rows.values() for row in found if row.name in MODES)
+
+    written = figures.roofline(report["roofline"], options.out / "figure1")
+    paper = {
+        TITLES[name]: {
+            side: values[0] / PAPER[name][BASELINE][0] for side, values in PAPER[name].items() if side != BASELINE
+        }
+        for name in PAPER
+    }
+    written += figures.speedups(panels, paper, options.out / "figure2")
+    shown = completions(models, encoded, steps, options)
+    for path in (options.out / "figure3.svg", options.out / "figure3.html"):
+        save(path, shown)
+        written.append(path)
+    text = summary(report, rows)
+    (options.out / "paper.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (options.out / "paper.md").write_text(text.replace("figures/", "") + "\n", encoding="utf-8")
+
+    print_completions(console, shown)
+    for part in (table_1(rows), *(table_2(name, found) for name, found in rows.items())):
+        console.print(f"\n{part}", highlight=False, soft_wrap=True)
+    console.print(f"\n{report['command']}\n{where(report)}\nwritten to {options.out}", highlight=False, soft_wrap=True)
+    if options.update_readme:
+        update_readme("paper", text, [path for path in written if path.suffix != ".png"])
+        console.print(f"bench/README.md and bench/{FIGURES.name}/ updated", highlight=False)
+    return report["identical"]
+
+
+def print_completions(console: Console, shown: list[Shown]) -> None:
+    """Figure 3 in the terminal."""
+    for completion in shown:
+        console.print()
+        console.rule(completion.title, align="left")
+        print_legend(console)
+        paint(console, completion.prompt, PROMPT_STYLE)
+        for text, origin in completion.parts:
+            paint(console, text, ORIGIN_STYLES[origin])
+        paint(console, "\n", Style())
+
+
+@clear_errors
+def main(arguments: list[str] | None = None) -> int:
+    arguments = arguments_of(arguments)
+    same = bench(parse(arguments), arguments, Console())
+    if not same:
+        print(
+            "OUTPUTS of our modes DIFFER from autoregressive decoding: this is a bug, please report it", file=sys.stderr
+        )
+    return 0 if same else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

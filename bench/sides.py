@@ -1,0 +1,257 @@
+"""What the benchmarks share: options, prompts, models, and the sides of a comparison."""
+
+import argparse
+import functools
+import gzip
+import hashlib
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
+
+import stagedspec
+from journal import Journal
+from stagedspec import compare
+from stagedspec.cli import progress_bar, quiet_transformers
+from stagedspec.compare import Run, Timed
+from stagedspec.loading import check_same_tokens, load_tokenizer, read_checkpoint
+
+HERE = Path(__file__).parent
+ASSETS = Path(stagedspec.__file__).parent / "assets"
+BASELINE = "autoregressive"
+PLAIN, ASSISTED, LOOKUP = "transformers", "transformers assisted", "transformers lookup"
+
+
+# ---------------------------------------------------------------- options
+
+
+def add_options(parser: argparse.ArgumentParser, limit: int, max_new_tokens: int) -> None:
+    """The options of all benchmarks: which models, which prompts, how long."""
+    parser.add_argument("--target", help="hub id or folder; default: the embedded trio")
+    parser.add_argument("--draft", help="hub id or folder of the draft")
+    parser.add_argument("--ngram", type=Path, help="n-gram table")
+    parser.add_argument("--prompts", type=Path, default=HERE / "prompts.jsonl", help="JSON lines with a `prompt` field")
+    parser.add_argument("--limit", type=int, default=limit, help=f"prompts at most (default {limit})")
+    parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens, help=f"(default {max_new_tokens})")
+    parser.add_argument("--top-k", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, help="CPU threads of torch")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="float32", help="of all sides (default float32)")
+    parser.add_argument("--backend", default="auto")
+
+
+def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Exits with a message where a number that must be positive is not."""
+    for name in ("limit", "max_new_tokens", "repeats", "threads"):
+        value = getattr(options, name, None)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} must be positive, got {value}")
+
+
+def clear_errors(main: Callable[..., int]) -> Callable[..., int]:
+    """Turns ValueError and OSError into one line on stderr and exit status 2; Ctrl-C into status 130."""
+
+    @functools.wraps(main)
+    def wrapped(*arguments) -> int:
+        try:
+            return main(*arguments)
+        except (ValueError, OSError) as error:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("\ninterrupted", file=sys.stderr)
+            return 130
+
+    return wrapped
+
+
+# ---------------------------------------------------------------- prompts
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The `prompt` fields of a file of JSON lines, gzipped if its name ends in .gz.
+
+    Raises ValueError for a file that is missing, unreadable, empty, or has a line without a prompt text.
+    """
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+            lines = [line for line in file if line.strip()]
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read prompts from {path}: {error}; bench/make_prompts.py writes them") from None
+    if not lines:
+        raise ValueError(f"{path} holds no prompts; expected JSON lines with a `prompt` field")
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        try:
+            prompt = json.loads(line)["prompt"]
+        except (json.JSONDecodeError, KeyError, TypeError):
+            prompt = None
+        if not isinstance(prompt, str) or not prompt:
+            raise ValueError(f"{path}, line {number}: expected a JSON object with a text in its `prompt` field")
+        prompts.append(prompt)
+    return prompts
+
+
+def encode(prompts: list[str], tokenizer, room: int, limit: int) -> tuple[list[torch.Tensor], int]:
+    """The first `limit` prompts of at most `room` tokens as LongTensors [1, L], and how many were skipped as too long.
+
+    Raises ValueError if none is left.
+    """
+    encoded, skipped = [], 0
+    for prompt in prompts:
+        if len(encoded) == limit:
+            break
+        ids = tokenizer.encode(prompt, add_special_tokens=False)
+        if 0 < len(ids) <= room:
+            encoded.append(torch.tensor([ids]))
+        else:
+            skipped += 1
+    if not encoded:
+        raise ValueError(f"none of the {len(prompts)} prompts has 1 to {room} tokens; lower --max-new-tokens")
+    return encoded, skipped
+
+
+# ---------------------------------------------------------------- models
+
+
+@dataclass
+class Models:
+    """A target and, where there are any, its drafts: as our decoder, and as transformers takes them.
+
+    Neither stops at an end-of-text token: every side is to write max_new_tokens.
+    passes: forward calls of the transformers models since the counts were last set to 0.
+    """
+
+    decoder: stagedspec.Decoder
+    target: GPT2LMHeadModel
+    draft: GPT2LMHeadModel | None
+    tokenizer: PreTrainedTokenizerBase
+    passes: dict[str, int]
+
+    @property
+    def positions(self) -> int:
+        """Positions that every model has. Ours decodes past a draft's last one, transformers does not."""
+        return min(model.config.n_positions for model in (self.target, self.draft) if model is not None)
+
+    def fingerprint(self) -> str:
+        """A hash of all weights, so that results of other models are never taken for these."""
+        found = hashlib.sha256()
+        for model in (self.target, self.draft):
+            for name, weight in sorted(model.state_dict().items()) if model is not None else ():
+                found.update(name.encode() + weight.contiguous().cpu().view(torch.uint8).numpy().tobytes())
+        table = self.decoder.ngram
+        for part in () if table is None else (table.keys, table.tokens, table.logprobs):
+            found.update(part.contiguous().cpu().numpy().tobytes())
+        return found.hexdigest()[:16]
+
+
+def load(options: argparse.Namespace) -> Models:
+    """The models that the options name, the embedded trio if they name none.
+
+    Raises ValueError for whatever is missing, damaged or does not fit together.
+    """
+    if not isinstance(getattr(torch, options.dtype, None), torch.dtype):
+        raise ValueError(f"--dtype: expected float32, bfloat16 or float16, got {options.dtype!r}")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    quiet_transformers()
+    if options.target is None and (options.draft or options.ngram):
+        raise ValueError("--draft and --ngram belong to a target: add --target")
+    if options.target is None and not (ASSETS / "target" / "config.json").is_file():
+        raise ValueError("this installation has no embedded models: name some with --target, --draft and --ngram")
+    embedded = (str(ASSETS / "target"), str(ASSETS / "draft"), ASSETS / "ngram.safetensors")
+    sources = embedded if options.target is None else (options.target, options.draft, options.ngram)
+    tokenizer = load_tokenizer(sources[0])
+    if tokenizer is None:
+        raise ValueError(f"{sources[0]} has no tokenizer, so prompts cannot be turned into tokens")
+    target = _read(sources[0], "target", options.dtype)
+    draft = None
+    if sources[1] is not None:
+        check_same_tokens(tokenizer, load_tokenizer(sources[1]))
+        draft = _read(sources[1], "draft", options.dtype)
+    decoder = stagedspec.Decoder.from_pretrained(
+        target, draft, sources[2], tokenizer, device=options.device, dtype=options.dtype, backend=options.backend
+    )
+    passes = {"target": 0, "draft": 0}
+    for name, model in (("target", target), ("draft", draft)):
+        if model is not None:
+            model.to(decoder.device).register_forward_pre_hook(functools.partial(_count, passes, name))
+    return Models(decoder, target, draft, tokenizer, passes)
+
+
+def _read(source: str, role: str, dtype: str) -> GPT2LMHeadModel:
+    model = read_checkpoint(source, role).to(getattr(torch, dtype)).eval()
+    # `generate` fills an unset eos_token_id from here.
+    model.config.eos_token_id = model.generation_config.eos_token_id = None
+    return model
+
+
+def _count(passes: dict[str, int], name: str, *_: object) -> None:
+    passes[name] += 1
+
+
+# ---------------------------------------------------------------- sides
+
+
+def our_side(decoder: stagedspec.Decoder, mode: str, settings: dict):
+    """Our decoder in one mode, as a side of `compare`."""
+
+    def run(ids: torch.Tensor) -> Run:
+        output = decoder.generate(ids, mode=mode, eos_token_id=[], **settings)
+        return Run(output[0, ids.shape[1] :].tolist(), decoder.last_stats.as_dict())
+
+    return run
+
+
+def transformers_side(models: Models, settings: dict, kind: str = PLAIN):
+    """transformers `generate` with its key-value cache, alone, with the draft as its assistant, or with its prompt
+    lookup, as a side of `compare`. Its steps are the target's forward passes."""
+    settings = dict(settings)
+    seed = settings.pop("seed")
+    if settings["do_sample"]:
+        settings["top_k"] = settings["top_k"] or 0
+    more = {ASSISTED: {"assistant_model": models.draft}, LOOKUP: {"prompt_lookup_num_tokens": 10}}.get(kind, {})
+    config = transformers.GenerationConfig(**settings, use_cache=True, pad_token_id=0)
+    target, draft = models.decoder.target, models.decoder.draft
+    ratio = 0.0 if draft is None else draft.weight_bytes / target.weight_bytes
+
+    def run(ids: torch.Tensor) -> Run:
+        ids = ids.to(models.target.device)
+        torch.manual_seed(seed)
+        models.passes.update(target=0, draft=0)
+        with torch.inference_mode():
+            mask = torch.ones_like(ids)
+            output = models.target.generate(ids, attention_mask=mask, generation_config=config, **more)
+        tokens = output[0, ids.shape[1] :].tolist()
+        steps, drafted = models.passes["target"], models.passes["draft"]
+        stats = {"steps": steps, "target_passes": steps, "draft_passes": drafted}
+        return Run(tokens, stats | {"weight_bytes_per_token": (steps + drafted * ratio) / max(1, len(tokens))})
+
+    return run
+
+
+def measure(
+    sides: dict, prompts: list[torch.Tensor], repeats: int, title: str, journal: Journal | None = None
+) -> list[Timed]:
+    """Warms every side up and runs all on all prompts; what the journal holds already is not run again."""
+    done = {} if journal is None else journal.rounds(title, list(sides), prompts)
+    rounds = len(prompts) * repeats
+    missing = rounds - sum(repeat < repeats and index < len(prompts) for repeat, index in done)
+    with progress_bar(auto_refresh=False) as progress:
+        task = progress.add_task(title, total=len(sides) * (missing + 1) if missing else 1)
+
+        def on_run(timed: Timed) -> None:
+            if journal is not None:
+                journal.add_run(title, timed, prompts[timed.prompt])
+            progress.update(task, advance=1, refresh=True)
+
+        for side in sides.values() if missing else ():
+            side(prompts[0])
+            progress.update(task, advance=1, refresh=True)
+        return compare.measure(sides, prompts, repeats, on_run, done)
