@@ -81,7 +81,8 @@ def compact(cache: torch.Tensor, source: torch.Tensor, target: torch.Tensor, off
 
     cache: [layers, B, S, 2, H_kv, D] of fp32, fp16 or bf16. source, target: int32 [B, K], K from 1 to 256: rows of the
     cache, targets counted from row `offset`; a pair with a negative number is left out. The targets of a sequence must
-    differ from each other; apart from that rows may overlap. Rows of S and more are the caller's mistake and are not noticed.
+    differ from each other; apart from that rows may overlap. Rows of S and more are the
+    caller's mistake and are not noticed.
 
     Raises ValueError for a wrong shape, dtype, device or layout.
     """

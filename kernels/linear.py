@@ -3,8 +3,8 @@
     norm_linear:  out = activation(LayerNorm(x) @ weight.T + bias)
     linear_add:   out = residual + x @ weight.T + bias
 
-x [M, K], weight [OUT, K], M from 1 to 256. What must be moved is the weight, once: 2 * OUT * K bytes in bf16. Everything
-else stays in L2, so the design is about keeping loads of weights in flight:
+x [M, K], weight [OUT, K], M from 1 to 256. What must be moved is the weight, once: 2 * OUT * K bytes in bf16. All else
+stays in L2, so the design is about keeping loads of weights in flight:
 
 - A program multiplies ROWS rows of the weight, the wide left operand of the matrix product, with all tokens, its narrow
   right side. One family of matrix instructions serves every M, and a token's result does not depend on M.
@@ -347,8 +347,8 @@ def _settings(itemsize: int, tokens: int) -> dict[str, int]:
 
 
 _op = register(
-    "linear(Tensor x, Tensor? stats, Tensor? norm_weight, Tensor? norm_bias, float epsilon, Tensor weight, Tensor? bias, "
-    "int activation, Tensor? residual, Tensor(a!) out, Tensor(b!)? stats_out, Tensor(c!) partials, "
+    "linear(Tensor x, Tensor? stats, Tensor? norm_weight, Tensor? norm_bias, float epsilon, Tensor weight, "
+    "Tensor? bias, int activation, Tensor? residual, Tensor(a!) out, Tensor(b!)? stats_out, Tensor(c!) partials, "
     "Tensor(d!) counters) -> ()",
     _launch,
 )

@@ -232,7 +232,7 @@ class TritonOps:
         out = self._buffer("choose", shape, torch.int32, place)
         need = lm_head.scratch_size(out.numel(), *head.weight.shape)
         lm_head.lm_head_choose(
-            x.flatten(0, 1), norm_weight, norm_bias, epsilon, head.weight, *self._counters(shape, noise, place),
+            x.view(-1, x.shape[-1]), norm_weight, norm_bias, epsilon, head.weight, *self._counters(shape, noise, place),
             **_settings(warping), out=out.view(-1), scratch=self._need(need, place),
         )  # fmt: skip
         return out
@@ -253,7 +253,7 @@ class TritonOps:
         logprobs = self._buffer("logprobs", shape, torch.float32, place)
         need = lm_head.scratch_size(x.shape[:2].numel(), *head.weight.shape)
         lm_head.lm_head_topm(
-            x.flatten(0, 1), norm_weight, norm_bias, epsilon, head.weight, *self._counters(shape[:2], noise, place),
+            x.view(-1, x.shape[-1]), norm_weight, norm_bias, epsilon, head.weight, *self._counters(shape[:2], noise, place),
             **_settings(warping), sharpness=GREEDY_SHARPNESS, out_tokens=tokens.view(-1, count),
             out_logprobs=logprobs.view(-1, count), scratch=self._need(need, place),
         )  # fmt: skip

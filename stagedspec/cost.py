@@ -228,7 +228,7 @@ class Model:
     def ladder(self, mode: str) -> list[TreeConfig]:
         """The tree with the most expected tokens a second, and before it the best of at most a half and a quarter of
         its nodes and passes, smallest first: what a generation climbs up and down."""
-        ranked = sorted(candidates(mode), key=self.tokens_per_second, reverse=True)
+        ranked = sorted(self._candidates(mode), key=self.tokens_per_second, reverse=True)
         full = ranked[0]
         chosen = [full]
 
@@ -244,7 +244,16 @@ class Model:
 
     def best_tree(self, mode: str) -> TreeConfig:
         """The tree with the most expected tokens a second."""
-        return max(candidates(mode), key=self.tokens_per_second)
+        return max(self._candidates(mode), key=self.tokens_per_second)
+
+    def _candidates(self, mode: str) -> list[TreeConfig]:
+        """The candidates that the backend can run; where steps have one shape a pass cannot be left out."""
+        ops = self.times.target.ops
+        return [
+            tree
+            for tree in candidates(mode)
+            if tree.depth <= ops.max_depth and not (ops.fixed_shapes and tree.pass_floor)
+        ]
 
 
 @memoise

@@ -353,7 +353,10 @@ class Decoder:
                 "prompt_lookup_num_tokens=..., which proposes what the sequence itself repeats"
             )
         if chosen is not None:
-            return chosen.for_mode(mode)
+            chosen, deepest = chosen.for_mode(mode), self.target.ops.max_depth
+            if chosen.depth > deepest:
+                raise ValueError(f"a tree of this backend can be at most {deepest} deep, got depth {chosen.depth}")
+            return chosen
         return self._ladder(mode, batch, do_sample)[-1].tree
 
     def _ladder(self, mode: str, batch: int, do_sample: bool) -> tuple[Rung, ...]:
@@ -439,6 +442,11 @@ class _Run:
     def __init__(self, decoder: Decoder, request: _Request, positions: Positions | None = None):
         self.decoder, self.request, self.clock = decoder, request, Clock()
         target, config, device = decoder.target, request.tree, decoder.device
+        if target.ops.fixed_shapes and (positions is not None or request.repeats):
+            raise ValueError(
+                "logits processors, stopping criteria, streamers, scores and prompt lookup work on trees on the host: "
+                "make the decoder with backend='torch' for them"
+            )
         batch, warping = len(request.prompts), request.sampling.warping
         self.config, self.warping = config, warping
         self.sequences = target.ops.Sequences(request.prompts, request.new_tokens, request.eos, device)

@@ -1,0 +1,166 @@
+"""The Triton backend end to end: the same tokens as the torch backend, in every mode; what a step may not do."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import stagedspec
+from stagedspec import TreeConfig
+from stagedspec.decoder import _Run
+from stagedspec.kernels import backend
+
+TREE = TreeConfig(nodes=6, depth=3, passes=2, width=1, children=3, prefetch=1, prefetch_width=1)
+SAMPLINGS = {
+    "greedy": {},
+    "temperature": {"do_sample": True, "temperature": 0.9, "seed": 5},
+    "top-k": {"do_sample": True, "top_k": 8, "seed": 3},
+    "all-warpers": {"do_sample": True, "top_k": 20, "top_p": 0.9, "min_p": 0.02, "seed": 4},
+}
+
+
+def small(seed: int, **changes) -> GPT2LMHeadModel:
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=61, n_positions=48, n_embd=24, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0, **changes
+    )
+    model = GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.3)
+    return model
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """A target, and a draft that is close to it."""
+    target, draft = small(1), small(1)
+    with torch.no_grad():
+        for parameter in draft.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.03)
+    return target, draft
+
+
+def decoders(pair, device, dtype="float32"):
+    return [
+        stagedspec.Decoder.from_pretrained(pair[0], draft=pair[1], device=device, dtype=dtype, backend=name, tree=TREE)
+        for name in ("torch", "triton")
+    ]
+
+
+@pytest.fixture
+def prompts():
+    ids = torch.randint(1, 61, (2, 5), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    return ids, mask
+
+
+@pytest.mark.parametrize(
+    ("mode", "sampling"),
+    [
+        *((mode, "greedy") for mode in ("autoregressive", "chain", "tree", "staged")),
+        *((mode, "top-k") for mode in ("autoregressive", "chain", "tree", "staged")),
+        ("tree", "temperature"),
+        ("staged", "all-warpers"),
+    ],
+)
+def test_same_tokens_as_torch(pair, prompts, device, mode, sampling):
+    torch_side, triton_side = decoders(pair, device)
+    options = {"max_new_tokens": 5, "eos_token_id": [], **SAMPLINGS[sampling]}
+    ids, mask = (tensor.to(device) for tensor in prompts)
+    expected = torch_side.generate(ids, mask, mode="autoregressive", **options)
+    assert torch.equal(triton_side.generate(ids, mask, mode=mode, **options), expected)
+    stats = triton_side.last_stats
+    assert stats.new_tokens == 10 and sum(stats.origins.values()) == 10
+    if mode != "autoregressive":
+        assert stats.tokens_per_step > 1.2 and stats.draft_passes == stats.steps * (TREE.for_mode(mode).passes)
+
+
+def test_ends_where_torch_ends(pair, prompts, device):
+    """At an end-of-sequence token, each row on its own."""
+    torch_side, triton_side = decoders(pair, device)
+    ids, mask = (tensor.to(device) for tensor in prompts)
+    free = torch_side.generate(ids, mask, max_new_tokens=12, mode="autoregressive", eos_token_id=[])
+    options = {"max_new_tokens": 12, "eos_token_id": [free[0, 8].item(), free[1, 6].item()], "pad_token_id": 0}
+    expected = torch_side.generate(ids, mask, mode="autoregressive", **options)
+    assert expected.shape[1] < free.shape[1]
+    assert torch.equal(triton_side.generate(ids, mask, mode="staged", **options), expected)
+
+
+class Calls(TorchDispatchMode):
+    """Names of the operations that go through the dispatcher."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+VIEWS = (
+    "aten.view",
+    "aten.split",
+    "aten.slice",
+    "aten.select",
+    "aten.unbind",
+    "aten.alias",
+    "aten.detach",
+    "aten.expand",
+)
+
+
+@pytest.mark.parametrize("sampling", ["greedy", "top-k"])
+def test_a_step_allocates_nothing_and_reads_nothing_back(pair, prompts, device, sampling):
+    """After the first step only our operations run, and views of what is there already."""
+    decoder = decoders(pair, device)[1]
+    ids, mask = (tensor.to(device) for tensor in prompts)
+    options = stagedspec.Sampling(**{k: v for k, v in SAMPLINGS[sampling].items() if k != "seed"})
+    request = decoder._validate(ids, mask, 20, "staged", TREE, [], 3, options)
+    run = _Run(decoder, request)
+    with torch.inference_mode():
+        decoder.target.prefill(request.prompts, 1, run.cache)
+        run.cascade.prefill(request.prompts)
+        run._step()
+        with Calls() as calls:
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+                before = torch.cuda.memory_stats()["allocation.all.allocated"]
+                torch.cuda.set_sync_debug_mode("error")
+            try:
+                run._step()
+            finally:
+                if device.type == "cuda":
+                    torch.cuda.set_sync_debug_mode("default")
+            if device.type == "cuda":
+                assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+    foreign = {name for name in calls.names if not name.startswith(("stagedspec.", *VIEWS))}
+    assert not foreign
+    assert any(name.startswith("stagedspec.tree_attention") for name in calls.names)
+
+
+def test_refusals(pair, device, prompts):
+    decoder = decoders(pair, device)[1]
+    ids = prompts[0].to(device)
+    deep = TreeConfig(nodes=40, depth=39, passes=39, width=1, children=1, prefetch=0)
+    with pytest.raises(ValueError, match="at most 30 deep, got depth 39"):
+        decoder.generate(ids, max_new_tokens=4, tree=deep)
+    with pytest.raises(ValueError, match="backend='torch'"):
+        decoder.generate(ids, max_new_tokens=4, repetition_penalty=1.2)
+
+
+def test_backend_resolution(device, monkeypatch):
+    import triton
+
+    assert backend.resolve("torch", device).__name__.endswith("reference")
+    assert type(backend.resolve("triton", device)).__name__ == "TritonOps"
+    with pytest.raises(ValueError, match="backend must be one of auto, torch, triton, got 'cuda'"):
+        backend.resolve("cuda", device)
+    if device.type == "cpu":
+        assert backend.resolve("auto", device).__name__.endswith("reference")
+        monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+        with pytest.raises(ValueError, match=r"backend 'triton' cannot run on cpu: .* TRITON_INTERPRET=1"):
+            backend.resolve("triton", device)

@@ -1,0 +1,49 @@
+"""The embedding gather against indexing."""
+
+import pytest
+import torch
+
+from stagedspec.kernels.embed import _op, compile_cases, embed
+
+
+@pytest.mark.parametrize("width", [24, 37, 96])
+@pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=["int32", "int64"])
+def test_embed(device, dtype, width, index):
+    generator = torch.Generator().manual_seed(width)
+    table, places = (torch.randn(n, width, generator=generator).to(device, dtype) for n in (61, 20))
+    tokens = torch.randint(0, 61, (3, 5), generator=generator).to(device, index)
+    positions = torch.tensor([[0, 19, 3, 20, -1]] * 3).to(device, index)  # the last two lie outside
+    out = torch.full((15, width), float("nan"), dtype=dtype, device=device)
+    embed(table, places, tokens, positions, out)
+    expected = table[tokens.long()].float() + places[positions.long().clamp(0, 19)].float()
+    assert torch.equal(out, expected.to(dtype).flatten(0, 1))
+
+
+def test_opcheck(device):
+    tokens = torch.zeros(2, 3, dtype=torch.int32, device=device)
+    table, out = torch.randn(9, 8, device=device), torch.zeros(6, 8, device=device)
+    torch.library.opcheck(_op, (table, table, tokens, tokens, out))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"position_table": torch.zeros(4, 7)}, r"position_table must have the shape \[any, 8\], got \[4, 7\]"),
+        ({"tokens": torch.zeros(2, 3)}, r"tokens must be torch.int32 or torch.int64, got torch.float32"),
+        ({"positions": torch.zeros(3, 2, dtype=torch.int32)}, r"positions must have the shape \[2, 3\]"),
+        ({"out": torch.zeros(5, 8)}, r"out must have the shape \[6, 8\], got \[5, 8\]"),
+        ({"out": torch.zeros(8, 6).t()}, r"out must be contiguous"),
+    ],
+)
+def test_errors(device, change, message):
+    ids = torch.zeros(2, 3, dtype=torch.int32)
+    values = {"token_table": torch.zeros(9, 8), "position_table": torch.zeros(4, 8), "tokens": ids, "positions": ids}
+    values = {key: value.to(device) for key, value in (values | {"out": torch.zeros(6, 8)} | change).items()}
+    if change.get("out") is not None and not change["out"].is_contiguous():
+        values["out"] = values["out"].t().contiguous().t()
+    with pytest.raises(ValueError, match=message):
+        embed(**values)
+
+
+def test_compile_cases():
+    assert len({case.name for case in compile_cases()}) == len(compile_cases())

@@ -1,0 +1,182 @@
+"""Linears against plain torch in fp64, by the rule that our error is at most twice plain torch's in the same dtype."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers.activations import ACT2FN
+
+from stagedspec.kernels import linear
+from stagedspec.kernels.linear import (
+    ACTIVATIONS,
+    activation_known,
+    compile_cases,
+    linear_add,
+    norm_linear,
+    row_stats,
+    scratch_size,
+    stat_tiles,
+)
+from stagedspec.kernels.registry import Scratch
+
+EPSILON = 1e-5
+# Tokens, outputs, inputs: odd, aligned, one split and several, more tokens than a program takes.
+SHAPES = [(1, 96, 64), (7, 37, 61), (16, 130, 384), (33, 64, 640), (150, 40, 129)]
+
+
+def drawn(device, dtype, *shape, scale=1.0, shift=0.0):
+    generator = torch.Generator().manual_seed(sum(shape))
+    return (torch.randn(*shape, generator=generator) * scale + shift).to(device, dtype)
+
+
+class Problem:
+    def __init__(self, device, dtype, count, outputs, inputs):
+        self.x = drawn(device, dtype, count, inputs, scale=3.0, shift=1.0)
+        self.norm = drawn(device, dtype, inputs, shift=1.0), drawn(device, dtype, inputs + 1)[1:].contiguous()
+        self.weight = drawn(device, dtype, outputs, inputs, scale=inputs**-0.5)
+        self.bias = drawn(device, dtype, outputs)
+        self.residual = drawn(device, dtype, count, outputs)
+        self.scratch = Scratch.of([scratch_size(count, outputs, inputs)], self.x.device)
+        self.scratch.partials.fill_(float("nan"))
+
+    def stats(self, x):
+        result = torch.full((len(x), stat_tiles(x.shape[1]), 2), float("nan"), device=x.device)
+        row_stats(x, result)
+        return result
+
+    def normed(self, rows=None, activation="none", out_dtype=None):
+        x = self.x if rows is None else self.x[:rows].contiguous()
+        out = torch.full((len(x), len(self.weight)), float("nan"), dtype=out_dtype or x.dtype, device=x.device)
+        norm_linear(x, self.stats(x), *self.norm, EPSILON, self.weight, self.bias, activation, out, self.scratch)
+        return out
+
+    def added(self, rows=None):
+        x, out = (t if rows is None else t[:rows].contiguous() for t in (self.x, self.residual.clone()))
+        stats = torch.full((len(x), stat_tiles(out.shape[1]), 2), float("nan"), device=x.device)
+        linear_add(x, self.weight, self.bias, out, out, stats, self.scratch)
+        return out, stats
+
+    def plain(self, dtype=None, activation="none"):
+        x, gain, shift, weight, bias = (
+            t if dtype is None else t.to(dtype) for t in (self.x, *self.norm, self.weight, self.bias)
+        )
+        y = F.linear(F.layer_norm(x, x.shape[-1:], gain, shift, EPSILON), weight, bias)
+        return y if activation in ("none", "linear") else ACT2FN[activation](y)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_norm_linear(device, dtype, shape, error_ratio):
+    problem = Problem(device, dtype, *shape)
+    assert error_ratio(problem.normed(), problem.plain(), problem.plain(torch.float64)) <= 2
+    wide = problem.normed(out_dtype=torch.float32)
+    assert error_ratio(wide, problem.plain(), problem.plain(torch.float64)) <= 2
+    assert not problem.scratch.counters.any()
+
+
+@pytest.mark.parametrize("name", [name for name in ACTIVATIONS if name != "none"])
+def test_activations(device, name, error_ratio):
+    """Each by its name in transformers."""
+    problem = Problem(device, torch.float32, 5, 70, 33)
+    exact = problem.plain(torch.float64, name)
+    assert error_ratio(problem.normed(activation=name), problem.plain(activation=name), exact) <= 2
+    assert activation_known(name) and not activation_known("prelu")
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_linear_add(device, dtype, shape, error_ratio):
+    """In place, and with the statistics of what was written."""
+    problem = Problem(device, dtype, *shape)
+    out, stats = problem.added()
+    x, weight, bias, residual = (t.double() for t in (problem.x, problem.weight, problem.bias, problem.residual))
+    plain = problem.residual + F.linear(problem.x, problem.weight, problem.bias)
+    assert error_ratio(out, plain, residual + F.linear(x, weight, bias)) <= 2
+    for tile, values in enumerate(out.double().split(64, 1)):
+        torch.testing.assert_close(stats[:, tile, 0].double(), values.sum(1), rtol=1e-4, atol=1e-4)
+        apart = (values - values.mean(1, keepdim=True)).square().sum(1)
+        torch.testing.assert_close(stats[:, tile, 1].double(), apart, rtol=1e-4, atol=1e-4)
+
+
+def test_mean_far_from_zero(device):
+    """Statistics are merged around each tile's own mean: a large common offset costs no digits of the variance."""
+    problem = Problem(device, torch.float32, 3, 40, 300)
+    problem.x += 4096.0
+    torch.testing.assert_close(problem.normed(), problem.plain(torch.float64).float(), rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("shape", [(40, 192), (40, 640)], ids=str)
+def test_a_row_has_the_same_bits_in_any_batch(device, dtype, shape, monkeypatch):
+    if device.type == "cpu":
+        fixed_order(monkeypatch)
+    problem = Problem(device, dtype, 64, *shape)
+    normed, (added, stats) = problem.normed(), problem.added()
+    for rows in (1, 2, 7, 16, 33):
+        assert torch.equal(problem.normed(rows), normed[:rows]), rows
+        some, known = problem.added(rows)
+        assert torch.equal(some, added[:rows]) and torch.equal(known, stats[:rows]), rows
+
+
+def fixed_order(monkeypatch):
+    """numpy's product sums in an order that depends on how many columns there are; the interpreter's gets one order."""
+    import numpy as np
+
+    def product(a, b, dtype=None, **_):
+        # One sum of products a pair, in fp64: the same for every pair wherever it stands.
+        return np.einsum("ik,kj->ikj", a.astype(np.float64), b.astype(np.float64)).sum(1).astype(dtype or a.dtype)
+
+    monkeypatch.setattr(np, "matmul", product)
+
+
+def test_opcheck(device):
+    problem = Problem(device, torch.float32, 3, 40, 130)
+    out, stats = problem.residual.clone(), torch.zeros(3, 3, 2, device=device)
+    scratch = problem.scratch
+    torch.library.opcheck(linear._stats_op, (problem.x, stats))
+    known = problem.stats(problem.x)
+    torch.library.opcheck(
+        linear._op,
+        (problem.x, known, *problem.norm, EPSILON, problem.weight, problem.bias, 3, None, out, None,
+         scratch.partials, scratch.counters),
+    )  # fmt: skip
+    more = torch.zeros(3, 1, 2, device=device)
+    torch.library.opcheck(
+        linear._op,
+        (problem.x, None, None, None, 0.0, problem.weight, problem.bias, 0, problem.residual, out, more,
+         scratch.partials, scratch.counters),
+    )  # fmt: skip
+
+
+def test_errors(device):
+    problem = Problem(device, torch.float32, 3, 40, 130)
+    x, known = problem.x, problem.stats(problem.x)
+    out = torch.zeros(3, 40, device=device)
+
+    def run(**changes):
+        values = {
+            "x": x, "stats": known, "norm_weight": problem.norm[0], "norm_bias": problem.norm[1], "epsilon": EPSILON,
+            "weight": problem.weight, "bias": problem.bias, "activation": "none", "out": out,
+            "scratch": problem.scratch,
+        }  # fmt: skip
+        norm_linear(**values | changes)
+
+    wrong = {
+        r"x must have the shape \[any, any\], got \[390\]": {"x": x.flatten()},
+        r"1 to 256 rows, got 0": {"x": x[:0], "stats": known[:0], "out": out[:0]},
+        r"weight must have the shape \[any, 130\], got \[130, 40\]": {"weight": problem.weight.t()},
+        r"weight must be contiguous": {"weight": problem.weight.t().contiguous().t()},
+        r"weight must be torch.float32, got torch.float16": {"weight": problem.weight.half()},
+        r"bias must have the shape \[40\], got \[39\]": {"bias": problem.bias[1:]},
+        r"stats must have the shape \[3, 3, 2\]": {"stats": known[:, :2]},
+        r"out must be torch.float32 or torch.float32, got torch.float16": {"out": out.half()},
+        r"activation must be one of none, .* got 'prelu'": {"activation": "prelu"},
+    }
+    for message, changes in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            run(**changes)
+    big = Problem(device, torch.float32, 3, 40, 640)
+    small = Scratch.of([(1, 1)], device)
+    with pytest.raises(ValueError, match=r"scratch must hold .* see scratch_size"):
+        linear_add(big.x, big.weight, big.bias, big.residual, out, None, small)
+
+
+def test_compile_cases():
+    cases = compile_cases()
+    assert all(case.matrix for case in cases) and len({case.name for case in cases}) == len(cases)
