@@ -41,6 +41,7 @@ def _layers(shape: Shape) -> list[_Layer]:
 class _Ours:
     def __init__(self, shape: Shape, rows: int):
         sizes = _sizes(shape).values()
+        self.stats, self.stats_out = torch.empty(2, rows, linear.stat_tiles(shape.width), 2, device="cuda")
         self.scratch = Scratch.of([linear.scratch_size(rows, *size) for size in sizes], torch.device("cuda", 0))
         self.out = {name: randn(rows, size[0]) for name, size in _sizes(shape).items()}
 
@@ -49,9 +50,9 @@ class _Ours:
         out = self.out[name]
         if name in ("qkv", "up"):
             activation = "gelu_new" if name == "up" else "none"
-            linear.norm_linear(x, *layer.norm, EPSILON, weight, bias, activation, out, self.scratch)
+            linear.norm_linear(x, self.stats, *layer.norm, EPSILON, weight, bias, activation, out, self.scratch)
         else:
-            linear.linear_add(x, weight, bias, residual, out, self.scratch)
+            linear.linear_add(x, weight, bias, residual, out, self.stats_out, self.scratch)
         return out
 
 
@@ -84,6 +85,7 @@ def cases(names: tuple[str, ...] = ("L", "S"), nodes: tuple[int, ...] = NODES) -
             x = randn(rows, shape.width)
             for group in (tuple(_sizes(shape)), *((name,) for name in _sizes(shape))):
                 ours = _Ours(shape, rows)
+                linear.row_stats(x, ours.stats)
 
                 def run(side: Callable, group=group, x=x, inputs=inputs, layers=layers) -> None:
                     for layer in layers:
