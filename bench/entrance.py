@@ -14,9 +14,10 @@ from pathlib import Path
 from statistics import median, quantiles
 
 import torch
-from decode import EMBEDDED, HERE, encode, machine, read_prompts
 from transformers import GenerationConfig, GPT2LMHeadModel
 
+from machine import arguments_of, header, where
+from sides import ASSETS, HERE, encode, read_prompts
 from stagedspec import Decoder
 from stagedspec.cli import quiet_transformers
 from stagedspec.hf import custom_generate
@@ -26,15 +27,14 @@ BOUND = 0.03
 
 def ways(mode: str, new: int, device: str) -> tuple[dict, object]:
     """Functions from ids [1, L] to tokens [1, L + new], the plain one first, and the tokenizer."""
-    assets = EMBEDDED.parent
     decoder = Decoder.default(device=device)
-    model = GPT2LMHeadModel.from_pretrained(EMBEDDED, dtype=decoder.target.dtype).to(decoder.device)
+    model = GPT2LMHeadModel.from_pretrained(ASSETS / "target", dtype=decoder.target.dtype).to(decoder.device)
     # Every side the tree that the cost model chose for one of them: it must not differ by a measurement's noise.
     tree = decoder.tree_for(mode)
     options = {"max_new_tokens": new, "pad_token_id": 0}
     config = GenerationConfig(**options, eos_token_id=[model.config.vocab_size - 1])
     eos = config.eos_token_id
-    generator = custom_generate(assets / "draft", assets / "ngram.safetensors", mode, tree)
+    generator = custom_generate(ASSETS / "draft", ASSETS / "ngram.safetensors", mode, tree)
     return {
         "plain": lambda ids: decoder.generate(ids, mode=mode, tree=tree, eos_token_id=eos, **options),
         "generation_config": lambda ids: decoder.generate(ids, mode=mode, tree=tree, generation_config=config),
@@ -93,8 +93,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     count = len(seconds["plain"])
-    on = ", ".join(f"{key} {value}" for key, value in machine(torch.device(options.device)).items())
-    print(f"{count} pairs of {options.max_new_tokens} new tokens, {options.mode}, on {on}")
+    report = header("entrance.py", arguments_of(arguments), torch.device(options.device))
+    print(f"{report['command']}: {count} pairs of {options.max_new_tokens} new tokens, {options.mode}; {where(report)}")
     print(f"{'plain':20} {1e3 * median(seconds['plain']):8.1f} ms a call")
     worst = 0.0
     for name, (low, middle, high) in costs(seconds).items():

@@ -8,17 +8,18 @@ BACKENDS = ("auto", "torch", "triton")
 def resolve(backend: str, device: torch.device):
     """Returns what implements the operations on `device`: reference.py, or a `TritonOps` of its own.
 
-    "auto" is Triton on a GPU that it supports (compute capability 8.0 or later) and torch elsewhere. On the CPU
-    "triton" runs in Triton's interpreter, for checking, and only if TRITON_INTERPRET=1 was set before Python started.
+    "auto" is torch: the Triton backend gives its tokens in the interpreter, but has not been proven on a GPU yet, and
+    must be asked for. "triton" needs a GPU of compute capability 8.0 or later; on the CPU it runs in Triton's
+    interpreter, for checking, and only if TRITON_INTERPRET=1 was set before Python started.
 
     Raises ValueError for an unknown backend and for a forced one that cannot run.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    problem = "" if backend == "torch" else _triton_problem(device)
-    if backend == "triton" and problem:
+    problem = _triton_problem(device) if backend == "triton" else ""
+    if problem:
         raise ValueError(f"backend 'triton' cannot run on {device}: {problem}; use 'auto' or 'torch'")
-    if backend == "triton" or (backend == "auto" and device.type == "cuda" and not problem):
+    if backend == "triton":
         from stagedspec.kernels.triton_backend import TritonOps
 
         return TritonOps()

@@ -426,7 +426,7 @@ def _contenders(
 
 
 def _best(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """The k largest logits [..., k] and their tokens, ascending; None where the k-th is tied, so that more of them stay.
+    """The k largest logits [..., k] and their tokens, ascending; None where the k-th is tied, so that more stay.
 
     numpy's partition takes a quarter of the time of torch.topk on a CPU, which sorts.
     """

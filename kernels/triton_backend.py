@@ -253,9 +253,10 @@ class TritonOps:
         logprobs = self._buffer("logprobs", shape, torch.float32, place)
         need = lm_head.scratch_size(x.shape[:2].numel(), *head.weight.shape)
         lm_head.lm_head_topm(
-            x.view(-1, x.shape[-1]), norm_weight, norm_bias, epsilon, head.weight, *self._counters(shape[:2], noise, place),
-            **_settings(warping), sharpness=GREEDY_SHARPNESS, out_tokens=tokens.view(-1, count),
-            out_logprobs=logprobs.view(-1, count), scratch=self._need(need, place),
+            x.view(-1, x.shape[-1]), norm_weight, norm_bias, epsilon, head.weight,
+            *self._counters(shape[:2], noise, place), **_settings(warping), sharpness=GREEDY_SHARPNESS,
+            out_tokens=tokens.view(-1, count), out_logprobs=logprobs.view(-1, count),
+            scratch=self._need(need, place),
         )  # fmt: skip
         return tokens, logprobs
 

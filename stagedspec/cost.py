@@ -184,11 +184,18 @@ def _grown(
 class Model:
     """Predicts what trees cost and bring for one pair of models, batch size and way of choosing.
 
-    stretches: how the text lies before the draft; None: as before the embedded one.
+    stretches: how the text lies before the draft; None: as before the embedded one. ops: the backend, if its limits count.
     """
 
-    def __init__(self, times: PassTimes, batch: int, sampled: bool, stretches: Sequence[Stretch] | None = None):
-        self.times, self.batch, self.sampled = times, batch, sampled
+    def __init__(
+        self,
+        times: PassTimes,
+        batch: int,
+        sampled: bool,
+        stretches: Sequence[Stretch] | None = None,
+        ops=None,
+    ):
+        self.times, self.batch, self.sampled, self.ops = times, batch, sampled, ops
         self.stretches = STRETCHES[sampled] if stretches is None else tuple(stretches)
 
     def verify_seconds(self, nodes: int) -> float:
@@ -248,12 +255,10 @@ class Model:
 
     def _candidates(self, mode: str) -> list[TreeConfig]:
         """The candidates that the backend can run; where steps have one shape a pass cannot be left out."""
-        ops = self.times.target.ops
-        return [
-            tree
-            for tree in candidates(mode)
-            if tree.depth <= ops.max_depth and not (ops.fixed_shapes and tree.pass_floor)
-        ]
+        ops, found = self.ops, candidates(mode)
+        if ops is None:
+            return list(found)
+        return [t for t in found if t.depth <= ops.max_depth and not (ops.fixed_shapes and t.pass_floor)]
 
 
 @memoise

@@ -366,7 +366,7 @@ class Decoder:
             tuning = self._tuning = self._tuning or recall(self)
             if self._costs is None:
                 self._costs = cost.PassTimes(self.target, self.draft, tuning.seconds)
-            model = cost.Model(self._costs, batch, do_sample, tuning.text_of(do_sample))
+            model = cost.Model(self._costs, batch, do_sample, tuning.text_of(do_sample), self.target.ops)
             trees = tuning.trees.get(key)
             if trees is None:
                 trees = tuning.trees[key] = model.ladder(mode)

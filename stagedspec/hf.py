@@ -419,7 +419,7 @@ def decoder_for(
         _check_parameters(model)
         made = Decoder.from_pretrained(model, draft, table, device=model.device, dtype=model.dtype, backend=backend)
         if last is not None:
-            made._costs, made._trees = last._costs, last._trees  # new weights take as long as the old
+            made._costs, made._ladders = last._costs, last._ladders  # new weights take as long as the old
         return made
 
     key = (None if draft is None else weakref.ref(draft), None if table is None else id(table), backend)

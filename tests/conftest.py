@@ -3,6 +3,7 @@
 import copy
 import os
 import tempfile
+from collections.abc import Callable
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may wait for a network
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="stagedspec-tests-")  # nor leave anything in the user's cache
@@ -121,3 +122,31 @@ def target() -> GPT2LMHeadModel:
 @pytest.fixture(scope="session")
 def drafts(target) -> dict[str, GPT2LMHeadModel]:
     return {kind: make_draft(kind, target) for kind in ("good", "random", "adversarial", "target")}
+
+
+# ---------------------------------------------------------------- kernels: on a GPU, else in Triton's interpreter
+
+GPU = torch.cuda.is_available()
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if GPU else [])
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cuda", 0) if GPU else torch.device("cpu")
+
+
+@pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def dtype(request) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture
+def error_ratio() -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], float]:
+    """Our error against an fp64 reference over that of plain torch in the same low precision (at least 1e-6)."""
+
+    def ratio(ours: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor) -> float:
+        scale = exact.norm().item()
+        error, allowed = ((got.double() - exact).norm().item() / scale for got in (ours, plain))
+        return error / max(allowed, 1e-6)
+
+    return ratio
