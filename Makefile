@@ -2,6 +2,9 @@
 # make test      the same set-up with the test extra, then the tests
 # make lint      ruff check and format check
 # make bench     time the modes side by side; ARGS="..." are options of bench/decode.py
+# make compile-report   compile every kernel for real GPUs, without one: registers, memory, spills, instructions
+# make test-gpu  the kernels' tests on a GPU, with the Python that has torch for it: PYTHON=python3, nothing is installed
+# make bench-gpu the kernels beside their peers on a GPU, likewise
 # make paper     the paper's tables and figures, and acceptance by rule; ARGS="..." are options of both scripts:
 #                --update-readme writes bench/README.md, --target T --draft D --ngram N --prompts FILE take other models
 # make clean     remove .venv and everything built
@@ -14,14 +17,14 @@ VENV ?= .venv
 ARGS ?=
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint bench paper clean
+.PHONY: demo test lint bench paper compile-report test-gpu bench-gpu clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
 	$(BIN)/stagedspec demo $(ARGS)
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 $(ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -33,6 +36,22 @@ bench: $(VENV)/.installed
 paper: $(VENV)/.installed
 	$(BIN)/python bench/paper.py $(ARGS)
 	$(BIN)/python bench/acceptance.py $(ARGS)
+
+compile-report: $(VENV)/.installed
+	$(BIN)/python profiling/compile_report.py $(ARGS)
+
+# A GPU machine's own Python has the torch and triton that fit its driver. The package is put beside it, not installed.
+GPU_PATH = build/gpu
+GPU_PYTHON = PYTHONPATH=$(CURDIR)/$(GPU_PATH) $(PYTHON)
+
+$(GPU_PATH): $(wildcard kernels/*.py stagedspec/*.py stagedspec/*/*.py)
+	rm -rf $@ && mkdir -p $@ && cp -r stagedspec $@/ && cp -r kernels $@/stagedspec/kernels
+
+test-gpu: $(GPU_PATH)
+	cd $(GPU_PATH) && $(GPU_PYTHON) -m pytest -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) $(CURDIR)/tests/kernels $(ARGS)
+
+bench-gpu: $(GPU_PATH)
+	cd $(GPU_PATH) && $(GPU_PYTHON) $(CURDIR)/bench/kernels/run.py $(ARGS)
 
 # The interpreter, from a system without ensurepip too (Debian's python3 without python3-venv).
 $(BIN)/python:

@@ -110,6 +110,7 @@ class CompileCase:
 
     signature: argument name to type ("*bf16", "i32", "fp32"); constexprs: the compile-time arguments.
     matrix: the kernel is expected to use matrix instructions. aligned: arguments divisible by 16.
+    fusion: whether products and sums may be fused.
     """
 
     name: str
@@ -120,3 +121,4 @@ class CompileCase:
     num_stages: int = 3
     matrix: bool = False
     aligned: tuple[str, ...] = field(default_factory=tuple)
+    fusion: bool = True

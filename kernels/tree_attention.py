@@ -693,6 +693,8 @@ def compile_cases() -> list[CompileCase]:
             } | _tiles(size, 2, WINDOW)
             case = f"tree_attention-{model}-{name}"
             cases.append(
-                CompileCase(case, _tree_attention, signature, constants, matrix=True, aligned=tuple(_POINTERS))
+                CompileCase(
+                    case, _tree_attention, signature, constants, matrix=True, fusion=False, aligned=tuple(_POINTERS)
+                )
             )
     return cases

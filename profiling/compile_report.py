@@ -65,8 +65,13 @@ def cases(match: str) -> list[tuple[str, int]]:
         for module in MODULES
         if match.split(":")[0] in module or ":" not in match
         for index, case in enumerate(import_module(f"stagedspec.kernels.{module}").compile_cases())
-        if match in f"{module}: {case.name}"
+        if match in label(module, case)
     ]
+
+
+def label(module: str, case: CompileCase) -> str:
+    """ "linear: l qkv 16"."""
+    return f"{module}: {case.name.removeprefix(module).lstrip('- ')}"
 
 
 def compile_case(job: tuple[str, int, int]) -> Report:
@@ -77,8 +82,8 @@ def compile_case(job: tuple[str, int, int]) -> Report:
     attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in case.aligned}
     signature = {name: "constexpr" if name in case.constexprs else kind for name, kind in case.signature.items()}
     source = ASTSource(fn=case.kernel, signature=signature, constexprs=case.constexprs, attrs=attrs)
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
-    name = f"{module}: {case.name}"
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "enable_fp_fusion": case.fusion}
+    name = label(module, case)
     try:
         compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     except Exception as error:  # the compiler raises its own and MLIR's kinds

@@ -184,7 +184,8 @@ def _grown(
 class Model:
     """Predicts what trees cost and bring for one pair of models, batch size and way of choosing.
 
-    stretches: how the text lies before the draft; None: as before the embedded one. ops: the backend, if its limits count.
+    stretches: how the text lies before the draft; None: as before the embedded one. ops: the backend, whose limits
+    count, or None.
     """
 
     def __init__(

@@ -1,0 +1,42 @@
+"""Kernels compiled for real GPUs without one: no spills, within the chip's shared memory, with matrix instructions."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "profiling" / "compile_report.py"
+
+
+def report(tmp_path, match: str, arch: int) -> tuple[subprocess.CompletedProcess, list[dict]]:
+    """In a process of its own: this one interprets."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    out = tmp_path / "report.json"
+    arguments = [sys.executable, SCRIPT, "--match", match, "--arch", str(arch), "--jobs", "1", "--out", out]
+    done = subprocess.run(list(map(str, arguments)), capture_output=True, text=True, env=environment, timeout=300)
+    return done, json.loads(out.read_text()) if out.exists() else []
+
+
+@pytest.mark.parametrize(
+    ("match", "arch", "instruction"),
+    [
+        ("linear: l qkv 64", 90, "HGMMA"),
+        ("linear: l down 16", 80, "HMMA"),
+        ("tree_attention: l-n64", 90, "HGMMA"),
+        ("lm_head: head-greedy-50257x1280-r16", 90, "HGMMA"),
+        ("verify_commit", 90, ""),
+    ],
+)
+def test_compiles_clean(tmp_path, match, arch, instruction):
+    done, reports = report(tmp_path, match, arch)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert reports and all(instruction in entry["matrix"] for entry in reports)
+    assert all(entry["spilled"] == 0 and 0 < entry["registers"] <= 255 for entry in reports)
+
+
+def test_nothing_matches(tmp_path):
+    done, _ = report(tmp_path, "no such kernel", 90)
+    assert done.returncode == 2 and "no kernel's name contains" in done.stderr
