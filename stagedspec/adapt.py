@@ -19,7 +19,9 @@ KEEP = 0.9
 PRIOR = 3.0  # of the cost model's expectation
 READ = 0.25  # of one token that the draft has read
 READS = 8.0  # at most, of one reading
-RESUME = 1.05  # how much faster a tree must seem than plain decoding before drafting starts again
+# How fast a tree must seem, beside plain decoding, before drafting starts again, and below what it ends: ten steps of
+# sampled text say little, and to leave a draft that pays costs more than to keep one that just does not.
+RESUME, LEAVE = 1.05, 0.9
 SMALLER = 1.15  # how much faster a smaller tree must seem than the largest
 WAITS = (4, 8, 16, 32)  # plain steps between two readings, longer each time that the draft fails; the first goes for
 # the prompt's end too, backwards
@@ -178,7 +180,7 @@ class Controller:
         last = len(self.ladder) - 1
         if self.rate(best) < self.rate(last) * SMALLER:
             best = last
-        margin = 1.0 if self.chosen else RESUME
+        margin = LEAVE if self.chosen else RESUME
         if self.rate(best) <= self.rate(0) * margin:
             best = 0
         if (best == 0) != (self.chosen == 0):

@@ -7,7 +7,6 @@ expected tokens over the time of a step.
 
 import heapq
 import itertools
-import statistics
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
@@ -38,8 +37,9 @@ STRETCHES: dict[bool, tuple[Stretch, ...]] = {
 }
 SAMPLED = {"temperature": 1.0, "top_k": 50, "top_p": None, "min_p": None}
 CHILDREN = 8
-# Seconds of host work outside the models: a step, a draft pass (measured on a slow core; they matter for small models).
-STEP_SECONDS, PASS_SECONDS = 6e-4, 3e-4
+# Seconds that a step, a node and a draft pass take beyond the passes as they are measured here, most of them host work
+# (from the times by phase of generations on a slow core; they matter for small models).
+STEP_SECONDS, NODE_SECONDS, PASS_SECONDS = 4e-4, 3e-5, 4e-4
 CONTEXT = 128  # prefix length that passes are measured at
 GRID = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # numbers of rows that are measured
 # What is tried.
@@ -81,7 +81,7 @@ class PassTimes:
         key = (draft, batch, nodes, sampled)
         if key not in self.seconds:
             before = _passes(self.target, False, batch, 1, False)
-            self.seconds[key] = _median_time(_passes(self.draft if draft else self.target, *key), before)
+            self.seconds[key] = _least_time(_passes(self.draft if draft else self.target, *key), before)
         return self.seconds[key]
 
 
@@ -111,8 +111,11 @@ def _passes(model: GPT2, draft: bool, batch: int, nodes: int, sampled: bool) -> 
     return run
 
 
-def _median_time(run: Callable[[], None], before: Callable[[], None]) -> float:
-    """Median of up to seven runs after a warm-up, each after `before`, or of as many as fit into BUDGET seconds."""
+def _least_time(run: Callable[[], None], before: Callable[[], None]) -> float:
+    """The least of up to seven runs after a warm-up, each after `before`, or of as many as fit into BUDGET seconds.
+
+    What else runs on the machine only adds.
+    """
     run()
     times: list[float] = []
     begin = time.perf_counter()
@@ -121,7 +124,7 @@ def _median_time(run: Callable[[], None], before: Callable[[], None]) -> float:
         start = time.perf_counter()
         run()
         times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return min(times)
 
 
 @dataclass(frozen=True)
@@ -201,7 +204,7 @@ class Model:
 
     def verify_seconds(self, nodes: int) -> float:
         """Of a step without its draft passes."""
-        return self.times.target_pass(self.batch, nodes, self.sampled) + STEP_SECONDS
+        return self.times.target_pass(self.batch, nodes, self.sampled) + STEP_SECONDS + NODE_SECONDS * nodes
 
     def draft_seconds(self, rows: int) -> float:
         """Of one draft pass."""
