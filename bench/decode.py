@@ -39,6 +39,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--repeats", type=int, default=1, help="runs of every side on every prompt")
     parser.add_argument("--transformers", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument(
+        "--random-draft", action="store_true", help="random weights in the draft: what a hopeless draft costs"
+    )
     parser.add_argument("--out", type=Path, help="write results as JSON")
     options = parser.parse_args(arguments)
     check_options(parser, options)
@@ -70,7 +73,11 @@ def bench(options: argparse.Namespace, console: Console) -> dict:
         rows = summarise(runs, list(sides), frozenset({PLAIN} if name == "sample" else ()))
         same = same and all(row.identical is not False for row in rows)
         console.print(table(rows, f"{name}, {options.max_new_tokens} new tokens, batch 1, {options.dtype}"))
+        least = _least(runs)
+        worst = ", ".join(f"{side} {ratio:.2f}x" for side, ratio in least.items())
+        console.print(f"least speed-up of a run: {worst}\n", highlight=False)
         results[name] = {
+            "least_speedup": least,
             "settings": settings,
             "sides": [row.as_dict() for row in rows],
             "runs": [
@@ -84,6 +91,15 @@ def bench(options: argparse.Namespace, console: Console) -> dict:
         "results": results,
         "device": models.decoder.device,
     }
+
+
+def _least(runs: list) -> dict[str, float]:
+    """Of each side the least ratio of the baseline's time to its own, over pairs of runs next to each other."""
+    times: dict[str, list[float]] = {}
+    for timed in runs:
+        times.setdefault(timed.side, []).append(timed.seconds)
+    base = times.pop(BASELINE)
+    return {side: min(b / s for b, s in zip(base, seconds, strict=True)) for side, seconds in times.items()}
 
 
 @clear_errors

@@ -175,6 +175,10 @@ def load(options: argparse.Namespace) -> Models:
     if sources[1] is not None:
         check_same_tokens(tokenizer, load_tokenizer(sources[1]))
         draft = _read(sources[1], "draft", options.dtype)
+        if getattr(options, "random_draft", False):
+            torch.manual_seed(0)
+            draft = GPT2LMHeadModel(draft.config).to(draft.dtype).eval()
+            draft.generation_config.eos_token_id = None
     decoder = stagedspec.Decoder.from_pretrained(
         target, draft, sources[2], tokenizer, device=options.device, dtype=options.dtype, backend=options.backend
     )
