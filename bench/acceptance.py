@@ -61,12 +61,15 @@ def distributions(models: Models, text: torch.Tensor, start: int, sampling: dict
     return found[0].gather(-1, columns), found[1].gather(-1, columns)
 
 
-def acceptance(p: torch.Tensor, q: torch.Tensor, draws: int, generator: torch.Generator) -> dict[str, list[float]]:
-    """For every rule the acceptance with CHILDREN children, the mean over the rows of p and q and `draws` draws."""
+def acceptance(p: torch.Tensor, q: torch.Tensor, draws: int, seed: int) -> dict[str, list[float]]:
+    """For every rule the acceptance with CHILDREN children, the mean over the rows of p and q and `draws` draws.
+
+    All rules draw with the same seed: where two are the same rule, they give the same numbers.
+    """
     p, q = p.repeat(draws, 1), q.repeat(draws, 1)
     picked = [m - 1 for m in CHILDREN]
     return {
-        name: rule(p, q, CHILDREN[-1], generator).accepted.double().mean(0)[picked].tolist()
+        name: rule(p, q, CHILDREN[-1], torch.Generator().manual_seed(seed)).accepted.double().mean(0)[picked].tolist()
         for name, rule in RULES.items()
     }
 
@@ -74,13 +77,12 @@ def acceptance(p: torch.Tensor, q: torch.Tensor, draws: int, generator: torch.Ge
 def measure(models: Models, prompts: list, temperature: float, options: argparse.Namespace) -> dict:
     """One temperature: for every rule the acceptance [prompts][CHILDREN], and the mean distance of the models."""
     sampling = {"temperature": temperature, "top_k": options.top_k}
-    generator = torch.Generator().manual_seed(options.seed)
     texts = write(models, prompts, options.max_new_tokens, sampling, options.seed)
     found: dict[str, list] = {name: [] for name in RULES}
     distance, entropy = 0.0, 0.0
-    for prompt, text in zip(prompts, texts, strict=True):
+    for index, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
         p, q = distributions(models, text, prompt.shape[1], sampling)
-        for name, values in acceptance(p, q, options.draws, generator).items():
+        for name, values in acceptance(p, q, options.draws, options.seed + index).items():
             found[name].append(values)
         distance += float((p - q).clamp(min=0).sum(-1).mean()) / len(prompts)
         entropy += float(-torch.xlogy(p, p).sum(-1).mean()) / len(prompts)
@@ -117,11 +119,11 @@ def table(entries: list[dict]) -> str:
     for entry in entries:
         for column, m in enumerate(CHILDREN):
             means = {name: entry["rules"][name][column] for name in RULES}
-            best = max(point["mean"] for point in means.values())
+            best = max(round(point["mean"], 3) for point in means.values())
             gap = entry["difference"][column]
             verdict = "ours better" if gap["low"] > 0 else "ours worse" if gap["high"] < 0 else "no difference seen"
             cells = [
-                f"{'*' * (p['mean'] == best)}{100 * p['mean']:.1f} ±{50 * (p['high'] - p['low']):.1f}"
+                f"{'*' * (round(p['mean'], 3) == best)}{100 * p['mean']:.1f} ±{50 * (p['high'] - p['low']):.1f}"
                 for p in means.values()
             ]
             shown = f"{100 * gap['mean']:+.1f} [{100 * gap['low']:+.1f}, {100 * gap['high']:+.1f}]"

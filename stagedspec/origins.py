@@ -139,10 +139,10 @@ def svg(completions: Sequence[Shown], columns: int = 96) -> str:
     """
     body: list[str] = []
     y = _MARGIN + _LINE
-    x = _MARGIN
+    legend_end = _MARGIN
     for text, name in [("first proposed by: ", "page"), *((f"{NAMES[n]} ({CUES[n]})", n) for n in NAMES)]:
-        body += _cell(x, y, text, name)
-        x += _CELL * (len(text) + 2 * (name != "page"))
+        body += _cell(legend_end, y, text, name)
+        legend_end += _CELL * (len(text) + 2 * (name != "page"))
     for shown in completions:
         y += 2 * _LINE
         body += _cell(_MARGIN, y, f"{shown.title}: {_shares(shown)}"[:columns], "page", ' style="font-weight:700"')
@@ -158,7 +158,7 @@ def svg(completions: Sequence[Shown], columns: int = 96) -> str:
                     continue
                 body += _cell(_MARGIN + _CELL * start, y, content, name)
                 column = start + _columns(content)
-    width, height = 2 * _MARGIN + _CELL * (columns + 1), y + _LINE
+    width, height = max(2 * _MARGIN + _CELL * (columns + 1), legend_end), y + _LINE
 
     def rules(palette: dict[str, tuple[str, str]]) -> str:
         return "".join(f".{name}{{fill:{ink}}}.{name}-b{{fill:{tint}}}" for name, (ink, tint) in palette.items())

@@ -126,6 +126,20 @@ def test_generate_takes_tree_settings_and_prints_statistics(models):
     assert "tokens per step" in result.stderr
 
 
+def test_generate_saves_html_and_svg(models, tmp_path):
+    """The same tokens as printed, with their origins, from text and JSON output alike."""
+    out = run_json("generate", "import <os>\n", "-n", "20", "--save-html", str(tmp_path / "a.html"), *models)
+    assert run("generate", "import <os>\n", "-n", "20", "--save-html", str(tmp_path / "b.html"), *models).exit_code == 0
+    page = (tmp_path / "a.html").read_text(encoding="utf-8")
+    assert page == (tmp_path / "b.html").read_text(encoding="utf-8")
+    assert "import &lt;os&gt;" in page and "staged, greedy" in page
+    for origin in set(out["origins"]):
+        assert f'<span class="{origin}' in page.partition("<pre>")[2]
+    assert run("generate", "x", "-n", "4", "--sample", "--save-html", str(tmp_path / "c.svg"), *models).exit_code == 0
+    assert (tmp_path / "c.svg").read_text(encoding="utf-8").startswith("<svg")
+    assert_error(run("generate", "x", "--save-html", str(tmp_path / "none" / "x.html"), *models), "does not exist")
+
+
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
