@@ -585,9 +585,10 @@ def _print_tuning(console: Console, tuning) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    grid = Table(title="predicted / measured", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    title = "predicted / measured"
+    grid = Table(title=title, title_justify="left", box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     grid.add_column("mode", no_wrap=True)
-    for name in ("batch", "nodes", "tokens/s", "speed-up", "tokens\n/step"):
+    for name in ("rows", "nodes", "tokens/s", "speed-up", "tokens/step"):
         grid.add_column(name, justify="right", no_wrap=True)
     for row in tuning.measured:
         ladder = tuning.trees.get((row["mode"], row["batch"], row["sampled"]))
@@ -596,9 +597,9 @@ def _print_tuning(console: Console, tuning) -> None:
             row["mode"] + (", sampled" if row["sampled"] else ""),
             str(row["batch"]),
             "1" if ladder is None else str(ladder[-1].nodes),
-            f"{row['predicted_tokens_per_second']:.0f} / {row['measured_tokens_per_second']:.0f}",
-            f"{row['predicted_speedup']:.2f}x / {speedup}",
-            f"{row['predicted_tokens_per_step']:.2f} / {row['measured_tokens_per_step']:.2f}",
+            f"{row['predicted_tokens_per_second']:.0f}/{row['measured_tokens_per_second']:.0f}",
+            f"{row['predicted_speedup']:.2f}x/{speedup}",
+            f"{row['predicted_tokens_per_step']:.2f}/{row['measured_tokens_per_step']:.2f}",
         )
     console.print(grid)
 
