@@ -223,7 +223,8 @@ class Decoder:
         eos_token_id (None: the model's own; an empty list never stops), pad_token_id, max_length, generation_config,
         logits_processor, stopping_criteria, streamer, return_dict_in_generate (then a `hf.StagedOutput`, with
         `stats`), output_scores, repetition_penalty and the rest; assistant_model is a draft for this call, and
-        prompt_lookup_num_tokens proposes by the context n-gram where there is no draft. `stagedspec.hf` lists what is
+        prompt_lookup_num_tokens proposes by the context n-gram where there is no draft (a draft takes
+        precedence). `stagedspec.hf` lists what is
         honoured and what is refused. An option left out is the generation_config's, else the model's own, else 128 new
         tokens, greedy, nothing warped (with a generation_config: transformers' defaults, such as top_k=50).
 
@@ -403,11 +404,11 @@ class Decoder:
                 f"{max_new_tokens}; shorten the prompt or ask for at most {self.target.positions - longest} new tokens"
             )
         seeds, streams = counters(seed, len(prompts))
+        if lookup is not None and (type(lookup) is not int or not 1 <= lookup <= 255):
+            raise ValueError(f"prompt_lookup_num_tokens must be a whole number from 1 to 255, got {lookup!r}")
         repeats = lookup is not None and self.draft is None and mode != "autoregressive"
         ladder: tuple[Rung, ...] = ()
         if repeats:
-            if type(lookup) is not int or not 1 <= lookup <= 255:
-                raise ValueError(f"prompt_lookup_num_tokens must be a whole number from 1 to 255, got {lookup!r}")
             settings = TreeConfig(lookup + 1, lookup, lookup, width=1, children=1, prefetch=0)
         else:
             settings = self.tree_for(mode, len(prompts), tree, sampling.do_sample)

@@ -368,7 +368,14 @@ class custom_generate:
         if streamer is None and self.streamer is not None:
             streamer = self.streamer
             streamer.put(input_ids.cpu())
-        draft = dropped.get("assistant_model") if self.draft is None else self.draft
+        refuse_arguments(dropped)
+        draft, assistant = self.draft, dropped.get("assistant_model")
+        if draft is None:
+            draft = assistant
+        elif assistant is not None and assistant is not draft:
+            raise ValueError(
+                "custom_generate has draft= and generate has another assistant_model=: give one of the two"
+            )
         decoder = decoder_for(model, draft, self.ngram, self.backend)
         seed = self.seed if seed is None else seed
         call = _call(
@@ -383,8 +390,18 @@ class custom_generate:
         return output
 
 
+_DROPPED = (
+    "streamer",
+    "assistant_model",
+    "assistant_tokenizer",
+    "negative_prompt_ids",
+    "negative_prompt_attention_mask",
+    "synced_gpus",
+)
+
+
 def _dropped_arguments() -> dict[str, Any]:
-    """What transformers' `generate` was given and does not hand on: the streamer and the assistant model.
+    """What transformers' `generate` was given and does not hand on: the streamer, the assistant model, what is refused.
 
     Without a look at its frame a streamer given to `generate` would see the prompt and then nothing, and whoever reads
     from it would wait forever.
@@ -392,7 +409,7 @@ def _dropped_arguments() -> dict[str, Any]:
     frame = sys._getframe(2)
     if frame.f_code is not inspect.unwrap(GenerationMixin.generate).__code__:
         return {}
-    return {name: frame.f_locals.get(name) for name in ("streamer", "assistant_model")}
+    return {name: frame.f_locals.get(name) for name in _DROPPED}
 
 
 def decoder_for(

@@ -730,3 +730,25 @@ def test_embedded_models_through_transformers():
         assert torch.equal(found, expected), options
         assert ours.calls == theirs.calls
     assert generator.last_stats.tokens_per_step > 1
+
+
+@pytest.mark.parametrize("name", ["synced_gpus", "negative_prompt_ids", "negative_prompt_attention_mask"])
+def test_what_transformers_drops_is_refused(target, draft, name):
+    ids = torch.tensor([[1, 2, 3]])
+    value = True if name == "synced_gpus" else ids
+    with pytest.raises(ValueError, match=f"{name} is not supported"):
+        target.generate(ids, max_new_tokens=4, custom_generate=custom_generate(draft, tree=TREE), **{name: value})
+
+
+def test_two_different_drafts_are_refused(target, draft):
+    ids, generator = torch.tensor([[1, 2, 3]]), custom_generate(draft, tree=TREE)
+    with pytest.raises(ValueError, match="draft= and generate has another assistant_model="):
+        target.generate(ids, max_new_tokens=4, assistant_model=make_gpt2(7), custom_generate=generator)
+    found = target.generate(ids, max_new_tokens=4, assistant_model=draft, custom_generate=generator)
+    assert torch.equal(found, target.generate(ids, max_new_tokens=4, do_sample=False))
+
+
+@pytest.mark.parametrize("count", [0, 256, 2.0, "x"])
+def test_prompt_lookup_is_checked_with_a_draft_too(decoder, count):
+    with pytest.raises(ValueError, match="prompt_lookup_num_tokens must be a whole number from 1 to 255"):
+        decoder.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, prompt_lookup_num_tokens=count)
