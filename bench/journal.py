@@ -14,13 +14,17 @@ import torch
 import stagedspec
 from stagedspec.compare import Run, Timed
 
+HERE = Path(__file__).parent
+
 
 def code_fingerprint() -> str:
-    """A hash of the package's sources: after a change to them, older measurements are not taken over."""
+    """A hash of the package's and the benchmarks' sources: after a change older measurements are not taken over."""
     package = Path(stagedspec.__file__).parent
     kernels = Path(stagedspec.kernels.__file__).parent
     found = hashlib.sha256()
-    for path in sorted({*package.rglob("*.py"), *kernels.rglob("*.py")}, key=lambda path: path.as_posix()):
+    for path in sorted(
+        {*package.rglob("*.py"), *kernels.rglob("*.py"), *HERE.glob("*.py")}, key=lambda path: path.as_posix()
+    ):
         found.update(path.read_bytes())
     return found.hexdigest()[:16]
 

@@ -99,7 +99,8 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def encode(prompts: list[str], tokenizer, room: int, limit: int) -> tuple[list[torch.Tensor], int]:
-    """The first `limit` prompts of at most `room` tokens as LongTensors [1, L], and how many were skipped as too long.
+    """The first `limit` prompts of at most `room` tokens as LongTensors [1, L], and how many were skipped: longer, or
+    without tokens.
 
     Raises ValueError if none is left.
     """

@@ -85,6 +85,7 @@ def read(
     if unknown := options.keys() - _options():
         raise ValueError(f"unknown option {min(unknown)!r}")
     refuse_arguments(options)
+    _check_callables(options)
     given: GenerationConfig | None = options.get("generation_config")
     if given is not None and not isinstance(given, GenerationConfig):
         raise ValueError(f"generation_config must be a GenerationConfig or None, got {type(given).__name__}")
@@ -137,8 +138,33 @@ def read(
 
     if attention_mask is not None:
         options["attention_mask"] = attention_mask
-    _skeleton(decoder).generate(input_ids, custom_generate=capture, **options)
+    try:
+        _skeleton(decoder).generate(input_ids, custom_generate=capture, **options)
+    except TypeError as error:
+        if streamer is not None:  # the only code of the caller's that has run
+            raise
+        raise ValueError(f"transformers cannot read these arguments: {error}") from error
     return calls[0]
+
+
+def _check_callables(options: dict[str, Any]) -> None:
+    """Raises ValueError where transformers would fail deep inside."""
+    for name in ("logits_processor", "stopping_criteria"):
+        value = options.get(name)
+        if value is not None and (not isinstance(value, (list, tuple)) or not all(map(callable, value))):
+            raise ValueError(f"{name} must be a list of callables, got {value!r}; put a single one into a list")
+    streamer = options.get("streamer")
+    if streamer is not None and not all(callable(getattr(streamer, name, None)) for name in ("put", "end")):
+        raise ValueError(f"streamer must have the methods put and end, as TextStreamer has, got {streamer!r}")
+    limit = options.get("max_time")
+    if limit is not None and (not isinstance(limit, (int, float)) or isinstance(limit, bool) or not limit > 0):
+        raise ValueError(f"max_time must be a positive number of seconds, got {limit!r}")
+    strings = options.get("stop_strings")
+    several = [strings] if isinstance(strings, str) else strings
+    if several is not None and (
+        not isinstance(several, (list, tuple)) or not all(isinstance(text, str) and text for text in several)
+    ):
+        raise ValueError(f"stop_strings must be text or a list of texts, none of them empty, got {strings!r}")
 
 
 def _first(*values: Any) -> Any:

@@ -752,3 +752,22 @@ def test_two_different_drafts_are_refused(target, draft):
 def test_prompt_lookup_is_checked_with_a_draft_too(decoder, count):
     with pytest.raises(ValueError, match="prompt_lookup_num_tokens must be a whole number from 1 to 255"):
         decoder.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, prompt_lookup_num_tokens=count)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"streamer": 5}, "streamer must have the methods put and end, .* got 5"),
+        ({"logits_processor": 5}, "logits_processor must be a list of callables, got 5"),
+        ({"logits_processor": lambda ids, scores: scores}, "put a single one into a list"),
+        ({"stopping_criteria": [5]}, r"stopping_criteria must be a list of callables, got \[5\]"),
+        ({"max_time": "x"}, "max_time must be a positive number of seconds, got 'x'"),
+        ({"no_repeat_ngram_size": "x"}, "transformers cannot read these arguments"),
+        ({"stop_strings": 5}, "stop_strings must be text or a list of texts, none of them empty, got 5"),
+        ({"stop_strings": ["a", ""]}, "none of them empty"),
+    ],
+)
+def test_arguments_of_the_wrong_kind(options, message):
+    decoder = Decoder.from_pretrained(make_gpt2(), device="cpu")
+    with pytest.raises(ValueError, match=message):
+        decoder.generate(torch.tensor([[1, 2]]), max_new_tokens=2, mode="autoregressive", **options)
