@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 
 from stagedspec.kernels.philox import gumbel_at, gumbel_tile
-from stagedspec.kernels.registry import CompileCase, check_runs, check_tensor, pdl, register
+from stagedspec.kernels.registry import CompileCase, check_runs, check_tensor, launch_options, register
 
 GROUP = 64  # tokens that share one maximum
 SLICE = 2048  # tokens of one program of `scan`
@@ -394,11 +394,6 @@ def noise_kind(greedy: bool, noise: torch.Tensor | None) -> int:
     return NOISES["none" if greedy else "made" if noise is None else "given"]
 
 
-def launch_options(device: torch.device) -> tuple[bool, dict]:
-    """PDL, and the launch's keywords for it (the interpreter knows none)."""
-    return (True, {"launch_pdl": True}) if pdl(device) else (False, {})
-
-
 def launch_select(
     logits, maxima, masses, parts, noise, seeds, streams, positions, scale, top_k, top_p, min_p, kind, out, logprobs,
     whole
@@ -408,17 +403,14 @@ def launch_select(
     groups = groups_of(vocab_size)
     members = parts.take(rows * groups, torch.int32)
     values, ids = parts.take(rows * vocab_size), parts.take(rows * vocab_size, torch.int32)
-    use_pdl, options = launch_options(logits.device)
     select_kernel[(rows,)](
         logits, maxima, masses, logits if noise is None else noise, seeds, streams, positions, members, values, ids,
-        out,
-        out if logprobs is None else logprobs, positions.shape[1], scale[1], top_p, min_p,
-        V=vocab_size, G=groups, GROUPS=triton.next_power_of_2(groups), SCALING=scale[0], NOISE=kind,
+        out, out if logprobs is None else logprobs, positions.shape[1], scale[1], top_p, min_p, V=vocab_size,
+        G=groups, GROUPS=triton.next_power_of_2(groups), SCALING=scale[0], NOISE=kind,
         TOP_K=top_k if 0 < top_k < vocab_size else 0, TOP_P=top_p < 1.0, MIN_P=min_p > 0.0,
-        CHILDREN=0 if logprobs is None else out.shape[1], WHOLE=whole, BLOCK=min(BLOCK,
-        triton.next_power_of_2(vocab_size)),
-        SPAN=min(SPAN, triton.next_power_of_2(groups)), PDL=use_pdl,
-        num_warps=8, **options,
+        CHILDREN=0 if logprobs is None else out.shape[1], WHOLE=whole,
+        BLOCK=min(BLOCK, triton.next_power_of_2(vocab_size)), SPAN=min(SPAN, triton.next_power_of_2(groups)),
+        num_warps=8, **launch_options(logits.device),
     )  # fmt: skip
 
 
@@ -427,14 +419,11 @@ def _scan(logits, noise, seeds, streams, positions, scores, maxima, masses, best
     rows, vocab_size = logits.shape
     size = min(SLICE, max(GROUP, triton.next_power_of_2(vocab_size)))
     slices = -(-vocab_size // size)
-    use_pdl, options = launch_options(logits.device)
     scan_kernel[(rows, slices)](
         logits, logits if noise is None else noise, seeds, streams, positions, scores, maxima, masses, best, ids,
-        counters,
-        out, positions.shape[1], scale[1], V=vocab_size, G=groups_of(vocab_size), T=size, SLICES=slices,
-        SLICES_UP=triton.next_power_of_2(slices),
-        SCALING=scale[0], NOISE=kind, CHOOSE=choose, MASSES=need_masses, SCORES=scores is not logits, PDL=use_pdl,
-        num_warps=4, **options,
+        counters, out, positions.shape[1], scale[1], V=vocab_size, G=groups_of(vocab_size), T=size, SLICES=slices,
+        SLICES_UP=triton.next_power_of_2(slices), SCALING=scale[0], NOISE=kind, CHOOSE=choose, MASSES=need_masses,
+        SCORES=scores is not logits, num_warps=4, **launch_options(logits.device),
     )  # fmt: skip
 
 
@@ -454,8 +443,7 @@ def _launch_choose(
     _scan(logits, None, seeds, streams, positions, logits, maxima, masses, maxima, masses, counters, out, scale, 0,
           False, need)  # fmt: skip
     launch_select(logits, maxima, masses, parts, noise, seeds, streams, positions, scale, top_k, top_p, min_p, kind,
-    out,
-                  None, False)  # fmt: skip
+                  out, None, False)  # fmt: skip
 
 
 def _launch_children(

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from stagedspec.kernels.registry import CompileCase, check_runs, check_tensor, interpreted, pdl, register
+from stagedspec.kernels.registry import CompileCase, check_runs, check_tensor, launch_options, register
 
 ELEMENTS = 4096  # of a program's tile
 
@@ -56,7 +56,6 @@ def _launch(cache: torch.Tensor, source: torch.Tensor, target: torch.Tensor, off
     layers, batch, rows = cache.shape[:3]
     columns, count = cache.shape[3:].numel(), source.shape[1]
     tiles = _tiles(count)
-    dependent = pdl(cache.device)
     _compact[(triton.cdiv(columns, tiles["WIDTH"]), batch, layers)](
         cache,
         source,
@@ -66,10 +65,9 @@ def _launch(cache: torch.Tensor, source: torch.Tensor, target: torch.Tensor, off
         count,
         offset,
         COLUMNS=columns,
-        PDL=dependent,
         num_warps=4,
         **tiles,
-        **({} if interpreted() else {"launch_pdl": dependent}),
+        **launch_options(cache.device),
     )
 
 

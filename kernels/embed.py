@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from stagedspec.kernels.registry import CompileCase, check_runs, check_tensor, interpreted, pdl, register
+from stagedspec.kernels.registry import CompileCase, check_runs, check_tensor, launch_options, register
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -47,7 +47,6 @@ def _launch(
     out: torch.Tensor,
 ) -> None:
     check_runs(out, "embed")
-    dependent = pdl(out.device)
     _embed[(out.shape[0],)](
         tokens,
         positions,
@@ -58,9 +57,8 @@ def _launch(
         P=position_table.shape[0],
         D=out.shape[1],
         WIDE=triton.next_power_of_2(out.shape[1]),
-        PDL=dependent,
         num_warps=4,
-        **({} if interpreted() else {"launch_pdl": dependent}),
+        **launch_options(out.device),
     )
 
 

@@ -42,7 +42,7 @@ import triton.language as tl
 
 from stagedspec.kernels.ngram_lookup import BLOCK, check_table, ranks, successors
 from stagedspec.kernels.philox import gumbel_at
-from stagedspec.kernels.registry import CompileCase, check_runs, check_tensor, pdl, register
+from stagedspec.kernels.registry import CompileCase, check_runs, check_tensor, launch_options, register
 
 NEVER = tl.constexpr(float("-inf"))
 NOTHING = tl.constexpr(-(2**63))  # below every key
@@ -571,7 +571,6 @@ def _launch_pass(
     children = candidates.shape[2] // size
     successors_ = 0 if table_tokens is None else table_tokens.shape[1]
     blocks = _blocks(width, prefetch_width, children, size)
-    options = {"launch_pdl": True} if pdl(tokens.device) else {}
     grow_pass_kernel[(count,)](
         tokens, lengths, seeds, streams, keys, rows, table_tokens, table_logprobs, names, values,
         slots, slot_masks, slot_scores, candidates, candidate_scores, batch, batch_masks, prefix,
@@ -580,7 +579,7 @@ def _launch_pass(
         WIDTH=width, PREFETCH=prefetch, PREFETCH_WIDTH=prefetch_width, SLOTS=size, CHILDREN=children, MAX_DEPTH=depth,
         WORDS=words(size), WORDS_BLOCK=triton.next_power_of_2(words(size)),
         **blocks, NGRAM_RANKS=ranks(successors_), BLOCK=BLOCK,
-        PDL=bool(options), num_warps=_warps(blocks["CANDIDATES"]), **options,
+        num_warps=_warps(blocks["CANDIDATES"]), **launch_options(tokens.device),
     )  # fmt: skip
 
 
@@ -603,14 +602,13 @@ def _launch_harvest(
     nodes_block = triton.next_power_of_2(max(nodes - 1, 2))
     blocks = _blocks(width, prefetch_width, children, size)
     blocks["CANDIDATES"] = max(blocks["CANDIDATES"], nodes_block)
-    options = {"launch_pdl": True} if pdl(tokens.device) else {}
     harvest_tree_kernel[(count,)](
         tokens, lengths, names, values, slots, slot_scores, candidates, candidate_scores,
         tree, batch, batch_masks, prefix, tokens.shape[1], start, floor,
         RECORD=record, GIVEN=0 if names is None else names.shape[2], PREFETCH=prefetch, PREFETCH_WIDTH=prefetch_width,
         SLOTS=size, CHILDREN=children, MAX_DEPTH=depth, NODES=nodes,
         WORDS=words(nodes), WORDS_BLOCK=triton.next_power_of_2(words(nodes)),
-        **blocks, NODES_BLOCK=nodes_block, PDL=bool(options), num_warps=_warps(blocks["CANDIDATES"]), **options,
+        **blocks, NODES_BLOCK=nodes_block, num_warps=_warps(blocks["CANDIDATES"]), **launch_options(tokens.device),
     )  # fmt: skip
 
 

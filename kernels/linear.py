@@ -29,8 +29,7 @@ from stagedspec.kernels.registry import (
     Scratch,
     check_runs,
     check_tensor,
-    interpreted,
-    pdl,
+    launch_options,
     register,
 )
 
@@ -186,7 +185,6 @@ def _linear(
             b_x = b_normal.to(p_x.dtype.element_ty)
         b_acc = tl.dot(b_w, b_x, b_acc, input_precision="ieee")
     b_sum = tl.trans(b_acc)  # [TOKENS, ROWS]
-    last = True
     if SPLITS > 1:
         i_part = i_block * TILES + i_tile
         inner = tl.arange(0, TOKENS)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
@@ -195,8 +193,7 @@ def _linear(
         tl.debug_barrier()
         arrived = tl.atomic_add(p_counters + i_part, 1, sem="acq_rel")
         tl.debug_barrier()
-        last = arrived == SPLITS - 1
-        if last:
+        if arrived == SPLITS - 1:
             b_sum = tl.load(p_part)
             for i in range(1, SPLITS):
                 b_sum += tl.load(p_part + i * (TOKENS * ROWS))
@@ -306,7 +303,6 @@ def _launch(
     outputs = weight.shape[0]
     splits, length = _splits(outputs, inputs)
     tokens = _tokens(count)
-    dependent = pdl(x.device)
     settings = _settings(x.element_size(), tokens)
     _linear[(triton.cdiv(outputs, ROWS), splits, triton.cdiv(count, tokens))](
         x,
@@ -335,9 +331,8 @@ def _launch(
         ROWS=ROWS,
         TOKENS=tokens,
         LINE=128 // x.element_size(),
-        PDL=dependent,
         **settings,
-        **({} if interpreted() else {"launch_pdl": dependent}),
+        **launch_options(x.device),
     )
 
 
@@ -356,16 +351,14 @@ _op = register(
 
 def _launch_stats(x: torch.Tensor, stats: torch.Tensor) -> None:
     check_runs(x, "row_stats")
-    dependent = pdl(x.device)
     _row_stats[(x.shape[0],)](
         x,
         stats,
         K=x.shape[1],
         TILES=stat_tiles(x.shape[1]),
         ROWS=ROWS,
-        PDL=dependent,
         num_warps=4,
-        **({} if interpreted() else {"launch_pdl": dependent}),
+        **launch_options(x.device),
     )
 
 

@@ -31,7 +31,6 @@ from stagedspec.kernels.choose import (
     check_sampling,
     compile_case,
     groups_of,
-    launch_options,
     launch_select,
     noise_kind,
     rounded,
@@ -41,7 +40,7 @@ from stagedspec.kernels.choose import (
     warped,
 )
 from stagedspec.kernels.configs import config
-from stagedspec.kernels.registry import CompileCase, check_runs, check_tensor, register
+from stagedspec.kernels.registry import CompileCase, check_runs, check_tensor, launch_options, register
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -172,10 +171,10 @@ def _head(x, norm_weight, norm_bias, epsilon, head, noise, seeds, streams, posit
           counters, out, normed, scale, kind, choose, store, need_masses):  # fmt: skip
     (rows, width), vocab_size = x.shape, head.shape[0]
     settings = _settings(vocab_size, width, x.device)
-    use_pdl, options = launch_options(x.device)
+    options = launch_options(x.device)
     norm_kernel[(rows,)](
-        x, norm_weight, norm_bias, normed, epsilon, K=width, BLOCK=triton.next_power_of_2(width), PDL=use_pdl,
-        num_warps=4, **options,
+        x, norm_weight, norm_bias, normed, epsilon, K=width, BLOCK=triton.next_power_of_2(width), num_warps=4,
+        **options,
     )  # fmt: skip
     tile, block = settings["tile"], min(ROWS, max(16, triton.next_power_of_2(rows)))
     programs = min(-(-vocab_size // tile), settings["programs"], PROGRAMS)
@@ -183,15 +182,14 @@ def _head(x, norm_weight, norm_bias, epsilon, head, noise, seeds, streams, posit
         normed, head, x if noise is None else noise, seeds, streams, positions, logits, maxima, masses, best, ids,
         counters, out, rows, positions.shape[1], scale[1], V=vocab_size, K=width, G=groups_of(vocab_size), T=tile,
         R=block, BLOCK_K=block_k(width, head.dtype), SCALING=scale[0], NOISE=kind, CHOOSE=choose, STORE=store,
-        MASSES=need_masses, PDL=use_pdl, num_warps=settings["warps"] * (2 if block > 32 else 1),
+        MASSES=need_masses, num_warps=settings["warps"] * (2 if block > 32 else 1),
         num_stages=settings["stages"], **options,
     )  # fmt: skip
 
 
 def _launch_choose(
     x, norm_weight, norm_bias, epsilon, head, seeds, streams, positions, temperature, top_k, top_p, min_p, greedy,
-    noise,
-    logits, out, partials, counters,
+    noise, logits, out, partials, counters,
 ):  # fmt: skip
     rows, vocab_size = x.shape[0], head.shape[0]
     scale, kind = scaling(greedy, temperature), noise_kind(greedy, noise)
@@ -209,11 +207,9 @@ def _launch_choose(
         logits = parts.take(rows * vocab_size).view(rows, vocab_size)
     need = top_p < 1.0 and not 0 < top_k < vocab_size
     _head(*norm, None, seeds, streams, positions, logits, maxima, masses, maxima, masses, counters, out, normed,
-    scale, 0,
-          False, 1, need)  # fmt: skip
+          scale, 0, False, 1, need)  # fmt: skip
     launch_select(logits, maxima, masses, parts, noise, seeds, streams, positions, scale, top_k, top_p, min_p, kind,
-    out,
-                  None, False)  # fmt: skip
+                  out, None, False)  # fmt: skip
 
 
 def _launch_topm(
@@ -264,8 +260,7 @@ def _check(op, x, norm_weight, norm_bias, head):
 
 def lm_head_choose(
     x, norm_weight, norm_bias, epsilon, head, seeds, streams, positions, *, temperature=1.0, top_k=0, top_p=1.0,
-    min_p=0.0,
-    greedy=False, noise=None, logits=None, out, scratch,
+    min_p=0.0, greedy=False, noise=None, logits=None, out, scratch,
 ):  # fmt: skip
     """One token a node: x [M, d] (hidden states before the final norm), head [V, d] of x's dtype -> out [M] int32.
 
@@ -283,14 +278,12 @@ def lm_head_choose(
         check_tensor(op, "logits", logits, (rows, vocab_size), torch.float32, x.device)
     check_runs(x, op)
     _choose(x, norm_weight, norm_bias, epsilon, head, seeds, streams, positions, temperature, top_k, top_p, min_p,
-    greedy,
-            noise, logits, out, scratch.partials, scratch.counters)  # fmt: skip
+            greedy, noise, logits, out, scratch.partials, scratch.counters)  # fmt: skip
 
 
 def lm_head_topm(
     x, norm_weight, norm_bias, epsilon, head, seeds, streams, positions, *, temperature=1.0, top_k=0, top_p=1.0,
-    min_p=0.0,
-    greedy=False, sharpness=1.0, noise=None, out_tokens, out_logprobs, scratch,
+    min_p=0.0, greedy=False, sharpness=1.0, noise=None, out_tokens, out_logprobs, scratch,
 ):  # fmt: skip
     """The draft's m children a node: out_tokens [M, m] int32, out_logprobs [M, m] fp32 (see `choose.choose_children`).
 

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from stagedspec.kernels import control
-from stagedspec.kernels.registry import CompileCase, check_runs, check_tensor, pdl, register
+from stagedspec.kernels.registry import CompileCase, check_runs, check_tensor, launch_options, register
 
 CONTEXT_LOGPROB = tl.constexpr(control.CONTEXT_LOGPROB)
 NEVER = tl.constexpr(float("-inf"))
@@ -141,11 +141,10 @@ def ranks(successors: int) -> int:
 def _launch(contexts, sequence, lengths, keys, rows, tokens, logprobs, vocab_size, out_tokens, out_logprobs) -> None:
     batch, count, _ = contexts.shape
     width = 0 if tokens is None else tokens.shape[1]
-    options = {"launch_pdl": True} if pdl(contexts.device) else {}
     ngram_lookup_kernel[(batch, triton.cdiv(count, TILE))](
         contexts, sequence, lengths, keys, rows, tokens, logprobs, out_tokens, out_logprobs,
         count, sequence.shape[1], vocab_size, 0 if keys is None else keys.shape[0],
-        SUCCESSORS=width, RANKS=ranks(width), TILE=TILE, BLOCK=BLOCK, PDL=bool(options), num_warps=4, **options,
+        SUCCESSORS=width, RANKS=ranks(width), TILE=TILE, BLOCK=BLOCK, num_warps=4, **launch_options(contexts.device),
     )  # fmt: skip
 
 

@@ -31,6 +31,7 @@ _FUSED = {
 }
 
 
+name = "torch"
 max_depth = 256  # of a tree
 fixed_shapes = False  # a step takes as many passes, and a tree as many nodes, as it is worth
 

@@ -38,6 +38,11 @@ def pdl(device: torch.device) -> bool:
     return device.type == "cuda" and not interpreted() and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+def launch_options(device: torch.device) -> dict[str, bool]:
+    """What `pdl` means for a launch: the kernel's PDL, and the launcher's own keyword, which the interpreter lacks."""
+    return {"PDL": True, "launch_pdl": True} if pdl(device) else {"PDL": False}
+
+
 # ---------------------------------------------------------------- checks
 
 

@@ -31,7 +31,16 @@ import torch
 import triton
 import triton.language as tl
 
-from stagedspec.kernels.registry import CompileCase, Scratch, check_runs, check_tensor, interpreted, pdl, register
+from stagedspec.kernels.registry import (
+    CompileCase,
+    Scratch,
+    check_runs,
+    check_tensor,
+    interpreted,
+    launch_options,
+    pdl,
+    register,
+)
 
 WINDOW = 32  # near keys; more than the depth of any tree
 MAX_NODES = 256
@@ -517,8 +526,7 @@ def _launch(
     _, rows, _, kv_heads, size = cache.shape
     group = out.shape[1] // size // kv_heads
     tiles = _tiles(size, qkv.element_size(), window)
-    dependent = pdl(qkv.device)
-    far_rows = _far_rows(nodes * group, qkv.element_size(), fixed=not dependent)
+    far_rows = _far_rows(nodes * group, qkv.element_size(), fixed=not pdl(qkv.device))
     splits = _splits(rows, tree_rows, tiles["SPLIT"])
     far_tiles = triton.cdiv(nodes * group, far_rows)
     near_tiles = triton.cdiv(nodes * group, tiles["NEAR_ROWS"])
@@ -554,10 +562,10 @@ def _launch(
         WINDOW=window,
         FAR_ROWS=far_rows,
         CHAIN=write >= tree_rows and nodes > window,
-        PDL=dependent,
         num_warps=4,
         **tiles,
-        **({} if interpreted() else {"launch_pdl": dependent, "enable_fp_fusion": False}),
+        **launch_options(qkv.device),
+        **({} if interpreted() else {"enable_fp_fusion": False}),
     )
 
 

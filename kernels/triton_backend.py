@@ -71,6 +71,7 @@ class TritonOps:
         device.Moves,
     )
     Noise, NoiseAt = Noise, NoiseAt
+    name = "triton"
     max_depth = WINDOW - 2  # the draft's pass begins one token above the root
     fixed_shapes = True
 

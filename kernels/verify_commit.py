@@ -37,7 +37,7 @@ import triton
 import triton.language as tl
 
 from stagedspec.kernels.grow_tree import TOKEN, TREE_DEPTH, TREE_ORIGIN, TREE_PARENT, TREE_SLOT, words
-from stagedspec.kernels.registry import CompileCase, check_runs, check_tensor, pdl, register
+from stagedspec.kernels.registry import CompileCase, check_runs, check_tensor, launch_options, register
 
 NEVER_ENDS = tl.constexpr(2**30)
 
@@ -177,13 +177,12 @@ def _launch(
     deepest = counts.shape[1] - 1
     up = triton.next_power_of_2
     nodes_block = max(32, up(nodes))
-    options = {"launch_pdl": True} if pdl(tokens.device) else {}
     verify_commit_kernel[(batch,)](
         chosen, tree, masks, tokens, origins, lengths, limits, running, active, eos,
         accepted, counts, target_moves, draft_moves, tokens.shape[1], eos.shape[0],
         NODES=nodes, DEEPEST=deepest, WORDS=words(nodes), NODES_BLOCK=nodes_block, WORDS_BLOCK=nodes_block // 32,
-        DEPTHS_BLOCK=up(deepest + 2), ENDS_BLOCK=up(eos.shape[0]), PDL=bool(options),
-        num_warps=_warps(nodes), **options,
+        DEPTHS_BLOCK=up(deepest + 2), ENDS_BLOCK=up(eos.shape[0]),
+        num_warps=_warps(nodes), **launch_options(tokens.device),
     )  # fmt: skip
 
 

@@ -223,10 +223,10 @@ class Decoder:
         eos_token_id (None: the model's own; an empty list never stops), pad_token_id, max_length, generation_config,
         logits_processor, stopping_criteria, streamer, return_dict_in_generate (then a `hf.StagedOutput`, with
         `stats`), output_scores, repetition_penalty and the rest; assistant_model is a draft for this call, and
-        prompt_lookup_num_tokens proposes by the context n-gram where there is no draft (a draft takes
-        precedence). `stagedspec.hf` lists what is
-        honoured and what is refused. An option left out is the generation_config's, else the model's own, else 128 new
-        tokens, greedy, nothing warped (with a generation_config: transformers' defaults, such as top_k=50).
+        prompt_lookup_num_tokens proposes by the context n-gram where there is no draft (a draft takes precedence).
+        `stagedspec.hf` lists what is honoured and what is refused. An option left out is the generation_config's, else
+        the model's own, else 128 new tokens, greedy, nothing warped (with a generation_config: transformers' defaults,
+        such as top_k=50).
 
         For a given seed every mode, draft and tree gives the same tokens (None: drawn from torch's global generator);
         `last_stats` tells what they cost. Logits processors are applied at every accepted position: exact, and slower.
@@ -283,15 +283,17 @@ class Decoder:
 
     def _stream(self, call: Call) -> Iterator[Chunk]:
         run = _Run(self, call.request, call.positions)
-        row, start = run.sequences.rows[0], len(call.request.prompts[0])
-        shown, text = 0, ""
+        start, shown, text = len(call.request.prompts[0]), 0, ""
         try:
             for _ in run.steps():
                 if call.positions is not None:
                     call.positions.settle(run)
+                row = run.sequences.rows[0]  # a snapshot, where the state lives on a device
                 # A character cut in the middle of its bytes decodes to U+FFFD: wait for the rest.
                 ready = self._decode(row.tokens[start:])
-                ready = ready if run.finished else ready.rstrip("\ufffd")
+                ready = ready.rstrip("\ufffd") if row.running else ready
+                if len(row.origins) == shown and ready == text:
+                    continue  # such a host learns a step late that the row has stopped
                 yield Chunk(
                     ready[len(text) :],
                     row.tokens[start + shown :],
@@ -407,6 +409,8 @@ class Decoder:
         if lookup is not None and (type(lookup) is not int or not 1 <= lookup <= 255):
             raise ValueError(f"prompt_lookup_num_tokens must be a whole number from 1 to 255, got {lookup!r}")
         repeats = lookup is not None and self.draft is None and mode != "autoregressive"
+        if repeats:
+            self.check_host_trees("prompt_lookup_num_tokens")
         ladder: tuple[Rung, ...] = ()
         if repeats:
             settings = TreeConfig(lookup + 1, lookup, lookup, width=1, children=1, prefetch=0)
@@ -416,6 +420,13 @@ class Decoder:
                 ladder = self._ladder(mode, len(prompts), sampling.do_sample)
         mode = "lookup" if repeats else mode
         return _Request(prompts, max_new_tokens, mode, settings, sampling, seeds, streams, eos, ladder, repeats)
+
+    def check_host_trees(self, what: str) -> None:
+        """Raises ValueError where trees live on a device: `what` works on trees on the host."""
+        if self.target.ops.fixed_shapes:
+            raise ValueError(
+                f"{what} is not supported by backend {self.target.ops.name!r}: make the decoder with backend='torch'"
+            )
 
     def _encode(self, prompt: str | torch.Tensor) -> torch.Tensor:
         if isinstance(prompt, torch.Tensor):
@@ -441,13 +452,10 @@ class _Run:
     """One generation in progress. All of its state dies with it."""
 
     def __init__(self, decoder: Decoder, request: _Request, positions: Positions | None = None):
-        self.decoder, self.request, self.clock = decoder, request, Clock()
         target, config, device = decoder.target, request.tree, decoder.device
-        if target.ops.fixed_shapes and (positions is not None or request.repeats):
-            raise ValueError(
-                "logits processors, stopping criteria, streamers, scores and prompt lookup work on trees on the host: "
-                "make the decoder with backend='torch' for them"
-            )
+        # Steps of fixed shape are replayed: the host does not see their phases.
+        self.clock = Clock(("prefill",) if target.ops.fixed_shapes else None)
+        self.decoder, self.request = decoder, request
         batch, warping = len(request.prompts), request.sampling.warping
         self.config, self.warping = config, warping
         self.sequences = target.ops.Sequences(request.prompts, request.new_tokens, request.eos, device)

@@ -48,7 +48,7 @@ class Cache:
 class GPT2:
     """Weights of one model, laid out for a backend.
 
-    ops: the module of operations (`stagedspec.kernels.backend.resolve`). invariant: whether a node's result must not
+    ops: the backend, of `stagedspec.kernels.backend.resolve`. invariant: whether a node's result must not
     depend on the rest of the batch: always for a target; a draft cannot change the output and takes what is fastest.
     """
 

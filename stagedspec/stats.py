@@ -8,9 +8,13 @@ MODEL_PHASES = ("prefill", "target", "draft")
 
 
 class Clock:
-    """Wall-clock seconds per phase: `with clock("draft"): ...`. Phases do not nest; the device is not synchronised."""
+    """Wall-clock seconds per phase: `with clock("draft"): ...`. Phases do not nest; the device is not synchronised.
 
-    def __init__(self) -> None:
+    phases: those to record, None for all.
+    """
+
+    def __init__(self, phases: tuple[str, ...] | None = None) -> None:
+        self.phases = phases
         self.seconds: dict[str, float] = {}
         self._phase, self._start = "", 0.0
 
@@ -22,6 +26,8 @@ class Clock:
         self._start = time.perf_counter()
 
     def __exit__(self, *_: object) -> None:
+        if self.phases is not None and self._phase not in self.phases:
+            return
         self.seconds[self._phase] = self.seconds.get(self._phase, 0.0) + time.perf_counter() - self._start
 
 
@@ -71,8 +77,10 @@ class Stats:
         return passes / self.steps * self.row_steps / self.new_tokens
 
     @property
-    def overhead(self) -> float:
-        """Share of the steps' time spent outside model passes."""
+    def overhead(self) -> float | None:
+        """Share of the steps' time spent outside model passes; None where steps were not timed by phase."""
+        if "target" not in self.seconds:
+            return None
         steps = self.total_seconds - self.seconds.get("prefill", 0.0)
         models = self.seconds.get("target", 0.0) + self.seconds.get("draft", 0.0)
         return max(0.0, 1.0 - models / steps) if steps > 0 else 0.0

@@ -29,10 +29,8 @@ PROMPTS = (
 )
 KINDS, WINDOW = 3, 8  # kinds of stretches, and the tokens that are taken to lie in the same one
 
-Outcome = tuple[
-    int, bool
-]  # the rank of the token written among the draft's children, -1 for none; whether draft² named
-# the draft's first child
+# The rank of the token written among the draft's children, -1 for none; whether draft² named the draft's first child.
+Outcome = tuple[int, bool]
 
 
 def outcomes(decoder: Decoder, prompt: Sequence[int], new_tokens: int, sampled: bool, seed: int = 0) -> list[Outcome]:
@@ -122,10 +120,12 @@ def tune(
 
     prompts: token ids. The decoder uses what was found from then on. progress: told (done, total).
 
-    Raises ValueError without a draft or prompts, or for prompts that leave no room for new_tokens.
+    Raises ValueError without a draft or prompts, for a backend without trees on the host, or for prompts that leave no
+    room for new_tokens.
     """
     if decoder.draft is None:
         raise ValueError("trees are tuned for a pair of models: give a draft")
+    decoder.check_host_trees("tuning trees")
     room = decoder.target.positions - new_tokens
     prompts = [list(prompt) for prompt in prompts if 0 < len(prompt) <= room]
     if not prompts:

@@ -158,7 +158,7 @@ def fingerprint(decoder) -> str:
     """A name for the pair, down to its weights, on this machine with these threads and this torch."""
     setup = pair_of(decoder) | {"threads": torch.get_num_threads(), "torch": torch.__version__}
     found = hashlib.sha256(json.dumps(setup).encode())
-    found.update(decoder.target.ops.__name__.encode())
+    found.update(decoder.target.ops.name.encode())
     for model in (decoder.target, decoder.draft):
         if model is not None:  # a sample: reading every weight of a large model takes seconds
             for weights in (*model.final_norm, model.token_table[:64], model.position_table[:8]):

@@ -9,6 +9,8 @@ import stagedspec
 from stagedspec import TreeConfig
 from stagedspec.decoder import _Run
 from stagedspec.kernels import backend
+from stagedspec.tune import tune
+from stagedspec.tuning import fingerprint
 
 TREE = TreeConfig(nodes=6, depth=3, passes=2, width=1, children=3, prefetch=1, prefetch_width=1)
 SAMPLINGS = {
@@ -142,6 +144,31 @@ def test_a_step_allocates_nothing_and_reads_nothing_back(pair, prompts, device, 
     assert any(name.startswith("stagedspec.tree_attention") for name in calls.names)
 
 
+def test_stream_and_complete(pair, device):
+    """Every step's tokens, once, although the host sees a device's state only in snapshots."""
+    torch_side, triton_side = decoders(pair, device)
+    prompt = torch.tensor([5, 6, 7])
+    expected = torch_side.complete(prompt, 6, eos_token_id=[])
+    chunks = list(triton_side.stream(prompt, 6, eos_token_id=[]))
+    assert [token for chunk in chunks for token in chunk.tokens] == expected.tokens
+    assert all(chunk.tokens and len(chunk.tokens) == len(chunk.origins) for chunk in chunks)
+    assert triton_side.complete(prompt, 6, eos_token_id=[]).tokens == expected.tokens
+    assert triton_side.last_stats.overhead is None and expected.stats.overhead is not None
+
+
+def test_a_tree_by_the_cost_model(pair, prompts, device, monkeypatch):
+    """Of the shapes that the backend can run, and kept apart from the torch backend's measurements."""
+    monkeypatch.setattr("stagedspec.cost._least_time", lambda run, before: 1e-3)
+    made = [
+        stagedspec.Decoder.from_pretrained(*pair, device=device, dtype="float32", backend=name)
+        for name in ("torch", "triton")
+    ]
+    assert fingerprint(made[0]) != fingerprint(made[1])
+    for mode in ("chain", "tree", "staged"):
+        tree = made[1].tree_for(mode)
+        assert tree.nodes > 1 and tree.depth <= 30 and tree.pass_floor == 0.0
+
+
 def test_refusals(pair, device, prompts):
     decoder = decoders(pair, device)[1]
     ids = prompts[0].to(device)
@@ -150,6 +177,13 @@ def test_refusals(pair, device, prompts):
         decoder.generate(ids, max_new_tokens=4, tree=deep)
     with pytest.raises(ValueError, match="backend='torch'"):
         decoder.generate(ids, max_new_tokens=4, repetition_penalty=1.2)
+    with pytest.raises(ValueError, match="backend='torch'"):  # at the call, not at the first chunk
+        decoder.stream(torch.tensor([5, 6]), 4, repetition_penalty=1.2)
+    with pytest.raises(ValueError, match="tuning trees is not supported by backend 'triton'"):
+        tune(decoder, [[5, 6, 7]], 8)
+    alone = stagedspec.Decoder.from_pretrained(pair[0], device=device, dtype="float32", backend="triton")
+    with pytest.raises(ValueError, match="prompt_lookup_num_tokens is not supported by backend 'triton'"):
+        alone.generate(ids, max_new_tokens=4, prompt_lookup_num_tokens=3)
 
 
 def test_backend_resolution(device, monkeypatch):

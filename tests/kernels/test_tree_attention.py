@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, replace
 
-import numpy
 import pytest
 import torch
 from hypothesis import given, settings
@@ -217,19 +216,6 @@ def test_random_trees(data):
 
 
 # ---------------------------------------------------------------- the same bits
-
-
-@pytest.fixture
-def fixed_order(monkeypatch):
-    """The interpreter multiplies with numpy, whose order of summation depends on the column: make it one for all."""
-
-    def matmul(a, b, dtype):
-        out = numpy.zeros((a.shape[0], b.shape[1]), dtype)
-        for column, row in zip(a.T.astype(dtype), b.astype(dtype), strict=True):
-            out += column[:, None] * row
-        return out
-
-    monkeypatch.setattr(numpy, "matmul", matmul)
 
 
 def committed(case, path):
