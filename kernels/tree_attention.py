@@ -12,15 +12,15 @@ depends on its distance alone:
   the cache or from this pass's qkv, in order of position. A tile holds the keys of a few nodes one after another.
 - *far* keys, positions <= p - window: one row of the cache for all nodes, in splits at absolute multiples of SPLIT.
 
-Keys and values are the wide left operand of the matrix products and the queries their narrow right side, which is one
-family of matrix instructions for every number of nodes. Keys that a node does not see, its neighbours' near keys too,
-have a weight of exactly zero and add exactly nothing.
+Of the far part, keys and values are the wide left operand of the matrix products and the queries their narrow right
+side, which is one family of matrix instructions for every number of nodes. A near tile has always one shape.
+Keys that a node does not see, its neighbours' near keys too, have a weight of exactly zero and add exactly nothing.
 
-Maxima are exact in any order; sums run over splits in ascending order, then the near part.
+Sums run over splits in ascending order, then the near part, each relative to the greatest score so far.
 
-One launch. Programs of the far part come first in the grid and leave (maximum, sum, weighted values) in scratch; those
-of the near part wait for them and write the result. A GPU starts programs in the order of the grid, so by the time one
-waits, all it waits for have started, and those wait for nobody.
+Two launches. The far one leaves (maximum, sum, weighted values) of each split in scratch; the near one adds the near
+part and writes the result. With programmatic dependent launch the near one starts when the far one has seen the pass's
+qkv complete, does its own part meanwhile, and waits only then.
 
 Bytes: the keys and values of the prefix once, 2*L*H_kv*D elements a sequence (and a row tile of 64 queries), the qkv
 and the appended rows; through L2 also the gathered near rows, 2*window*D a query, and the partial results,
@@ -38,7 +38,6 @@ from stagedspec.kernels.registry import (
     check_tensor,
     interpreted,
     launch_options,
-    pdl,
     register,
 )
 
@@ -105,17 +104,6 @@ def _positions(p_masks, nodes, prefix, ok, WORDS: tl.constexpr):
 
 
 @triton.jit
-def _attend(b_k, b_v, b_q, seen, scale):
-    """Softmax parts of queries [ROWS, D] over keys [KEYS, D]: maximum [ROWS], sum [ROWS], weighted values [D, ROWS]."""
-    b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee") * scale  # [KEYS, ROWS]
-    b_s = tl.where(seen, b_s, float("-inf"))
-    b_max = tl.max(b_s, axis=0)
-    b_p = tl.exp2(b_s - tl.where(b_max == float("-inf"), 0.0, b_max)[None, :])
-    b_acc = tl.dot(tl.trans(b_v), b_p.to(b_v.dtype), input_precision="ieee")
-    return b_max, tl.sum(b_p, axis=0), b_acc
-
-
-@triton.jit
 def _queries(p_q, rows, ok, dims, GROUP: tl.constexpr, D: tl.constexpr, QKV_STRIDE: tl.constexpr):
     """Queries [ROWS, D]; row = node * GROUP + head in the group."""
     p_rows = p_q + (rows // GROUP)[:, None] * QKV_STRIDE + (rows % GROUP)[:, None] * D + dims[None, :]
@@ -123,42 +111,38 @@ def _queries(p_q, rows, ok, dims, GROUP: tl.constexpr, D: tl.constexpr, QKV_STRI
 
 
 @triton.jit
-def _store_part(p_acc, p_max, p_sum, rows, ok, b_max, b_sum, b_acc, dims, D: tl.constexpr):
-    """Leaves what `_attend` returned in rows of the partial results."""
-    p_rows = p_acc + rows.to(tl.int64)[None, :] * D + dims[:, None]
-    tl.store(p_rows, b_acc, mask=ok[None, :] & (dims < D)[:, None])
-    tl.store(p_max + rows, b_max, mask=ok)
-    tl.store(p_sum + rows, b_sum, mask=ok)
-
-
-@triton.jit
-def _load_part(p_acc, p_max, p_sum, rows, ok, top, dims, D: tl.constexpr):
-    """Sum [ROWS] and weighted values [ROWS, D] of partial results, relative to the maximum `top`."""
-    b_max = tl.load(p_max + rows, mask=ok, other=float("-inf"), cache_modifier=".cg")
-    b_sum = tl.load(p_sum + rows, mask=ok, other=0.0, cache_modifier=".cg")
-    p_rows = p_acc + rows.to(tl.int64)[:, None] * D + dims[None, :]
-    b_acc = tl.load(p_rows, mask=ok[:, None] & (dims < D)[None, :], other=0.0, cache_modifier=".cg")
-    weight = tl.exp2(b_max - top)
+def _rescaled(b_sum, b_acc, b_max, top):
+    """A sum [ROWS] and weighted values [ROWS, D] relative to `b_max`, relative to `top` instead."""
+    weight = tl.exp2(b_max - tl.where(top == float("-inf"), 0.0, top))
     return weight * b_sum, weight[:, None] * b_acc
 
 
 @triton.jit
-def _far(
-    p_q,
-    p_pass,
-    p_rows,
-    p_masks,
-    p_acc,
-    p_max,
-    p_sum,
-    p_counter,
-    i_split,
-    i_tile,
-    prefix,
-    bound,
-    N,
-    queries,
+def _far_end(prefix, first_bit, N, WINDOW: tl.constexpr, CHAIN: tl.constexpr):
+    """The position from which on no node of the pass sees a far key."""
+    bound = tl.maximum(prefix + first_bit + N - WINDOW, 0)
+    return bound if CHAIN else tl.minimum(bound, prefix)
+
+
+_INTEGERS = ("N", "S", "first_bit", "tree_rows", "splits")
+
+
+@triton.jit(do_not_specialize=_INTEGERS)
+def _attend_far(
+    p_qkv,  # [B, N, (H + 2*H_kv)*D]
+    p_cache,  # [B, S, 2, H_kv, D]
+    p_masks,  # [B, N, WORDS]
+    p_prefix,  # [B]
+    p_acc,  # [B, H_kv, splits, N*GROUP, D]
+    p_max,  # [B, H_kv, splits, N*GROUP]
+    p_sum,  # [B, H_kv, splits, N*GROUP]
     scale,
+    N,
+    S,
+    first_bit,
+    tree_rows,
+    splits,
+    KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
@@ -167,72 +151,122 @@ def _far(
     SPLIT: tl.constexpr,
     ROWS: tl.constexpr,
     CHAIN: tl.constexpr,
-    QKV_STRIDE: tl.constexpr,
-    ROW_STRIDE: tl.constexpr,
-    V_IN_PASS: tl.constexpr,
-    V_IN_ROW: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """One split of keys for one tile of queries."""
-    dims = tl.arange(0, D_PAD)
-    in_head = dims < D
+    """One split of keys for one tile of queries. Grid: splits, tiles, B*H_kv."""
+    HEADS: tl.constexpr = KV_HEADS * GROUP
+    QKV_STRIDE: tl.constexpr = (HEADS + 2 * KV_HEADS) * D
+    ROW_STRIDE: tl.constexpr = 2 * KV_HEADS * D
+    V_STEP: tl.constexpr = KV_HEADS * D
+    i_split, i_tile, i_head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i_b, i_kv = i_head // KV_HEADS, i_head % KV_HEADS
+    p_rows = p_cache + (i_b.to(tl.int64) * S + tree_rows) * ROW_STRIDE + i_kv * D
     keys = i_split * SPLIT + tl.arange(0, SPLIT)  # [SPLIT], positions
-    seen = (keys < bound)[:, None] & in_head[None, :]
-    p_k = p_rows + keys.to(tl.int64)[:, None] * ROW_STRIDE + dims[None, :]
-    p_v = p_k + V_IN_ROW
-    if CHAIN:  # keys of this very pass, which are not in the cache yet
-        fresh = (keys >= prefix)[:, None]
-        p_own = p_pass + (keys - prefix)[:, None] * QKV_STRIDE + dims[None, :]
-        p_k = tl.where(fresh, p_own, p_k)
-        p_v = tl.where(fresh, p_own + V_IN_PASS, p_v)
-    b_k = tl.load(p_k, mask=seen, other=0.0)  # [SPLIT, D]
-    b_v = tl.load(p_v, mask=seen, other=0.0)  # [SPLIT, D]
-    rows = i_tile * ROWS + tl.arange(0, ROWS)  # [ROWS], node * GROUP + head in the group
-    ok = rows < N * GROUP
-    b_q = _queries(p_q, rows, ok, dims, GROUP, D, QKV_STRIDE)  # [ROWS, D]
-    last = _positions(p_masks, rows // GROUP, prefix, ok, WORDS) - WINDOW  # [ROWS], the last far position
-    b_max, b_sum, b_acc = _attend(b_k, b_v, b_q, keys[:, None] <= last[None, :], scale)
-    _store_part(p_acc, p_max, p_sum, i_split * queries + rows, ok, b_max, b_sum, b_acc, dims, D)
-    tl.debug_barrier()  # every thread's partial results come before the arrival
-    tl.atomic_add(p_counter, 1, sem="release")
+    if PDL:  # a prefix out of date is good enough for a prefetch
+        wanted = keys < tl.minimum(tl.load(p_prefix + i_b), S - tree_rows)
+        p_first = p_rows + tl.where(wanted, keys, 0).to(tl.int64) * ROW_STRIDE
+        for i_half in tl.static_range(2):
+            tl.inline_asm_elementwise(
+                "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+                "=r,l",
+                [p_first + i_half * V_STEP],
+                dtype=tl.int32,
+                is_pure=False,
+                pack=1,
+            )
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    prefix = tl.maximum(tl.load(p_prefix + i_b), 0)
+    bound = _far_end(prefix, first_bit, N, WINDOW, CHAIN)
+    if i_split * SPLIT < bound:
+        p_q = p_qkv + i_b.to(tl.int64) * N * QKV_STRIDE + i_kv * (GROUP * D)
+        p_pass = p_qkv + i_b.to(tl.int64) * N * QKV_STRIDE + (HEADS + i_kv) * D
+        p_masks += i_b * N * WORDS
+        queries = N * GROUP
+        first_part = i_head.to(tl.int64) * splits * queries
+        p_max, p_sum, p_acc = p_max + first_part, p_sum + first_part, p_acc + first_part * D
+        dims = tl.arange(0, D_PAD)
+        in_head = dims < D
+        seen = (keys < bound)[:, None] & in_head[None, :]
+        p_k = p_rows + keys.to(tl.int64)[:, None] * ROW_STRIDE + dims[None, :]
+        p_v = p_k + V_STEP
+        if CHAIN:  # keys of this very pass, which are not in the cache yet
+            fresh = (keys >= prefix)[:, None]
+            p_own = p_pass + (keys - prefix)[:, None] * QKV_STRIDE + dims[None, :]
+            p_k = tl.where(fresh, p_own, p_k)
+            p_v = tl.where(fresh, p_own + V_STEP, p_v)
+        b_k = tl.load(p_k, mask=seen, other=0.0)  # [SPLIT, D]
+        b_v = tl.load(p_v, mask=seen, other=0.0)  # [SPLIT, D]
+        rows = i_tile * ROWS + tl.arange(0, ROWS)  # [ROWS], node * GROUP + head in the group
+        ok = rows < N * GROUP
+        b_q = _queries(p_q, rows, ok, dims, GROUP, D, QKV_STRIDE)  # [ROWS, D]
+        last = _positions(p_masks, rows // GROUP, prefix, ok, WORDS) - WINDOW  # [ROWS], the last far position
+        b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee") * scale  # [SPLIT, ROWS]
+        b_s = tl.where(keys[:, None] <= last[None, :], b_s, float("-inf"))
+        b_max = tl.max(b_s, axis=0)
+        b_p = tl.exp2(b_s - tl.where(b_max == float("-inf"), 0.0, b_max)[None, :])
+        b_acc = tl.dot(tl.trans(b_v), b_p.to(b_v.dtype), input_precision="ieee")  # [D, ROWS]
+        part = i_split * queries + rows
+        p_part = p_acc + part.to(tl.int64)[None, :] * D + dims[:, None]
+        tl.store(p_part, b_acc, mask=ok[None, :] & in_head[:, None])
+        tl.store(p_max + part, b_max, mask=ok)
+        tl.store(p_sum + part, tl.sum(b_p, axis=0), mask=ok)
 
 
-@triton.jit
-def _near(
-    p_q,
-    p_pass,
+@triton.jit(do_not_specialize=(*_INTEGERS, "write"))
+def _attend_near(
+    p_qkv,
     p_cache,
     p_masks,
+    p_prefix,
     p_acc,
     p_max,
     p_sum,
-    p_counter,
-    p_out,
-    i_tile,
-    prefix,
-    splits,
-    tiles,
-    N,
-    first_bit,
-    write,
-    tree_rows,
+    p_out,  # [B, N, H*D]
     scale,
-    parts,
-    queries,
+    N,
+    S,
+    first_bit,
+    tree_rows,
+    splits,
+    write,
+    KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
     WORDS: tl.constexpr,
     WINDOW: tl.constexpr,
+    SPLIT: tl.constexpr,
     ROWS: tl.constexpr,
-    QKV_STRIDE: tl.constexpr,
-    ROW_STRIDE: tl.constexpr,
-    OUT_STRIDE: tl.constexpr,
-    V_IN_PASS: tl.constexpr,
-    V_IN_ROW: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    FILLED: tl.constexpr,
     TOGETHER: tl.constexpr,
+    CHAIN: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """The near keys of a tile of queries, and the end: adds the far part, writes the result. Appends K and V."""
+    """The near keys of a tile of queries, and the end: adds the far part, writes the result. Appends K and V.
+
+    Grid: tiles, B*H_kv. Arguments as in `_attend_far`.
+    """
+    HEADS: tl.constexpr = KV_HEADS * GROUP
+    QKV_STRIDE: tl.constexpr = (HEADS + 2 * KV_HEADS) * D
+    ROW_STRIDE: tl.constexpr = 2 * KV_HEADS * D
+    V_STEP: tl.constexpr = KV_HEADS * D
+    OUT_STRIDE: tl.constexpr = HEADS * D
+    if PDL:  # all this reads is in L2, but this multiprocessor's L1 may hold what lay there before
+        tl.inline_asm_elementwise("fence.acq_rel.gpu; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+    i_tile, i_head = tl.program_id(0), tl.program_id(1)
+    i_b, i_kv = i_head // KV_HEADS, i_head % KV_HEADS
+    prefix = tl.maximum(tl.load(p_prefix + i_b), 0)
+    queries = N * GROUP
+    first_part = i_head.to(tl.int64) * splits * queries
+    p_max, p_sum, p_acc = p_max + first_part, p_sum + first_part, p_acc + first_part * D
+    splits = tl.cdiv(_far_end(prefix, first_bit, N, WINDOW, CHAIN), SPLIT)  # of use
+    p_cache += i_b.to(tl.int64) * S * ROW_STRIDE + i_kv * D
+    p_pass = p_qkv + i_b.to(tl.int64) * N * QKV_STRIDE  # [N, QKV_STRIDE]
+    p_q = p_pass + i_kv * (GROUP * D)
+    p_pass += (HEADS + i_kv) * D
+    p_masks += i_b * N * WORDS
+    p_out += i_b.to(tl.int64) * N * OUT_STRIDE + i_kv * (GROUP * D)
     dims = tl.arange(0, D_PAD)
     in_head = (dims < D)[None, :]
 
@@ -261,237 +295,91 @@ def _near(
     row = tl.where(inside, tl.where(fresh, bit - first_bit, bit), tree_rows + keys)
     offset = row.to(tl.int64) * tl.where(fresh, QKV_STRIDE, ROW_STRIDE)
     p_k = (tl.where(fresh, p_pass, p_cache) + offset)[:, None] + dims[None, :]  # [KEYS, D]
-    p_v = (tl.where(fresh, p_pass + V_IN_PASS, p_cache + V_IN_ROW) + offset)[:, None] + dims[None, :]
+    p_v = (tl.where(fresh, p_pass + V_STEP, p_cache + V_STEP) + offset)[:, None] + dims[None, :]
     ALIGN: tl.constexpr = 16 if D * p_cache.dtype.element_ty.primitive_bitwidth % 128 == 0 else 1
     p_k, p_v = tl.multiple_of(p_k, [1, ALIGN]), tl.multiple_of(p_v, [1, ALIGN])  # lost in the choice
     seen = (keys >= 0) & (position >= 0) & known
     b_k = tl.load(p_k, mask=seen[:, None] & in_head, other=0.0)
     b_v = tl.load(p_v, mask=seen[:, None] & in_head, other=0.0)
 
-    columns = tl.arange(0, COLUMNS)  # [COLUMNS], the queries of the tile, filled up
-    own = (index // WINDOW)[:, None] == columns[None, :]
-    rows = i_tile * ROWS + columns
-    ok = (columns < ROWS) & (rows < N * GROUP)
-    b_q = _queries(p_q, rows, ok, dims, GROUP, D, QKV_STRIDE)  # [COLUMNS, D]
-    b_max, b_sum, b_acc = _attend(b_k, b_v, b_q, own & seen[:, None], scale)
-    # Through memory, like the far part: the program reads them back row by row.
-    near = parts - 1
-    _store_part(p_acc, p_max, p_sum, near * queries + rows, ok, b_max, b_sum, b_acc, dims, D)
-    rows = i_tile * ROWS + tl.arange(0, ROWS)  # [ROWS]
-    nodes, ok = rows // GROUP, rows < queries
     # Nobody in this launch reads the rows appended here.
+    i_row = tl.arange(0, FILLED)  # [FILLED], the queries of the tile, filled up to what a matrix product takes
+    rows = i_tile * ROWS + i_row
+    nodes, ok = rows // GROUP, (i_row < ROWS) & (rows < queries)
     first_of_group = (ok & (rows % GROUP == 0))[:, None] & in_head
     p_own = p_pass + nodes[:, None] * QKV_STRIDE + dims[None, :]
     p_new = p_cache + (write + nodes).to(tl.int64)[:, None] * ROW_STRIDE + dims[None, :]
     tl.store(p_new, tl.load(p_own, mask=first_of_group), mask=first_of_group)
-    tl.store(p_new + V_IN_ROW, tl.load(p_own + V_IN_PASS, mask=first_of_group), mask=first_of_group)
+    tl.store(p_new + V_STEP, tl.load(p_own + V_STEP, mask=first_of_group), mask=first_of_group)
 
-    tl.debug_barrier()
-    if splits > 0:
-        while tl.atomic_add(p_counter, 0, sem="acquire") < splits:
-            pass
-    reach = tl.where(ok, splits, 0)  # [ROWS]
-    top = tl.load(p_max + near * queries + rows, mask=ok, other=float("-inf"), cache_modifier=".cg")
-    for start in range(0, splits, TOGETHER):
-        for i_part in tl.static_range(TOGETHER):
-            i_split = start + i_part
-            p_part = p_max + i_split * queries + rows
-            top = tl.maximum(top, tl.load(p_part, mask=reach > i_split, other=float("-inf"), cache_modifier=".cg"))
-    top = tl.where(top == float("-inf"), 0.0, top)
-    total, acc = tl.full([ROWS], 0.0, tl.float32), tl.full([ROWS, D_PAD], 0.0, tl.float32)
-    for start in range(0, splits, TOGETHER):
-        for i_part in tl.static_range(TOGETHER):
-            i_split = start + i_part
-            part, b_part = _load_part(p_acc, p_max, p_sum, i_split * queries + rows, reach > i_split, top, dims, D)
-            total += part
-            acc += b_part
-    part, b_part = _load_part(p_acc, p_max, p_sum, near * queries + rows, ok, top, dims, D)
-    total += part
-    acc += b_part
-    b_out = acc / tl.where(total > 0.0, total, 1.0)[:, None]
-    p_result = p_out + nodes[:, None] * OUT_STRIDE + (rows % GROUP)[:, None] * D + dims[None, :]
-    tl.store(p_result, b_out.to(p_out.dtype.element_ty), mask=ok[:, None] & in_head)
-    # The last program to have waited sets the counter back.
-    if splits > 0:  # noqa: SIM102 - a scalar, not a chain
-        if tl.atomic_add(p_counter, 1, sem="relaxed") == splits + tiles - 1:
-            tl.store(p_counter, 0)
+    b_q = _queries(p_q, rows, ok, dims, GROUP, D, QKV_STRIDE)  # [FILLED, D]
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale  # [FILLED, KEYS]
+    own = i_row[:, None] == (index // WINDOW)[None, :]
+    b_s = tl.where(own & seen[None, :], b_s, float("-inf"))
+    near_max = tl.max(b_s, axis=1)
+    b_p = tl.exp2(b_s - tl.where(near_max == float("-inf"), 0.0, near_max)[:, None])
+    near_sum = tl.sum(b_p, axis=1)
+    near_acc = tl.dot(b_p.to(b_v.dtype), b_v, input_precision="ieee")  # [FILLED, D]
 
-
-_INTEGERS = ("N", "S", "first_bit", "write", "tree_rows", "splits", "far_tiles", "near_tiles", "n_far")
-
-
-@triton.jit(do_not_specialize=_INTEGERS)
-def _tree_attention(
-    p_qkv,  # [B, N, (H + 2*H_kv)*D]
-    p_cache,  # [B, S, 2, H_kv, D]
-    p_masks,  # [B, N, WORDS]
-    p_prefix,  # [B]
-    p_out,  # [B, N, H*D]
-    p_acc,  # [B, H_kv, splits + 1, N*GROUP, D]
-    p_max,  # [B, H_kv, splits + 1, N*GROUP]
-    p_sum,  # [B, H_kv, splits + 1, N*GROUP]
-    p_counters,  # [B, H_kv, far_tiles]
-    scale,
-    N,
-    S,
-    first_bit,
-    write,
-    tree_rows,
-    splits,
-    far_tiles,
-    near_tiles,
-    n_far,
-    KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    D: tl.constexpr,
-    D_PAD: tl.constexpr,
-    WORDS: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SPLIT: tl.constexpr,
-    FAR_ROWS: tl.constexpr,
-    NEAR_ROWS: tl.constexpr,
-    TOGETHER: tl.constexpr,
-    CHAIN: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    HEADS: tl.constexpr = KV_HEADS * GROUP
-    QKV_STRIDE: tl.constexpr = (HEADS + 2 * KV_HEADS) * D
-    ROW_STRIDE: tl.constexpr = 2 * KV_HEADS * D
-    V_STEP: tl.constexpr = KV_HEADS * D
-    OUT_STRIDE: tl.constexpr = HEADS * D
-    pid = tl.program_id(0)
-    is_far = pid < n_far
-    inner = tl.where(is_far, splits * far_tiles, near_tiles)
-    index = tl.where(is_far, pid, pid - n_far)
-    i_head, i_inner = index // inner, index % inner  # i_head: of all sequences
-    i_b, i_kv = i_head // KV_HEADS, i_head % KV_HEADS
-    p_rows = p_cache + i_b.to(tl.int64) * S * ROW_STRIDE + i_kv * D
     if PDL:
-        if is_far:  # a prefix out of date is good enough for a prefetch
-            keys = i_inner % splits * SPLIT + tl.arange(0, SPLIT)
-            wanted = keys < tl.minimum(tl.load(p_prefix + i_b), S - tree_rows)
-            row = tree_rows + tl.where(wanted, keys, 0)
-            p_first = p_rows + row.to(tl.int64) * ROW_STRIDE
-            for i_half in tl.static_range(2):
-                tl.inline_asm_elementwise(
-                    "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-                    "=r,l",
-                    [p_first + i_half * V_STEP],
-                    dtype=tl.int32,
-                    is_pure=False,
-                    pack=1,
-                )
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    prefix = tl.maximum(tl.load(p_prefix + i_b), 0)
-    bound = prefix + first_bit + N - WINDOW  # no node of the pass sees a far key from here on
-    if not CHAIN:
-        bound = tl.minimum(bound, prefix)
-    active = tl.cdiv(tl.maximum(bound, 0), SPLIT)
-    p_pass = p_qkv + i_b.to(tl.int64) * N * QKV_STRIDE  # [N, QKV_STRIDE]
-    p_q = p_pass + i_kv * (GROUP * D)
-    p_pass += (HEADS + i_kv) * D
-    p_masks += i_b * N * WORDS
-    queries, parts = N * GROUP, splits + 1  # the near part comes last
-    first_part = i_head.to(tl.int64) * parts * queries
-    p_max, p_sum, p_acc = p_max + first_part, p_sum + first_part, p_acc + first_part * D
-    if is_far:
-        i_split, i_tile = i_inner % splits, i_inner // splits
-        if i_split < active:
-            _far(
-                p_q,
-                p_pass,
-                p_rows + tree_rows.to(tl.int64) * ROW_STRIDE,
-                p_masks,
-                p_acc,
-                p_max,
-                p_sum,
-                p_counters + i_head * far_tiles + i_tile,
-                i_split,
-                i_tile,
-                prefix,
-                bound,
-                N,
-                queries,
-                scale,
-                GROUP,
-                D,
-                D_PAD,
-                WORDS,
-                WINDOW,
-                SPLIT,
-                FAR_ROWS,
-                CHAIN,
-                QKV_STRIDE,
-                ROW_STRIDE,
-                V_STEP,
-                V_STEP,
-            )
-    else:
-        PER_FAR: tl.constexpr = FAR_ROWS // NEAR_ROWS
-        i_far = i_inner // PER_FAR
-        _near(
-            p_q,
-            p_pass,
-            p_rows,
-            p_masks,
-            p_acc,
-            p_max,
-            p_sum,
-            p_counters + i_head * far_tiles + i_far,
-            p_out + i_b.to(tl.int64) * N * OUT_STRIDE + i_kv * (GROUP * D),
-            i_inner,
-            prefix,
-            active,
-            tl.minimum(near_tiles - i_far * PER_FAR, PER_FAR),
-            N,
-            first_bit,
-            write,
-            tree_rows,
-            scale,
-            parts,
-            queries,
-            GROUP,
-            D,
-            D_PAD,
-            WORDS,
-            WINDOW,
-            NEAR_ROWS,
-            QKV_STRIDE,
-            ROW_STRIDE,
-            OUT_STRIDE,
-            V_STEP,
-            V_STEP,
-            16,
-            TOGETHER,
-        )
+    b_max = tl.full([FILLED], float("-inf"), tl.float32)
+    b_sum, b_acc = tl.zeros([FILLED], tl.float32), tl.zeros([FILLED, D_PAD], tl.float32)
+    reach = tl.where(ok, splits, 0)  # [FILLED]
+    for start in range(0, splits, TOGETHER):
+        top = b_max
+        for i_part in tl.static_range(TOGETHER):
+            part = (start + i_part) * queries + rows
+            there = reach > start + i_part
+            top = tl.maximum(top, tl.load(p_max + part, mask=there, other=float("-inf")))
+        b_sum, b_acc = _rescaled(b_sum, b_acc, b_max, top)
+        for i_part in tl.static_range(TOGETHER):
+            part = (start + i_part) * queries + rows
+            there = reach > start + i_part
+            part_max = tl.load(p_max + part, mask=there, other=float("-inf"))
+            p_part = p_acc + part.to(tl.int64)[:, None] * D + dims[None, :]
+            part_acc = tl.load(p_part, mask=there[:, None] & in_head, other=0.0)
+            part_sum, part_acc = _rescaled(tl.load(p_sum + part, mask=there, other=0.0), part_acc, part_max, top)
+            b_sum += part_sum
+            b_acc += part_acc
+        b_max = top
+    top = tl.maximum(b_max, near_max)
+    b_sum, b_acc = _rescaled(b_sum, b_acc, b_max, top)
+    near_sum, near_acc = _rescaled(near_sum, near_acc, near_max, top)
+    b_sum += near_sum
+    b_out = (b_acc + near_acc) / tl.where(b_sum > 0.0, b_sum, 1.0)[:, None]
+    p_result = p_out + nodes[:, None] * OUT_STRIDE + (rows % GROUP)[:, None] * D + dims[None, :]
+    tl.store(p_result, b_out.to(p_out.dtype.element_ty), mask=ok[:, None] & in_head)
 
 
 # Alignment decides layouts, and layouts the order of sums. Where heads are no multiple of 16 bytes, a layer's rows can
 # start aligned in one batch size and not in another.
-_unaligned = triton.jit(
-    _tree_attention.fn,
-    do_not_specialize=_INTEGERS,
-    do_not_specialize_on_alignment=("p_qkv", "p_cache", "p_out"),
-)
+_KERNELS = {
+    True: (_attend_far, _attend_near),
+    False: tuple(
+        triton.jit(
+            kernel.fn,
+            do_not_specialize=(*_INTEGERS, "write"),
+            do_not_specialize_on_alignment=("p_qkv", "p_cache", "p_out"),
+        )
+        for kernel in (_attend_far, _attend_near)
+    ),
+}
 
 
 # ---------------------------------------------------------------- launcher
 
 
 def _tiles(head_size: int, itemsize: int, window: int) -> dict[str, int]:
-    """Tile sizes, by the head and the window only: they fix the order of every sum."""
+    """Tile sizes, by the head, the dtype and the window only: they fix the order of every sum."""
     padded = max(triton.next_power_of_2(head_size), 64)  # the least left side of Hopper's matrix instructions
     split = 128 if padded * itemsize <= 256 and itemsize == 2 else 64
     near = min(max(split // window, 1), 16)
-    return {"D_PAD": padded, "NEAR_ROWS": near, "SPLIT": split, "TOGETHER": 8}
-
-
-def _far_rows(queries: int, itemsize: int, fixed: bool) -> int:
-    """Queries of a far tile. fixed: for hardware whose layout of a product, and so its sums, changes with its width."""
-    if itemsize == 4:
-        return 16  # there are no matrix instructions for fp32: wider products only make longer programs
-    return 64 if fixed or queries > 16 else 16
+    # fp32 has no matrix instructions: wider products only make longer programs. Products of fewer columns than 64 are
+    # swizzled otherwise than their keys, and the ptxas of CUDA 12.8 gives them wrong addresses in shared memory.
+    far = 16 if itemsize == 4 else 64
+    return {"D_PAD": padded, "SPLIT": split, "FAR_ROWS": far, "NEAR_ROWS": near, "TOGETHER": 8}
 
 
 def _splits(rows: int, tree_rows: int, split: int) -> int:
@@ -503,8 +391,7 @@ def scratch_size(
 ) -> tuple[int, int]:
     """(partials, counters) that `tree_attention` needs with a cache of `rows` rows, for any dtype and window."""
     queries = nodes * heads // kv_heads
-    parts = _splits(rows, tree_rows, 64) + 1
-    return batch * kv_heads * parts * queries * (head_size + 2), batch * kv_heads * triton.cdiv(queries, 16)
+    return batch * kv_heads * _splits(rows, tree_rows, 64) * queries * (head_size + 2), 0
 
 
 def _launch(
@@ -519,59 +406,37 @@ def _launch(
     scale: float,
     out: torch.Tensor,
     partials: torch.Tensor,
-    counters: torch.Tensor,
 ) -> None:
     check_runs(qkv, "tree_attention")
     batch, nodes, words = masks.shape
     _, rows, _, kv_heads, size = cache.shape
     group = out.shape[1] // size // kv_heads
     tiles = _tiles(size, qkv.element_size(), window)
-    far_rows = _far_rows(nodes * group, qkv.element_size(), fixed=not pdl(qkv.device))
     splits = _splits(rows, tree_rows, tiles["SPLIT"])
-    far_tiles = triton.cdiv(nodes * group, far_rows)
-    near_tiles = triton.cdiv(nodes * group, tiles["NEAR_ROWS"])
-    n_far = batch * kv_heads * splits * far_tiles
-    count = batch * kv_heads * (splits + 1) * nodes * group
+    queries = nodes * group
+    count = batch * kv_heads * splits * queries
     acc, top, total = partials[: count * size], partials[count * size :], partials[count * (size + 1) :]
-    # Products and sums stay separate: which of them fuse could differ between the registers of two rows.
-    kernel = _tree_attention if size * qkv.element_size() % 16 == 0 else _unaligned
-    kernel[(n_far + batch * kv_heads * near_tiles,)](
-        qkv,
-        cache,
-        masks,
-        prefix,
-        out,
-        acc,
-        top,
-        total,
-        counters,
-        scale * LOG2E,
-        nodes,
-        rows,
-        first_bit,
-        write,
-        tree_rows,
-        splits,
-        far_tiles,
-        near_tiles,
-        n_far,
-        KV_HEADS=kv_heads,
-        GROUP=group,
-        WORDS=words,
-        D=size,
-        WINDOW=window,
-        FAR_ROWS=far_rows,
-        CHAIN=write >= tree_rows and nodes > window,
-        num_warps=4,
-        **tiles,
-        **launch_options(qkv.device),
-        **({} if interpreted() else {"enable_fp_fusion": False}),
+    shared = {"KV_HEADS": kv_heads, "GROUP": group, "D": size, "WORDS": words, "WINDOW": window}
+    shared |= {"CHAIN": write >= tree_rows and nodes > window, "num_warps": 4, **launch_options(qkv.device)}
+    shared |= {name: tiles[name] for name in ("D_PAD", "SPLIT")}
+    if not interpreted():
+        # Products and sums stay separate: which of them fuse could differ between the registers of two rows.
+        shared["enable_fp_fusion"] = False
+    far, near = _KERNELS[size * qkv.element_size() % 16 == 0]
+    inputs, parts, sizes = (qkv, cache, masks, prefix), (acc, top, total), (nodes, rows, first_bit, tree_rows, splits)
+    scale *= LOG2E
+    far[(splits, triton.cdiv(queries, tiles["FAR_ROWS"]), batch * kv_heads)](
+        *inputs, *parts, scale, *sizes, ROWS=tiles["FAR_ROWS"], **shared
     )
+    near[(triton.cdiv(queries, tiles["NEAR_ROWS"]), batch * kv_heads)](
+        *inputs, *parts, out, scale, *sizes, write,
+        ROWS=tiles["NEAR_ROWS"], FILLED=16, TOGETHER=tiles["TOGETHER"], **shared,
+    )  # fmt: skip
 
 
 _op = register(
     "tree_attention(Tensor qkv, Tensor(a!) cache, Tensor masks, Tensor prefix, int first_bit, int write, "
-    "int tree_rows, int window, float scale, Tensor(b!) out, Tensor(c!) partials, Tensor(d!) counters) -> ()",
+    "int tree_rows, int window, float scale, Tensor(b!) out, Tensor(c!) partials) -> ()",
     _launch,
 )
 
@@ -618,7 +483,6 @@ def tree_attention(
     check_tensor(op, "prefix", prefix, (batch,), torch.int32, device)
     check_tensor(op, "out", out, (batch * nodes, None), qkv.dtype, device)
     check_tensor(op, "scratch.partials", scratch.partials, (None,), torch.float32, device)
-    check_tensor(op, "scratch.counters", scratch.counters, (None,), torch.int32, device)
     if not 1 <= nodes <= MAX_NODES:
         raise ValueError(f"{op}: a pass must have 1 to {MAX_NODES} nodes, got masks for {nodes}")
     if not 1 <= size <= 256:
@@ -647,9 +511,9 @@ def tree_attention(
     if 32 * words < first_bit + nodes:
         raise ValueError(f"{op}: masks must have {triton.cdiv(first_bit + nodes, 32)} words a node, got {words}")
     need = scratch_size(batch, nodes, heads, kv_heads, size, rows, tree_rows)
-    have = (scratch.partials.numel(), scratch.counters.numel())
-    if have[0] < need[0] or have[1] < need[1]:
-        raise ValueError(f"{op}: scratch must hold {need} (partials, counters), got {have}; see scratch_size")
+    if scratch.partials.numel() < need[0]:
+        have = scratch.partials.numel()
+        raise ValueError(f"{op}: scratch must hold {need[0]} partials, got {have}; see scratch_size")
     _op(
         qkv,
         cache,
@@ -662,47 +526,40 @@ def tree_attention(
         scale,
         out,
         scratch.partials,
-        scratch.counters,
     )
 
 
 # ---------------------------------------------------------------- compiling without a GPU
 
-_POINTERS = {
-    name: f"*{kind}"
-    for names, kind in (
-        (("p_qkv", "p_cache"), "bf16"),
-        (("p_masks", "p_prefix"), "i32"),
-        (("p_out",), "bf16"),
-        (("p_acc", "p_max", "p_sum"), "fp32"),
-        (("p_counters",), "i32"),
-    )
-    for name in names
-}
+_TYPES = {"p_qkv": "*bf16", "p_cache": "*bf16", "p_masks": "*i32", "p_prefix": "*i32", "p_acc": "*fp32"}
+_TYPES |= {"p_max": "*fp32", "p_sum": "*fp32", "p_out": "*bf16", "scale": "fp32"}
+_TYPES |= dict.fromkeys((*_INTEGERS, "write"), "i32")
 
 
 def compile_cases() -> list[CompileCase]:
     """The shapes of GPT-2 S to XL and the embedded models in bf16, few and many nodes, trees and prompts."""
     models = {"s": (12, 64), "m": (16, 64), "l": (20, 64), "xl": (25, 64), "target": (6, 64), "draft": (3, 32)}
-    passes = {"n1": (1, 1, False), "n64": (2, 64, False), "chunk256": (8, 64, True)}
-    signature = _POINTERS | {"scale": "fp32"} | dict.fromkeys(_INTEGERS, "i32")
+    passes = {"n1": (1, False), "n64": (2, False), "chunk256": (8, True)}
     cases = []
     for model, (heads, size) in models.items():
-        for name, (words, queries, chain) in passes.items():
-            constants = {
-                "KV_HEADS": heads,
-                "GROUP": 1,
-                "D": size,
-                "WORDS": words,
-                "WINDOW": WINDOW,
-                "FAR_ROWS": _far_rows(queries, 2, fixed=False),
-                "CHAIN": chain,
-                "PDL": False,
-            } | _tiles(size, 2, WINDOW)
-            case = f"tree_attention-{model}-{name}"
-            cases.append(
-                CompileCase(
-                    case, _tree_attention, signature, constants, matrix=True, fusion=False, aligned=tuple(_POINTERS)
+        tiles = _tiles(size, 2, WINDOW)
+        for name, (words, chain) in passes.items():
+            constants = {"KV_HEADS": heads, "GROUP": 1, "D": size, "WORDS": words, "WINDOW": WINDOW, "CHAIN": chain}
+            constants |= {"PDL": False, "FILLED": 16} | tiles
+            for kernel, rows in (
+                (_attend_far, tiles["FAR_ROWS"]),
+                (_attend_near, tiles["NEAR_ROWS"]),
+            ):
+                names = kernel.arg_names
+                cases.append(
+                    CompileCase(
+                        f"tree_attention-{kernel.__name__.removeprefix('_attend_')}-{model}-{name}",
+                        kernel,
+                        {key: _TYPES[key] for key in names if key in _TYPES},
+                        {key: value for key, value in (constants | {"ROWS": rows}).items() if key in names},
+                        matrix=True,
+                        fusion=False,
+                        aligned=tuple(key for key in names if key.startswith("p_")),
+                    )
                 )
-            )
     return cases

@@ -55,7 +55,6 @@ class Case:
             scratch,
             self.window,
         )
-        assert not scratch.counters.any()
         return out.view(batch, nodes, heads, size), cache
 
     def split(self):
@@ -65,9 +64,10 @@ class Case:
         return q.view(batch, nodes, heads, size), *(x.reshape(batch, nodes, kv_heads, size) for x in (k, v))
 
     def reference(self, dtype):
-        """Each node's path attended to densely in `dtype`."""
-        q, k, v = self.split()
-        nodes, group = q.shape[1], self.heads // self.cache.shape[3]
+        """Each node's path attended to densely in `dtype`, on the CPU: it takes thousands of small operations."""
+        q, k, v = (x.cpu() for x in self.split())
+        cache = self.cache.cpu()
+        nodes, group = q.shape[1], self.heads // cache.shape[3]
         out = torch.zeros_like(q, dtype=dtype)
         for i_b, rows in enumerate(self.masks.tolist()):
             prefix = max(self.prefix[i_b].item(), 0)
@@ -75,14 +75,14 @@ class Case:
                 bits = [32 * i + bit for i, word in enumerate(words) for bit in range(32) if word >> bit & 1]
                 if not bits:
                     continue
-                path = [self.cache[i_b, self.tree_rows + t] for t in range(prefix)]
+                path = [cache[i_b, self.tree_rows + t] for t in range(prefix)]
                 for bit in bits:
                     own = 0 <= (node := bit - self.first_bit) < nodes
-                    path.append(torch.stack((k[i_b, node], v[i_b, node])) if own else self.cache[i_b, bit])
+                    path.append(torch.stack((k[i_b, node], v[i_b, node])) if own else cache[i_b, bit])
                 keys, values = torch.stack(path, 1).repeat_interleave(group, 2).to(dtype)  # [path, H, D]
                 scores = (q[i_b, i_node].to(dtype) * keys).sum(-1) * q.shape[-1] ** -0.5
                 out[i_b, i_node] = (scores.softmax(0)[..., None] * values).sum(0)
-        return out
+        return out.to(self.qkv.device)
 
 
 def words_of(masks, words):
@@ -164,12 +164,12 @@ def test_draft_passes(device, dtype, error_ratio):
     check(replace(case, window=32), error_ratio)
 
 
-def test_no_committed_row_and_no_catch_up(device, dtype):
+def test_no_committed_row_and_no_catch_up(device, dtype, error_ratio):
     """With one token the draft's prefix is -1 and the root sees itself alone."""
     case = make(device, dtype, [[0b01, 0b10, 0b110]], [-1])
     out, _ = case.run()
     assert torch.equal(out[0, 1], case.split()[2][0, 1])
-    assert torch.allclose(out.double(), case.reference(torch.float64), atol=1e-3)
+    assert error_ratio(out, case.reference(dtype), case.reference(torch.float64)) <= 2
 
 
 def test_nodes_that_see_nothing_get_zeros(device, dtype, error_ratio):
@@ -329,7 +329,7 @@ def test_opcheck(device):
     given = arguments(device)
     scratch, scale = given.pop("scratch"), given.pop("scale")
     values = list(given.values())
-    torch.library.opcheck(module._op, (*values[:-1], WINDOW, scale, values[-1], scratch.partials, scratch.counters))
+    torch.library.opcheck(module._op, (*values[:-1], WINDOW, scale, values[-1], scratch.partials))
 
 
 @pytest.mark.parametrize(
