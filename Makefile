@@ -48,7 +48,8 @@ $(GPU_PATH): $(wildcard kernels/*.py stagedspec/*.py stagedspec/*/*.py)
 	rm -rf $@ && mkdir -p $@ && cp -r stagedspec $@/ && cp -r kernels $@/stagedspec/kernels
 
 test-gpu: $(GPU_PATH)
-	cd $(GPU_PATH) && $(GPU_PYTHON) -m pytest -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) $(CURDIR)/tests/kernels $(ARGS)
+	cd $(GPU_PATH) && $(GPU_PYTHON) -m pytest -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) \
+		--numprocesses auto --maxprocesses 8 $(CURDIR)/tests/kernels $(ARGS)
 
 bench-gpu: $(GPU_PATH)
 	cd $(GPU_PATH) && $(GPU_PYTHON) $(CURDIR)/bench/kernels/run.py $(ARGS)

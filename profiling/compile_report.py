@@ -4,8 +4,9 @@
 
 For each kernel at the shapes of GPT-2 S, M, L, XL and of the embedded models (`compile_cases()` of the kernel files):
 registers a thread, shared memory a block, bytes spilled, matrix instructions and the width of asynchronous loads.
-The exit status is 1 if a kernel spills, takes more shared memory than the chip has, or is a matrix multiply without
-matrix instructions. Needs Triton's own compiler, not its interpreter: TRITON_INTERPRET must not be set.
+The exit status is 1 if a kernel spills, takes more shared memory than the chip has, is a matrix multiply without matrix
+instructions, or shows the miscompilation described at `miscompiled`. Needs Triton's own compiler, not its interpreter:
+TRITON_INTERPRET must not be set.
 """
 
 import argparse
@@ -102,10 +103,29 @@ def compile_case(job: tuple[str, int, int]) -> Report:
         " ".join(f"{count} {kind}" for kind, count in matrix.most_common()),
         len(re.findall(r"(?:LDGSTS|LDG)\.[\w.]*128", code)),
     )
-    return Report(**asdict(report) | {"problem": _problem(case, report)})
+    return Report(**asdict(report) | {"problem": _problem(case, report, code)})
 
 
-def _problem(case: CompileCase, report: Report) -> str:
+def miscompiled(code: str) -> bool:
+    """Whether a matrix instruction gets a wrong address in shared memory from ptxas, as that of CUDA 12.8 makes.
+
+    An address is 64 bits in a pair of registers: the sum's lower half adds to the one register, its upper half to the
+    other. Where the descriptor of a second product is derived from a first one's of another swizzle, both halves add to
+    the same register, and what it holds is something else.
+    """
+    lower: dict[str, str] = {}  # carry -> the register that was added to
+    for line in code.splitlines():
+        if found := re.search(r"\bUIADD3 UR\w+, (UP\d), (UR\d+), 0x\w+, URZ", line):
+            lower[found[1]] = found[2]
+        found = re.search(r"\bUIADD3\.X UR\w+, (UR\d+), -?0x\w+, URZ, (UP\d)", line)
+        if found and lower.get(found[2]) == found[1]:
+            return True
+    return False
+
+
+def _problem(case: CompileCase, report: Report, code: str) -> str:
+    if miscompiled(code):
+        return "is miscompiled: wrong addresses in shared memory"
     if report.spilled:
         return "spills registers"
     if report.shared > SHARED_LIMIT[report.arch]:

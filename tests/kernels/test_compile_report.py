@@ -1,5 +1,6 @@
 """Kernels compiled for real GPUs without one: no spills, within the chip's shared memory, with matrix instructions."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -25,7 +26,8 @@ def report(tmp_path, match: str, arch: int) -> tuple[subprocess.CompletedProcess
     [
         ("linear: l qkv 64", 90, "HGMMA"),
         ("linear: l down 16", 80, "HMMA"),
-        ("tree_attention: l-n64", 90, "HGMMA"),
+        ("tree_attention: far-l-n64", 90, "HGMMA"),
+        ("tree_attention: near-l-n64", 90, "HMMA"),
         ("lm_head: head-greedy-50257x1280-r16", 90, "HGMMA"),
         ("verify_commit", 90, ""),
     ],
@@ -35,6 +37,24 @@ def test_compiles_clean(tmp_path, match, arch, instruction):
     assert done.returncode == 0, done.stdout + done.stderr
     assert reports and all(instruction in entry["matrix"] for entry in reports)
     assert all(entry["spilled"] == 0 and 0 < entry["registers"] <= 255 for entry in reports)
+
+
+SUM = """
+    UMOV UR22, UR37 ;
+    UIADD3 UR18, UP1, {lower}, 0x20, URZ ;
+    ULEA UR27, UP0, UR38, UR16, 0x7 ;
+    UIADD3.X UR19, {upper}, -0x3ffffff0, URZ, UP1, !UPT ;
+"""
+
+
+@pytest.mark.parametrize(("lower", "upper", "expected"), [("UR4", "UR4", True), ("UR4", "UR5", False)])
+def test_wrong_addresses_are_seen(lower, upper, expected):
+    """What ptxas made of two products that shared a buffer, and what it should have made."""
+    specification = importlib.util.spec_from_file_location("compile_report", SCRIPT)
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[module.__name__] = module  # dataclasses look their module up
+    specification.loader.exec_module(module)
+    assert module.miscompiled(SUM.format(lower=lower, upper=upper)) is expected
 
 
 def test_nothing_matches(tmp_path):
