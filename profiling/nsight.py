@@ -17,10 +17,12 @@ def add_options(parser: argparse.ArgumentParser, out: str) -> None:
     parser.add_argument("--dry-run", action="store_true", help="print the commands and run nothing")
 
 
-def run(flags: list[str], rest: list[str], after: list[str], phases: bool, dry: bool) -> int:
+def run(
+    parser: argparse.ArgumentParser, dry: bool, flags: list[str], rest: list[str], after: list[str], phases: bool
+) -> int:
     """Runs step.py under a tool, then a command that prints the report; the exit status of the first that fails.
 
-    phases: whether the step's phases are NVTX ranges. Raises ValueError where the tool or a GPU is missing.
+    phases: whether the step's phases are NVTX ranges. Exits with status 2 where the tool or a GPU is missing.
     """
     command = [*flags, sys.executable, str(STEP), *rest]
     switch = {"STAGEDSPEC_NVTX": "1" if phases else "0"}
@@ -28,19 +30,16 @@ def run(flags: list[str], rest: list[str], after: list[str], phases: bool, dry: 
         print(*(f"{name}={value}" for name, value in switch.items()), shlex.join(command))
         print(shlex.join(after))
         return 0
-    check(flags[0])
+    problem = missing(flags[0])
+    if problem:
+        parser.exit(2, f"error: {problem}; profiling/torch_trace.py needs neither {flags[0]} nor a GPU\n")
     return subprocess.call(command, env=os.environ | switch) or subprocess.call(after)
 
 
-def check(tool: str) -> None:
+def missing(tool: str) -> str:
+    """What a tool lacks to profile a step, or nothing."""
     if shutil.which(tool) is None:
-        raise ValueError(
-            f"{tool} is not on the PATH: it comes with the CUDA toolkit and with NVIDIA's Nsight packages; "
-            "profiling/torch_trace.py needs neither"
-        )
+        return f"{tool} is not on the PATH: it comes with the CUDA toolkit and with NVIDIA's Nsight packages"
     import torch
 
-    if not torch.cuda.is_available():
-        raise ValueError(
-            f"torch sees no CUDA GPU, and {tool} profiles one; profiling/torch_trace.py works on a CPU too"
-        )
+    return "" if torch.cuda.is_available() else "torch sees no CUDA GPU"

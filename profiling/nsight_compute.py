@@ -11,13 +11,11 @@ import re
 import sys
 
 import nsight
-from step import clear_errors
 
 # What a memory-bound kernel is read by: see README.md.
 SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "LaunchStats", "Occupancy", "WarpStateStats", "SourceCounters")
 
 
-@clear_errors
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     nsight.add_options(parser, "step.ncu-rep")
@@ -42,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     flags += ["--import-source", "yes", "--clock-control", options.clock_control]
     flags += ["--force-overwrite", "--export", str(options.out)]
     after = ["ncu", "--import", str(options.out), "--page", "details"]
-    return nsight.run(flags, rest, after, phases=True, dry=options.dry_run)
+    return nsight.run(parser, options.dry_run, flags, rest, after, phases=True)
 
 
 if __name__ == "__main__":

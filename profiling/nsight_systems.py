@@ -10,10 +10,8 @@ import argparse
 import sys
 
 import nsight
-from step import clear_errors
 
 
-@clear_errors
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     nsight.add_options(parser, "step.nsys-rep")
@@ -24,7 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
     flags += ["--force-overwrite", "true", "--output", str(options.out)]
     reports = "cuda_gpu_kern_sum,nvtx_gpu_proj_sum" if options.phases else "cuda_gpu_kern_sum"
     after = ["nsys", "stats", "--force-export", "true", "--report", reports, str(options.out)]
-    return nsight.run(flags, rest, after, phases=options.phases, dry=options.dry_run)
+    return nsight.run(parser, options.dry_run, flags, rest, after, options.phases)
 
 
 if __name__ == "__main__":

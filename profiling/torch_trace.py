@@ -27,7 +27,7 @@ from step import add_options, clear_errors, load, parse, steps  # which puts ben
 # isort: split
 import machine
 
-STEP, HOST, UNPLACED = "step", "(Python)", "(of a CUDA graph)"
+STEP, HOST, REPLAYED = "step", "(Python)", "(of a CUDA graph)"
 Place = tuple[str, ...]  # the ranges below a step's, outermost first: phase, operation
 
 
@@ -132,28 +132,29 @@ class Row:
 def read(events, watched: Watched, count: int, device: torch.device) -> list[Row]:
     """The rows of `count` steps, the longest first.
 
-    A GPU's kernels belong where they were launched; those of a replayed CUDA graph, nowhere. On a CPU the kernels are
-    torch's operations, without those that they call.
+    A GPU's kernels belong where they were launched. Those of a replayed CUDA graph were launched nowhere, and run into
+    each other: what such a kernel took is from the end of the one before it to its own, so that all add up to the
+    graph's time. On a CPU the kernels are torch's operations, without those that they call.
     """
     found: dict[Place, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    elsewhere: dict[str, list[float]] = defaultdict(list)
-    placed: Counter[str] = Counter()
+    launched = {kernel.name for event in events for kernel in event.kernels}
+    replayed = []
     for event in events:
         if event.device_type != DeviceType.CPU:
-            if event.name not in watched.names:
-                elsewhere[event.name].append(event.time_range.elapsed_us())
+            if event.name not in watched.names | launched:
+                replayed.append((event.time_range.end, event.time_range.start, event.name))
             continue
         if device.type == "cuda":
             times = [(kernel.name, kernel.duration) for kernel in event.kernels]
         else:
             times = [(HOST if event.name in watched.names else event.name, event.self_cpu_time_total)]
-        placed.update(name for name, _ in times)
         ranges = _ranges(event, watched.names)
         for name, microseconds in times if ranges[:1] == [STEP] else ():
             found[tuple(ranges[1:])][name].append(microseconds)
-    for name, times in elsewhere.items():
-        if not placed[name]:
-            found[UNPLACED,][name] = times
+    before = None
+    for end, start, name in sorted(replayed):
+        found[REPLAYED,][name].append(end - (start if before is None else before))
+        before = end
     rows = [
         Row(
             place,
@@ -233,7 +234,7 @@ def trace(decoder: stagedspec.Decoder, options: argparse.Namespace) -> tuple[tor
     generation = steps(decoder, options, record_function)
     run = next(generation)
     watched.moved.clear()
-    with torch.profiler.profile(activities=activities) as profile:
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
         while run is not None:
             watched.prefix = sum(len(row.tokens) for row in run.sequences.rows)
             run = next(generation, None)
@@ -264,8 +265,10 @@ def main(arguments: list[str] | None = None) -> int:
     roof = options.roof * 1e9 if options.roof else machine.read_bandwidth(_buffer(step, decoder.device), decoder.device)
     how = "stated" if options.roof else "measured"
     print(f"{table(rows, roof)}\n")
-    print(f"a step as decoded: {unwatched * 1e6:.0f} µs; its kernels one by one: {step.microseconds:.0f} µs")
-    print(f"floor: {step.moved / 1e6:.1f} MB / {roof / 1e9:.0f} GB/s ({how}) = {step.moved / roof * 1e6:.0f} µs")
+    kernels = "its kernels as traced" if options.as_decoded else "its kernels one by one"
+    print(f"a step as decoded: {unwatched * 1e6:.0f} µs; {kernels}: {step.microseconds:.0f} µs")
+    if step.moved:
+        print(f"floor: {step.moved / 1e6:.1f} MB / {roof / 1e9:.0f} GB/s ({how}) = {step.moved / roof * 1e6:.0f} µs")
     print(f"trace: {options.out}")
     report = machine.header("torch_trace.py", arguments, decoder.device)
     print(f"{report['command'].replace('bench/', 'profiling/', 1)}\n{machine.where(report)}")

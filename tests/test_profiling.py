@@ -4,10 +4,12 @@ import json
 import os
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import make_draft, random_prompts
+from torch.autograd import DeviceType
 
 import nsight_compute
 import nsight_systems
@@ -216,6 +218,33 @@ def test_trace_as_decoded(folders, tmp_path, capsys):
     assert "tree_attention" not in capsys.readouterr().out
 
 
+def event(name: str, start: float = 0, end: float = 0, place=None, kernels=(), gpu: bool = True):
+    return SimpleNamespace(
+        name=name,
+        device_type=DeviceType.CUDA if gpu else DeviceType.CPU,
+        time_range=SimpleNamespace(start=start, end=end),
+        kernels=[SimpleNamespace(name=kernel, duration=time) for kernel, time in kernels],
+        cpu_parent=place,
+    )
+
+
+def test_kernels_of_a_gpu():
+    """Launched ones go where they were launched; replayed ones, which overlap, to how far each moved the end."""
+    watched = torch_trace.Watched(reference)
+    watched.names |= {"target", "draft"}
+    outside = event("aten::copy_", gpu=False, kernels=[("Memcpy DtoH", 9.0)])
+    in_step = event("step", gpu=False)
+    phase = event("target", gpu=False, place=in_step)
+    op = event("stagedspec::linear", gpu=False, place=phase, kernels=[("_linear", 6.0)])
+    launched = [event("_linear", 0, 6), event("target", 0, 6), event("Memcpy DtoH", 8, 17)]
+    replayed = [event("b", 21, 40), event("a", 20, 30), event("b", 31, 45)]
+    rows = torch_trace.read([outside, in_step, phase, op, *launched, *replayed], watched, 1, torch.device("cuda"))
+    assert [(row.place, row.kernels) for row in rows] == [
+        ((torch_trace.REPLAYED,), {"a": (1, 10.0), "b": (2, 15.0)}),
+        (("target",), {"_linear": (1, 6.0)}),
+    ]
+
+
 def test_trace_refuses(folders, tmp_path, nvtx, monkeypatch, capsys):
     out = ["--out", str(tmp_path / "trace.json")]
     assert torch_trace.main([*folders, "--roof", "nan", *out]) == 2
@@ -263,11 +292,13 @@ def test_nsight_systems_command(capsys, phases):
 )
 def test_nsight_says_what_is_missing(main, tool, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert main() == 2
+    with pytest.raises(SystemExit, match="2"):
+        main()
     assert f"error: {tool} is not on the PATH" in capsys.readouterr().err
 
     Path(tmp_path / tool).write_text("#!/bin/sh\nexit 1\n")
     os.chmod(tmp_path / tool, 0o755)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert main() == 2
+    with pytest.raises(SystemExit, match="2"):
+        main()
     assert "torch sees no CUDA GPU" in capsys.readouterr().err
