@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -129,32 +130,59 @@ class Row:
         return sum(time for _, time in self.kernels.values())
 
 
-def read(events, watched: Watched, count: int, device: torch.device) -> list[Row]:
+@dataclass(frozen=True)
+class Launch:
+    """A kernel's run on the GPU, in µs. operation: the id of the event that launched it, of none in a CUDA graph."""
+
+    operation: int
+    name: str
+    start: float
+    end: float
+
+
+def launches(profile: torch.profiler.profile, ranges: set[str]) -> list[Launch]:
+    """What ran on the GPU. The profiler lists our ranges there too."""
+    return [
+        Launch(event.linked_correlation_id(), event.name(), event.start_ns() / 1e3, event.end_ns() / 1e3)
+        for event in profile.profiler.kineto_results.events()
+        if event.device_type() != DeviceType.CPU and event.name() not in ranges
+    ]
+
+
+def own_times(runs: list[Launch]) -> dict[int, list[tuple[str, float]]]:
+    """By operation, its kernels and the µs that the GPU took for each.
+
+    A kernel may start while the one ahead still runs (programmatic dependent launch), and then waits for it: its own
+    time begins when the one ahead has ended. So no moment counts twice.
+    """
+    found: dict[int, list[tuple[str, float]]] = defaultdict(list)
+    before = 0.0
+    for run in sorted(runs, key=lambda run: run.end):
+        found[run.operation].append((run.name, run.end - max(run.start, before)))
+        before = run.end
+    return found
+
+
+def read(events, runs: list[Launch], watched: Watched, count: int) -> list[Row]:
     """The rows of `count` steps, the longest first.
 
-    A GPU's kernels belong where they were launched. Those of a replayed CUDA graph were launched nowhere, and run into
-    each other: what such a kernel took is from the end of the one before it to its own, so that all add up to the
-    graph's time. On a CPU the kernels are torch's operations, without those that they call.
+    events: of the profiler. A GPU's kernels belong where they were launched, those of a CUDA graph nowhere; without a
+    GPU (no runs) the kernels are torch's operations, without those that they call.
     """
     found: dict[Place, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    launched = {kernel.name for event in events for kernel in event.kernels}
-    replayed = []
+    launched = own_times(runs)
     for event in events:
         if event.device_type != DeviceType.CPU:
-            if event.name not in watched.names | launched:
-                replayed.append((event.time_range.end, event.time_range.start, event.name))
             continue
-        if device.type == "cuda":
-            times = [(kernel.name, kernel.duration) for kernel in event.kernels]
-        else:
+        if not runs:
             times = [(HOST if event.name in watched.names else event.name, event.self_cpu_time_total)]
+        else:
+            times = launched.pop(event.id, ()) if event.kernels else ()
         ranges = _ranges(event, watched.names)
         for name, microseconds in times if ranges[:1] == [STEP] else ():
             found[tuple(ranges[1:])][name].append(microseconds)
-    before = None
-    for end, start, name in sorted(replayed):
-        found[REPLAYED,][name].append(end - (start if before is None else before))
-        before = end
+    for name, microseconds in chain.from_iterable(launched.values()):
+        found[REPLAYED,][name].append(microseconds)
     rows = [
         Row(
             place,
@@ -260,13 +288,12 @@ def main(arguments: list[str] | None = None) -> int:
     unwatched = seconds_as_decoded(decoder, options)
     profile, watched = trace(decoder, options)
     profile.export_chrome_trace(str(options.out))
-    rows = read(profile.events(), watched, options.steps, decoder.device)
+    rows = read(profile.events(), launches(profile, watched.names), watched, options.steps)
     step = total(rows)
     roof = options.roof * 1e9 if options.roof else machine.read_bandwidth(_buffer(step, decoder.device), decoder.device)
     how = "stated" if options.roof else "measured"
     print(f"{table(rows, roof)}\n")
-    kernels = "its kernels as traced" if options.as_decoded else "its kernels one by one"
-    print(f"a step as decoded: {unwatched * 1e6:.0f} µs; {kernels}: {step.microseconds:.0f} µs")
+    print(f"a step as decoded: {unwatched * 1e6:.0f} µs; its kernels as traced: {step.microseconds:.0f} µs")
     if step.moved:
         print(f"floor: {step.moved / 1e6:.1f} MB / {roof / 1e9:.0f} GB/s ({how}) = {step.moved / roof * 1e6:.0f} µs")
     print(f"trace: {options.out}")

@@ -202,7 +202,7 @@ def test_bytes_that_must_be_moved(target):
         ("target", "lm_head_choose 61x24"): 4 * (vocab * width + width + 2 * width) + 8,
         ("commit", "move_rows"): 0,
     }
-    rows = torch_trace.read(profile.events(), watched, 1, decoder.device)
+    rows = torch_trace.read(profile.events(), [], watched, 1)
     assert {row.place: row.moved for row in rows if row.moved} == {k: v for k, v in watched.moved.items() if v}
     assert torch_trace.total(rows).moved == sum(watched.moved.values())
     head = next(row for row in rows if row.place == ("target", "lm_head_choose 61x24"))
@@ -218,30 +218,32 @@ def test_trace_as_decoded(folders, tmp_path, capsys):
     assert "tree_attention" not in capsys.readouterr().out
 
 
-def event(name: str, start: float = 0, end: float = 0, place=None, kernels=(), gpu: bool = True):
-    return SimpleNamespace(
-        name=name,
-        device_type=DeviceType.CUDA if gpu else DeviceType.CPU,
-        time_range=SimpleNamespace(start=start, end=end),
-        kernels=[SimpleNamespace(name=kernel, duration=time) for kernel, time in kernels],
-        cpu_parent=place,
-    )
+def test_own_times():
+    """Kernels that started early do not count the time in which they waited."""
+    runs = [(1, "a", 0, 10), (2, "b", 4, 15), (3, "c", 5, 12), (2, "d", 20, 21)]
+    assert torch_trace.own_times([torch_trace.Launch(*run) for run in runs]) == {
+        1: [("a", 10)],
+        2: [("b", 3), ("d", 1)],
+        3: [("c", 2)],
+    }
 
 
 def test_kernels_of_a_gpu():
-    """Launched ones go where they were launched; replayed ones, which overlap, to how far each moved the end."""
+    """Launched ones go where they were launched, if that was in a step; those of a CUDA graph together."""
+
+    def event(number: int, name: str, parent=None, gpu: bool = False):
+        kind = DeviceType.CUDA if gpu else DeviceType.CPU
+        return SimpleNamespace(id=number, name=name, cpu_parent=parent, device_type=kind, kernels=[...])
+
     watched = torch_trace.Watched(reference)
-    watched.names |= {"target", "draft"}
-    outside = event("aten::copy_", gpu=False, kernels=[("Memcpy DtoH", 9.0)])
-    in_step = event("step", gpu=False)
-    phase = event("target", gpu=False, place=in_step)
-    op = event("stagedspec::linear", gpu=False, place=phase, kernels=[("_linear", 6.0)])
-    launched = [event("_linear", 0, 6), event("target", 0, 6), event("Memcpy DtoH", 8, 17)]
-    replayed = [event("b", 21, 40), event("a", 20, 30), event("b", 31, 45)]
-    rows = torch_trace.read([outside, in_step, phase, op, *launched, *replayed], watched, 1, torch.device("cuda"))
+    watched.names.add("target")
+    phase = event(2, "target", parent=event(1, "step"))
+    events = [event(3, "aten::copy_"), event(4, "stagedspec::linear", phase), event(4, "_linear", gpu=True)]
+    runs = [(4, "_linear", 0, 6), (3, "Memcpy DtoH", 8, 17), (0, "a", 20, 30), (9, "b", 21, 40), (0, "b", 31, 45)]
+    rows = torch_trace.read(events, [torch_trace.Launch(*run) for run in runs], watched, 2)
     assert [(row.place, row.kernels) for row in rows] == [
-        ((torch_trace.REPLAYED,), {"a": (1, 10.0), "b": (2, 15.0)}),
-        (("target",), {"_linear": (1, 6.0)}),
+        ((torch_trace.REPLAYED,), {"a": (0.5, 5.0), "b": (1, 7.5)}),
+        (("target",), {"_linear": (0.5, 3.0)}),
     ]
 
 
