@@ -5,6 +5,9 @@
 # make compile-report   compile every kernel for real GPUs, without one: registers, memory, spills, instructions
 # make test-gpu  the kernels' tests on a GPU, with the Python that has torch for it: PYTHON=python3, nothing is installed
 # make bench-gpu the kernels beside their peers on a GPU, likewise
+# make profile   a step's kernels: their times beside the bytes that they must move, and a timeline, trace.json;
+#                ARGS="..." are options of profiling/torch_trace.py. Nsight's scripts: profiling/README.md
+# make profile-gpu  the same of the Triton kernels on a GPU, with the Python that has torch for it
 # make paper     the paper's tables and figures, and acceptance by rule; ARGS="..." are options of both scripts:
 #                --update-readme writes bench/README.md, --target T --draft D --ngram N --prompts FILE take other models
 # make clean     remove .venv and everything built
@@ -17,7 +20,7 @@ VENV ?= .venv
 ARGS ?=
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint bench paper compile-report test-gpu bench-gpu clean
+.PHONY: demo test lint bench paper compile-report test-gpu bench-gpu profile profile-gpu clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -40,6 +43,9 @@ paper: $(VENV)/.installed
 compile-report: $(VENV)/.installed
 	$(BIN)/python profiling/compile_report.py $(ARGS)
 
+profile: $(VENV)/.installed
+	$(BIN)/python profiling/torch_trace.py $(ARGS)
+
 # A GPU machine's own Python has the torch and triton that fit its driver. The package is put beside it, not installed.
 GPU_PATH = build/gpu
 GPU_PYTHON = PYTHONPATH=$(CURDIR)/$(GPU_PATH) $(PYTHON)
@@ -53,6 +59,9 @@ test-gpu: $(GPU_PATH)
 
 bench-gpu: $(GPU_PATH)
 	cd $(GPU_PATH) && $(GPU_PYTHON) $(CURDIR)/bench/kernels/run.py $(ARGS)
+
+profile-gpu: $(GPU_PATH)
+	cd $(GPU_PATH) && $(GPU_PYTHON) $(CURDIR)/profiling/torch_trace.py --backend triton --out $(CURDIR)/trace.json $(ARGS)
 
 # The interpreter, from a system without ensurepip too (Debian's python3 without python3-venv).
 $(BIN)/python:

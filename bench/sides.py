@@ -48,7 +48,7 @@ def add_options(parser: argparse.ArgumentParser, limit: int, max_new_tokens: int
 
 def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Exits with a message where a number that must be positive is not."""
-    for name in ("limit", "max_new_tokens", "repeats", "threads"):
+    for name in ("limit", "max_new_tokens", "repeats", "threads", "batch", "prompt_tokens", "warm_up", "steps"):
         value = getattr(options, name, None)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} must be positive, got {value}")

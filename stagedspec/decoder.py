@@ -28,7 +28,7 @@ from stagedspec.loading import (
 from stagedspec.ngram import KatzTable
 from stagedspec.positions import Positions
 from stagedspec.sampling import Sampling, counters
-from stagedspec.stats import ORIGINS, Clock, Stats
+from stagedspec.stats import ORIGINS, Clock, Stats, marks_wanted
 from stagedspec.tree import MODES, TreeConfig
 from stagedspec.tuning import Tuning, keep, recall
 
@@ -98,6 +98,8 @@ class Decoder:
 
     Make one with `from_pretrained` or `default`. A decoder keeps no state between calls.
     defaults: what the model's own generation config sets; it holds where a call says nothing else.
+    mark: what the phases of its steps are marked with for a profiler; NVTX ranges if STAGEDSPEC_NVTX=1, else None.
+    Steps that are marked are not captured as CUDA graphs, whose replays have no phases.
     """
 
     def __init__(
@@ -125,6 +127,7 @@ class Decoder:
         self.device = target.device
         self.eos_token_ids, self.pad_token_id = tuple(eos_token_ids), pad_token_id
         self.defaults = {} if defaults is None else defaults
+        self.mark = marks_wanted()
         self.last_stats: Stats | None = None
         self._tree = tree
         self._tuning: Tuning | None = None  # read from the user's cache when a tree is first chosen
@@ -454,7 +457,7 @@ class _Run:
     def __init__(self, decoder: Decoder, request: _Request, positions: Positions | None = None):
         target, config, device = decoder.target, request.tree, decoder.device
         # Steps of fixed shape are replayed: the host does not see their phases.
-        self.clock = Clock(("prefill",) if target.ops.fixed_shapes else None)
+        self.clock = Clock(("prefill",) if target.ops.fixed_shapes else None, decoder.mark)
         self.decoder, self.request = decoder, request
         batch, warping = len(request.prompts), request.sampling.warping
         self.config, self.warping = config, warping
@@ -495,7 +498,7 @@ class _Run:
             self.decoder.target.prefill(self.request.prompts, 1, self.cache)
             if self.cascade is not None:
                 self.cascade.prefill(self.request.prompts)
-        step = self.decoder.target.ops.repeated(self._step)
+        step = self._step if self.decoder.mark else self.decoder.target.ops.repeated(self._step)
         while not self.finished:
             self.draft_passes += step()
             self.steps_done += 1

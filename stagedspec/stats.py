@@ -1,20 +1,27 @@
 """What a generation cost and where its tokens came from."""
 
+import os
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 ORIGINS = ("target", "draft", "ngram")
 MODEL_PHASES = ("prefill", "target", "draft")
 
 
+# A range of a profiler's timeline, made from its name: torch.cuda.nvtx.range, torch.profiler.record_function.
+Mark = Callable[[str], AbstractContextManager]
+
+
 class Clock:
     """Wall-clock seconds per phase: `with clock("draft"): ...`. Phases do not nest; the device is not synchronised.
 
-    phases: those to record, None for all.
+    phases: those to record, None for all. mark: what every phase is marked with for a profiler, None for nothing.
     """
 
-    def __init__(self, phases: tuple[str, ...] | None = None) -> None:
-        self.phases = phases
+    def __init__(self, phases: tuple[str, ...] | None = None, mark: Mark | None = None) -> None:
+        self.phases, self.mark = phases, mark
         self.seconds: dict[str, float] = {}
         self._phase, self._start = "", 0.0
 
@@ -23,12 +30,30 @@ class Clock:
         return self
 
     def __enter__(self) -> None:
+        if self.mark is not None:
+            self._range = self.mark(self._phase)
+            self._range.__enter__()
         self._start = time.perf_counter()
 
-    def __exit__(self, *_: object) -> None:
-        if self.phases is not None and self._phase not in self.phases:
-            return
-        self.seconds[self._phase] = self.seconds.get(self._phase, 0.0) + time.perf_counter() - self._start
+    def __exit__(self, *error: object) -> None:
+        if self.phases is None or self._phase in self.phases:
+            self.seconds[self._phase] = self.seconds.get(self._phase, 0.0) + time.perf_counter() - self._start
+        if self.mark is not None:
+            self._range.__exit__(*error)
+
+
+def marks_wanted() -> Mark | None:
+    """NVTX ranges where the environment asks for them, STAGEDSPEC_NVTX=1. Raises ValueError where there are none."""
+    wanted = os.environ.get("STAGEDSPEC_NVTX", "0")
+    if wanted not in ("", "0", "1"):
+        raise ValueError(f"STAGEDSPEC_NVTX must be 1 (NVTX ranges), 0 or unset, got {wanted!r}")
+    if wanted != "1":
+        return None
+    import torch
+
+    if not torch.backends.cuda.is_built():
+        raise ValueError("STAGEDSPEC_NVTX=1 asks for NVTX ranges, but this torch is built without CUDA: unset it")
+    return torch.cuda.nvtx.range
 
 
 @dataclass
