@@ -24,6 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
+from stagedspec.kernels.configs import config, device_name
 from stagedspec.kernels.philox import gumbel_at, gumbel_tile
 from stagedspec.kernels.registry import CompileCase, check_runs, check_tensor, launch_options, register
 
@@ -31,6 +32,7 @@ GROUP = 64  # tokens that share one maximum
 SLICE = 2048  # tokens of one program of `scan`
 BLOCK = 512  # candidates looked at together
 SPAN = 32  # groups compacted together
+WARPS = {"scan_warps": 4, "select_warps": 8}
 
 _GROUP = tl.constexpr(GROUP)
 _UNIT = tl.constexpr(float(2**40))  # fixed point of probabilities relative to the largest
@@ -394,13 +396,25 @@ def noise_kind(greedy: bool, noise: torch.Tensor | None) -> int:
     return NOISES["none" if greedy else "made" if noise is None else "given"]
 
 
+def candidates(shape: tuple[int], device: torch.device) -> list[dict[str, int]]:
+    """Settings to try at the shape (V,), the default first."""
+    default = {"slice": SLICE, "block": BLOCK, "span": SPAN} | WARPS
+    others = [{"slice": size, "scan_warps": warps} for size in (1024, 2048, 4096) for warps in (2, 4, 8)]
+    others += [{"block": size, "select_warps": warps} for size in (256, 512, 1024) for warps in (4, 8, 16)]
+    return [default, *(default | other for other in others if default | other != default)]
+
+
+def _settings(vocab_size: int, device: torch.device) -> dict[str, int]:
+    return config("choose", (vocab_size,), device_name(device), candidates((vocab_size,), device)[0])
+
+
 def launch_select(
     logits, maxima, masses, parts, noise, seeds, streams, positions, scale, top_k, top_p, min_p, kind, out, logprobs,
     whole
 ):  # fmt: skip
     """`select_kernel` for every row; scale: (SCALING, number); kind: NOISE; whole: children of final scores."""
     rows, vocab_size = logits.shape
-    groups = groups_of(vocab_size)
+    groups, settings = groups_of(vocab_size), _settings(vocab_size, logits.device)
     members = parts.take(rows * groups, torch.int32)
     values, ids = parts.take(rows * vocab_size), parts.take(rows * vocab_size, torch.int32)
     select_kernel[(rows,)](
@@ -409,21 +423,23 @@ def launch_select(
         G=groups, GROUPS=triton.next_power_of_2(groups), SCALING=scale[0], NOISE=kind,
         TOP_K=top_k if 0 < top_k < vocab_size else 0, TOP_P=top_p < 1.0, MIN_P=min_p > 0.0,
         CHILDREN=0 if logprobs is None else out.shape[1], WHOLE=whole,
-        BLOCK=min(BLOCK, triton.next_power_of_2(vocab_size)), SPAN=min(SPAN, triton.next_power_of_2(groups)),
-        num_warps=8, **launch_options(logits.device),
+        BLOCK=min(settings["block"], triton.next_power_of_2(vocab_size)),
+        SPAN=min(settings["span"], triton.next_power_of_2(groups)),
+        num_warps=settings["select_warps"], **launch_options(logits.device),
     )  # fmt: skip
 
 
 def _scan(logits, noise, seeds, streams, positions, scores, maxima, masses, best, ids, counters, out, scale, kind,
           choose, need_masses):  # fmt: skip
     rows, vocab_size = logits.shape
-    size = min(SLICE, max(GROUP, triton.next_power_of_2(vocab_size)))
+    settings = _settings(vocab_size, logits.device)
+    size = min(settings["slice"], max(GROUP, triton.next_power_of_2(vocab_size)))
     slices = -(-vocab_size // size)
     scan_kernel[(rows, slices)](
         logits, logits if noise is None else noise, seeds, streams, positions, scores, maxima, masses, best, ids,
         counters, out, positions.shape[1], scale[1], V=vocab_size, G=groups_of(vocab_size), T=size, SLICES=slices,
         SLICES_UP=triton.next_power_of_2(slices), SCALING=scale[0], NOISE=kind, CHOOSE=choose, MASSES=need_masses,
-        SCORES=scores is not logits, num_warps=4, **launch_options(logits.device),
+        SCORES=scores is not logits, num_warps=settings["scan_warps"], **launch_options(logits.device),
     )  # fmt: skip
 
 

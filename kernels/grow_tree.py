@@ -40,6 +40,7 @@ import torch
 import triton
 import triton.language as tl
 
+from stagedspec.kernels.configs import config, device_name
 from stagedspec.kernels.ngram_lookup import BLOCK, check_table, ranks, successors
 from stagedspec.kernels.philox import gumbel_at
 from stagedspec.kernels.registry import CompileCase, check_runs, check_tensor, launch_options, register
@@ -555,8 +556,18 @@ def _blocks(width: int, prefetch_width: int, children: int, slots: int) -> dict[
     return {"LANES": lanes, "RANKS": up(max(children, 2)), "CANDIDATES": up(max(slots * children, lanes))}
 
 
-def _warps(candidates: int) -> int:
-    return 4 if candidates <= 2048 else 8 if candidates <= 4096 else 16
+def _warps(size: int) -> int:
+    return 4 if size <= 2048 else 8 if size <= 4096 else 16
+
+
+def candidates(shape: tuple[int], device: torch.device) -> list[dict[str, int]]:
+    """Settings of either kernel to try at the shape (tile of candidates,), the default first."""
+    default = {"warps": _warps(*shape)}
+    return [default, *({"warps": warps} for warps in (1, 2, 4, 8, 16) if warps != default["warps"])]
+
+
+def _settings(op: str, size: int, device: torch.device) -> dict[str, int]:
+    return config(op, (size,), device_name(device), candidates((size,), device)[0])
 
 
 # ---------------------------------------------------------------- operations
@@ -579,7 +590,8 @@ def _launch_pass(
         WIDTH=width, PREFETCH=prefetch, PREFETCH_WIDTH=prefetch_width, SLOTS=size, CHILDREN=children, MAX_DEPTH=depth,
         WORDS=words(size), WORDS_BLOCK=triton.next_power_of_2(words(size)),
         **blocks, NGRAM_RANKS=ranks(successors_), BLOCK=BLOCK,
-        num_warps=_warps(blocks["CANDIDATES"]), **launch_options(tokens.device),
+        num_warps=_settings("grow_pass", blocks["CANDIDATES"], tokens.device)["warps"],
+        **launch_options(tokens.device),
     )  # fmt: skip
 
 
@@ -608,7 +620,9 @@ def _launch_harvest(
         RECORD=record, GIVEN=0 if names is None else names.shape[2], PREFETCH=prefetch, PREFETCH_WIDTH=prefetch_width,
         SLOTS=size, CHILDREN=children, MAX_DEPTH=depth, NODES=nodes,
         WORDS=words(nodes), WORDS_BLOCK=triton.next_power_of_2(words(nodes)),
-        **blocks, NODES_BLOCK=nodes_block, num_warps=_warps(blocks["CANDIDATES"]), **launch_options(tokens.device),
+        **blocks, NODES_BLOCK=nodes_block,
+        num_warps=_settings("harvest_tree", blocks["CANDIDATES"], tokens.device)["warps"],
+        **launch_options(tokens.device),
     )  # fmt: skip
 
 

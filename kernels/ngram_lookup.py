@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from stagedspec.kernels import control
+from stagedspec.kernels.configs import config, device_name
 from stagedspec.kernels.registry import CompileCase, check_runs, check_tensor, launch_options, register
 
 CONTEXT_LOGPROB = tl.constexpr(control.CONTEXT_LOGPROB)
@@ -138,13 +139,27 @@ def ranks(successors: int) -> int:
     return max(2, triton.next_power_of_2(1 + successors))
 
 
+def candidates(shape: tuple[int], device: torch.device) -> list[dict[str, int]]:
+    """Settings to try at the shape (successors,), the default first: contexts of a CTA, positions at once, warps."""
+    default = {"tile": TILE, "block": BLOCK, "warps": 4}
+    others = [
+        {"tile": tile, "block": block, "warps": warps}
+        for tile in (2, 4, 8, 16)
+        for block in (256, 512, 1024)
+        for warps in (1, 4, 8)
+    ]
+    return [default, *(other for other in others if other != default)]
+
+
 def _launch(contexts, sequence, lengths, keys, rows, tokens, logprobs, vocab_size, out_tokens, out_logprobs) -> None:
     batch, count, _ = contexts.shape
     width = 0 if tokens is None else tokens.shape[1]
-    ngram_lookup_kernel[(batch, triton.cdiv(count, TILE))](
+    settings = config("ngram_lookup", (width,), device_name(contexts.device), candidates((width,), contexts.device)[0])
+    ngram_lookup_kernel[(batch, triton.cdiv(count, settings["tile"]))](
         contexts, sequence, lengths, keys, rows, tokens, logprobs, out_tokens, out_logprobs,
         count, sequence.shape[1], vocab_size, 0 if keys is None else keys.shape[0],
-        SUCCESSORS=width, RANKS=ranks(width), TILE=TILE, BLOCK=BLOCK, num_warps=4, **launch_options(contexts.device),
+        SUCCESSORS=width, RANKS=ranks(width), TILE=settings["tile"], BLOCK=settings["block"],
+        num_warps=settings["warps"], **launch_options(contexts.device),
     )  # fmt: skip
 
 
