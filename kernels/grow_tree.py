@@ -549,11 +549,18 @@ def words(bits: int) -> int:
     return -(-bits // 32)
 
 
-def _blocks(width: int, prefetch_width: int, children: int, slots: int) -> dict[str, int]:
-    """Tile sizes of a setting: powers of two."""
+def _blocks(width: int, prefetch_width: int, children: int, slots: int, nodes: int = 1) -> dict[str, int]:
+    """Tile sizes of a setting: powers of two. nodes: of the tree to be harvested, if one is."""
     up = triton.next_power_of_2
     lanes = up(max(width, prefetch_width, 2))
-    return {"LANES": lanes, "RANKS": up(max(children, 2)), "CANDIDATES": up(max(slots * children, lanes))}
+    tile = up(max(slots * children, lanes, nodes - 1))
+    return {"LANES": lanes, "RANKS": up(max(children, 2)), "CANDIDATES": tile}
+
+
+def tile(op: str, config) -> int:
+    """The candidates that grow_pass or harvest_tree looks at together, by which its settings are kept."""
+    nodes = config.nodes if op == "harvest_tree" else 1
+    return _blocks(config.width, config.prefetch_width, config.children, config.slots, nodes)["CANDIDATES"]
 
 
 def _warps(size: int) -> int:
@@ -612,8 +619,7 @@ def _launch_harvest(
     count, size = slots.shape[1:]
     children, nodes = candidates.shape[2] // size, tree.shape[2]
     nodes_block = triton.next_power_of_2(max(nodes - 1, 2))
-    blocks = _blocks(width, prefetch_width, children, size)
-    blocks["CANDIDATES"] = max(blocks["CANDIDATES"], nodes_block)
+    blocks = _blocks(width, prefetch_width, children, size, nodes)
     harvest_tree_kernel[(count,)](
         tokens, lengths, names, values, slots, slot_scores, candidates, candidate_scores,
         tree, batch, batch_masks, prefix, tokens.shape[1], start, floor,

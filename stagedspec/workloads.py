@@ -9,8 +9,12 @@ from types import SimpleNamespace
 
 import torch
 
+from stagedspec.kernels import choose as rule
 from stagedspec.kernels import reference
+from stagedspec.kernels.ngram_lookup import ngram_lookup
+from stagedspec.kernels.registry import Scratch
 from stagedspec.kernels.triton_backend import Linear, NoiseAt, TritonOps
+from stagedspec.kernels.triton_backend import _settings as warping_settings
 from stagedspec.ngram import KatzTable, fit_table
 from stagedspec.tree import TreeConfig
 
@@ -20,6 +24,7 @@ SAMPLINGS = {
     "top-k": {"temperature": 1.0, "top_k": 50, "top_p": None, "min_p": None},
     "top-p": {"temperature": 1.0, "top_k": None, "top_p": 0.9, "min_p": None},
 }
+CHILDREN = 8  # of a node of the draft
 WORDS = 200  # distinct tokens of the random text
 
 
@@ -134,15 +139,75 @@ class Head:
             chosen = self.ops.lm_head_choose(self.x, *self.norm, 1e-5, head, warping, noise)
         return chosen
 
-    def children(self, count: int, sampling: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def children(self, sampling: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """int32 and fp32 [B, N, CHILDREN]."""
         warping = SAMPLINGS[sampling]
         noise = None if warping is None else self.counters.noise
         for head in self.heads:
-            found = self.ops.lm_head_children(self.x, *self.norm, 1e-5, head, count, warping, noise)
+            found = self.ops.lm_head_children(self.x, *self.norm, 1e-5, head, CHILDREN, warping, noise)
         return found
 
 
+@dataclass
+class Choosing:
+    """The rule alone, over logits in memory."""
+
+    vocab: int
+    batch: int
+    nodes: int
+    device: torch.device
+
+    def __post_init__(self):
+        self.logits = torch.randn(self.batch * self.nodes, self.vocab, device=self.device) * 2
+        self.counters = Counters(self.batch, self.nodes, self.device)
+        scratch = Scratch.of([rule.scratch_size(len(self.logits), self.vocab)], self.device)
+        at = self.counters
+        self.inputs, self.shared = (self.logits, at.seeds, at.streams, at.positions), {"scratch": scratch}
+        self.out = torch.empty(len(self.logits), dtype=torch.int32, device=self.device)
+        self.out_tokens = self.out.new_empty(len(self.logits), CHILDREN)
+        self.out_logprobs = torch.empty(self.out_tokens.shape, device=self.device)
+
+    def choose(self, sampling: str, noise: torch.Tensor | None = None) -> torch.Tensor:
+        """int32 [M]; noise: [M, V] in place of the counters'."""
+        settings = warping_settings(SAMPLINGS[sampling])
+        rule.choose(*self.inputs, **settings, **self.shared, noise=noise, out=self.out)
+        return self.out
+
+    def children(self, sampling: str, noise: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """int32 and fp32 [M, CHILDREN]."""
+        settings = warping_settings(SAMPLINGS[sampling])
+        out = {"out_tokens": self.out_tokens, "out_logprobs": self.out_logprobs}
+        rule.choose_children(*self.inputs, **settings, **self.shared, noise=noise, **out)
+        return self.out_tokens, self.out_logprobs
+
+
 # ---------------------------------------------------------------- trees
+
+
+@dataclass
+class Looking:
+    """The look-up of N contexts in each of B sequences of `context` tokens; a third of them are known to these."""
+
+    nodes: int
+    context: int
+    batch: int
+    table: KatzTable
+    device: torch.device
+
+    def __post_init__(self):
+        text = random_text(self.batch, self.context, self.table.vocab_size).int()
+        pairs = random_text(self.batch, 2 * self.nodes, self.table.vocab_size).int().view(self.batch, self.nodes, 2)
+        known = text[:, 2:].unfold(1, 2, 1)[:, : self.nodes : 3]
+        pairs[:, : 3 * known.shape[1] : 3] = known
+        self.sequence, self.contexts = text.to(self.device), pairs.to(self.device)
+        self.lengths = torch.full((self.batch,), self.context, dtype=torch.int32, device=self.device)
+        shape = self.batch, self.nodes, 1 + self.table.successors
+        self.tokens = torch.empty(shape, dtype=torch.int32, device=self.device)
+        self.logprobs = torch.empty(shape, device=self.device)
+
+    def look(self) -> tuple[torch.Tensor, torch.Tensor]:
+        ngram_lookup(self.contexts, self.sequence, self.lengths, self.table, self.tokens, self.logprobs)
+        return self.tokens, self.logprobs
 
 
 @dataclass

@@ -8,47 +8,34 @@ from harness import SMALL, Case, again, exact
 from models import DEVICE, MODELS, Choice
 
 from stagedspec.kernels import reference
-from stagedspec.kernels.choose import choose, choose_children, scratch_size
-from stagedspec.kernels.registry import Scratch
-from stagedspec.kernels.triton_backend import _settings
-from stagedspec.workloads import SAMPLINGS, Counters
-
-CHILDREN = 8
+from stagedspec.workloads import CHILDREN, SAMPLINGS, Choosing
 
 
 def cases(choice: Choice) -> Iterator[Case]:
     for batch, nodes in choice.all("batch", "nodes"):
+        choosing = Choosing(MODELS["L"].vocab, batch, nodes, DEVICE)
         for sampling in SAMPLINGS:
-            yield _case(batch, nodes, sampling, None)
-        yield _case(batch, nodes, "top-k", CHILDREN)
+            yield _case("choose", choosing, sampling)
+        yield _case("choose_children", choosing, "top-k")
 
 
-def _case(batch: int, nodes: int, sampling: str, children: int | None) -> Case:
-    vocab, rows, warping = MODELS["L"].vocab, batch * nodes, SAMPLINGS[sampling]
-    logits = torch.randn(rows, vocab, device=DEVICE) * 2
-    at = Counters(batch, nodes, DEVICE)
-    known = None if warping is None else at.made(vocab)
-    shared = _settings(warping) | {"scratch": Scratch.of([scratch_size(rows, vocab)], DEVICE)}
-    counters = logits, at.seeds, at.streams, at.positions
-    out = torch.full((rows,) if children is None else (rows, children), -1, dtype=torch.int32, device=DEVICE)
-    grouped = logits.unflatten(0, (batch, nodes))
-
-    if children is None:
-        ours = partial(choose, *counters, **shared, out=out)
-        plain = partial(reference.choose, grouped, warping, known)
+def _case(op: str, choosing: Choosing, sampling: str) -> Case:
+    logits = choosing.logits.unflatten(0, (choosing.batch, choosing.nodes))
+    warping = SAMPLINGS[sampling]
+    noise = None if warping is None else choosing.counters.made(choosing.vocab)
+    if op == "choose":
+        ours = partial(choosing.choose, sampling)
+        plain = partial(reference.choose, logits, warping, noise)
     else:
-        logprobs = torch.empty(rows, children, device=DEVICE)
-        ours = partial(choose_children, *counters, **shared, out_tokens=out, out_logprobs=logprobs)
-        plain = partial(reference.choose_children, grouped, children, warping, known)
+        ours = partial(choosing.children, sampling)
+        plain = partial(reference.choose_children, logits, CHILDREN, warping, noise)
 
     def check() -> float:
-        given = None if known is None else known.values.flatten(0, 1).contiguous()
-        ours(noise=given)
-        wanted = plain() if children is None else plain()[0]
-        return exact((torch.equal(out.long(), wanted.reshape(out.shape)), True))
+        got, wanted = ours(None if noise is None else noise.values.flatten(0, 1).contiguous()), plain()
+        got, wanted = (got, wanted) if op == "choose" else (got[0], wanted[0])
+        return exact((torch.equal(got.long(), wanted.reshape(got.shape)), True))
 
     # The peer finds its noise made.
-    peers = {"torch eager": again(plain)}
-    where = {"B": batch, "N": nodes, "rule": sampling}
-    name = "choose" if children is None else "choose_children"
-    return Case(name, "L", where, 4 * rows * vocab, SMALL, again(ours), peers, check)
+    where = {"B": choosing.batch, "N": choosing.nodes, "rule": sampling}
+    bytes_read = choosing.logits.numel() * 4
+    return Case(op, "L", where, bytes_read, SMALL, again(ours), {"torch eager": again(plain)}, check)

@@ -11,9 +11,8 @@ from models import DEVICE, MODELS, Choice, katz
 from stagedspec.kernels import lm_head, reference
 from stagedspec.kernels.registry import Scratch
 from stagedspec.kernels.triton_backend import _settings
-from stagedspec.workloads import SAMPLINGS, Growing, Head, Moving
+from stagedspec.workloads import CHILDREN, SAMPLINGS, Growing, Head, Moving
 
-CHILDREN = 8
 COPIES = 2  # of the head's weights, which together are more than the cache holds
 
 
@@ -32,7 +31,7 @@ def cases(choice: Choice) -> Iterator[Case]:
             run, check = partial(head.choose, sampling), partial(check_choice, head, sampling)
             yield Case("lm_head_choose", model, where, weights, COPIES, run, peers, check)
             if sampling in ("greedy", "top-k"):
-                run, check = partial(head.children, CHILDREN, sampling), partial(check_children, head, sampling)
+                run, check = partial(head.children, sampling), partial(check_children, head, sampling)
                 peers = {
                     "torch eager": partial(plain, head, sampling, likeliest),
                     "cuBLAS alone": partial(matrix_alone, head),
