@@ -25,6 +25,7 @@ SAMPLINGS = {
     "top-p": {"temperature": 1.0, "top_k": None, "top_p": 0.9, "min_p": None},
 }
 CHILDREN = 8  # of a node of the draft
+SPREAD = 5.0  # of random logits: a few tokens hold most of the probability, as in text
 WORDS = 200  # distinct tokens of the random text
 
 
@@ -126,7 +127,8 @@ class Head:
         self.x = randn(self.batch, self.nodes, width, device=self.device)
         self.norm = randn(width, device=self.device, scale=0.1) + 1, randn(width, device=self.device, scale=0.1)
         self.heads = [
-            Linear(randn(vocab, width, device=self.device, scale=2 * width**-0.5), None) for _ in range(self.copies)
+            Linear(randn(vocab, width, device=self.device, scale=SPREAD * width**-0.5), None)
+            for _ in range(self.copies)
         ]
         self.counters = Counters(self.batch, self.nodes, self.device)
         self.ops = TritonOps()
@@ -158,7 +160,7 @@ class Choosing:
     device: torch.device
 
     def __post_init__(self):
-        self.logits = torch.randn(self.batch * self.nodes, self.vocab, device=self.device) * 2
+        self.logits = torch.randn(self.batch * self.nodes, self.vocab, device=self.device) * SPREAD
         self.counters = Counters(self.batch, self.nodes, self.device)
         scratch = Scratch.of([rule.scratch_size(len(self.logits), self.vocab)], self.device)
         at = self.counters
