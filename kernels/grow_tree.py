@@ -41,7 +41,7 @@ import triton
 import triton.language as tl
 
 from stagedspec.kernels.configs import config, device_name
-from stagedspec.kernels.ngram_lookup import BLOCK, check_table, ranks, successors
+from stagedspec.kernels.ngram_lookup import check_table, ranks, successors
 from stagedspec.kernels.philox import gumbel_at
 from stagedspec.kernels.registry import CompileCase, check_runs, check_tensor, launch_options, register
 
@@ -59,6 +59,7 @@ SLOT, NODE = tl.constexpr(1), tl.constexpr(2)
 POSITION, NOISE = tl.constexpr(1), tl.constexpr(2)
 TREE_PARENT, TREE_DEPTH, TREE_SLOT, TREE_ORIGIN = (tl.constexpr(field) for field in (1, 2, 3, 4))
 
+BLOCK = 256  # positions of the sequence compared at once
 MAX_CANDIDATES = 16384
 MAX_VOCAB = 2**21 - 1
 
@@ -567,14 +568,16 @@ def _warps(size: int) -> int:
     return 4 if size <= 2048 else 8 if size <= 4096 else 16
 
 
-def candidates(shape: tuple[int], device: torch.device) -> list[dict[str, int]]:
-    """Settings of either kernel to try at the shape (tile of candidates,), the default first."""
-    default = {"warps": _warps(*shape)}
-    return [default, *({"warps": warps} for warps in (1, 2, 4, 8, 16) if warps != default["warps"])]
+def candidates(op: str, shape: tuple[int], device: torch.device) -> list[dict[str, int]]:
+    """Settings of grow_pass or harvest_tree to try at the shape (tile of candidates,), the default first."""
+    every = [{"warps": warps} for warps in (_warps(*shape), 1, 2, 4, 8, 16)]
+    if op == "grow_pass":
+        every = [one | {"block": block} for block in (BLOCK, 512, 1024) for one in every]
+    return [one for index, one in enumerate(every) if one not in every[:index]]
 
 
 def _settings(op: str, size: int, device: torch.device) -> dict[str, int]:
-    return config(op, (size,), device_name(device), candidates((size,), device)[0])
+    return config(op, (size,), device_name(device), candidates(op, (size,), device)[0])
 
 
 # ---------------------------------------------------------------- operations
@@ -589,6 +592,7 @@ def _launch_pass(
     children = candidates.shape[2] // size
     successors_ = 0 if table_tokens is None else table_tokens.shape[1]
     blocks = _blocks(width, prefetch_width, children, size)
+    settings = _settings("grow_pass", blocks["CANDIDATES"], tokens.device)
     grow_pass_kernel[(count,)](
         tokens, lengths, seeds, streams, keys, rows, table_tokens, table_logprobs, names, values,
         slots, slot_masks, slot_scores, candidates, candidate_scores, batch, batch_masks, prefix,
@@ -596,9 +600,8 @@ def _launch_pass(
         RECORD=record, GIVEN=0 if names is None else names.shape[2], SAMPLED=seeds is not None, SUCCESSORS=successors_,
         WIDTH=width, PREFETCH=prefetch, PREFETCH_WIDTH=prefetch_width, SLOTS=size, CHILDREN=children, MAX_DEPTH=depth,
         WORDS=words(size), WORDS_BLOCK=triton.next_power_of_2(words(size)),
-        **blocks, NGRAM_RANKS=ranks(successors_), BLOCK=BLOCK,
-        num_warps=_settings("grow_pass", blocks["CANDIDATES"], tokens.device)["warps"],
-        **launch_options(tokens.device),
+        **blocks, NGRAM_RANKS=ranks(successors_), BLOCK=settings["block"],
+        num_warps=settings["warps"], **launch_options(tokens.device),
     )  # fmt: skip
 
 

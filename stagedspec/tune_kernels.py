@@ -1,8 +1,8 @@
 """Tuning of the kernels' launch settings for the GPU at hand: which of an operation's candidates is the fastest.
 
-An operation that can be tuned is a module of stagedspec.kernels with `candidates(shape, device)`, a list of settings of
-which the first is the default, that asks `configs.config` for them at every launch. What it is tuned on comes from
-workloads: `problems` lists, for a model, the shapes under which its settings are kept and the launches that are timed.
+An operation that can be tuned asks `configs.config` for its settings at every launch, and its module has a function
+`candidates` that lists what may be tried, the default first. What it is tuned on comes from workloads: PROBLEMS gives,
+for a model, the shapes under which its settings are kept, their candidates, and the launches that are timed.
 
 Only speed may be tuned. Every candidate's results are compared bit by bit with those of the default, at every launch,
 before it is timed: one that differs anywhere is refused, one that does not run is left out.
@@ -12,13 +12,11 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache, partial
-from importlib import import_module
 
 import torch
 
 from stagedspec import workloads
-from stagedspec.kernels import configs
-from stagedspec.kernels.grow_tree import tile
+from stagedspec.kernels import choose, compact, configs, grow_tree, lm_head, ngram_lookup, verify_commit
 from stagedspec.kernels.timing import time_run
 from stagedspec.loading import read_checkpoint
 from stagedspec.workloads import Growing, Head, ModelShape, Moving
@@ -39,10 +37,12 @@ class Launch:
 
 @dataclass(frozen=True)
 class Problem:
-    """An operation at the shape under which its settings are kept; launches: made when its turn comes."""
+    """An operation at the shape under which its settings are kept. candidates: settings, the default first; launches:
+    made when its turn comes."""
 
     op: str
     shape: tuple[int, ...]
+    candidates: list[dict[str, int]]
     launches: Callable[[], list[Launch]]
 
 
@@ -89,20 +89,15 @@ def replayed(run: Callable[[], object], count: int = 20) -> float:
     return time_run(every, count).median
 
 
-def tune(
-    problem: Problem,
-    candidates: list[dict[str, int]],
-    timer: Timer = replayed,
-    report: Callable[[], None] = lambda: None,
-) -> Tuned:
-    """The fastest of the candidates, the first of which is the default; report: called after each."""
-    launches, default = problem.launches(), candidates[0]
+def tune(problem: Problem, timer: Timer = replayed, report: Callable[[], None] = lambda: None) -> Tuned:
+    """The fastest of the candidates; report: called after each."""
+    launches, default = problem.launches(), problem.candidates[0]
     with configs.trying(problem.op, problem.shape, default):
         wanted = [_snapshot(launch) for launch in launches]
         before = [timer(launch.run) for launch in launches]
     report()
     found = Tuned(problem.op, problem.shape, default, default, (before, before), tried=1)
-    for settings in candidates[1:]:
+    for settings in problem.candidates[1:]:
         with configs.trying(problem.op, problem.shape, settings):
             try:
                 same = all(map(_same, map(_snapshot, launches), wanted))
@@ -138,13 +133,12 @@ def tune_all(
     timer: Timer = replayed,
 ) -> list[Tuned]:
     """Tunes operations at the shapes of models. report: the operation, candidates done, candidates in all."""
-    every = {(one.op, one.shape): one for op in ops for shape in shapes for one in problems(op, shape, device)}
-    work = [(problem, candidates(problem, device)) for problem in every.values()]
-    total, found = sum(len(known) for _, known in work), []
-    for problem, known in work:
+    work = {(one.op, one.shape): one for op in ops for shape in shapes for one in PROBLEMS[op](shape, device)}
+    total, found = sum(len(problem.candidates) for problem in work.values()), []
+    for problem in work.values():
         done = iter(range(sum(one.tried for one in found) + 1, total + 1))
         name = f"{problem.op} {configs.shape_name(problem.shape)}"
-        found.append(tune(problem, known, timer, lambda name=name, done=done: report(name, next(done), total)))
+        found.append(tune(problem, timer, lambda name=name, done=done: report(name, next(done), total)))
     return found
 
 
@@ -182,15 +176,6 @@ def shapes(models: list[str]) -> list[ModelShape]:
 # ---------------------------------------------------------------- what there is to tune
 
 
-def problems(op: str, shape: ModelShape, device: torch.device) -> Iterator[Problem]:
-    """What `op` is tuned on for a model."""
-    return PROBLEMS[op](shape, device)
-
-
-def candidates(problem: Problem, device: torch.device) -> list[dict[str, int]]:
-    return import_module(f"stagedspec.kernels.{MODULES.get(problem.op, problem.op)}").candidates(problem.shape, device)
-
-
 def _head(shape: ModelShape, device: torch.device) -> Iterator[Problem]:
     def launches() -> list[Launch]:
         found = []
@@ -203,7 +188,8 @@ def _head(shape: ModelShape, device: torch.device) -> Iterator[Problem]:
             found.append(Launch(run, lambda run=run: list(run())))
         return found
 
-    yield Problem("lm_head", (shape.vocab, shape.width), launches)
+    key = shape.vocab, shape.width
+    yield Problem("lm_head", key, lm_head.candidates(key, device), launches)
 
 
 def _choose(shape: ModelShape, device: torch.device) -> Iterator[Problem]:
@@ -218,7 +204,7 @@ def _choose(shape: ModelShape, device: torch.device) -> Iterator[Problem]:
             found.append(Launch(run, lambda run=run: list(run())))
         return found
 
-    yield Problem("choose", (shape.vocab,), launches)
+    yield Problem("choose", (shape.vocab,), choose.candidates((shape.vocab,), device), launches)
 
 
 def _compact(shape: ModelShape, device: torch.device) -> Iterator[Problem]:
@@ -229,7 +215,8 @@ def _compact(shape: ModelShape, device: torch.device) -> Iterator[Problem]:
             found.append(Launch(moving.move, lambda moving=moving: [moving.move(), moving.cache][1:]))
         return found
 
-    yield Problem("compact", (2 * shape.width,), launches)
+    key = (2 * shape.width,)
+    yield Problem("compact", key, compact.candidates(key, device), launches)
 
 
 def _lookup(shape: ModelShape, device: torch.device) -> Iterator[Problem]:
@@ -242,14 +229,15 @@ def _lookup(shape: ModelShape, device: torch.device) -> Iterator[Problem]:
             found.append(Launch(looking.look, lambda looking=looking: list(looking.look())))
         return found
 
-    yield Problem("ngram_lookup", (table.successors,), launches)
+    key = (table.successors,)
+    yield Problem("ngram_lookup", key, ngram_lookup.candidates(key, device), launches)
 
 
 def _grow(op: str, shape: ModelShape, device: torch.device) -> Iterator[Problem]:
     """Trees do not depend on the model but for its vocabulary; trees of one tile of candidates share their settings."""
     by_tile: dict[int, list[int]] = {}
     for nodes in NODES[1:]:
-        by_tile.setdefault(tile(op, workloads.tree_config(nodes)), []).append(nodes)
+        by_tile.setdefault(grow_tree.tile(op, workloads.tree_config(nodes)), []).append(nodes)
     for size, trees in by_tile.items():
 
         def launches(trees: list[int] = trees) -> list[Launch]:
@@ -268,7 +256,7 @@ def _grow(op: str, shape: ModelShape, device: torch.device) -> Iterator[Problem]
                 found.append(Launch(run, results))
             return found
 
-        yield Problem(op, (size,), launches)
+        yield Problem(op, (size,), grow_tree.candidates(op, (size,), device), launches)
 
 
 def _verify(shape: ModelShape, device: torch.device) -> Iterator[Problem]:
@@ -289,7 +277,7 @@ def _verify(shape: ModelShape, device: torch.device) -> Iterator[Problem]:
 
             return [Launch(lambda: trees.verify_commit(chosen), results)]
 
-        yield Problem("verify_commit", (nodes,), launches)
+        yield Problem("verify_commit", (nodes,), verify_commit.candidates((nodes,), device), launches)
 
 
 @cache
@@ -306,4 +294,3 @@ PROBLEMS: dict[str, Callable[[ModelShape, torch.device], Iterator[Problem]]] = {
     "harvest_tree": partial(_grow, "harvest_tree"),
     "verify_commit": _verify,
 }
-MODULES = {"grow_pass": "grow_tree", "harvest_tree": "grow_tree"}  # where the file has another name

@@ -1,6 +1,7 @@
 """Tuned launch settings: files of them, the search, the command."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -102,20 +103,19 @@ def test_trying_holds_inside_alone():
 # ---------------------------------------------------------------- the search
 
 
-def problem_of(times: dict[int, float]) -> tuple[Problem, list[dict[str, int]], list[int]]:
+def problem_of(times: dict[int, float]) -> tuple[Problem, list[float]]:
     """An operation whose time depends on its tile. Tile 7 gives other bits, tile 9 does not run."""
-    clock, tiles = [], []
+    clock: list[float] = []
 
     def run() -> torch.Tensor:
         tile = asked()["tile"]
         if tile == 9:
             raise RuntimeError("out of resource: shared memory")
-        tiles.append(tile)
         clock.append(times[tile])
         return torch.tensor([torch.nan, -0.0 if tile == 7 else 0.0])
 
-    problem = Problem("op", (8, 4), lambda: [Launch(run, lambda: [run()])])
-    return problem, [DEFAULT | {"tile": tile} for tile in times], clock
+    candidates = [DEFAULT | {"tile": tile} for tile in times]
+    return Problem("op", (8, 4), candidates, lambda: [Launch(run, lambda: [run()])]), clock
 
 
 def timed_by(clock: list[float]):
@@ -127,9 +127,9 @@ def timed_by(clock: list[float]):
 
 
 def test_the_fastest_that_is_right_wins():
-    problem, candidates, clock = problem_of({64: 10.0, 32: 8.0, 7: 1.0, 9: 1.0, 16: 9.0})
+    problem, clock = problem_of({64: 10.0, 32: 8.0, 7: 1.0, 9: 1.0, 16: 9.0})
     reports = []
-    found = tune(problem, candidates, timed_by(clock), lambda: reports.append(1))
+    found = tune(problem, timed_by(clock), lambda: reports.append(1))
     assert found.settings == {"tile": 32, "warps": 4} and found.default == DEFAULT
     assert found.times == ([10.0], [8.0]) and found.speedup == pytest.approx(1.25)
     assert [one["tile"] for one in found.refused] == [7] and [one["tile"] for one in found.failed] == [9]
@@ -139,8 +139,8 @@ def test_the_fastest_that_is_right_wins():
 
 
 def test_noise_does_not_displace_the_default():
-    problem, candidates, clock = problem_of({64: 10.0, 32: 9.9})
-    assert tune(problem, candidates, timed_by(clock)).settings == DEFAULT
+    problem, clock = problem_of({64: 10.0, 32: 9.9})
+    assert tune(problem, timed_by(clock)).settings == DEFAULT
 
 
 @pytest.mark.parametrize("op", tune_kernels.PROBLEMS)
@@ -159,11 +159,11 @@ def test_every_operation(op, monkeypatch, device):
     for name in ("choose", "compact", "grow_tree", "lm_head", "ngram_lookup", "verify_commit"):
         monkeypatch.setattr(f"stagedspec.kernels.{name}.config", config)
     shape = ModelShape(1, 32, 2, vocab=150)
-    for problem in tune_kernels.problems(op, shape, device):
-        candidates = tune_kernels.candidates(problem, device)
-        assert all(set(one) == set(candidates[0]) for one in candidates)
-        some = [candidates[0], *candidates[1:][-2:]]  # the interpreter is slow
-        found = tune(problem, some, lambda run: float(run() is None) + 1)
+    for problem in tune_kernels.PROBLEMS[op](shape, device):
+        default, *others = problem.candidates
+        assert all(set(one) == set(default) for one in others) and default not in others
+        some = [default, *others[-2:]]  # the interpreter is slow
+        found = tune(replace(problem, candidates=some), lambda run: float(run() is None) + 1)
         assert not found.refused and not found.failed
         every += [(op, configs.shape_name(problem.shape), *sorted(one.items())) for one in some]
     assert set(every) <= known
@@ -213,11 +213,10 @@ def test_sizes_and_models(tmp_path):
 @pytest.mark.parametrize("to_file", [False, True])
 def test_the_command(tmp_path, monkeypatch, to_file):
     """What was found is shown and lies where the kernels look for it, or in the file that was named."""
-    problem, candidates, clock = problem_of({64: 10.0, 32: 8.0})
+    problem, clock = problem_of({64: 10.0, 32: 8.0})
     monkeypatch.setattr("stagedspec.loading.resolve_device", lambda device: torch.device("cuda"))
     monkeypatch.setattr(configs, "device_name", lambda device: GPU)
     monkeypatch.setitem(tune_kernels.PROBLEMS, "compact", lambda shape, device: iter([problem]))
-    monkeypatch.setattr(tune_kernels, "candidates", lambda problem, device: candidates)
     monkeypatch.setattr(tune_kernels.tune_all, "__defaults__", (lambda *_: None, timed_by(clock)))
     path = tmp_path / "settings.json" if to_file else configs.user_file(GPU)
     options = ["--op", "compact", *(["--out", str(path)] if to_file else [])]
