@@ -59,7 +59,7 @@ SLOT, NODE = tl.constexpr(1), tl.constexpr(2)
 POSITION, NOISE = tl.constexpr(1), tl.constexpr(2)
 TREE_PARENT, TREE_DEPTH, TREE_SLOT, TREE_ORIGIN = (tl.constexpr(field) for field in (1, 2, 3, 4))
 
-BLOCK = 256  # positions of the sequence compared at once
+BLOCK = 512  # positions of the sequence compared at once: a block is a round trip to L2
 MAX_CANDIDATES = 16384
 MAX_VOCAB = 2**21 - 1
 
@@ -572,7 +572,7 @@ def candidates(op: str, shape: tuple[int], device: torch.device) -> list[dict[st
     """Settings of grow_pass or harvest_tree to try at the shape (tile of candidates,), the default first."""
     every = [{"warps": warps} for warps in (_warps(*shape), 1, 2, 4, 8, 16)]
     if op == "grow_pass":
-        every = [one | {"block": block} for block in (BLOCK, 512, 1024) for one in every]
+        every = [one | {"block": block} for block in (BLOCK, 256, 1024) for one in every]
     return [one for index, one in enumerate(every) if one not in every[:index]]
 
 

@@ -68,11 +68,9 @@ def successors(
     BLOCK: tl.constexpr,
 ):
     """Tokens int32 and log-probabilities fp32 [K, RANKS] of the contexts b_first, b_last [K]."""
-    b_context = latest(p_sequence, length, b_first, b_last, BLOCK)
     i_rank = tl.arange(0, RANKS)
-    b_tokens = tl.where(i_rank[None, :] == 0, b_context[:, None], -1)  # [K, RANKS]
-    b_logprobs = tl.where(b_tokens >= 0, CONTEXT_LOGPROB, NEVER)
     if SUCCESSORS > 0:
+        # Asked for first, and on its way while the sequence is searched.
         # A key below 0 (no first token) is not in the table, or is -1 and meets empty slots, which name its right row.
         b_key = b_first.to(tl.int64) * vocab_size + b_last
         i_probe = ((b_key * HASH_MULTIPLIER) >> HASH_SHIFT)[:, None] + tl.arange(0, PROBES)[None, :]  # [K, PROBES]
@@ -80,6 +78,10 @@ def successors(
         b_known = (b_last >= 0)[:, None]
         b_held = tl.load(p_keys + i_probe, mask=b_known, other=-1)
         b_rows = tl.load(p_rows + i_probe, mask=b_known, other=-1)
+    b_context = latest(p_sequence, length, b_first, b_last, BLOCK)
+    b_tokens = tl.where(i_rank[None, :] == 0, b_context[:, None], -1)  # [K, RANKS]
+    b_logprobs = tl.where(b_tokens >= 0, CONTEXT_LOGPROB, NEVER)
+    if SUCCESSORS > 0:
         b_row = tl.max(tl.where(b_held == b_key[:, None], b_rows, -1), 1)
         b_row = tl.where(b_row < 0, b_last, b_row)
         i_entry = b_row.to(tl.int64)[:, None] * SUCCESSORS + (i_rank - 1)[None, :]
