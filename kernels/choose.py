@@ -157,15 +157,15 @@ def scan_kernel(
 
 @triton.jit
 def _coarse(keys, target):
-    """At most the `target`-th largest of the uint32 keys [n], and nearly it: its upper 16 bits, four at a time."""
+    """At most the `target`-th largest of the uint32 keys [n], and nearly it: its upper 16 bits, two at a time."""
     bound = tl.full((), 0, tl.uint32)
-    shift = tl.full((), 28, tl.uint32)
-    for _ in range(4):
-        tests = bound + (tl.arange(0, 16).to(tl.uint32) << shift)
+    shift = tl.full((), 30, tl.uint32)
+    for _ in range(8):
+        tests = bound + (tl.arange(0, 4).to(tl.uint32) << shift)
         total = tl.sum((keys[None, :] >= tests[:, None]).to(tl.int32), 1)
         digit = tl.maximum(tl.sum((total >= target).to(tl.int32), 0) - 1, 0)
         bound = bound + (digit.to(tl.uint32) << shift)
-        shift = shift - 4
+        shift = shift - 2
     return bound
 
 
@@ -179,10 +179,10 @@ def _threshold(p_values, p_ids, count, target, top, WHAT: tl.constexpr, BLOCK: t
             total = tl.full((FEW,), 0, tl.int64)
         else:
             total = tl.full((FEW,), 0, tl.int32)
-        for start in range(0, count, 32):
-            others = start + tl.arange(0, 32)
+        for start in range(0, count, 16):
+            others = start + tl.arange(0, 16)
             values = tl.load(p_values + others, others < count, float("-inf"))
-            above = (order_key(values)[None, :] >= keys[:, None]) & (others < count)[None, :]  # [FEW, 32]
+            above = (order_key(values)[None, :] >= keys[:, None]) & (others < count)[None, :]  # [FEW, 16]
             if WHAT == 1:
                 parts = (tl.exp(values - top) * _UNIT).to(tl.int64)
                 total += tl.sum(tl.where(above, parts[None, :], 0), 1)

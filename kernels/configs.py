@@ -109,8 +109,8 @@ def read(path: Path, device_name: str) -> Table:
         for shape, values in shapes.items():
             expect(isinstance(values, dict), f"settings.{op}.{shape}", "an object of settings", values)
             for name, value in values.items():
-                good = type(value) is int and 0 < value < 2**16
-                expect(good, f"settings.{op}.{shape}.{name}", "a whole number from 1 to 65535", value)
+                good = type(value) is int and 0 <= value < 2**16
+                expect(good, f"settings.{op}.{shape}.{name}", "a whole number from 0 to 65535", value)
     return table
 
 

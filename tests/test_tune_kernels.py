@@ -76,7 +76,7 @@ GOOD = {"format": configs.FORMAT, "device": GPU, "settings": {"op": {"8x4": {"ti
         (GOOD | {"settings": {"op": 3}}, "settings.op"),
         (GOOD | {"settings": {"op": {"8x4": []}}}, "settings.op.8x4"),
         (GOOD | {"settings": {"op": {"8x4": {"tile": "32"}}}}, "settings.op.8x4.tile"),
-        (GOOD | {"settings": {"op": {"8x4": {"tile": 0}}}}, "settings.op.8x4.tile"),
+        (GOOD | {"settings": {"op": {"8x4": {"tile": -1}}}}, "settings.op.8x4.tile"),
         (GOOD | {"settings": {"op": {"8x4": {"tile": True}}}}, "settings.op.8x4.tile"),
         (GOOD | {"settings": {"op": {"8x4": {"tile": 32.0}}}}, "settings.op.8x4.tile"),
     ],
