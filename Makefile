@@ -1,10 +1,11 @@
 # make demo      install into .venv and complete a few prompts in every mode
 # make test      the same set-up with the test extra, then the tests
 # make lint      ruff check and format check
-# make bench     time the modes side by side; ARGS="..." are options of bench/decode.py
+# make bench     what makes sense on a CPU: the reference's operations one by one (bench/ops.py, pytest-benchmark), then the
+#                modes side by side (bench/decode.py), whose options are ARGS="..."
 # make compile-report   compile every kernel for real GPUs, without one: registers, memory, spills, instructions
 # make test-gpu  the kernels' tests on a GPU, with the Python that has torch for it: PYTHON=python3, nothing is installed
-# make bench-gpu the kernels beside their peers on a GPU, likewise
+# make bench-gpu the kernels beside their peers on a GPU, likewise, into bench/results/; ARGS=--full for all shapes
 # make profile   a step's kernels: their times beside the bytes that they must move, and a timeline, trace.json;
 #                ARGS="..." are options of profiling/torch_trace.py. Nsight's scripts: profiling/README.md
 # make profile-gpu  the same of the Triton kernels on a GPU, with the Python that has torch for it
@@ -33,7 +34,8 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: $(VENV)/.installed
+bench: $(VENV)/.installed-test
+	$(BIN)/python -m pytest bench/ops.py --quiet --benchmark-columns=median,iqr,rounds --benchmark-sort=fullname
 	$(BIN)/python bench/decode.py $(ARGS)
 
 paper: $(VENV)/.installed

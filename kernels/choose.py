@@ -13,7 +13,8 @@ a row reduces the slices. With warpers two kernels run:
    in fixed point. (`lm_head` writes these from its own tiles, and this pass is not needed.)
 2. `select`, one program a row, reads only what can survive: the k-th largest of the groups' maxima is a lower bound of
    the k-th largest logit, so for top-k of 50 about 50 groups of 64 are read and 50 to 200 candidates remain. Thresholds
-   are then found exactly, four bits at a time, on order-preserving integer keys of the candidates.
+   are then found exactly on order-preserving integer keys of the candidates: by comparing each with all while they are
+   few, else four bits at a time.
 
 top-p sums probabilities in 64-bit fixed point (2^-40 of the largest probability), so the sum has no order. The torch
 reference sums in fp32, in sorted order: the two can differ only for a token at which the cumulative probability is
@@ -24,15 +25,19 @@ import torch
 import triton
 import triton.language as tl
 
+from stagedspec.kernels.configs import config, device_name
 from stagedspec.kernels.philox import gumbel_at, gumbel_tile
 from stagedspec.kernels.registry import CompileCase, check_runs, check_tensor, launch_options, register
 
 GROUP = 64  # tokens that share one maximum
 SLICE = 2048  # tokens of one program of `scan`
 BLOCK = 512  # candidates looked at together
+FEW = 256  # candidates that are compared with each other
 SPAN = 32  # groups compacted together
+WARPS = {"scan_warps": 4, "select_warps": 8}
 
 _GROUP = tl.constexpr(GROUP)
+_LOWEST = tl.constexpr(0x007FFFFF)  # the key of -inf: below it come NaNs
 _UNIT = tl.constexpr(float(2**40))  # fixed point of probabilities relative to the largest
 _GROUP_UNIT = tl.constexpr(float(2**24))  # the same within a group, where 64 of them fit 31 bits
 
@@ -151,6 +156,47 @@ def scan_kernel(
 
 
 @triton.jit
+def _coarse(keys, target):
+    """At most the `target`-th largest of the uint32 keys [n], and nearly it: its upper 16 bits, two at a time."""
+    bound = tl.full((), 0, tl.uint32)
+    shift = tl.full((), 30, tl.uint32)
+    for _ in range(8):
+        tests = bound + (tl.arange(0, 4).to(tl.uint32) << shift)
+        total = tl.sum((keys[None, :] >= tests[:, None]).to(tl.int32), 1)
+        digit = tl.maximum(tl.sum((total >= target).to(tl.int32), 0) - 1, 0)
+        bound = bound + (digit.to(tl.uint32) << shift)
+        shift = shift - 2
+    return bound
+
+
+@triton.jit
+def _threshold(p_values, p_ids, count, target, top, WHAT: tl.constexpr, BLOCK: tl.constexpr, FEW: tl.constexpr):
+    """`_search` for WHAT 0 and 1, where there are few values by comparing each with all, which has no rounds."""
+    if count <= FEW:
+        at = tl.arange(0, FEW)
+        keys = order_key(tl.load(p_values + at, at < count, float("-inf")))
+        if WHAT == 1:
+            total = tl.full((FEW,), 0, tl.int64)
+        else:
+            total = tl.full((FEW,), 0, tl.int32)
+        for start in range(0, count, 16):
+            others = start + tl.arange(0, 16)
+            values = tl.load(p_values + others, others < count, float("-inf"))
+            above = (order_key(values)[None, :] >= keys[:, None]) & (others < count)[None, :]  # [FEW, 16]
+            if WHAT == 1:
+                parts = (tl.exp(values - top) * _UNIT).to(tl.int64)
+                total += tl.sum(tl.where(above, parts[None, :], 0), 1)
+            else:
+                total += tl.sum(above.to(tl.int32), 1)
+        # Signed integers of the keys' order, which every reduction takes.
+        reached = tl.where((at < count) & (total >= target), (keys ^ 0x80000000).to(tl.int32, bitcast=True), -(2**31))
+        bound = tl.max(reached, 0).to(tl.uint32, bitcast=True) ^ 0x80000000
+    else:
+        bound = _search(p_values, p_ids, count, target, top, 0, WHAT, BLOCK)
+    return bound
+
+
+@triton.jit
 def _search(p_values, p_ids, count, target, top, tie, WHAT: tl.constexpr, BLOCK: tl.constexpr):
     """The largest uint32 t with at least `target` above or at it, four bits at a time.
 
@@ -204,7 +250,7 @@ def select_kernel(
     p_logprobs,
     N, scale, top_p, min_p, V: tl.constexpr, G: tl.constexpr, GROUPS: tl.constexpr, SCALING: tl.constexpr,
     NOISE: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr, CHILDREN: tl.constexpr,
-    WHOLE: tl.constexpr, BLOCK: tl.constexpr, SPAN: tl.constexpr, PDL: tl.constexpr,
+    WHOLE: tl.constexpr, BLOCK: tl.constexpr, FEW: tl.constexpr, SPAN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program a row. CHILDREN 0: the choice; m: the m best and their log-probabilities.
 
@@ -231,8 +277,8 @@ def select_kernel(
     floor = tl.full((), float("-inf"), tl.float32)
     least: tl.constexpr = CHILDREN if WHOLE else TOP_K
     if least > 0 and least <= G:
-        key = _search(p_maxima, p_maxima, G, least, top, 0, 0, BLOCK)
-        floor = value_of(key)
+        key = _coarse(tl.where(inside, order_key(maxima), 0), least)
+        floor = tl.where(key > _LOWEST, value_of(key), float("-inf"))
     total = tl.full((), 0, tl.int64)
     if WHOLE or (TOP_P and TOP_K == 0):
         weights = tl.load(p_masses + groups, inside, 0).to(tl.float32) * (1.0 / _GROUP_UNIT)
@@ -272,12 +318,12 @@ def select_kernel(
     least_key = tl.full((), 0, tl.uint32)
     least_id = tl.full((), 0, tl.uint32)
     if TOP_K > 0:
-        least_key = _search(p_values, p_ids, count, TOP_K, top, 0, 0, BLOCK)
+        least_key = _threshold(p_values, p_ids, count, TOP_K, top, 0, BLOCK, FEW)
     if TOP_P:
         if TOP_K > 0:
             total = _mass(p_values, count, top, least_key, BLOCK)
         target = tl.maximum((total.to(tl.float64) * top_p).to(tl.int64), 1)
-        key = _search(p_values, p_ids, count, target, top, 0, 1, BLOCK)
+        key = _threshold(p_values, p_ids, count, target, top, 1, BLOCK, FEW)
         if key >= least_key:
             least_key = key
             above = _mass(p_values, count, top, key + 1, BLOCK)
@@ -394,13 +440,25 @@ def noise_kind(greedy: bool, noise: torch.Tensor | None) -> int:
     return NOISES["none" if greedy else "made" if noise is None else "given"]
 
 
+def candidates(shape: tuple[int], device: torch.device) -> list[dict[str, int]]:
+    """Settings to try at the shape (V,), the default first."""
+    default = {"slice": SLICE, "block": BLOCK, "span": SPAN} | WARPS
+    others = [{"slice": size, "scan_warps": warps} for size in (1024, 2048, 4096) for warps in (2, 4, 8)]
+    others += [{"span": span, "select_warps": warps} for span in (16, 32, 64) for warps in (4, 8, 16)]
+    return [default, *(default | other for other in others if default | other != default)]
+
+
+def _settings(vocab_size: int, device: torch.device) -> dict[str, int]:
+    return config("choose", (vocab_size,), device_name(device), candidates((vocab_size,), device)[0])
+
+
 def launch_select(
     logits, maxima, masses, parts, noise, seeds, streams, positions, scale, top_k, top_p, min_p, kind, out, logprobs,
     whole
 ):  # fmt: skip
     """`select_kernel` for every row; scale: (SCALING, number); kind: NOISE; whole: children of final scores."""
     rows, vocab_size = logits.shape
-    groups = groups_of(vocab_size)
+    groups, settings = groups_of(vocab_size), _settings(vocab_size, logits.device)
     members = parts.take(rows * groups, torch.int32)
     values, ids = parts.take(rows * vocab_size), parts.take(rows * vocab_size, torch.int32)
     select_kernel[(rows,)](
@@ -409,21 +467,23 @@ def launch_select(
         G=groups, GROUPS=triton.next_power_of_2(groups), SCALING=scale[0], NOISE=kind,
         TOP_K=top_k if 0 < top_k < vocab_size else 0, TOP_P=top_p < 1.0, MIN_P=min_p > 0.0,
         CHILDREN=0 if logprobs is None else out.shape[1], WHOLE=whole,
-        BLOCK=min(BLOCK, triton.next_power_of_2(vocab_size)), SPAN=min(SPAN, triton.next_power_of_2(groups)),
-        num_warps=8, **launch_options(logits.device),
+        BLOCK=min(settings["block"], triton.next_power_of_2(vocab_size)),
+        FEW=FEW, SPAN=min(settings["span"], triton.next_power_of_2(groups)),
+        num_warps=settings["select_warps"], **launch_options(logits.device),
     )  # fmt: skip
 
 
 def _scan(logits, noise, seeds, streams, positions, scores, maxima, masses, best, ids, counters, out, scale, kind,
           choose, need_masses):  # fmt: skip
     rows, vocab_size = logits.shape
-    size = min(SLICE, max(GROUP, triton.next_power_of_2(vocab_size)))
+    settings = _settings(vocab_size, logits.device)
+    size = min(settings["slice"], max(GROUP, triton.next_power_of_2(vocab_size)))
     slices = -(-vocab_size // size)
     scan_kernel[(rows, slices)](
         logits, logits if noise is None else noise, seeds, streams, positions, scores, maxima, masses, best, ids,
         counters, out, positions.shape[1], scale[1], V=vocab_size, G=groups_of(vocab_size), T=size, SLICES=slices,
         SLICES_UP=triton.next_power_of_2(slices), SCALING=scale[0], NOISE=kind, CHOOSE=choose, MASSES=need_masses,
-        SCORES=scores is not logits, num_warps=4, **launch_options(logits.device),
+        SCORES=scores is not logits, num_warps=settings["scan_warps"], **launch_options(logits.device),
     )  # fmt: skip
 
 
@@ -615,7 +675,7 @@ def compile_cases() -> list[CompileCase]:
             settings = {
                 "GROUPS": triton.next_power_of_2(groups), "SCALING": int(not whole), "NOISE": int(not whole),
                 "TOP_K": top_k, "TOP_P": top_p, "MIN_P": min_p, "CHILDREN": children, "WHOLE": whole,
-                "BLOCK": BLOCK, "SPAN": min(SPAN, triton.next_power_of_2(groups)), "PDL": False,
+                "BLOCK": BLOCK, "FEW": FEW, "SPAN": min(SPAN, triton.next_power_of_2(groups)), "PDL": False,
             }  # fmt: skip
             cases.append(compile_case(f"select-{name}-{vocab_size}", select_kernel, shape | settings, 8))
     return cases

@@ -12,9 +12,10 @@ import torch
 import triton
 import triton.language as tl
 
+from stagedspec.kernels.configs import config, device_name
 from stagedspec.kernels.registry import CompileCase, check_runs, check_tensor, launch_options, register
 
-ELEMENTS = 4096  # of a program's tile
+DEFAULT = {"elements": 4096, "warps": 4}  # elements of a program's tile
 
 
 @triton.jit(do_not_specialize=("B", "S", "K", "OFFSET"))
@@ -46,16 +47,23 @@ def _compact(
     tl.store(p_rows + (target + OFFSET).to(tl.int64)[:, None] * COLUMNS, b_rows, mask=moved)
 
 
-def _tiles(count: int) -> dict[str, int]:
+def _tiles(count: int, elements: int = DEFAULT["elements"]) -> dict[str, int]:
     rows = triton.next_power_of_2(count)
-    return {"ROWS": rows, "WIDTH": max(ELEMENTS // rows, 16)}
+    return {"ROWS": rows, "WIDTH": max(elements // rows, 16)}
+
+
+def candidates(shape: tuple[int], device: torch.device) -> list[dict[str, int]]:
+    """Settings to try at the shape (columns of a row,), the default first."""
+    others = [{"elements": elements, "warps": warps} for elements in (1024, 2048, 4096, 8192) for warps in (2, 4, 8)]
+    return [DEFAULT, *(other for other in others if other != DEFAULT)]
 
 
 def _launch(cache: torch.Tensor, source: torch.Tensor, target: torch.Tensor, offset: int) -> None:
     check_runs(cache, "compact")
     layers, batch, rows = cache.shape[:3]
     columns, count = cache.shape[3:].numel(), source.shape[1]
-    tiles = _tiles(count)
+    settings = config("compact", (columns,), device_name(cache.device), DEFAULT)
+    tiles = _tiles(count, settings["elements"])
     _compact[(triton.cdiv(columns, tiles["WIDTH"]), batch, layers)](
         cache,
         source,
@@ -65,7 +73,7 @@ def _launch(cache: torch.Tensor, source: torch.Tensor, target: torch.Tensor, off
         count,
         offset,
         COLUMNS=columns,
-        num_warps=4,
+        num_warps=settings["warps"],
         **tiles,
         **launch_options(cache.device),
     )

@@ -40,7 +40,8 @@ import torch
 import triton
 import triton.language as tl
 
-from stagedspec.kernels.ngram_lookup import BLOCK, check_table, ranks, successors
+from stagedspec.kernels.configs import config, device_name
+from stagedspec.kernels.ngram_lookup import check_table, ranks, successors
 from stagedspec.kernels.philox import gumbel_at
 from stagedspec.kernels.registry import CompileCase, check_runs, check_tensor, launch_options, register
 
@@ -58,6 +59,7 @@ SLOT, NODE = tl.constexpr(1), tl.constexpr(2)
 POSITION, NOISE = tl.constexpr(1), tl.constexpr(2)
 TREE_PARENT, TREE_DEPTH, TREE_SLOT, TREE_ORIGIN = (tl.constexpr(field) for field in (1, 2, 3, 4))
 
+BLOCK = 512  # positions of the sequence compared at once: a block is a round trip to L2
 MAX_CANDIDATES = 16384
 MAX_VOCAB = 2**21 - 1
 
@@ -548,15 +550,34 @@ def words(bits: int) -> int:
     return -(-bits // 32)
 
 
-def _blocks(width: int, prefetch_width: int, children: int, slots: int) -> dict[str, int]:
-    """Tile sizes of a setting: powers of two."""
+def _blocks(width: int, prefetch_width: int, children: int, slots: int, nodes: int = 1) -> dict[str, int]:
+    """Tile sizes of a setting: powers of two. nodes: of the tree to be harvested, if one is."""
     up = triton.next_power_of_2
     lanes = up(max(width, prefetch_width, 2))
-    return {"LANES": lanes, "RANKS": up(max(children, 2)), "CANDIDATES": up(max(slots * children, lanes))}
+    tile = up(max(slots * children, lanes, nodes - 1))
+    return {"LANES": lanes, "RANKS": up(max(children, 2)), "CANDIDATES": tile}
 
 
-def _warps(candidates: int) -> int:
-    return 4 if candidates <= 2048 else 8 if candidates <= 4096 else 16
+def tile(op: str, config) -> int:
+    """The candidates that grow_pass or harvest_tree looks at together, by which its settings are kept."""
+    nodes = config.nodes if op == "harvest_tree" else 1
+    return _blocks(config.width, config.prefetch_width, config.children, config.slots, nodes)["CANDIDATES"]
+
+
+def _warps(size: int) -> int:
+    return 4 if size <= 2048 else 8 if size <= 4096 else 16
+
+
+def candidates(op: str, shape: tuple[int], device: torch.device) -> list[dict[str, int]]:
+    """Settings of grow_pass or harvest_tree to try at the shape (tile of candidates,), the default first."""
+    every = [{"warps": warps} for warps in (_warps(*shape), 1, 2, 4, 8, 16)]
+    if op == "grow_pass":
+        every = [one | {"block": block} for block in (BLOCK, 256, 1024) for one in every]
+    return [one for index, one in enumerate(every) if one not in every[:index]]
+
+
+def _settings(op: str, size: int, device: torch.device) -> dict[str, int]:
+    return config(op, (size,), device_name(device), candidates(op, (size,), device)[0])
 
 
 # ---------------------------------------------------------------- operations
@@ -571,6 +592,7 @@ def _launch_pass(
     children = candidates.shape[2] // size
     successors_ = 0 if table_tokens is None else table_tokens.shape[1]
     blocks = _blocks(width, prefetch_width, children, size)
+    settings = _settings("grow_pass", blocks["CANDIDATES"], tokens.device)
     grow_pass_kernel[(count,)](
         tokens, lengths, seeds, streams, keys, rows, table_tokens, table_logprobs, names, values,
         slots, slot_masks, slot_scores, candidates, candidate_scores, batch, batch_masks, prefix,
@@ -578,8 +600,8 @@ def _launch_pass(
         RECORD=record, GIVEN=0 if names is None else names.shape[2], SAMPLED=seeds is not None, SUCCESSORS=successors_,
         WIDTH=width, PREFETCH=prefetch, PREFETCH_WIDTH=prefetch_width, SLOTS=size, CHILDREN=children, MAX_DEPTH=depth,
         WORDS=words(size), WORDS_BLOCK=triton.next_power_of_2(words(size)),
-        **blocks, NGRAM_RANKS=ranks(successors_), BLOCK=BLOCK,
-        num_warps=_warps(blocks["CANDIDATES"]), **launch_options(tokens.device),
+        **blocks, NGRAM_RANKS=ranks(successors_), BLOCK=settings["block"],
+        num_warps=settings["warps"], **launch_options(tokens.device),
     )  # fmt: skip
 
 
@@ -600,15 +622,16 @@ def _launch_harvest(
     count, size = slots.shape[1:]
     children, nodes = candidates.shape[2] // size, tree.shape[2]
     nodes_block = triton.next_power_of_2(max(nodes - 1, 2))
-    blocks = _blocks(width, prefetch_width, children, size)
-    blocks["CANDIDATES"] = max(blocks["CANDIDATES"], nodes_block)
+    blocks = _blocks(width, prefetch_width, children, size, nodes)
     harvest_tree_kernel[(count,)](
         tokens, lengths, names, values, slots, slot_scores, candidates, candidate_scores,
         tree, batch, batch_masks, prefix, tokens.shape[1], start, floor,
         RECORD=record, GIVEN=0 if names is None else names.shape[2], PREFETCH=prefetch, PREFETCH_WIDTH=prefetch_width,
         SLOTS=size, CHILDREN=children, MAX_DEPTH=depth, NODES=nodes,
         WORDS=words(nodes), WORDS_BLOCK=triton.next_power_of_2(words(nodes)),
-        **blocks, NODES_BLOCK=nodes_block, num_warps=_warps(blocks["CANDIDATES"]), **launch_options(tokens.device),
+        **blocks, NODES_BLOCK=nodes_block,
+        num_warps=_settings("harvest_tree", blocks["CANDIDATES"], tokens.device)["warps"],
+        **launch_options(tokens.device),
     )  # fmt: skip
 
 

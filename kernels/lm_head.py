@@ -16,8 +16,6 @@ for `choose.select_kernel` are written. The last program to finish reduces the p
 have no order, so neither the number of programs nor M can change a bit.
 """
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
@@ -39,7 +37,7 @@ from stagedspec.kernels.choose import (
     store_groups,
     warped,
 )
-from stagedspec.kernels.configs import config
+from stagedspec.kernels.configs import config, device_name
 from stagedspec.kernels.registry import CompileCase, check_runs, check_tensor, launch_options, register
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -142,13 +140,21 @@ ROWS = 64  # most rows of one program: with noise and masses 128 spill
 PROGRAMS = 512  # most programs along the vocabulary
 
 
-@cache
-def _settings(vocab_size: int, width: int, device: torch.device) -> dict:
+def candidates(shape: tuple[int, int], device: torch.device) -> list[dict[str, int]]:
+    """Settings to try at the shape (V, d), the default first: rows of a tile, warps, stages, most programs."""
     if device.type != "cuda":
-        return {"tile": 64, "warps": 4, "stages": 2, "programs": 3}
-    properties = torch.cuda.get_device_properties(device)
-    default = {"tile": 128, "warps": 4, "stages": 4, "programs": 2 * properties.multi_processor_count}
-    return config("lm_head", (vocab_size, width), properties.name, default)
+        return [{"tile": 64, "warps": 4, "stages": 2, "programs": 3}]
+    count = torch.cuda.get_device_properties(device).multi_processor_count
+    return [
+        {"tile": tile, "warps": warps, "stages": stages, "programs": waves * count}
+        for tile, warps, stages in ((128, 4, 4), (128, 4, 3), (128, 8, 4), (64, 4, 4), (64, 4, 6))
+        for waves in (2, 1, 3)
+    ]
+
+
+def _settings(vocab_size: int, width: int, device: torch.device) -> dict[str, int]:
+    shape = vocab_size, width
+    return config("lm_head", shape, device_name(device), candidates(shape, device)[0])
 
 
 def block_k(width: int, dtype: torch.dtype) -> int:

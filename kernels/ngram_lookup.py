@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from stagedspec.kernels import control
+from stagedspec.kernels.configs import config, device_name
 from stagedspec.kernels.registry import CompileCase, check_runs, check_tensor, launch_options, register
 
 CONTEXT_LOGPROB = tl.constexpr(control.CONTEXT_LOGPROB)
@@ -67,11 +68,9 @@ def successors(
     BLOCK: tl.constexpr,
 ):
     """Tokens int32 and log-probabilities fp32 [K, RANKS] of the contexts b_first, b_last [K]."""
-    b_context = latest(p_sequence, length, b_first, b_last, BLOCK)
     i_rank = tl.arange(0, RANKS)
-    b_tokens = tl.where(i_rank[None, :] == 0, b_context[:, None], -1)  # [K, RANKS]
-    b_logprobs = tl.where(b_tokens >= 0, CONTEXT_LOGPROB, NEVER)
     if SUCCESSORS > 0:
+        # Asked for first, and on its way while the sequence is searched.
         # A key below 0 (no first token) is not in the table, or is -1 and meets empty slots, which name its right row.
         b_key = b_first.to(tl.int64) * vocab_size + b_last
         i_probe = ((b_key * HASH_MULTIPLIER) >> HASH_SHIFT)[:, None] + tl.arange(0, PROBES)[None, :]  # [K, PROBES]
@@ -79,6 +78,10 @@ def successors(
         b_known = (b_last >= 0)[:, None]
         b_held = tl.load(p_keys + i_probe, mask=b_known, other=-1)
         b_rows = tl.load(p_rows + i_probe, mask=b_known, other=-1)
+    b_context = latest(p_sequence, length, b_first, b_last, BLOCK)
+    b_tokens = tl.where(i_rank[None, :] == 0, b_context[:, None], -1)  # [K, RANKS]
+    b_logprobs = tl.where(b_tokens >= 0, CONTEXT_LOGPROB, NEVER)
+    if SUCCESSORS > 0:
         b_row = tl.max(tl.where(b_held == b_key[:, None], b_rows, -1), 1)
         b_row = tl.where(b_row < 0, b_last, b_row)
         i_entry = b_row.to(tl.int64)[:, None] * SUCCESSORS + (i_rank - 1)[None, :]
@@ -138,13 +141,27 @@ def ranks(successors: int) -> int:
     return max(2, triton.next_power_of_2(1 + successors))
 
 
+def candidates(shape: tuple[int], device: torch.device) -> list[dict[str, int]]:
+    """Settings to try at the shape (successors,), the default first: contexts of a CTA, positions at once, warps."""
+    default = {"tile": TILE, "block": BLOCK, "warps": 4}
+    others = [
+        {"tile": tile, "block": block, "warps": warps}
+        for tile in (2, 4, 8, 16)
+        for block in (256, 512, 1024)
+        for warps in (1, 4, 8)
+    ]
+    return [default, *(other for other in others if other != default)]
+
+
 def _launch(contexts, sequence, lengths, keys, rows, tokens, logprobs, vocab_size, out_tokens, out_logprobs) -> None:
     batch, count, _ = contexts.shape
     width = 0 if tokens is None else tokens.shape[1]
-    ngram_lookup_kernel[(batch, triton.cdiv(count, TILE))](
+    settings = config("ngram_lookup", (width,), device_name(contexts.device), candidates((width,), contexts.device)[0])
+    ngram_lookup_kernel[(batch, triton.cdiv(count, settings["tile"]))](
         contexts, sequence, lengths, keys, rows, tokens, logprobs, out_tokens, out_logprobs,
         count, sequence.shape[1], vocab_size, 0 if keys is None else keys.shape[0],
-        SUCCESSORS=width, RANKS=ranks(width), TILE=TILE, BLOCK=BLOCK, num_warps=4, **launch_options(contexts.device),
+        SUCCESSORS=width, RANKS=ranks(width), TILE=settings["tile"], BLOCK=settings["block"],
+        num_warps=settings["warps"], **launch_options(contexts.device),
     )  # fmt: skip
 
 

@@ -36,6 +36,7 @@ import torch
 import triton
 import triton.language as tl
 
+from stagedspec.kernels.configs import config, device_name
 from stagedspec.kernels.grow_tree import TOKEN, TREE_DEPTH, TREE_ORIGIN, TREE_PARENT, TREE_SLOT, words
 from stagedspec.kernels.registry import CompileCase, check_runs, check_tensor, launch_options, register
 
@@ -182,12 +183,22 @@ def _launch(
         accepted, counts, target_moves, draft_moves, tokens.shape[1], eos.shape[0],
         NODES=nodes, DEEPEST=deepest, WORDS=words(nodes), NODES_BLOCK=nodes_block, WORDS_BLOCK=nodes_block // 32,
         DEPTHS_BLOCK=up(deepest + 2), ENDS_BLOCK=up(eos.shape[0]),
-        num_warps=_warps(nodes), **launch_options(tokens.device),
+        num_warps=_settings(nodes, tokens.device)["warps"], **launch_options(tokens.device),
     )  # fmt: skip
 
 
 def _warps(nodes: int) -> int:
     return 1 if nodes <= 32 else 4
+
+
+def candidates(shape: tuple[int], device: torch.device) -> list[dict[str, int]]:
+    """Settings to try at the shape (nodes,), the default first."""
+    default = {"warps": _warps(*shape)}
+    return [default, *({"warps": warps} for warps in (1, 2, 4, 8) if warps != default["warps"])]
+
+
+def _settings(nodes: int, device: torch.device) -> dict[str, int]:
+    return config("verify_commit", (nodes,), device_name(device), candidates((nodes,), device)[0])
 
 
 _op = register(

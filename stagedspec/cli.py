@@ -1,4 +1,4 @@
-"""The command line: demo, generate, fit-ngram, train. Thin: the work is done by the library.
+"""The command line: demo, generate, fit-ngram, tune-tree, tune, train. Thin: the work is done by the library.
 
 torch and transformers are imported inside the commands, so that --help answers at once.
 """
@@ -531,7 +531,7 @@ def tune_tree(
     """Choose token trees for a pair of models on this machine: measure passes and acceptance, save what is found.
 
     Prints the cost model's predicted speed beside the measured one. Exit status 1 if any output differs from plain
-    (autoregressive) decoding.
+    (autoregressive) decoding. The launch settings of GPU kernels are another matter: `stagedspec tune`.
     """
     from stagedspec.tune import PROMPTS, tune
     from stagedspec.tuning import keep
@@ -601,6 +601,86 @@ def _print_tuning(console: Console, tuning) -> None:
             f"{row['predicted_speedup']:.2f}x/{speedup}",
             f"{row['predicted_tokens_per_step']:.2f}/{row['measured_tokens_per_step']:.2f}",
         )
+    console.print(grid)
+
+
+# ---- tune -------------------------------------------------------------------------------------------------------
+
+
+@app.command(
+    epilog="Examples: [bold]stagedspec tune[/bold] tunes for the embedded models and keeps what it finds for later "
+    "runs on this GPU; [bold]stagedspec tune --model L --op lm_head[/bold] one operation at the shapes of GPT-2 L; "
+    "[bold]stagedspec tune --model path/to/model --out settings.json[/bold] writes a file of its own."
+)
+@clear_errors
+def tune(
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Shapes to tune for: S, M, L, XL (GPT-2's sizes), embedded, or a model, a hub id or a folder; may be "
+            "given several times. Default: embedded."
+        ),
+    ] = None,
+    op: Annotated[
+        list[str] | None, typer.Option(help="Operation; may be given several times. Default: all that can be tuned.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="File to write, JSON. Default: in the user's cache, where kernels look first.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cuda, cuda:1, ...")] = "auto",
+    as_json: Json = False,
+    no_color: NoColor = False,
+) -> None:
+    """Tune the launch settings of the GPU kernels for this GPU: speed alone, the results stay the same bit by bit.
+
+    Settings whose results differ in any bit from the default's are refused. Which token trees to grow is another
+    matter: `stagedspec tune-tree`.
+    """
+    from stagedspec import tune_kernels
+    from stagedspec.kernels import configs
+    from stagedspec.loading import resolve_device
+
+    if out is not None and (out.is_dir() or not out.expanduser().resolve().parent.is_dir()):
+        raise ValueError(f"--out must be a file in a folder that exists, got {out}")
+    shapes = tune_kernels.shapes(model or ["embedded"])
+    ops = tune_kernels.check_ops(op or list(tune_kernels.PROBLEMS))
+    where = resolve_device(device)
+    if where.type != "cuda":
+        why = "torch sees no CUDA GPU" if device == "auto" else f"the device is {where}"
+        raise ValueError(f"kernels are tuned on a GPU, but {why}; on a CPU there is nothing to tune")
+    with progress_bar(auto_refresh=False) as progress:
+        task = progress.add_task("tuning", total=None)
+
+        def report(name: str, done: int, total: int) -> None:
+            progress.update(task, description=f"tuning {name}", completed=done, total=total, refresh=True)
+
+        found = tune_kernels.tune_all(ops, shapes, where, report)
+    name = configs.device_name(where)
+    saved = (configs.user_file(name) if out is None else out).expanduser()
+    configs.write(saved, name, tune_kernels.table(found))
+    if as_json:
+        result = {"saved": str(saved), "device": name, "tuned": [one.as_dict() for one in found]}
+        typer.echo(json.dumps(result, indent=2))
+        return
+    _print_tuned(Console(no_color=no_color or None, highlight=False), found)
+    typer.echo(f"Saved in {saved}")
+
+
+def _print_tuned(console: Console, found: list) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    grid = Table(box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    for name in ("operation", "shape", "settings"):
+        grid.add_column(name)
+    for name in ("µs, default", "µs, tuned", "speed-up", "refused", "failed"):
+        grid.add_column(name, justify="right", no_wrap=True)
+    for one in found:
+        settings = " ".join(f"{name}={value}" for name, value in one.settings.items())
+        times = (" ".join(f"{time:.1f}" for time in side) for side in one.times)
+        gain = "default" if one.settings == one.default else f"{one.speedup:.2f}x"
+        shape = "x".join(map(str, one.shape))
+        grid.add_row(one.op, shape, settings, *times, gain, str(len(one.refused)), str(len(one.failed)))
     console.print(grid)
 
 

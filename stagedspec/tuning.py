@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from stagedspec.cost import STRETCHES, Stretch
+from stagedspec.kernels.configs import cache_folder
 from stagedspec.tree import MODES, TreeConfig
 
 FORMAT = "stagedspec tuning 1"
@@ -168,8 +169,7 @@ def fingerprint(decoder) -> str:
 
 def cache_file(decoder) -> Path:
     """Where the decoder's own measurements are kept."""
-    root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(root).expanduser() / "stagedspec" / f"{fingerprint(decoder)}.json"
+    return cache_folder() / f"{fingerprint(decoder)}.json"
 
 
 def recall(decoder) -> Tuning:

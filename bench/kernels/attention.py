@@ -5,14 +5,11 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from harness import Case, error_ratio
-from models import MODELS, randn
+from harness import Case, absent, error_ratio
+from models import MODELS, Choice, randn
 
 from stagedspec.kernels.registry import Scratch
 from stagedspec.kernels.tree_attention import scratch_size, tree_attention
-
-NODES = (1, 8, 16, 32, 64, 128)
-CONTEXTS = (64, 256, 512, 1024)
 
 
 def random_tree(nodes: int, deepest: int = 16) -> torch.Tensor:
@@ -35,17 +32,9 @@ def mask_words(seen: torch.Tensor) -> torch.Tensor:
     return torch.where(words >= 2**31, words - 2**32, words).int()
 
 
-def cases(
-    names: tuple[str, ...] = ("L",),
-    nodes: tuple[int, ...] = NODES,
-    contexts: tuple[int, ...] = CONTEXTS,
-    batches: tuple[int, ...] = (1, 8),
-) -> Iterator[Case]:
-    for model in names:
-        for batch in batches:
-            for context in contexts:
-                for count in nodes if batch == 1 else (1, 64):
-                    yield _case(model, batch, count, context)
+def cases(choice: Choice) -> Iterator[Case]:
+    for model, batch, context, count in choice.all("model", "batch", "context", "nodes"):
+        yield _case(model, batch, count, context)
 
 
 def _case(model: str, batch: int, count: int, context: int) -> Case:
@@ -115,7 +104,7 @@ def _flashinfer(q, keys, values, visible, scale) -> dict:
     try:
         import flashinfer
     except ImportError:
-        return {}
+        return {"FlashInfer": absent}
     if q.shape[0] > 1:
         return {}
     laid = [(k[0], v[0]) for k, v in zip(keys, values, strict=True)]

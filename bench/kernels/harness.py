@@ -1,58 +1,61 @@
 """Timing of kernels on a GPU: graph replays over more data than the cache holds, against measured roofs.
 
-A case is what one layer of a model needs, repeated over all layers with weights and caches of their own, as in a real
-pass: a kernel timed on one matrix would find it in L2. The replay of a CUDA graph takes the host out. Peers run the
-same way in the same process, in turn with ours, and a ratio is printed only after the results were compared.
+A case does its work `launches` times in one replay of a CUDA graph, which takes the host out. What reads weights or
+caches does so over all layers of a model, with weights and caches of their own, as in a real pass: a kernel timed on
+one matrix would find it in L2. Peers run the same way in the same process, in turn with ours, and a ratio is printed
+only after the results were compared.
 """
 
-import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
 import torch
 
-WARMUP, REPEATS = 3, 21
+from stagedspec.kernels.timing import Timing, graph_of, time_graphs, time_run
+
+SMALL = 20  # launches in a replay of what takes microseconds and has no layers
 
 
 @dataclass
 class Case:
-    """One benchmark. run: our side, over `layers` layers; peers: name to the same by others; byte_count: what a layer
-    must move at the least; check: the error of our result over that of plain torch in the same dtype (at most 2 is
-    right), or 0 for exact agreement; None where there is nothing to compare."""
+    """One benchmark. run: our side, `launches` times over; peers: name to the same by others; byte_count: what a launch
+    must move at the least, 0 where bytes are of no account; check: the error of our result over that of plain torch in
+    the same dtype (at most 2 is right), or 0 for exact agreement and infinity for none; None where there is nothing to
+    compare. goal: microseconds it may take, or may take beyond the peer named by `beyond`, whose work it includes."""
 
     op: str
     model: str
-    shape: dict[str, int]
+    shape: dict[str, int | str]
     byte_count: int
-    layers: int
+    launches: int
     run: Callable[[], None]
     peers: dict[str, Callable[[], None]] = field(default_factory=dict)
     check: Callable[[], float] | None = None
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Microseconds a layer: median, and the 20th and 80th percentile of the replays."""
-
-    median: float
-    p20: float
-    p80: float
+    goal: float | None = None
+    beyond: str | None = None
 
 
 @dataclass(frozen=True)
 class Result:
     op: str
     model: str
-    shape: dict[str, int]
+    shape: dict[str, int | str]
     ours: Timing
     peers: dict[str, Timing | str]
     gigabytes_per_second: float
     share_of_roof: float
     error_ratio: float | None
+    goal: float | None
+    beyond: str | None
 
     @property
     def matches(self) -> bool:
         return self.error_ratio is None or self.error_ratio <= 2.0
+
+    @property
+    def measured(self) -> float:
+        """What the goal is about."""
+        return self.ours.median - (self.peers[self.beyond].median if self.beyond else 0.0)
 
     def as_dict(self) -> dict:
         return asdict(self) | {"matches": self.matches}
@@ -62,48 +65,23 @@ def copy_bandwidth() -> float:
     """Bytes a second of a large device-to-device copy, read and written bytes counted: the roof of everything here."""
     source = torch.randn(1 << 28, device="cuda")
     target = torch.empty_like(source)
-    times = time_graph(lambda: target.copy_(source), 1)
+    times = time_run(lambda: target.copy_(source))
     return 2 * source.numel() * 4 / (times.median * 1e-6)
 
 
-def graph_of(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    """`run`, compiled and warmed up on a side stream, as a graph."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(WARMUP):
+def again(run: Callable[[], object], count: int = SMALL) -> Callable[[], None]:
+    """`run`, `count` times over."""
+
+    def every() -> None:
+        for _ in range(count):
             run()
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph
+
+    return every
 
 
-def time_graph(run: Callable[[], None], layers: int, repeats: int = REPEATS) -> Timing:
-    return time_graphs({"": graph_of(run)}, layers, repeats)[""]
-
-
-def time_graphs(graphs: dict[str, torch.cuda.CUDAGraph], layers: int, repeats: int = REPEATS) -> dict[str, Timing]:
-    """Replays all graphs in turn, `repeats` times."""
-    marks = {name: [] for name in graphs}
-    for graph in graphs.values():
-        graph.replay()
-    for _ in range(repeats):
-        for name, graph in graphs.items():
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            graph.replay()
-            end.record()
-            marks[name].append((begin, end))
-    torch.cuda.synchronize()
-    result = {}
-    for name, pairs in marks.items():
-        times = sorted(1e3 * begin.elapsed_time(end) / layers for begin, end in pairs)
-        fifths = statistics.quantiles(times, n=5)
-        result[name] = Timing(statistics.median(times), fifths[0], fifths[3])
-    return result
+def absent() -> None:
+    """Stands in for a peer that is not installed."""
+    raise ImportError("not installed")
 
 
 def measure(case: Case, roof: float) -> Result:
@@ -116,10 +94,13 @@ def measure(case: Case, roof: float) -> Result:
         except Exception as problem:  # a peer may not support the shape, in its own way
             failed[name] = f"{type(problem).__name__}: {str(problem).strip().splitlines()[0][:80]}"
             torch.cuda.synchronize()
-    times = time_graphs(graphs, case.layers)
+    times = time_graphs(graphs, case.launches)
     ours = times.pop("ours")
     achieved = case.byte_count / (ours.median * 1e-6)
-    return Result(case.op, case.model, case.shape, ours, times | failed, achieved / 1e9, achieved / roof, error)
+    return Result(
+        case.op, case.model, case.shape, ours, times | failed, achieved / 1e9, achieved / roof, error,
+        case.goal, case.beyond,
+    )  # fmt: skip
 
 
 def error_ratio(ours: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor) -> float:
@@ -128,15 +109,22 @@ def error_ratio(ours: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor) ->
     return (ours_error / plain_error.clamp_min(1e-6)).item()
 
 
+def exact(*pairs: tuple[object, object]) -> float:
+    """0 if the first of every pair equals the second, infinity if not: what `Case.check` returns."""
+    return 0.0 if all(got == wanted for got, wanted in pairs) else float("inf")
+
+
 def table(results: list[Result]) -> str:
     """Markdown: a ratio above 1 means that ours is faster; none is printed where the results differ."""
     names = list(dict.fromkeys(name for result in results for name in result.peers))
-    lines = ["| op | model | shape | ours, µs | GB/s | share of roof | error ratio | " + " | ".join(names) + " |"]
-    lines.append("|---" * (7 + len(names)) + "|")
+    heads = ["op", "model", "shape", "ours, µs", "goal", "GB/s", "share of roof", "error ratio", *names]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for r in results:
-        cells = [r.op, r.model, " ".join(f"{key}={value}" for key, value in r.shape.items())]
-        cells += [f"{r.ours.median:.2f}", f"{r.gigabytes_per_second:.0f}", f"{r.share_of_roof:.0%}"]
-        cells.append("-" if r.error_ratio is None else f"{r.error_ratio:.2f}")
+        cells = [r.op, r.model, " ".join(f"{key}={value}" for key, value in r.shape.items()), f"{r.ours.median:.2f}"]
+        cells.append(_goal(r))
+        moved = r.gigabytes_per_second > 0
+        cells += [f"{r.gigabytes_per_second:.0f}", f"{r.share_of_roof:.0%}"] if moved else ["-", "-"]
+        cells.append("-" if r.error_ratio is None else "exact" if r.error_ratio == 0 else f"{r.error_ratio:.2f}")
         for name in names:
             peer = r.peers.get(name, "-")
             if isinstance(peer, Timing):
@@ -145,3 +133,12 @@ def table(results: list[Result]) -> str:
             cells.append(peer)
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _goal(result: Result) -> str:
+    if result.goal is None:
+        return "-"
+    if isinstance(result.peers.get(result.beyond), str):
+        return "not measured"
+    beyond = f" {result.measured:.1f} beyond {result.beyond}," if result.beyond else ""
+    return f"{result.goal:g}:{beyond} {'met' if result.measured <= result.goal else 'missed'}"

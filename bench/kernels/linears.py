@@ -7,12 +7,12 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from harness import Case, error_ratio
-from models import MODELS, Shape, randn
+from models import MODELS, Choice, randn
 
 from stagedspec.kernels import linear
 from stagedspec.kernels.registry import Scratch
+from stagedspec.workloads import ModelShape
 
-NODES = (1, 8, 16, 32, 64, 128)
 EPSILON = 1e-5
 
 
@@ -22,13 +22,13 @@ class _Layer:
     weights: dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
-def _sizes(shape: Shape) -> dict[str, tuple[int, int]]:
+def _sizes(shape: ModelShape) -> dict[str, tuple[int, int]]:
     """Outputs and inputs of each linear."""
     d = shape.width
     return {"qkv": (3 * d, d), "projection": (d, d), "up": (4 * d, d), "down": (d, 4 * d)}
 
 
-def _layers(shape: Shape) -> list[_Layer]:
+def _layers(shape: ModelShape) -> list[_Layer]:
     return [
         _Layer(
             (randn(shape.width, scale=0.1) + 1, randn(shape.width, scale=0.1)),
@@ -39,7 +39,7 @@ def _layers(shape: Shape) -> list[_Layer]:
 
 
 class _Ours:
-    def __init__(self, shape: Shape, rows: int):
+    def __init__(self, shape: ModelShape, rows: int):
         sizes = _sizes(shape).values()
         self.stats, self.stats_out = torch.empty(2, rows, linear.stat_tiles(shape.width), 2, device="cuda")
         self.scratch = Scratch.of([linear.scratch_size(rows, *size) for size in sizes], torch.device("cuda", 0))
@@ -67,7 +67,7 @@ def _fusion(x, residual, norm_weight, norm_bias, weight, bias, norm: bool, gelu:
     return residual + F.linear(x, weight, bias)
 
 
-def cases(names: tuple[str, ...] = ("L", "S"), nodes: tuple[int, ...] = NODES) -> Iterator[Case]:
+def cases(choice: Choice) -> Iterator[Case]:
     compiled = torch.compile(_fusion, dynamic=False)
 
     def by_inductor(name: str, layer: _Layer, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
@@ -76,10 +76,10 @@ def cases(names: tuple[str, ...] = ("L", "S"), nodes: tuple[int, ...] = NODES) -
     def matrix_only(name: str, layer: _Layer, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         return F.linear(x, *layer.weights[name])
 
-    for model in names:
+    for model in choice.model:
         shape = MODELS[model]
         layers = _layers(shape)
-        for rows in nodes:
+        for rows in choice.nodes:
             # The residual stream is the input of all but the down-projection.
             inputs = {"down": randn(rows, 4 * shape.width)}
             x = randn(rows, shape.width)

@@ -1,26 +1,41 @@
 """The shapes that are measured, and random weights of them."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
+from itertools import product
 
 import torch
 
+from stagedspec import workloads
+from stagedspec.ngram import KatzTable
 
-@dataclass(frozen=True)
-class Shape:
-    """A GPT-2: layers, width, heads, vocabulary."""
-
-    layers: int
-    width: int
-    heads: int
-    vocab: int = 50257
-
-    @property
-    def size(self) -> int:
-        return self.width // self.heads
-
-
-MODELS = {"S": Shape(12, 768, 12), "L": Shape(36, 1280, 20)}
+MODELS = {name: workloads.SIZES[name] for name in ("S", "L")}
+DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")  # a CPU for their own tests
 
 
 def randn(*shape: int, scale: float = 1.0, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    return (torch.randn(*shape, device="cuda") * scale).to(dtype)
+    return workloads.randn(*shape, device=DEVICE, scale=scale, dtype=dtype)
+
+
+@cache
+def katz(vocab: int) -> KatzTable:
+    return workloads.katz_table(vocab, DEVICE)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What to measure: each a tuple of values."""
+
+    model: tuple[str, ...]
+    nodes: tuple[int, ...]
+    context: tuple[int, ...]
+    batch: tuple[int, ...]
+
+    def all(self, *names: str) -> Iterator[tuple]:
+        """Every combination of the values of these fields."""
+        return product(*(getattr(self, name) for name in names))
+
+
+SOME = Choice(("L",), (1, 16, 64), (512, 1024), (1,))
+ALL = Choice(("L", "S"), (1, 8, 16, 32, 64, 128), (64, 256, 512, 1024), (1, 8))

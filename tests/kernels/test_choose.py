@@ -122,6 +122,22 @@ def test_choice_on_given_noise_is_the_rules(case):
             assert ours[row] == expected[row] == plain[row].argmax(), (row, options)
 
 
+@pytest.mark.parametrize("name", ["top_k", "top_p", "top_k-top_p", "all"])
+@pytest.mark.parametrize("ties", [False, True], ids=["distinct", "ties"])
+def test_thresholds_of_few_and_of_many(name, ties, monkeypatch):
+    """Comparing each candidate with all finds the threshold that the search finds."""
+    generator = torch.Generator().manual_seed(2)
+    logits = torch.randn(4, 700, generator=generator) * 2
+    logits[1, 30:] = float("-inf")  # fewer candidates than top-k asks for
+    logits = (logits.round() if ties else logits).to(DEVICE)
+    noise = torch.randn(4, 700, generator=generator).to(DEVICE)
+    found = []
+    for few in (1, 1024):
+        monkeypatch.setattr(kernels, "FEW", few)
+        found.append(choose(logits, noise=noise, **WARPERS[name]))
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("name", WARPERS)
 @pytest.mark.parametrize("vocab_size", [61, 1003])
 def test_choice_by_counters(name, vocab_size):

@@ -1,0 +1,36 @@
+"""draft²'s look-up: a Katz table and the context n-gram of the sequence itself."""
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from harness import SMALL, Case, again, exact
+from models import DEVICE, MODELS, Choice, katz
+
+from stagedspec.kernels import reference
+from stagedspec.kernels.control import CONTEXT_LOGPROB
+from stagedspec.workloads import Looking
+
+
+def cases(choice: Choice) -> Iterator[Case]:
+    for batch, context, nodes in choice.all("batch", "context", "nodes"):
+        looking = Looking(nodes, context, batch, katz(MODELS["L"].vocab), DEVICE)
+        ours, peers = again(looking.look), {"torch eager": again(partial(plain, looking))}
+        where = {"B": batch, "L": context, "N": nodes}
+        yield Case("ngram_lookup", "L", where, 0, SMALL, ours, peers, partial(check, looking), 10.0)
+
+
+def plain(looking: Looking) -> tuple[torch.Tensor, torch.Tensor]:
+    found = reference.context_lookup(looking.sequence.long(), looking.lengths, looking.contexts)[..., None]
+    names, values = looking.table.lookup(looking.contexts.long())
+    other = names != found
+    first = torch.where(found >= 0, CONTEXT_LOGPROB, -torch.inf)
+    values = torch.cat((first, torch.where(other, values, -torch.inf)), -1)
+    return torch.cat((found, torch.where(other, names, -1)), -1), values
+
+
+def check(looking: Looking) -> float:
+    looking.tokens.fill_(-2)
+    looking.logprobs.fill_(torch.nan)
+    (tokens, logprobs), (names, values) = looking.look(), plain(looking)
+    return exact((torch.equal(tokens.long(), names), True), (torch.equal(logprobs, values.float()), True))

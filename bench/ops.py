@@ -1,0 +1,165 @@
+"""The reference backend's operations on a CPU, at the shapes of the embedded models: `make bench`, by pytest-benchmark.
+
+    python -m pytest bench/ops.py [-k attention] [--benchmark-autosave --benchmark-compare]
+
+M=1 is plain decoding, M=12 a tree of the default size. Nothing is asserted of time; results are checked by the tests.
+"""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+import stagedspec
+from stagedspec.kernels import control, reference
+from stagedspec.ngram import KatzTable
+from stagedspec.tree import TreeConfig
+from stagedspec.workloads import SAMPLINGS, SIZES, SPREAD, randn
+
+CPU = torch.device("cpu")
+CONTEXT = 256
+TREE = TreeConfig()
+ROWS = (1, TREE.nodes)
+MODELS = ("target", "draft")
+
+
+@pytest.fixture(autouse=True)
+def repeatable():
+    torch.manual_seed(0)
+    random.seed(0)
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture(scope="module")
+def table() -> KatzTable:
+    return KatzTable.load(Path(stagedspec.__file__).parent / "assets" / "ngram.safetensors")
+
+
+def linear(outputs: int, inputs: int, bias: bool = True) -> reference.Linear:
+    weight = randn(outputs, inputs, device=CPU, scale=SPREAD * inputs**-0.5, dtype=torch.float32)
+    return reference.pack_linear(weight, torch.randn(outputs) if bias else None, True)
+
+
+def norm(width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.ones(width), torch.zeros(width)
+
+
+def noise_at(batch: int, nodes: int, vocab: int) -> reference.NoiseAt:
+    values = reference.gumbel_noise(torch.arange(batch), torch.zeros(batch).long(), torch.arange(nodes)[None], vocab)
+    return reference.NoiseAt(values, torch.arange(nodes)[None])
+
+
+# ---------------------------------------------------------------- layers
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("name", ["qkv", "up"])
+def test_norm_linear(benchmark, name, model, rows):
+    shape = SIZES[model]
+    outputs, activation = {"qkv": (3 * shape.width, "none"), "up": (shape.mlp, "gelu_new")}[name]
+    x, layer = torch.randn(rows, shape.width), linear(outputs, shape.width)
+    benchmark(reference.norm_linear, x, *norm(shape.width), 1e-5, layer, activation)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("name", ["projection", "down"])
+def test_linear_add(benchmark, name, model, rows):
+    shape = SIZES[model]
+    inputs = {"projection": shape.width, "down": shape.mlp}[name]
+    layer, residual = linear(shape.width, inputs), torch.randn(rows, shape.width)
+    benchmark(reference.linear_add, torch.randn(rows, inputs), layer, residual)
+
+
+@pytest.mark.parametrize("nodes", ROWS)
+@pytest.mark.parametrize("model", MODELS)
+def test_tree_attention(benchmark, model, nodes):
+    shape = SIZES[model]
+    dtype = reference.kv_dtype(torch.float32, CPU, model == "target")
+    cache = torch.randn(1, 1, nodes + CONTEXT, 2, shape.heads, shape.size, dtype=dtype)
+    masks = [[1 | 1 << node for node in range(nodes)]]  # a star
+    depths = [[min(node, 1) for node in range(nodes)]]
+    batch = control._batch([[0] * nodes], depths, masks, nodes, [CONTEXT], [CONTEXT], dtype, CPU)
+    (view,) = reference.layer_views(cache, nodes, batch, 0, 0)
+    qkv = torch.randn(nodes, 3 * shape.width)
+    benchmark(reference.tree_attention, qkv, view, batch, shape.size**-0.5, False)
+
+
+# ---------------------------------------------------------------- token choice
+
+
+@pytest.mark.parametrize("nodes", ROWS)
+@pytest.mark.parametrize("sampling", ["greedy", "top-k", "top-p"])
+def test_choose(benchmark, sampling, nodes):
+    vocab = SIZES["target"].vocab
+    noise = None if sampling == "greedy" else noise_at(1, nodes, vocab)
+    benchmark(reference.choose, torch.randn(1, nodes, vocab) * SPREAD, SAMPLINGS[sampling], noise)
+
+
+@pytest.mark.parametrize("nodes", ROWS)
+def test_lm_head_choose(benchmark, nodes):
+    shape = SIZES["target"]
+    x, head = torch.randn(1, nodes, shape.width), linear(shape.vocab, shape.width, bias=False)
+    benchmark(reference.lm_head_choose, x, *norm(shape.width), 1e-5, head, None, None)
+
+
+@pytest.mark.parametrize("sampling", ["greedy", "top-k"])
+def test_lm_head_children(benchmark, sampling):
+    shape, nodes = SIZES["draft"], TREE.width + TREE.guesses
+    x, head = torch.randn(1, nodes, shape.width), linear(shape.vocab, shape.width, bias=False)
+    noise = None if sampling == "greedy" else noise_at(1, nodes, shape.vocab)
+    arguments = x, *norm(shape.width), 1e-5, head, TREE.children, SAMPLINGS[sampling], noise
+    benchmark(reference.lm_head_children, *arguments)
+
+
+def test_noise(benchmark):
+    """Of 64 positions: what is made ahead at once."""
+    seeds, streams = torch.tensor([1]), torch.tensor([0])
+    benchmark(reference.gumbel_noise, seeds, streams, torch.arange(64)[None], SIZES["target"].vocab)
+
+
+# ---------------------------------------------------------------- trees
+
+
+def test_katz_lookup(benchmark, table):
+    benchmark(table.lookup, torch.randint(table.vocab_size, (1, TREE.nodes, 2)))
+
+
+def test_katz_lookup_of_one_context(benchmark, table):
+    benchmark(table.successors_of, 5, 7)
+
+
+def test_context_lookup(benchmark):
+    sequence, contexts = torch.randint(50, (1, CONTEXT)), torch.randint(50, (1, TREE.nodes, 2))
+    benchmark(reference.context_lookup, sequence, torch.tensor([CONTEXT]), contexts)
+
+
+def grown(table: KatzTable, sequences: control.Sequences) -> control.Trees:
+    """A step's trees, the draft's proposals being random."""
+    growth = control.Growth(sequences, TREE, table, None, torch.float32)
+    for number in range(TREE.passes):
+        growth.prefetch(growth.select(number))
+        rows = growth.batch().tokens.shape[1]
+        names = torch.rand(1, rows, 50).argsort(-1)[..., : TREE.children]
+        growth.record(names, -torch.rand(1, rows, TREE.children).cumsum(-1) - 0.1)
+    return growth.harvest()
+
+
+def some_text() -> control.Sequences:
+    return control.Sequences([random.choices(range(50), k=CONTEXT)], 64, [], CPU)
+
+
+def test_grow(benchmark, table):
+    """A whole step's passes, the masks that they need, and the finished tree."""
+    benchmark(grown, table, some_text())
+
+
+def test_verify_commit(benchmark, table):
+    def fresh():
+        trees = grown(table, some_text())
+        return (trees, torch.randint(50, (1, trees.nodes))), {}
+
+    benchmark.pedantic(lambda trees, chosen: trees.verify_commit(chosen), setup=fresh, rounds=200)

@@ -1,0 +1,58 @@
+"""Times on a GPU: replays of CUDA graphs, which take the host out."""
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+WARMUP, REPEATS = 3, 21
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds a launch: median, and the 20th and 80th percentile of the replays."""
+
+    median: float
+    p20: float
+    p80: float
+
+
+def graph_of(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    """`run`, compiled and warmed up on a side stream, as a graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(WARMUP):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph
+
+
+def time_graphs(graphs: dict[str, torch.cuda.CUDAGraph], launches: int, repeats: int = REPEATS) -> dict[str, Timing]:
+    """Replays all graphs in turn, `repeats` times; each does its work `launches` times."""
+    marks = {name: [] for name in graphs}
+    for graph in graphs.values():
+        graph.replay()
+    for _ in range(repeats):
+        for name, graph in graphs.items():
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            graph.replay()
+            end.record()
+            marks[name].append((begin, end))
+    torch.cuda.synchronize()
+    result = {}
+    for name, pairs in marks.items():
+        times = sorted(1e3 * begin.elapsed_time(end) / launches for begin, end in pairs)
+        fifths = statistics.quantiles(times, n=5)
+        result[name] = Timing(statistics.median(times), fifths[0], fifths[3])
+    return result
+
+
+def time_run(run: Callable[[], None], launches: int = 1, repeats: int = REPEATS) -> Timing:
+    return time_graphs({"": graph_of(run)}, launches, repeats)[""]

@@ -1,0 +1,43 @@
+"""The kernels' benchmarks: every case is right and runs. On a CPU in the interpreter, on the smallest of shapes."""
+
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench" / "kernels"))
+import harness
+import models
+
+from stagedspec.workloads import ModelShape
+
+TINY = ModelShape(2, 32, 2, vocab=300)
+
+
+@pytest.mark.parametrize("op", ["head", "choose", "ngram", "grow", "verify", "compact", "embed"])
+def test_cases(op, monkeypatch):
+    monkeypatch.setitem(models.MODELS, "L", TINY)
+    module = import_module(op)
+    torch.manual_seed(1)
+    choice = models.Choice(("L",), (1, 5), (40,), (2,))
+    cases = list(module.cases(choice))
+    assert cases
+    for case in cases:
+        if case.check is not None:
+            assert case.check() <= 2, (case.op, case.shape)
+    cases[-1].run()
+
+
+def test_table_prints_no_ratio_where_results_differ():
+    timing = harness.Timing(10.0, 9.0, 11.0)
+
+    def result(error, beyond=None):
+        peers = {"peer": harness.Timing(20.0, 20.0, 20.0)}
+        return harness.Result("op", "L", {"N": 1}, timing, peers, 0.0, 0.0, error, 5.0, beyond)
+
+    right, wrong = harness.table([result(0.0), result(float("inf"))]).splitlines()[2:]
+    assert "20.00 (2.00x)" in right and "5: missed" in right and "exact" in right
+    assert "20.00 (differs)" in wrong
+    assert "-10.0 beyond peer, met" in harness.table([result(0.0, "peer")])

@@ -1,0 +1,229 @@
+"""Tuned launch settings: files of them, the search, the command."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from stagedspec import cli, tune_kernels
+from stagedspec.kernels import configs
+from stagedspec.tune_kernels import Launch, Problem, tune
+from stagedspec.workloads import ModelShape
+
+GPU = "NVIDIA Some GPU"
+DEFAULT = {"tile": 64, "warps": 4}
+
+
+@pytest.fixture(autouse=True)
+def folders(tmp_path, monkeypatch):
+    """A package and a user without settings."""
+    monkeypatch.setattr(configs, "PACKAGED", tmp_path / "package")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    configs._table.cache_clear()
+    yield tmp_path
+    configs._table.cache_clear()
+
+
+def asked(op: str = "op", shape: tuple[int, ...] = (8, 4), device: str = GPU) -> dict[str, int]:
+    return configs.config(op, shape, device, DEFAULT)
+
+
+# ---------------------------------------------------------------- files
+
+
+def test_the_user_goes_before_the_package_and_the_package_before_the_default(folders):
+    assert asked() == DEFAULT
+    configs.write(configs.PACKAGED / "nvidia-some-gpu.json", GPU, {"op": {"8x4": {"tile": 128}, "9": {"warps": 8}}})
+    assert asked() == {"tile": 128, "warps": 4}
+    configs.write(configs.user_file(GPU), GPU, {"op": {"8x4": {"tile": 32, "warps": 2, "of another version": 3}}})
+    assert asked() == {"tile": 32, "warps": 2}
+    assert asked(shape=(9,)) == {"tile": 64, "warps": 8}  # what only the package knows
+    assert asked("other") == asked(device="NVIDIA Other") == DEFAULT
+
+
+def test_writing_keeps_what_is_not_tuned_anew():
+    path = configs.user_file(GPU)
+    configs.write(path, GPU, {"op": {"8x4": {"tile": 32}, "1": {"tile": 1}}, "other": {"2": {"warps": 1}}})
+    configs.write(path, GPU, {"op": {"8x4": {"tile": 16}}})
+    assert configs.read(path, GPU) == {"op": {"8x4": {"tile": 16}, "1": {"tile": 1}}, "other": {"2": {"warps": 1}}}
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_without_a_home_folder_the_package_serves(monkeypatch):
+    def no_home(self):
+        raise RuntimeError("Could not determine home directory.")
+
+    configs.write(configs.PACKAGED / "nvidia-some-gpu.json", GPU, {"op": {"8x4": {"tile": 128}}})
+    monkeypatch.setattr(type(configs.PACKAGED), "expanduser", no_home)
+    assert asked()["tile"] == 128
+
+
+GOOD = {"format": configs.FORMAT, "device": GPU, "settings": {"op": {"8x4": {"tile": 32}}}}
+
+
+@pytest.mark.parametrize(
+    ("content", "key"),
+    [
+        ("{", "damaged"),
+        ("\xff", "damaged"),
+        ("[]", "the content"),
+        ({}, "format"),
+        (GOOD | {"format": "stagedspec tuning 1"}, "format"),
+        (GOOD | {"device": "NVIDIA some-gpu"}, "device"),
+        (GOOD | {"settings": []}, "settings"),
+        (GOOD | {"settings": {"op": 3}}, "settings.op"),
+        (GOOD | {"settings": {"op": {"8x4": []}}}, "settings.op.8x4"),
+        (GOOD | {"settings": {"op": {"8x4": {"tile": "32"}}}}, "settings.op.8x4.tile"),
+        (GOOD | {"settings": {"op": {"8x4": {"tile": -1}}}}, "settings.op.8x4.tile"),
+        (GOOD | {"settings": {"op": {"8x4": {"tile": True}}}}, "settings.op.8x4.tile"),
+        (GOOD | {"settings": {"op": {"8x4": {"tile": 32.0}}}}, "settings.op.8x4.tile"),
+    ],
+)
+def test_damaged_and_foreign_files_are_named_with_the_key(content, key):
+    path = configs.user_file(GPU)
+    path.parent.mkdir(parents=True)
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="latin-1")
+    with pytest.raises(ValueError) as error:
+        asked()
+    assert str(path) in str(error.value) and key in str(error.value)
+    assert "stagedspec tune" in str(error.value)
+    with pytest.raises(ValueError, match=r"nvidia-some-gpu\.json"):  # nor is it overwritten
+        configs.write(path, GPU, {})
+
+
+def test_trying_holds_inside_alone():
+    with configs.trying("op", (8, 4), {"tile": 1}):
+        assert asked() == {"tile": 1, "warps": 4}
+        assert asked("other") == DEFAULT
+    assert asked() == DEFAULT
+
+
+# ---------------------------------------------------------------- the search
+
+
+def problem_of(times: dict[int, float]) -> tuple[Problem, list[float]]:
+    """An operation whose time depends on its tile. Tile 7 gives other bits, tile 9 does not run."""
+    clock: list[float] = []
+
+    def run() -> torch.Tensor:
+        tile = asked()["tile"]
+        if tile == 9:
+            raise RuntimeError("out of resource: shared memory")
+        clock.append(times[tile])
+        return torch.tensor([torch.nan, -0.0 if tile == 7 else 0.0])
+
+    candidates = [DEFAULT | {"tile": tile} for tile in times]
+    return Problem("op", (8, 4), candidates, lambda: [Launch(run, lambda: [run()])]), clock
+
+
+def timed_by(clock: list[float]):
+    def timer(run) -> float:
+        run()
+        return clock[-1]
+
+    return timer
+
+
+def test_the_fastest_that_is_right_wins():
+    problem, clock = problem_of({64: 10.0, 32: 8.0, 7: 1.0, 9: 1.0, 16: 9.0})
+    reports = []
+    found = tune(problem, timed_by(clock), lambda: reports.append(1))
+    assert found.settings == {"tile": 32, "warps": 4} and found.default == DEFAULT
+    assert found.times == ([10.0], [8.0]) and found.speedup == pytest.approx(1.25)
+    assert [one["tile"] for one in found.refused] == [7] and [one["tile"] for one in found.failed] == [9]
+    assert found.tried == len(reports) == 5
+    assert asked() == DEFAULT
+    assert tune_kernels.table([found]) == {"op": {"8x4": {"tile": 32, "warps": 4}}}
+
+
+def test_noise_does_not_displace_the_default():
+    problem, clock = problem_of({64: 10.0, 32: 9.9})
+    assert tune(problem, timed_by(clock)).settings == DEFAULT
+
+
+@pytest.mark.parametrize("op", tune_kernels.PROBLEMS)
+def test_every_operation(op, monkeypatch, device):
+    """Runs, asks for its settings at every launch, and gives the same bits with all that are tried."""
+    monkeypatch.setattr(tune_kernels, "NODES", (1, 5))
+    monkeypatch.setattr(tune_kernels, "CONTEXT", 20)
+    known, every = set(), []
+
+    def config(op, shape, device_name, default):
+        settings = real(op, shape, device_name, default)
+        known.add((op, configs.shape_name(shape), *sorted(settings.items())))
+        return settings
+
+    real = configs.config
+    for name in ("choose", "compact", "grow_tree", "lm_head", "ngram_lookup", "verify_commit"):
+        monkeypatch.setattr(f"stagedspec.kernels.{name}.config", config)
+    shape = ModelShape(1, 32, 2, vocab=150)
+    for problem in tune_kernels.PROBLEMS[op](shape, device):
+        default, *others = problem.candidates
+        assert all(set(one) == set(default) for one in others) and default not in others
+        some = [default, *others[-2:]]  # the interpreter is slow
+        found = tune(replace(problem, candidates=some), lambda run: float(run() is None) + 1)
+        assert not found.refused and not found.failed
+        every += [(op, configs.shape_name(problem.shape), *sorted(one.items())) for one in some]
+    assert set(every) <= known
+
+
+# ---------------------------------------------------------------- the command
+
+
+def run(*arguments: str):
+    return CliRunner().invoke(cli.app, ["tune", *arguments])
+
+
+def test_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for options in ([], ["--device", "cpu"]):
+        result = run(*options)
+        assert result.exit_code == 2 and "GPU" in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        (["--op", "softmax"], "lm_head"),
+        (["--model", "/nowhere"], "/nowhere"),
+        (["--out", "."], "--out"),
+        (["--device", "tpu"], "tpu"),
+    ],
+)
+def test_bad_options(options, part):
+    result = run(*options)
+    assert result.exit_code == 2 and part in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+def test_sizes_and_models(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=11)).save_pretrained(tmp_path)
+    found = tune_kernels.shapes(["embedded", "XL", str(tmp_path)])
+    assert [(shape.layers, shape.width, shape.vocab) for shape in found] == [
+        (4, 384, 2048),
+        (2, 96, 2048),
+        (48, 1600, 50257),
+        (1, 8, 11),
+    ]
+
+
+@pytest.mark.parametrize("to_file", [False, True])
+def test_the_command(tmp_path, monkeypatch, to_file):
+    """What was found is shown and lies where the kernels look for it, or in the file that was named."""
+    problem, clock = problem_of({64: 10.0, 32: 8.0})
+    monkeypatch.setattr("stagedspec.loading.resolve_device", lambda device: torch.device("cuda"))
+    monkeypatch.setattr(configs, "device_name", lambda device: GPU)
+    monkeypatch.setitem(tune_kernels.PROBLEMS, "compact", lambda shape, device: iter([problem]))
+    monkeypatch.setattr(tune_kernels.tune_all, "__defaults__", (lambda *_: None, timed_by(clock)))
+    path = tmp_path / "settings.json" if to_file else configs.user_file(GPU)
+    options = ["--op", "compact", *(["--out", str(path)] if to_file else [])]
+    shown = run(*options)
+    assert shown.exit_code == 0, shown.output
+    assert "tile=32" in shown.stdout and "1.25x" in shown.stdout and "Saved in" in shown.stdout
+    report = json.loads(run(*options, "--json").stdout)
+    assert report["saved"] == str(path) and report["tuned"][0]["speedup"] == pytest.approx(1.25)
+    assert configs.read(path, GPU) == {"op": {"8x4": {"tile": 32, "warps": 4}}}
+    assert asked()["tile"] == (64 if to_file else 32)
