@@ -97,18 +97,15 @@ def _batch(
     """masks: which of the `region` tree rows each node sees, one bit each; roots: position of depth 0;
     prefixes: committed rows each sequence sees."""
     positions = [[max(root + depth, 0) for depth in row] for root, row in zip(roots, depths, strict=True)]
+    inputs = torch.tensor((tokens, positions), device=device)
     span = max(max(prefixes), 0)
     values = [[[0.0 if mask >> bit & 1 else NEVER for bit in range(region)] for mask in row] for row in masks]
-    bias = torch.tensor(values, dtype=dtype)
-    if min(prefixes) == span:
-        bias = torch.nn.functional.pad(bias, (0, span))
-    else:
+    bias = torch.zeros(len(masks), 1, len(masks[0]), region + span, dtype=dtype)
+    bias.narrow(3, 0, region).copy_(torch.tensor(values).unsqueeze(1))
+    if min(prefixes) < span:
         hidden = torch.arange(span) >= torch.tensor(prefixes)[:, None]
-        rest = torch.zeros(len(roots), 1, span, dtype=dtype).masked_fill_(hidden[:, None], NEVER)
-        bias = torch.cat((bias, rest.expand(-1, bias.shape[1], -1)), 2)
-    return Batch(
-        torch.tensor(tokens, device=device), torch.tensor(positions, device=device), depths, bias[:, None].to(device)
-    )
+        bias.narrow(3, region, span).masked_fill_(hidden[:, None, None], NEVER)
+    return Batch(*inputs.unbind(0), depths, bias.to(device))
 
 
 @dataclass(frozen=True)

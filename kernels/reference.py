@@ -69,7 +69,8 @@ def pack_linear(weight: torch.Tensor, bias: torch.Tensor | None, invariant: bool
     dtype = weight.dtype
     small = weight.numel() < 1 << 18
     if not invariant and small and weight.device.type == "cpu":
-        return Linear(weight.float().contiguous(), None if bias is None else bias.float(), False, dtype)
+        # As it comes: GPT-2 stores its weights transposed, and so MKL multiplies a few rows faster.
+        return Linear(weight.float(), None if bias is None else bias.float(), False, dtype)
     if weight.device.type != "cpu":
         return Linear(weight, bias, False, dtype)
     weight, bias = weight.float().contiguous(), None if bias is None else bias.float().contiguous()
@@ -106,7 +107,7 @@ def _invariant_rows(layer: Linear) -> int:
 
 def _in_rows(multiply: Callable[..., torch.Tensor], layer: Linear, *inputs: torch.Tensor) -> torch.Tensor:
     """multiply(*inputs), inputs [M, ...], in the number of rows that gives every row the same bits (`Linear.rows`)."""
-    count = inputs[0].shape[0]
+    count = len(inputs[0])
     if count >= layer.rows > 0:
         return multiply(*inputs)
     if layer.rows == 0:
@@ -115,24 +116,24 @@ def _in_rows(multiply: Callable[..., torch.Tensor], layer: Linear, *inputs: torc
 
 
 def _linear(x: torch.Tensor, layer: Linear, activation: str | Callable) -> torch.Tensor:
+    if layer.rows == 1:
+        return _multiply(x, layer, activation)
     return _in_rows(lambda x: _multiply(x, layer, activation), layer, x)
 
 
 def _multiply(x: torch.Tensor, layer: Linear, activation: str | Callable) -> torch.Tensor:
     name = activation if isinstance(activation, str) else "none"
+    attribute, algorithm = _FUSED[name]
     if layer.packed:
-        attribute, algorithm = _FUSED[name]
-        inputs = x if x.dtype == torch.float32 else x.float()
-        y = torch.ops.mkldnn._linear_pointwise.default(inputs, layer.weight, layer.bias, attribute, [], algorithm)
-        y = y if layer.dtype == torch.float32 else y.to(layer.dtype)
+        multiply = torch.ops.mkldnn._linear_pointwise.default
+        y = multiply(x.float(), layer.weight, layer.bias, attribute, [], algorithm).to(layer.dtype)
     else:
-        y = F.linear(x if x.dtype == layer.weight.dtype else x.float(), layer.weight, layer.bias)
-        y = y if y.dtype == layer.dtype else y.to(layer.dtype)
-        if name == "relu":
+        y = F.linear(x.to(layer.weight.dtype), layer.weight, layer.bias).to(layer.dtype)
+        if attribute == "relu":
             y = F.relu(y)
-        elif name != "none":
-            y = F.gelu(y, approximate=_FUSED[name][1])
-    return y if isinstance(activation, str) else activation(y)
+        elif attribute == "gelu":
+            y = F.gelu(y, approximate=algorithm)
+    return y if name is activation else activation(y)
 
 
 def fused_activation(name: str) -> bool:
@@ -149,7 +150,7 @@ def norm_linear(
     activation: str | Callable = "none",
 ) -> torch.Tensor:
     """activation(LayerNorm(x) @ weight.T + bias): x [M, d] -> [M, out]."""
-    return _linear(F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, epsilon), layer, activation)
+    return _linear(torch.layer_norm(x, norm_weight.shape, norm_weight, norm_bias, epsilon), layer, activation)
 
 
 def linear_add(x: torch.Tensor, layer: Linear, residual: torch.Tensor) -> torch.Tensor:
@@ -168,7 +169,7 @@ def embed(
 ) -> torch.Tensor:
     """Token plus position embedding: tokens, positions [B, N] -> [M, d]. Positions past the table use its last row."""
     positions = positions.clamp(0, position_table.shape[0] - 1)
-    return (F.embedding(tokens, token_table) + F.embedding(positions, position_table)).flatten(0, 1)
+    return (torch.embedding(token_table, tokens) + torch.embedding(position_table, positions)).flatten(0, 1)
 
 
 # ---------------------------------------------------------------- attention
@@ -199,8 +200,8 @@ def layer_views(
     values visible under its bias, [B, H, R, D], from row `first` on. What lies where is in the bias: tree_rows is not
     needed here."""
     nodes, visible = batch.tokens.shape[1], batch.bias.shape[-1]
-    store = cache[:, :, write : write + nodes].unbind(0)
-    keys, values = cache[:, :, first : first + visible].permute(3, 0, 1, 4, 2, 5).unbind(0)
+    store = cache.narrow(2, write, nodes).unbind(0)
+    keys, values = cache.narrow(2, first, visible).permute(3, 0, 1, 4, 2, 5).unbind(0)
     return zip(store, keys.unbind(0), values.unbind(0), strict=True)
 
 
@@ -229,8 +230,8 @@ def tree_attention(
     bias = batch.bias
     rows, nodes, _, heads, size = store.shape
     qkv = qkv.view(rows, nodes, 3, heads, size)
-    store.copy_(qkv[:, :, 1:])
-    q = qkv[:, :, 0].transpose(1, 2).to(keys.dtype)
+    store.copy_(qkv.narrow(2, 1, 2))
+    q = qkv.select(2, 0).transpose(1, 2).to(keys.dtype)
     if upcast and keys.dtype.itemsize < 4:
         q, keys, values, bias = q.float(), keys.float(), values.float(), bias.float()
     out = F.scaled_dot_product_attention(q, keys, values, attn_mask=bias, scale=scale)
@@ -334,7 +335,7 @@ class NoiseAt:
         if batch > 1:
             rows = rows + torch.arange(0, batch * positions, positions, device=rows.device)[:, None]
         if tokens is None:
-            return self.values.flatten(0, 1)[rows]
+            return self.values.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, rows.shape)
         return self.values.take((rows * vocab_size)[..., None] + tokens)
 
 
@@ -534,7 +535,10 @@ def move_rows(cache: torch.Tensor, tree_rows: int, moves: list[list[tuple[int, i
     flat = cache.view(layers, batch * rows, -1)
     source = [index * rows + row for index, pairs in enumerate(moves) for row, _ in pairs]
     target = [index * rows + tree_rows + position for index, pairs in enumerate(moves) for _, position in pairs]
-    if not source:
-        return
-    indices = torch.tensor((source, target), device=cache.device)
-    flat.index_copy_(1, indices[1], flat.index_select(1, indices[0]))
+    if cache.device.type == "cpu" and set(source).isdisjoint(target):
+        # A copy a row takes less time there than indexing.
+        for old, new in zip(source, target, strict=True):
+            flat.select(1, new).copy_(flat.select(1, old))
+    elif source:
+        indices = torch.tensor((source, target), device=cache.device)
+        flat.index_copy_(1, indices[1], flat.index_select(1, indices[0]))

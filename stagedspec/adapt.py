@@ -61,7 +61,7 @@ def rungs(model: Model, trees: Sequence[TreeConfig]) -> list[Rung]:
     verify = tuple(model.verify_seconds(max(1, nodes)) for nodes in range(1 + max(tree.nodes for tree in trees)))
     found = [Rung("off", OFF, 1.0, verify[1], verify)]
     for index, tree in enumerate(trees):
-        draft = [model.draft_seconds(model.rows(tree, number)) for number in (0, 1)]
+        draft = [model.draft_seconds(tree, number) for number in (0, 1)]
         name = ("small", "medium", "full")[index - len(trees)]
         found.append(Rung(name, tree, *model.step(tree), verify, *draft))
     return found

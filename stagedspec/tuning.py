@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from stagedspec import cost
 from stagedspec.cost import STRETCHES, Stretch
 from stagedspec.kernels.configs import cache_folder
 from stagedspec.tree import MODES, TreeConfig
@@ -156,10 +157,11 @@ def pair_of(decoder) -> dict:
 
 
 def fingerprint(decoder) -> str:
-    """A name for the pair, down to its weights, on this machine with these threads and this torch."""
+    """A name for the pair, down to its weights, on this machine with these threads, this torch and this cost model."""
     setup = pair_of(decoder) | {"threads": torch.get_num_threads(), "torch": torch.__version__}
     found = hashlib.sha256(json.dumps(setup).encode())
     found.update(decoder.target.ops.name.encode())
+    found.update(Path(cost.__file__).read_bytes())
     for model in (decoder.target, decoder.draft):
         if model is not None:  # a sample: reading every weight of a large model takes seconds
             for weights in (*model.final_norm, model.token_table[:64], model.position_table[:8]):
