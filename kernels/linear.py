@@ -13,7 +13,7 @@ kernel before and the end of this one; the design keeps that chain short:
   x as it is, straight from memory into the matrix instructions; what is left of the norm, a scale and a multiple of
   the rows' sums, is applied to the finished tile. Normalising in the loop cost as much as the rest of the kernel.
 - Mean and variance of whole rows come from statistics that whoever writes the residual stream leaves beside it, (sum,
-  sum of squares around the tile's own mean) of TILE columns; the reader merges a few of them a row (Chan, Golub,
+  sum of squares around the tile's own mean) of ROWS columns; the reader merges a few of them a row (Chan, Golub,
   LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979). `row_stats` makes them
   for a stream that comes from elsewhere.
 - Where rows alone make too few programs, the columns are split at absolute offsets that the weight's shape decides. The
@@ -38,8 +38,9 @@ from stagedspec.kernels.registry import (
     register,
 )
 
-ROWS = 64  # of the weight, a program: the least that Hopper's matrix instructions take
-TILE = 64  # columns that have statistics of their own
+# Rows of the weight, a program: the least that Hopper's matrix instructions take. Columns of the residual stream that
+# have statistics of their own: who writes a tile has all of it.
+ROWS = 64
 MAX_TOKENS = 256
 # Splits: a weight of WIDE tiles of rows has enough programs without them; a narrower one is cut for PROGRAMS.
 WIDE = 48
@@ -100,7 +101,18 @@ def _activate(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _merged_stats(p_stats, i_tokens, ok, epsilon, K: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr):
+def _row_sum(x):
+    """Sums of the rows of x [R, power of 2], as a tree over neighbours. The order of tl.sum is another for every layout
+    of the tile, and the compiler lays out a tile of 16 tokens differently from one of 64."""
+    for _ in tl.static_range(12):
+        if x.shape[1] > 1:
+            left, right = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
+            x = left + right
+    return tl.reshape(x, (x.shape[0],))
+
+
+@triton.jit
+def _merged_stats(p_stats, i_tokens, ok, epsilon, K: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr):
     """Mean and 1 / standard deviation of whole rows [T] from those of their tiles."""
     WIDE: tl.constexpr = triton.next_power_of_2(TILES)
     i_tile = tl.arange(0, WIDE)
@@ -108,33 +120,20 @@ def _merged_stats(p_stats, i_tokens, ok, epsilon, K: tl.constexpr, TILE: tl.cons
     p_tile = p_stats + (i_tokens[:, None] * TILES + i_tile[None, :]) * 2  # [T, WIDE]
     b_sum = tl.load(p_tile, mask=there, other=0.0)
     b_square = tl.load(p_tile + 1, mask=there, other=0.0)
-    b_count = tl.minimum(tl.maximum(K - i_tile * TILE, 0), TILE).to(tl.float32)  # columns of each tile
-    b_mean = tl.sum(b_sum, 1) / K
+    b_count = tl.minimum(tl.maximum(K - i_tile * ROWS, 0), ROWS).to(tl.float32)  # columns of each tile
+    b_mean = _row_sum(b_sum) / K
     b_apart = tl.where(there, b_sum / tl.maximum(b_count, 1.0)[None, :] - b_mean[:, None], 0.0)
-    b_variance = tl.sum(b_square + b_count[None, :] * b_apart * b_apart, 1) / K
+    b_variance = _row_sum(b_square + b_count[None, :] * b_apart * b_apart) / K
     return b_mean, 1.0 / tl.sqrt(b_variance + epsilon)
 
 
 @triton.jit
-def _prefetch(p_weight, i_row, i_start, OUT: tl.constexpr, K: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
-    """Asks for columns [i_start, i_start + COLUMNS) of ROWS rows to be brought into L2, half a row a thread."""
-    half = tl.arange(0, 2 * ROWS)
-    row = tl.minimum(i_row + half // 2, OUT - 1)
-    p_half = (p_weight + row.to(tl.int64) * K + i_start + half % 2 * (COLUMNS // 2)).to(tl.int64)
-    size: tl.constexpr = COLUMNS // 2 * (p_weight.dtype.element_ty.primitive_bitwidth // 8)
-    tl.inline_asm_elementwise(
-        f"cp.async.bulk.prefetch.L2.global [$1], {size}; mov.b32 $0, 0;", "=r,l", [p_half], dtype=tl.int32,
-        is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
-def _columns(p, i_k, rows_there, columns, K: tl.constexpr, END: tl.constexpr, EVEN: tl.constexpr):
-    """Columns [i_k, i_k + BLOCK_K) of a split, of rows that are there."""
+def _columns(p, i_k, there, columns, K: tl.constexpr, END: tl.constexpr, EVEN: tl.constexpr):
+    """Columns i_k .. i_k + BLOCK_K of a split that ends at END, of the rows that are there; zeros elsewhere."""
     if EVEN:
-        return tl.load(p + i_k, mask=rows_there[:, None], other=0.0)
+        return tl.load(p + i_k, mask=there[:, None], other=0.0)
     inside = (columns + i_k < K) & (i_k + tl.arange(0, columns.shape[0]) < END)
-    return tl.load(p + i_k, mask=rows_there[:, None] & inside[None, :], other=0.0)
+    return tl.load(p + i_k, mask=there[:, None] & inside[None, :], other=0.0)
 
 
 @triton.jit(do_not_specialize=("M", "epsilon"))
@@ -162,18 +161,13 @@ def _linear(
     SPLITS: tl.constexpr,
     SPLIT_K: tl.constexpr,
     ROWS: tl.constexpr,
-    TILE: tl.constexpr,
     BLOCK_K: tl.constexpr,
     TOKENS: tl.constexpr,
-    PREFETCH: tl.constexpr,
     AHEAD: tl.constexpr,
-    EARLY: tl.constexpr,
     PDL: tl.constexpr,
 ):
     TILES: tl.constexpr = (OUT + ROWS - 1) // ROWS
     EVEN: tl.constexpr = K % SPLIT_K == 0 and SPLIT_K % BLOCK_K == 0
-    if PDL and EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
     i_tile, i_split, i_block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     rows = i_tile * ROWS + tl.arange(0, ROWS)
     real = rows < OUT
@@ -184,25 +178,23 @@ def _linear(
     p_w = p_weight + rows.to(tl.int64)[:, None] * K + columns[None, :]  # [ROWS, BLOCK_K]
     p_t = p_x + tokens[:, None] * K + columns[None, :]  # [TOKENS, BLOCK_K]
     b_acc = tl.zeros((ROWS, TOKENS), tl.float32)
-    if PDL and PREFETCH and EVEN and K % 16 == 0:
-        _prefetch(p_weight, i_tile * ROWS, i_start, OUT, K, SPLIT_K, ROWS)
     if AHEAD:
+        # The compiler fills its pipeline with weights before the first turn, which waits for the kernel ahead: x cannot
+        # be in the pipeline then, it is fetched a turn before it is used.
         b_x = tl.zeros((TOKENS, BLOCK_K), p_x.dtype.element_ty)
         for i_k in range(0, SPLIT_K, BLOCK_K):
             b_w = _columns(p_w, i_k, real, columns, K, SPLIT_K, EVEN)
             if i_k == 0:
                 if PDL:
                     tl.extra.cuda.gdc_wait()
-                    if not EARLY:
-                        tl.extra.cuda.gdc_launch_dependents()
-                b_x = _columns(p_t, 0, ok, columns, K, SPLIT_K, EVEN)
+                    tl.extra.cuda.gdc_launch_dependents()
+                b_x = _columns(p_t, 0, ok, columns, K, SPLIT_K, EVEN)  # [TOKENS, BLOCK_K]
             b_acc = tl.dot(b_w, tl.trans(b_x), b_acc, input_precision="ieee")
             b_x = _columns(p_t, i_k + BLOCK_K, ok, columns, K, SPLIT_K, False)
     else:
         if PDL:
             tl.extra.cuda.gdc_wait()
-            if not EARLY:
-                tl.extra.cuda.gdc_launch_dependents()
+            tl.extra.cuda.gdc_launch_dependents()
         for i_k in range(0, SPLIT_K, BLOCK_K):
             b_w = _columns(p_w, i_k, real, columns, K, SPLIT_K, EVEN)
             b_x = _columns(p_t, i_k, ok, columns, K, SPLIT_K, EVEN)
@@ -225,7 +217,7 @@ def _linear(
             tl.store(p_counters + i_part, 0)
     if last:
         if NORM:
-            b_mean, b_scale = _merged_stats(p_stats, tokens, ok, epsilon, K, TILE, STAT_TILES)
+            b_mean, b_scale = _merged_stats(p_stats, tokens, ok, epsilon, K, ROWS, STAT_TILES)
             b_sum = (b_sum - b_mean[:, None] * tl.load(p_sums + rows, mask=real, other=0.0)[None, :]) * b_scale[:, None]
         if BIAS:
             b_sum += tl.load(p_bias + rows, mask=real, other=0.0).to(tl.float32)[None, :]
@@ -238,29 +230,29 @@ def _linear(
         if STATS:
             b_value = tl.where(real[None, :], b_out.to(tl.float32), 0.0)  # what the reader will see
             count = tl.minimum(OUT - i_tile * ROWS, ROWS).to(tl.float32)
-            b_total = tl.sum(b_value, 1)
+            b_total = _row_sum(b_value)
             b_apart = tl.where(real[None, :], b_value - (b_total / count)[:, None], 0.0)
             p_tile = p_stats_out + (tokens * TILES + i_tile) * 2
             tl.store(p_tile, b_total, mask=ok)
-            tl.store(p_tile + 1, tl.sum(b_apart * b_apart, 1), mask=ok)
+            tl.store(p_tile + 1, _row_sum(b_apart * b_apart), mask=ok)
 
 
 @triton.jit
-def _row_stats(p_x, p_stats, K: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr):
+def _row_stats(p_x, p_stats, K: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr):
     WIDE: tl.constexpr = triton.next_power_of_2(TILES)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     i_token, i_tile = tl.program_id(0), tl.arange(0, WIDE)
-    columns = i_tile[:, None] * TILE + tl.arange(0, TILE)[None, :]  # [WIDE, TILE]
+    columns = i_tile[:, None] * ROWS + tl.arange(0, ROWS)[None, :]  # [WIDE, ROWS]
     real = columns < K
     b_x = tl.load(p_x + i_token * K + columns, mask=real, other=0.0).to(tl.float32)
-    count = tl.minimum(tl.maximum(K - i_tile * TILE, 1), TILE).to(tl.float32)
-    b_total = tl.sum(b_x, 1)
+    count = tl.minimum(tl.maximum(K - i_tile * ROWS, 1), ROWS).to(tl.float32)
+    b_total = _row_sum(b_x)
     b_apart = tl.where(real, b_x - (b_total / count)[:, None], 0.0)
     p_tile = p_stats + (i_token * TILES + i_tile) * 2
     tl.store(p_tile, b_total, mask=i_tile < TILES)
-    tl.store(p_tile + 1, tl.sum(b_apart * b_apart, 1), mask=i_tile < TILES)
+    tl.store(p_tile + 1, _row_sum(b_apart * b_apart), mask=i_tile < TILES)
 
 
 # ---------------------------------------------------------------- launching
@@ -268,7 +260,7 @@ def _row_stats(p_x, p_stats, K: tl.constexpr, TILES: tl.constexpr, TILE: tl.cons
 
 def stat_tiles(width: int) -> int:
     """Tiles of a row that have statistics of their own: stats are fp32 [M, stat_tiles(width), 2]."""
-    return triton.cdiv(width, TILE)
+    return triton.cdiv(width, ROWS)
 
 
 def _splits(outputs: int, inputs: int) -> tuple[int, int]:
@@ -295,36 +287,37 @@ def scratch_size(count: int, outputs: int, inputs: int) -> tuple[int, int]:
     return splits * tiles * ROWS * triton.cdiv(count, tokens) * tokens, tiles * triton.cdiv(count, 16)
 
 
-def candidates(count: int, itemsize: int = 2) -> list[dict[str, int]]:
-    """Launch settings worth timing for `count` tokens. All give the same bits: splits are not among them.
-
-    BLOCK_K columns are multiplied at a time and num_stages of them are in flight; AHEAD: the weight's are asked for
-    before the kernel ahead has ended; EARLY: the next kernel may start before then.
-    """
-    default = _default(itemsize)
+def _default(itemsize: int, tokens: int, length: int, roomy: bool = False) -> dict[str, int]:
+    """BLOCK_K columns are multiplied at a time, num_stages of them are in flight. AHEAD: the weight's are asked for
+    before the kernel ahead has ended; then x's come a block at a time, which pays where there are few blocks. roomy:
+    whether a block may take 128 KB of shared memory, as on A100 and H100."""
     if itemsize == 4:
-        return [default | {"num_stages": stages} for stages in (2, 3, 4)]
+        return {"BLOCK_K": 32, "num_warps": 4, "num_stages": 3, "AHEAD": 0}
+    if length <= 256:
+        return {"BLOCK_K": 128, "num_warps": 4, "num_stages": 4, "AHEAD": 1}
+    return {"BLOCK_K": 64, "num_warps": 4, "num_stages": 8 if roomy or tokens < 64 else 6, "AHEAD": 0}
+
+
+def candidates(itemsize: int = 2) -> list[dict[str, int]]:
+    """Launch settings worth timing. All give the same bits: splits are not among them."""
+    if itemsize == 4:
+        return [_default(4, 16, 0) | {"num_stages": stages} for stages in (2, 3, 4)]
     return [
-        default | {"BLOCK_K": block, "num_stages": stages, "AHEAD": ahead, "EARLY": early}
-        for block, stages in ((64, 4), (64, 8), (128, 3), (128, 4), (128, 5))
+        {"BLOCK_K": block, "num_warps": 4, "num_stages": stages, "AHEAD": ahead}
+        for block, stages in ((64, 4), (64, 6), (64, 8), (128, 3), (128, 4))
         for ahead in (0, 1)
-        for early in (0, 1)
     ]
 
 
-def _default(itemsize: int) -> dict[str, int]:
-    if itemsize == 4:
-        return {"BLOCK_K": 32, "num_warps": 4, "num_stages": 3, "PREFETCH": 0, "AHEAD": 0, "EARLY": 0}
-    return {"BLOCK_K": 64, "num_warps": 4, "num_stages": 8, "PREFETCH": 0, "AHEAD": 0, "EARLY": 0}
-
-
 @cache
-def _settings(tokens: int, outputs: int, inputs: int, itemsize: int, device: torch.device) -> dict[str, int]:
-    """Tuned by (tokens of a program, outputs, inputs, bytes of an element)."""
+def _settings(itemsize: int, tokens: int, outputs: int, inputs: int, device: torch.device) -> dict[str, int]:
+    """Tuned by (bytes of an element, tokens of a program, outputs, inputs)."""
+    _, length = _splits(outputs, inputs)
     if device.type != "cuda":
-        return _default(itemsize)
-    name = torch.cuda.get_device_name(device)
-    return config("linear", (tokens, outputs, inputs, itemsize), name, _default(itemsize))
+        return _default(itemsize, tokens, length)
+    properties = torch.cuda.get_device_properties(device)
+    default = _default(itemsize, tokens, length, properties.shared_memory_per_block_optin >= 160 << 10)
+    return config("linear", (itemsize, tokens, outputs, inputs), properties.name, default)
 
 
 def _launch(
@@ -370,9 +363,8 @@ def _launch(
         SPLITS=splits,
         SPLIT_K=length,
         ROWS=ROWS,
-        TILE=TILE,
         TOKENS=tokens,
-        **_settings(tokens, outputs, inputs, x.element_size(), x.device),
+        **_settings(x.element_size(), tokens, outputs, inputs, x.device),
         **launch_options(x.device),
     )
 
@@ -391,7 +383,7 @@ def _launch_stats(x: torch.Tensor, stats: torch.Tensor) -> None:
         stats,
         K=x.shape[1],
         TILES=stat_tiles(x.shape[1]),
-        TILE=TILE,
+        ROWS=ROWS,
         num_warps=4,
         **launch_options(x.device),
     )
@@ -554,7 +546,7 @@ def compile_cases() -> list[CompileCase]:
 
 def _case(name: str, outputs: int, inputs: int, norm: bool, activation: int, tokens: int) -> CompileCase:
     splits, length = _splits(outputs, inputs)
-    settings = _default(2)
+    settings = _default(2, tokens, length)
     absent = ("p_residual", "p_stats_out") if norm else ("p_stats", "p_sums")
     kinds = dict.fromkeys(("p_x", "p_weight", "p_residual", "p_out"), "*bf16") | {
         "p_bias": "*fp32" if norm else "*bf16"
@@ -573,12 +565,9 @@ def _case(name: str, outputs: int, inputs: int, norm: bool, activation: int, tok
         "SPLITS": splits,
         "SPLIT_K": length,
         "ROWS": ROWS,
-        "TILE": TILE,
         "BLOCK_K": settings["BLOCK_K"],
         "TOKENS": tokens,
-        "PREFETCH": settings["PREFETCH"],
         "AHEAD": settings["AHEAD"],
-        "EARLY": settings["EARLY"],
         "PDL": False,
     }
     signature = {name: kinds.get(name, "constexpr") for name in _linear.arg_names}
