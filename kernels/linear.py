@@ -4,26 +4,31 @@
     linear_add:   out = residual + x @ weight.T + bias
 
 x [M, K], weight [OUT, K], M from 1 to 256. What must be moved is the weight, once: 2 * OUT * K bytes in bf16. All else
-stays in L2, so the design is about keeping loads of weights in flight:
+stays in L2. On a large GPU one such kernel takes microseconds, so what costs is whatever stands between the end of the
+kernel before and the end of this one; the design keeps that chain short:
 
 - A program multiplies ROWS rows of the weight, the wide left operand of the matrix product, with all tokens, its narrow
   right side. One family of matrix instructions serves every M, and a token's result does not depend on M.
-- Where that makes too few programs to pull at the memory of a whole GPU, the columns are split at absolute offsets that
-  the weight's shape decides. The last program of a tile to arrive adds the parts up in their order.
-- The weight does not depend on the kernel before: with programmatic dependent launch a program asks for all of its part
-  to be brought into L2 and only then waits.
-
-LayerNorm needs the mean and the variance of whole rows. Were each program to read all of x for them, a layer would read
-more of x from L2 than of weights from memory. So whoever writes the residual stream leaves statistics of its tiles
-beside it, (sum, sum of squares around the tile's own mean) of ROWS columns, and the reader merges a few of them a row
-(Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979). `row_stats`
-makes them for a stream that comes from elsewhere.
+- LayerNorm is folded into the linear (`Folded`): its weight into the rows, its bias into the bias. The product is with
+  x as it is, straight from memory into the matrix instructions; what is left of the norm, a scale and a multiple of
+  the rows' sums, is applied to the finished tile. Normalising in the loop cost as much as the rest of the kernel.
+- Mean and variance of whole rows come from statistics that whoever writes the residual stream leaves beside it, (sum,
+  sum of squares around the tile's own mean) of ROWS columns; the reader merges a few of them a row (Chan, Golub,
+  LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979). `row_stats` makes them
+  for a stream that comes from elsewhere.
+- Where rows alone make too few programs, the columns are split at absolute offsets that the weight's shape decides. The
+  last program of a tile to arrive adds the parts up in their order.
+- With programmatic dependent launch the next kernel is resident while this one runs.
 """
+
+from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 
+from stagedspec.kernels.configs import config, device_name
 from stagedspec.kernels.registry import (
     CompileCase,
     Scratch,
@@ -33,10 +38,15 @@ from stagedspec.kernels.registry import (
     register,
 )
 
-ROWS = 64  # of the weight, a program: the least that Hopper's matrix instructions take
+# Rows of the weight, a program: the least that Hopper's matrix instructions take. Columns of the residual stream that
+# have statistics of their own: who writes a tile has all of it.
+ROWS = 64
 MAX_TOKENS = 256
-PROGRAMS = 128  # about as many as a large GPU has multiprocessors
-SHORTEST_SPLIT = 128  # columns
+# Splits: a weight of WIDE tiles of rows has enough programs without them; a narrower one is cut for PROGRAMS.
+WIDE = 48
+PROGRAMS = 100
+MOST_SPLITS = 8
+SHORTEST_SPLIT = 256  # columns
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ACTIVATIONS = {
     "none": 0,
@@ -91,7 +101,18 @@ def _activate(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _merged_stats(p_stats, i_tokens, ok, epsilon, K: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr):
+def _row_sum(x):
+    """Sums of the rows of x [R, power of 2], as a tree over neighbours. The order of tl.sum is another for every layout
+    of the tile, and the compiler lays out a tile of 16 tokens differently from one of 64. Two numbers have one sum."""
+    for _ in tl.static_range(12):
+        if x.shape[1] > 2:
+            left, right = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
+            x = left + right
+    return tl.sum(x, 1)
+
+
+@triton.jit
+def _merged_stats(p_stats, i_tokens, ok, epsilon, K: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr):
     """Mean and 1 / standard deviation of whole rows [T] from those of their tiles."""
     WIDE: tl.constexpr = triton.next_power_of_2(TILES)
     i_tile = tl.arange(0, WIDE)
@@ -99,30 +120,27 @@ def _merged_stats(p_stats, i_tokens, ok, epsilon, K: tl.constexpr, TILE: tl.cons
     p_tile = p_stats + (i_tokens[:, None] * TILES + i_tile[None, :]) * 2  # [T, WIDE]
     b_sum = tl.load(p_tile, mask=there, other=0.0)
     b_square = tl.load(p_tile + 1, mask=there, other=0.0)
-    b_count = tl.minimum(tl.maximum(K - i_tile * TILE, 0), TILE).to(tl.float32)  # columns of each tile
-    b_mean = tl.sum(b_sum, 1) / K
+    b_count = tl.minimum(tl.maximum(K - i_tile * ROWS, 0), ROWS).to(tl.float32)  # columns of each tile
+    b_mean = _row_sum(b_sum) / K
     b_apart = tl.where(there, b_sum / tl.maximum(b_count, 1.0)[None, :] - b_mean[:, None], 0.0)
-    b_variance = tl.sum(b_square + b_count[None, :] * b_apart * b_apart, 1) / K
+    b_variance = _row_sum(b_square + b_count[None, :] * b_apart * b_apart) / K
     return b_mean, 1.0 / tl.sqrt(b_variance + epsilon)
 
 
 @triton.jit
-def _prefetch(p_weight, rows, i_start, K: tl.constexpr, COLUMNS: tl.constexpr, LINE: tl.constexpr):
-    """Asks for columns [i_start, i_start + COLUMNS) of the rows to be brought into L2, a line of LINE elements each."""
-    LINES: tl.constexpr = triton.next_power_of_2((COLUMNS + LINE - 1) // LINE)
-    i_column = tl.minimum(i_start + tl.minimum(tl.arange(0, LINES) * LINE, COLUMNS - 1), K - 1)
-    p_line = (p_weight + rows.to(tl.int64)[:, None] * K + i_column[None, :]).to(tl.int64)
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [p_line], dtype=tl.int32, is_pure=False, pack=1
-    )
+def _columns(p, i_k, there, columns, K: tl.constexpr, END: tl.constexpr, EVEN: tl.constexpr):
+    """Columns i_k .. i_k + BLOCK_K of a split that ends at END, of the rows that are there; zeros elsewhere."""
+    if EVEN:
+        return tl.load(p + i_k, mask=there[:, None], other=0.0)
+    inside = (columns + i_k < K) & (i_k + tl.arange(0, columns.shape[0]) < END)
+    return tl.load(p + i_k, mask=there[:, None] & inside[None, :], other=0.0)
 
 
 @triton.jit(do_not_specialize=("M", "epsilon"))
 def _linear(
     p_x,  # [M, K]
     p_stats,  # [M, STAT_TILES, 2]
-    p_norm_weight,  # [K]
-    p_norm_bias,  # [K]
+    p_sums,  # [OUT]
     p_weight,  # [OUT, K]
     p_bias,  # [OUT]
     p_residual,  # [M, OUT]
@@ -145,95 +163,78 @@ def _linear(
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     TOKENS: tl.constexpr,
-    LINE: tl.constexpr,
+    AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
     TILES: tl.constexpr = (OUT + ROWS - 1) // ROWS
+    EVEN: tl.constexpr = K % SPLIT_K == 0 and SPLIT_K % BLOCK_K == 0
     i_tile, i_split, i_block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     rows = i_tile * ROWS + tl.arange(0, ROWS)
-    here = tl.minimum(rows, OUT - 1)  # rows past the end repeat the last one and are never stored
+    real = rows < OUT
     tokens = i_block * TOKENS + tl.arange(0, TOKENS)
     ok = tokens < M
     i_start = i_split * SPLIT_K
-    if PDL:
-        _prefetch(p_weight, here, i_start, K, SPLIT_K, LINE)
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    if NORM:
-        b_mean, b_scale = _merged_stats(p_stats, tokens, ok, epsilon, K, ROWS, STAT_TILES)
     columns = i_start + tl.arange(0, BLOCK_K)
-    p_w = p_weight + here.to(tl.int64)[:, None] * K + columns[None, :]  # [ROWS, BLOCK_K]
-    p_t = p_x + tl.minimum(tokens, M - 1)[None, :] * K + columns[:, None]  # [BLOCK_K, TOKENS]
+    p_w = p_weight + rows.to(tl.int64)[:, None] * K + columns[None, :]  # [ROWS, BLOCK_K]
+    p_t = p_x + tokens[:, None] * K + columns[None, :]  # [TOKENS, BLOCK_K]
     b_acc = tl.zeros((ROWS, TOKENS), tl.float32)
-    for i_k in range(0, SPLIT_K, BLOCK_K):
-        if K % SPLIT_K == 0:
-            b_w = tl.load(p_w + i_k)
-            b_x = tl.load(p_t + i_k)
-            if NORM:
-                b_gain = tl.load(p_norm_weight + columns + i_k)
-                b_shift = tl.load(p_norm_bias + columns + i_k)
-        else:
-            inside = columns + i_k < K
-            b_w = tl.load(p_w + i_k, mask=inside[None, :], other=0.0)
-            b_x = tl.load(p_t + i_k, mask=inside[:, None], other=0.0)
-            if NORM:
-                b_gain = tl.load(p_norm_weight + columns + i_k, mask=inside, other=0.0)
-                b_shift = tl.load(p_norm_bias + columns + i_k, mask=inside, other=0.0)
-        if NORM:
-            b_normal = (b_x.to(tl.float32) - b_mean[None, :]) * b_scale[None, :]
-            b_normal = b_normal * b_gain.to(tl.float32)[:, None] + b_shift.to(tl.float32)[:, None]
-            b_x = b_normal.to(p_x.dtype.element_ty)
-        b_acc = tl.dot(b_w, b_x, b_acc, input_precision="ieee")
+    if AHEAD:
+        # The compiler fills its pipeline with weights before the first turn, which waits for the kernel ahead: x cannot
+        # be in the pipeline then, it is fetched a turn before it is used.
+        b_x = tl.zeros((TOKENS, BLOCK_K), p_x.dtype.element_ty)
+        for i_k in range(0, SPLIT_K, BLOCK_K):
+            b_w = _columns(p_w, i_k, real, columns, K, SPLIT_K, EVEN)
+            if i_k == 0:
+                if PDL:
+                    tl.extra.cuda.gdc_wait()
+                    tl.extra.cuda.gdc_launch_dependents()
+                b_x = _columns(p_t, 0, ok, columns, K, SPLIT_K, EVEN)  # [TOKENS, BLOCK_K]
+            b_acc = tl.dot(b_w, tl.trans(b_x), b_acc, input_precision="ieee")
+            b_x = _columns(p_t, i_k + BLOCK_K, ok, columns, K, SPLIT_K, False)
+    else:
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
+        for i_k in range(0, SPLIT_K, BLOCK_K):
+            b_w = _columns(p_w, i_k, real, columns, K, SPLIT_K, EVEN)
+            b_x = _columns(p_t, i_k, ok, columns, K, SPLIT_K, EVEN)
+            b_acc = tl.dot(b_w, tl.trans(b_x), b_acc, input_precision="ieee")
     b_sum = tl.trans(b_acc)  # [TOKENS, ROWS]
+    there = ok[:, None] & real[None, :]
+    last = True
     if SPLITS > 1:
         i_part = i_block * TILES + i_tile
         inner = tl.arange(0, TOKENS)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
         p_part = p_partials + i_part.to(tl.int64) * (SPLITS * TOKENS * ROWS) + inner
-        tl.store(p_part + i_split * (TOKENS * ROWS), b_sum)
+        tl.store(p_part + i_split * (TOKENS * ROWS), b_sum, mask=there)
         tl.debug_barrier()
-        arrived = tl.atomic_add(p_counters + i_part, 1, sem="acq_rel")
+        last = tl.atomic_add(p_counters + i_part, 1, sem="acq_rel") == SPLITS - 1
         tl.debug_barrier()
-        if arrived == SPLITS - 1:
-            b_sum = tl.load(p_part)
-            for i in range(1, SPLITS):
-                b_sum += tl.load(p_part + i * (TOKENS * ROWS))
+        if last:
+            b_sum = tl.load(p_part, mask=there, other=0.0)
+            for i in tl.static_range(1, SPLITS):
+                b_sum += tl.load(p_part + i * (TOKENS * ROWS), mask=there, other=0.0)
             tl.store(p_counters + i_part, 0)
-            _finish(
-                b_sum, tokens, ok, rows, i_tile, p_bias, p_residual, p_out, p_stats_out,
-                OUT, TILES, ROWS, BIAS, RESIDUAL, ACTIVATION, STATS,
-            )  # fmt: skip
-    else:
-        _finish(
-            b_sum, tokens, ok, rows, i_tile, p_bias, p_residual, p_out, p_stats_out,
-            OUT, TILES, ROWS, BIAS, RESIDUAL, ACTIVATION, STATS,
-        )  # fmt: skip
-
-
-@triton.jit
-def _finish(
-    b_sum, tokens, ok, rows, i_tile, p_bias, p_residual, p_out, p_stats_out,
-    OUT: tl.constexpr, TILES: tl.constexpr, ROWS: tl.constexpr,
-    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, STATS: tl.constexpr,
-):  # fmt: skip
-    """Bias, activation, residual and the statistics of one finished tile [TOKENS, ROWS]."""
-    real = rows < OUT
-    there = ok[:, None] & real[None, :]
-    i_out = tokens.to(tl.int64)[:, None] * OUT + rows[None, :]
-    if BIAS:
-        b_sum += tl.load(p_bias + rows, mask=real, other=0.0).to(tl.float32)[None, :]
-    b_sum = _activate(b_sum, ACTIVATION)
-    if RESIDUAL:
-        b_sum += tl.load(p_residual + i_out, mask=there, other=0.0).to(tl.float32)
-    b_out = b_sum.to(p_out.dtype.element_ty)
-    tl.store(p_out + i_out, b_out, mask=there)
-    if STATS:
-        b_value = tl.where(real[None, :], b_out.to(tl.float32), 0.0)  # what the reader will see
-        count = tl.minimum(OUT - i_tile * ROWS, ROWS).to(tl.float32)
-        b_total = tl.sum(b_value, 1)
-        b_apart = tl.where(real[None, :], b_value - (b_total / count)[:, None], 0.0)
-        p_tile = p_stats_out + (tokens * TILES + i_tile) * 2
-        tl.store(p_tile, b_total, mask=ok)
-        tl.store(p_tile + 1, tl.sum(b_apart * b_apart, 1), mask=ok)
+    if last:
+        if NORM:
+            b_mean, b_scale = _merged_stats(p_stats, tokens, ok, epsilon, K, ROWS, STAT_TILES)
+            b_sum = (b_sum - b_mean[:, None] * tl.load(p_sums + rows, mask=real, other=0.0)[None, :]) * b_scale[:, None]
+        if BIAS:
+            b_sum += tl.load(p_bias + rows, mask=real, other=0.0).to(tl.float32)[None, :]
+        b_sum = _activate(b_sum, ACTIVATION)
+        i_out = tokens.to(tl.int64)[:, None] * OUT + rows[None, :]
+        if RESIDUAL:
+            b_sum += tl.load(p_residual + i_out, mask=there, other=0.0).to(tl.float32)
+        b_out = b_sum.to(p_out.dtype.element_ty)
+        tl.store(p_out + i_out, b_out, mask=there)
+        if STATS:
+            b_value = tl.where(real[None, :], b_out.to(tl.float32), 0.0)  # what the reader will see
+            count = tl.minimum(OUT - i_tile * ROWS, ROWS).to(tl.float32)
+            b_total = _row_sum(b_value)
+            b_apart = tl.where(real[None, :], b_value - (b_total / count)[:, None], 0.0)
+            p_tile = p_stats_out + (tokens * TILES + i_tile) * 2
+            tl.store(p_tile, b_total, mask=ok)
+            tl.store(p_tile + 1, _row_sum(b_apart * b_apart), mask=ok)
 
 
 @triton.jit
@@ -247,11 +248,11 @@ def _row_stats(p_x, p_stats, K: tl.constexpr, TILES: tl.constexpr, ROWS: tl.cons
     real = columns < K
     b_x = tl.load(p_x + i_token * K + columns, mask=real, other=0.0).to(tl.float32)
     count = tl.minimum(tl.maximum(K - i_tile * ROWS, 1), ROWS).to(tl.float32)
-    b_total = tl.sum(b_x, 1)
+    b_total = _row_sum(b_x)
     b_apart = tl.where(real, b_x - (b_total / count)[:, None], 0.0)
     p_tile = p_stats + (i_token * TILES + i_tile) * 2
     tl.store(p_tile, b_total, mask=i_tile < TILES)
-    tl.store(p_tile + 1, tl.sum(b_apart * b_apart, 1), mask=i_tile < TILES)
+    tl.store(p_tile + 1, _row_sum(b_apart * b_apart), mask=i_tile < TILES)
 
 
 # ---------------------------------------------------------------- launching
@@ -265,29 +266,69 @@ def stat_tiles(width: int) -> int:
 def _splits(outputs: int, inputs: int) -> tuple[int, int]:
     """How many parts the columns are cut into, and how long each is. The weight's shape decides, and nothing else:
     this fixes the order of every sum."""
-    wanted = max(1, round(PROGRAMS / triton.cdiv(outputs, ROWS)))
-    wanted = min(wanted, max(1, inputs // SHORTEST_SPLIT))
-    length = triton.cdiv(triton.cdiv(inputs, wanted), 64) * 64
+    tiles = triton.cdiv(outputs, ROWS)
+    wanted = 1 if tiles >= WIDE else min(PROGRAMS // tiles, inputs // SHORTEST_SPLIT, MOST_SPLITS)
+    length = triton.cdiv(triton.cdiv(inputs, max(1, wanted)), 128) * 128
     return triton.cdiv(inputs, length), length
 
 
-def _tokens(count: int) -> int:
-    """Tokens a program takes."""
-    return min(128, max(16, triton.next_power_of_2(count)))
+def token_tile(count: int, itemsize: int) -> int:
+    """Tokens a program takes. In fp32 there are no wide matrix instructions and another tile is another order of sums:
+    there is one."""
+    return 16 if itemsize == 4 else min(64, max(16, triton.next_power_of_2(count)))
 
 
 def scratch_size(count: int, outputs: int, inputs: int) -> tuple[int, int]:
-    """(partials, counters) that a linear of `count` tokens needs."""
+    """(partials, counters) that a linear of `count` tokens needs, in any dtype."""
     splits, _ = _splits(outputs, inputs)
-    tiles = triton.cdiv(outputs, ROWS) * triton.cdiv(count, _tokens(count))
-    return (splits * tiles * _tokens(count) * ROWS, tiles) if splits > 1 else (0, 0)
+    tiles, tokens = triton.cdiv(outputs, ROWS), token_tile(count, 2)
+    if splits == 1:
+        return 0, 0
+    return splits * tiles * ROWS * triton.cdiv(count, tokens) * tokens, tiles * triton.cdiv(count, 16)
+
+
+def _default(itemsize: int, tokens: int, length: int, roomy: bool = False) -> dict[str, int]:
+    """BLOCK_K columns are multiplied at a time, num_stages of them are in flight. AHEAD: the weight's are asked for
+    before the kernel ahead has ended; then x's come a block at a time, which pays where there are few blocks. roomy:
+    whether a block may take 128 KB of shared memory, as on A100 and H100."""
+    if itemsize == 4:
+        return {"BLOCK_K": 32, "num_warps": 4, "num_stages": 3, "AHEAD": 0}
+    if length <= 256:
+        return {"BLOCK_K": 128, "num_warps": 4, "num_stages": 4, "AHEAD": 1}
+    return {"BLOCK_K": 64, "num_warps": 4, "num_stages": 8 if roomy or tokens < 64 else 6, "AHEAD": 0}
+
+
+@cache
+def _roomy(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= 160 << 10
+
+
+def _settings(itemsize: int, tokens: int, outputs: int, inputs: int, device: torch.device) -> dict[str, int]:
+    """Tuned by (bytes of an element, tokens of a program, outputs, inputs)."""
+    default = _default(itemsize, tokens, _splits(outputs, inputs)[1], _roomy(device))
+    return config("linear", (itemsize, tokens, outputs, inputs), device_name(device), default)
+
+
+def candidates(shape: tuple[int, ...], device: torch.device) -> list[dict[str, int]]:
+    """Launch settings worth timing at a shape as in `_settings`, today's first. Splits, which fix the order of every
+    sum, are not among them."""
+    itemsize, tokens, outputs, inputs = shape
+    default = _default(itemsize, tokens, _splits(outputs, inputs)[1], _roomy(device))
+    if itemsize == 4:
+        others = [default | {"num_stages": stages} for stages in (2, 4)]
+    else:
+        others = [
+            {"BLOCK_K": block, "num_warps": 4, "num_stages": stages, "AHEAD": ahead}
+            for block, stages in ((64, 4), (64, 6), (64, 8), (128, 3), (128, 4))
+            for ahead in (0, 1)
+        ]
+    return [default] + [other for other in others if other != default]
 
 
 def _launch(
     x: torch.Tensor,
     stats: torch.Tensor | None,
-    norm_weight: torch.Tensor | None,
-    norm_bias: torch.Tensor | None,
+    sums: torch.Tensor | None,
     epsilon: float,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -302,13 +343,11 @@ def _launch(
     count, inputs = x.shape
     outputs = weight.shape[0]
     splits, length = _splits(outputs, inputs)
-    tokens = _tokens(count)
-    settings = _settings(x.element_size(), tokens)
+    tokens = token_tile(count, x.element_size())
     _linear[(triton.cdiv(outputs, ROWS), splits, triton.cdiv(count, tokens))](
         x,
         stats,
-        norm_weight,
-        norm_bias,
+        sums,
         weight,
         bias,
         residual,
@@ -320,7 +359,7 @@ def _launch(
         epsilon,
         OUT=outputs,
         K=inputs,
-        NORM=norm_weight is not None,
+        NORM=stats is not None,
         STAT_TILES=stat_tiles(inputs),
         BIAS=bias is not None,
         RESIDUAL=residual is not None,
@@ -330,21 +369,14 @@ def _launch(
         SPLIT_K=length,
         ROWS=ROWS,
         TOKENS=tokens,
-        LINE=128 // x.element_size(),
-        **settings,
+        **_settings(x.element_size(), tokens, outputs, inputs, x.device),
         **launch_options(x.device),
     )
 
 
-def _settings(itemsize: int, tokens: int) -> dict[str, int]:
-    """BLOCK_K and how many of them are in flight: three programs must fit on a multiprocessor."""
-    return {"BLOCK_K": 128 // itemsize, "num_warps": 4, "num_stages": 4 if tokens <= 64 else 3}
-
-
 _op = register(
-    "linear(Tensor x, Tensor? stats, Tensor? norm_weight, Tensor? norm_bias, float epsilon, Tensor weight, "
-    "Tensor? bias, int activation, Tensor? residual, Tensor(a!) out, Tensor(b!)? stats_out, Tensor(c!) partials, "
-    "Tensor(d!) counters) -> ()",
+    "linear(Tensor x, Tensor? stats, Tensor? sums, float epsilon, Tensor weight, Tensor? bias, int activation, "
+    "Tensor? residual, Tensor(a!) out, Tensor(b!)? stats_out, Tensor(c!) partials, Tensor(d!) counters) -> ()",
     _launch,
 )
 
@@ -381,35 +413,65 @@ def row_stats(x: torch.Tensor, stats: torch.Tensor) -> None:
     _stats_op(x, stats)
 
 
+@dataclass(frozen=True)
+class Folded:
+    """A linear with the LayerNorm before it folded in: LayerNorm(x) @ W.T + b with the norm's weight g and bias h is
+
+        (x @ weight.T - mean * sums) / deviation + bias,    weight = W * g, sums = weight.sum(1), bias = b + W @ h
+
+    weight [OUT, K] is rounded to W's dtype, where plain torch rounds the normalised x: as many roundings. sums and bias
+    [OUT] are fp32, of the rounded weight and of the exact one.
+    """
+
+    weight: torch.Tensor
+    sums: torch.Tensor
+    bias: torch.Tensor
+
+    @classmethod
+    def of(
+        cls, norm_weight: torch.Tensor, norm_bias: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> "Folded":
+        """norm_weight, norm_bias [K], weight [OUT, K], bias [OUT] or None."""
+        wide = weight.double()
+        folded = (wide * norm_weight.double()).to(weight.dtype).contiguous()
+        shift = wide @ norm_bias.double()
+        if bias is not None:
+            shift = shift + bias.double()
+        return cls(folded, folded.double().sum(1).float(), shift.float())
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, scratch: Scratch):
+    """out = x @ weight.T + bias. Arguments as of `norm_linear`, bias of x's dtype or None."""
+    _check("linear", x, weight, out, (x.dtype, torch.float32), scratch)
+    _check_bias("linear", bias, weight, x.dtype)
+    _op(x, None, None, 0.0, weight, bias, 0, None, out, None, scratch.partials, scratch.counters)
+
+
 def norm_linear(
     x: torch.Tensor,
     stats: torch.Tensor,
-    norm_weight: torch.Tensor,
-    norm_bias: torch.Tensor,
     epsilon: float,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
+    layer: Folded,
     activation: str,
     out: torch.Tensor,
     scratch: Scratch,
 ) -> None:
     """out = activation(LayerNorm(x) @ weight.T + bias).
 
-    x: [M, K] of fp32, fp16 or bf16, M from 1 to 256. stats: of `row_stats` or `linear_add`. norm_weight, norm_bias [K],
-    weight [OUT, K], bias [OUT] or None: of x's dtype. out: [M, OUT] of x's dtype or fp32. Sums are in fp32; what
-    LayerNorm gives is rounded to x's dtype, as in plain torch. activation: a name that `activation_known` knows.
+    x: [M, K] of fp32, fp16 or bf16, M from 1 to 256. stats: of `row_stats` or `linear_add`. layer: its weight [OUT, K]
+    of x's dtype. out: [M, OUT] of x's dtype or fp32. Sums are in fp32. activation: a name `activation_known` knows.
 
     Raises ValueError for a wrong shape, dtype, device or layout, and for an unknown activation.
     """
     op = "norm_linear"
-    _check(op, x, weight, bias, out, (x.dtype, torch.float32), scratch)
-    for name, part in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
-        check_tensor(op, name, part, (x.shape[1],), x.dtype, x.device)
+    _check(op, x, layer.weight, out, (x.dtype, torch.float32), scratch)
+    _check_bias(op, layer.bias, layer.weight, torch.float32)
+    check_tensor(op, "sums", layer.sums, (layer.weight.shape[0],), torch.float32, x.device)
     check_tensor(op, "stats", stats, (x.shape[0], stat_tiles(x.shape[1]), 2), torch.float32, x.device)
     if activation not in ACTIVATIONS:
         raise ValueError(f"{op}: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     _op(
-        x, stats, norm_weight, norm_bias, epsilon, weight, bias, ACTIVATIONS[activation],
+        x, stats, layer.sums, epsilon, layer.weight, layer.bias, ACTIVATIONS[activation],
         None, out, None, scratch.partials, scratch.counters,
     )  # fmt: skip
 
@@ -431,20 +493,23 @@ def linear_add(
     Raises ValueError for a wrong shape, dtype, device or layout.
     """
     op = "linear_add"
-    _check(op, x, weight, bias, out, (x.dtype,), scratch)
+    _check(op, x, weight, out, (x.dtype,), scratch)
+    _check_bias(op, bias, weight, x.dtype)
     check_tensor(op, "residual", residual, tuple(out.shape), x.dtype, x.device)
     if stats is not None:
         check_tensor(op, "stats", stats, (x.shape[0], stat_tiles(out.shape[1]), 2), torch.float32, x.device)
-    _op(
-        x, None, None, None, 0.0, weight, bias, 0, residual, out, stats, scratch.partials, scratch.counters,
-    )  # fmt: skip
+    _op(x, None, None, 0.0, weight, bias, 0, residual, out, stats, scratch.partials, scratch.counters)
+
+
+def _check_bias(op: str, bias: torch.Tensor | None, weight: torch.Tensor, dtype: torch.dtype) -> None:
+    if bias is not None:
+        check_tensor(op, "bias", bias, (weight.shape[0],), dtype, weight.device)
 
 
 def _check(
     op: str,
     x: torch.Tensor,
     weight: torch.Tensor,
-    bias: torch.Tensor | None,
     out: torch.Tensor,
     out_dtypes: tuple[torch.dtype, ...],
     scratch: Scratch,
@@ -456,8 +521,6 @@ def _check(
         raise ValueError(f"{op}: x must have 1 to {MAX_TOKENS} rows, got {count}; split it")
     check_tensor(op, "weight", weight, (None, inputs), x.dtype, x.device)
     outputs = weight.shape[0]
-    if bias is not None:
-        check_tensor(op, "bias", bias, (outputs,), x.dtype, x.device)
     check_tensor(op, "out", out, (count, outputs), out_dtypes, x.device)
     check_tensor(op, "scratch.partials", scratch.partials, (None,), torch.float32, x.device)
     check_tensor(op, "scratch.counters", scratch.counters, (None,), torch.int32, x.device)
@@ -467,10 +530,6 @@ def _check(
 
 
 # ---------------------------------------------------------------- compiling without a GPU
-
-_POINTERS = (
-    "p_x", "p_norm_weight", "p_norm_bias", "p_weight", "p_bias", "p_residual", "p_out"
-)  # fmt: skip
 
 
 def compile_cases() -> list[CompileCase]:
@@ -492,10 +551,13 @@ def compile_cases() -> list[CompileCase]:
 
 def _case(name: str, outputs: int, inputs: int, norm: bool, activation: int, tokens: int) -> CompileCase:
     splits, length = _splits(outputs, inputs)
-    settings = _settings(2, tokens)
-    absent = ("p_residual", "p_stats_out") if norm else ("p_stats", "p_norm_weight", "p_norm_bias")
-    pointers = dict.fromkeys(_POINTERS, "*bf16") | dict.fromkeys(("p_stats", "p_stats_out", "p_partials"), "*fp32")
-    kinds = pointers | {"p_counters": "*i32", "M": "i32", "epsilon": "fp32"}
+    settings = _default(2, tokens, length)
+    absent = ("p_residual", "p_stats_out") if norm else ("p_stats", "p_sums")
+    kinds = dict.fromkeys(("p_x", "p_weight", "p_residual", "p_out"), "*bf16") | {
+        "p_bias": "*fp32" if norm else "*bf16"
+    }
+    kinds |= dict.fromkeys(("p_stats", "p_sums", "p_stats_out", "p_partials"), "*fp32")
+    kinds |= {"p_counters": "*i32", "M": "i32", "epsilon": "fp32"}
     constants = {
         "OUT": outputs,
         "K": inputs,
@@ -510,7 +572,7 @@ def _case(name: str, outputs: int, inputs: int, norm: bool, activation: int, tok
         "ROWS": ROWS,
         "BLOCK_K": settings["BLOCK_K"],
         "TOKENS": tokens,
-        "LINE": 64,
+        "AHEAD": settings["AHEAD"],
         "PDL": False,
     }
     signature = {name: kinds.get(name, "constexpr") for name in _linear.arg_names}

@@ -59,8 +59,13 @@ class Linear:
     rows: int = 1
 
 
-def pack_linear(weight: torch.Tensor, bias: torch.Tensor | None, invariant: bool) -> Linear:
-    """Prepares weight [out, in] and bias [out] once, at load.
+def pack_linear(
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    invariant: bool,
+    norm: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> Linear:
+    """Prepares weight [out, in] and bias [out] once, at load. norm: the LayerNorm before it, which others fold in.
 
     On a CPU the weight is reordered for oneDNN, in fp32 whatever its dtype (exact: half is a subset of fp32).
     invariant=False gives that up where a plain multiply is faster: for a small draft, whose numerics are free,

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from stagedspec.kernels import compact, device, embed, linear, lm_head, registry
 from stagedspec.kernels import tree_attention as attention
@@ -22,10 +23,11 @@ WINDOW = 32
 
 @dataclass(frozen=True)
 class Linear:
-    """A weight [out, in] and bias [out], contiguous."""
+    """A weight [out, in] and bias [out], contiguous. folded: what they are with the LayerNorm before them."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
+    folded: linear.Folded | None = None
 
 
 @dataclass(frozen=True)
@@ -107,8 +109,17 @@ class TritonOps:
         """Keys and values are kept as computed: every sum over them has one order."""
         return dtype
 
-    def pack_linear(self, weight: torch.Tensor, bias: torch.Tensor | None, invariant: bool) -> Linear:
-        """Rows of the weight [out, in] contiguous, as the kernels stream them."""
+    def pack_linear(
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        invariant: bool,
+        norm: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> Linear:
+        """Rows of the weight [out, in] contiguous, as the kernels stream them, with the norm folded in."""
+        if norm is not None:
+            folded = linear.Folded.of(*norm, weight, bias)
+            return Linear(folded.weight, folded.bias, folded)
         return Linear(weight.contiguous(), None if bias is None else bias.contiguous())
 
     def fused_activation(self, name: str) -> bool:
@@ -125,15 +136,14 @@ class TritonOps:
         layer: Linear,
         activation: str | Callable = "none",
     ) -> torch.Tensor:
+        """Of a layer that was packed with this norm."""
         outputs, inputs = layer.weight.shape
         name = activation if isinstance(activation, str) else "none"
         out = self._buffer("norm_linear", (x.shape[0], outputs), x.dtype, x.device)
         stats = self._stats(x)
         for rows, known, result in zip(x.split(ROWS), stats.split(ROWS), out.split(ROWS), strict=True):
             scratch = self._need(linear.scratch_size(rows.shape[0], outputs, inputs), x.device)
-            linear.norm_linear(
-                rows, known, norm_weight, norm_bias, epsilon, layer.weight, layer.bias, name, result, scratch
-            )
+            linear.norm_linear(rows, known, epsilon, layer.folded, name, result, scratch)
         return out if isinstance(activation, str) else activation(out)
 
     def linear_add(self, x: torch.Tensor, layer: Linear, residual: torch.Tensor) -> torch.Tensor:
@@ -210,13 +220,11 @@ class TritonOps:
         self, x: torch.Tensor, norm_weight: torch.Tensor, norm_bias: torch.Tensor, epsilon: float, head: Linear
     ) -> torch.Tensor:
         """fp32 logits [..., V] in a tensor of their own."""
-        rows = x.flatten(0, -2)
+        rows = F.layer_norm(x.flatten(0, -2), x.shape[-1:], norm_weight, norm_bias, epsilon)
         out = torch.empty(rows.shape[0], head.weight.shape[0], dtype=torch.float32, device=x.device)
-        stats = torch.empty(rows.shape[0], linear.stat_tiles(rows.shape[1]), 2, device=x.device)
-        linear.row_stats(rows, stats)
-        for part, known, result in zip(rows.split(ROWS), stats.split(ROWS), out.split(ROWS), strict=True):
+        for part, result in zip(rows.split(ROWS), out.split(ROWS), strict=True):
             scratch = self._need(linear.scratch_size(part.shape[0], *head.weight.shape), x.device)
-            linear.norm_linear(part, known, norm_weight, norm_bias, epsilon, head.weight, None, "none", result, scratch)
+            linear.linear(part, head.weight, None, result, scratch)
         return out.unflatten(0, x.shape[:-1])
 
     def lm_head_choose(

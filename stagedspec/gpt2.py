@@ -80,19 +80,20 @@ class GPT2:
         def pair(name: str) -> tuple[torch.Tensor, torch.Tensor]:
             return weights[f"transformer.h.{index}.{name}.weight"], weights[f"transformer.h.{index}.{name}.bias"]
 
-        def linear(name: str) -> Linear:
+        def linear(name: str, norm: str | None = None) -> Linear:
             weight, bias = pair(name)
-            return self.ops.pack_linear(weight.t(), bias, self.invariant)  # Conv1D stores [in, out]
+            before = None if norm is None else pair(norm)
+            return self.ops.pack_linear(weight.t(), bias, self.invariant, before)  # Conv1D stores [in, out]
 
         scale = self.head_size**-0.5 if self.config.scale_attn_weights else 1.0
         if self.config.scale_attn_by_inverse_layer_idx:
             scale /= index + 1
         return Layer(
             pair("ln_1"),
-            linear("attn.c_attn"),
+            linear("attn.c_attn", "ln_1"),
             linear("attn.c_proj"),
             pair("ln_2"),
-            linear("mlp.c_fc"),
+            linear("mlp.c_fc", "ln_2"),
             linear("mlp.c_proj"),
             scale,
         )

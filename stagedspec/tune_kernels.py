@@ -16,13 +16,16 @@ from functools import cache, partial
 import torch
 
 from stagedspec import workloads
-from stagedspec.kernels import choose, compact, configs, grow_tree, lm_head, ngram_lookup, verify_commit
+from stagedspec.kernels import choose, compact, configs, grow_tree, linear, lm_head, ngram_lookup, verify_commit
+from stagedspec.kernels.registry import Scratch
 from stagedspec.kernels.timing import time_run
 from stagedspec.loading import read_checkpoint
 from stagedspec.workloads import Growing, Head, ModelShape, Moving
 
 GAIN = 0.02  # a candidate must be faster by more than this to take the default's place: less is noise
 NODES = (1, 16, 64)
+LINEAR_NODES = (16, 32, 64, 128)
+CACHE = 128 << 20  # bytes, more than any GPU's L2
 CONTEXT = 512
 Timer = Callable[[Callable[[], None]], float]
 
@@ -192,6 +195,36 @@ def _head(shape: ModelShape, device: torch.device) -> Iterator[Problem]:
     yield Problem("lm_head", key, lm_head.candidates(key, device), launches)
 
 
+def _linear(shape: ModelShape, device: torch.device) -> Iterator[Problem]:
+    width, mlp = shape.width, shape.mlp
+    dtype = workloads.dtype_of(device)
+    for outputs, inputs in ((3 * width, width), (width, width), (mlp, width), (width, mlp)):
+        by_tile = {linear.token_tile(count, dtype.itemsize): count for count in LINEAR_NODES}
+        for tile, count in by_tile.items():
+
+            def launches(outputs: int = outputs, inputs: int = inputs, count: int = count) -> list[Launch]:
+                """Over more weights than a cache holds, as the layers of a model are."""
+                made = min(shape.layers, 1 + (CACHE >> 1) // (outputs * inputs))
+                layers = [
+                    (workloads.randn(outputs, inputs, device=device, scale=inputs**-0.5), out)
+                    for out in workloads.randn(made, count, outputs, device=device).unbind()
+                ]
+                x = workloads.randn(count, inputs, device=device)
+                residual = workloads.randn(count, outputs, device=device)
+                bias = workloads.randn(outputs, device=device)
+                stats = torch.empty(count, linear.stat_tiles(outputs), 2, device=device)
+                scratch = Scratch.of([linear.scratch_size(count, outputs, inputs)], device)
+
+                def run() -> None:
+                    for weight, out in layers:
+                        linear.linear_add(x, weight, bias, residual, out, stats, scratch)
+
+                return [Launch(run, lambda: [run(), stats, *(out for _, out in layers)][1:])]
+
+            key = dtype.itemsize, tile, outputs, inputs
+            yield Problem("linear", key, linear.candidates(key, device), launches)
+
+
 def _choose(shape: ModelShape, device: torch.device) -> Iterator[Problem]:
     def launches() -> list[Launch]:
         found = []
@@ -286,6 +319,7 @@ def _table(vocab: int, device: torch.device):
 
 
 PROBLEMS: dict[str, Callable[[ModelShape, torch.device], Iterator[Problem]]] = {
+    "linear": _linear,
     "lm_head": _head,
     "choose": _choose,
     "compact": _compact,

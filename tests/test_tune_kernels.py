@@ -147,6 +147,7 @@ def test_noise_does_not_displace_the_default():
 def test_every_operation(op, monkeypatch, device):
     """Runs, asks for its settings at every launch, and gives the same bits with all that are tried."""
     monkeypatch.setattr(tune_kernels, "NODES", (1, 5))
+    monkeypatch.setattr(tune_kernels, "LINEAR_NODES", (5,))
     monkeypatch.setattr(tune_kernels, "CONTEXT", 20)
     known, every = set(), []
 
@@ -156,7 +157,7 @@ def test_every_operation(op, monkeypatch, device):
         return settings
 
     real = configs.config
-    for name in ("choose", "compact", "grow_tree", "lm_head", "ngram_lookup", "verify_commit"):
+    for name in ("choose", "compact", "grow_tree", "linear", "lm_head", "ngram_lookup", "verify_commit"):
         monkeypatch.setattr(f"stagedspec.kernels.{name}.config", config)
     shape = ModelShape(1, 32, 2, vocab=150)
     for problem in tune_kernels.PROBLEMS[op](shape, device):

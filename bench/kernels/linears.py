@@ -20,6 +20,7 @@ EPSILON = 1e-5
 class _Layer:
     norm: tuple[torch.Tensor, torch.Tensor]
     weights: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    folded: dict[str, linear.Folded]
 
 
 def _sizes(shape: ModelShape) -> dict[str, tuple[int, int]]:
@@ -29,13 +30,13 @@ def _sizes(shape: ModelShape) -> dict[str, tuple[int, int]]:
 
 
 def _layers(shape: ModelShape) -> list[_Layer]:
-    return [
-        _Layer(
-            (randn(shape.width, scale=0.1) + 1, randn(shape.width, scale=0.1)),
-            {name: (randn(*size, scale=size[1] ** -0.5), randn(size[0])) for name, size in _sizes(shape).items()},
-        )
-        for _ in range(shape.layers)
-    ]
+    return [_layer(shape) for _ in range(shape.layers)]
+
+
+def _layer(shape: ModelShape) -> _Layer:
+    norm = randn(shape.width, scale=0.1) + 1, randn(shape.width, scale=0.1)
+    weights = {name: (randn(*size, scale=size[1] ** -0.5), randn(size[0])) for name, size in _sizes(shape).items()}
+    return _Layer(norm, weights, {name: linear.Folded.of(*norm, *weights[name]) for name in ("qkv", "up")})
 
 
 class _Ours:
@@ -46,13 +47,12 @@ class _Ours:
         self.out = {name: randn(rows, size[0]) for name, size in _sizes(shape).items()}
 
     def __call__(self, name: str, layer: _Layer, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        weight, bias = layer.weights[name]
         out = self.out[name]
         if name in ("qkv", "up"):
             activation = "gelu_new" if name == "up" else "none"
-            linear.norm_linear(x, self.stats, *layer.norm, EPSILON, weight, bias, activation, out, self.scratch)
+            linear.norm_linear(x, self.stats, EPSILON, layer.folded[name], activation, out, self.scratch)
         else:
-            linear.linear_add(x, weight, bias, residual, out, self.stats_out, self.scratch)
+            linear.linear_add(x, *layer.weights[name], residual, out, self.stats_out, self.scratch)
         return out
 
 
@@ -121,4 +121,5 @@ def _double(layer: _Layer) -> _Layer:
     return _Layer(
         tuple(part.double() for part in layer.norm),
         {name: (weight.double(), bias.double()) for name, (weight, bias) in layer.weights.items()},
+        {},
     )

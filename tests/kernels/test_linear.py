@@ -1,13 +1,16 @@
 """Linears against plain torch in fp64, by the rule that our error is at most twice plain torch's in the same dtype."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from transformers.activations import ACT2FN
 
-from stagedspec.kernels import linear
+from stagedspec.kernels import configs, linear
 from stagedspec.kernels.linear import (
     ACTIVATIONS,
+    Folded,
     activation_known,
     compile_cases,
     linear_add,
@@ -20,7 +23,7 @@ from stagedspec.kernels.registry import Scratch
 
 EPSILON = 1e-5
 # Tokens, outputs, inputs: odd, aligned, one split and several, more tokens than a program takes.
-SHAPES = [(1, 96, 64), (7, 37, 61), (16, 130, 384), (33, 64, 640), (150, 40, 129)]
+SHAPES = [(1, 96, 64), (7, 37, 61), (16, 130, 384), (33, 64, 640), (150, 40, 129), (20, 70, 1100)]
 
 
 def drawn(device, dtype, *shape, scale=1.0, shift=0.0):
@@ -34,6 +37,7 @@ class Problem:
         self.norm = drawn(device, dtype, inputs, shift=1.0), drawn(device, dtype, inputs + 1)[1:].contiguous()
         self.weight = drawn(device, dtype, outputs, inputs, scale=inputs**-0.5)
         self.bias = drawn(device, dtype, outputs)
+        self.folded = Folded.of(*self.norm, self.weight, self.bias)
         self.residual = drawn(device, dtype, count, outputs)
         self.scratch = Scratch.of([scratch_size(count, outputs, inputs)], self.x.device)
         self.scratch.partials.fill_(float("nan"))
@@ -46,7 +50,7 @@ class Problem:
     def normed(self, rows=None, activation="none", out_dtype=None):
         x = self.x if rows is None else self.x[:rows].contiguous()
         out = torch.full((len(x), len(self.weight)), float("nan"), dtype=out_dtype or x.dtype, device=x.device)
-        norm_linear(x, self.stats(x), *self.norm, EPSILON, self.weight, self.bias, activation, out, self.scratch)
+        norm_linear(x, self.stats(x), EPSILON, self.folded, activation, out, self.scratch)
         return out
 
     def added(self, rows=None):
@@ -104,12 +108,36 @@ def test_mean_far_from_zero(device):
 
 @pytest.mark.parametrize("shape", [(40, 192), (40, 640)], ids=str)
 def test_a_row_has_the_same_bits_in_any_batch(device, dtype, shape, fixed_order):
-    problem = Problem(device, dtype, 64, *shape)
+    problem = Problem(device, dtype, 150, *shape)
     normed, (added, stats) = problem.normed(), problem.added()
-    for rows in (1, 2, 7, 16, 33):
+    for rows in (1, 2, 7, 16, 33, 64):
         assert torch.equal(problem.normed(rows), normed[:rows]), rows
         some, known = problem.added(rows)
         assert torch.equal(some, added[:rows]) and torch.equal(known, stats[:rows]), rows
+
+
+def test_settings_change_no_bit(device, dtype, fixed_order):
+    problem = Problem(device, dtype, 20, 70, 640)
+    normed, (added, stats) = problem.normed(), problem.added()
+    shape = dtype.itemsize, linear.token_tile(20, dtype.itemsize), 70, 640
+    default, *others = linear.candidates(shape, device)
+    for settings in others:
+        if device.type == "cpu" and settings["BLOCK_K"] != default["BLOCK_K"]:
+            continue  # the interpreter sums a block and then adds it, where matrix instructions go on summing
+        with configs.trying("linear", shape, settings):
+            assert torch.equal(problem.normed(), normed), settings
+            some, known = problem.added()
+        assert torch.equal(some, added) and torch.equal(known, stats), settings
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_linear_alone(device, dtype, shape, error_ratio):
+    problem = Problem(device, dtype, *shape)
+    out = torch.full((shape[0], shape[1]), float("nan"), device=device)
+    linear.linear(problem.x, problem.weight, problem.bias, out, problem.scratch)
+    x, weight, bias = (t.double() for t in (problem.x, problem.weight, problem.bias))
+    plain = F.linear(problem.x, problem.weight, problem.bias)
+    assert error_ratio(out, plain, F.linear(x, weight, bias)) <= 2
 
 
 def test_opcheck(device):
@@ -118,28 +146,27 @@ def test_opcheck(device):
     scratch = problem.scratch
     torch.library.opcheck(linear._stats_op, (problem.x, stats))
     known = problem.stats(problem.x)
+    weight, sums, bias = problem.folded.weight, problem.folded.sums, problem.folded.bias
     torch.library.opcheck(
         linear._op,
-        (problem.x, known, *problem.norm, EPSILON, problem.weight, problem.bias, 3, None, out, None,
-         scratch.partials, scratch.counters),
-    )  # fmt: skip
+        (problem.x, known, sums, EPSILON, weight, bias, 3, None, out, None, scratch.partials, scratch.counters),
+    )
     more = torch.zeros(3, 1, 2, device=device)
     torch.library.opcheck(
         linear._op,
-        (problem.x, None, None, None, 0.0, problem.weight, problem.bias, 0, problem.residual, out, more,
+        (problem.x, None, None, 0.0, problem.weight, problem.bias, 0, problem.residual, out, more,
          scratch.partials, scratch.counters),
     )  # fmt: skip
 
 
 def test_errors(device):
     problem = Problem(device, torch.float32, 3, 40, 130)
-    x, known = problem.x, problem.stats(problem.x)
+    x, known, layer = problem.x, problem.stats(problem.x), problem.folded
     out = torch.zeros(3, 40, device=device)
 
     def run(**changes):
         values = {
-            "x": x, "stats": known, "norm_weight": problem.norm[0], "norm_bias": problem.norm[1], "epsilon": EPSILON,
-            "weight": problem.weight, "bias": problem.bias, "activation": "none", "out": out,
+            "x": x, "stats": known, "epsilon": EPSILON, "layer": layer, "activation": "none", "out": out,
             "scratch": problem.scratch,
         }  # fmt: skip
         norm_linear(**values | changes)
@@ -147,10 +174,11 @@ def test_errors(device):
     wrong = {
         r"x must have the shape \[any, any\], got \[390\]": {"x": x.flatten()},
         r"1 to 256 rows, got 0": {"x": x[:0], "stats": known[:0], "out": out[:0]},
-        r"weight must have the shape \[any, 130\], got \[130, 40\]": {"weight": problem.weight.t()},
-        r"weight must be contiguous": {"weight": problem.weight.t().contiguous().t()},
-        r"weight must be torch.float32, got torch.float16": {"weight": problem.weight.half()},
-        r"bias must have the shape \[40\], got \[39\]": {"bias": problem.bias[1:]},
+        r"weight must have the shape \[any, 130\], got \[130, 40\]": {"layer": replace(layer, weight=layer.weight.t())},
+        r"weight must be contiguous": {"layer": replace(layer, weight=layer.weight.t().contiguous().t())},
+        r"weight must be torch.float32, got torch.float16": {"layer": replace(layer, weight=layer.weight.half())},
+        r"bias must have the shape \[40\], got \[39\]": {"layer": replace(layer, bias=layer.bias[1:])},
+        r"sums must be torch.float32, got torch.float64": {"layer": replace(layer, sums=layer.sums.double())},
         r"stats must have the shape \[3, 3, 2\]": {"stats": known[:, :2]},
         r"out must be torch.float32 or torch.float32, got torch.float16": {"out": out.half()},
         r"activation must be one of none, .* got 'prelu'": {"activation": "prelu"},
@@ -161,7 +189,7 @@ def test_errors(device):
     big = Problem(device, torch.float32, 3, 40, 640)
     small = Scratch.of([(1, 1)], device)
     with pytest.raises(ValueError, match=r"scratch must hold .* see scratch_size"):
-        linear_add(big.x, big.weight, big.bias, big.residual, out, None, small)
+        linear_add(big.x, big.weight, big.bias, big.residual, big.residual, None, small)
 
 
 def test_compile_cases():
