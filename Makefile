@@ -52,7 +52,7 @@ profile: $(VENV)/.installed
 GPU_PATH = build/gpu
 GPU_PYTHON = PYTHONPATH=$(CURDIR)/$(GPU_PATH) $(PYTHON)
 
-$(GPU_PATH): $(wildcard kernels/*.py stagedspec/*.py stagedspec/*/*.py)
+$(GPU_PATH): $(wildcard kernels/*.py kernels/configs/*.json stagedspec/*.py stagedspec/*/*)
 	rm -rf $@ && mkdir -p $@ && cp -r stagedspec $@/ && cp -r kernels $@/stagedspec/kernels
 
 test-gpu: $(GPU_PATH)

@@ -25,7 +25,7 @@ import torch
 import triton
 import triton.language as tl
 
-from stagedspec.kernels.configs import config, device_name
+from stagedspec.kernels.configs import config
 from stagedspec.kernels.philox import gumbel_at, gumbel_tile
 from stagedspec.kernels.registry import CompileCase, check_runs, check_tensor, launch_options, register
 
@@ -449,7 +449,7 @@ def candidates(shape: tuple[int], device: torch.device) -> list[dict[str, int]]:
 
 
 def _settings(vocab_size: int, device: torch.device) -> dict[str, int]:
-    return config("choose", (vocab_size,), device_name(device), candidates((vocab_size,), device)[0])
+    return config("choose", (vocab_size,), device, candidates)
 
 
 def launch_select(

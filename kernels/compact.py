@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from stagedspec.kernels.configs import config, device_name
+from stagedspec.kernels.configs import config
 from stagedspec.kernels.registry import CompileCase, check_runs, check_tensor, launch_options, register
 
 DEFAULT = {"elements": 4096, "warps": 4}  # elements of a program's tile
@@ -62,7 +62,7 @@ def _launch(cache: torch.Tensor, source: torch.Tensor, target: torch.Tensor, off
     check_runs(cache, "compact")
     layers, batch, rows = cache.shape[:3]
     columns, count = cache.shape[3:].numel(), source.shape[1]
-    settings = config("compact", (columns,), device_name(cache.device), DEFAULT)
+    settings = config("compact", (columns,), cache.device, candidates)
     tiles = _tiles(count, settings["elements"])
     _compact[(triton.cdiv(columns, tiles["WIDTH"]), batch, layers)](
         cache,

@@ -1,17 +1,17 @@
 """Tuned launch settings: JSON by operation, shape and device name, over defaults in code.
 
 A file belongs to one device: {"format": FORMAT, "device": its name, "settings": {op: {shape: {setting: number}}}}.
-There are two at most: one that comes with the package, and over it one in the user's cache folder, which `stagedspec
+There are two at most: one in `configs/` beside this file, and over it one in the user's cache folder, which `stagedspec
 tune` writes. What a setting may change is speed alone. What fixes the order of a sum (splits and blocks of the reduced
 dimension) is decided by the weight's shape in the operation's own file and is not tunable.
 
-An operation asks for its settings at every launch and keeps none of them, so that `trying` and a new file take effect.
+An operation asks for its settings at every launch and keeps none of them, so that `trying` and `write` take effect.
 """
 
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -25,6 +25,7 @@ INTERPRETER = "interpreter"  # what the device is called where kernels are inter
 Table = dict[str, dict[str, dict[str, int]]]
 
 _tried: dict[tuple[str, str], dict[str, int]] = {}
+_asked: dict[tuple[str, tuple[int, ...], torch.device], dict[str, int]] = {}  # what `config` answered, once for each
 
 
 def cache_folder() -> Path:
@@ -55,14 +56,23 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else INTERPRETER
 
 
-def config(op: str, shape: tuple[int, ...], device_name: str, default: dict[str, int]) -> dict[str, int]:
-    """The tuned settings of `op` at `shape` on the device, else `default`. Keys that `default` lacks are ignored.
+def config(
+    op: str,
+    shape: tuple[int, ...],
+    device: torch.device,
+    candidates: Callable[[tuple[int, ...], torch.device], list[dict[str, int]]],
+) -> dict[str, int]:
+    """The tuned settings of `op` at `shape` on the device, else the first of its candidates. Keys that this one lacks
+    are ignored.
 
     Raises ValueError for a file that is damaged or was written for something else.
     """
-    key = op, shape_name(shape)
-    tuned = _tried[key] if key in _tried else _table(device_name).get(op, {}).get(key[1], {})
-    return default | {name: value for name, value in tuned.items() if name in default}
+    asked = op, shape, device
+    if asked not in _asked:
+        key, default = (op, shape_name(shape)), candidates(shape, device)[0]
+        tuned = _tried[key] if key in _tried else _table(device_name(device)).get(op, {}).get(key[1], {})
+        _asked[asked] = default | {name: value for name, value in tuned.items() if name in default}
+    return _asked[asked]
 
 
 @cache
@@ -90,14 +100,14 @@ def read(path: Path, device_name: str) -> Table:
     def expect(good: bool, key: str, wanted: str, got: object) -> None:
         if not good:
             raise ValueError(
-                f"{path}: {key} must be {wanted}, got {got!r}; remove the file, or write it anew with `stagedspec tune`"
+                f"{path}: {key} must be {wanted}, got {got!r}; remove the file and run `stagedspec tune` again"
             )
 
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{path} is damaged ({error}); remove it to use the defaults, or write it anew with `stagedspec tune`"
+            f"{path} is damaged ({error}); remove it to use the defaults, or run `stagedspec tune` again after that"
         ) from None
     expect(isinstance(content, dict), "the content", "a JSON object", content)
     expect(content.get("format") == FORMAT, "format", repr(FORMAT), content.get("format"))
@@ -134,14 +144,19 @@ def write(path: Path, device_name: str, table: Table) -> None:
     finally:
         part.unlink(missing_ok=True)
     _table.cache_clear()
+    _asked.clear()
 
 
 @contextmanager
 def trying(op: str, shape: tuple[int, ...], settings: dict[str, int]) -> Iterator[None]:
     """Inside, `config` answers with these settings for the operation at the shape."""
     key = op, shape_name(shape)
+    before = dict(_tried)
     _tried[key] = settings
+    _asked.clear()
     try:
         yield
     finally:
-        del _tried[key]
+        _tried.clear()
+        _tried.update(before)
+        _asked.clear()

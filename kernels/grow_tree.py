@@ -35,12 +35,13 @@ Bytes: the state, some tens of KB at most, out of L1 and L2. What counts is the 
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import triton
 import triton.language as tl
 
-from stagedspec.kernels.configs import config, device_name
+from stagedspec.kernels.configs import config
 from stagedspec.kernels.ngram_lookup import check_table, ranks, successors
 from stagedspec.kernels.philox import gumbel_at
 from stagedspec.kernels.registry import CompileCase, check_runs, check_tensor, launch_options, register
@@ -577,7 +578,7 @@ def candidates(op: str, shape: tuple[int], device: torch.device) -> list[dict[st
 
 
 def _settings(op: str, size: int, device: torch.device) -> dict[str, int]:
-    return config(op, (size,), device_name(device), candidates(op, (size,), device)[0])
+    return config(op, (size,), device, partial(candidates, op))
 
 
 # ---------------------------------------------------------------- operations

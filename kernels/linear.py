@@ -28,7 +28,7 @@ import torch
 import triton
 import triton.language as tl
 
-from stagedspec.kernels.configs import config, device_name
+from stagedspec.kernels.configs import config
 from stagedspec.kernels.registry import (
     CompileCase,
     Scratch,
@@ -303,15 +303,9 @@ def _roomy(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= 160 << 10
 
 
-def _settings(itemsize: int, tokens: int, outputs: int, inputs: int, device: torch.device) -> dict[str, int]:
-    """Tuned by (bytes of an element, tokens of a program, outputs, inputs)."""
-    default = _default(itemsize, tokens, _splits(outputs, inputs)[1], _roomy(device))
-    return config("linear", (itemsize, tokens, outputs, inputs), device_name(device), default)
-
-
 def candidates(shape: tuple[int, ...], device: torch.device) -> list[dict[str, int]]:
-    """Launch settings worth timing at a shape as in `_settings`, today's first. Splits, which fix the order of every
-    sum, are not among them."""
+    """Settings to try at the shape (bytes of an element, tokens of a program, outputs, inputs), the default first.
+    Splits, which fix the order of every sum, are not among them."""
     itemsize, tokens, outputs, inputs = shape
     default = _default(itemsize, tokens, _splits(outputs, inputs)[1], _roomy(device))
     if itemsize == 4:
@@ -369,7 +363,7 @@ def _launch(
         SPLIT_K=length,
         ROWS=ROWS,
         TOKENS=tokens,
-        **_settings(x.element_size(), tokens, outputs, inputs, x.device),
+        **config("linear", (x.element_size(), tokens, outputs, inputs), x.device, candidates),
         **launch_options(x.device),
     )
 

@@ -37,7 +37,7 @@ from stagedspec.kernels.choose import (
     store_groups,
     warped,
 )
-from stagedspec.kernels.configs import config, device_name
+from stagedspec.kernels.configs import config
 from stagedspec.kernels.registry import CompileCase, check_runs, check_tensor, launch_options, register
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -153,8 +153,7 @@ def candidates(shape: tuple[int, int], device: torch.device) -> list[dict[str, i
 
 
 def _settings(vocab_size: int, width: int, device: torch.device) -> dict[str, int]:
-    shape = vocab_size, width
-    return config("lm_head", shape, device_name(device), candidates(shape, device)[0])
+    return config("lm_head", (vocab_size, width), device, candidates)
 
 
 def block_k(width: int, dtype: torch.dtype) -> int:

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from stagedspec.kernels import control
-from stagedspec.kernels.configs import config, device_name
+from stagedspec.kernels.configs import config
 from stagedspec.kernels.registry import CompileCase, check_runs, check_tensor, launch_options, register
 
 CONTEXT_LOGPROB = tl.constexpr(control.CONTEXT_LOGPROB)
@@ -156,7 +156,7 @@ def candidates(shape: tuple[int], device: torch.device) -> list[dict[str, int]]:
 def _launch(contexts, sequence, lengths, keys, rows, tokens, logprobs, vocab_size, out_tokens, out_logprobs) -> None:
     batch, count, _ = contexts.shape
     width = 0 if tokens is None else tokens.shape[1]
-    settings = config("ngram_lookup", (width,), device_name(contexts.device), candidates((width,), contexts.device)[0])
+    settings = config("ngram_lookup", (width,), contexts.device, candidates)
     ngram_lookup_kernel[(batch, triton.cdiv(count, settings["tile"]))](
         contexts, sequence, lengths, keys, rows, tokens, logprobs, out_tokens, out_logprobs,
         count, sequence.shape[1], vocab_size, 0 if keys is None else keys.shape[0],

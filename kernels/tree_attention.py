@@ -20,9 +20,11 @@ Sums run over splits in ascending order, then the near part, each relative to th
 
 Two launches. The far one leaves (maximum, sum, weighted values) of each split in scratch; the near one adds the near
 part and writes the result. With programmatic dependent launch the near one starts when the far one has seen the pass's
-qkv complete, does its own part meanwhile, and waits only then.
+qkv complete, does its own part meanwhile, and waits only then. That it sees qkv rests on the far one's waiting in every
+program before it lets anything start, and on the fence at its own beginning: what is complete lies in L2. PTX promises
+as much only to the grid that waited.
 
-Bytes: the keys and values of the prefix once, 2*L*H_kv*D elements a sequence (and a row tile of 64 queries), the qkv
+Bytes: the keys and values of the prefix once, 2*L*H_kv*D elements a sequence (and a tile of queries), the qkv
 and the appended rows; through L2 also the gathered near rows, 2*window*D a query, and the partial results,
 8*(L/SPLIT)*D a query.
 """
@@ -100,7 +102,7 @@ def _positions(p_masks, nodes, prefix, ok, WORDS: tl.constexpr):
     return tl.where(count > 0, prefix + count - 1, -1)
 
 
-# ---------------------------------------------------------------- the kernel
+# ---------------------------------------------------------------- the kernels
 
 
 @triton.jit
@@ -252,7 +254,7 @@ def _attend_near(
     ROW_STRIDE: tl.constexpr = 2 * KV_HEADS * D
     V_STEP: tl.constexpr = KV_HEADS * D
     OUT_STRIDE: tl.constexpr = HEADS * D
-    if PDL:  # all this reads is in L2, but this multiprocessor's L1 may hold what lay there before
+    if PDL:  # this multiprocessor's L1 may still hold what lay where qkv, masks and prefix lie now
         tl.inline_asm_elementwise("fence.acq_rel.gpu; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
     i_tile, i_head = tl.program_id(0), tl.program_id(1)
     i_b, i_kv = i_head // KV_HEADS, i_head % KV_HEADS
@@ -470,7 +472,10 @@ def tree_attention(
     bit 0 and prefix = write - tree_rows.
     window: a power of two, the same for everything that must agree bitwise. Scores and sums are in fp32.
 
-    Raises ValueError for a wrong shape, dtype, device or layout, N over 256, and rows or bits out of range.
+    What lies in masks and prefix is on the device and not checked: bits below first_bit + N only, prefix at most
+    S - tree_rows.
+
+    Raises ValueError for a wrong shape, dtype, device or layout, N over 256, and rows out of range.
     """
     op = "tree_attention"
     check_runs(qkv, op)
@@ -487,8 +492,10 @@ def tree_attention(
         raise ValueError(f"{op}: a pass must have 1 to {MAX_NODES} nodes, got masks for {nodes}")
     if not 1 <= size <= 256:
         raise ValueError(f"{op}: the head size must be 1 to 256, got a cache of {size}")
+    if size * qkv.element_size() % 16 == 0 and (qkv.data_ptr() | cache.data_ptr()) % 16:
+        raise ValueError(f"{op}: qkv and cache must start at a multiple of 16 bytes, got views that do not: copy them")
     heads = out.shape[1] // size
-    if out.shape[1] % size or heads < 1 or heads % kv_heads:
+    if out.shape[1] % size or heads < 1 or kv_heads < 1 or heads % kv_heads:
         raise ValueError(
             f"{op}: out must have H*{size} columns with H a multiple of the cache's {kv_heads}, got {out.shape[1]}"
         )

@@ -36,7 +36,7 @@ import torch
 import triton
 import triton.language as tl
 
-from stagedspec.kernels.configs import config, device_name
+from stagedspec.kernels.configs import config
 from stagedspec.kernels.grow_tree import TOKEN, TREE_DEPTH, TREE_ORIGIN, TREE_PARENT, TREE_SLOT, words
 from stagedspec.kernels.registry import CompileCase, check_runs, check_tensor, launch_options, register
 
@@ -198,7 +198,7 @@ def candidates(shape: tuple[int], device: torch.device) -> list[dict[str, int]]:
 
 
 def _settings(nodes: int, device: torch.device) -> dict[str, int]:
-    return config("verify_commit", (nodes,), device_name(device), candidates((nodes,), device)[0])
+    return config("verify_commit", (nodes,), device, candidates)
 
 
 _op = register(

@@ -79,10 +79,13 @@ def compile_case(job: tuple[str, int, int]) -> Report:
     """Compiles case `index` of a kernel file for one architecture."""
     module, index, arch = job
     case: CompileCase = import_module(f"stagedspec.kernels.{module}").compile_cases()[index]
+    constants = dict(case.constexprs)
+    if arch >= 90 and "PDL" in constants:
+        constants["PDL"] = True  # as `launch_options` has it there
     names = list(case.signature)
     attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in case.aligned}
     signature = {name: "constexpr" if name in case.constexprs else kind for name, kind in case.signature.items()}
-    source = ASTSource(fn=case.kernel, signature=signature, constexprs=case.constexprs, attrs=attrs)
+    source = ASTSource(fn=case.kernel, signature=signature, constexprs=constants, attrs=attrs)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "enable_fp_fusion": case.fusion}
     name = label(module, case)
     try:

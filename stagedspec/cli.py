@@ -636,6 +636,8 @@ def tune(
     Settings whose results differ in any bit from the default's are refused. Which token trees to grow is another
     matter: `stagedspec tune-tree`.
     """
+    import torch
+
     from stagedspec import tune_kernels
     from stagedspec.kernels import configs
     from stagedspec.loading import resolve_device
@@ -648,6 +650,11 @@ def tune(
     if where.type != "cuda":
         why = "torch sees no CUDA GPU" if device == "auto" else f"the device is {where}"
         raise ValueError(f"kernels are tuned on a GPU, but {why}; on a CPU there is nothing to tune")
+    name = configs.device_name(where)
+    saved = (configs.user_file(name) if out is None else out).expanduser()
+    if saved.is_file():  # what it says of other shapes stays: better damaged now than after the tuning
+        configs.read(saved, name)
+    torch.cuda.set_device(where)  # kernels are launched, and graphs captured, on the current device
     with progress_bar(auto_refresh=False) as progress:
         task = progress.add_task("tuning", total=None)
 
@@ -655,8 +662,6 @@ def tune(
             progress.update(task, description=f"tuning {name}", completed=done, total=total, refresh=True)
 
         found = tune_kernels.tune_all(ops, shapes, where, report)
-    name = configs.device_name(where)
-    saved = (configs.user_file(name) if out is None else out).expanduser()
     configs.write(saved, name, tune_kernels.table(found))
     if as_json:
         result = {"saved": str(saved), "device": name, "tuned": [one.as_dict() for one in found]}

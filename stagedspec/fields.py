@@ -41,6 +41,7 @@ IRRELEVANT = {
 }  # fmt: skip
 
 _OWN = "use transformers' own generate, without stagedspec"
+_CACHE = ("cache", "past_key_values")  # its name from transformers 5.24 on, and before
 # name: (values that ask for nothing, what to use instead)
 REFUSED: dict[str, tuple[tuple, str]] = {
     "num_beams": ((None, 1), f"sample, or {_OWN}"),
@@ -69,7 +70,7 @@ REFUSED: dict[str, tuple[tuple, str]] = {
 # Arguments of `generate` and of the model that are no settings.
 REFUSED_ARGUMENTS = {
     "inputs_embeds": "give input_ids",
-    "past_key_values": "give the whole sequence as input_ids: the prefix is computed again",
+    **dict.fromkeys(_CACHE, "give the whole sequence as input_ids: the prefix is computed again"),
     "token_type_ids": _OWN,
     "encoder_hidden_states": _OWN,
     "encoder_attention_mask": _OWN,
@@ -116,6 +117,6 @@ def refuse_passed_on(arguments: dict[str, Any]) -> None:
         if value is None or value is False or name in _PASSED_ON or name == "position_ids":
             continue
         # transformers itself adds an empty cache.
-        if name == "past_key_values" and not getattr(value, "_is_user_defined", False):
+        if name in _CACHE and not getattr(value, "_is_user_defined", False):
             continue
         raise ValueError(f"{name} is not supported: {REFUSED_ARGUMENTS.get(name, 'leave it out')}")

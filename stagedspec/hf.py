@@ -7,7 +7,7 @@ which logits processors and stopping criteria they come to, what is warned about
 here. `stagedspec.fields` has the table of all settings.
 
 Three things are refused or different, always by name: settings of other algorithms (beams, ...); what only the model's
-own forward pass could give (attentions, hidden states, `past_key_values`); and sampled tokens, which are drawn from the
+own forward pass could give (attentions, hidden states, the cache); and sampled tokens, which are drawn from the
 same distribution as transformers' by other random numbers.
 """
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import cache, partial
 
 import torch
+from triton.errors import TritonError
 
 from stagedspec import workloads
 from stagedspec.kernels import choose, compact, configs, grow_tree, linear, lm_head, ngram_lookup, verify_commit
@@ -105,7 +106,7 @@ def tune(problem: Problem, timer: Timer = replayed, report: Callable[[], None] =
             try:
                 same = all(map(_same, map(_snapshot, launches), wanted))
                 times = [timer(launch.run) for launch in launches] if same else []
-            except (RuntimeError, ValueError) as error:  # too much shared memory, or a kernel that does not compile
+            except (TritonError, RuntimeError, ValueError) as error:  # too much shared memory, or it does not compile
                 if isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)):
                     raise
                 found.failed.append(settings)

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from triton.runtime.errors import OutOfResources
 from typer.testing import CliRunner
 
 from stagedspec import cli, tune_kernels
@@ -21,13 +22,17 @@ def folders(tmp_path, monkeypatch):
     """A package and a user without settings."""
     monkeypatch.setattr(configs, "PACKAGED", tmp_path / "package")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    configs._table.cache_clear()
+    real = configs.device_name
+    monkeypatch.setattr(configs, "device_name", lambda device: device if isinstance(device, str) else real(device))
+    for known in (configs._table.cache_clear, configs._asked.clear):
+        known()
     yield tmp_path
-    configs._table.cache_clear()
+    for known in (configs._table.cache_clear, configs._asked.clear):
+        known()
 
 
 def asked(op: str = "op", shape: tuple[int, ...] = (8, 4), device: str = GPU) -> dict[str, int]:
-    return configs.config(op, shape, device, DEFAULT)
+    return configs.config(op, shape, device, lambda *_: [DEFAULT])
 
 
 # ---------------------------------------------------------------- files
@@ -110,7 +115,7 @@ def problem_of(times: dict[int, float]) -> tuple[Problem, list[float]]:
     def run() -> torch.Tensor:
         tile = asked()["tile"]
         if tile == 9:
-            raise RuntimeError("out of resource: shared memory")
+            raise OutOfResources(300_000, 232_448, "shared memory")
         clock.append(times[tile])
         return torch.tensor([torch.nan, -0.0 if tile == 7 else 0.0])
 
@@ -151,8 +156,8 @@ def test_every_operation(op, monkeypatch, device):
     monkeypatch.setattr(tune_kernels, "CONTEXT", 20)
     known, every = set(), []
 
-    def config(op, shape, device_name, default):
-        settings = real(op, shape, device_name, default)
+    def config(op, shape, device, candidates):
+        settings = real(op, shape, device, candidates)
         known.add((op, configs.shape_name(shape), *sorted(settings.items())))
         return settings
 
@@ -216,6 +221,7 @@ def test_the_command(tmp_path, monkeypatch, to_file):
     """What was found is shown and lies where the kernels look for it, or in the file that was named."""
     problem, clock = problem_of({64: 10.0, 32: 8.0})
     monkeypatch.setattr("stagedspec.loading.resolve_device", lambda device: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(configs, "device_name", lambda device: GPU)
     monkeypatch.setitem(tune_kernels.PROBLEMS, "compact", lambda shape, device: iter([problem]))
     monkeypatch.setattr(tune_kernels.tune_all, "__defaults__", (lambda *_: None, timed_by(clock)))

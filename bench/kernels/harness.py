@@ -49,8 +49,9 @@ class Result:
     beyond: str | None
 
     @property
-    def matches(self) -> bool:
-        return self.error_ratio is None or self.error_ratio <= 2.0
+    def matches(self) -> bool | None:
+        """Whether the result was right; None where it was not checked."""
+        return None if self.error_ratio is None else self.error_ratio <= 2.0
 
     @property
     def measured(self) -> float:
@@ -128,7 +129,7 @@ def table(results: list[Result]) -> str:
         for name in names:
             peer = r.peers.get(name, "-")
             if isinstance(peer, Timing):
-                ratio = f" ({peer.median / r.ours.median:.2f}x)" if r.matches else " (differs)"
+                ratio = {True: f" ({peer.median / r.ours.median:.2f}x)", False: " (differs)", None: ""}[r.matches]
                 peer = f"{peer.median:.2f}{ratio}"
             cells.append(peer)
         lines.append("| " + " | ".join(cells) + " |")

@@ -110,7 +110,7 @@ def main() -> int:
     for op, group in by_op.items():
         plot(op, group, stem.with_name(f"{stem.name}-{slug(op)}.png"))
     print("\n" + text)
-    return 0 if all(result.matches for result in results) else 1
+    return 0 if all(result.matches is not False for result in results) else 1
 
 
 if __name__ == "__main__":
