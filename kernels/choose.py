@@ -351,6 +351,7 @@ def select_kernel(
             values = values + tl.load(p_noise + row * V + tokens, at < count, 0.0)
         values = tl.where(stays, values, float("-inf"))
         if CHILDREN > 0:
+            tl.debug_barrier()  # in a small vocabulary several warps hold the same values: all have read them
             tl.store(p_values + at, values, at < count)
         here = tl.max(values, 0)
         token = tl.min(tl.where(stays & (values == here), tokens, V), 0)

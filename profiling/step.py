@@ -21,12 +21,13 @@ from stagedspec.cli import quiet_transformers
 from stagedspec.decoder import _Run
 from stagedspec.loading import resolve_device, resolve_dtype
 from stagedspec.stats import Mark
+from stagedspec.workloads import SIZES, ModelShape
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))  # machine.py, sides.py: shared with the benchmarks
 from sides import check_options, clear_errors
 
-SHAPES = {"S": (12, 768, 12), "M": (24, 1024, 16), "L": (36, 1280, 20), "XL": (48, 1600, 25)}  # layers, width, heads
-DRAFT = (4, 512, 8)  # of 39M parameters, as large as the paper's
+SHAPES = {name: SIZES[name] for name in ("S", "M", "L", "XL")}
+DRAFT = ModelShape(4, 512, 8)  # of 39M parameters, as large as the paper's
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -84,11 +85,11 @@ def tree(text: str) -> stagedspec.TreeConfig:
         ) from None
 
 
-def random_model(shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> GPT2LMHeadModel:
-    layers, width, heads = shape
+def random_model(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> GPT2LMHeadModel:
     torch.manual_seed(0)
     with device:
-        return GPT2LMHeadModel(GPT2Config(n_layer=layers, n_embd=width, n_head=heads)).to(dtype).eval()
+        config = GPT2Config(n_layer=shape.layers, n_embd=shape.width, n_head=shape.heads)
+        return GPT2LMHeadModel(config).to(dtype).eval()
 
 
 def prompt(decoder: stagedspec.Decoder, options: argparse.Namespace) -> torch.Tensor:

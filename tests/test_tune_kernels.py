@@ -150,7 +150,7 @@ def test_noise_does_not_displace_the_default():
 
 @pytest.mark.parametrize("op", tune_kernels.PROBLEMS)
 def test_every_operation(op, monkeypatch, device):
-    """Runs, asks for its settings at every launch, and gives the same bits with all that are tried."""
+    """Runs, asks for its settings at every launch, and gives the same bits with some that would be tried."""
     monkeypatch.setattr(tune_kernels, "NODES", (1, 5))
     monkeypatch.setattr(tune_kernels, "LINEAR_NODES", (5,))
     monkeypatch.setattr(tune_kernels, "CONTEXT", 20)

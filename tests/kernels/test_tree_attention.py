@@ -7,8 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stagedspec.kernels import linear
 from stagedspec.kernels import tree_attention as module
 from stagedspec.kernels.registry import Scratch
+from stagedspec.kernels.timing import graph_of
 from stagedspec.kernels.tree_attention import scratch_size, tree_attention
 
 WINDOW = 16
@@ -302,6 +304,54 @@ def test_prefill_is_decoding(device, dtype, fixed_order):
             prefix=torch.full_like(case.prefix, t),
         )
         assert torch.equal(step.run()[0][:, 0], whole[:, t]), t
+
+
+def test_kernels_that_start_early_wait_for_what_they_read(device, fixed_order, monkeypatch):
+    """Layers of linear and attention that share their buffers, over and over: on a GPU in a graph, where every kernel
+    starts before the one ahead has ended; the same bits as one after the other."""
+    layers, size, heads, times = 4, 32, 2, 100 if device.type == "cuda" else 1
+    dtype = torch.float16
+    width = heads * size
+    case = make(device, dtype, [masks_of(MIXED)], [150], 150, heads=heads, kv_heads=heads, size=size)
+    nodes = case.masks.shape[1]
+    generator = torch.Generator().manual_seed(1)
+
+    def randn(*shape, scale=1.0):
+        return (torch.randn(*shape, generator=generator) * scale).to(device, dtype)
+
+    weights = [(randn(3 * width, width, scale=width**-0.5), randn(3 * width)) for _ in range(layers)]
+    gain, shift = randn(width), randn(width)
+    folded = [linear.Folded.of(gain, shift, *pair) for pair in weights]
+    start = [case.cache.nan_to_num().clone() for _ in range(layers)]
+    x, inputs, caches = randn(nodes, width), randn(times, nodes, width), [cache.clone() for cache in start]
+    qkv, out = torch.empty_like(case.qkv[0]), torch.empty_like(x)
+    stats = torch.empty(nodes, linear.stat_tiles(width), 2, device=device)
+    need = scratch_size(1, nodes, heads, heads, size, case.cache.shape[1], case.tree_rows)
+    scratch = Scratch.of([need, linear.scratch_size(nodes, 3 * width, width)], device)
+
+    def step():
+        hidden = x
+        for layer, cache in zip(folded, caches, strict=True):
+            linear.row_stats(hidden, stats)
+            linear.norm_linear(hidden, stats, 1e-5, layer, "none", qkv, scratch)
+            tree_attention(qkv, cache, case.masks, case.prefix, 0, 0, case.tree_rows, size**-0.5, out, scratch, WINDOW)
+            hidden = out
+
+    def results(run):
+        found = []
+        for values in inputs:
+            x.copy_(values)
+            for cache, fresh in zip(caches, start, strict=True):
+                cache.copy_(fresh)
+            run()
+            found.append((out.clone(), [cache.clone() for cache in caches]))
+        return found
+
+    early = results(graph_of(step).replay if device.type == "cuda" else step)
+    for module_ in (linear, module):
+        monkeypatch.setattr(module_, "launch_options", lambda device: {"PDL": False})
+    for (got, appended), (expected, cached) in zip(early, results(step), strict=True):
+        assert torch.equal(got, expected) and all(map(torch.equal, appended, cached))
 
 
 # ---------------------------------------------------------------- interface
