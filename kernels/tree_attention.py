@@ -202,7 +202,8 @@ def _attend_far(
         rows = i_tile * ROWS + tl.arange(0, ROWS)  # [ROWS], node * GROUP + head in the group
         ok = rows < N * GROUP
         b_q = _queries(p_q, rows, ok, dims, GROUP, D, QKV_STRIDE)  # [ROWS, D]
-        last = _positions(p_masks, rows // GROUP, prefix, ok, WORDS) - WINDOW  # [ROWS], the last far position
+        # The last far position of each query [ROWS]; of a chunk of a prompt no mask needs to be read for it.
+        last = (prefix + rows // GROUP if CHAIN else _positions(p_masks, rows // GROUP, prefix, ok, WORDS)) - WINDOW
         b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee") * scale  # [SPLIT, ROWS]
         b_s = tl.where(keys[:, None] <= last[None, :], b_s, float("-inf"))
         b_max = tl.max(b_s, axis=0)
