@@ -1,6 +1,6 @@
 """Profiles launches of one kernel in a step with Nsight Compute, down to the lines of its source.
 
-    python profiling/nsight_compute.py --kernel _linear --phase target --shape L --backend triton
+    python profiling/nsight_compute.py --kernel _linear --phase target --shape L
 
 Writes a report for ncu-ui (page Source: counters beside each line of Python and of SASS) and prints its details. The
 step is launched kernel by kernel, so that --phase can tell the target's launches from the draft's.
@@ -31,6 +31,8 @@ def main(arguments: list[str] | None = None) -> int:
         help="base: the GPU at its base clock, repeatable; none: at the clock it decodes at (default base)",
     )
     options, rest = parser.parse_known_args(arguments)
+    if not any(word.startswith("--backend") for word in rest):
+        rest += ["--backend", "triton"]  # its kernels are what --kernel names
     flags = ["ncu", "--profile-from-start", "off", "--kernel-name", f"regex:^{re.escape(options.kernel)}$"]
     if options.phase:
         flags += ["--nvtx", "--nvtx-include", f"{options.phase}/"]

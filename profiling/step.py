@@ -79,7 +79,9 @@ def tree(text: str) -> stagedspec.TreeConfig:
     try:
         pairs = [field.split("=") for field in text.split(",") if field]
         return stagedspec.TreeConfig(**{name: int(value) for name, value in pairs})
-    except (TypeError, ValueError) as error:
+    except TypeError:
+        raise ValueError(f"--tree must name fields of TreeConfig, such as nodes=64,depth=8, got {text!r}") from None
+    except ValueError as error:
         raise ValueError(
             f"--tree: {error}; expected fields of TreeConfig such as nodes=64,depth=8, got {text!r}"
         ) from None

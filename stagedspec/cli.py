@@ -358,10 +358,12 @@ def generate(
 
 
 def _prompt_text(prompt: str | None, file: Path | None) -> str:
-    if (prompt is None) == (file is None):
-        raise ValueError("expected either PROMPT or --file, and one of them only; PROMPT - reads stdin")
+    if prompt is None and file is None:
+        raise ValueError("there is no prompt: give a text, - to read stdin, or --file")
+    if prompt is not None and file is not None:
+        raise ValueError("there is both a prompt and --file: leave one of them out")
     if file is not None and str(file) != "-" and not file.is_file():
-        raise ValueError(f"no such file: {file}")
+        raise ValueError(f"{file} is a folder: name a file" if file.is_dir() else f"no such file: {file}")
     try:
         if "-" in (prompt, str(file)):
             text = sys.stdin.read()
@@ -609,8 +611,8 @@ def _print_tuning(console: Console, tuning) -> None:
 
 @app.command(
     epilog="Examples: [bold]stagedspec tune[/bold] tunes for the embedded models and keeps what it finds for later "
-    "runs on this GPU; [bold]stagedspec tune --model L --op lm_head[/bold] one operation at the shapes of GPT-2 L; "
-    "[bold]stagedspec tune --model path/to/model --out settings.json[/bold] writes a file of its own."
+    "runs on this GPU; [bold]stagedspec tune --model L --op lm_head[/bold] tunes one operation at the shapes of GPT-2 "
+    "L; [bold]stagedspec tune --model path/to/model --out settings.json[/bold] writes a file of its own."
 )
 @clear_errors
 def tune(

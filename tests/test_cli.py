@@ -143,9 +143,10 @@ def test_generate_saves_html_and_svg(models, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        ([], ["PROMPT", "--file"]),
+        ([], ["no prompt", "--file"]),
         ([""], ["prompt is empty"]),
-        (["x", "--file", "y"], ["one of them only"]),
+        (["x", "--file", "y"], ["leave one of them out"]),
+        (["--file", "/"], ["is a folder"]),
         (["--file", "no-such-file"], ["no such file", "no-such-file"]),
         (["x", "--top-k", "5"], ["--top-k", "--sample"]),
         (["x", "--sample", "--temperature", "0"], ["temperature", "0"]),

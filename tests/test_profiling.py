@@ -273,7 +273,9 @@ def test_nsight_compute_command(capsys):
         "--export step.ncu-rep",
     ):
         assert part in command
-    assert command.endswith("step.py --shape L --steps 1")
+    assert command.endswith("step.py --shape L --steps 1 --backend triton")
+    assert nsight_compute.main(["--kernel", "gemm", "--backend=torch", "--dry-run"]) == 0
+    assert capsys.readouterr().out.splitlines()[0].endswith("step.py --backend=torch")
     assert after == "ncu --import step.ncu-rep --page details"
 
 
