@@ -11,6 +11,7 @@ own forward pass could give (attentions, hidden states, the cache); and sampled 
 same distribution as transformers' by other random numbers.
 """
 
+import difflib
 import inspect
 import sys
 import threading
@@ -83,7 +84,9 @@ def read(
     if input_ids is None:
         input_ids = options.pop("inputs", None)
     if unknown := options.keys() - _options():
-        raise ValueError(f"unknown option {min(unknown)!r}")
+        name = min(unknown)
+        alike = difflib.get_close_matches(name, _options(), n=1)
+        raise ValueError(f"unknown option {name!r}" + (f"; did you mean {alike[0]!r}?" if alike else ""))
     refuse_arguments(options)
     _check_callables(options)
     given: GenerationConfig | None = options.get("generation_config")

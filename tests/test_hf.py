@@ -682,7 +682,7 @@ def test_refused_by_name(ours, name):
 
 
 BAD_OPTIONS = {
-    "typo": ({"top_q": 1}, "unknown option 'top_q'"),
+    "typo": ({"top_q": 1}, "unknown option 'top_q'; did you mean 'top_[kp]'"),
     "healing": ({"token_healing": True}, "token_healing=True is not supported: .*heal_tokens"),
     "paged": ({"cache_implementation": "paged"}, "cache_implementation='paged' is not supported"),
     "constraints": ({"force_words_ids": [[1]]}, r"force_words_ids=\[\[1\]\] is not supported: use sequence_bias"),
