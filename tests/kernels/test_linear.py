@@ -106,7 +106,7 @@ def test_mean_far_from_zero(device):
     torch.testing.assert_close(problem.normed(), problem.plain(torch.float64).float(), rtol=2e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize("shape", [(40, 192), (40, 640)], ids=str)
+@pytest.mark.parametrize("shape", [(40, 192), (40, 640), (40, 1280)], ids=str)
 def test_a_row_has_the_same_bits_in_any_batch(device, dtype, shape, fixed_order):
     problem = Problem(device, dtype, 150, *shape)
     normed, (added, stats) = problem.normed(), problem.added()
