@@ -30,6 +30,7 @@ and the appended rows; through L2 also the gathered near rows, 2*window*D a quer
 """
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 
@@ -414,6 +415,9 @@ def _launch(
     batch, nodes, words = masks.shape
     _, rows, _, kv_heads, size = cache.shape
     group = out.shape[1] // size // kv_heads
+    whole = size * qkv.element_size() % 16 == 0  # heads begin where wide loads can
+    if whole and (qkv.data_ptr() | cache.data_ptr()) % 16:
+        raise ValueError("tree_attention: qkv and cache must start at a multiple of 16 bytes, got views: copy them")
     tiles = _tiles(size, qkv.element_size(), window)
     splits = _splits(rows, tree_rows, tiles["SPLIT"])
     queries = nodes * group
@@ -425,7 +429,7 @@ def _launch(
     if not interpreted():
         # Products and sums stay separate: which of them fuse could differ between the registers of two rows.
         shared["enable_fp_fusion"] = False
-    far, near = _KERNELS[size * qkv.element_size() % 16 == 0]
+    far, near = _KERNELS[whole]
     inputs, parts, sizes = (qkv, cache, masks, prefix), (acc, top, total), (nodes, rows, first_bit, tree_rows, splits)
     scale *= LOG2E
     far[(splits, triton.cdiv(queries, tiles["FAR_ROWS"]), batch * kv_heads)](
@@ -444,7 +448,14 @@ _op = register(
 )
 
 
-# ---------------------------------------------------------------- public function
+# ---------------------------------------------------------------- public functions
+
+
+def mask_words(seen: torch.Tensor) -> torch.Tensor:
+    """What nodes see, bool [..., N, K] by tree row, as the int32 words [..., N, (K + 31) // 32] of their masks."""
+    bits = F.pad(seen, (0, -seen.shape[-1] % 32)).unflatten(-1, (-1, 32)).long()
+    words = (bits << torch.arange(32, device=seen.device)).sum(-1)
+    return torch.where(words >= 2**31, words - 2**32, words).int()
 
 
 def tree_attention(
@@ -493,8 +504,6 @@ def tree_attention(
         raise ValueError(f"{op}: a pass must have 1 to {MAX_NODES} nodes, got masks for {nodes}")
     if not 1 <= size <= 256:
         raise ValueError(f"{op}: the head size must be 1 to 256, got a cache of {size}")
-    if size * qkv.element_size() % 16 == 0 and (qkv.data_ptr() | cache.data_ptr()) % 16:
-        raise ValueError(f"{op}: qkv and cache must start at a multiple of 16 bytes, got views that do not: copy them")
     heads = out.shape[1] // size
     if out.shape[1] % size or heads < 1 or kv_heads < 1 or heads % kv_heads:
         raise ValueError(

@@ -181,10 +181,8 @@ class TritonOps:
         """The pass over a chunk of prompts: a chain after `start` committed tokens."""
         rows, count = tokens.shape
         place = tokens.device
-        bits = torch.arange(32 * -(-count // 32), device=place)
-        seen = bits <= torch.arange(count, device=place)[:, None]
-        words = (seen.view(count, -1, 32).long() << bits[:32]).sum(-1)
-        masks = torch.where(words >= 2**31, words - 2**32, words).int().expand(rows, -1, -1).contiguous()
+        chain = torch.ones(count, count, dtype=torch.bool, device=place).tril()
+        masks = attention.mask_words(chain).expand(rows, -1, -1).contiguous()
         positions = torch.arange(start, start + count, dtype=torch.int32, device=place).expand(rows, -1).contiguous()
         prefix = torch.full((rows,), start, dtype=torch.int32, device=place)
         return device.Batch(tokens.int().contiguous(), positions, positions + 1, masks, prefix)
@@ -242,7 +240,7 @@ class TritonOps:
         need = lm_head.scratch_size(out.numel(), *head.weight.shape)
         lm_head.lm_head_choose(
             x.view(-1, x.shape[-1]), norm_weight, norm_bias, epsilon, head.weight, *self._counters(shape, noise, place),
-            **_settings(warping), out=out.view(-1), scratch=self._need(need, place),
+            **warping_settings(warping), out=out.view(-1), scratch=self._need(need, place),
         )  # fmt: skip
         return out
 
@@ -263,7 +261,7 @@ class TritonOps:
         need = lm_head.scratch_size(x.shape[:2].numel(), *head.weight.shape)
         lm_head.lm_head_topm(
             x.view(-1, x.shape[-1]), norm_weight, norm_bias, epsilon, head.weight,
-            *self._counters(shape[:2], noise, place), **_settings(warping), sharpness=GREEDY_SHARPNESS,
+            *self._counters(shape[:2], noise, place), **warping_settings(warping), sharpness=GREEDY_SHARPNESS,
             out_tokens=tokens.view(-1, count), out_logprobs=logprobs.view(-1, count),
             scratch=self._need(need, place),
         )  # fmt: skip
@@ -288,7 +286,7 @@ class TritonOps:
         compact.compact(cache, *moves.unbind(0), tree_rows)
 
 
-def _settings(warping: dict | None) -> dict:
+def warping_settings(warping: dict | None) -> dict:
     """`Sampling.warping` as the kernels take it."""
     if warping is None:
         return {"greedy": True}

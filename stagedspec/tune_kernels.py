@@ -11,7 +11,7 @@ before it is timed: one that differs anywhere is refused, one that does not run 
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 
 import torch
 from triton.errors import TritonError
@@ -254,7 +254,7 @@ def _compact(shape: ModelShape, device: torch.device) -> Iterator[Problem]:
 
 
 def _lookup(shape: ModelShape, device: torch.device) -> Iterator[Problem]:
-    table = _table(shape.vocab, device)
+    table = workloads.katz_table(shape.vocab, device)
 
     def launches() -> list[Launch]:
         found = []
@@ -277,7 +277,7 @@ def _grow(op: str, shape: ModelShape, device: torch.device) -> Iterator[Problem]
         def launches(trees: list[int] = trees) -> list[Launch]:
             found = []
             for nodes in trees:
-                growing = Growing(nodes, CONTEXT, 1, _table(shape.vocab, device), device)
+                growing = Growing(nodes, CONTEXT, 1, workloads.katz_table(shape.vocab, device), device)
                 run = partial(growing.passes, harvest=False) if op == "grow_pass" else growing.growth.harvest
 
                 def results(growing: Growing = growing) -> list[torch.Tensor]:
@@ -297,7 +297,7 @@ def _verify(shape: ModelShape, device: torch.device) -> Iterator[Problem]:
     for nodes in NODES:
 
         def launches(nodes: int = nodes) -> list[Launch]:
-            growing = Growing(nodes, CONTEXT, 1, _table(shape.vocab, device), device, room=16384)
+            growing = Growing(nodes, CONTEXT, 1, workloads.katz_table(shape.vocab, device), device, room=16384)
             trees = growing.passes()
             chosen = growing.likely(trees)
             state = growing.sequences.state.tensors
@@ -312,11 +312,6 @@ def _verify(shape: ModelShape, device: torch.device) -> Iterator[Problem]:
             return [Launch(lambda: trees.verify_commit(chosen), results)]
 
         yield Problem("verify_commit", (nodes,), verify_commit.candidates((nodes,), device), launches)
-
-
-@cache
-def _table(vocab: int, device: torch.device):
-    return workloads.katz_table(vocab, device)
 
 
 PROBLEMS: dict[str, Callable[[ModelShape, torch.device], Iterator[Problem]]] = {

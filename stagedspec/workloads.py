@@ -5,6 +5,7 @@ random text that repeats itself often enough for the context n-gram to hit.
 """
 
 from dataclasses import dataclass, field
+from functools import cache
 from types import SimpleNamespace
 
 import torch
@@ -13,8 +14,7 @@ from stagedspec.kernels import choose as rule
 from stagedspec.kernels import reference
 from stagedspec.kernels.ngram_lookup import ngram_lookup
 from stagedspec.kernels.registry import Scratch
-from stagedspec.kernels.triton_backend import Linear, NoiseAt, TritonOps
-from stagedspec.kernels.triton_backend import _settings as warping_settings
+from stagedspec.kernels.triton_backend import Linear, NoiseAt, TritonOps, warping_settings
 from stagedspec.ngram import KatzTable, fit_table
 from stagedspec.tree import TreeConfig
 
@@ -81,6 +81,7 @@ def random_text(batch: int, length: int, vocab: int) -> torch.Tensor:
     return torch.randint(min(WORDS, vocab), (batch, length))
 
 
+@cache
 def katz_table(vocab: int, device: torch.device) -> KatzTable:
     return fit_table([random_text(1, 200_000, vocab)[0]], vocab).to(device)
 

@@ -9,7 +9,7 @@ from harness import Case, absent, error_ratio
 from models import MODELS, Choice, randn
 
 from stagedspec.kernels.registry import Scratch
-from stagedspec.kernels.tree_attention import scratch_size, tree_attention
+from stagedspec.kernels.tree_attention import mask_words, scratch_size, tree_attention
 
 
 def random_tree(nodes: int, deepest: int = 16) -> torch.Tensor:
@@ -22,14 +22,6 @@ def random_tree(nodes: int, deepest: int = 16) -> torch.Tensor:
             parent = int(seen[parent].nonzero()[-2])
         seen[node] |= seen[parent]
     return seen
-
-
-def mask_words(seen: torch.Tensor) -> torch.Tensor:
-    """int32 [N, W] of bool [N, N]."""
-    nodes = len(seen)
-    padded = F.pad(seen, (0, -nodes % 32)).view(nodes, -1, 32).long()
-    words = (padded << torch.arange(32)).sum(-1)
-    return torch.where(words >= 2**31, words - 2**32, words).int()
 
 
 def cases(choice: Choice) -> Iterator[Case]:

@@ -5,17 +5,17 @@ from functools import partial
 
 import torch
 from harness import SMALL, Case, again, exact
-from models import DEVICE, MODELS, Choice, katz
+from models import DEVICE, MODELS, Choice
 
 from stagedspec.kernels import control, reference
-from stagedspec.workloads import Growing
+from stagedspec.workloads import Growing, katz_table
 
 
 def cases(choice: Choice) -> Iterator[Case]:
     for batch, context, nodes in choice.all("batch", "context", "nodes"):
         if nodes == 1:
             continue
-        growing = Growing(nodes, context, batch, katz(MODELS["L"].vocab), DEVICE)
+        growing = Growing(nodes, context, batch, katz_table(MODELS["L"].vocab, DEVICE), DEVICE)
         where = {"B": batch, "L": context, "N": nodes}
         passes = growing.config.passes
         run, check = again(partial(growing.passes, harvest=False)), partial(_check, growing)

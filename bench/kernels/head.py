@@ -6,12 +6,12 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from harness import Case, error_ratio, exact
-from models import DEVICE, MODELS, Choice, katz
+from models import DEVICE, MODELS, Choice
 
 from stagedspec.kernels import lm_head, reference
 from stagedspec.kernels.registry import Scratch
-from stagedspec.kernels.triton_backend import _settings
-from stagedspec.workloads import CHILDREN, SAMPLINGS, Growing, Head, Moving
+from stagedspec.kernels.triton_backend import warping_settings
+from stagedspec.workloads import CHILDREN, SAMPLINGS, Growing, Head, Moving, katz_table
 
 COPIES = 2  # of the head's weights, which together are more than the cache holds
 # Without norm and choice, and without the last rows: an odd number of outputs makes cuBLAS thrice as slow.
@@ -43,7 +43,7 @@ def step_end(model: str, sampling: str, nodes: int) -> Case:
     """All that a step does after the target's last layer; a target that follows a path of the tree to its end."""
     context, room = 512, 4096
     heads = [Head(MODELS[model], 1, nodes, DEVICE) for _ in range(COPIES)]
-    growing = Growing(nodes, context, 1, katz(MODELS[model].vocab), DEVICE, room=room)
+    growing = Growing(nodes, context, 1, katz_table(MODELS[model].vocab, DEVICE), DEVICE, room=room)
     moving = Moving(MODELS[model], 1, nodes, context + room, 1, DEVICE)
     trees = growing.passes()
     chosen = growing.likely(trees)
@@ -124,7 +124,7 @@ def check_choice(head: Head, sampling: str) -> float:
     logits = torch.full((rows, weight.shape[0]), torch.nan, device=DEVICE)
     out = torch.full((rows,), -1, dtype=torch.int32, device=DEVICE)
     noise, at = given(head, sampling)
-    rule = _settings(SAMPLINGS[sampling])
+    rule = warping_settings(SAMPLINGS[sampling])
     lm_head.lm_head_choose(*arguments(head), **rule, noise=noise, logits=logits, out=out, scratch=scratch)
     wanted = reference.choose(logits.unflatten(0, (head.batch, head.nodes)), SAMPLINGS[sampling], at)
     if not torch.equal(out.long(), wanted.flatten()):
@@ -150,7 +150,7 @@ def check_children(head: Head, sampling: str) -> float:
     tokens = torch.full((rows, CHILDREN), -1, dtype=torch.int32, device=DEVICE)
     logprobs = torch.full((rows, CHILDREN), torch.nan, device=DEVICE)
     lm_head.lm_head_topm(
-        *arguments(head), **_settings(SAMPLINGS[sampling]), sharpness=reference.GREEDY_SHARPNESS, noise=noise,
+        *arguments(head), **warping_settings(SAMPLINGS[sampling]), sharpness=reference.GREEDY_SHARPNESS, noise=noise,
         out_tokens=tokens, out_logprobs=logprobs, scratch=scratch,
     )  # fmt: skip
     logits = logits.unflatten(0, (head.batch, head.nodes))

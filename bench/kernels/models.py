@@ -2,13 +2,11 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from itertools import product
 
 import torch
 
 from stagedspec import workloads
-from stagedspec.ngram import KatzTable
 
 MODELS = {name: workloads.SIZES[name] for name in ("S", "L")}
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")  # a CPU for their own tests
@@ -16,11 +14,6 @@ DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device(
 
 def randn(*shape: int, scale: float = 1.0, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return workloads.randn(*shape, device=DEVICE, scale=scale, dtype=dtype)
-
-
-@cache
-def katz(vocab: int) -> KatzTable:
-    return workloads.katz_table(vocab, DEVICE)
 
 
 @dataclass(frozen=True)

@@ -5,16 +5,16 @@ from functools import partial
 
 import torch
 from harness import SMALL, Case, again, exact
-from models import DEVICE, MODELS, Choice, katz
+from models import DEVICE, MODELS, Choice
 
 from stagedspec.kernels import reference
 from stagedspec.kernels.control import CONTEXT_LOGPROB
-from stagedspec.workloads import Looking
+from stagedspec.workloads import Looking, katz_table
 
 
 def cases(choice: Choice) -> Iterator[Case]:
     for batch, context, nodes in choice.all("batch", "context", "nodes"):
-        looking = Looking(nodes, context, batch, katz(MODELS["L"].vocab), DEVICE)
+        looking = Looking(nodes, context, batch, katz_table(MODELS["L"].vocab, DEVICE), DEVICE)
         ours, peers = again(looking.look), {"torch eager": again(partial(plain, looking))}
         where = {"B": batch, "L": context, "N": nodes}
         yield Case("ngram_lookup", "L", where, 0, SMALL, ours, peers, partial(check, looking), 10.0)

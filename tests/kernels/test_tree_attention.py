@@ -375,6 +375,13 @@ def arguments(device):
     }
 
 
+def test_views_that_wide_loads_cannot_read_are_refused(device):
+    given = arguments(device)
+    odd = torch.zeros(given["qkv"].numel() + 1, device=device)[1:].view_as(given["qkv"])
+    with pytest.raises(ValueError, match="multiple of 16 bytes"):
+        tree_attention(**given | {"qkv": odd})
+
+
 def test_opcheck(device):
     given = arguments(device)
     scratch, scale = given.pop("scratch"), given.pop("scale")
