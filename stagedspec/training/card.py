@@ -76,6 +76,7 @@ def model_card(config: dict, preset: str | None, out: Path, stages: Iterable[str
     device = torch.device("cuda" if torch.cuda.is_available() and config["device"] != "cpu" else "cpu")
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
     command = f"`stagedspec train --preset {preset}`" if preset else "`stagedspec train` with the settings below"
+    cut = "" if config["target_top_k"] is None else f", top-k {config['target_top_k']}"
     lines = [
         "---",
         "license: apache-2.0",
@@ -109,7 +110,7 @@ def model_card(config: dict, preset: str | None, out: Path, stages: Iterable[str
         "",
         "Draft against target on held-out text: the same first choice at"
         f" {acceptance['agreement']:.1%} of positions, the target's first choice among the draft's first four at"
-        f" {acceptance['top4']:.1%}, overlap of the distributions at temperature 1 (one minus total variation)"
+        f" {acceptance['top4']:.1%}, overlap of the distributions at temperature 1{cut} (one minus total variation)"
         f" {acceptance['overlap']:.1%}, KL {acceptance['kl']:.3f} nats.",
         "",
         "## Data",
@@ -119,7 +120,7 @@ def model_card(config: dict, preset: str | None, out: Path, stages: Iterable[str
         *(f"- {line}" for line in _sources(config, out)),
         "",
         f"The draft saw {config['sample_share']:.0%} samples of the target ({config['target_samples']:,} tokens, at"
-        f" temperatures {', '.join(map(str, config['target_temperatures']))}) and {1 - config['sample_share']:.0%}"
+        f" temperatures {', '.join(map(str, config['target_temperatures']))}{cut}) and {1 - config['sample_share']:.0%}"
         f" corpus. The n-gram was fitted on {config['draft_samples']:,} tokens of the draft at temperature"
         f" {config['draft_temperature']}. A sampled row begins with up to {config['longest_prompt']} tokens of the"
         " training corpus.",

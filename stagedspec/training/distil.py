@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from transformers import GPT2LMHeadModel
 
 from stagedspec.training.fit import FitConfig, autocast, sample_blocks
+from stagedspec.training.sample import cut
 
 
 def mixed_blocks(
@@ -26,26 +27,28 @@ def mixed_blocks(
 
 
 def distillation_loss(
-    teacher: GPT2LMHeadModel, overlap_weight: float = 0.0
+    teacher: GPT2LMHeadModel, overlap_weight: float = 0.0, top_k: int | None = None
 ) -> Callable[[torch.nn.Module, torch.Tensor], torch.Tensor]:
     """KL(teacher || model) + overlap_weight * TV(teacher, model), means over all positions of blocks [B, T + 1] but the
     last.
 
     KL in nats; the total variation is the share of single guesses that speculative sampling rejects: a draft too small
     to follow the teacher everywhere gives up tokens that would seldom be accepted anyway. Its gradient alone is weak
-    where the two hardly overlap. Whole vocabulary, fp32, temperature 1. The teacher runs without gradients, under the
-    caller's autocast.
+    where the two hardly overlap. Whole vocabulary, fp32, temperature 1. top_k: the teacher's distribution is cut to so
+    many tokens, as it is when it decodes, and the draft spends nothing on the rest. The teacher runs without gradients,
+    under the caller's autocast.
     """
     teacher.requires_grad_(False).eval()
 
     def loss(model: torch.nn.Module, blocks: torch.Tensor) -> torch.Tensor:
         inputs = blocks[:, :-1]
         with torch.no_grad():
-            wanted = F.log_softmax(teacher(input_ids=inputs, use_cache=False).logits.flatten(0, 1).float(), dim=-1)
+            logits = teacher(input_ids=inputs, use_cache=False).logits.flatten(0, 1).float()
+            wanted = F.softmax(cut(logits, top_k), dim=-1)
         given = F.log_softmax(model(input_ids=inputs, use_cache=False).logits.flatten(0, 1).float(), dim=-1)
-        divergence = F.kl_div(given, wanted, reduction="batchmean", log_target=True)
+        divergence = F.kl_div(given, wanted, reduction="batchmean")
         if overlap_weight:
-            variation = 0.5 * (given.exp() - wanted.exp()).abs().sum(-1).mean()
+            variation = 0.5 * (given.exp() - wanted).abs().sum(-1).mean()
             divergence = divergence + overlap_weight * variation
         return divergence
 
@@ -53,14 +56,17 @@ def distillation_loss(
 
 
 @torch.no_grad()
-def acceptance(target: GPT2LMHeadModel, draft: GPT2LMHeadModel, blocks: torch.Tensor) -> dict[str, float]:
-    """How well the draft guesses the target, over all positions of blocks [N, T + 1] but the last of each.
+def acceptance(
+    target: GPT2LMHeadModel, draft: GPT2LMHeadModel, blocks: torch.Tensor, top_k: int | None = None
+) -> dict[str, float]:
+    """How well the draft guesses the target, over all positions of blocks [N, T + 1] but the last of each. top_k: both
+    distributions are cut to so many tokens, each to its own, as they are when decoding.
 
     agreement: the argmax is the same: greedy acceptance of a single guess.
     overlap:   mean of sum_x min(p, q) at temperature 1, that is 1 - total variation: what speculative sampling
                accepts of a single guess (Leviathan, Kalman, Matias, arXiv 2211.17192, corollary 3.6).
     top4:      the target's argmax is among the draft's first four: greedy acceptance of four children.
-    kl:        KL(target || draft) in nats.
+    kl:        KL(target || draft) in nats, the draft's distribution whole.
     """
     target_mode, draft_mode = target.training, draft.training
     target.eval(), draft.eval()
@@ -68,17 +74,17 @@ def acceptance(target: GPT2LMHeadModel, draft: GPT2LMHeadModel, blocks: torch.Te
     count = 0
     for part in blocks[:, :-1].split(4):
         with autocast(target.device):
-            p = target(input_ids=part.to(target.device), use_cache=False).logits
-            q = draft(input_ids=part.to(draft.device), use_cache=False).logits
-        p = F.log_softmax(p.flatten(0, 1).float(), dim=-1)
-        q = F.log_softmax(q.flatten(0, 1).float(), dim=-1).to(p.device)
+            p = target(input_ids=part.to(target.device), use_cache=False).logits.flatten(0, 1).float()
+            q = draft(input_ids=part.to(draft.device), use_cache=False).logits.flatten(0, 1).float()
+        p, given = F.softmax(cut(p, top_k), dim=-1), F.log_softmax(q, dim=-1).to(p.device)
+        q = F.softmax(cut(q, top_k), dim=-1).to(p.device)
         best = p.argmax(-1, keepdim=True)
         guesses = q.topk(min(4, q.shape[-1]), dim=-1).indices
         values = [
             (q.argmax(-1, keepdim=True) == best).sum(),
-            torch.minimum(p, q).exp().sum(),
+            torch.minimum(p, q).sum(),
             (guesses == best).any(-1).sum(),
-            F.kl_div(q, p, reduction="sum", log_target=True),
+            F.kl_div(given, p, reduction="sum"),
         ]
         sums += torch.stack([value.double() for value in values]).cpu()
         count += len(p)

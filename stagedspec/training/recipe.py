@@ -87,6 +87,7 @@ class TrainConfig:
     target, draft:      sizes; target_fit, draft_fit: their training.
     sample_share:       part of the draft's training batches that is the target's own text.
     overlap_weight:     of the total variation in the draft's loss, see distil.distillation_loss.
+    target_top_k:       tokens that the target's distribution is cut to, sampling and teaching; None: all of them.
     target_samples:     tokens of it, at target_temperatures in turn; target_rows x target_length tokens a shard.
     draft_samples:      tokens that the n-gram is fitted on, at draft_temperature; draft_rows x draft_length a shard.
     longest_prompt:     sampled rows begin with 1 to this many tokens of the corpus.
@@ -107,6 +108,7 @@ class TrainConfig:
     draft_fit: FitConfig = _DRAFT_FIT
     sample_share: float = 0.75
     overlap_weight: float = 3.0
+    target_top_k: int | None = 50
     target_samples: int = 8_388_608
     target_temperatures: tuple[float, ...] = (1.0, 1.0, 0.5, 0.1)
     target_rows: int = 4096
@@ -147,6 +149,8 @@ class TrainConfig:
                 raise ValueError(f"{name}_micro_batch must divide the batch of {batch}, got {micro}")
         if not 0 <= self.sample_share <= 1:
             raise ValueError(f"sample_share must be from 0 to 1, got {self.sample_share}")
+        if self.target_top_k is not None and self.target_top_k < 1:
+            raise ValueError(f"target_top_k must be at least 1 or None, got {self.target_top_k}")
         if not 0 <= self.overlap_weight < math.inf:
             raise ValueError(f"overlap_weight must be a number from 0 on, got {self.overlap_weight}")
         temperatures = (*self.target_temperatures, self.draft_temperature)
@@ -326,6 +330,7 @@ class _Run:
             config.longest_prompt,
             config.seed + 1,
             report,
+            config.target_top_k,
         )
         self._finish("target-samples", shards, report)
 
@@ -339,9 +344,12 @@ class _Run:
             config.draft_fit,
             self.out / "draft",
             lambda step: distil.mixed_blocks(corpus.train, samples, config.sample_share, config.draft_fit, step),
-            distil.distillation_loss(target, config.overlap_weight),
+            distil.distillation_loss(target, config.overlap_weight, config.target_top_k),
             report,
-            lambda: distil.acceptance(target, draft, blocks) | heldout(draft, corpus, config.draft_fit.block),
+            lambda: (
+                distil.acceptance(target, draft, blocks, config.target_top_k)
+                | heldout(draft, corpus, config.draft_fit.block)
+            ),
             config.evaluate_every,
             config.draft_micro_batch,
             teacher=target,
@@ -397,7 +405,9 @@ class _Run:
         measured = {
             "target": {"parameters": target.num_parameters(), **heldout(target, corpus, block, limit=128)},
             "draft": {"parameters": draft.num_parameters(), **heldout(draft, corpus, block, limit=128)},
-            "acceptance": distil.acceptance(target, draft, heldout_blocks(corpus.heldout, block, limit=64)),
+            "acceptance": distil.acceptance(
+                target, draft, heldout_blocks(corpus.heldout, block, limit=64), self.config.target_top_k
+            ),
         }
         name = next((name for name, config in PRESETS.items() if config == self.config), None)
         text = card.model_card(asdict(self.config), name, self.out, STAGES[:-1], measured)

@@ -33,19 +33,27 @@ def prompt_rows(corpus: torch.Tensor, rows: int, longest: int, end_of_text: int 
     return corpus[starts[:, None] + torch.arange(length)]
 
 
+def cut(logits: torch.Tensor, top_k: int | None) -> torch.Tensor:
+    """Logits [..., V] with all but the top_k best at -inf; None: as they are."""
+    if top_k is None or top_k >= logits.shape[-1]:
+        return logits
+    return logits.masked_fill(logits < logits.topk(top_k, dim=-1).values[..., -1:], float("-inf"))
+
+
 class _Draw(LogitsProcessor):
-    """Draws one token a row from softmax(scores / temperature) and leaves it the only choice.
+    """Draws one token a row from softmax(scores / temperature), cut to the top_k best, and leaves it the only choice.
 
     By the inverse of the distribution function, one uniform a row. torch.multinomial draws one number a token of the
     vocabulary: for a small model on a CPU that is two thirds of the time.
     """
 
-    def __init__(self, temperature: float, seed: int, device: torch.device):
-        self.temperature = temperature
+    def __init__(self, temperature: float, seed: int, device: torch.device, top_k: int | None = None):
+        self.temperature, self.top_k = temperature, top_k
         self.generator = torch.Generator(device).manual_seed(seed)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        total = torch.softmax(scores.float() / self.temperature, dim=-1).cumsum(-1)  # [rows, V]
+        warped = cut(scores.float() / self.temperature, self.top_k)
+        total = torch.softmax(warped, dim=-1).cumsum(-1)  # [rows, V]
         uniform = torch.rand(len(scores), 1, generator=self.generator, device=scores.device)
         # The first token whose total exceeds the number; rounding may leave the last total a little below one.
         chosen = torch.searchsorted(total, uniform * total[:, -1:], right=True).clamp_(max=scores.shape[-1] - 1)
@@ -54,9 +62,14 @@ class _Draw(LogitsProcessor):
 
 @torch.no_grad()
 def sample_rows(
-    model: GPT2LMHeadModel, prompts: torch.Tensor, length: int, temperature: float, seed: int
+    model: GPT2LMHeadModel,
+    prompts: torch.Tensor,
+    length: int,
+    temperature: float,
+    seed: int,
+    top_k: int | None = None,
 ) -> torch.Tensor:
-    """Continues prompts [rows, p] to LongTensor [rows, length] by pure sampling; texts run on after end of text."""
+    """Continues prompts [rows, p] to LongTensor [rows, length] by sampling; texts run on after end of text."""
     prompts = prompts.to(model.device)
     config = GenerationConfig(
         do_sample=False,  # _Draw has chosen
@@ -71,7 +84,7 @@ def sample_rows(
             prompts,
             attention_mask=torch.ones_like(prompts),
             generation_config=config,
-            logits_processor=LogitsProcessorList([_Draw(temperature, seed, model.device)]),
+            logits_processor=LogitsProcessorList([_Draw(temperature, seed, model.device, top_k)]),
         )
     finally:
         model.generation_config = own
@@ -89,6 +102,7 @@ def sample_shards(
     longest_prompt: int = 16,
     seed: int = 0,
     report: Callable[[dict], None] = lambda values: None,
+    top_k: int | None = None,
 ) -> Iterator[torch.Tensor]:
     """Samples until there are `tokens_wanted` tokens; yields shards, LongTensor [batch, length] each, in order.
 
@@ -98,6 +112,7 @@ def sample_shards(
     corpus:      LongTensor [T] that the prompts are taken from; rows begin with their prompt, of at most
                  `longest_prompt` tokens.
     length:      tokens a row, the prompt included; at most the model's n_positions.
+    top_k:       of how many tokens each is drawn; None: of all.
     report:      gets a dict after each shard: step and steps (shards), seconds, tokens_per_second (new tokens).
 
     Raises ValueError for settings that cannot be, or a folder whose shards are damaged or of other settings.
@@ -112,14 +127,16 @@ def sample_shards(
         )
     if not temperatures or not all(0 < t < float("inf") for t in temperatures):
         raise ValueError(f"temperatures must be positive numbers, got {temperatures}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1 or None, got {top_k}")
     if len(corpus) <= longest_prompt:
         raise ValueError(f"the corpus has {len(corpus)} tokens, not more than a prompt of {longest_prompt}")
     return _shards(
-        model, tokens_wanted, temperatures, Path(folder), corpus, batch, length, longest_prompt, seed, report
+        model, tokens_wanted, temperatures, Path(folder), corpus, batch, length, longest_prompt, seed, report, top_k
     )
 
 
-def _shards(model, tokens_wanted, temperatures, folder, corpus, batch, length, longest_prompt, seed, report):
+def _shards(model, tokens_wanted, temperatures, folder, corpus, batch, length, longest_prompt, seed, report, top_k):
     folder.mkdir(parents=True, exist_ok=True)
     count = -(-tokens_wanted // (batch * length))
     end_of_text = model.config.eos_token_id
@@ -132,13 +149,13 @@ def _shards(model, tokens_wanted, temperatures, folder, corpus, batch, length, l
             "rows": batch,
             "length": length,
             "longest_prompt": longest_prompt,
-        }
+        } | ({} if top_k is None else {"top_k": top_k})
         if path.exists():
             yield _load(path, model.config.vocab_size, settings)
             continue
         start = time.perf_counter()
         prompts = prompt_rows(corpus, batch, longest_prompt, end_of_text, shard_seed)
-        rows = sample_rows(model, prompts, length, settings["temperature"], shard_seed)
+        rows = sample_rows(model, prompts, length, settings["temperature"], shard_seed, top_k)
         part = path.with_suffix(".part")
         save_file({"tokens": rows.int()}, part, metadata={"settings": json.dumps(settings)})
         part.replace(path)
