@@ -220,6 +220,24 @@ def test_samples_follow_the_models_distribution():
     assert (rows[:, 1] == 0).any()  # the end of text does not end a row
 
 
+def test_samples_of_the_top_k():
+    model = tiny_model(spread=0.2)
+    prompts = torch.full((5000, 1), 5)
+    rows = sample.sample_rows(model, prompts, 2, temperature=2.0, seed=0, top_k=3)
+    with torch.no_grad():
+        best, tokens = torch.softmax(model(prompts[:1]).logits[0, -1] / 2.0, -1).topk(3)
+    counts = torch.bincount(rows[:, 1], minlength=VOCAB)
+    assert counts[tokens].sum() == 5000
+    expected = best / best.sum() * 5000
+    assert ((counts[tokens] - expected) ** 2 / expected).sum() < 20  # two degrees of freedom: one in 20,000
+
+
+def test_a_cut_keeps_ties():
+    logits = torch.tensor([[1.0, 3.0, 2.0, 2.0, 0.0]])
+    assert sample.cut(logits, 2).isfinite().tolist() == [[False, True, True, True, False]]
+    assert sample.cut(logits, None) is logits and sample.cut(logits, 9) is logits
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -230,6 +248,7 @@ def test_samples_follow_the_models_distribution():
         {"length": 33},
         {"batch": 0},
         {"longest_prompt": 0},
+        {"top_k": 0},
         {"longest_prompt": 20},
         {"corpus": torch.zeros(3, dtype=torch.long)},
     ],
@@ -282,7 +301,27 @@ def test_distillation_raises_agreement(tmp_path, stream):
     assert all(torch.equal(a, b) for a, b in zip(weights, target.parameters(), strict=True))
 
 
-def test_acceptance_by_hand(stream):
+def _kept(p: torch.Tensor, top_k: int | None) -> torch.Tensor:
+    """The distribution p [V] of its top_k tokens alone."""
+    kept = p.topk(top_k or len(p))
+    return torch.zeros_like(p).index_put_((kept.indices,), kept.values / kept.values.sum())
+
+
+@pytest.mark.parametrize("top_k", [None, 4])
+def test_distillation_loss_by_hand(stream, top_k):
+    target, draft, blocks = tiny_model(1, spread=0.4), tiny_model(2, spread=0.4), stream[:34].view(2, 17)
+    found = distil.distillation_loss(target, 0.5, top_k)(draft, blocks).item()
+    wanted = 0.0
+    with torch.no_grad():
+        logits = (model(blocks[:, :-1]).logits.flatten(0, 1) for model in (target, draft))
+        for theirs, own in zip(*logits, strict=True):
+            p, q = _kept(torch.softmax(theirs, -1), top_k), torch.softmax(own, -1)
+            wanted += torch.special.xlogy(p, p / q).sum().item() + 0.25 * (p - q).abs().sum().item()
+    assert found == pytest.approx(wanted / 32, rel=1e-4)
+
+
+@pytest.mark.parametrize("top_k", [None, 4])
+def test_acceptance_by_hand(stream, top_k):
     target, draft, blocks = tiny_model(1, spread=0.4), tiny_model(2, spread=0.4), stream[:34].view(2, 17)
     same = distil.acceptance(target, target, blocks)
     assert same["agreement"] == same["top4"] == 1
@@ -294,9 +333,11 @@ def test_acceptance_by_hand(stream):
                 p = torch.softmax(target(row[None, : position + 1]).logits[0, -1], -1)
                 q = torch.softmax(draft(row[None, : position + 1]).logits[0, -1], -1)
             best = int(p.argmax())
-            kl = (p * (p / q).log()).sum()
-            sums += torch.tensor([int(q.argmax()) == best, (p - q).clamp(max=0).sum() + 1, best in q.topk(4)[1], kl])
-    found = distil.acceptance(target, draft, blocks)
+            p, kept = _kept(p, top_k), _kept(q, top_k)
+            kl = torch.special.xlogy(p, p / q).sum()
+            overlap = (p - kept).clamp(max=0).sum() + 1
+            sums += torch.tensor([int(q.argmax()) == best, overlap, best in q.topk(4)[1], kl])
+    found = distil.acceptance(target, draft, blocks, top_k)
     assert list(found.values()) == pytest.approx((sums / 32).tolist(), rel=1e-4)
 
 
@@ -473,6 +514,7 @@ def test_recipe_refuses_too_little_source(config, tmp_path):
         {"target_micro_batch": 3},
         {"ngram_successors": 0},
         {"target_samples": 5},
+        {"target_top_k": 0},
     ],
     ids=lambda settings: next(iter(settings)),
 )
