@@ -404,7 +404,7 @@ class Noise:
     def at(self, batch: Batch) -> NoiseAt:
         """For the nodes of a pass: a node of depth d chooses the token d past the row's length."""
         index = [[self._slot(n, depth) for depth in row] for n, row in zip(self.lengths, batch.depths, strict=True)]
-        return NoiseAt(self.values, torch.tensor(index, device=self.seeds.device))
+        return NoiseAt(self.values, torch.from_numpy(np.array(index)).to(self.seeds.device))
 
     def _slot(self, length: int, depth: int) -> int:
         """Nodes outside the reach (the catch-up token, drafted nodes deeper than any tree of this size) can never be
@@ -555,9 +555,13 @@ def move_rows(cache: torch.Tensor, tree_rows: int, moves: list[list[tuple[int, i
     source = [index * rows + row for index, pairs in enumerate(moves) for row, _ in pairs]
     target = [index * rows + tree_rows + position for index, pairs in enumerate(moves) for _, position in pairs]
     if cache.device.type == "cpu" and set(source).isdisjoint(target):
-        # A copy a row takes less time there than indexing.
-        for old, new in zip(source, target, strict=True):
-            flat.select(1, new).copy_(flat.select(1, old))
+        # A copy for every run of neighbours takes less time there than indexing.
+        start = 0
+        for stop in range(1, len(source) + 1):
+            count = stop - start
+            if stop == len(source) or source[stop] - source[start] != count or target[stop] - target[start] != count:
+                flat.narrow(1, target[start], count).copy_(flat.narrow(1, source[start], count))
+                start = stop
     elif source:
         indices = torch.tensor((source, target), device=cache.device)
         flat.index_copy_(1, indices[1], flat.index_select(1, indices[0]))
