@@ -43,8 +43,9 @@ def distillation_loss(
     def loss(model: torch.nn.Module, blocks: torch.Tensor) -> torch.Tensor:
         inputs = blocks[:, :-1]
         with torch.no_grad():
-            logits = teacher(input_ids=inputs, use_cache=False).logits.flatten(0, 1).float()
-            wanted = F.softmax(cut(logits, top_k), dim=-1)
+            # Cut before the conversion: to search bf16 takes half the time.
+            logits = cut(teacher(input_ids=inputs, use_cache=False).logits.flatten(0, 1), top_k)
+            wanted = F.softmax(logits.float(), dim=-1)
         given = F.log_softmax(model(input_ids=inputs, use_cache=False).logits.flatten(0, 1).float(), dim=-1)
         divergence = F.kl_div(given, wanted, reduction="batchmean")
         if overlap_weight:

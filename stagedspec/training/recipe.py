@@ -76,7 +76,7 @@ formulaic sacrebleu
 """
 EMBEDDED_SOURCES = tuple(_PACKAGES.split())
 _TARGET_FIT = FitConfig(tokens=400_000_000, batch=64, block=512, learning_rate=3e-3, checkpoint_seconds=60)
-_DRAFT_FIT = FitConfig(tokens=280_000_000, batch=64, block=512, learning_rate=6e-3, seed=1, checkpoint_seconds=60)
+_DRAFT_FIT = FitConfig(tokens=450_000_000, batch=64, block=512, learning_rate=6e-3, seed=1, checkpoint_seconds=60)
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class TrainConfig:
     target_fit: FitConfig = _TARGET_FIT
     draft_fit: FitConfig = _DRAFT_FIT
     sample_share: float = 0.75
-    overlap_weight: float = 3.0
+    overlap_weight: float = 6.0
     target_top_k: int | None = 50
     target_samples: int = 8_388_608
     target_temperatures: tuple[float, ...] = (1.0, 1.0, 0.5, 0.1)
@@ -122,7 +122,7 @@ class TrainConfig:
     ngram_successors: int = 4
     target_micro_batch: int | None = None
     draft_micro_batch: int | None = None
-    evaluate_every: int = 1000
+    evaluate_every: int = 2000
     seed: int = 0
     device: str = field(default="auto", compare=False)
 
