@@ -29,7 +29,7 @@ from triton.language.extra import cuda
 from stagedspec.kernels.linear import HOPPER_SPLIT, ROWS, _activate, model_linears, stat_tiles
 from stagedspec.kernels.registry import CompileCase, launch_options
 
-_copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name from Triton 3.9 on, and before
+_copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name in Triton 3.9 and in 3.6
 WHOLE = 1600  # columns that are not split
 SHARED = 232_448  # bytes a program may have (CUDA C++ Programming Guide, compute capability 9.0)
 SPARE = 2048  # of them for barriers
