@@ -19,6 +19,9 @@ kernel before and the end of this one; the design keeps that chain short:
 - Where rows alone make too few programs, the columns are split at absolute offsets that the weight's shape decides. The
   last program of a tile to arrive adds the parts up in their order.
 - With programmatic dependent launch the next kernel is resident while this one runs.
+
+In 16-bit types on Hopper linear_hopper.py does the same with all of its weights in shared memory beforehand; a device
+and a weight's shape have one of the two, for every M.
 """
 
 from dataclasses import dataclass
@@ -34,6 +37,7 @@ from stagedspec.kernels.registry import (
     Scratch,
     check_runs,
     check_tensor,
+    interpreted,
     launch_options,
     register,
 )
@@ -47,6 +51,7 @@ WIDE = 48
 PROGRAMS = 100
 MOST_SPLITS = 6  # whoever adds the parts up holds all of them in registers
 SHORTEST_SPLIT = 256  # columns
+HOPPER_SPLIT = 1280  # columns that linear_hopper.py has in shared memory at most
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ACTIVATIONS = {
     "none": 0,
@@ -279,12 +284,25 @@ def token_tile(count: int, itemsize: int) -> int:
 
 
 def scratch_size(count: int, outputs: int, inputs: int) -> tuple[int, int]:
-    """(partials, counters) that a linear of `count` tokens needs, in any dtype."""
-    splits, _ = _splits(outputs, inputs)
+    """(partials, counters) that a linear of `count` tokens needs, in any dtype and on any device."""
+    splits, hopper = _splits(outputs, inputs)[0], triton.cdiv(inputs, HOPPER_SPLIT)
+    splits = max(splits, hopper if hopper <= MOST_SPLITS else 1)
     tiles, tokens = triton.cdiv(outputs, ROWS), token_tile(count, 2)
     if splits == 1:
         return 0, 0
     return splits * tiles * ROWS * triton.cdiv(count, tokens) * tokens, tiles * triton.cdiv(count, 16)
+
+
+@cache
+def _hopper(device: torch.device) -> bool:
+    if device.type != "cuda" or interpreted() or torch.cuda.get_device_capability(device) != (9, 0):
+        return False
+    return tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
+
+
+def by_hopper(itemsize: int, inputs: int, device: torch.device) -> bool:
+    """Whether linear_hopper.py serves, which has no settings to choose. It copies rows of a multiple of 16 bytes."""
+    return itemsize == 2 and inputs % 8 == 0 and inputs <= HOPPER_SPLIT * MOST_SPLITS and _hopper(device)
 
 
 def _default(itemsize: int, tokens: int, length: int, roomy: bool = False) -> dict[str, int]:
@@ -335,6 +353,11 @@ def _launch(
 ) -> None:
     check_runs(x, "linear")
     count, inputs = x.shape
+    if by_hopper(x.element_size(), inputs, x.device):
+        from stagedspec.kernels import linear_hopper
+
+        arguments = stats, sums, epsilon, weight, bias, activation, residual, out, stats_out, partials, counters
+        return linear_hopper.launch(x, *arguments)
     outputs = weight.shape[0]
     splits, length = _splits(outputs, inputs)
     tokens = token_tile(count, x.element_size())
@@ -526,21 +549,25 @@ def _check(
 # ---------------------------------------------------------------- compiling without a GPU
 
 
-def compile_cases() -> list[CompileCase]:
-    """The four linears of GPT-2 S to XL and of the embedded models in bf16, at 16 and 64 tokens."""
+def model_linears() -> list[tuple[str, int, int, bool, int]]:
+    """The four linears of GPT-2 S to XL and of the embedded models: name, outputs, inputs, whether there is a LayerNorm
+    before (else a residual after), activation."""
     models = {"s": (768, 3072), "m": (1024, 4096), "l": (1280, 5120), "xl": (1600, 6400), "target": (384, 1728)}
-    cases = []
-    for model, (width, inner) in models.items():
-        layers = {
-            "qkv": (3 * width, width, True, 0),
-            "projection": (width, width, False, 0),
-            "up": (inner, width, True, 3),
-            "down": (width, inner, False, 0),
-        }
-        for layer, (outputs, inputs, norm, activation) in layers.items():
-            for tokens in (16, 64):
-                cases.append(_case(f"{model} {layer} {tokens}", outputs, inputs, norm, activation, tokens))
-    return cases
+    return [
+        (f"{model} {layer}", *rest)
+        for model, (width, inner) in models.items()
+        for layer, *rest in (
+            ("qkv", 3 * width, width, True, 0),
+            ("projection", width, width, False, 0),
+            ("up", inner, width, True, 3),
+            ("down", width, inner, False, 0),
+        )
+    ]
+
+
+def compile_cases() -> list[CompileCase]:
+    """`model_linears` in bf16, at 16 and 64 tokens."""
+    return [_case(f"{name} {tokens}", *rest, tokens) for name, *rest in model_linears() for tokens in (16, 64)]
 
 
 def _case(name: str, outputs: int, inputs: int, norm: bool, activation: int, tokens: int) -> CompileCase:

@@ -115,7 +115,7 @@ class CompileCase:
 
     signature: argument name to type ("*bf16", "i32", "fp32"); constexprs: the compile-time arguments.
     matrix: the kernel is expected to use matrix instructions. aligned: arguments divisible by 16.
-    fusion: whether products and sums may be fused.
+    fusion: whether products and sums may be fused. only: the one architecture it is for.
     """
 
     name: str
@@ -127,3 +127,4 @@ class CompileCase:
     matrix: bool = False
     aligned: tuple[str, ...] = field(default_factory=tuple)
     fusion: bool = True
+    only: int | None = None

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib import import_module
@@ -26,11 +27,13 @@ from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from stagedspec.kernels.registry import CompileCase
 
 MODULES = (
     "linear",
+    "linear_hopper",
     "embed",
     "tree_attention",
     "compact",
@@ -59,14 +62,16 @@ class Report:
     problem: str = ""
 
 
-def cases(match: str) -> list[tuple[str, int]]:
-    """(module, index of the case) of every case whose name contains `match`."""
+def cases(match: str, archs: Iterable[int]) -> list[tuple[str, int, int]]:
+    """(module, index of the case, architecture) of every case whose name contains `match`."""
     return [
-        (module, index)
+        (module, index, arch)
         for module in MODULES
         if match.split(":")[0] in module or ":" not in match
         for index, case in enumerate(import_module(f"stagedspec.kernels.{module}").compile_cases())
         if match in label(module, case)
+        for arch in archs
+        if case.only in (None, arch)
     ]
 
 
@@ -85,7 +90,8 @@ def compile_case(job: tuple[str, int, int]) -> Report:
     names = list(case.signature)
     attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in case.aligned}
     signature = {name: "constexpr" if name in case.constexprs else kind for name, kind in case.signature.items()}
-    source = ASTSource(fn=case.kernel, signature=signature, constexprs=constants, attrs=attrs)
+    kind = GluonASTSource if case.kernel.is_gluon() else ASTSource
+    source = kind(fn=case.kernel, signature=signature, constexprs=constants, attrs=attrs)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "enable_fp_fusion": case.fusion}
     name = label(module, case)
     try:
@@ -118,6 +124,8 @@ def miscompiled(code: str) -> bool:
     """
     lower: dict[str, str] = {}  # carry -> the register that was added to
     for line in code.splitlines():
+        if found := re.search(r"\bU\w[\w.]* (?:UP\d, )?(UR\w+),", line):  # what is written is not what was added to
+            lower = {carry: register for carry, register in lower.items() if register != found[1]}
         if found := re.search(r"\bUIADD3 UR\w+, (UP\d), (UR\d+), 0x\w+, URZ", line):
             lower[found[1]] = found[2]
         found = re.search(r"\bUIADD3\.X UR\w+, (UR\d+), -?0x\w+, URZ, (UP\d)", line)
@@ -170,7 +178,7 @@ def main() -> int:
     if triton.knobs.runtime.interpret:
         print("error: TRITON_INTERPRET is set: unset it, the interpreter compiles nothing", file=sys.stderr)
         return 2
-    jobs = [(*case, arch) for case in cases(options.match) for arch in options.arch or SHARED_LIMIT]
+    jobs = cases(options.match, options.arch or SHARED_LIMIT)
     if not jobs:
         print(f"error: no kernel's name contains {options.match!r}", file=sys.stderr)
         return 2

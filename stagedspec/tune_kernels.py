@@ -200,6 +200,8 @@ def _linear(shape: ModelShape, device: torch.device) -> Iterator[Problem]:
     width, mlp = shape.width, shape.mlp
     dtype = workloads.dtype_of(device)
     for outputs, inputs in ((3 * width, width), (width, width), (mlp, width), (width, mlp)):
+        if linear.by_hopper(dtype.itemsize, inputs, device):
+            continue
         by_tile = {linear.token_tile(count, dtype.itemsize): count for count in LINEAR_NODES}
         for tile, count in by_tile.items():
 

@@ -26,6 +26,7 @@ def report(tmp_path, match: str, arch: int) -> tuple[subprocess.CompletedProcess
     [
         ("linear: l qkv 64", 90, "HGMMA"),
         ("linear: l down 16", 80, "HMMA"),
+        ("linear_hopper: l down 64", 90, "HGMMA"),
         ("tree_attention: far-l-n64", 90, "HGMMA"),
         ("tree_attention: near-l-n64", 90, "HMMA"),
         ("lm_head: head-greedy-50257x1280-r16", 90, "HGMMA"),
@@ -55,6 +56,8 @@ def test_wrong_addresses_are_seen(lower, upper, expected):
     sys.modules[module.__name__] = module  # dataclasses look their module up
     specification.loader.exec_module(module)
     assert module.miscompiled(SUM.format(lower=lower, upper=upper)) is expected
+    written = SUM.format(lower=lower, upper=upper).replace("ULEA UR27,", "UMOV UR4, URZ ;\n    ULEA UR27,")
+    assert not module.miscompiled(written)
 
 
 def test_nothing_matches(tmp_path):

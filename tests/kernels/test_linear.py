@@ -5,14 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+import triton
 from transformers.activations import ACT2FN
 
-from stagedspec.kernels import configs, linear
+from stagedspec.kernels import configs, linear, linear_hopper
 from stagedspec.kernels.linear import (
     ACTIVATIONS,
     Folded,
     activation_known,
-    compile_cases,
     linear_add,
     norm_linear,
     row_stats,
@@ -106,7 +106,7 @@ def test_mean_far_from_zero(device):
     torch.testing.assert_close(problem.normed(), problem.plain(torch.float64).float(), rtol=2e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize("shape", [(40, 192), (40, 640), (40, 1280)], ids=str)
+@pytest.mark.parametrize("shape", [(40, 192), (40, 640), (40, 1280), (40, 1600), (72, 2600)], ids=str)
 def test_a_row_has_the_same_bits_in_any_batch(device, dtype, shape, fixed_order):
     problem = Problem(device, dtype, 150, *shape)
     normed, (added, stats) = problem.normed(), problem.added()
@@ -192,6 +192,24 @@ def test_errors(device):
         linear_add(big.x, big.weight, big.bias, big.residual, big.residual, None, small)
 
 
-def test_compile_cases():
-    cases = compile_cases()
+def test_hopper_has_room():
+    """Every block of x has a slot or takes turns in three at least, beside the weights, at every width it serves; parts
+    begin at the same columns for any number of tokens."""
+    assert not linear.by_hopper(2, 640, torch.device("cpu"))
+    for inputs in range(8, linear.HOPPER_SPLIT * linear.MOST_SPLITS + 1, 8):
+        splits, part = linear_hopper.splits_of(inputs)
+        assert splits <= triton.cdiv(inputs, linear.HOPPER_SPLIT) <= linear.MOST_SPLITS
+        for count in (1, 9, 20, 200):
+            chosen = linear_hopper.settings(count, inputs)
+            length, slots = chosen["SPLIT_K"], chosen["SLOTS"]
+            assert chosen["SPLITS"] == splits and length * splits >= inputs and (splits == 1 or length == part)
+            blocks, rest = divmod(length, chosen["BLOCK_K"])
+            assert rest == 0 and min(blocks, 3) <= slots <= blocks
+            elements = length * linear.ROWS + slots * chosen["BLOCK_K"] * chosen["TOKENS"]
+            assert elements * 2 + (blocks + slots) * 8 <= linear_hopper.SHARED
+
+
+@pytest.mark.parametrize("module", [linear, linear_hopper], ids=lambda module: module.__name__)
+def test_compile_cases(module):
+    cases = module.compile_cases()
     assert all(case.matrix for case in cases) and len({case.name for case in cases}) == len(cases)

@@ -1,0 +1,313 @@
+"""The linears of linear.py on Hopper: the weights wait in shared memory for the kernel ahead to end.
+
+Between the end of one such kernel and the end of the next, linear.py fetches weights. Here they are there before: a
+program asks for all of its weights (64 rows of up to HOPPER_SPLIT columns, 160 KB) when it starts, and it starts once
+the programs of the kernel ahead have. What is left to do after that kernel are x from L2, the products and the
+epilogue. This needs a say in what is in flight and when: it is Gluon, Triton's language a level below Triton.
+
+- Weights and x come by bulk tensor copies, a barrier for each block of columns; the matrix instructions read both from
+  shared memory. Where x has no room beside the weights its blocks take turns in a ring of slots.
+- As few splits as shared memory allows: adding up parts costs more than longer programs do.
+- The next kernel may start at once, not only after this one's wait: it finds out itself when to read, and it cannot end
+  before the one ahead of it has. So several kernels ahead are already fetching while one computes.
+
+Sums run over columns in their order, 16 at a time, in the same instructions for any number of tokens; a row is summed
+in a layout that is the same for any number of tokens. The bits are those of this kernel, not of linear.py's.
+"""
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra import cuda
+
+from stagedspec.kernels.linear import HOPPER_SPLIT, ROWS, _activate, model_linears, stat_tiles
+from stagedspec.kernels.registry import CompileCase, launch_options
+
+_copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name in Triton 3.9 and in 3.6
+WHOLE = 1600  # columns that are not split
+SHARED = 232_448  # bytes a program may have (CUDA C++ Programming Guide, compute capability 9.0)
+SPARE = 2048  # of them for barriers
+
+
+@gluon.jit(do_not_specialize=("M", "epsilon"))
+def _linear_hopper(
+    x,  # [M, K], described in blocks [TOKENS, BLOCK_K]
+    weight,  # [OUT, K], described in blocks [ROWS, BLOCK_K]
+    p_stats,  # [M, STAT_TILES, 2]
+    p_sums,  # [OUT]
+    p_bias,  # [OUT]
+    p_residual,  # [M, OUT]
+    p_out,  # [M, OUT]
+    p_stats_out,  # [M, tiles, 2]
+    p_partials,
+    p_counters,
+    M,
+    epsilon,
+    OUT: gl.constexpr,
+    K: gl.constexpr,
+    NORM: gl.constexpr,
+    STAT_TILES: gl.constexpr,
+    BIAS: gl.constexpr,
+    RESIDUAL: gl.constexpr,
+    ACTIVATION: gl.constexpr,
+    STATS: gl.constexpr,
+    SPLITS: gl.constexpr,
+    SPLIT_K: gl.constexpr,
+    ROWS: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    TOKENS: gl.constexpr,
+    SLOTS: gl.constexpr,
+    PDL: gl.constexpr,
+):
+    TILES: gl.constexpr = (OUT + ROWS - 1) // ROWS
+    BLOCKS: gl.constexpr = SPLIT_K // BLOCK_K
+    WIDE: gl.constexpr = triton.next_power_of_2(STAT_TILES)
+    # A row of the output, and one of tiles' statistics, each in eight lanes.
+    ROW: gl.constexpr = gl.BlockedLayout([1, ROWS // 8], [4, 8], [4, 1], [1, 0])
+    TILE: gl.constexpr = gl.BlockedLayout([1, max(1, WIDE // 8)], [4, 8], [4, 1], [1, 0])
+    SUM: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])
+    i_tile, i_split, i_block = gl.program_id(0), gl.program_id(1), gl.program_id(2)
+    i_row, i_token, i_start = i_tile * ROWS, i_block * TOKENS, i_split * SPLIT_K
+
+    # Before the kernel ahead has ended: what does not change.
+    s_weight = gl.allocate_shared_memory(weight.dtype, [BLOCKS, ROWS, BLOCK_K], weight.layout)
+    s_x = gl.allocate_shared_memory(x.dtype, [SLOTS, TOKENS, BLOCK_K], x.layout)
+    weight_there = gl.allocate_shared_memory(gl.int64, [BLOCKS, 1], mbarrier.MBarrierLayout())
+    x_there = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    for i in range(BLOCKS):
+        mbarrier.init(weight_there.index(i), count=1)
+    for i in range(SLOTS):
+        mbarrier.init(x_there.index(i), count=1)
+    if PDL:
+        cuda.gdc_launch_dependents()
+    for i in range(BLOCKS):
+        mbarrier.expect(weight_there.index(i), ROWS * BLOCK_K * 2)
+        _copy(weight, [i_row, i_start + i * BLOCK_K], weight_there.index(i), s_weight.index(i))
+    for i in range(SLOTS):
+        mbarrier.expect(x_there.index(i), TOKENS * BLOCK_K * 2)
+    rows = i_row + gl.arange(0, ROWS, gl.SliceLayout(0, ROW))
+    real = rows < OUT
+    if BIAS:
+        b_bias = gl.load(p_bias + rows, mask=real, other=0.0)
+    if NORM:
+        b_sums = gl.load(p_sums + rows, mask=real, other=0.0)
+
+    if PDL:
+        cuda.gdc_wait()
+    for i in range(SLOTS):
+        _copy(x, [i_token, i_start + i * BLOCK_K], x_there.index(i), s_x.index(i))
+    tokens = i_token + gl.arange(0, TOKENS, gl.SliceLayout(1, ROW))
+    ok = tokens < M
+    there = ok[:, None] & real[None, :]
+    i_out = tokens.to(gl.int64)[:, None] * OUT + rows[None, :]
+    if RESIDUAL:
+        b_residual = gl.load(p_residual + i_out, mask=there, other=0.0)
+    if NORM:
+        b_mean, b_scale = _merged_stats(p_stats, i_token, M, epsilon, K, ROWS, STAT_TILES, TOKENS, TILE)
+        b_mean = gl.convert_layout(b_mean, gl.SliceLayout(1, ROW))
+        b_scale = gl.convert_layout(b_scale, gl.SliceLayout(1, ROW))
+    b_acc = gl.zeros((ROWS, TOKENS), gl.float32, SUM)
+    for i in range(BLOCKS):
+        i_slot = i % SLOTS
+        mbarrier.wait(x_there.index(i_slot), (i // SLOTS) & 1)
+        mbarrier.wait(weight_there.index(i), 0)
+        b_acc = warpgroup_mma(s_weight.index(i), s_x.index(i_slot).permute((1, 0)), b_acc, is_async=True)
+        b_acc = warpgroup_mma_wait(1, deps=(b_acc,))
+        if SLOTS < BLOCKS:
+            # The block before this one is done with: its slot takes the next.
+            i_next = i - 1 + SLOTS
+            wanted = (i > 0) & (i_next < BLOCKS)
+            free = x_there.index(i_next % SLOTS)
+            tl.debug_barrier()
+            mbarrier.expect(free, TOKENS * BLOCK_K * 2, pred=wanted)
+            _copy(x, [i_token, i_start + i_next * BLOCK_K], free, s_x.index(i_next % SLOTS), pred=wanted)
+    b_acc = warpgroup_mma_wait(0, deps=(b_acc,))
+    b_sum = gl.convert_layout(gl.permute(b_acc, (1, 0)), ROW)  # [TOKENS, ROWS]
+    last = True
+    if SPLITS > 1:
+        i_part = i_block * TILES + i_tile
+        p_part = p_partials + i_part.to(gl.int64) * (SPLITS * TOKENS * ROWS)
+        p_part += (tokens - i_token)[:, None] * ROWS + (rows - i_row)[None, :]
+        gl.store(p_part + i_split * (TOKENS * ROWS), b_sum, mask=there)
+        tl.debug_barrier()
+        last = gl.atomic_add(p_counters + i_part, 1, sem="acq_rel") == SPLITS - 1
+        tl.debug_barrier()
+        if last:
+            b_sum = gl.load(p_part, mask=there, other=0.0)
+            for part in gl.static_range(1, SPLITS):
+                b_sum += gl.load(p_part + part * (TOKENS * ROWS), mask=there, other=0.0)
+            gl.store(p_counters + i_part, 0)
+    if last:
+        if NORM:
+            b_sum = (b_sum - b_mean[:, None] * b_sums[None, :]) * b_scale[:, None]
+        if BIAS:
+            b_sum += b_bias.to(gl.float32)[None, :]
+        b_sum = _activate(b_sum, ACTIVATION)
+        if RESIDUAL:
+            b_sum += b_residual.to(gl.float32)
+        b_out = b_sum.to(p_out.dtype.element_ty)
+        gl.store(p_out + i_out, b_out, mask=there)
+        if STATS:
+            b_value = gl.where(real[None, :], b_out.to(gl.float32), 0.0)  # what the reader will see
+            count = gl.minimum(OUT - i_row, ROWS).to(gl.float32)
+            b_total = gl.sum(b_value, 1)
+            b_apart = gl.where(real[None, :], b_value - (b_total / count)[:, None], 0.0)
+            p_tile = p_stats_out + (tokens * TILES + i_tile) * 2
+            gl.store(p_tile, b_total, mask=ok)
+            gl.store(p_tile + 1, gl.sum(b_apart * b_apart, 1), mask=ok)
+
+
+@gluon.jit
+def _merged_stats(
+    p_stats,
+    i_token,
+    M,
+    epsilon,
+    K: gl.constexpr,
+    ROWS: gl.constexpr,
+    TILES: gl.constexpr,
+    TOKENS: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):
+    """Mean and 1 / standard deviation of whole rows [TOKENS] from those of their tiles."""
+    tokens = i_token + gl.arange(0, TOKENS, gl.SliceLayout(1, LAYOUT))
+    i_tile = gl.arange(0, triton.next_power_of_2(TILES), gl.SliceLayout(0, LAYOUT))
+    there = (tokens < M)[:, None] & (i_tile < TILES)[None, :]
+    # A sum and its sum of squares, 64 bits at once.
+    p_pair = p_stats.to(gl.pointer_type(gl.int64)) + tokens[:, None] * TILES + i_tile[None, :]
+    b_pair = gl.load(p_pair, mask=there, other=0)
+    b_sum = b_pair.to(gl.int32).to(gl.float32, bitcast=True)
+    b_square = (b_pair >> 32).to(gl.int32).to(gl.float32, bitcast=True)
+    b_count = gl.minimum(gl.maximum(K - i_tile * ROWS, 1), ROWS).to(gl.float32)  # columns of each tile
+    b_mean = gl.sum(b_sum, 1) / K
+    b_apart = gl.where(there, b_sum * (1.0 / b_count)[None, :] - b_mean[:, None], 0.0)
+    b_variance = gl.sum(b_square + b_count[None, :] * b_apart * b_apart, 1) / K
+    return b_mean, 1.0 / gl.sqrt(b_variance + epsilon)
+
+
+# ---------------------------------------------------------------- launching
+
+
+def splits_of(inputs: int) -> tuple[int, int]:
+    """How many parts the columns are cut into, and how long each is."""
+    splits = 1 if inputs <= WHOLE else triton.cdiv(inputs, HOPPER_SPLIT)
+    return splits, triton.cdiv(triton.cdiv(inputs, splits), 64) * 64
+
+
+def settings(count: int, inputs: int) -> dict[str, int]:
+    """Splits, tokens a program takes, columns a block, and how many blocks of x are in shared memory: all, or as many
+    as fit, three at least. Large blocks are faster: they may go a little beyond the last column, where zeros are."""
+    (splits, part), tokens = splits_of(inputs), min(64, max(8, triton.next_power_of_2(count)))
+    for block in (256, 128, 64) if tokens < 64 else (128, 64):
+        blocks = triton.cdiv(part, block)
+        length = blocks * block
+        slots = (SHARED - SPARE - length * ROWS * 2) // (tokens * block * 2)
+        fits = length == part or (splits == 1 and length - part <= part // 16)
+        if fits and slots >= min(3, blocks):
+            break
+    return {"SPLITS": splits, "SPLIT_K": length, "TOKENS": tokens, "BLOCK_K": block, "SLOTS": min(blocks, slots)}
+
+
+@cache
+def _layout(rows: int, columns: int) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for([rows, columns], gl.bfloat16)  # for any type of 16 bits
+
+
+def _described(name: str, tensor: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
+    if tensor.data_ptr() % 16:
+        raise ValueError(f"linear: {name} must start at a multiple of 16 bytes, got {tensor.data_ptr():#x}; clone it")
+    return TensorDescriptor.from_tensor(tensor, [rows, columns], _layout(rows, columns))
+
+
+def launch(
+    x: torch.Tensor,
+    stats: torch.Tensor | None,
+    sums: torch.Tensor | None,
+    epsilon: float,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: int,
+    residual: torch.Tensor | None,
+    out: torch.Tensor,
+    stats_out: torch.Tensor | None,
+    partials: torch.Tensor,
+    counters: torch.Tensor,
+) -> None:
+    (count, inputs), outputs = x.shape, weight.shape[0]
+    chosen = settings(count, inputs)
+    tokens, block = chosen["TOKENS"], chosen["BLOCK_K"]
+    _linear_hopper[(triton.cdiv(outputs, ROWS), chosen["SPLITS"], triton.cdiv(count, tokens))](
+        _described("x", x, tokens, block),
+        _described("weight", weight, ROWS, block),
+        stats,
+        sums,
+        bias,
+        residual,
+        out,
+        stats_out,
+        partials,
+        counters,
+        count,
+        epsilon,
+        OUT=outputs,
+        K=inputs,
+        NORM=stats is not None,
+        STAT_TILES=stat_tiles(inputs),
+        BIAS=bias is not None,
+        RESIDUAL=residual is not None,
+        ACTIVATION=activation,
+        STATS=stats_out is not None,
+        ROWS=ROWS,
+        **chosen,
+        num_warps=4,
+        **launch_options(x.device),
+    )
+
+
+# ---------------------------------------------------------------- compiling without a GPU
+
+
+def compile_cases() -> list[CompileCase]:
+    """`model_linears` in bf16, at 8 to 64 tokens."""
+    return [_case(f"{name} {tokens}", *rest, tokens) for name, *rest in model_linears() for tokens in (8, 16, 32, 64)]
+
+
+def _case(name: str, outputs: int, inputs: int, norm: bool, activation: int, tokens: int) -> CompileCase:
+    chosen = settings(tokens, inputs)
+    block = chosen["BLOCK_K"]
+    absent = ("p_residual", "p_stats_out") if norm else ("p_stats", "p_sums")
+    kinds = {
+        key: f"tensordesc<bf16[{rows}, {block}],{_layout(rows, block)!r}>"
+        for key, rows in (("x", tokens), ("weight", ROWS))
+    }
+    kinds |= {"p_bias": "*fp32" if norm else "*bf16", "p_residual": "*bf16", "p_out": "*bf16"}
+    kinds |= dict.fromkeys(("p_stats", "p_sums", "p_stats_out", "p_partials"), "*fp32")
+    kinds |= {"p_counters": "*i32", "M": "i32", "epsilon": "fp32"}
+    constants = {
+        "OUT": outputs,
+        "K": inputs,
+        "NORM": norm,
+        "STAT_TILES": stat_tiles(inputs),
+        "BIAS": True,
+        "RESIDUAL": not norm,
+        "ACTIVATION": activation,
+        "STATS": not norm,
+        "ROWS": ROWS,
+        "PDL": True,
+    } | chosen
+    return CompileCase(
+        name,
+        _linear_hopper,
+        {key: kinds.get(key, "constexpr") for key in _linear_hopper.arg_names},
+        constants | dict.fromkeys(absent),
+        num_warps=4,
+        matrix=True,
+        aligned=tuple(key for key, kind in kinds.items() if kind.startswith("*") and key not in absent),
+        only=90,
+    )
