@@ -114,15 +114,19 @@ def miscompiled(code: str) -> bool:
 
     An address is 64 bits in a pair of registers: the sum's lower half adds to the one register, its upper half to the
     other. Where the descriptor of a second product is derived from a first one's of another swizzle, both halves add to
-    the same register, and what it holds is something else.
+    the same register, and what it holds is something else. A register that was written in between is another number.
     """
-    lower: dict[str, str] = {}  # carry -> the register that was added to
-    for line in code.splitlines():
-        if found := re.search(r"\bUIADD3 UR\w+, (UP\d), (UR\d+), 0x\w+, URZ", line):
-            lower[found[1]] = found[2]
-        found = re.search(r"\bUIADD3\.X UR\w+, (UR\d+), -?0x\w+, URZ, (UP\d)", line)
-        if found and lower.get(found[2]) == found[1]:
+    lower: dict[str, str] = {}  # carry -> the register that was added to, while neither has been written again
+    for name, operands in re.findall(r"\b([A-Z][\w.]*) (U[RP]\w+, [^;]+);", code):
+        first, second, *rest = operands.rstrip().split(", ")
+        if name == "UIADD3.X" and "0x" in rest[0] and lower.get(rest[2]) == second:
             return True
+        written = {first, second} if second.startswith("UP") else {first}
+        if ".64" in name or "WIDE" in name:
+            written.add(re.sub(r"\d+", lambda number: str(int(number[0]) + 1), first))
+        lower = {carry: register for carry, register in lower.items() if written.isdisjoint((carry, register))}
+        if name == "UIADD3" and second in written and "0x" in rest[1]:
+            lower[second] = rest[0]
     return False
 
 
