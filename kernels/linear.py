@@ -30,11 +30,14 @@ import triton.language as tl
 
 from stagedspec.kernels.configs import config
 from stagedspec.kernels.registry import (
+    SHARED_LIMIT,
     CompileCase,
     Scratch,
+    architecture,
     check_runs,
     check_tensor,
     launch_options,
+    most_registers,
     register,
 )
 
@@ -47,6 +50,7 @@ WIDE = 48
 PROGRAMS = 100
 MOST_SPLITS = 6  # whoever adds the parts up holds all of them in registers
 SHORTEST_SPLIT = 256  # columns
+ROOMY = 160 << 10  # shared memory a block may take, bytes, as on A100 and H100
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ACTIVATIONS = {
     "none": 0,
@@ -290,7 +294,7 @@ def scratch_size(count: int, outputs: int, inputs: int) -> tuple[int, int]:
 def _default(itemsize: int, tokens: int, length: int, roomy: bool = False) -> dict[str, int]:
     """BLOCK_K columns are multiplied at a time, num_stages of them are in flight. AHEAD: the weight's are asked for
     before the kernel ahead has ended; then x's come a block at a time, which pays where there are few blocks. roomy:
-    whether a block may take 128 KB of shared memory, as on A100 and H100."""
+    whether a block may take 128 KB of shared memory."""
     if itemsize == 4:
         return {"BLOCK_K": 32, "num_warps": 4, "num_stages": 3, "AHEAD": 0}
     if length <= 256:
@@ -300,7 +304,7 @@ def _default(itemsize: int, tokens: int, length: int, roomy: bool = False) -> di
 
 @cache
 def _roomy(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= 160 << 10
+    return device.type == "cuda" and torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= ROOMY
 
 
 def candidates(shape: tuple[int, ...], device: torch.device) -> list[dict[str, int]]:
@@ -338,6 +342,7 @@ def _launch(
     outputs = weight.shape[0]
     splits, length = _splits(outputs, inputs)
     tokens = token_tile(count, x.element_size())
+    settings = config("linear", (x.element_size(), tokens, outputs, inputs), x.device, candidates)
     _linear[(triton.cdiv(outputs, ROWS), splits, triton.cdiv(count, tokens))](
         x,
         stats,
@@ -363,7 +368,8 @@ def _launch(
         SPLIT_K=length,
         ROWS=ROWS,
         TOKENS=tokens,
-        **config("linear", (x.element_size(), tokens, outputs, inputs), x.device, candidates),
+        maxnreg=most_registers(architecture(x.device), settings["num_warps"]),
+        **settings,
         **launch_options(x.device),
     )
 
@@ -526,7 +532,7 @@ def _check(
 # ---------------------------------------------------------------- compiling without a GPU
 
 
-def compile_cases() -> list[CompileCase]:
+def compile_cases(arch: int) -> list[CompileCase]:
     """The four linears of GPT-2 S to XL and of the embedded models in bf16, at 16 and 64 tokens."""
     models = {"s": (768, 3072), "m": (1024, 4096), "l": (1280, 5120), "xl": (1600, 6400), "target": (384, 1728)}
     cases = []
@@ -539,13 +545,13 @@ def compile_cases() -> list[CompileCase]:
         }
         for layer, (outputs, inputs, norm, activation) in layers.items():
             for tokens in (16, 64):
-                cases.append(_case(f"{model} {layer} {tokens}", outputs, inputs, norm, activation, tokens))
+                cases.append(_case(arch, f"{model} {layer} {tokens}", outputs, inputs, norm, activation, tokens))
     return cases
 
 
-def _case(name: str, outputs: int, inputs: int, norm: bool, activation: int, tokens: int) -> CompileCase:
+def _case(arch: int, name: str, outputs: int, inputs: int, norm: bool, activation: int, tokens: int) -> CompileCase:
     splits, length = _splits(outputs, inputs)
-    settings = _default(2, tokens, length)
+    settings = _default(2, tokens, length, SHARED_LIMIT[arch] >= ROOMY)
     absent = ("p_residual", "p_stats_out") if norm else ("p_stats", "p_sums")
     kinds = dict.fromkeys(("p_x", "p_weight", "p_residual", "p_out"), "*bf16") | {
         "p_bias": "*fp32" if norm else "*bf16"
@@ -580,4 +586,5 @@ def _case(name: str, outputs: int, inputs: int, norm: bool, activation: int, tok
         settings["num_stages"],
         matrix=True,
         aligned=present,
+        maxnreg=most_registers(arch, settings["num_warps"]),
     )

@@ -2,7 +2,7 @@
 
     python profiling/compile_report.py [--arch 80 --arch 90] [--match tree_attention] [--out report.json]
 
-For each kernel at the shapes of GPT-2 S, M, L, XL and of the embedded models (`compile_cases()` of the kernel files):
+For each kernel at the shapes of GPT-2 S, M, L, XL and of the embedded models (`compile_cases` of the kernel files):
 registers a thread, shared memory a block, bytes spilled, matrix instructions and the width of asynchronous loads.
 The exit status is 1 if a kernel spills, takes more shared memory than the chip has, is a matrix multiply without matrix
 instructions, or shows the miscompilation described at `miscompiled`. Needs Triton's own compiler, not its interpreter:
@@ -27,7 +27,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from stagedspec.kernels.registry import CompileCase
+from stagedspec.kernels.registry import SHARED_LIMIT, CompileCase, pdl
 
 MODULES = (
     "linear",
@@ -40,8 +40,6 @@ MODULES = (
     "grow_tree",
     "verify_commit",
 )
-# Shared memory a block may take, bytes (CUDA C++ Programming Guide, table of technical specifications).
-SHARED_LIMIT = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 MATRIX = re.compile(r"\b(UTCHMMA|UTCQMMA|HGMMA|HMMA|DMMA|IMMA)\b")
 
 
@@ -59,13 +57,13 @@ class Report:
     problem: str = ""
 
 
-def cases(match: str) -> list[tuple[str, int]]:
-    """(module, index of the case) of every case whose name contains `match`."""
+def cases(match: str, arch: int) -> list[tuple[str, int, int]]:
+    """(module, index of the case, architecture) of every case whose name contains `match`."""
     return [
-        (module, index)
+        (module, index, arch)
         for module in MODULES
         if match.split(":")[0] in module or ":" not in match
-        for index, case in enumerate(import_module(f"stagedspec.kernels.{module}").compile_cases())
+        for index, case in enumerate(import_module(f"stagedspec.kernels.{module}").compile_cases(arch))
         if match in label(module, case)
     ]
 
@@ -78,15 +76,16 @@ def label(module: str, case: CompileCase) -> str:
 def compile_case(job: tuple[str, int, int]) -> Report:
     """Compiles case `index` of a kernel file for one architecture."""
     module, index, arch = job
-    case: CompileCase = import_module(f"stagedspec.kernels.{module}").compile_cases()[index]
+    case: CompileCase = import_module(f"stagedspec.kernels.{module}").compile_cases(arch)[index]
     constants = dict(case.constexprs)
-    if arch >= 90 and "PDL" in constants:
-        constants["PDL"] = True  # as `launch_options` has it there
+    if "PDL" in constants:
+        constants["PDL"] = pdl(arch)
     names = list(case.signature)
     attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in case.aligned}
     signature = {name: "constexpr" if name in case.constexprs else kind for name, kind in case.signature.items()}
     source = ASTSource(fn=case.kernel, signature=signature, constexprs=constants, attrs=attrs)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "enable_fp_fusion": case.fusion}
+    options["maxnreg"] = case.maxnreg
     name = label(module, case)
     try:
         compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
@@ -174,7 +173,7 @@ def main() -> int:
     if triton.knobs.runtime.interpret:
         print("error: TRITON_INTERPRET is set: unset it, the interpreter compiles nothing", file=sys.stderr)
         return 2
-    jobs = [(*case, arch) for case in cases(options.match) for arch in options.arch or SHARED_LIMIT]
+    jobs = [job for arch in options.arch or SHARED_LIMIT for job in cases(options.match, arch)]
     if not jobs:
         print(f"error: no kernel's name contains {options.match!r}", file=sys.stderr)
         return 2

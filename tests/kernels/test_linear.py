@@ -193,5 +193,5 @@ def test_errors(device):
 
 
 def test_compile_cases():
-    cases = compile_cases()
+    cases = compile_cases(90)
     assert all(case.matrix for case in cases) and len({case.name for case in cases}) == len(cases)
