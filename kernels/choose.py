@@ -462,8 +462,8 @@ def _settings(vocab_size: int, device: torch.device) -> dict[str, int]:
 
 
 def _select_registers(arch: int, warps: int, whole: bool) -> int | None:
-    """`most_registers`; children of final scores spill on Hopper too, with Triton 3.6."""
-    return 128 if whole else most_registers(arch, warps)
+    """`most_registers`. With Triton 3.6 children of final scores spill on Hopper too."""
+    return most_registers(arch, warps, (80, 89, 90, 100, 120) if whole else (80, 89, 100, 120))
 
 
 def launch_select(

@@ -71,6 +71,7 @@ TREE_PARENT, TREE_DEPTH, TREE_SLOT, TREE_ORIGIN = (tl.constexpr(field) for field
 BLOCK = 512  # positions of the sequence compared at once: a block is a round trip to L2
 MAX_CANDIDATES = 16384
 MAX_VOCAB = 2**21 - 1
+SPILLING = (100,)  # `grow_pass_kernel`'s, see `most_registers`
 
 
 # ---------------------------------------------------------------- keys
@@ -610,7 +611,7 @@ def _launch_pass(
         WIDTH=width, PREFETCH=prefetch, PREFETCH_WIDTH=prefetch_width, SLOTS=size, CHILDREN=children, MAX_DEPTH=depth,
         WORDS=words(size), WORDS_BLOCK=triton.next_power_of_2(words(size)),
         **blocks, NGRAM_RANKS=ranks(successors_), BLOCK=settings["block"],
-        num_warps=settings["warps"], maxnreg=most_registers(architecture(tokens.device), settings["warps"]),
+        num_warps=settings["warps"], maxnreg=most_registers(architecture(tokens.device), settings["warps"], SPILLING),
         **launch_options(tokens.device),
     )  # fmt: skip
 
@@ -811,7 +812,7 @@ def compile_cases(arch: int) -> list[CompileCase]:
         }  # fmt: skip
         for record in (0, 2, width):
             name = f"grow_pass N={nodes} after={record}"
-            registers = most_registers(arch, warps)
+            registers = most_registers(arch, warps, SPILLING)
             cases.append(case(name, grow_pass_kernel, growing | {"RECORD": record}, warps, registers))
         harvesting = shared | {
             "RECORD": width, "NODES": nodes, "WORDS": words(nodes), "WORDS_BLOCK": up(words(nodes)),

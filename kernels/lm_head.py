@@ -146,6 +146,7 @@ def head_kernel(
 
 ROWS = 64  # most rows of one program: with noise and masses 128 spill
 PROGRAMS = 512  # most programs along the vocabulary
+SPILLING = (100,)  # `head_kernel`'s, see `most_registers`
 
 
 def candidates(shape: tuple[int, int], device: torch.device) -> list[dict[str, int]]:
@@ -197,7 +198,7 @@ def _head(x, norm_weight, norm_bias, epsilon, head, noise, seeds, streams, posit
         counters, out, rows, positions.shape[1], scale[1], V=vocab_size, K=width, G=groups_of(vocab_size), T=tile,
         R=block, BLOCK_K=block_k(width, head.dtype), SCALING=scale[0], NOISE=kind, CHOOSE=choose, STORE=store,
         MASSES=need_masses, num_warps=warps, num_stages=settings["stages"],
-        maxnreg=most_registers(architecture(x.device), warps), **options,
+        maxnreg=most_registers(architecture(x.device), warps, SPILLING), **options,
     )  # fmt: skip
 
 
@@ -343,7 +344,7 @@ def compile_cases(arch: int) -> list[CompileCase]:
                 cases.append(
                     compile_case(
                         f"head-{kind}-{name}-r{rows}", head_kernel, shape | settings, warps, 4, True,
-                        most_registers(arch, warps), **halves,
+                        most_registers(arch, warps, SPILLING), **halves,
                     )
                 )  # fmt: skip
     return cases

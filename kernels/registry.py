@@ -55,12 +55,12 @@ def launch_options(device: torch.device) -> dict[str, bool]:
     return {"PDL": True, "launch_pdl": True} if pdl(architecture(device)) else {"PDL": False}
 
 
-def most_registers(arch: int, warps: int) -> int | None:
-    """`maxnreg` of a kernel that spills where the compiler decides how many registers a thread has: it aims at more
-    programs a multiprocessor than the grid or shared memory allows. Two programs fit, of 16 warps one. None: the
-    compiler decides, as on Hopper, where these kernels spill nothing and are tuned as they are.
+def most_registers(arch: int, warps: int, spilling: tuple[int, ...]) -> int | None:
+    """`maxnreg` of a kernel that spills on some architectures if the compiler decides how many registers a thread has:
+    it aims at more programs a multiprocessor than the grid or shared memory allows. There they are all that a program
+    can have. None, elsewhere: the compiler decides, and does it better.
     """
-    return None if arch // 10 == 9 else 255 if warps <= 4 else 128
+    return min(255, 2048 // warps) if arch in spilling else None
 
 
 # ---------------------------------------------------------------- checks

@@ -28,6 +28,8 @@ def report(tmp_path, match: str, arch: int) -> tuple[subprocess.CompletedProcess
         ("linear: l down 16", 80, "HMMA"),
         ("tree_attention: far-l-n64", 90, "HGMMA"),
         ("tree_attention: near-l-n64", 90, "HMMA"),
+        ("tree_attention: near-l-n64", 80, "HMMA"),  # spills where the compiler decides on the registers,
+        ("choose: select-children-50257", 90, ""),  # and so does this
         ("lm_head: head-greedy-50257x1280-r16", 90, "HGMMA"),
         ("verify_commit", 90, ""),
     ],
@@ -58,7 +60,7 @@ SUM = """
     ],
 )
 def test_wrong_addresses_are_seen(lower, between, upper, expected):
-    """What ptxas made of two products that shared a buffer, and sums that are right."""
+    """What ptxas made of two products that shared a buffer, and sums that only look like it."""
     specification = importlib.util.spec_from_file_location("compile_report", SCRIPT)
     module = importlib.util.module_from_spec(specification)
     sys.modules[module.__name__] = module  # dataclasses look their module up
