@@ -27,7 +27,15 @@ import triton.language as tl
 
 from stagedspec.kernels.configs import config
 from stagedspec.kernels.philox import gumbel_at, gumbel_tile
-from stagedspec.kernels.registry import CompileCase, check_runs, check_tensor, launch_options, register
+from stagedspec.kernels.registry import (
+    CompileCase,
+    architecture,
+    check_runs,
+    check_tensor,
+    launch_options,
+    most_registers,
+    register,
+)
 
 GROUP = 64  # tokens that share one maximum
 SLICE = 2048  # tokens of one program of `scan`
@@ -453,6 +461,11 @@ def _settings(vocab_size: int, device: torch.device) -> dict[str, int]:
     return config("choose", (vocab_size,), device, candidates)
 
 
+def _select_registers(arch: int, warps: int, whole: bool) -> int | None:
+    """`most_registers`. With Triton 3.6 children of final scores spill on Hopper too."""
+    return most_registers(arch, warps, (80, 89, 90, 100, 120) if whole else (80, 89, 100, 120))
+
+
 def launch_select(
     logits, maxima, masses, parts, noise, seeds, streams, positions, scale, top_k, top_p, min_p, kind, out, logprobs,
     whole
@@ -460,6 +473,7 @@ def launch_select(
     """`select_kernel` for every row; scale: (SCALING, number); kind: NOISE; whole: children of final scores."""
     rows, vocab_size = logits.shape
     groups, settings = groups_of(vocab_size), _settings(vocab_size, logits.device)
+    warps = settings["select_warps"]
     members = parts.take(rows * groups, torch.int32)
     values, ids = parts.take(rows * vocab_size), parts.take(rows * vocab_size, torch.int32)
     select_kernel[(rows,)](
@@ -470,7 +484,8 @@ def launch_select(
         CHILDREN=0 if logprobs is None else out.shape[1], WHOLE=whole,
         BLOCK=min(settings["block"], triton.next_power_of_2(vocab_size)),
         FEW=FEW, SPAN=min(settings["span"], triton.next_power_of_2(groups)),
-        num_warps=settings["select_warps"], **launch_options(logits.device),
+        num_warps=warps, maxnreg=_select_registers(architecture(logits.device), warps, whole),
+        **launch_options(logits.device),
     )  # fmt: skip
 
 
@@ -645,17 +660,18 @@ TYPES = {
 
 
 def compile_case(
-    name: str, kernel, constexprs: dict, num_warps: int, num_stages: int = 3, matrix: bool = False, **types
-):
+    name: str, kernel, constexprs: dict, num_warps: int, num_stages: int = 3, matrix: bool = False,
+    maxnreg: int | None = None, **types
+):  # fmt: skip
     """A `CompileCase` of a kernel of this file or lm_head.py; pointers are fp32 unless said otherwise."""
     known = TYPES | types
     names = [argument for argument in kernel.arg_names if argument not in constexprs]
     signature = {argument: known.get(argument, "*fp32") for argument in names}
     aligned = tuple(argument for argument in names if signature[argument].startswith("*"))
-    return CompileCase(name, kernel, signature, constexprs, num_warps, num_stages, matrix, aligned)
+    return CompileCase(name, kernel, signature, constexprs, num_warps, num_stages, matrix, aligned, maxnreg=maxnreg)
 
 
-def compile_cases() -> list[CompileCase]:
+def compile_cases(arch: int) -> list[CompileCase]:
     cases = []
     for vocab_size in (50257, 4096, 2048):
         groups, slices = groups_of(vocab_size), -(-vocab_size // SLICE)
@@ -678,5 +694,11 @@ def compile_cases() -> list[CompileCase]:
                 "TOP_K": top_k, "TOP_P": top_p, "MIN_P": min_p, "CHILDREN": children, "WHOLE": whole,
                 "BLOCK": BLOCK, "FEW": FEW, "SPAN": min(SPAN, triton.next_power_of_2(groups)), "PDL": False,
             }  # fmt: skip
-            cases.append(compile_case(f"select-{name}-{vocab_size}", select_kernel, shape | settings, 8))
+            registers = _select_registers(arch, WARPS["select_warps"], whole)
+            cases.append(
+                compile_case(
+                    f"select-{name}-{vocab_size}", select_kernel, shape | settings, WARPS["select_warps"],
+                    maxnreg=registers,
+                )
+            )  # fmt: skip
     return cases

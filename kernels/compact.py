@@ -112,7 +112,7 @@ def compact_reference(cache: torch.Tensor, source: torch.Tensor, target: torch.T
                 cache[:, i_b, new] = before[:, i_b, old]
 
 
-def compile_cases() -> list[CompileCase]:
+def compile_cases(arch: int) -> list[CompileCase]:
     """The rows of GPT-2 S to XL and the embedded models in bf16, paths of 16 nodes."""
     widths = {"s": 768, "m": 1024, "l": 1280, "xl": 1600, "target": 384, "draft": 96}
     numbers = dict.fromkeys(("B", "S", "K", "OFFSET"), "i32")

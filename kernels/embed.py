@@ -92,7 +92,7 @@ def embed(
     _op(token_table, position_table, tokens, positions, out)
 
 
-def compile_cases() -> list[CompileCase]:
+def compile_cases(arch: int) -> list[CompileCase]:
     """GPT-2 S to XL and the embedded models in bf16."""
     tables = ("p_token_table", "p_position_table", "p_out")
     kinds = dict.fromkeys(("p_tokens", "p_positions"), "*i32") | dict.fromkeys(tables, "*bf16")

@@ -44,7 +44,15 @@ import triton.language as tl
 from stagedspec.kernels.configs import config
 from stagedspec.kernels.ngram_lookup import check_table, ranks, successors
 from stagedspec.kernels.philox import gumbel_at
-from stagedspec.kernels.registry import CompileCase, check_runs, check_tensor, launch_options, register
+from stagedspec.kernels.registry import (
+    CompileCase,
+    architecture,
+    check_runs,
+    check_tensor,
+    launch_options,
+    most_registers,
+    register,
+)
 
 NEVER = tl.constexpr(float("-inf"))
 NOTHING = tl.constexpr(-(2**63))  # below every key
@@ -63,6 +71,7 @@ TREE_PARENT, TREE_DEPTH, TREE_SLOT, TREE_ORIGIN = (tl.constexpr(field) for field
 BLOCK = 512  # positions of the sequence compared at once: a block is a round trip to L2
 MAX_CANDIDATES = 16384
 MAX_VOCAB = 2**21 - 1
+SPILLING = (100,)  # `grow_pass_kernel`'s, see `most_registers`
 
 
 # ---------------------------------------------------------------- keys
@@ -602,7 +611,8 @@ def _launch_pass(
         WIDTH=width, PREFETCH=prefetch, PREFETCH_WIDTH=prefetch_width, SLOTS=size, CHILDREN=children, MAX_DEPTH=depth,
         WORDS=words(size), WORDS_BLOCK=triton.next_power_of_2(words(size)),
         **blocks, NGRAM_RANKS=ranks(successors_), BLOCK=settings["block"],
-        num_warps=settings["warps"], **launch_options(tokens.device),
+        num_warps=settings["warps"], maxnreg=most_registers(architecture(tokens.device), settings["warps"], SPILLING),
+        **launch_options(tokens.device),
     )  # fmt: skip
 
 
@@ -769,7 +779,7 @@ def harvest_tree(
     )  # fmt: skip
 
 
-def compile_cases() -> list[CompileCase]:
+def compile_cases(arch: int) -> list[CompileCase]:
     """Trees for a GPU: 16, 64 and 256 nodes, with the default table, sampled."""
     pointers = {
         "p_tokens": "*i32", "p_lengths": "*i32", "p_seeds": "*i64", "p_streams": "*i32", "p_keys": "*i64",
@@ -779,9 +789,9 @@ def compile_cases() -> list[CompileCase]:
         "stride": "i32", "vocab_size": "i32", "hash_slots": "i32", "start": "i32", "floor": "fp32",
     }  # fmt: skip
 
-    def case(name: str, kernel, constexprs: dict, warps: int) -> CompileCase:
+    def case(name: str, kernel, constexprs: dict, warps: int, maxnreg: int | None = None) -> CompileCase:
         signature = {argument: pointers[argument] for argument in kernel.arg_names if argument in pointers}
-        return CompileCase(name, kernel, signature, constexprs, num_warps=warps)
+        return CompileCase(name, kernel, signature, constexprs, num_warps=warps, maxnreg=maxnreg)
 
     up, cases = triton.next_power_of_2, []
     for nodes, passes, width, children, prefetch, prefetch_width in (
@@ -802,7 +812,8 @@ def compile_cases() -> list[CompileCase]:
         }  # fmt: skip
         for record in (0, 2, width):
             name = f"grow_pass N={nodes} after={record}"
-            cases.append(case(name, grow_pass_kernel, growing | {"RECORD": record}, warps))
+            registers = most_registers(arch, warps, SPILLING)
+            cases.append(case(name, grow_pass_kernel, growing | {"RECORD": record}, warps, registers))
         harvesting = shared | {
             "RECORD": width, "NODES": nodes, "WORDS": words(nodes), "WORDS_BLOCK": up(words(nodes)),
             "NODES_BLOCK": up(max(nodes - 1, 2)),

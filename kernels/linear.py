@@ -33,12 +33,14 @@ import triton.language as tl
 
 from stagedspec.kernels.configs import config
 from stagedspec.kernels.registry import (
+    SHARED_LIMIT,
     CompileCase,
     Scratch,
+    architecture,
     check_runs,
     check_tensor,
-    interpreted,
     launch_options,
+    most_registers,
     register,
 )
 
@@ -52,6 +54,8 @@ PROGRAMS = 100
 MOST_SPLITS = 6  # whoever adds the parts up holds all of them in registers
 SHORTEST_SPLIT = 256  # columns
 HOPPER_SPLIT = 1280  # columns that linear_hopper.py has in shared memory at most
+SPILLING = (120,)  # see `most_registers`
+ROOMY = 160 << 10  # shared memory a block may take, bytes, as on A100 and H100
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ACTIVATIONS = {
     "none": 0,
@@ -293,22 +297,15 @@ def scratch_size(count: int, outputs: int, inputs: int) -> tuple[int, int]:
     return splits * tiles * ROWS * triton.cdiv(count, tokens) * tokens, tiles * triton.cdiv(count, 16)
 
 
-@cache
-def _hopper(device: torch.device) -> bool:
-    if device.type != "cuda" or interpreted() or torch.cuda.get_device_capability(device) != (9, 0):
-        return False
-    return tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
-
-
 def by_hopper(itemsize: int, inputs: int, device: torch.device) -> bool:
     """Whether linear_hopper.py serves, which has no settings to choose. It copies rows of a multiple of 16 bytes."""
-    return itemsize == 2 and inputs % 8 == 0 and inputs <= HOPPER_SPLIT * MOST_SPLITS and _hopper(device)
+    return itemsize == 2 and inputs % 8 == 0 and inputs <= HOPPER_SPLIT * MOST_SPLITS and architecture(device) == 90
 
 
 def _default(itemsize: int, tokens: int, length: int, roomy: bool = False) -> dict[str, int]:
     """BLOCK_K columns are multiplied at a time, num_stages of them are in flight. AHEAD: the weight's are asked for
     before the kernel ahead has ended; then x's come a block at a time, which pays where there are few blocks. roomy:
-    whether a block may take 128 KB of shared memory, as on A100 and H100."""
+    whether a block may take 128 KB of shared memory."""
     if itemsize == 4:
         return {"BLOCK_K": 32, "num_warps": 4, "num_stages": 3, "AHEAD": 0}
     if length <= 256:
@@ -318,7 +315,7 @@ def _default(itemsize: int, tokens: int, length: int, roomy: bool = False) -> di
 
 @cache
 def _roomy(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= 160 << 10
+    return device.type == "cuda" and torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= ROOMY
 
 
 def candidates(shape: tuple[int, ...], device: torch.device) -> list[dict[str, int]]:
@@ -361,6 +358,7 @@ def _launch(
     outputs = weight.shape[0]
     splits, length = _splits(outputs, inputs)
     tokens = token_tile(count, x.element_size())
+    settings = config("linear", (x.element_size(), tokens, outputs, inputs), x.device, candidates)
     _linear[(triton.cdiv(outputs, ROWS), splits, triton.cdiv(count, tokens))](
         x,
         stats,
@@ -386,7 +384,8 @@ def _launch(
         SPLIT_K=length,
         ROWS=ROWS,
         TOKENS=tokens,
-        **config("linear", (x.element_size(), tokens, outputs, inputs), x.device, candidates),
+        maxnreg=most_registers(architecture(x.device), settings["num_warps"], SPILLING),
+        **settings,
         **launch_options(x.device),
     )
 
@@ -565,14 +564,14 @@ def model_linears() -> list[tuple[str, int, int, bool, int]]:
     ]
 
 
-def compile_cases() -> list[CompileCase]:
+def compile_cases(arch: int) -> list[CompileCase]:
     """`model_linears` in bf16, at 16 and 64 tokens."""
-    return [_case(f"{name} {tokens}", *rest, tokens) for name, *rest in model_linears() for tokens in (16, 64)]
+    return [_case(arch, f"{name} {tokens}", *rest, tokens) for name, *rest in model_linears() for tokens in (16, 64)]
 
 
-def _case(name: str, outputs: int, inputs: int, norm: bool, activation: int, tokens: int) -> CompileCase:
+def _case(arch: int, name: str, outputs: int, inputs: int, norm: bool, activation: int, tokens: int) -> CompileCase:
     splits, length = _splits(outputs, inputs)
-    settings = _default(2, tokens, length)
+    settings = _default(2, tokens, length, SHARED_LIMIT[arch] >= ROOMY)
     absent = ("p_residual", "p_stats_out") if norm else ("p_stats", "p_sums")
     kinds = dict.fromkeys(("p_x", "p_weight", "p_residual", "p_out"), "*bf16") | {
         "p_bias": "*fp32" if norm else "*bf16"
@@ -607,4 +606,5 @@ def _case(name: str, outputs: int, inputs: int, norm: bool, activation: int, tok
         settings["num_stages"],
         matrix=True,
         aligned=present,
+        maxnreg=most_registers(arch, settings["num_warps"], SPILLING),
     )

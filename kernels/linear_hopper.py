@@ -27,11 +27,11 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra import cuda
 
 from stagedspec.kernels.linear import HOPPER_SPLIT, ROWS, _activate, model_linears, stat_tiles
-from stagedspec.kernels.registry import CompileCase, launch_options
+from stagedspec.kernels.registry import SHARED_LIMIT, CompileCase, launch_options
 
 _copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name in Triton 3.9 and in 3.6
 WHOLE = 1600  # columns that are not split
-SHARED = 232_448  # bytes a program may have (CUDA C++ Programming Guide, compute capability 9.0)
+SHARED = SHARED_LIMIT[90]
 SPARE = 2048  # of them for barriers
 
 
@@ -273,8 +273,10 @@ def launch(
 # ---------------------------------------------------------------- compiling without a GPU
 
 
-def compile_cases() -> list[CompileCase]:
-    """`model_linears` in bf16, at 8 to 64 tokens."""
+def compile_cases(arch: int) -> list[CompileCase]:
+    """`model_linears` in bf16, at 8 to 64 tokens, for Hopper alone."""
+    if arch != 90:
+        return []
     return [_case(f"{name} {tokens}", *rest, tokens) for name, *rest in model_linears() for tokens in (8, 16, 32, 64)]
 
 
@@ -309,5 +311,4 @@ def _case(name: str, outputs: int, inputs: int, norm: bool, activation: int, tok
         num_warps=4,
         matrix=True,
         aligned=tuple(key for key, kind in kinds.items() if kind.startswith("*") and key not in absent),
-        only=90,
     )

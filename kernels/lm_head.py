@@ -38,7 +38,15 @@ from stagedspec.kernels.choose import (
     warped,
 )
 from stagedspec.kernels.configs import config
-from stagedspec.kernels.registry import CompileCase, check_runs, check_tensor, launch_options, register
+from stagedspec.kernels.registry import (
+    CompileCase,
+    architecture,
+    check_runs,
+    check_tensor,
+    launch_options,
+    most_registers,
+    register,
+)
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -138,6 +146,7 @@ def head_kernel(
 
 ROWS = 64  # most rows of one program: with noise and masses 128 spill
 PROGRAMS = 512  # most programs along the vocabulary
+SPILLING = (100,)  # `head_kernel`'s, see `most_registers`
 
 
 def candidates(shape: tuple[int, int], device: torch.device) -> list[dict[str, int]]:
@@ -183,12 +192,13 @@ def _head(x, norm_weight, norm_bias, epsilon, head, noise, seeds, streams, posit
     )  # fmt: skip
     tile, block = settings["tile"], min(ROWS, max(16, triton.next_power_of_2(rows)))
     programs = min(-(-vocab_size // tile), settings["programs"], PROGRAMS)
+    warps = settings["warps"] * (2 if block > 32 else 1)
     head_kernel[(programs, -(-rows // block))](
         normed, head, x if noise is None else noise, seeds, streams, positions, logits, maxima, masses, best, ids,
         counters, out, rows, positions.shape[1], scale[1], V=vocab_size, K=width, G=groups_of(vocab_size), T=tile,
         R=block, BLOCK_K=block_k(width, head.dtype), SCALING=scale[0], NOISE=kind, CHOOSE=choose, STORE=store,
-        MASSES=need_masses, num_warps=settings["warps"] * (2 if block > 32 else 1),
-        num_stages=settings["stages"], **options,
+        MASSES=need_masses, num_warps=warps, num_stages=settings["stages"],
+        maxnreg=most_registers(architecture(x.device), warps, SPILLING), **options,
     )  # fmt: skip
 
 
@@ -308,7 +318,7 @@ def lm_head_topm(
 # ---------------------------------------------------------------- compiling without a GPU
 
 
-def compile_cases() -> list[CompileCase]:
+def compile_cases(arch: int) -> list[CompileCase]:
     """bf16, at the heads of GPT-2 S, M, L, XL and the embedded models."""
     cases = []
     for vocab_size, width in ((50257, 768), (50257, 1024), (50257, 1280), (50257, 1600), (4096, 384), (2048, 96)):
@@ -332,6 +342,9 @@ def compile_cases() -> list[CompileCase]:
                     "PDL": False,
                 }  # fmt: skip
                 cases.append(
-                    compile_case(f"head-{kind}-{name}-r{rows}", head_kernel, shape | settings, warps, 4, True, **halves)
-                )
+                    compile_case(
+                        f"head-{kind}-{name}-r{rows}", head_kernel, shape | settings, warps, 4, True,
+                        most_registers(arch, warps, SPILLING), **halves,
+                    )
+                )  # fmt: skip
     return cases

@@ -212,7 +212,7 @@ def ngram_lookup(
     _op(contexts, sequence, lengths, *tensors, vocab_size, out_tokens, out_logprobs)
 
 
-def compile_cases() -> list[CompileCase]:
+def compile_cases(arch: int) -> list[CompileCase]:
     """The tables that fit-ngram makes by default, and none."""
     signature = {
         "p_contexts": "*i32", "p_sequence": "*i32", "p_lengths": "*i32", "p_keys": "*i64", "p_rows": "*i32",

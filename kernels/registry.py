@@ -32,15 +32,35 @@ def interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
+# Shared memory a block may take, bytes, by architecture (CUDA C++ Programming Guide, technical specifications).
+SHARED_LIMIT = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
+
+
 @cache
-def pdl(device: torch.device) -> bool:
-    """Whether kernels on this device are launched before the one ahead of them ends (programmatic dependent launch)."""
-    return device.type == "cuda" and not interpreted() and torch.cuda.get_device_capability(device) >= (9, 0)
+def architecture(device: torch.device) -> int:
+    """The device's compute capability, 90 for 9.0; 0 where kernels are interpreted."""
+    if device.type != "cuda" or interpreted():
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def pdl(arch: int) -> bool:
+    """Whether kernels are launched before the one ahead of them ends (programmatic dependent launch)."""
+    return arch >= 90
 
 
 def launch_options(device: torch.device) -> dict[str, bool]:
     """What `pdl` means for a launch: the kernel's PDL, and the launcher's own keyword, which the interpreter lacks."""
-    return {"PDL": True, "launch_pdl": True} if pdl(device) else {"PDL": False}
+    return {"PDL": True, "launch_pdl": True} if pdl(architecture(device)) else {"PDL": False}
+
+
+def most_registers(arch: int, warps: int, spilling: tuple[int, ...]) -> int | None:
+    """`maxnreg` of a kernel that spills on some architectures if the compiler decides how many registers a thread has:
+    it aims at more programs a multiprocessor than the grid or shared memory allows. There they are all that a program
+    can have. None, elsewhere: the compiler decides, and does it better.
+    """
+    return min(255, 2048 // warps) if arch in spilling else None
 
 
 # ---------------------------------------------------------------- checks
@@ -115,7 +135,7 @@ class CompileCase:
 
     signature: argument name to type ("*bf16", "i32", "fp32"); constexprs: the compile-time arguments.
     matrix: the kernel is expected to use matrix instructions. aligned: arguments divisible by 16.
-    fusion: whether products and sums may be fused. only: the one architecture it is for.
+    fusion: whether products and sums may be fused. maxnreg: registers a thread may have, see `most_registers`.
     """
 
     name: str
@@ -127,4 +147,4 @@ class CompileCase:
     matrix: bool = False
     aligned: tuple[str, ...] = field(default_factory=tuple)
     fusion: bool = True
-    only: int | None = None
+    maxnreg: int | None = None

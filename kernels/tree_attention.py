@@ -37,15 +37,19 @@ import triton.language as tl
 from stagedspec.kernels.registry import (
     CompileCase,
     Scratch,
+    architecture,
     check_runs,
     check_tensor,
     interpreted,
     launch_options,
+    most_registers,
     register,
 )
 
 WINDOW = 32  # near keys; more than the depth of any tree
 MAX_NODES = 256
+WARPS = 4
+SPILLING = (80,)  # the near part's, see `most_registers`
 LOG2E = 1.4426950408889634
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -424,7 +428,7 @@ def _launch(
     count = batch * kv_heads * splits * queries
     acc, top, total = partials[: count * size], partials[count * size :], partials[count * (size + 1) :]
     shared = {"KV_HEADS": kv_heads, "GROUP": group, "D": size, "WORDS": words, "WINDOW": window}
-    shared |= {"CHAIN": write >= tree_rows and nodes > window, "num_warps": 4, **launch_options(qkv.device)}
+    shared |= {"CHAIN": write >= tree_rows and nodes > window, "num_warps": WARPS, **launch_options(qkv.device)}
     shared |= {name: tiles[name] for name in ("D_PAD", "SPLIT")}
     if not interpreted():
         # Products and sums stay separate: which of them fuse could differ between the registers of two rows.
@@ -437,7 +441,8 @@ def _launch(
     )
     near[(triton.cdiv(queries, tiles["NEAR_ROWS"]), batch * kv_heads)](
         *inputs, *parts, out, scale, *sizes, write,
-        ROWS=tiles["NEAR_ROWS"], FILLED=16, TOGETHER=tiles["TOGETHER"], **shared,
+        ROWS=tiles["NEAR_ROWS"], FILLED=16, TOGETHER=tiles["TOGETHER"],
+        maxnreg=most_registers(architecture(qkv.device), WARPS, SPILLING), **shared,
     )  # fmt: skip
 
 
@@ -553,7 +558,7 @@ _TYPES |= {"p_max": "*fp32", "p_sum": "*fp32", "p_out": "*bf16", "scale": "fp32"
 _TYPES |= dict.fromkeys((*_INTEGERS, "write"), "i32")
 
 
-def compile_cases() -> list[CompileCase]:
+def compile_cases(arch: int) -> list[CompileCase]:
     """The shapes of GPT-2 S to XL and the embedded models in bf16, few and many nodes, trees and prompts."""
     models = {"s": (12, 64), "m": (16, 64), "l": (20, 64), "xl": (25, 64), "target": (6, 64), "draft": (3, 32)}
     passes = {"n1": (1, False), "n64": (2, False), "chunk256": (8, True)}
@@ -563,9 +568,9 @@ def compile_cases() -> list[CompileCase]:
         for name, (words, chain) in passes.items():
             constants = {"KV_HEADS": heads, "GROUP": 1, "D": size, "WORDS": words, "WINDOW": WINDOW, "CHAIN": chain}
             constants |= {"PDL": False, "FILLED": 16} | tiles
-            for kernel, rows in (
-                (_attend_far, tiles["FAR_ROWS"]),
-                (_attend_near, tiles["NEAR_ROWS"]),
+            for kernel, rows, registers in (
+                (_attend_far, tiles["FAR_ROWS"], None),
+                (_attend_near, tiles["NEAR_ROWS"], most_registers(arch, WARPS, SPILLING)),
             ):
                 names = kernel.arg_names
                 cases.append(
@@ -574,8 +579,10 @@ def compile_cases() -> list[CompileCase]:
                         kernel,
                         {key: _TYPES[key] for key in names if key in _TYPES},
                         {key: value for key, value in (constants | {"ROWS": rows}).items() if key in names},
+                        WARPS,
                         matrix=True,
                         fusion=False,
+                        maxnreg=registers,
                         aligned=tuple(key for key in names if key.startswith("p_")),
                     )
                 )

@@ -249,7 +249,7 @@ def verify_commit(
     _op(chosen, tree, masks, *state.tensors, accepted, counts, target_moves, draft_moves)
 
 
-def compile_cases() -> list[CompileCase]:
+def compile_cases(arch: int) -> list[CompileCase]:
     """A root alone, and trees of 16, 64 and 256 nodes."""
     signature = {
         "p_chosen": "*i32", "p_tree": "*i32", "p_masks": "*i32", "p_tokens": "*i32", "p_origins": "*i8",

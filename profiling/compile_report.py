@@ -2,7 +2,7 @@
 
     python profiling/compile_report.py [--arch 80 --arch 90] [--match tree_attention] [--out report.json]
 
-For each kernel at the shapes of GPT-2 S, M, L, XL and of the embedded models (`compile_cases()` of the kernel files):
+For each kernel at the shapes of GPT-2 S, M, L, XL and of the embedded models (`compile_cases` of the kernel files):
 registers a thread, shared memory a block, bytes spilled, matrix instructions and the width of asynchronous loads.
 The exit status is 1 if a kernel spills, takes more shared memory than the chip has, is a matrix multiply without matrix
 instructions, or shows the miscompilation described at `miscompiled`. Needs Triton's own compiler, not its interpreter:
@@ -17,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib import import_module
@@ -29,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from stagedspec.kernels.registry import CompileCase
+from stagedspec.kernels.registry import SHARED_LIMIT, CompileCase, pdl
 
 MODULES = (
     "linear",
@@ -43,8 +42,6 @@ MODULES = (
     "grow_tree",
     "verify_commit",
 )
-# Shared memory a block may take, bytes (CUDA C++ Programming Guide, table of technical specifications).
-SHARED_LIMIT = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 MATRIX = re.compile(r"\b(UTCHMMA|UTCQMMA|HGMMA|HMMA|DMMA|IMMA)\b")
 
 
@@ -62,16 +59,14 @@ class Report:
     problem: str = ""
 
 
-def cases(match: str, archs: Iterable[int]) -> list[tuple[str, int, int]]:
+def cases(match: str, arch: int) -> list[tuple[str, int, int]]:
     """(module, index of the case, architecture) of every case whose name contains `match`."""
     return [
         (module, index, arch)
         for module in MODULES
         if match.split(":")[0] in module or ":" not in match
-        for index, case in enumerate(import_module(f"stagedspec.kernels.{module}").compile_cases())
+        for index, case in enumerate(import_module(f"stagedspec.kernels.{module}").compile_cases(arch))
         if match in label(module, case)
-        for arch in archs
-        if case.only in (None, arch)
     ]
 
 
@@ -83,16 +78,17 @@ def label(module: str, case: CompileCase) -> str:
 def compile_case(job: tuple[str, int, int]) -> Report:
     """Compiles case `index` of a kernel file for one architecture."""
     module, index, arch = job
-    case: CompileCase = import_module(f"stagedspec.kernels.{module}").compile_cases()[index]
+    case: CompileCase = import_module(f"stagedspec.kernels.{module}").compile_cases(arch)[index]
     constants = dict(case.constexprs)
-    if arch >= 90 and "PDL" in constants:
-        constants["PDL"] = True  # as `launch_options` has it there
+    if "PDL" in constants:
+        constants["PDL"] = pdl(arch)
     names = list(case.signature)
     attrs = {(names.index(name),): [["tt.divisibility", 16]] for name in case.aligned}
     signature = {name: "constexpr" if name in case.constexprs else kind for name, kind in case.signature.items()}
     kind = GluonASTSource if case.kernel.is_gluon() else ASTSource
     source = kind(fn=case.kernel, signature=signature, constexprs=constants, attrs=attrs)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "enable_fp_fusion": case.fusion}
+    options["maxnreg"] = case.maxnreg
     name = label(module, case)
     try:
         compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
@@ -120,17 +116,19 @@ def miscompiled(code: str) -> bool:
 
     An address is 64 bits in a pair of registers: the sum's lower half adds to the one register, its upper half to the
     other. Where the descriptor of a second product is derived from a first one's of another swizzle, both halves add to
-    the same register, and what it holds is something else.
+    the same register, and what it holds is something else. A register that was written in between is another number.
     """
-    lower: dict[str, str] = {}  # carry -> the register that was added to
-    for line in code.splitlines():
-        if found := re.search(r"\bU\w[\w.]* (?:UP\d, )?(UR\w+),", line):  # what is written is not what was added to
-            lower = {carry: register for carry, register in lower.items() if register != found[1]}
-        if found := re.search(r"\bUIADD3 UR\w+, (UP\d), (UR\d+), 0x\w+, URZ", line):
-            lower[found[1]] = found[2]
-        found = re.search(r"\bUIADD3\.X UR\w+, (UR\d+), -?0x\w+, URZ, (UP\d)", line)
-        if found and lower.get(found[2]) == found[1]:
+    lower: dict[str, str] = {}  # carry -> the register that was added to, while neither has been written again
+    for name, operands in re.findall(r"\b([A-Z][\w.]*) (U[RP]\w+, [^;]+);", code):
+        first, second, *rest = operands.rstrip().split(", ")
+        if name == "UIADD3.X" and "0x" in rest[0] and lower.get(rest[2]) == second:
             return True
+        written = {first, second} if second.startswith("UP") else {first}
+        if ".64" in name or "WIDE" in name:
+            written.add(re.sub(r"\d+", lambda number: str(int(number[0]) + 1), first))
+        lower = {carry: register for carry, register in lower.items() if written.isdisjoint((carry, register))}
+        if name == "UIADD3" and second in written and "0x" in rest[1]:
+            lower[second] = rest[0]
     return False
 
 
@@ -178,7 +176,7 @@ def main() -> int:
     if triton.knobs.runtime.interpret:
         print("error: TRITON_INTERPRET is set: unset it, the interpreter compiles nothing", file=sys.stderr)
         return 2
-    jobs = cases(options.match, options.arch or SHARED_LIMIT)
+    jobs = [job for arch in options.arch or SHARED_LIMIT for job in cases(options.match, arch)]
     if not jobs:
         print(f"error: no kernel's name contains {options.match!r}", file=sys.stderr)
         return 2

@@ -29,6 +29,8 @@ def report(tmp_path, match: str, arch: int) -> tuple[subprocess.CompletedProcess
         ("linear_hopper: l down 64", 90, "HGMMA"),
         ("tree_attention: far-l-n64", 90, "HGMMA"),
         ("tree_attention: near-l-n64", 90, "HMMA"),
+        ("tree_attention: near-l-n64", 80, "HMMA"),  # spills where the compiler decides on the registers,
+        ("choose: select-children-50257", 90, ""),  # and so does this
         ("lm_head: head-greedy-50257x1280-r16", 90, "HGMMA"),
         ("verify_commit", 90, ""),
     ],
@@ -43,21 +45,28 @@ def test_compiles_clean(tmp_path, match, arch, instruction):
 SUM = """
     UMOV UR22, UR37 ;
     UIADD3 UR18, UP1, {lower}, 0x20, URZ ;
-    ULEA UR27, UP0, UR38, UR16, 0x7 ;
+    {between} ;
     UIADD3.X UR19, {upper}, -0x3ffffff0, URZ, UP1, !UPT ;
 """
 
 
-@pytest.mark.parametrize(("lower", "upper", "expected"), [("UR4", "UR4", True), ("UR4", "UR5", False)])
-def test_wrong_addresses_are_seen(lower, upper, expected):
-    """What ptxas made of two products that shared a buffer, and what it should have made."""
+@pytest.mark.parametrize(
+    ("lower", "between", "upper", "expected"),
+    [
+        ("UR4", "ULEA UR27, UP0, UR38, UR16, 0x7", "UR4", True),
+        ("UR4", "ULEA UR27, UP0, UR38, UR16, 0x7", "UR5", False),
+        ("UR4", "UMOV UR4, URZ", "UR4", False),  # another number by then
+        ("UR5", "UIADD3.64 UR4, UR8, 0x2, URZ", "UR5", False),
+        ("UR4", "UISETP.GT.AND UP1, UPT, UR9, 0x5, UPT", "UR4", False),
+    ],
+)
+def test_wrong_addresses_are_seen(lower, between, upper, expected):
+    """What ptxas made of two products that shared a buffer, and sums that only look like it."""
     specification = importlib.util.spec_from_file_location("compile_report", SCRIPT)
     module = importlib.util.module_from_spec(specification)
     sys.modules[module.__name__] = module  # dataclasses look their module up
     specification.loader.exec_module(module)
-    assert module.miscompiled(SUM.format(lower=lower, upper=upper)) is expected
-    written = SUM.format(lower=lower, upper=upper).replace("ULEA UR27,", "UMOV UR4, URZ ;\n    ULEA UR27,")
-    assert not module.miscompiled(written)
+    assert module.miscompiled(SUM.format(lower=lower, between=between, upper=upper)) is expected
 
 
 def test_nothing_matches(tmp_path):

@@ -211,5 +211,5 @@ def test_hopper_has_room():
 
 @pytest.mark.parametrize("module", [linear, linear_hopper], ids=lambda module: module.__name__)
 def test_compile_cases(module):
-    cases = module.compile_cases()
+    cases = module.compile_cases(90)
     assert all(case.matrix for case in cases) and len({case.name for case in cases}) == len(cases)
