@@ -76,7 +76,7 @@ formulaic sacrebleu
 """
 EMBEDDED_SOURCES = tuple(_PACKAGES.split())
 _TARGET_FIT = FitConfig(tokens=400_000_000, batch=64, block=512, learning_rate=3e-3, checkpoint_seconds=60)
-_DRAFT_FIT = FitConfig(tokens=450_000_000, batch=64, block=512, learning_rate=6e-3, seed=1, checkpoint_seconds=60)
+_DRAFT_FIT = FitConfig(tokens=400_000_000, batch=64, block=512, learning_rate=6e-3, seed=1, checkpoint_seconds=60)
 
 
 @dataclass(frozen=True)
