@@ -221,7 +221,9 @@ def test_the_command(tmp_path, monkeypatch, to_file):
     """What was found is shown and lies where the kernels look for it, or in the file that was named."""
     problem, clock = problem_of({64: 10.0, 32: 8.0})
     monkeypatch.setattr("stagedspec.loading.resolve_device", lambda device: torch.device("cuda"))
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    made_current = []
+    monkeypatch.setattr(torch.cuda, "set_device", made_current.append)
     monkeypatch.setattr(configs, "device_name", lambda device: GPU)
     monkeypatch.setitem(tune_kernels.PROBLEMS, "compact", lambda shape, device: iter([problem]))
     monkeypatch.setattr(tune_kernels.tune_all, "__defaults__", (lambda *_: None, timed_by(clock)))
@@ -234,3 +236,4 @@ def test_the_command(tmp_path, monkeypatch, to_file):
     assert report["saved"] == str(path) and report["tuned"][0]["speedup"] == pytest.approx(1.25)
     assert configs.read(path, GPU) == {"op": {"8x4": {"tile": 32, "warps": 4}}}
     assert asked()["tile"] == (64 if to_file else 32)
+    assert set(made_current) == {torch.device("cuda", 1)}  # torch refuses a device without an index
