@@ -8,7 +8,7 @@ BACKENDS = ("auto", "torch", "triton")
 def resolve(backend: str, device: torch.device):
     """Returns what implements the operations on `device`: reference.py, or a `TritonOps` of its own.
 
-    "auto" is torch: the Triton backend gives its tokens in the interpreter, but has not been proven on a GPU yet, and
+    "auto" is torch: the kernels are tested on GPUs, the whole package on top of them is not yet, so the Triton backend
     must be asked for. "triton" needs a GPU of compute capability 8.0 or later; on the CPU it runs in Triton's
     interpreter, for checking, and only if TRITON_INTERPRET=1 was set before Python started.
 
