@@ -20,31 +20,31 @@ from stagedspec.tree import TreeConfig
 
 # How text lies before the embedded draft, greedy and sampled (top-k 50, T=1, shared noise): a mixture of easy, middling
 # and hard stretches, (share of the text, how often the target takes the draft's first, second, ... child, how often
-# draft² names the draft's first child). Fitted so that 24 trees greedy and 22 sampled come to the tokens, nodes and
-# passes a step that were counted on 16 prompts that bench/decode.py does not use: tokens within 8%, 2% on average. Real
+# draft² names the draft's first child). Fitted so that 14 trees greedy and 26 sampled come to the tokens, nodes and
+# passes a step that were counted on 16 prompts that bench/decode.py does not use: tokens within 7%, 2% on average. Real
 # trees grow where the draft is sure, node by node, which a stretch does not know: so these rates are a little higher
 # than those of the text. A prior for the shape of the tree, not a result: `stagedspec tune-tree` measures a pair's own.
 Stretch = tuple[float, tuple[float, ...], float]
 STRETCHES: dict[bool, tuple[Stretch, ...]] = {
     False: (
-        (0.122, (0.99, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0), 0.19),
-        (0.788, (0.989, 0.006, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0), 0.99),
-        (0.09, (0.405, 0.082, 0.074, 0.067, 0.06, 0.054, 0.049, 0.044), 0.0),
+        (0.12, (0.99, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0), 0.06),
+        (0.771, (0.987, 0.013, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0), 0.99),
+        (0.109, (0.475, 0.074, 0.071, 0.067, 0.064, 0.061, 0.059, 0.056), 0.01),
     ),
     True: (
-        (0.424, (0.962, 0.006, 0.005, 0.004, 0.003, 0.003, 0.002, 0.002), 0.99),
-        (0.26, (0.687, 0.121, 0.06, 0.03, 0.015, 0.007, 0.004, 0.002), 0.13),
-        (0.316, (0.273, 0.095, 0.076, 0.06, 0.048, 0.038, 0.03, 0.024), 0.06),
+        (0.358, (0.944, 0.039, 0.011, 0.003, 0.001, 0.0, 0.0, 0.0), 0.97),
+        (0.308, (0.823, 0.088, 0.012, 0.002, 0.0, 0.0, 0.0, 0.0), 0.15),
+        (0.334, (0.335, 0.085, 0.071, 0.06, 0.051, 0.043, 0.036, 0.03), 0.01),
     ),
 }
 SAMPLED = {"temperature": 1.0, "top_k": 50, "top_p": None, "min_p": None}
 CHILDREN = 8
-# Seconds that a step, a node of it, and a step's drafting take beyond the passes as they are measured here, most of
-# them host work (from the times by phase of generations on two shared cores; they matter for small models). Draft
-# passes after the first find the caches warm, which makes up for their host work.
-STEP_SECONDS, NODE_SECONDS, DRAFT_SECONDS = 2e-4, 1e-5, 4e-4
+# Seconds that a step, a node of it, a step's drafting and a row of a draft pass take beyond the passes as they are
+# measured here, most of them host work (from the times by phase of generations on two shared cores; they matter for
+# small models). Draft passes after the first find the caches warm, which makes up for part of their host work.
+STEP_SECONDS, NODE_SECONDS, DRAFT_SECONDS, ROW_SECONDS = 2e-4, 1e-5, 2e-4, 4e-5
 CONTEXT = 128  # prefix length that passes are measured at
-GRID = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # numbers of rows that are measured
+GRID = (1, 2, 4, 8, 16, 32, 64)  # numbers of rows that are measured; a finer grid finds what a busy moment spared
 # What is tried.
 SIZES = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 PASSES = (1, 2, 3, 4, 6)
@@ -115,14 +115,14 @@ def _passes(model: GPT2, draft: bool, batch: int, nodes: int, sampled: bool) -> 
 
 
 def _least_time(run: Callable[[], None], before: Callable[[], None]) -> float:
-    """The least of up to seven runs after a warm-up, each after `before`, or of as many as fit into BUDGET seconds.
+    """The least of up to 15 runs after a warm-up, each after `before`, or of as many as fit into BUDGET seconds.
 
     What else runs on the machine only adds.
     """
     run()
     times: list[float] = []
     begin = time.perf_counter()
-    while len(times) < 7 and (not times or time.perf_counter() - begin < BUDGET):
+    while len(times) < 15 and (not times or time.perf_counter() - begin < BUDGET):
         before()
         start = time.perf_counter()
         run()
@@ -212,7 +212,8 @@ class Model:
     def draft_seconds(self, config: TreeConfig, number: int) -> float:
         """Of the draft pass `number` of a step."""
         rows = (config.width if number else 2) + config.guesses
-        return self.times.draft_pass(self.batch, rows, self.sampled) + (0.0 if number else DRAFT_SECONDS)
+        host = ROW_SECONDS * rows + (0.0 if number else DRAFT_SECONDS)
+        return self.times.draft_pass(self.batch, rows, self.sampled) + host
 
     def step(self, config: TreeConfig) -> tuple[float, float]:
         """Expected tokens of a row and seconds of a step. The row that grows longest sets passes and nodes for all."""
@@ -225,9 +226,9 @@ class Model:
         return tokens, seconds
 
     def _seconds(self, config: TreeConfig, kind: Expected) -> float:
-        # How many nodes reach a floor varies from step to step, up to the most there may be.
-        spread = [min(config.nodes, max(1, round(kind.nodes * part))) for part in (0.5, 1.0, 2.0)]
-        sizes = spread if config.node_floor else [kind.nodes]
+        # How many nodes reach a floor varies from step to step around their mean, up to the most there may be.
+        apart = min(kind.nodes // 2, config.nodes - kind.nodes) if config.node_floor else 0
+        sizes = (kind.nodes - apart, kind.nodes, kind.nodes + apart)
         verify = sum(self.verify_seconds(size) for size in sizes) / len(sizes)
         return verify + sum(self.draft_seconds(config, number) for number in range(kind.passes))
 
