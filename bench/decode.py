@@ -72,8 +72,10 @@ def bench(options: argparse.Namespace, console: Console) -> dict:
         # Sampled, transformers draws other random numbers: its tokens are not expected to be ours.
         rows = summarise(runs, list(sides), frozenset({PLAIN} if name == "sample" else ()))
         same = same and all(row.identical is not False for row in rows)
-        console.print(table(rows, f"{name}, {options.max_new_tokens} new tokens, batch 1, {options.dtype}"))
-        least = _least(runs)
+        warped = f"top-k {options.top_k}, T={options.temperature:g}" if name == "sample" else ""
+        title = f"{name} {warped}".rstrip()
+        console.print(table(rows, f"{title}, {options.max_new_tokens} new tokens, batch 1, {options.dtype}"))
+        least = {side: ratio for side, ratio in _least(runs).items() if not (side == PLAIN and warped)}
         worst = ", ".join(f"{side} {ratio:.2f}x" for side, ratio in least.items())
         console.print(f"least speed-up of a run: {worst}\n", highlight=False)
         results[name] = {

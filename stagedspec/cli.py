@@ -222,7 +222,7 @@ def demo(
                 stream(console, decoder, prompt, mode="staged", **settings)
         rows, completions = _measure(decoder, settings, repeats)
         console.print()
-        console.print(table(rows, f"{len(DEMO_PROMPTS)} prompts, {max_new_tokens} new tokens, {name}"))
+        console.print(table(rows, f"{len(DEMO_PROMPTS)} prompts, up to {max_new_tokens} new tokens, {name}"))
         same = same and all(row.identical for row in rows)
         report.append({"sampling": name, "modes": [row.as_dict() for row in rows], "completions": completions})
     if as_json:

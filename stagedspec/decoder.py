@@ -355,8 +355,9 @@ class Decoder:
             return TreeConfig().for_mode(mode)
         if self.draft is None:
             raise ValueError(
-                f"mode {mode!r} needs a draft model: give draft=..., or use mode='autoregressive' or "
-                "prompt_lookup_num_tokens=..., which proposes what the sequence itself repeats"
+                f"mode {mode!r} needs a draft model: give draft=... (--draft), or use mode='autoregressive' "
+                "(--mode autoregressive) or prompt_lookup_num_tokens=..., which proposes what the sequence itself "
+                "repeats"
             )
         if chosen is not None:
             chosen, deepest = chosen.for_mode(mode), self.target.ops.max_depth
@@ -404,9 +405,10 @@ class Decoder:
             raise ValueError(f"max_new_tokens must be a whole number of at least 1, got {max_new_tokens!r}")
         longest = max(map(len, prompts))
         if longest + max_new_tokens > self.target.positions:
+            room = self.target.positions - longest
             raise ValueError(
                 f"prompt + new tokens must be at most n_positions = {self.target.positions}, got {longest} + "
-                f"{max_new_tokens}; shorten the prompt or ask for at most {self.target.positions - longest} new tokens"
+                f"{max_new_tokens}; shorten the prompt" + (f" or ask for at most {room} new tokens" if room > 0 else "")
             )
         seeds, streams = counters(seed, len(prompts))
         if lookup is not None and (type(lookup) is not int or not 1 <= lookup <= 255):
@@ -442,7 +444,7 @@ class Decoder:
             raise ValueError(f"prompt must be text that UTF-8 can hold: {error}") from error
         if self.tokenizer is None:
             raise ValueError("this decoder has no tokenizer: give tokenizer=..., or a prompt of token ids")
-        ids = self.tokenizer(prompt, add_special_tokens=False).input_ids
+        ids = self.tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
         return torch.tensor([ids], dtype=torch.long)
 
     def _decode(self, tokens: list[int]) -> str:

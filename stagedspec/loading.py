@@ -3,6 +3,8 @@
 import copy
 import json
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -13,6 +15,7 @@ from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from stagedspec.gpt2 import check_config
 
@@ -49,6 +52,18 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
     return found
 
 
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """Without transformers' own progress bars, which would break into the caller's."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def read_checkpoint(source: "str | Path | GPT2LMHeadModel", role: str) -> GPT2LMHeadModel:
     """A hub id, a local folder as `save_pretrained` writes it, or a GPT2LMHeadModel, to a GPT2LMHeadModel.
 
@@ -69,9 +84,10 @@ def read_checkpoint(source: "str | Path | GPT2LMHeadModel", role: str) -> GPT2LM
         _check_hub(str(source), role)
     location = str(folder if folder.is_dir() else source)
     try:
-        model, notes = GPT2LMHeadModel.from_pretrained(
-            location, use_safetensors=True, trust_remote_code=False, output_loading_info=True, dtype="auto"
-        )
+        with no_bars() if folder.is_dir() else nullcontext():  # a download shows how far it is
+            model, notes = GPT2LMHeadModel.from_pretrained(
+                location, use_safetensors=True, trust_remote_code=False, output_loading_info=True, dtype="auto"
+            )
     except ValueError:
         raise
     except Exception as error:  # the hub client, safetensors and transformers each raise their own kinds

@@ -18,16 +18,14 @@ A stage whose result is there is not run again, and a killed stage goes on where
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
-from transformers.utils import logging
 
-from stagedspec.loading import resolve_device
+from stagedspec.loading import no_bars, resolve_device
 from stagedspec.ngram import fit_table
 from stagedspec.training import card, distil, sample
 from stagedspec.training.corpus import Corpus, build, check_sources
@@ -389,14 +387,14 @@ class _Run:
         report({"step": 0, "steps": 1})
         assets = self.out / "assets"
         for name in ("target", "draft"):
-            with _no_bars():
+            with no_bars():
                 self._trained(name).cpu().half().save_pretrained(assets / name)
         tokenizer = PreTrainedTokenizerFast.from_pretrained(self.out / "tokenizer")
         tokenizer.model_max_length = self.config.n_positions
         tokenizer.save_pretrained(assets / "target")
         (assets / "ngram.safetensors").write_bytes((self.out / "ngram.safetensors").read_bytes())
         # What is reported is what is shipped: the half-precision weights, read back.
-        with _no_bars():
+        with no_bars():
             target, draft = (
                 GPT2LMHeadModel.from_pretrained(assets / name, dtype=torch.float32).to(self.device)
                 for name in ("target", "draft")
@@ -513,15 +511,3 @@ def heldout(model: GPT2LMHeadModel, corpus: Corpus, block: int, limit: int = 32)
     """Held-out loss in nats a token and in bits a byte of UTF-8."""
     loss = heldout_loss(model, corpus.heldout, block, limit)
     return {"heldout_loss": loss, "heldout_bpb": loss * len(corpus.heldout) / corpus.heldout_bytes / math.log(2)}
-
-
-@contextmanager
-def _no_bars() -> Iterator[None]:
-    """Without transformers' own progress bars, which would break into the caller's."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
