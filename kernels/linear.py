@@ -385,6 +385,7 @@ def _launch(
         ROWS=ROWS,
         TOKENS=tokens,
         maxnreg=most_registers(architecture(x.device), settings["num_warps"], SPILLING),
+        enable_fp_fusion=True,  # said, not left to the compiler's version: the bits depend on it
         **settings,
         **launch_options(x.device),
     )

@@ -22,7 +22,13 @@ import triton
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra import cuda
 
@@ -84,6 +90,7 @@ def _linear_hopper(
         mbarrier.init(weight_there.index(i), count=1)
     for i in range(SLOTS):
         mbarrier.init(x_there.index(i), count=1)
+    fence_async_shared()  # the copies' unit sees the barriers as they are now
     if PDL:
         cuda.gdc_launch_dependents()
     for i in range(BLOCKS):
@@ -239,6 +246,8 @@ def launch(
     partials: torch.Tensor,
     counters: torch.Tensor,
 ) -> None:
+    if stats is not None and stats.data_ptr() % 8:  # a sum and its squares are read at once
+        raise ValueError(f"linear: stats must start at a multiple of 8 bytes, got {stats.data_ptr():#x}; clone it")
     (count, inputs), outputs = x.shape, weight.shape[0]
     chosen = settings(count, inputs)
     tokens, block = chosen["TOKENS"], chosen["BLOCK_K"]
@@ -266,6 +275,7 @@ def launch(
         ROWS=ROWS,
         **chosen,
         num_warps=4,
+        enable_fp_fusion=True,
         **launch_options(x.device),
     )
 

@@ -120,15 +120,18 @@ def miscompiled(code: str) -> bool:
     """
     lower: dict[str, str] = {}  # carry -> the register that was added to, while neither has been written again
     for name, operands in re.findall(r"\b([A-Z][\w.]*) (U[RP]\w+, [^;]+);", code):
-        first, second, *rest = operands.rstrip().split(", ")
-        if name == "UIADD3.X" and "0x" in rest[0] and lower.get(rest[2]) == second:
+        first, *rest = operands.rstrip().split(", ")
+        carries = []  # one on Hopper, two on Blackwell
+        while name.startswith("UIADD3") and rest and re.fullmatch(r"UP\d", rest[0]):
+            carries.append(rest.pop(0))
+        if name == "UIADD3.X" and len(rest) > 3 and "0x" in rest[1] and lower.get(rest[3]) == rest[0]:
             return True
-        written = {first, second} if second.startswith("UP") else {first}
+        written = {first, *carries} | ({rest[0]} if rest and rest[0].startswith("UP") else set())
         if ".64" in name or "WIDE" in name:
             written.add(re.sub(r"\d+", lambda number: str(int(number[0]) + 1), first))
         lower = {carry: register for carry, register in lower.items() if written.isdisjoint((carry, register))}
-        if name == "UIADD3" and second in written and "0x" in rest[1]:
-            lower[second] = rest[0]
+        if name == "UIADD3" and carries and len(rest) > 1 and "0x" in rest[1]:
+            lower |= dict.fromkeys(carries, rest[0])
     return False
 
 

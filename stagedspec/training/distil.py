@@ -35,8 +35,8 @@ def distillation_loss(
     KL in nats; the total variation is the share of single guesses that speculative sampling rejects: a draft too small
     to follow the teacher everywhere gives up tokens that would seldom be accepted anyway. Its gradient alone is weak
     where the two hardly overlap. Whole vocabulary, fp32, temperature 1. top_k: the teacher's distribution is cut to so
-    many tokens, as it is when it decodes, and the draft spends nothing on the rest. The teacher runs without gradients,
-    under the caller's autocast.
+    many tokens (in bf16, where more of them tie), as when it decodes, and the draft spends nothing on the rest. The
+    teacher runs without gradients, under the caller's autocast.
     """
     teacher.requires_grad_(False).eval()
 
@@ -78,9 +78,9 @@ def acceptance(
             p = target(input_ids=part.to(target.device), use_cache=False).logits.flatten(0, 1).float()
             q = draft(input_ids=part.to(draft.device), use_cache=False).logits.flatten(0, 1).float()
         p, given = F.softmax(cut(p, top_k), dim=-1), F.log_softmax(q, dim=-1).to(p.device)
+        guesses = given.topk(min(4, given.shape[-1]), dim=-1).indices
         q = F.softmax(cut(q, top_k), dim=-1).to(p.device)
         best = p.argmax(-1, keepdim=True)
-        guesses = q.topk(min(4, q.shape[-1]), dim=-1).indices
         values = [
             (q.argmax(-1, keepdim=True) == best).sum(),
             torch.minimum(p, q).sum(),

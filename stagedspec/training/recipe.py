@@ -423,7 +423,7 @@ class _Run:
         path = self.out / "train.json"
         wanted = json.loads(json.dumps(asdict(self.config)))
         # Neither changes what is computed, beyond rounding.
-        free = {"device", "target_micro_batch", "draft_micro_batch"}
+        free = {"device", "target_micro_batch", "draft_micro_batch", "evaluate_every"}
         if path.exists() and self._corpus_done():
             try:
                 stored = json.loads(path.read_text(encoding="utf-8"))
