@@ -478,7 +478,8 @@ def norm_linear(
     x: [M, K] of fp32, fp16 or bf16, M from 1 to 256. stats: of `row_stats` or `linear_add`. layer: its weight [OUT, K]
     of x's dtype. out: [M, OUT] of x's dtype or fp32. Sums are in fp32. activation: a name `activation_known` knows.
 
-    Raises ValueError for a wrong shape, dtype, device or layout, and for an unknown activation.
+    Raises ValueError for a wrong shape, dtype, device or layout, and for an unknown activation; where linear_hopper.py
+    serves also for views: x and the weight must start at a multiple of 16 bytes, stats of 8.
     """
     op = "norm_linear"
     _check(op, x, layer.weight, out, (x.dtype, torch.float32), scratch)
@@ -507,7 +508,8 @@ def linear_add(
     x: [M, K] of fp32, fp16 or bf16, M from 1 to 256. weight [OUT, K], bias [OUT] or None, residual and out [M, OUT]: of
     x's dtype; out may be the residual itself. stats: fp32 [M, stat_tiles(OUT), 2] or None. Rounded once.
 
-    Raises ValueError for a wrong shape, dtype, device or layout.
+    Raises ValueError for a wrong shape, dtype, device or layout; where linear_hopper.py serves also for views: x and
+    weight must start at a multiple of 16 bytes.
     """
     op = "linear_add"
     _check(op, x, weight, out, (x.dtype,), scratch)
@@ -572,11 +574,30 @@ def compile_cases(arch: int) -> list[CompileCase]:
 
 def _case(arch: int, name: str, outputs: int, inputs: int, norm: bool, activation: int, tokens: int) -> CompileCase:
     splits, length = _splits(outputs, inputs)
-    settings = _default(2, tokens, length, SHARED_LIMIT[arch] >= ROOMY)
+    chosen = _default(2, tokens, length, SHARED_LIMIT[arch] >= ROOMY)
+    settings = {"SPLITS": splits, "SPLIT_K": length, "TOKENS": tokens}
+    settings |= {key: chosen[key] for key in ("BLOCK_K", "AHEAD")}
+    options = {key: chosen[key] for key in ("num_warps", "num_stages")}
+    options["maxnreg"] = most_registers(arch, chosen["num_warps"], SPILLING)
+    kinds = dict.fromkeys(("p_x", "p_weight"), "*bf16")
+    return compile_case(_linear, name, outputs, inputs, norm, activation, kinds, settings, **options)
+
+
+def compile_case(
+    kernel,
+    name: str,
+    outputs: int,
+    inputs: int,
+    norm: bool,
+    activation: int,
+    kinds: dict[str, str],
+    settings: dict[str, int],
+    **options: int | None,
+) -> CompileCase:
+    """A case of this file's kernel or of linear_hopper.py's, of `model_linears`. kinds: the types of x and the weight,
+    where the two differ; settings: what else is constant; options: the launch's."""
     absent = ("p_residual", "p_stats_out") if norm else ("p_stats", "p_sums")
-    kinds = dict.fromkeys(("p_x", "p_weight", "p_residual", "p_out"), "*bf16") | {
-        "p_bias": "*fp32" if norm else "*bf16"
-    }
+    kinds = kinds | {"p_bias": "*fp32" if norm else "*bf16", "p_residual": "*bf16", "p_out": "*bf16"}
     kinds |= dict.fromkeys(("p_stats", "p_sums", "p_stats_out", "p_partials"), "*fp32")
     kinds |= {"p_counters": "*i32", "M": "i32", "epsilon": "fp32"}
     constants = {
@@ -588,24 +609,15 @@ def _case(arch: int, name: str, outputs: int, inputs: int, norm: bool, activatio
         "RESIDUAL": not norm,
         "ACTIVATION": activation,
         "STATS": not norm,
-        "SPLITS": splits,
-        "SPLIT_K": length,
         "ROWS": ROWS,
-        "BLOCK_K": settings["BLOCK_K"],
-        "TOKENS": tokens,
-        "AHEAD": settings["AHEAD"],
         "PDL": False,
-    }
-    signature = {name: kinds.get(name, "constexpr") for name in _linear.arg_names}
-    present = tuple(name for name, kind in kinds.items() if kind.startswith("*") and name not in absent)
+    } | settings
     return CompileCase(
         name,
-        _linear,
-        signature,
+        kernel,
+        {key: kinds.get(key, "constexpr") for key in kernel.arg_names},
         constants | dict.fromkeys(absent),
-        settings["num_warps"],
-        settings["num_stages"],
         matrix=True,
-        aligned=present,
-        maxnreg=most_registers(arch, settings["num_warps"], SPILLING),
+        aligned=tuple(key for key, kind in kinds.items() if kind.startswith("*") and key not in absent),
+        **options,
     )

@@ -32,7 +32,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra import cuda
 
-from stagedspec.kernels.linear import HOPPER_SPLIT, ROWS, _activate, model_linears, stat_tiles
+from stagedspec.kernels.linear import HOPPER_SPLIT, ROWS, _activate, compile_case, model_linears, stat_tiles
 from stagedspec.kernels.registry import SHARED_LIMIT, CompileCase, launch_options
 
 _copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name in Triton 3.9 and in 3.6
@@ -293,32 +293,8 @@ def compile_cases(arch: int) -> list[CompileCase]:
 def _case(name: str, outputs: int, inputs: int, norm: bool, activation: int, tokens: int) -> CompileCase:
     chosen = settings(tokens, inputs)
     block = chosen["BLOCK_K"]
-    absent = ("p_residual", "p_stats_out") if norm else ("p_stats", "p_sums")
     kinds = {
         key: f"tensordesc<bf16[{rows}, {block}],{_layout(rows, block)!r}>"
         for key, rows in (("x", tokens), ("weight", ROWS))
     }
-    kinds |= {"p_bias": "*fp32" if norm else "*bf16", "p_residual": "*bf16", "p_out": "*bf16"}
-    kinds |= dict.fromkeys(("p_stats", "p_sums", "p_stats_out", "p_partials"), "*fp32")
-    kinds |= {"p_counters": "*i32", "M": "i32", "epsilon": "fp32"}
-    constants = {
-        "OUT": outputs,
-        "K": inputs,
-        "NORM": norm,
-        "STAT_TILES": stat_tiles(inputs),
-        "BIAS": True,
-        "RESIDUAL": not norm,
-        "ACTIVATION": activation,
-        "STATS": not norm,
-        "ROWS": ROWS,
-        "PDL": True,
-    } | chosen
-    return CompileCase(
-        name,
-        _linear_hopper,
-        {key: kinds.get(key, "constexpr") for key in _linear_hopper.arg_names},
-        constants | dict.fromkeys(absent),
-        num_warps=4,
-        matrix=True,
-        aligned=tuple(key for key, kind in kinds.items() if kind.startswith("*") and key not in absent),
-    )
+    return compile_case(_linear_hopper, name, outputs, inputs, norm, activation, kinds, chosen, num_warps=4)

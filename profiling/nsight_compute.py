@@ -1,6 +1,6 @@
 """Profiles launches of one kernel in a step with Nsight Compute, down to the lines of its source.
 
-    python profiling/nsight_compute.py --kernel _linear --phase target --shape L
+    python profiling/nsight_compute.py --kernel _linear_hopper --phase target --shape L
 
 Writes a report for ncu-ui (page Source: counters beside each line of Python and of SASS) and prints its details. The
 step is launched kernel by kernel, so that --phase can tell the target's launches from the draft's.

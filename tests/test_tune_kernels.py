@@ -216,6 +216,15 @@ def test_sizes_and_models(tmp_path):
     ]
 
 
+def test_nothing_to_tune(tmp_path, monkeypatch):
+    monkeypatch.setattr("stagedspec.loading.resolve_device", lambda device: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(configs, "device_name", lambda device: GPU)
+    monkeypatch.setitem(tune_kernels.PROBLEMS, "linear", lambda shape, device: iter(()))
+    shown = run("--op", "linear", "--out", str(tmp_path / "settings.json"))
+    assert shown.exit_code == 2 and "nothing to tune" in shown.output and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("to_file", [False, True])
 def test_the_command(tmp_path, monkeypatch, to_file):
     """What was found is shown and lies where the kernels look for it, or in the file that was named."""

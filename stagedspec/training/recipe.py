@@ -422,7 +422,7 @@ class _Run:
         """Checks that the folder, if there is a corpus in it, was made with the same settings, and notes them in it."""
         path = self.out / "train.json"
         wanted = json.loads(json.dumps(asdict(self.config)))
-        # Neither changes what is computed, beyond rounding.
+        # None of these changes what is computed, beyond rounding.
         free = {"device", "target_micro_batch", "draft_micro_batch", "evaluate_every"}
         if path.exists() and self._corpus_done():
             try:

@@ -221,6 +221,16 @@ def test_hopper_has_room():
             assert elements * 2 + (blocks + slots) * 8 <= linear_hopper.SHARED
 
 
+@pytest.mark.parametrize(("x_from", "stats_from"), [(1, 0), (0, 1)])
+def test_hopper_refuses_views(x_from, stats_from):
+    x = torch.zeros(65, dtype=torch.bfloat16)[x_from:][:64].view(1, 64)
+    stats = torch.zeros(3)[stats_from:][:2].view(1, 1, 2)
+    rest = [torch.zeros(16, dtype=torch.float32) for _ in range(4)]
+    weight, out = torch.zeros(16, 64, dtype=torch.bfloat16), torch.zeros(1, 16, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="must start at a multiple of"):
+        linear_hopper.launch(x, stats, rest[0], 1e-5, weight, rest[1], 0, None, out, None, rest[2], rest[3])
+
+
 @pytest.mark.parametrize("module", [linear, linear_hopper], ids=lambda module: module.__name__)
 def test_compile_cases(module):
     cases = module.compile_cases(90)
