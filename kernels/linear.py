@@ -554,7 +554,7 @@ def _check(
 def model_linears() -> list[tuple[str, int, int, bool, int]]:
     """The four linears of GPT-2 S to XL and of the embedded models: name, outputs, inputs, whether there is a LayerNorm
     before (else a residual after), activation."""
-    models = {"s": (768, 3072), "m": (1024, 4096), "l": (1280, 5120), "xl": (1600, 6400), "target": (384, 1728)}
+    models = {"s": (768, 3072), "m": (1024, 4096), "l": (1280, 5120), "xl": (1600, 6400), "target": (384, 1792)}
     return [
         (f"{model} {layer}", *rest)
         for model, (width, inner) in models.items()

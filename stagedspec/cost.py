@@ -7,6 +7,7 @@ expected tokens over the time of a step.
 
 import heapq
 import itertools
+import math
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
@@ -20,21 +21,21 @@ from stagedspec.tree import TreeConfig
 
 # How text lies before the embedded draft, greedy and sampled (top-k 50, T=1, shared noise): a mixture of easy, middling
 # and hard stretches, (share of the text, how often the target takes the draft's first, second, ... child, how often
-# draft² names the draft's first child). Fitted so that 14 trees greedy and 26 sampled come to the tokens, nodes and
-# passes a step that were counted on 16 prompts that bench/decode.py does not use: tokens within 7%, 2% on average. Real
+# draft² names the draft's first child). Fitted so that 14 trees greedy and 14 sampled come to the tokens, nodes and
+# passes a step that were counted on prompts that bench/decode.py does not use: tokens within 5%, 1% on average. Real
 # trees grow where the draft is sure, node by node, which a stretch does not know: so these rates are a little higher
 # than those of the text. A prior for the shape of the tree, not a result: `stagedspec tune-tree` measures a pair's own.
 Stretch = tuple[float, tuple[float, ...], float]
 STRETCHES: dict[bool, tuple[Stretch, ...]] = {
     False: (
-        (0.12, (0.99, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0), 0.06),
-        (0.771, (0.987, 0.013, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0), 0.99),
-        (0.109, (0.475, 0.074, 0.071, 0.067, 0.064, 0.061, 0.059, 0.056), 0.01),
+        (0.096, (0.993, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0), 0.01),
+        (0.797, (0.986, 0.014, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0), 0.99),
+        (0.107, (0.491, 0.074, 0.071, 0.068, 0.065, 0.063, 0.06, 0.058), 0.01),
     ),
     True: (
-        (0.358, (0.944, 0.039, 0.011, 0.003, 0.001, 0.0, 0.0, 0.0), 0.97),
-        (0.308, (0.823, 0.088, 0.012, 0.002, 0.0, 0.0, 0.0, 0.0), 0.15),
-        (0.334, (0.335, 0.085, 0.071, 0.06, 0.051, 0.043, 0.036, 0.03), 0.01),
+        (0.397, (0.927, 0.05, 0.015, 0.005, 0.001, 0.0, 0.0, 0.0), 0.94),
+        (0.252, (0.775, 0.091, 0.008, 0.001, 0.0, 0.0, 0.0, 0.0), 0.15),
+        (0.351, (0.334, 0.09, 0.078, 0.067, 0.058, 0.05, 0.043, 0.037), 0.06),
     ),
 }
 SAMPLED = {"temperature": 1.0, "top_k": 50, "top_p": None, "min_p": None}
@@ -51,7 +52,8 @@ PASSES = (1, 2, 3, 4, 6)
 PREFETCH = (1, 2, 4, 6, 8)
 NODE_FLOORS = (0.0, 0.03, 0.06)
 PASS_FLOORS = (0.0, 0.5, 0.65, 0.8)
-BUDGET = 0.2  # seconds a measurement may take
+BUDGET, ROUNDS = 0.2, 20  # seconds that a measurement may take, and how often it is repeated in them
+TOGETHER = 16  # up to so many rows all sizes are measured in turn
 
 
 class PassTimes:
@@ -81,11 +83,17 @@ class PassTimes:
         return low + (high - low) * (nodes - below) / (above - below)
 
     def _measure(self, draft: bool, batch: int, nodes: int, sampled: bool) -> float:
-        key = (draft, batch, nodes, sampled)
-        if key not in self.seconds:
+        if (draft, batch, nodes, sampled) not in self.seconds:
+            # All sizes in turn: a moment in which the machine is busy must not fall on one of them alone.
+            sizes = [size for size in GRID if size <= max(nodes, TOGETHER)]
+            keys = [key for size in sizes if (key := (draft, batch, size, sampled)) not in self.seconds]
             before = _passes(self.target, False, batch, 1, False)
-            self.seconds[key] = _least_time(_passes(self.draft if draft else self.target, *key), before)
-        return self.seconds[key]
+            model = self.draft if draft else self.target
+            least = _least_times([_passes(model, *key) for key in keys], before)
+            # Nor do fewer rows take longer than more.
+            for index, key in enumerate(keys):
+                self.seconds[key] = min(least[index:])
+        return self.seconds[draft, batch, nodes, sampled]
 
 
 def _passes(model: GPT2, draft: bool, batch: int, nodes: int, sampled: bool) -> Callable[[], None]:
@@ -114,20 +122,25 @@ def _passes(model: GPT2, draft: bool, batch: int, nodes: int, sampled: bool) -> 
     return run
 
 
-def _least_time(run: Callable[[], None], before: Callable[[], None]) -> float:
-    """The least of up to 15 runs after a warm-up, each after `before`, or of as many as fit into BUDGET seconds.
+def _least_times(runs: Sequence[Callable[[], None]], before: Callable[[], None]) -> list[float]:
+    """The least time of each of `runs` in up to ROUNDS rounds after a warm-up, each run after `before`; rounds end when
+    BUDGET seconds a run are spent.
 
     What else runs on the machine only adds.
     """
-    run()
-    times: list[float] = []
-    begin = time.perf_counter()
-    while len(times) < 15 and (not times or time.perf_counter() - begin < BUDGET):
-        before()
-        start = time.perf_counter()
+    for run in runs:
         run()
-        times.append(time.perf_counter() - start)
-    return min(times)
+    least = [math.inf] * len(runs)
+    begin = time.perf_counter()
+    for _ in range(ROUNDS):
+        for index, run in enumerate(runs):
+            before()
+            start = time.perf_counter()
+            run()
+            least[index] = min(least[index], time.perf_counter() - start)
+        if time.perf_counter() - begin > BUDGET * len(runs):
+            break
+    return least
 
 
 @dataclass(frozen=True)

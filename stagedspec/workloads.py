@@ -54,7 +54,7 @@ SIZES = {
     "M": ModelShape(24, 1024, 16),
     "L": ModelShape(36, 1280, 20),
     "XL": ModelShape(48, 1600, 25),
-    "target": ModelShape(4, 384, 6, 2048, 1728),  # the embedded models
+    "target": ModelShape(4, 384, 6, 2048, 1792),  # the embedded models
     "draft": ModelShape(2, 96, 3, 2048, 640),
 }
 

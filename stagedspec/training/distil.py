@@ -27,14 +27,19 @@ def mixed_blocks(
 
 
 def distillation_loss(
-    teacher: GPT2LMHeadModel, overlap_weight: float = 0.0, top_k: int | None = None
+    teacher: GPT2LMHeadModel,
+    overlap_weight: float = 0.0,
+    top_k: int | None = None,
+    choice_weight: float = 0.0,
 ) -> Callable[[torch.nn.Module, torch.Tensor], torch.Tensor]:
-    """KL(teacher || model) + overlap_weight * TV(teacher, model), means over all positions of blocks [B, T + 1] but the
-    last.
+    """KL(teacher || model) + overlap_weight * TV(teacher, model) + choice_weight * NLL(choice | noise), means over all
+    positions of blocks [B, T + 1] but the last.
 
     KL in nats; the total variation is the share of single guesses that speculative sampling rejects: a draft too small
     to follow the teacher everywhere gives up tokens that would seldom be accepted anyway. Its gradient alone is weak
-    where the two hardly overlap. Whole vocabulary, fp32, temperature 1. top_k: the teacher's distribution is cut to so
+    where the two hardly overlap. The last term is what a decoding step asks of the draft: Gumbel noise g is drawn, the
+    teacher chooses the token of the largest log p + g, and the draft, knowing g, is charged for how unlikely it holds
+    that choice: the log of softmax(log q + g), its children's scores (`reference.choose_children`). Whole vocabulary, fp32, temperature 1. top_k: the teacher's distribution is cut to so
     many tokens (in bf16, where more of them tie), as when it decodes, and the draft spends nothing on the rest. The
     teacher runs without gradients, under the caller's autocast.
     """
@@ -51,9 +56,20 @@ def distillation_loss(
         if overlap_weight:
             variation = 0.5 * (given.exp() - wanted).abs().sum(-1).mean()
             divergence = divergence + overlap_weight * variation
+        if choice_weight:
+            noise = gumbel_like(given)
+            choice = (logits.float() + noise).argmax(-1)
+            divergence = divergence + choice_weight * F.cross_entropy(given + noise, choice)
         return divergence
 
     return loss
+
+
+def gumbel_like(x: torch.Tensor) -> torch.Tensor:
+    """Standard Gumbel noise in the shape of x, fp32, from the device's generator."""
+    # Of two numbers drawn as 0 in one row neither may win, and infinities must not meet.
+    uniform = torch.rand_like(x, dtype=torch.float32).clamp_(1e-30, 1 - 2**-24)
+    return -(-uniform.log()).log()
 
 
 @torch.no_grad()

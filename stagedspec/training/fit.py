@@ -186,6 +186,7 @@ def fit(
         fused=True,
     )
     first = _restore(folder, model, optimizer, config)
+    torch.manual_seed(config.seed * 1_000_003 + first)  # for a loss that draws noise
     models = [model] if teacher is None else [model, teacher]
     flops = 3 * forward_flops(model, config.block)
     if teacher is not None:

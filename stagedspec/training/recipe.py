@@ -46,12 +46,13 @@ Progress = Callable[[dict], None]
 
 @dataclass(frozen=True)
 class Shape:
-    """A GPT-2's size. inner: width of the MLP, 4 * width by default."""
+    """A GPT-2's size. inner: width of the MLP, 4 * width by default. activation: of `GPT2Config`."""
 
     layers: int
     width: int
     heads: int
     inner: int | None = None
+    activation: str = "gelu_pytorch_tanh"  # the same function as "gelu_new", in one kernel
 
     def __post_init__(self):
         for name in ("layers", "width", "heads"):
@@ -73,8 +74,8 @@ typer rich pygments markdown imageio PIL yaml attr setuptools pip wheel _pytest 
 formulaic sacrebleu
 """
 EMBEDDED_SOURCES = tuple(_PACKAGES.split())
-_TARGET_FIT = FitConfig(tokens=400_000_000, batch=64, block=512, learning_rate=3e-3, checkpoint_seconds=60)
-_DRAFT_FIT = FitConfig(tokens=400_000_000, batch=64, block=512, learning_rate=6e-3, seed=1, checkpoint_seconds=60)
+_TARGET_FIT = FitConfig(tokens=500_000_000, batch=64, block=512, learning_rate=3e-3, checkpoint_seconds=60)
+_DRAFT_FIT = FitConfig(tokens=1_000_000_000, batch=64, block=512, learning_rate=6e-3, seed=1, checkpoint_seconds=60)
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class TrainConfig:
     sources:            what corpus.source_folder takes: "stdlib", installed packages, folders.
     target, draft:      sizes; target_fit, draft_fit: their training.
     sample_share:       part of the draft's training batches that is the target's own text.
-    overlap_weight:     of the total variation in the draft's loss, see distil.distillation_loss.
+    overlap_weight, choice_weight: in the draft's loss, see distil.distillation_loss.
     target_top_k:       tokens that the target's distribution is cut to, sampling and teaching; None: all of them.
     target_samples:     tokens of it, at target_temperatures in turn; target_rows x target_length tokens a shard.
     draft_samples:      tokens that the n-gram is fitted on, at draft_temperature; draft_rows x draft_length a shard.
@@ -100,14 +101,15 @@ class TrainConfig:
     sources: tuple[str, ...] = EMBEDDED_SOURCES
     vocab_size: int = 2048
     n_positions: int = 512
-    target: Shape = Shape(layers=4, width=384, heads=6, inner=1728)
+    target: Shape = Shape(layers=4, width=384, heads=6, inner=1792, activation="relu")
     draft: Shape = Shape(layers=2, width=96, heads=3, inner=640)
     target_fit: FitConfig = _TARGET_FIT
     draft_fit: FitConfig = _DRAFT_FIT
     sample_share: float = 0.75
     overlap_weight: float = 6.0
+    choice_weight: float = 4.0
     target_top_k: int | None = 50
-    target_samples: int = 8_388_608
+    target_samples: int = 16_777_216
     target_temperatures: tuple[float, ...] = (1.0, 1.0, 0.5, 0.1)
     target_rows: int = 4096
     target_length: int = 256
@@ -149,8 +151,9 @@ class TrainConfig:
             raise ValueError(f"sample_share must be from 0 to 1, got {self.sample_share}")
         if self.target_top_k is not None and self.target_top_k < 1:
             raise ValueError(f"target_top_k must be at least 1 or None, got {self.target_top_k}")
-        if not 0 <= self.overlap_weight < math.inf:
-            raise ValueError(f"overlap_weight must be a number from 0 on, got {self.overlap_weight}")
+        for name in ("overlap_weight", "choice_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a number from 0 on, got {getattr(self, name)}")
         temperatures = (*self.target_temperatures, self.draft_temperature)
         if not self.target_temperatures or not all(0 < t < math.inf for t in temperatures):
             raise ValueError(f"temperatures must be positive numbers, got {temperatures}")
@@ -342,7 +345,7 @@ class _Run:
             config.draft_fit,
             self.out / "draft",
             lambda step: distil.mixed_blocks(corpus.train, samples, config.sample_share, config.draft_fit, step),
-            distil.distillation_loss(target, config.overlap_weight, config.target_top_k),
+            distil.distillation_loss(target, config.overlap_weight, config.target_top_k, config.choice_weight),
             report,
             lambda: (
                 distil.acceptance(target, draft, blocks, config.target_top_k)
@@ -494,8 +497,7 @@ def new_model(config: TrainConfig, shape: Shape) -> GPT2LMHeadModel:
         n_layer=shape.layers,
         n_head=shape.heads,
         n_inner=shape.inner,
-        # The same function as "gelu_new", in one kernel.
-        activation_function="gelu_pytorch_tanh",
+        activation_function=shape.activation,
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
