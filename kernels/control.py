@@ -4,7 +4,8 @@ Small integer work on a few dozen nodes: on a CPU plain Python does it in tens o
 small tensor operations takes milliseconds. It is also the oracle of a backend that keeps control on the device.
 Tensors go in (what the models said) and come out (what to run next); everything between is private to a backend.
 
-Words. A *slot* is one row that the draft evaluates in this step: the catch-up token, the root, nodes chosen because
+Words. A *slot* is one row that the draft evaluates in this step: the catch-up token (left out where the draft has read
+it), the root, nodes chosen because
 they scored best, and draft²'s guesses. An evaluated slot proposes *candidates*, its likeliest children. The tree is
 made of the best candidates. A guess is confirmed when the draft, evaluated in the same pass, proposes that token
 too; a guess that is not never enters a tree: draft² saves passes and changes nothing else.
@@ -30,12 +31,14 @@ TARGET, DRAFT, NGRAM = range(3)  # who first proposed a token
 
 @dataclass
 class Row:
-    """One sequence of the batch. `follower` is the context n-gram: (a, b) -> what followed its latest occurrence."""
+    """One sequence of the batch. `follower` is the context n-gram: (a, b) -> what followed its latest occurrence;
+    caught_up: whether the draft has read all tokens but the last, not all but the last two."""
 
     tokens: list[int]
     limit: int
     origins: list[int] = field(default_factory=list)
     running: bool = True
+    caught_up: bool = False
     follower: dict[tuple[int, int], int] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -182,16 +185,16 @@ def _log(floor: float) -> float:
 class _RowGrowth:
     """The tree of one row."""
 
-    def __init__(self, row: Row, config, table):
+    def __init__(self, row: Row, config, table, caught_up: bool):
         tokens = row.tokens
         self.config, self.table, self.follower = config, table, row.follower
         self.floor = _log(config.node_floor)
         previous = tokens[-2] if len(tokens) > 1 else -1
         self.slots = [
             _Slot(max(previous, 0), -1, -1, 1, NEVER),
-            _Slot(tokens[-1], previous, 0, 0b11 if previous >= 0 else 0b10, 0.0),
+            _Slot(tokens[-1], previous, 0, 0b10 if caught_up or previous < 0 else 0b11, 0.0),
         ]
-        self.candidates: list[list[_Candidate]] = []
+        self.candidates: list[list[_Candidate]] = [[]] if caught_up else []
         self.open: list[tuple[float, int, int, _Candidate]] = []
 
     def _add(self, token: int, parent: int, score: float, **more) -> int:
@@ -273,8 +276,10 @@ class Growth:
 
     def begin(self) -> None:
         """Starts a step's trees: the catch-up token and the root."""
-        self.rows = [_RowGrowth(row, self.config, self.table) for row in self.sequences.rows]
-        self.start = 0
+        running = [row.caught_up for row in self.sequences.rows if row.running]
+        self.caught_up = bool(running) and all(running)
+        self.rows = [_RowGrowth(row, self.config, self.table, self.caught_up) for row in self.sequences.rows]
+        self.start = int(self.caught_up)
 
     def pays(self) -> bool:
         """Whether one more pass is worth its time: some row's best open candidate is above the floor."""
@@ -315,7 +320,7 @@ class Growth:
             [[slot.mask for slot in row.slots[start:stop]] for row in self.rows],
             self.config.slots,
             [length - 1 for length in lengths],
-            [length - 2 for length in lengths],
+            [length - 2 + self.caught_up for length in lengths],
             self.dtype,
             self.sequences.device,
         )
@@ -333,14 +338,14 @@ class Growth:
         for row in self.rows:
             found = [candidate for candidates in row.candidates for candidate in candidates]
             best = heapq.nlargest(nodes - 1, found, key=lambda candidate: candidate.score)
-            tree = _Tree.root(row.slots[1].token)
+            tree = _Tree.root(row.slots[1].token, 1)
             for candidate in best:
                 parent = row.slots[candidate.parent]
                 above = 0 if parent.candidate is None else parent.candidate.node
                 guessed = candidate.slot >= 0 and row.slots[candidate.slot].guess
                 candidate.node = tree.add(candidate.token, above, candidate.slot, NGRAM if guessed else DRAFT)
             trees.append(tree)
-        return Trees(self.sequences, trees, max(len(tree.tokens) for tree in trees))
+        return Trees(self.sequences, trees, max(len(tree.tokens) for tree in trees), self.caught_up)
 
 
 # ---------------------------------------------------------------- finished trees
@@ -359,8 +364,8 @@ class _Tree:
     children: dict[tuple[int, int], int]
 
     @classmethod
-    def root(cls, token: int) -> "_Tree":
-        return cls([token], [0], [0], [1], [1], [TARGET], {})
+    def root(cls, token: int, slot: int = -1) -> "_Tree":
+        return cls([token], [0], [0], [1], [slot], [TARGET], {})
 
     def add(self, token: int, parent: int, slot: int, origin: int) -> int:
         node = len(self.tokens)
@@ -375,10 +380,11 @@ class _Tree:
 
 
 class Trees:
-    """The trees of a batch, ready for the target, and the walk that accepts them. nodes: of the largest."""
+    """The trees of a batch, ready for the target, and the walk that accepts them. nodes: of the largest; caught_up:
+    the draft grew them without the catch-up token."""
 
-    def __init__(self, sequences: Sequences, trees: list[_Tree], nodes: int):
-        self.sequences, self.trees, self.nodes = sequences, trees, nodes
+    def __init__(self, sequences: Sequences, trees: list[_Tree], nodes: int, caught_up: bool = False):
+        self.sequences, self.trees, self.nodes, self.caught_up = sequences, trees, nodes, caught_up
 
     @classmethod
     def roots(cls, sequences: Sequences) -> "Trees":
@@ -427,7 +433,7 @@ class Trees:
         chosen [B, N]: `choose` at every node; most: the most tokens to take. The token chosen at the last node of the
         walk is the bonus token. A row ends with an end-of-sequence token or at its limit.
         """
-        moves = Moves([], [], [], [])
+        moves = Moves([], [], [], [], self.caught_up)
         for row, tree, picks in zip(self.sequences.rows, self.trees, chosen.tolist(), strict=True):
             length, path, node = len(row.tokens), [0], 0
             while len(path) != most and (node := tree.children.get((node, picks[node]), -1)) >= 0:
@@ -445,6 +451,7 @@ class Trees:
             # A row that has stopped needs no keys and values any more, and could have run past the end of the cache.
             moves.nodes.append(path if row.running else [])
             moves.slots.append([tree.slots[node] for node in path] if row.running else [])
+            row.caught_up = row.running and tree.slots[path[-1]] >= 0
         self.sequences.accepted.update(count for count in moves.accepted if count >= 0)
         return moves
 
@@ -454,13 +461,15 @@ class Moves:
     """What a step accepted, and the KV rows to move. A list a row of the batch.
 
     accepted: tokens taken from nodes below the root, -1 for a row that had stopped; lengths: before the step; nodes:
-    the accepted path, root first, empty for a row that has stopped; slots: the draft's row of each.
+    the accepted path, root first, empty for a row that has stopped; slots: the draft's row of each; caught_up: as of
+    `Trees`.
     """
 
     accepted: list[int]
     lengths: list[int]
     nodes: list[list[int]]
     slots: list[list[int]]
+    caught_up: bool = False
 
     def target_rows(self, first: int) -> list[list[tuple[int, int]]]:
         """(tree row, position) pairs: the whole accepted path. Node 0 lies in tree row `first`."""
@@ -470,11 +479,10 @@ class Moves:
         ]
 
     def draft_rows(self, first: int = 0) -> list[list[tuple[int, int]]]:
-        """The same for the draft, which feeds the last two tokens again in the next step: it needs only what lies
-        below those, and every such node had an accepted child and was therefore evaluated. Slot 0 lies in tree row
-        `first`."""
+        """The same for the draft, of the nodes that it has evaluated: all but perhaps the last of the path, which is
+        then the next step's catch-up token. Slot 0, this step's, lies in tree row `first`."""
         return [
-            [(first, length - 2)] * (length > 1 and bool(slots))
+            [(first, length - 2)] * (length > 1 and bool(slots) and not self.caught_up)
             + [(first + slot, length - 1 + depth) for depth, slot in enumerate(slots) if slot >= 0]
             for slots, length in zip(self.slots, self.lengths, strict=True)
         ]

@@ -175,13 +175,12 @@ class Controller:
         self._choose()
 
     def _choose(self) -> None:
-        best = max(range(1, len(self.ladder)), key=self.rate)
+        rates = [self.rate(index) for index in range(len(self.ladder))]
+        best, last = max(range(1, len(rates)), key=rates.__getitem__), len(rates) - 1
         # What other rungs would have brought is a guess, and floors keep the largest small where that pays.
-        last = len(self.ladder) - 1
-        if self.rate(best) < self.rate(last) * SMALLER:
+        if rates[best] < rates[last] * SMALLER:
             best = last
-        margin = LEAVE if self.chosen else RESUME
-        if self.rate(best) <= self.rate(0) * margin:
+        if rates[best] <= rates[0] * (LEAVE if self.chosen else RESUME):
             best = 0
         if (best == 0) != (self.chosen == 0):
             # A stretch of drafting that did not last is no reason to hope again soon.

@@ -227,7 +227,7 @@ def test_what_a_decoder_measures_is_kept(target, drafts, tmp_path, monkeypatch):
         raise AssertionError("measured again")
 
     with monkeypatch.context() as patch:
-        patch.setattr("stagedspec.cost._least_time", measured)
+        patch.setattr("stagedspec.cost._least_times", measured)
         assert make().tree_for("staged") == tree
     assert cache_file(make("random")) != cache_file(first) == cache_file(make())
     cache_file(first).write_text("damaged")

@@ -11,6 +11,7 @@ from transformers import GPT2LMHeadModel
 import stagedspec
 from stagedspec import Decoder, TreeConfig
 from stagedspec.decoder import _Run
+from stagedspec.kernels.control import Growth
 from stagedspec.ngram import fit_table
 
 TREES = {
@@ -268,19 +269,23 @@ def test_half_precision_equals_its_own_plain_decoding(target, drafts, dtype):
 
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("katz", [False, True])
-def test_committed_cache_is_that_of_a_fresh_prefill(decoders, target, drafts, katz, batch):
-    """After every step, by the keys and values that transformers computes for the same tokens."""
+@pytest.mark.parametrize("kind", ["good", "adversarial"])
+def test_committed_cache_is_that_of_a_fresh_prefill(decoders, target, drafts, kind, katz, batch):
+    """After every step, by the keys and values that transformers computes for the same tokens. A good draft's walks end
+    at leaves that it has not read, an adversarial one's at the root, which it has."""
     ids, mask = left_pad(random_prompts([5, 1, 8][:batch], seed=14))
-    decoder = decoders["good", katz]
+    decoder = decoders[kind, katz]
     sampling = stagedspec.Sampling(do_sample=True, temperature=0.7)
     run = _Run(decoder, decoder._validate(ids, mask, 20, "staged", TREES["default"], [], 3, sampling))
-    jumps = 0
+    jumps, missed = 0, set()
     for _ in run.steps():
         jumps = max(run.sequences.accepted) > 1
         for index, row in enumerate(run.sequences.rows):
             if not row.running:
                 continue
-            for model, cache, missing in ((target, run.cache, 1), (drafts["good"], run.cascade.cache, 2)):
+            unread = 1 if row.caught_up else 2
+            missed.add(unread)
+            for model, cache, missing in ((target, run.cache, 1), (drafts[kind], run.cascade.cache, unread)):
                 known = len(row.tokens) - missing
                 if known < 1:
                     continue
@@ -292,7 +297,33 @@ def test_committed_cache_is_that_of_a_fresh_prefill(decoders, target, drafts, ka
                         torch.testing.assert_close(
                             ours[:, which].float(), theirs[0].transpose(0, 1), rtol=1e-4, atol=1e-4
                         )
-    assert jumps > 0
+    assert jumps > 0 if kind == "good" else 1 in missed
+
+
+@pytest.mark.parametrize("kind", ["good", "adversarial"])
+def test_a_draft_that_has_caught_up_grows_the_same_trees(decoders, monkeypatch, kind):
+    """Without the catch-up token, where the draft has read it, as with it."""
+    ids, mask = left_pad(random_prompts([5, 1, 8], seed=14))
+    decoder, left_out = decoders[kind, True], []
+    begin = Growth.begin
+
+    def told(self):
+        begin(self)
+        left_out.append(self.start)
+
+    def always(self):
+        for row in self.sequences.rows:
+            row.caught_up = False
+        begin(self)
+
+    found = []
+    for patched in (told, always):
+        monkeypatch.setattr(Growth, "begin", patched)
+        decoder.generate(ids, mask, 25, tree=TREES["default"], do_sample=True, seed=4, eos_token_id=[])
+        stats = decoder.last_stats
+        found.append((stats.steps, stats.draft_passes, stats.accepted_per_depth, stats.origins))
+    assert found[0] == found[1]
+    assert set(left_out) == ({0, 1} if kind == "adversarial" else {0})
 
 
 # ---------------------------------------------------------------- statistics

