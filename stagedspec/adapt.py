@@ -21,7 +21,7 @@ READ = 0.25  # of one token that the draft has read
 READS = 8.0  # at most, of one reading
 # How fast a tree must seem, beside plain decoding, before drafting starts again, and below what it ends: ten steps of
 # sampled text say little, and to leave a draft that pays costs more than to keep one that just does not.
-RESUME, LEAVE = 1.05, 0.9
+RESUME, LEAVE = 1.05, 0.8
 SMALLER = 1.15  # how much faster a smaller tree must seem than the largest
 WAITS = (4, 8, 16, 32)  # plain steps between two readings, longer each time that the draft fails; the first goes for
 # the prompt's end too, backwards
