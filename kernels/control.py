@@ -24,6 +24,9 @@ import torch
 NEVER = float("-inf")
 CONTEXT_LOGPROB = -0.25  # worth of a match of the context n-gram: about 4 of 5 come true on code
 TARGET, DRAFT, NGRAM = range(3)  # who first proposed a token
+# The target's best token is the draft's more often than the draft's probability of it says: measured on the embedded
+# models, on held-out text, where 1.5 to 2 serve equally well. Sampled, softmax(log q + g) is right as it is.
+GREEDY_SHARPNESS = 1.7
 
 
 # ---------------------------------------------------------------- committed sequences

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from stagedspec.kernels.control import NEVER, Batch, Growth, Moves, Sequences, Trees, Unread
+from stagedspec.kernels.control import GREEDY_SHARPNESS, NEVER, Batch, Growth, Moves, Sequences, Trees, Unread
+from stagedspec.kernels.small import Small
 
 __all__ = ["Batch", "Growth", "Linear", "Moves", "Noise", "NoiseAt", "Sequences", "Trees", "Unread"]
 
@@ -145,6 +146,11 @@ def _multiply(x: torch.Tensor, layer: Linear, activation: str | Callable) -> tor
         elif name == "gelu":
             y = F.gelu(y, approximate=algorithm)
     return y if fused else activation(y)
+
+
+def small_model(config, weights: dict[str, torch.Tensor], scales: list[float]) -> Small | None:
+    """What runs whole passes of a draft, or None where single operations serve it better."""
+    return Small.of(config, weights, scales)
 
 
 def fused_activation(name: str) -> bool:
@@ -339,12 +345,16 @@ class NoiseAt:
     values: torch.Tensor
     index: torch.Tensor
 
+    def rows(self) -> torch.Tensor:
+        """Where each node's noise lies among all rows of noise, values.flatten(0, 1): [B, N]."""
+        batch, positions, _ = self.values.shape
+        if batch == 1:
+            return self.index
+        return self.index + torch.arange(0, batch * positions, positions, device=self.index.device)[:, None]
+
     def of(self, tokens: torch.Tensor | None = None) -> torch.Tensor:
         """The noise of tokens [B, N, K], or of the whole vocabulary: [B, N, K or V]."""
-        batch, positions, vocab_size = self.values.shape
-        rows = self.index
-        if batch > 1:
-            rows = rows + torch.arange(0, batch * positions, positions, device=rows.device)[:, None]
+        rows, vocab_size = self.rows(), self.values.shape[-1]
         if tokens is None:
             return self.values.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, rows.shape)
         return self.values.take((rows * vocab_size)[..., None] + tokens)
@@ -470,11 +480,6 @@ def choose(logits: torch.Tensor, warping: dict | None, noise: NoiseAt | None) ->
     # numpy takes a tenth of torch's time for it.
     best = torch.from_numpy(logits.numpy().argmax(-1)) if cpu else logits.argmax(-1)
     return best if tokens is None else tokens.gather(-1, best[..., None])[..., 0]
-
-
-# The target's best token is the draft's more often than the draft's probability of it says: measured on the embedded
-# models, on held-out text, where 1.5 to 2 serve equally well. Sampled, softmax(log q + g) is right as it is.
-GREEDY_SHARPNESS = 1.7
 
 
 def choose_children(

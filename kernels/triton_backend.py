@@ -125,6 +125,9 @@ class TritonOps:
     def fused_activation(self, name: str) -> bool:
         return linear.activation_known(name)
 
+    def small_model(self, config, weights: dict[str, torch.Tensor], scales: list[float]) -> None:
+        """A draft is run as any model is: its kernels are captured, and cost no host time."""
+
     # ---------------------------------------------------------------- layers
 
     def norm_linear(

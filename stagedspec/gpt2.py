@@ -74,6 +74,8 @@ class GPT2:
         self.invariant = invariant
         self.head = ops.pack_linear(head, None, invariant)
         self.layers = [self._layer(weights, index) for index in range(config.n_layer)]
+        scales = [layer.scale for layer in self.layers]
+        self.small = None if invariant else ops.small_model(config, weights, scales)
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
 
     def _layer(self, weights: dict[str, torch.Tensor], index: int) -> Layer:
@@ -112,6 +114,8 @@ class GPT2:
         Their K and V are written to cache rows write .. write + N; what they attend to begins at row `first`.
         """
         ops = self.ops
+        if self.small is not None and self.small.knows(batch.tokens.numel()):
+            return self.small.forward(batch, cache.rows, write, first)
         x = ops.embed(self.token_table, self.position_table, batch.tokens, batch.positions)
         views = ops.layer_views(cache.rows, cache.tree_rows, batch, write, first)
         for layer, view in zip(self.layers, views, strict=True):
@@ -132,6 +136,8 @@ class GPT2:
 
     def children(self, hidden: torch.Tensor, count: int, warping: dict | None, noise) -> tuple[torch.Tensor, ...]:
         """Hidden states [B, N, d] to the likeliest children: tokens and log-probabilities [B, N, count]."""
+        if self.small is not None and self.small.knows(hidden.shape[:-1].numel(), warping):
+            return self.small.children(hidden, count, warping, noise)
         return self.ops.lm_head_children(hidden, *self.final_norm, self.epsilon, self.head, count, warping, noise)
 
     def prefill(self, prompts: list[list[int]], trailing: int, cache: Cache, chunk: int | None = None) -> None:

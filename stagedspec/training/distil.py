@@ -39,9 +39,10 @@ def distillation_loss(
     to follow the teacher everywhere gives up tokens that would seldom be accepted anyway. Its gradient alone is weak
     where the two hardly overlap. The last term is what a decoding step asks of the draft: Gumbel noise g is drawn, the
     teacher chooses the token of the largest log p + g, and the draft, knowing g, is charged for how unlikely it holds
-    that choice: the log of softmax(log q + g), its children's scores (`reference.choose_children`). Whole vocabulary, fp32, temperature 1. top_k: the teacher's distribution is cut to so
-    many tokens (in bf16, where more of them tie), as when it decodes, and the draft spends nothing on the rest. The
-    teacher runs without gradients, under the caller's autocast.
+    that choice: the log of softmax(log q + g), its children's scores (`reference.choose_children`). Whole vocabulary,
+    fp32, temperature 1. top_k: the teacher's distribution is cut to so many tokens (in bf16, where more of them tie),
+    as when it decodes, and the draft spends nothing on the rest. The teacher runs without gradients, under the caller's
+    autocast.
     """
     teacher.requires_grad_(False).eval()
 

@@ -1,0 +1,136 @@
+"""The compiled pass of a small draft, against transformers and against the same model run as tensor operations."""
+
+import pytest
+import torch
+from conftest import make_gpt2
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stagedspec.gpt2 import GPT2, Cache
+from stagedspec.kernels import reference as ops
+from stagedspec.kernels import small
+
+CPU = torch.device("cpu")
+KNOWN = [
+    {"activation_function": "relu"},
+    {"activation_function": "gelu_new", "n_embd": 36, "n_head": 3, "n_inner": 70},
+    {"activation_function": "gelu_pytorch_tanh", "n_layer": 3, "scale_attn_by_inverse_layer_idx": True},
+    {"scale_attn_weights": False, "tie_word_embeddings": False, "layer_norm_epsilon": 1e-3},
+    {"n_embd": 6, "n_head": 2, "n_inner": 3, "vocab_size": 700},
+]
+WARPINGS = [
+    None,
+    {"temperature": 1.0, "top_k": 50, "top_p": None, "min_p": None},
+    {"temperature": 0.6, "top_k": 3, "top_p": None, "min_p": None},
+    {"temperature": 1.5, "top_k": None, "top_p": None, "min_p": None},
+]
+
+
+def draft(**changes) -> tuple[GPT2, object]:
+    """A draft with weights of some size, biases too, and the model it was made from."""
+    model = make_gpt2(3, **changes)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
+    ours = GPT2(model, ops, CPU, torch.float32, invariant=False)
+    assert ours.small is not None
+    return ours, model
+
+
+def as_operations(model: GPT2, call):
+    """call() with the same model, run as tensor operations."""
+    known, model.small = model.small, None
+    try:
+        return call()
+    finally:
+        model.small = known
+
+
+def random_trees(model: GPT2, batch: int, nodes: int, prefix: int, seed: int) -> ops.Batch:
+    """Random trees below prefixes of which each row sees another part; tree rows come first, as in `Cache`."""
+    generator = torch.Generator().manual_seed(seed)
+    bias = torch.full((batch, 1, nodes, nodes + prefix), float("-inf"))
+    depths = [[0] * nodes for _ in range(batch)]
+    for row in range(batch):
+        bias[row, 0, :, nodes : nodes + prefix - row % (prefix + 1)] = 0.0
+        for node in range(nodes):
+            parent = int(torch.randint(-1, node, (), generator=generator)) if node else -1
+            if parent >= 0:
+                bias[row, 0, node, :nodes] = bias[row, 0, parent, :nodes]
+                depths[row][node] = depths[row][parent] + 1
+            bias[row, 0, node, node] = 0.0
+    tokens = torch.randint(model.vocab_size, (batch, nodes), generator=generator)
+    positions = prefix + torch.tensor(depths)
+    positions[0, -1] = model.positions + 5  # past the table, as a guess may lie
+    return ops.Batch(tokens, positions, depths, bias)
+
+
+@pytest.mark.parametrize("changes", KNOWN, ids=lambda changes: "-".join(map(str, changes.values())))
+@given(batch=st.integers(1, 3), nodes=st.integers(1, 5), prefix=st.integers(0, 6), seed=st.integers(0, 99))
+@settings(max_examples=8, deadline=None)
+def test_the_same_as_operations(changes, batch, nodes, prefix, seed):
+    """Hidden states, what is left in the cache, and every node's children."""
+    model, _ = draft(**changes)
+    trees = random_trees(model, batch, nodes, prefix, seed)
+    caches = [Cache(model, batch, nodes, prefix + 2) for _ in range(2)]
+    caches[0].rows.normal_(generator=torch.Generator().manual_seed(seed))
+    caches[1].rows.copy_(caches[0].rows)
+    hidden = model.forward(trees, caches[0], 0)
+    expected = as_operations(model, lambda: model.forward(trees, caches[1], 0))
+    torch.testing.assert_close(hidden, expected, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(caches[0].rows, caches[1].rows, rtol=2e-3, atol=2e-3)
+    window = 7
+    values = torch.randn(batch, window, model.vocab_size, generator=torch.Generator().manual_seed(seed + 1))
+    noise = ops.NoiseAt(values, torch.randint(window, (batch, nodes)))
+    for warping in WARPINGS:
+        given_noise = None if warping is None else noise
+        tokens, logprobs = model.children(hidden, 4, warping, given_noise)
+        theirs, values_of = as_operations(model, lambda w=warping, g=given_noise: model.children(hidden, 4, w, g))
+        assert tokens.shape == theirs.shape and tokens.dtype == theirs.dtype == torch.int64
+        torch.testing.assert_close(logprobs, values_of, rtol=1e-3, atol=1e-3)
+        assert (tokens == theirs)[(logprobs[..., :-1].diff(dim=-1).abs() > 1e-3).all(-1)].all()
+
+
+@pytest.mark.parametrize("changes", KNOWN, ids=lambda changes: "-".join(map(str, changes.values())))
+def test_a_text_token_by_token_as_transformers_reads_it(changes):
+    model, theirs = draft(**changes)
+    ids = torch.randint(model.vocab_size, (2, 9), generator=torch.Generator().manual_seed(2))
+    cache, found = Cache(model, 2, 0, 9), []
+    for start, count in ((0, 4), (4, 1), (5, 3), (8, 1)):
+        chunk = ops.prefill_batch(ids[:, start : start + count], start, model.kv_dtype)
+        found.append(model.logits(model.forward(chunk, cache, start)))
+    with torch.no_grad():
+        expected = theirs(ids).logits
+    torch.testing.assert_close(torch.cat(found, 1), expected, rtol=2e-3, atol=2e-3)
+
+
+def test_ties_and_few_tokens():
+    """As many children as the draft may take tokens, each once, whatever ties."""
+    model, _ = draft(vocab_size=300)
+    model.small.head[0][:] = 0.0
+    hidden = torch.randn(1, 2, model.config.n_embd)
+    warping = {"temperature": 1.0, "top_k": 3, "top_p": None, "min_p": None}
+    noise = ops.NoiseAt(torch.zeros(1, 1, 300), torch.zeros(1, 2, dtype=torch.long))
+    tokens, logprobs = model.children(hidden, 8, warping, noise)
+    assert tokens.shape == (1, 2, 3) and all(len(set(row)) == 3 for row in tokens[0].tolist())
+    assert logprobs.isfinite().all() and (logprobs <= -1e-4).all()
+
+
+@pytest.mark.parametrize("k", [1, 2, 7, 64, 299])
+def test_the_kth_largest(k):
+    row = torch.randn(300, generator=torch.Generator().manual_seed(k))
+    row[::3] = row[0]
+    assert small._kth(row.numpy(), k) == row.sort(descending=True).values[k - 1].item()
+
+
+def test_who_is_served():
+    """Targets, other activations and dtypes, large models, long passes and other warping run as tensor operations."""
+    make = lambda model, dtype=torch.float32, invariant=False: GPT2(model, ops, CPU, dtype, invariant).small  # noqa: E731
+    assert make(make_gpt2(3)) is not None
+    assert make(make_gpt2(3), invariant=True) is None
+    assert make(make_gpt2(3), torch.float16) is None
+    assert make(make_gpt2(3, activation_function="silu")) is None
+    assert make(make_gpt2(3, n_embd=256, n_head=4, n_layer=3)) is None
+    served = make(make_gpt2(3))
+    assert served.knows(16) and not served.knows(17)
+    assert not served.knows(1, {"temperature": 1.0, "top_k": None, "top_p": 0.9, "min_p": None})
