@@ -414,11 +414,10 @@ class Decoder:
         if lookup is not None and (type(lookup) is not int or not 1 <= lookup <= 255):
             raise ValueError(f"prompt_lookup_num_tokens must be a whole number from 1 to 255, got {lookup!r}")
         repeats = lookup is not None and self.draft is None and mode != "autoregressive"
-        if repeats:
-            self.check_host_trees("prompt_lookup_num_tokens")
         ladder: tuple[Rung, ...] = ()
         if repeats:
-            settings = TreeConfig(lookup + 1, lookup, lookup, width=1, children=1, prefetch=0)
+            chain = min(lookup, self.target.ops.max_depth)
+            settings = TreeConfig(chain + 1, chain, chain, width=1, children=1, prefetch=0)
         else:
             settings = self.tree_for(mode, len(prompts), tree, sampling.do_sample)
             if settings.passes and tree is None and self._tree is None and not self.target.ops.fixed_shapes:
@@ -430,7 +429,8 @@ class Decoder:
         """Raises ValueError where trees live on a device: `what` works on trees on the host."""
         if self.target.ops.fixed_shapes:
             raise ValueError(
-                f"{what} is not supported by backend {self.target.ops.name!r}: make the decoder with backend='torch'"
+                f"{what} is not supported by backend {self.target.ops.name!r}: make the decoder with backend='torch' "
+                "(--backend torch)"
             )
 
     def _encode(self, prompt: str | torch.Tensor) -> torch.Tensor:
@@ -485,7 +485,7 @@ class _Run:
             self.cascade = Cascade(
                 decoder.draft, decoder.ngram, config, self.sequences, warping, self.noise, self.clock, controller
             )
-        self.steps_done, self.draft_passes = 0, 0
+        self.passes: list[int] = []  # of the draft, in each step
         self.seconds = 0.0
 
     @property
@@ -500,22 +500,51 @@ class _Run:
             self.decoder.target.prefill(self.request.prompts, 1, self.cache)
             if self.cascade is not None:
                 self.cascade.prefill(self.request.prompts)
-        step = self._step if self.decoder.mark else self.decoder.target.ops.repeated(self._step)
+        if not self.decoder.mark:
+            self._repeat()
         while not self.finished:
-            self.draft_passes += step()
-            self.steps_done += 1
+            self.passes.append(self._step())
             self.sequences.publish()
             self.seconds += time.perf_counter() - begin
             yield
             begin = time.perf_counter()
 
+    def _repeat(self) -> None:
+        """Lets the backend capture a step: all of it, or what lies between the parts that the host has in it."""
+        repeated = self.decoder.target.ops.repeated
+        if self.walk is None and not self.request.repeats:
+            self._step = repeated(self._step)
+            return
+        if not self.request.repeats:
+            self._propose = repeated(self._propose)
+        self._ask = repeated(self._ask)
+
     def _step(self) -> int:
         """One step: draft trees, verify them in one target pass, commit what was accepted. Returns the draft passes."""
         target = self.decoder.target
+        trees = self._propose()
+        chosen, noise = self._ask(trees)
+        if self.walk is not None:
+            with self.clock("target"):
+                chosen = self.walk(target.ops, trees, chosen, self.warping, noise)
+        with self.clock("verify"):
+            moves = trees.verify_commit(chosen)
+        with self.clock("commit"):
+            self.cache.commit(target, moves.target_rows(self.cache.tree_rows - trees.nodes))
+            if self.cascade is not None:
+                self.cascade.commit(moves)
+        return 0 if self.cascade is None else self.cascade.passes
+
+    def _propose(self):
+        """This step's trees."""
         if self.noise is not None:
             with self.clock("noise"):
                 self.noise.advance(self.sequences)
-        trees = target.ops.Trees.roots(self.sequences) if self.cascade is None else self.cascade.propose()
+        return self.decoder.target.ops.Trees.roots(self.sequences) if self.cascade is None else self.cascade.propose()
+
+    def _ask(self, trees) -> tuple[torch.Tensor, Any]:
+        """What the target chooses at every node, or its logits where tokens are chosen along the walk; the noise."""
+        target = self.decoder.target
         with self.clock("verify"):
             batch = trees.batch(target.kv_dtype)
             noise = None if self.noise is None else self.noise.at(batch)
@@ -523,24 +552,13 @@ class _Run:
             # The nodes lie right below the prefix, so that no unused rows are attended to.
             first = self.cache.tree_rows - trees.nodes
             hidden = target.forward(batch, self.cache, first, first)
-            most = None
             if self.walk is None:
-                chosen = target.choose(hidden, self.warping, noise)
-            else:
-                chosen, most = self.walk(target.ops, trees, target.logits(hidden), self.warping, noise)
-        with self.clock("verify"):
-            moves = trees.verify_commit(chosen) if most is None else trees.verify_commit(chosen, most)
-        with self.clock("commit"):
-            self.cache.commit(target, moves.target_rows(first))
-            if self.cascade is not None:
-                self.cascade.commit(moves)
-        return 0 if self.cascade is None else self.cascade.passes
+                return target.choose(hidden, self.warping, noise), noise
+            return target.logits(hidden), noise
 
     def stop(self, index: int, count: int) -> None:
         """Ends a row after `count` new tokens; what was decoded beyond is dropped."""
-        row, end = self.sequences.rows[index], len(self.request.prompts[index]) + count
-        del row.tokens[end:], row.origins[count:]
-        row.running = False
+        self.sequences.stop(index, len(self.request.prompts[index]) + count)
 
     def new_tokens(self, pad: int) -> torch.Tensor:
         """The new tokens, LongTensor [B, most], shorter rows filled up with `pad`."""
@@ -549,7 +567,8 @@ class _Run:
         return torch.tensor([row + [pad] * (most - len(row)) for row in new])
 
     def stats(self) -> Stats:
-        """Statistics of what has run so far."""
+        """Of what has run so far, without the steps that ran in vain until the host knew that all rows had stopped."""
+        steps = self.sequences.steps
         origins = [origin for row in self.sequences.rows for origin in row.origins]
         accepted, draft = self.sequences.accepted, self.decoder.draft
         controller = None if self.cascade is None else self.cascade.controller
@@ -557,11 +576,11 @@ class _Run:
             mode=self.request.mode,
             tree=asdict(self.config),
             adapted={} if controller is None else controller.made,
-            steps=self.steps_done,
+            steps=steps,
             row_steps=accepted.total(),
             new_tokens=len(origins),
-            target_passes=self.steps_done,
-            draft_passes=self.draft_passes,
+            target_passes=steps,
+            draft_passes=sum(self.passes[:steps]),
             accepted_per_depth=[
                 sum(times for count, times in accepted.items() if count > depth) for depth in range(self.config.depth)
             ],

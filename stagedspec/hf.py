@@ -248,7 +248,6 @@ def _call(
     keep = [name for name in ("scores", "logits") if return_dict and getattr(config, f"output_{name}")]
     if not rest and not others and streamer is None and not keep:
         return Call(input_ids, request, pad, None, return_dict)
-    decoder.check_host_trees("a logits processor, stopping criterion, streamer or output_scores")
     # A first call measures pass times and may lay out weights: none of the time that a generation may take.
     waited = time.time() - began
     others = [

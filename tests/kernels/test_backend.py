@@ -156,6 +156,63 @@ def test_stream_and_complete(pair, device):
     assert triton_side.last_stats.overhead is None and expected.stats.overhead is not None
 
 
+class Records:
+    """A streamer that notes what it is given."""
+
+    def __init__(self):
+        self.calls = []
+
+    def put(self, tokens):
+        self.calls.append(tokens.tolist())
+
+    def end(self):
+        self.calls.append("end")
+
+
+def test_the_host_takes_part(pair, prompts, device):
+    """Processors along the walk, criteria and streamers after it: call for call as on the torch backend."""
+    ids, mask = (tensor.to(device) for tensor in prompts)
+    found = []
+    for decoder in decoders(pair, device):
+        streamer, seen = Records(), []
+
+        def penalise(ids, scores, seen=seen):
+            seen.append(ids.tolist())
+            return scores.scatter_add(1, ids, torch.full_like(scores, -1.5).gather(1, ids))
+
+        def stop(ids, scores, seen=seen):
+            return torch.tensor([len(seen) > 4 and row[-1] % 2 == 0 for row in ids.tolist()], device=ids.device)
+
+        options = {"logits_processor": [penalise], "stopping_criteria": [stop], "streamer": streamer}
+        tokens = decoder.generate(ids, mask, 8, do_sample=True, top_k=20, seed=3, eos_token_id=[60], **options)
+        stats = decoder.last_stats
+        found.append((tokens.tolist(), streamer.calls, seen, stats.steps, stats.draft_passes, stats.origins))
+    assert found[0] == found[1]
+    assert found[0][3] < len(found[0][1]) - 2  # a step took several tokens
+
+
+def test_prompt_lookup(pair, device):
+    torch_side, triton_side = (
+        stagedspec.Decoder.from_pretrained(pair[0], device=device, dtype="float32", backend=name)
+        for name in ("torch", "triton")
+    )
+    ids = torch.tensor([[7, 8, 9, 7, 8, 9, 7, 8], [0, 0, 0, 1, 2, 3, 1, 2]], device=device)
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    options = {"eos_token_id": [], "prompt_lookup_num_tokens": 3}
+    expected = torch_side.generate(ids, mask, 6, **options)
+    assert torch.equal(triton_side.generate(ids, mask, 6, **options), expected)
+    theirs, ours = torch_side.last_stats, triton_side.last_stats
+    assert (ours.steps, ours.origins, ours.accepted_per_depth) == (
+        theirs.steps,
+        theirs.origins,
+        theirs.accepted_per_depth,
+    )
+    assert ours.mode == "lookup" and ours.draft_passes == 0
+    triton_side.generate(ids[:1], max_new_tokens=1, prompt_lookup_num_tokens=100)  # deeper than its trees may be
+    assert triton_side.last_stats.tree["depth"] == 30
+
+
 def test_a_tree_by_the_cost_model(pair, prompts, device, monkeypatch):
     """Of the shapes that the backend can run, and kept apart from the torch backend's measurements."""
     monkeypatch.setattr("stagedspec.cost._least_time", lambda run, before: 1e-3)
@@ -175,15 +232,8 @@ def test_refusals(pair, device, prompts):
     deep = TreeConfig(nodes=40, depth=39, passes=39, width=1, children=1, prefetch=0)
     with pytest.raises(ValueError, match="at most 30 deep, got depth 39"):
         decoder.generate(ids, max_new_tokens=4, tree=deep)
-    with pytest.raises(ValueError, match="backend='torch'"):
-        decoder.generate(ids, max_new_tokens=4, repetition_penalty=1.2)
-    with pytest.raises(ValueError, match="backend='torch'"):  # at the call, not at the first chunk
-        decoder.stream(torch.tensor([5, 6]), 4, repetition_penalty=1.2)
-    with pytest.raises(ValueError, match="tuning trees is not supported by backend 'triton'"):
+    with pytest.raises(ValueError, match=r"tuning trees is not supported by backend 'triton'.* backend='torch'"):
         tune(decoder, [[5, 6, 7]], 8)
-    alone = stagedspec.Decoder.from_pretrained(pair[0], device=device, dtype="float32", backend="triton")
-    with pytest.raises(ValueError, match="prompt_lookup_num_tokens is not supported by backend 'triton'"):
-        alone.generate(ids, max_new_tokens=4, prompt_lookup_num_tokens=3)
 
 
 def test_backend_resolution(device, monkeypatch):
