@@ -652,8 +652,6 @@ def tune(
     if where.type != "cuda":
         why = "torch sees no CUDA GPU" if device == "auto" else f"the device is {where}"
         raise ValueError(f"kernels are tuned on a GPU, but {why}; on a CPU there is nothing to tune")
-    if where.index is None:
-        where = torch.device("cuda", torch.cuda.current_device())
     name = configs.device_name(where)
     saved = (configs.user_file(name) if out is None else out).expanduser()
     if saved.is_file():  # what it says of other shapes stays: better damaged now than after the tuning

@@ -1,8 +1,10 @@
 """The decoder: prefill, then steps of draft, verify and commit until every row has stopped."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -375,9 +377,10 @@ class Decoder:
                 self._costs = cost.PassTimes(self.target, self.draft, tuning.seconds)
             model = cost.Model(self._costs, batch, do_sample, tuning.text_of(do_sample), self.target.ops)
             trees = tuning.trees.get(key)
-            if trees is None:
-                trees = tuning.trees[key] = model.ladder(mode)
-            self._ladders[key] = tuple(rungs(model, trees))
+            with _current(self.device):  # what was not measured before is measured here
+                if trees is None:
+                    trees = tuning.trees[key] = model.ladder(mode)
+                self._ladders[key] = tuple(rungs(model, trees))
             if self._own and self._costs.seconds != tuning.seconds:
                 tuning.seconds = dict(self._costs.seconds)
                 keep(self, tuning)
@@ -453,6 +456,11 @@ class Decoder:
         return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
+def _current(device: torch.device) -> AbstractContextManager:
+    """Makes a GPU the current one, where Triton launches its kernels and torch captures graphs."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 class _Run:
     """One generation in progress. All of its state dies with it."""
 
@@ -496,34 +504,38 @@ class _Run:
     def steps(self) -> Iterator[None]:
         """Runs until every row has stopped; yields after each step. Time spent by the consumer is not counted."""
         begin = time.perf_counter()
-        with self.clock("prefill"):
+        device = self.decoder.device
+        with _current(device), self.clock("prefill"):
             self.decoder.target.prefill(self.request.prompts, 1, self.cache)
             if self.cascade is not None:
                 self.cascade.prefill(self.request.prompts)
-        if not self.decoder.mark:
-            self._repeat()
+        step = self._repeated()
         while not self.finished:
-            self.passes.append(self._step())
-            self.sequences.publish()
+            with _current(device):  # given back before the consumer's code runs
+                self.passes.append(step())
+                self.sequences.publish()
             self.seconds += time.perf_counter() - begin
             yield
             begin = time.perf_counter()
 
-    def _repeat(self) -> None:
-        """Lets the backend capture a step: all of it, or what lies between the parts that the host has in it."""
+    def _repeated(self) -> Callable[[], int]:
+        """`_step`, captured if the backend does that: all of it, or what lies between the parts of the host in it."""
         repeated = self.decoder.target.ops.repeated
+        if self.decoder.mark:
+            return self._step
         if self.walk is None and not self.request.repeats:
-            self._step = repeated(self._step)
-            return
-        if not self.request.repeats:
-            self._propose = repeated(self._propose)
-        self._ask = repeated(self._ask)
+            return repeated(self._step)
+        propose = self._propose if self.request.repeats else repeated(self._propose)
+        return partial(self._step, propose, repeated(self._ask))
 
-    def _step(self) -> int:
-        """One step: draft trees, verify them in one target pass, commit what was accepted. Returns the draft passes."""
+    def _step(self, propose: Callable | None = None, ask: Callable | None = None) -> int:
+        """One step: draft trees, verify them in one target pass, commit what was accepted. Returns the draft passes.
+
+        propose, ask: in place of `_propose` and `_ask`.
+        """
         target = self.decoder.target
-        trees = self._propose()
-        chosen, noise = self._ask(trees)
+        trees = (propose or self._propose)()
+        chosen, noise = (ask or self._ask)(trees)
         if self.walk is not None:
             with self.clock("target"):
                 chosen = self.walk(target.ops, trees, chosen, self.warping, noise)

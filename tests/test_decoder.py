@@ -1,6 +1,7 @@
 """Whole generations: greedy against transformers `generate`, sampled against plain decoding, and what they report."""
 
 import json
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from transformers import GPT2LMHeadModel
 
 import stagedspec
 from stagedspec import Decoder, TreeConfig
-from stagedspec.decoder import _Run
+from stagedspec.decoder import _current, _Run
+from stagedspec.loading import resolve_device
 from stagedspec.ngram import fit_table
 
 TREES = {
@@ -373,3 +375,44 @@ def test_sampling_with_trees_drafted_deeper_than_their_nodes_allow(target):
         )  # the shortest block there can be: every step at its end
         staged = decoder.generate(ids, tree=tree, **options)
     assert torch.equal(staged, decoder.generate(ids, mode="autoregressive", **options))
+
+
+# ---------------------------------------------------------------- GPUs
+
+
+def test_a_gpu_without_an_index_is_the_current_one(monkeypatch):
+    for name, value in (("is_available", True), ("device_count", 2), ("current_device", 1)):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    for name in ("auto", "cuda", torch.device("cuda")):
+        assert resolve_device(name) == torch.device("cuda", 1)
+    assert resolve_device("cuda:0") == torch.device("cuda", 0)
+
+
+def test_a_decoders_device_is_current_while_it_works(target, drafts, monkeypatch):
+    """Where kernels are launched: in every pass, measured ones included, and not in the code of a stream's reader."""
+    current = []
+
+    @contextmanager
+    def recorded(device):
+        current.append(device)
+        yield
+        current.pop()
+
+    decoder = Decoder.from_pretrained(target, draft=drafts["good"], device="cpu", dtype="float32")
+    monkeypatch.setattr("stagedspec.decoder._current", recorded)
+    passes = []
+    for model in (decoder.target, decoder.draft):
+        forward = model.forward
+        monkeypatch.setattr(model, "forward", lambda *a, run=forward: (passes.append(list(current)), run(*a))[1])
+    stream = decoder.stream(torch.tensor([1, 2, 3]), 6, logits_processor=[lambda ids, scores: scores])
+    measured = len(passes)
+    assert measured and all(current == [] for _ in stream)
+    assert len(passes) > measured and all(devices == [torch.device("cpu")] for devices in passes)
+
+
+def test_a_gpu_is_made_current(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "device", asked.append)
+    _current(torch.device("cuda", 1))
+    with _current(torch.device("cpu")):
+        assert asked == [torch.device("cuda", 1)]

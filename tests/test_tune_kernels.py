@@ -229,8 +229,8 @@ def test_nothing_to_tune(tmp_path, monkeypatch):
 def test_the_command(tmp_path, monkeypatch, to_file):
     """What was found is shown and lies where the kernels look for it, or in the file that was named."""
     problem, clock = problem_of({64: 10.0, 32: 8.0})
-    monkeypatch.setattr("stagedspec.loading.resolve_device", lambda device: torch.device("cuda"))
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    for name, value in (("is_available", True), ("device_count", 2), ("current_device", 1)):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     made_current = []
     monkeypatch.setattr(torch.cuda, "set_device", made_current.append)
     monkeypatch.setattr(configs, "device_name", lambda device: GPU)
