@@ -4,6 +4,8 @@ import copy
 import os
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may wait for a network
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="stagedspec-tests-")  # nor leave anything in the user's cache
@@ -18,6 +20,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch.utils._pytree import tree_map_only
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 torch.set_num_threads(1)
@@ -125,9 +128,53 @@ def drafts(target) -> dict[str, GPT2LMHeadModel]:
     return {kind: make_draft(kind, target) for kind in ("good", "random", "adversarial", "target")}
 
 
-# ---------------------------------------------------------------- kernels: on a GPU, else in Triton's interpreter
+# ---------------------------------------------------------------- decoders: on a CPU, and on a GPU where there is one
 
 GPU = torch.cuda.is_available()
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a test's decoders run, and through which backend. Its oracle stays where it is: transformers on a CPU."""
+
+    device: str
+    backend: str
+
+    def decoder(self, target: GPT2LMHeadModel, draft=None, ngram=None, **options):
+        """A `Decoder` there, in fp32 unless told otherwise."""
+        from stagedspec import Decoder
+
+        known = {"device": self.device, "backend": self.backend, "dtype": "float32"}
+        return Decoder.from_pretrained(target, draft=draft, ngram=ngram, **(known | options))
+
+    def generate(self, model: GPT2LMHeadModel, *inputs, **options):
+        """`model.generate` there: with all tensors, and the results' back again."""
+        if self.device == "cpu":
+            return model.generate(*inputs, **options)
+        inputs, options = tree_map_only(torch.Tensor, lambda tensor: tensor.to(self.device), (inputs, options))
+        return tree_map_only(torch.Tensor, torch.Tensor.cpu, _copy(model, self.device).generate(*inputs, **options))
+
+
+@cache
+def _copy(model: GPT2LMHeadModel, device: str) -> GPT2LMHeadModel:
+    return copy.deepcopy(model).to(device)
+
+
+PLACES = {"torch-cpu": Place("cpu", "torch")} | ({"triton-gpu": Place("cuda", "triton")} if GPU else {})
+
+
+@pytest.fixture(scope="session", params=PLACES)
+def place(request) -> Place:
+    return PLACES[request.param]
+
+
+@pytest.fixture(scope="session")
+def make_decoder(place):
+    return place.decoder
+
+
+# ---------------------------------------------------------------- kernels: on a GPU, else in Triton's interpreter
+
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if GPU else [])
 
 
