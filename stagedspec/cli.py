@@ -663,10 +663,12 @@ def tune(
         def report(name: str, done: int, total: int) -> None:
             progress.update(task, description=f"tuning {name}", completed=done, total=total, refresh=True)
 
-        found = tune_kernels.tune_all(ops, shapes, where, report)
+        def keep(one: tune_kernels.Tuned) -> None:
+            configs.write(saved, name, tune_kernels.table([one]))
+
+        found = tune_kernels.tune_all(ops, shapes, where, report, keep=keep)
     if not found:
         raise ValueError(f"nothing to tune: on {name} {', '.join(ops)} of these shapes has no settings to choose from")
-    configs.write(saved, name, tune_kernels.table(found))
     if as_json:
         result = {"saved": str(saved), "device": name, "tuned": [one.as_dict() for one in found]}
         typer.echo(json.dumps(result, indent=2))

@@ -30,7 +30,8 @@ class Positions:
     processors: (ids [B, L], logits fp32 [B, V]) -> scores [B, V]; criteria: (ids [B, L], scores) -> bool [B].
     pads: whether a row that a criterion stopped goes on with `pad`; else it goes on decoding until all have stopped,
     which is what transformers does where no end-of-sequence id is set.
-    keep: which of "scores" and "logits" to record, a tensor [B, V] a position; zeros for rows that have stopped.
+    keep: which of "scores" and "logits" to record, a tensor [B, V] a position, where input_ids lie; zeros for rows that
+    have stopped.
     """
 
     def __init__(
@@ -99,10 +100,11 @@ class Positions:
                 return chosen.to(device)
 
     def _keep(self, ops: ModuleType, logits: torch.Tensor, scores: torch.Tensor, warping: dict | None) -> None:
+        place = self.ids.device
         if "logits" in self.kept:
-            self.kept["logits"].append(logits)
+            self.kept["logits"].append(logits.to(place))
         if "scores" in self.kept:
-            self.kept["scores"].append(scores.clone() if warping is None else ops.warp(scores, **warping))
+            self.kept["scores"].append((scores.clone() if warping is None else ops.warp(scores, **warping)).to(place))
 
     @torch.inference_mode(False)
     @torch.no_grad()
