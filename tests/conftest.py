@@ -113,9 +113,25 @@ def byte_tokenizer(tokens: list[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
+ROUNDING = 1e-5  # of small models' logits in fp32, beside the largest one: measured are at most 8e-7
+
+
 def oracle_generate(model: GPT2LMHeadModel, ids, mask, new: int, **options) -> torch.Tensor:
-    """transformers' own greedy `generate`."""
-    return model.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False, **options)
+    """transformers' own greedy `generate`, where its best two tokens lie further apart than fp32 rounds: only then must
+    another order of sums, on a GPU above all, give the same tokens."""
+    tokens, gaps = oracle_gaps(model, ids, mask, new, **options)
+    assert gaps.min() > ROUNDING, f"the oracle's best tokens are within rounding, {gaps.min():.1e}: take another seed"
+    return tokens
+
+
+def oracle_gaps(model: GPT2LMHeadModel, ids, mask, new: int, **options) -> tuple[torch.Tensor, torch.Tensor]:
+    """transformers' own greedy `generate`, and of each row the least gap between its best two logits, over the largest
+    of all."""
+    options |= {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    output = model.generate(ids, attention_mask=mask, max_new_tokens=new, **options)
+    logits = torch.stack(output.logits)
+    best, second = logits.topk(2).values.unbind(-1)
+    return output.sequences, (best - second).amin(0) / logits.abs().max()
 
 
 @pytest.fixture(scope="session")
