@@ -4,7 +4,8 @@
 # make bench     what makes sense on a CPU: the reference's operations one by one (bench/ops.py, pytest-benchmark), then the
 #                modes side by side (bench/decode.py), whose options are ARGS="..."
 # make compile-report   compile every kernel for real GPUs, without one: registers, memory, spills, instructions
-# make test-gpu  the kernels' tests on a GPU, with the Python that has torch for it: PYTHON=python3, nothing is installed
+# make test-gpu  whole generations and the kernels' tests on a GPU, with the Python that has torch for it: PYTHON=python3,
+#                nothing is installed
 # make bench-gpu the kernels beside their peers on a GPU, likewise, into bench/results/; ARGS=--full for all shapes
 # make profile   a step's kernels: their times beside the bytes that they must move, and a timeline, trace.json;
 #                ARGS="..." are options of profiling/torch_trace.py. Nsight's scripts: profiling/README.md
@@ -55,9 +56,12 @@ GPU_PYTHON = PYTHONPATH=$(CURDIR)/$(GPU_PATH) $(PYTHON)
 $(GPU_PATH): $(wildcard kernels/*.py kernels/configs/*.json stagedspec/*.py stagedspec/*/*)
 	rm -rf $@ && mkdir -p $@ && cp -r stagedspec $@/ && cp -r kernels $@/stagedspec/kernels
 
+GPU_TESTS = test_decoder.py test_hf.py test_inputs.py kernels
+
 test-gpu: $(GPU_PATH)
 	cd $(GPU_PATH) && $(GPU_PYTHON) -m pytest -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) \
-		--numprocesses auto --maxprocesses 8 $(CURDIR)/tests/kernels $(ARGS)
+		--numprocesses auto --maxprocesses 8 --dist worksteal \
+		-k "not torch-cpu" $(addprefix $(CURDIR)/tests/,$(GPU_TESTS)) $(ARGS)
 
 bench-gpu: $(GPU_PATH)
 	cd $(GPU_PATH) && $(GPU_PYTHON) $(CURDIR)/bench/kernels/run.py $(ARGS)

@@ -65,6 +65,7 @@ class Sequences:
         self.rows = [Row(list(prompt), len(prompt) + new_tokens) for prompt in prompts]
         self.eos, self.device = frozenset(eos), device
         self.accepted: Counter[int] = Counter()  # how many row-steps took so many tokens from nodes below the root
+        self.steps = 0  # in which any row ran
 
     @property
     def lengths(self) -> list[int]:
@@ -76,6 +77,13 @@ class Sequences:
 
     def publish(self) -> None:
         """Called after every step: here `finished` is always up to date."""
+
+    def stop(self, index: int, length: int) -> None:
+        """Ends a row; what was decoded beyond `length` tokens is dropped."""
+        row = self.rows[index]
+        if (beyond := len(row.tokens) - length) > 0:
+            del row.tokens[-beyond:], row.origins[-beyond:]
+        row.running = False
 
 
 # ---------------------------------------------------------------- one pass's inputs
@@ -395,6 +403,11 @@ class Trees:
         return cls(sequences, [_Tree.root(row.tokens[-1]) for row in sequences.rows], 1)
 
     @property
+    def children(self) -> list[dict[tuple[int, int], int]]:
+        """Of each row: (parent, token) -> node."""
+        return [tree.children for tree in self.trees]
+
+    @property
     def depths(self) -> list[int]:
         """The depth of each row's deepest node."""
         return [max(tree.depths) for tree in self.trees]
@@ -430,16 +443,18 @@ class Trees:
             trees.append(tree)
         return cls(sequences, trees, max(len(tree.tokens) for tree in trees))
 
-    def verify_commit(self, chosen: torch.Tensor, most: int | None = None) -> "Moves":
+    def verify_commit(self, chosen: torch.Tensor) -> "Moves":
         """Walks each tree while the chosen token is among the node's children, and appends what was chosen.
 
-        chosen [B, N]: `choose` at every node; most: the most tokens to take. The token chosen at the last node of the
-        walk is the bonus token. A row ends with an end-of-sequence token or at its limit.
+        chosen [B, N]: `choose` at every node, -1 where nothing was chosen, at the nodes that are not to be stepped to.
+        The token chosen at the last node of the walk is the bonus token. A row ends with an end-of-sequence token or at
+        its limit.
         """
         moves = Moves([], [], [], [], self.caught_up)
+        self.sequences.steps += not self.sequences.finished
         for row, tree, picks in zip(self.sequences.rows, self.trees, chosen.tolist(), strict=True):
             length, path, node = len(row.tokens), [0], 0
-            while len(path) != most and (node := tree.children.get((node, picks[node]), -1)) >= 0:
+            while (node := tree.children.get((node, picks[node]), -1)) >= 0 and picks[node] >= 0:
                 path.append(node)
             moves.lengths.append(length)
             origins = [tree.origins[node] for node in path[1:]] + [TARGET]

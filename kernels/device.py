@@ -2,7 +2,9 @@
 
 Everything is allocated when a generation starts. A step only launches kernels: `Growth.batch` and `Growth.harvest` one
 each (what `select`, `prefetch` and `record` ask for is done there), `Trees.verify_commit` one. Nothing is read back, so
-a step can be captured, with one difference to the host: `TreeConfig.pass_floor` cannot be honoured, every pass runs.
+a step can be captured; only where the host has a part in it, choosing along the walk (`Trees.children`) or proposing
+(`Trees.repeats`), it waits for the device. One thing differs from the host: `TreeConfig.pass_floor` cannot be honoured,
+every pass runs.
 Scores are summed in fp32, where the host sums in fp64: candidates closer than fp32's rounding can change places, which
 never changes the output.
 """
@@ -10,11 +12,13 @@ never changes the output.
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
-from stagedspec.kernels import grow_tree
+from stagedspec.kernels import control, grow_tree
 from stagedspec.kernels.grow_tree import GrowthState, pass_size, pass_start, words
 from stagedspec.kernels.registry import check_runs
 from stagedspec.kernels.verify_commit import CommitState, verify_commit
@@ -65,6 +69,7 @@ class Sequences:
         )
         self._counts: list[torch.Tensor] = []  # of every `Trees` made for this batch
         self._roots: Trees | None = None
+        self._chains: Trees | None = None
         # The host learns how many rows run from copies in pinned memory, and never waits for the step under way.
         pinned = device.type == "cuda"
         self._known = [torch.full((1,), len(prompts), dtype=torch.int32, pin_memory=pinned) for _ in range(2)]
@@ -78,6 +83,13 @@ class Sequences:
     def lengths(self) -> torch.Tensor:
         """int32 [B], on the device."""
         return self.state.lengths
+
+    @torch.inference_mode()
+    def stop(self, index: int, length: int) -> None:
+        """Ends a row; what was decoded beyond `length` tokens is dropped."""
+        self.state.active.sub_(self.state.running[index])
+        self.state.running[index] = 0
+        self.state.lengths[index].clamp_(max=length)
 
     # ------------------------------------------------------------ what the host sees
 
@@ -123,6 +135,11 @@ class Sequences:
             more = [*counts.sum(0).tolist(), 0]  # row-steps that accepted at least d tokens
             result.update({depth: more[depth] - more[depth + 1] for depth in range(len(more) - 1)})
         return +result
+
+    @property
+    def steps(self) -> int:
+        """In how many steps any row ran; waits for the device. A row runs from the first step until it stops."""
+        return int(sum(counts[:, 0] for counts in self._counts).max()) if self._counts else 0
 
 
 # ---------------------------------------------------------------- one pass's inputs
@@ -256,6 +273,43 @@ class Trees:
             sequences._roots = cls(sequences, _Alone, growth)
         sequences._roots.grow(None)
         return sequences._roots
+
+    @classmethod
+    def repeats(cls, sequences: Sequences, depth: int) -> "Trees":
+        """Chains by the context n-gram alone, made on the host (`control.Trees.repeats`); waits for the device."""
+        if sequences._chains is None:
+            sequences._chains = cls(sequences, SimpleNamespace(nodes=depth + 1, depth=depth), None)
+        rows = [control.Row(row.tokens, row.limit) for row in sequences.rows]
+        sequences._chains.load(control.Trees.repeats(SimpleNamespace(rows=rows), depth).trees)
+        return sequences._chains
+
+    def load(self, trees: list) -> None:
+        """Fills in trees that were made on the host, one a row, of at most as many nodes."""
+        rows, words = len(trees), self.inputs.masks.shape[2]
+        tree = np.zeros((5, rows, self.nodes), np.int32)
+        tree[grow_tree.TREE_PARENT.value] = -1
+        masks = np.zeros((rows, self.nodes, words), np.int32)
+        masks[..., 0] = 1
+        for row, one in enumerate(trees):
+            count = len(one.tokens)
+            tree[:, row, :count] = one.tokens, one.parents, one.depths, one.slots, one.origins
+            masks[row, :count] = [np.frombuffer(mask.to_bytes(4 * words, "little"), np.int32) for mask in one.masks]
+        self.tree.copy_(torch.from_numpy(tree))
+        self.inputs.masks.copy_(torch.from_numpy(masks))
+        self.inputs.prefix.copy_(self.sequences.lengths).sub_(1)
+        tokens, positions, noise_positions = self.inputs.packed.unbind()
+        tokens.copy_(self.tree[0])
+        torch.add(self.inputs.prefix[:, None], self.tree[grow_tree.TREE_DEPTH.value], out=positions)
+        torch.add(positions, 1, out=noise_positions)
+
+    @property
+    def children(self) -> list[dict[tuple[int, int], int]]:
+        """Of each row: (parent, token) -> node; waits for the device."""
+        tokens, parents = self.tree[:2].tolist()
+        return [
+            {key: node for node, key in enumerate(zip(above, names, strict=True)) if node and key[0] >= 0}
+            for above, names in zip(parents, tokens, strict=True)
+        ]
 
     def grow(self, proposed: tuple[torch.Tensor, torch.Tensor] | None) -> None:
         """Fills in the trees, from the candidates on record and what the draft proposed last."""

@@ -37,9 +37,9 @@ max_depth = 256  # of a tree
 fixed_shapes = False  # a step takes as many passes, and a tree as many nodes, as it is worth
 
 
-def repeated(step: Callable[[], int]) -> Callable[[], int]:
-    """The function that runs a generation's next step. A backend whose steps all have one shape may capture it."""
-    return step
+def repeated(part: Callable) -> Callable:
+    """What runs a step, or a part of one, again and again. A backend whose steps all have one shape may capture it."""
+    return part
 
 
 # ---------------------------------------------------------------- linear layers
@@ -351,6 +351,10 @@ class NoiseAt:
         if batch == 1:
             return self.index
         return self.index + torch.arange(0, batch * positions, positions, device=self.index.device)[:, None]
+
+    def at_nodes(self, nodes: torch.Tensor) -> "NoiseAt":
+        """Of one node [B] of each row."""
+        return replace(self, index=self.index.gather(1, nodes[:, None]))
 
     def of(self, tokens: torch.Tensor | None = None) -> torch.Tensor:
         """The noise of tokens [B, N, K], or of the whole vocabulary: [B, N, K or V]."""

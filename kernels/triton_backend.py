@@ -6,12 +6,13 @@ CUDA graph. Operations run in turn on one stream, so buffers of one shape are sh
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 
-from stagedspec.kernels import compact, device, embed, linear, lm_head, registry
+from stagedspec.kernels import choose as choice
+from stagedspec.kernels import compact, device, embed, linear, lm_head, reference, registry
 from stagedspec.kernels import tree_attention as attention
 from stagedspec.kernels.reference import GREEDY_SHARPNESS
 
@@ -37,6 +38,10 @@ class NoiseAt:
     seeds: torch.Tensor
     streams: torch.Tensor
     positions: torch.Tensor
+
+    def at_nodes(self, nodes: torch.Tensor) -> "NoiseAt":
+        """Of one node [B] of each row."""
+        return replace(self, positions=self.positions.gather(1, nodes[:, None]))
 
 
 class Noise:
@@ -99,9 +104,9 @@ class TritonOps:
 
     # ---------------------------------------------------------------- steps
 
-    def repeated(self, step: Callable[[], int]) -> Callable[[], int]:
-        """On a GPU the step becomes a CUDA graph when it runs for the second time; in the interpreter it stays."""
-        return step if registry.interpreted() else _Captured(step, self)
+    def repeated(self, part: Callable) -> Callable:
+        """On a GPU it becomes a CUDA graph when it runs for the second time; in the interpreter it stays."""
+        return part if registry.interpreted() else _Captured(part, self)
 
     # ---------------------------------------------------------------- weights
 
@@ -228,6 +233,20 @@ class TritonOps:
             linear.linear(part, head.weight, None, result, scratch)
         return out.unflatten(0, x.shape[:-1])
 
+    @torch.inference_mode()
+    def choose(self, logits: torch.Tensor, warping: dict | None, noise: NoiseAt | None) -> torch.Tensor:
+        """Of logits [B, N, V] at hand, as `lm_head_choose` of its own: tokens [B, N]."""
+        shape, place = logits.shape[:2], logits.device
+        out = self._buffer("choose", shape, torch.int32, place)
+        choice.choose(
+            logits.flatten(0, 1).float().contiguous(), *self._counters(shape, noise, place),
+            **warping_settings(warping), out=out.view(-1),
+            scratch=self._need(choice.scratch_size(out.numel(), logits.shape[-1]), place),
+        )  # fmt: skip
+        return out
+
+    warp = staticmethod(reference.warp)
+
     def lm_head_choose(
         self,
         x: torch.Tensor,
@@ -303,21 +322,22 @@ def warping_settings(warping: dict | None) -> dict:
 
 
 class _Captured:
-    """A step as a CUDA graph. The first call compiles its kernels and makes its buffers, the second captures it."""
+    """A step, or a part of one, as a CUDA graph. The first call compiles its kernels and makes its buffers, the second
+    captures it. What it is given and what it returns are the same tensors at every call."""
 
-    def __init__(self, step: Callable[[], int], ops: TritonOps):
-        self.step, self.ops = step, ops
+    def __init__(self, part: Callable, ops: TritonOps):
+        self.part, self.ops = part, ops
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.warm, self.value = False, 0
+        self.warm, self.value = False, None
 
-    def __call__(self) -> int:
+    def __call__(self, *given):
         if not self.warm:
             self.warm = True
-            return self.step()
+            return self.part(*given)
         if self.graph is None:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                self.value = self.step()
+                self.value = self.part(*given)
             # The graph reads and writes through addresses: what lies there must outlive it.
             self.graph, self.held = graph, (self.ops._scratch, dict(self.ops._buffers))
         self.graph.replay()

@@ -4,13 +4,14 @@
 parent; siblings have different tokens, so the nodes all of whose ancestors agree are one path from the root, the
 accepted one, and a node's depth is its place in it:
 
-    agrees[n]   = n == 0 or chosen[parent[n]] == token[n]
+    agrees[n]   = (n == 0 or chosen[parent[n]] == token[n]) and chosen[n] >= 0
     accepted[n] = agrees[n] and not (mask[n] & ~agrees)           words of bits
     steps       = sum(accepted)                                   the bonus token included
     count       = min(steps, first end of sequence + 1, limit - length)
 
-chosen[n] of the accepted nodes of depth d < count becomes the token at position length + d. It was first proposed by
-whoever proposed the accepted node of depth d + 1, by the target where there is none.
+A chosen[n] below 0 says that n is not to be stepped to. chosen[n] of the accepted nodes of depth d < count becomes the
+token at position length + d. It was first proposed by whoever proposed the accepted node of depth d + 1, by the target
+where there is none.
 
 Shapes, for N nodes and W = ceil(N / 32) words: chosen int32 or int64 [B, N]; tree int32 [5, B, N] and masks int32
 [B, N, W] as `grow_tree` leaves them. `CommitState`, all written in place:
@@ -93,7 +94,7 @@ def verify_commit_kernel(
 
     # The accepted path.
     b_wanted = tl.load(p_chosen + i_row * NODES + b_parent, mask=b_parent >= 0, other=-1).to(tl.int32)
-    b_agrees = (i_node == 0) | ((b_parent >= 0) & (b_wanted == b_token))
+    b_agrees = ((i_node == 0) | ((b_parent >= 0) & (b_wanted == b_token))) & (b_chosen >= 0)
     b_bits = tl.where(b_agrees, 1 << (i_node & 31), 0)
     b_agreeing = tl.sum(tl.reshape(b_bits, [WORDS_BLOCK, 32]), 1)  # distinct bits: the sum is their union
     i_word = tl.arange(0, WORDS_BLOCK)[None, :]
@@ -222,8 +223,9 @@ def verify_commit(
 ) -> None:
     """Walks the trees and commits what was chosen (the module's docstring has shapes and dtypes).
 
-    chosen: `choose` at every node. The tree's paths may be at most counts.shape[1] - 1 deep, which is not read back to
-    be checked. Raises ValueError for a wrong shape, dtype, device or layout.
+    chosen: `choose` at every node, -1 at nodes not to be stepped to. The tree's paths may be at most
+    counts.shape[1] - 1 deep, which is not read back to be checked. Raises ValueError for a wrong shape, dtype, device
+    or layout.
     """
     name, device = "verify_commit", chosen.device
     check_runs(chosen, name)

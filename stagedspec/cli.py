@@ -7,6 +7,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from enum import Enum
@@ -89,21 +90,31 @@ Draft = Annotated[str | None, typer.Option(help="Draft model with the target's v
 Ngram = Annotated[Path | None, typer.Option(help="N-gram table written by fit-ngram.", rich_help_panel="Models")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...", rich_help_panel="Models")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.", rich_help_panel="Models")]
-Backend = Annotated[str, typer.Option(help="auto, triton or torch.", rich_help_panel="Models")]
+Backend = Annotated[
+    str, typer.Option(help="auto (triton on a GPU that can run it), triton or torch.", rich_help_panel="Models")
+]
 Nodes = Annotated[int | None, typer.Option(help="Nodes of the verified tree.", rich_help_panel="Token tree")]
 Depth = Annotated[int | None, typer.Option(help="Depth of the tree.", rich_help_panel="Token tree")]
 Width = Annotated[int | None, typer.Option(help="Nodes of one draft pass.", rich_help_panel="Token tree")]
 Passes = Annotated[int | None, typer.Option(help="Draft passes of one step.", rich_help_panel="Token tree")]
+Tree = Annotated[
+    Path | None, typer.Option(help="Trees that `stagedspec tune-tree` wrote.", rich_help_panel="Token tree")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 NoColor = Annotated[bool, typer.Option("--no-color", help="Print without colours.")]
 
 
-def load_decoder(target, draft, ngram, device, dtype, backend, **tree):
-    """The decoder that the model options ask for: the embedded trio unless a target is named."""
+def load_decoder(target, draft, ngram, device, dtype, backend, tree=None, **shape):
+    """The decoder that the model options ask for: the embedded trio unless a target is named. tree: a tuning's file;
+    shape: fields of a TreeConfig."""
     quiet_transformers()
-    settings = {name: value for name, value in tree.items() if value is not None}
+    settings = {name: value for name, value in shape.items() if value is not None}
     options = {"device": device, "dtype": dtype, "backend": backend}
-    if settings:
+    if tree is not None:
+        if settings:
+            raise ValueError(f"--tree chooses whole trees: leave out --{', --'.join(settings)}, or --tree")
+        options["tree"] = tree
+    elif settings:
         options["tree"] = stagedspec.TreeConfig(**settings)
     if target is None:
         if draft is not None or ngram is not None:
@@ -116,6 +127,12 @@ def load_decoder(target, draft, ngram, device, dtype, backend, **tree):
             f"{target} has no tokenizer, so text cannot be turned into tokens; save one in the same folder"
         )
     return decoder
+
+
+def as_lines(result: dict) -> str:
+    """JSON with an entry a line, but a list of plain values on one. No line ends inside a value."""
+    plain_list = r"\[\n *([^][{}]*?)\n *\]"
+    return re.sub(plain_list, lambda found: "[" + re.sub(r"\n *", " ", found[1]) + "]", json.dumps(result, indent=2))
 
 
 def quiet_transformers() -> None:
@@ -197,6 +214,7 @@ def demo(
     device: Device = "auto",
     dtype: Dtype = "auto",
     backend: Backend = "auto",
+    tree: Tree = None,
     as_json: Json = False,
     no_color: NoColor = False,
 ) -> None:
@@ -206,7 +224,7 @@ def demo(
     (autoregressive) decoding.
     """
     console = Console(no_color=no_color or None, highlight=False, quiet=as_json)
-    decoder = load_decoder(target, draft, ngram, device, dtype, backend)
+    decoder = load_decoder(target, draft, ngram, device, dtype, backend, tree)
     samplings = {
         "greedy": {"do_sample": False},
         "sampled, top-k 50, T=1": {"do_sample": True, "top_k": 50, "seed": seed},
@@ -226,7 +244,7 @@ def demo(
         same = same and all(row.identical for row in rows)
         report.append({"sampling": name, "modes": [row.as_dict() for row in rows], "completions": completions})
     if as_json:
-        typer.echo(json.dumps({"identical": same, "samplings": report}, indent=2))
+        typer.echo(as_lines({"identical": same, "samplings": report}))
     elif same:
         console.print("Every mode gave exactly the tokens of autoregressive decoding.")
     else:
@@ -315,6 +333,7 @@ def generate(
     depth: Depth = None,
     width: Width = None,
     passes: Passes = None,
+    tree: Tree = None,
     stats: Annotated[bool, typer.Option("--stats", help="Print statistics to stderr at the end.")] = False,
     save_html: Annotated[
         Path | None, typer.Option(help="Also write the coloured completion to a file: HTML, or SVG if it ends in .svg.")
@@ -334,7 +353,7 @@ def generate(
     if save_html is not None:
         check_path(save_html)
     decoder = load_decoder(
-        target, draft, ngram, device, dtype, backend, nodes=nodes, depth=depth, width=width, passes=passes
+        target, draft, ngram, device, dtype, backend, tree, nodes=nodes, depth=depth, width=width, passes=passes
     )
     if as_json:
         completion = decoder.complete(text, **settings)
@@ -346,7 +365,7 @@ def generate(
             "settings": settings,
             "stats": completion.stats.as_dict(),
         }
-        typer.echo(json.dumps(result, indent=2))
+        typer.echo(as_lines(result))
         parts = pieces(decoder.tokenizer, completion.tokens, completion.origins)
     else:
         parts = stream(Console(no_color=no_color or None, highlight=False), decoder, text, **settings)
@@ -562,7 +581,7 @@ def tune_tree(
             for (mode, size, sampled), ladder in tuning.trees.items()
         ]
         result = {"saved": None if saved is None else str(saved), "identical": same, "trees": trees}
-        typer.echo(json.dumps(result | {"measured": tuning.measured}, indent=2))
+        typer.echo(as_lines(result | {"measured": tuning.measured}))
     else:
         _print_tuning(Console(no_color=no_color or None, highlight=False), tuning)
         typer.echo("The cache folder cannot be written; use --out." if saved is None else f"Saved in {saved}")
@@ -652,8 +671,6 @@ def tune(
     if where.type != "cuda":
         why = "torch sees no CUDA GPU" if device == "auto" else f"the device is {where}"
         raise ValueError(f"kernels are tuned on a GPU, but {why}; on a CPU there is nothing to tune")
-    if where.index is None:
-        where = torch.device("cuda", torch.cuda.current_device())
     name = configs.device_name(where)
     saved = (configs.user_file(name) if out is None else out).expanduser()
     if saved.is_file():  # what it says of other shapes stays: better damaged now than after the tuning
@@ -665,13 +682,15 @@ def tune(
         def report(name: str, done: int, total: int) -> None:
             progress.update(task, description=f"tuning {name}", completed=done, total=total, refresh=True)
 
-        found = tune_kernels.tune_all(ops, shapes, where, report)
+        def keep(one: tune_kernels.Tuned) -> None:
+            configs.write(saved, name, tune_kernels.table([one]))
+
+        found = tune_kernels.tune_all(ops, shapes, where, report, keep=keep)
     if not found:
         raise ValueError(f"nothing to tune: on {name} {', '.join(ops)} of these shapes has no settings to choose from")
-    configs.write(saved, name, tune_kernels.table(found))
     if as_json:
         result = {"saved": str(saved), "device": name, "tuned": [one.as_dict() for one in found]}
-        typer.echo(json.dumps(result, indent=2))
+        typer.echo(as_lines(result))
         return
     _print_tuned(Console(no_color=no_color or None, highlight=False), found)
     typer.echo(f"Saved in {saved}")

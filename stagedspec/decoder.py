@@ -1,8 +1,10 @@
 """The decoder: prefill, then steps of draft, verify and commit until every row has stopped."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -150,7 +152,8 @@ class Decoder:
         """Loads target and draft: hub ids, folders written by `save_pretrained`, or GPT2LMHeadModel objects.
 
         ngram: a table made by `fit-ngram`; without one the context n-gram works alone. device "auto": the GPU if
-        there is one. dtype "auto": bfloat16 on a GPU that has it, else float32. tree: "auto" (or None) lets the cost
+        there is one. dtype "auto": bfloat16 on a GPU that has it, else float32. backend "auto": the Triton kernels on a
+        GPU that can run them, else torch; "triton" or "torch" insists. tree: "auto" (or None) lets the cost
         model choose, on what was measured before on this machine or is measured at first use, and the trees adapt to
         the text; a file written by `stagedspec tune-tree` is used in its place; a TreeConfig is kept to.
 
@@ -158,7 +161,6 @@ class Decoder:
         """
         device = resolve_device(device)
         dtype = resolve_dtype(dtype, device)
-        ops = kernel_backend.resolve(backend, device)
         if tree is not None and not isinstance(tree, (TreeConfig, str, Path)):
             raise ValueError(f"tree must be a TreeConfig, 'auto' or a tuning's file, got {type(tree).__name__}")
         tuning = None
@@ -166,6 +168,8 @@ class Decoder:
             tree, tuning = None, None if tree == "auto" else Tuning.load(tree)
         target_model = read_checkpoint(target, "target")
         draft_model = None if draft is None else read_checkpoint(draft, "draft")
+        configs = [model.config for model in (target_model, draft_model) if model is not None]
+        ops = kernel_backend.resolve(backend, device, [config.n_embd // config.n_head for config in configs])
         loaded = load_tokenizer(tokenizer if tokenizer is not None else target)
         if isinstance(draft, (str, Path)):
             check_same_tokens(loaded, load_tokenizer(draft))
@@ -375,9 +379,10 @@ class Decoder:
                 self._costs = cost.PassTimes(self.target, self.draft, tuning.seconds)
             model = cost.Model(self._costs, batch, do_sample, tuning.text_of(do_sample), self.target.ops)
             trees = tuning.trees.get(key)
-            if trees is None:
-                trees = tuning.trees[key] = model.ladder(mode)
-            self._ladders[key] = tuple(rungs(model, trees))
+            with _current(self.device):  # what was not measured before is measured here
+                if trees is None:
+                    trees = tuning.trees[key] = model.ladder(mode)
+                self._ladders[key] = tuple(rungs(model, trees))
             if self._own and self._costs.seconds != tuning.seconds:
                 tuning.seconds = dict(self._costs.seconds)
                 keep(self, tuning)
@@ -414,11 +419,10 @@ class Decoder:
         if lookup is not None and (type(lookup) is not int or not 1 <= lookup <= 255):
             raise ValueError(f"prompt_lookup_num_tokens must be a whole number from 1 to 255, got {lookup!r}")
         repeats = lookup is not None and self.draft is None and mode != "autoregressive"
-        if repeats:
-            self.check_host_trees("prompt_lookup_num_tokens")
         ladder: tuple[Rung, ...] = ()
         if repeats:
-            settings = TreeConfig(lookup + 1, lookup, lookup, width=1, children=1, prefetch=0)
+            chain = min(lookup, self.target.ops.max_depth)
+            settings = TreeConfig(chain + 1, chain, chain, width=1, children=1, prefetch=0)
         else:
             settings = self.tree_for(mode, len(prompts), tree, sampling.do_sample)
             if settings.passes and tree is None and self._tree is None and not self.target.ops.fixed_shapes:
@@ -430,7 +434,8 @@ class Decoder:
         """Raises ValueError where trees live on a device: `what` works on trees on the host."""
         if self.target.ops.fixed_shapes:
             raise ValueError(
-                f"{what} is not supported by backend {self.target.ops.name!r}: make the decoder with backend='torch'"
+                f"{what} is not supported by backend {self.target.ops.name!r}: make the decoder with backend='torch' "
+                "(--backend torch)"
             )
 
     def _encode(self, prompt: str | torch.Tensor) -> torch.Tensor:
@@ -451,6 +456,11 @@ class Decoder:
         if self.tokenizer is None:
             return ""
         return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def _current(device: torch.device) -> AbstractContextManager:
+    """Makes a GPU the current one, where Triton launches its kernels and torch captures graphs."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 class _Run:
@@ -485,7 +495,7 @@ class _Run:
             self.cascade = Cascade(
                 decoder.draft, decoder.ngram, config, self.sequences, warping, self.noise, self.clock, controller
             )
-        self.steps_done, self.draft_passes = 0, 0
+        self.passes: list[int] = []  # of the draft, in each step
         self.seconds = 0.0
 
     @property
@@ -496,26 +506,59 @@ class _Run:
     def steps(self) -> Iterator[None]:
         """Runs until every row has stopped; yields after each step. Time spent by the consumer is not counted."""
         begin = time.perf_counter()
-        with self.clock("prefill"):
+        device = self.decoder.device
+        with _current(device), self.clock("prefill"):
             self.decoder.target.prefill(self.request.prompts, 1, self.cache)
             if self.cascade is not None:
                 self.cascade.prefill(self.request.prompts)
-        step = self._step if self.decoder.mark else self.decoder.target.ops.repeated(self._step)
+        step = self._repeated()
         while not self.finished:
-            self.draft_passes += step()
-            self.steps_done += 1
-            self.sequences.publish()
+            with _current(device):  # given back before the consumer's code runs
+                self.passes.append(step())
+                self.sequences.publish()
             self.seconds += time.perf_counter() - begin
             yield
             begin = time.perf_counter()
 
-    def _step(self) -> int:
-        """One step: draft trees, verify them in one target pass, commit what was accepted. Returns the draft passes."""
+    def _repeated(self) -> Callable[[], int]:
+        """`_step`, captured if the backend does that: all of it, or what lies between the parts of the host in it."""
+        repeated = self.decoder.target.ops.repeated
+        if self.decoder.mark:
+            return self._step
+        if self.walk is None and not self.request.repeats:
+            return repeated(self._step)
+        propose = self._propose if self.request.repeats else repeated(self._propose)
+        return partial(self._step, propose, repeated(self._ask))
+
+    def _step(self, propose: Callable | None = None, ask: Callable | None = None) -> int:
+        """One step: draft trees, verify them in one target pass, commit what was accepted. Returns the draft passes.
+
+        propose, ask: in place of `_propose` and `_ask`.
+        """
         target = self.decoder.target
+        trees = (propose or self._propose)()
+        chosen, noise = (ask or self._ask)(trees)
+        if self.walk is not None:
+            with self.clock("target"):
+                chosen = self.walk(target.ops, trees, chosen, self.warping, noise)
+        with self.clock("verify"):
+            moves = trees.verify_commit(chosen)
+        with self.clock("commit"):
+            self.cache.commit(target, moves.target_rows(self.cache.tree_rows - trees.nodes))
+            if self.cascade is not None:
+                self.cascade.commit(moves)
+        return 0 if self.cascade is None else self.cascade.passes
+
+    def _propose(self):
+        """This step's trees."""
         if self.noise is not None:
             with self.clock("noise"):
                 self.noise.advance(self.sequences)
-        trees = target.ops.Trees.roots(self.sequences) if self.cascade is None else self.cascade.propose()
+        return self.decoder.target.ops.Trees.roots(self.sequences) if self.cascade is None else self.cascade.propose()
+
+    def _ask(self, trees) -> tuple[torch.Tensor, Any]:
+        """What the target chooses at every node, or its logits where tokens are chosen along the walk; the noise."""
+        target = self.decoder.target
         with self.clock("verify"):
             batch = trees.batch(target.kv_dtype)
             noise = None if self.noise is None else self.noise.at(batch)
@@ -523,24 +566,13 @@ class _Run:
             # The nodes lie right below the prefix, so that no unused rows are attended to.
             first = self.cache.tree_rows - trees.nodes
             hidden = target.forward(batch, self.cache, first, first)
-            most = None
             if self.walk is None:
-                chosen = target.choose(hidden, self.warping, noise)
-            else:
-                chosen, most = self.walk(target.ops, trees, target.logits(hidden), self.warping, noise)
-        with self.clock("verify"):
-            moves = trees.verify_commit(chosen) if most is None else trees.verify_commit(chosen, most)
-        with self.clock("commit"):
-            self.cache.commit(target, moves.target_rows(first))
-            if self.cascade is not None:
-                self.cascade.commit(moves)
-        return 0 if self.cascade is None else self.cascade.passes
+                return target.choose(hidden, self.warping, noise), noise
+            return target.logits(hidden), noise
 
     def stop(self, index: int, count: int) -> None:
         """Ends a row after `count` new tokens; what was decoded beyond is dropped."""
-        row, end = self.sequences.rows[index], len(self.request.prompts[index]) + count
-        del row.tokens[end:], row.origins[count:]
-        row.running = False
+        self.sequences.stop(index, len(self.request.prompts[index]) + count)
 
     def new_tokens(self, pad: int) -> torch.Tensor:
         """The new tokens, LongTensor [B, most], shorter rows filled up with `pad`."""
@@ -549,7 +581,8 @@ class _Run:
         return torch.tensor([row + [pad] * (most - len(row)) for row in new])
 
     def stats(self) -> Stats:
-        """Statistics of what has run so far."""
+        """Of what has run so far, without the steps that ran in vain until the host knew that all rows had stopped."""
+        steps = self.sequences.steps
         origins = [origin for row in self.sequences.rows for origin in row.origins]
         accepted, draft = self.sequences.accepted, self.decoder.draft
         controller = None if self.cascade is None else self.cascade.controller
@@ -557,11 +590,11 @@ class _Run:
             mode=self.request.mode,
             tree=asdict(self.config),
             adapted={} if controller is None else controller.made,
-            steps=self.steps_done,
+            steps=steps,
             row_steps=accepted.total(),
             new_tokens=len(origins),
-            target_passes=self.steps_done,
-            draft_passes=self.draft_passes,
+            target_passes=steps,
+            draft_passes=sum(self.passes[:steps]),
             accepted_per_depth=[
                 sum(times for count, times in accepted.items() if count > depth) for depth in range(self.config.depth)
             ],

@@ -248,7 +248,6 @@ def _call(
     keep = [name for name in ("scores", "logits") if return_dict and getattr(config, f"output_{name}")]
     if not rest and not others and streamer is None and not keep:
         return Call(input_ids, request, pad, None, return_dict)
-    decoder.check_host_trees("a logits processor, stopping criterion, streamer or output_scores")
     # A first call measures pass times and may lay out weights: none of the time that a generation may take.
     waited = time.time() - began
     others = [
@@ -355,9 +354,9 @@ class custom_generate:
     Everything is made at the first call and kept for as long as the model lives, whether this object is kept or made
     anew for every call; when the model's weights have changed, in place or not, they are read again (but for single
     values written through `.data`: then call `forget(model)`). Decoding runs on
-    the model's device in its dtype. Weights are shared with the model where the layout allows: on a GPU all of them. On
-    a CPU the linear layers and the head are packed for oneDNN in fp32, which takes their size once more; embeddings,
-    norms and biases are shared.
+    the model's device in its dtype. Weights are shared with the model where the layout allows: by the torch backend on
+    a GPU all of them. On a CPU the linear layers and the head are packed for oneDNN in fp32, which takes their size
+    once more, and the Triton backend lays out the linear layers anew; embeddings and norms are shared.
 
     Not honoured by transformers itself on this way: `stop_strings`, because `generate` does not hand on its
     `tokenizer`; give `stopping_criteria=[StopStringCriteria(tokenizer, strings)]`.
@@ -496,11 +495,11 @@ def _print(model: GPT2LMHeadModel, sampled: bool = False) -> tuple:
     """
     parameters = list(model.parameters())
     versions = tuple((one.data_ptr(), one.dtype, 0 if one.is_inference() else one._version) for one in parameters)
-    if not sampled or parameters[0].device.type != "cpu":  # on a GPU weights are shared, not copied
+    if not sampled:
         return versions
     with torch.no_grad():
         parts = [part for one in parameters for part in ((one[0], one[:, 0]) if one.dim() > 1 else (one,))]
-        return versions, torch.cat(parts).view(torch.uint8).numpy().tobytes()
+        return versions, torch.cat(parts).view(torch.uint8).cpu().numpy().tobytes()
 
 
 def forget(model: GPT2LMHeadModel) -> None:

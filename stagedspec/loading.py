@@ -23,9 +23,12 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """ "auto" is the GPU if there is one. Raises ValueError for a device that cannot be used."""
+    """ "auto" is the GPU if there is one; a GPU without an index is the one that is current now, with its index.
+
+    Raises ValueError for a device that cannot be used.
+    """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(device)
     except (RuntimeError, TypeError) as error:
@@ -36,6 +39,8 @@ def resolve_device(device: str | torch.device) -> torch.device:
         raise ValueError(f"device {device} was asked for, but torch sees no CUDA GPU; use device='cpu'")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {device} was asked for, but there are {torch.cuda.device_count()} GPUs")
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
     return device
 
 

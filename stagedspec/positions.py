@@ -15,7 +15,6 @@ callables exactly the calls that transformers would give it:
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from types import ModuleType
 
 import torch
@@ -31,7 +30,8 @@ class Positions:
     processors: (ids [B, L], logits fp32 [B, V]) -> scores [B, V]; criteria: (ids [B, L], scores) -> bool [B].
     pads: whether a row that a criterion stopped goes on with `pad`; else it goes on decoding until all have stopped,
     which is what transformers does where no end-of-sequence id is set.
-    keep: which of "scores" and "logits" to record, a tensor [B, V] a position; zeros for rows that have stopped.
+    keep: which of "scores" and "logits" to record, a tensor [B, V] a position, where input_ids lie; zeros for rows that
+    have stopped.
     """
 
     def __init__(
@@ -64,15 +64,15 @@ class Positions:
     @torch.no_grad()
     def walk(
         self, ops: ModuleType, trees, logits: torch.Tensor, warping: dict | None, noise: NoiseAt | None
-    ) -> tuple[torch.Tensor, int]:
-        """Chooses along the walk: logits [B, N, V] -> tokens [B, N] and how many of each row's path to take.
-
-        Off the walk the tokens are -1, which no node has.
-        """
+    ) -> torch.Tensor:
+        """Chooses along the walk: logits [B, N, V] -> tokens [B, N], -1 off the walk."""
         rows, device = trees.sequences.rows, logits.device
         live = [row.running for row in rows]
-        left = max(row.limit - len(row.tokens) for row in rows if row.running)
         chosen = torch.full(logits.shape[:2], -1)
+        if not any(live):  # a host that learns late that all rows have stopped
+            return chosen.to(device)
+        children = trees.children
+        left = max(row.limit - len(row.tokens) for row in rows if row.running)
         nodes, every, taken = [0] * self.batch, torch.arange(self.batch, device=device), 0
         while True:
             at = torch.tensor(nodes, device=device)
@@ -82,7 +82,7 @@ class Positions:
             if self.processors is not None:
                 seen = self.ids[:, : self.width + self.walked]
                 scores = self.processors(seen, picked.clone().to(seen.device)).to(device)
-            own = None if noise is None else replace(noise, index=noise.index.gather(1, at[:, None]))
+            own = None if noise is None else noise.at_nodes(at)
             tokens = ops.choose(scores[:, None], warping, own)[:, 0].tolist()
             self._keep(ops, picked, scores, warping)
             for row, (node, token) in enumerate(zip(nodes, tokens, strict=True)):
@@ -93,17 +93,18 @@ class Positions:
                     tokens[row] = self.pad
             self.ids[:, self.width + self.walked] = torch.tensor(tokens)
             self.walked, taken = self.walked + 1, taken + 1
-            below = zip(trees.trees, nodes, tokens, strict=True)
-            nodes = [tree.children.get((node, token), -1) for tree, node, token in below]
+            below = zip(children, nodes, tokens, strict=True)
+            nodes = [known.get((node, token), -1) for known, node, token in below]
             nodes = [node if alive else 0 for node, alive in zip(nodes, live, strict=True)]
             if taken == left or not any(live) or min(nodes) < 0:
-                return chosen, taken
+                return chosen.to(device)
 
     def _keep(self, ops: ModuleType, logits: torch.Tensor, scores: torch.Tensor, warping: dict | None) -> None:
+        place = self.ids.device
         if "logits" in self.kept:
-            self.kept["logits"].append(logits)
+            self.kept["logits"].append(logits.to(place))
         if "scores" in self.kept:
-            self.kept["scores"].append(scores.clone() if warping is None else ops.warp(scores, **warping))
+            self.kept["scores"].append((scores.clone() if warping is None else ops.warp(scores, **warping)).to(place))
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -111,7 +112,7 @@ class Positions:
         """Shows criteria and streamer the positions that all rows have reached; ends the rows that they stop."""
         if self.criteria is None and self.streamer is None:
             return
-        rows = run.sequences.rows
+        rows = run.sequences.rows  # a snapshot, where the state lives on a device
         starts = [len(prompt) for prompt in run.request.prompts]
         while any(self.unfinished):
             new = [len(row.tokens) - start for row, start in zip(rows, starts, strict=True)]
@@ -126,11 +127,12 @@ class Positions:
             self.settled += 1
             if self.streamer is not None:
                 self.streamer.put(torch.tensor(tokens))
-            self._stop(run, tokens)
+            if self._stop(run, tokens):
+                rows = run.sequences.rows
 
-    def _stop(self, run, tokens: list[int]) -> None:
-        """Ends what the last settled position ends."""
-        stopped = [False] * self.batch
+    def _stop(self, run, tokens: list[int]) -> bool:
+        """Ends what the last settled position ends; whether that was any row."""
+        before, stopped = list(self.unfinished), [False] * self.batch
         if self.criteria is not None:
             scores = tuple(self.kept["scores"][: self.settled]) if "scores" in self.kept else None
             stopped = self.criteria(self.ids[:, : self.width + self.settled], scores).tolist()
@@ -143,3 +145,4 @@ class Positions:
         if not any(self.unfinished):
             for row in range(self.batch):
                 run.stop(row, self.settled)
+        return before != self.unfinished

@@ -135,14 +135,17 @@ def tune_all(
     device: torch.device,
     report: Callable[[str, int, int], None] = lambda *_: None,
     timer: Timer = replayed,
+    keep: Callable[[Tuned], None] = lambda _: None,
 ) -> list[Tuned]:
-    """Tunes operations at the shapes of models. report: the operation, candidates done, candidates in all."""
+    """Tunes operations at the shapes of models. report: the operation, candidates done, candidates in all; keep: called
+    with what came of each problem, in case there is no time for all of them."""
     work = {(one.op, one.shape): one for op in ops for shape in shapes for one in PROBLEMS[op](shape, device)}
     total, found = sum(len(problem.candidates) for problem in work.values()), []
     for problem in work.values():
         done = iter(range(sum(one.tried for one in found) + 1, total + 1))
         name = f"{problem.op} {configs.shape_name(problem.shape)}"
         found.append(tune(problem, timer, lambda name=name, done=done: report(name, next(done), total)))
+        keep(found[-1])
     return found
 
 

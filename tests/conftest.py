@@ -4,6 +4,8 @@ import copy
 import os
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may wait for a network
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="stagedspec-tests-")  # nor leave anything in the user's cache
@@ -18,6 +20,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch.utils._pytree import tree_map_only
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 torch.set_num_threads(1)
@@ -110,9 +113,25 @@ def byte_tokenizer(tokens: list[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
+ROUNDING = 1e-5  # of small models' logits in fp32, beside the largest one: measured are at most 8e-7
+
+
 def oracle_generate(model: GPT2LMHeadModel, ids, mask, new: int, **options) -> torch.Tensor:
-    """transformers' own greedy `generate`."""
-    return model.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False, **options)
+    """transformers' own greedy `generate`, where its best two tokens lie further apart than fp32 rounds: only then must
+    another order of sums, on a GPU above all, give the same tokens."""
+    tokens, gaps = oracle_gaps(model, ids, mask, new, **options)
+    assert gaps.min() > ROUNDING, f"the oracle's best tokens are within rounding, {gaps.min():.1e}: take another seed"
+    return tokens
+
+
+def oracle_gaps(model: GPT2LMHeadModel, ids, mask, new: int, **options) -> tuple[torch.Tensor, torch.Tensor]:
+    """transformers' own greedy `generate`, and of each row the least gap between its best two logits, over the largest
+    of all."""
+    options |= {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    output = model.generate(ids, attention_mask=mask, max_new_tokens=new, **options)
+    logits = torch.stack(output.logits)
+    best, second = logits.topk(2).values.unbind(-1)
+    return output.sequences, (best - second).amin(0) / logits.abs().max()
 
 
 @pytest.fixture(scope="session")
@@ -125,9 +144,53 @@ def drafts(target) -> dict[str, GPT2LMHeadModel]:
     return {kind: make_draft(kind, target) for kind in ("good", "random", "adversarial", "target")}
 
 
-# ---------------------------------------------------------------- kernels: on a GPU, else in Triton's interpreter
+# ---------------------------------------------------------------- decoders: on a CPU, and on a GPU where there is one
 
 GPU = torch.cuda.is_available()
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a test's decoders run, and through which backend. Its oracle stays where it is: transformers on a CPU."""
+
+    device: str
+    backend: str
+
+    def decoder(self, target: GPT2LMHeadModel, draft=None, ngram=None, **options):
+        """A `Decoder` there, in fp32 unless told otherwise."""
+        from stagedspec import Decoder
+
+        known = {"device": self.device, "backend": self.backend, "dtype": "float32"}
+        return Decoder.from_pretrained(target, draft=draft, ngram=ngram, **(known | options))
+
+    def generate(self, model: GPT2LMHeadModel, *inputs, **options):
+        """`model.generate` there: with all tensors, and the results' back again."""
+        if self.device == "cpu":
+            return model.generate(*inputs, **options)
+        inputs, options = tree_map_only(torch.Tensor, lambda tensor: tensor.to(self.device), (inputs, options))
+        return tree_map_only(torch.Tensor, torch.Tensor.cpu, _copy(model, self.device).generate(*inputs, **options))
+
+
+@cache
+def _copy(model: GPT2LMHeadModel, device: str) -> GPT2LMHeadModel:
+    return copy.deepcopy(model).to(device)
+
+
+PLACES = {"torch-cpu": Place("cpu", "torch")} | ({"triton-gpu": Place("cuda", "triton")} if GPU else {})
+
+
+@pytest.fixture(scope="session", params=PLACES)
+def place(request) -> Place:
+    return PLACES[request.param]
+
+
+@pytest.fixture(scope="session")
+def make_decoder(place):
+    return place.decoder
+
+
+# ---------------------------------------------------------------- kernels: on a GPU, else in Triton's interpreter
+
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if GPU else [])
 
 

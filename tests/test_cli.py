@@ -358,3 +358,21 @@ def test_tune_tree_with_bad_prompts(tmp_path, content):
     path.write_text(content)
     result = CliRunner().invoke(cli.app, ["tune-tree", "--prompts", str(path)])
     assert result.exit_code == 2 and "prompt" in result.stderr
+
+
+def test_trees_from_a_file(models, tmp_path):
+    """What tune-tree wrote for these models; together with single settings it is refused."""
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "trees.json"
+    prompts.write_text('{"prompt": "import os\\n"}\n')
+    assert run("tune-tree", *models, "--prompts", str(prompts), "-n", "8", "--out", str(out)).exit_code == 0
+    found = run_json("generate", "import", *models, "--tree", str(out), "-n", "8")
+    assert found["stats"]["mode"] == "staged"
+    assert_error(run("generate", "import", *models, "--tree", str(out), "--nodes", "4"), "leave out --nodes, or --tree")
+    assert_error(run("demo", *models, "--tree", str(tmp_path / "none.json")), "none.json")
+
+
+def test_lists_take_a_line():
+    value = {"a": [1, 2], "text": "[\n  1,  2]", "parts": ["x,\n  y", "]["], "of": [[1], {"b": []}, [2.5, None]]}
+    text = cli.as_lines(value)
+    assert json.loads(text) == value
+    assert '"a": [1, 2],' in text and "[2.5, null]" in text

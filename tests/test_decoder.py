@@ -1,17 +1,29 @@
 """Whole generations: greedy against transformers `generate`, sampled against plain decoding, and what they report."""
 
 import json
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import CONFIGS, POSITIONS, VOCAB, left_pad, make_draft, make_gpt2, oracle_generate, random_prompts
+from conftest import (
+    CONFIGS,
+    POSITIONS,
+    VOCAB,
+    left_pad,
+    make_draft,
+    make_gpt2,
+    oracle_gaps,
+    oracle_generate,
+    random_prompts,
+)
 from transformers import GPT2LMHeadModel
 
 import stagedspec
 from stagedspec import Decoder, TreeConfig
-from stagedspec.decoder import _Run
+from stagedspec.decoder import _current, _Run
 from stagedspec.kernels.control import Growth
+from stagedspec.loading import resolve_device
 from stagedspec.ngram import fit_table
 
 TREES = {
@@ -33,10 +45,6 @@ SAMPLINGS = {
 DRAFTS = ("good", "random", "adversarial", "target")
 
 
-def make_decoder(target, draft=None, ngram=None, **options) -> Decoder:
-    return Decoder.from_pretrained(target, draft=draft, ngram=ngram, device="cpu", **({"dtype": "float32"} | options))
-
-
 @pytest.fixture(scope="module")
 def table(target):
     """A Katz table fitted on what the target itself says, so that it is often right."""
@@ -45,7 +53,7 @@ def table(target):
 
 
 @pytest.fixture(scope="module")
-def decoders(target, drafts, table):
+def decoders(target, drafts, table, make_decoder):
     known = {(kind, False): make_decoder(target, draft) for kind, draft in drafts.items()}
     return known | {(kind, True): make_decoder(target, draft, table) for kind, draft in drafts.items()}
 
@@ -54,7 +62,7 @@ def decoders(target, drafts, table):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_greedy_equals_transformers(name):
+def test_greedy_equals_transformers(name, make_decoder):
     """Every mode on every kind of GPT-2, ragged prompts, one of a single token."""
     target = make_gpt2(7, **CONFIGS[name])
     decoder = make_decoder(target, make_draft("good", target))
@@ -117,7 +125,7 @@ def test_rows_stop_on_their_own(decoders, target, mode):
     assert torch.equal(kept[:, 8:], free)
 
 
-def test_the_models_own_end_of_sequence(target):
+def test_the_models_own_end_of_sequence(target, make_decoder):
     ids, mask = left_pad(random_prompts([4, 4], seed=8))
     eos = int(oracle_generate(target, ids, mask, 8)[0, -1])
     model = make_gpt2(0, eos_token_id=eos)
@@ -125,7 +133,7 @@ def test_the_models_own_end_of_sequence(target):
     assert torch.equal(make_decoder(model).generate(ids, mask, 20, mode="autoregressive"), expected)
 
 
-def test_drafts_of_fewer_positions(target):
+def test_drafts_of_fewer_positions(target, make_decoder):
     """A draft may have fewer positions than the target; beyond them it only guesses worse."""
     draft = make_gpt2(0, n_positions=8)
     ids, mask = left_pad(random_prompts([20, 3], seed=8))
@@ -133,7 +141,7 @@ def test_drafts_of_fewer_positions(target):
     assert torch.equal(ours, oracle_generate(target, ids, mask, 20))
 
 
-def test_the_cost_model_chooses_a_tree(target, drafts):
+def test_the_cost_model_chooses_a_tree(target, drafts, make_decoder):
     ids, mask = left_pad(random_prompts([6]))
     decoder = make_decoder(target, drafts["good"])
     expected = oracle_generate(target, ids, mask, 10)
@@ -146,8 +154,9 @@ def test_the_cost_model_chooses_a_tree(target, drafts):
 
 
 @pytest.mark.slow
-def test_embedded_target_on_held_out_prompts():
-    """At least 100 held-out prompts, 24 new tokens each, identical to transformers."""
+def test_embedded_target_on_held_out_prompts(place):
+    """At least 100 held-out prompts, 24 new tokens each, identical to transformers: on a GPU, whose sums have another
+    order, where no choice is closer than fp32 rounds (8e-5 of the largest logit), and to plain decoding everywhere."""
     root = Path(__file__).resolve().parents[1]
     target = root / "stagedspec" / "assets" / "target"
     prompts_file = root / "bench" / "prompts.jsonl"
@@ -157,7 +166,7 @@ def test_embedded_target_on_held_out_prompts():
         )
     if not prompts_file.is_file():
         pytest.fail("the held-out prompts are missing: no bench/prompts.jsonl; run bench/make_prompts.py")
-    decoder = Decoder.default(device="cpu", dtype="float32")
+    decoder = Decoder.default(device=place.device, backend=place.backend, dtype="float32")
     model = GPT2LMHeadModel.from_pretrained(target, dtype=torch.float32).eval()
     texts = [json.loads(line)["prompt"] for line in prompts_file.read_text().splitlines() if line.strip()]
     new, most = 24, model.config.n_positions - 24
@@ -170,10 +179,14 @@ def test_embedded_target_on_held_out_prompts():
     accepted = 0.0
     for start in range(0, len(prompts), 16):
         ids, mask = left_pad(prompts[start : start + 16])
-        expected = oracle_generate(model, ids, mask, new, pad_token_id=pad)
+        expected, gaps = oracle_gaps(model, ids, mask, new, pad_token_id=pad)
         ours = decoder.generate(ids, mask, new, pad_token_id=pad, tree=tree)
-        assert torch.equal(ours, expected), f"prompts {start} to {start + 16} by length"
         accepted += decoder.last_stats.tokens_per_step / 8
+        certain = gaps > (2e-4 if place.backend == "triton" else -1)
+        assert torch.equal(ours[certain], expected[certain]), f"prompts {start} to {start + 16} by length"
+        if not certain.all():
+            assert certain.sum() >= 8
+            assert torch.equal(ours, decoder.generate(ids, mask, new, pad_token_id=pad, mode="autoregressive"))
     assert accepted > 1.3
 
 
@@ -254,7 +267,7 @@ def test_seeds_of_64_bits(decoders):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_equals_its_own_plain_decoding(target, drafts, dtype):
+def test_half_precision_equals_its_own_plain_decoding(target, drafts, dtype, make_decoder):
     decoder = make_decoder(target, drafts["good"], dtype=dtype)
     assert decoder.target.dtype == getattr(torch, dtype)
     ids, mask = left_pad(random_prompts([6, 3, 1, 10], seed=13))
@@ -291,7 +304,7 @@ def test_committed_cache_is_that_of_a_fresh_prefill(decoders, target, drafts, ki
                     continue
                 with torch.no_grad():
                     past = model(torch.tensor([row.tokens[:known]]), use_cache=True).past_key_values
-                rows = cache.rows[:, index, cache.tree_rows : cache.tree_rows + known]  # [layers, L, 2, H, D]
+                rows = cache.rows[:, index, cache.tree_rows : cache.tree_rows + known].cpu()  # [layers, L, 2, H, D]
                 for layer, ours in zip(past.layers, rows, strict=True):
                     for which, theirs in enumerate((layer.keys, layer.values)):
                         torch.testing.assert_close(
@@ -331,7 +344,7 @@ def test_a_draft_that_has_caught_up_grows_the_same_trees(decoders, monkeypatch, 
 
 @pytest.mark.parametrize("mode", stagedspec.MODES)
 @pytest.mark.parametrize("batch", [1, 4])
-def test_statistics_add_up(decoders, mode, batch):
+def test_statistics_add_up(decoders, place, mode, batch):
     ids, mask = left_pad(random_prompts([5, 2, 7, 1][:batch], seed=15))
     decoder, tree = decoders["good", True], TREES["default"].for_mode(mode)
     new = decoder.generate(ids, mask, 24, mode=mode, tree=TREES["default"])[:, ids.shape[1] :]
@@ -354,13 +367,14 @@ def test_statistics_add_up(decoders, mode, batch):
     elif batch == 1:
         passes = stats.target_passes + stats.draft_passes * stats.draft_bytes / stats.target_bytes
         assert stats.weight_bytes_per_token == pytest.approx(passes / stats.new_tokens)
-    assert 0 <= stats.overhead <= 1 and stats.tokens_per_second > 0
+    assert stats.overhead is None if place.backend == "triton" else 0 <= stats.overhead <= 1
+    assert stats.tokens_per_second > 0
     assert sum(stats.seconds.values()) <= stats.total_seconds * 1.01
     read = json.loads(json.dumps(stats.as_dict()))
     assert read["new_tokens"] == stats.new_tokens and read["weight_bytes_per_token"] == stats.weight_bytes_per_token
 
 
-def test_weight_bytes_against_the_model(target):
+def test_weight_bytes_against_the_model(target, make_decoder):
     """What a pass multiplies by: every Linear of the blocks and the head."""
     weights = [p for name, p in target.transformer.h.named_parameters() if p.dim() == 2 and name.endswith("weight")]
     expected = 4 * (sum(p.numel() for p in weights) + target.lm_head.weight.numel())
@@ -376,7 +390,7 @@ def test_a_perfect_draft_is_always_accepted(decoders, target):
     assert stats.origins == {"target": 5, "draft": 20, "ngram": 0}
 
 
-def test_rows_are_filled_with_the_models_own_padding(target):
+def test_rows_are_filled_with_the_models_own_padding(target, make_decoder):
     """Without pad_token_id, as transformers: the generation config's, not the end-of-sequence token."""
     ids, mask = left_pad(random_prompts([3, 5, 4], seed=23))
     free = oracle_generate(target, ids, mask, 12, pad_token_id=1)
@@ -392,7 +406,7 @@ def test_rows_are_filled_with_the_models_own_padding(target):
     assert 2 in ours[0, ids.shape[1] :].tolist()
 
 
-def test_sampling_with_trees_drafted_deeper_than_their_nodes_allow(target):
+def test_sampling_with_trees_drafted_deeper_than_their_nodes_allow(target, make_decoder):
     """The draft may look deeper than nodes - 1; the noise block is only as long as a path can be."""
     decoder = make_decoder(target, make_draft("good", target))
     tree = TreeConfig(nodes=2, depth=8, passes=3, width=1, children=4, prefetch=3, prefetch_width=1)
@@ -404,3 +418,45 @@ def test_sampling_with_trees_drafted_deeper_than_their_nodes_allow(target):
         )  # the shortest block there can be: every step at its end
         staged = decoder.generate(ids, tree=tree, **options)
     assert torch.equal(staged, decoder.generate(ids, mode="autoregressive", **options))
+
+
+# ---------------------------------------------------------------- GPUs
+
+
+def test_a_gpu_without_an_index_is_the_current_one(monkeypatch):
+    for name, value in (("is_available", True), ("device_count", 2), ("current_device", 1)):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    for name in ("auto", "cuda", torch.device("cuda")):
+        assert resolve_device(name) == torch.device("cuda", 1)
+    assert resolve_device("cuda:0") == torch.device("cuda", 0)
+
+
+def test_a_decoders_device_is_current_while_it_works(target, drafts, monkeypatch, tmp_path):
+    """Where kernels are launched: in every pass, measured ones included, and not in the code of a stream's reader."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # where pass times would be remembered from other tests
+    current = []
+
+    @contextmanager
+    def recorded(device):
+        current.append(device)
+        yield
+        current.pop()
+
+    decoder = Decoder.from_pretrained(target, draft=drafts["good"], device="cpu", dtype="float32")
+    monkeypatch.setattr("stagedspec.decoder._current", recorded)
+    passes = []
+    for model in (decoder.target, decoder.draft):
+        forward = model.forward
+        monkeypatch.setattr(model, "forward", lambda *a, run=forward: (passes.append(list(current)), run(*a))[1])
+    stream = decoder.stream(torch.tensor([1, 2, 3]), 6, logits_processor=[lambda ids, scores: scores])
+    measured = len(passes)
+    assert measured and all(current == [] for _ in stream)
+    assert len(passes) > measured and all(devices == [torch.device("cpu")] for devices in passes)
+
+
+def test_a_gpu_is_made_current(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "device", asked.append)
+    _current(torch.device("cuda", 1))
+    with _current(torch.device("cpu")):
+        assert asked == [torch.device("cuda", 1)]

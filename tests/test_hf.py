@@ -5,6 +5,7 @@ import json
 import string
 import threading
 import weakref
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -39,10 +40,8 @@ def draft(drafts):
 
 
 @pytest.fixture(scope="module")
-def decoder(target, draft):
-    return Decoder.from_pretrained(
-        target, draft=draft, tokenizer=byte_tokenizer(TOKENS), device="cpu", dtype="float32", tree=TREE
-    )
+def decoder(target, draft, make_decoder):
+    return make_decoder(target, draft, tokenizer=byte_tokenizer(TOKENS), tree=TREE)
 
 
 @pytest.fixture(scope="module")
@@ -50,16 +49,33 @@ def tokenizer():
     return byte_tokenizer(TOKENS)
 
 
+@pytest.fixture(scope="module")
+def custom(place):
+    """`custom_generate` through the place's backend."""
+    return partial(custom_generate, backend=place.backend)
+
+
 @pytest.fixture(params=["decoder", "custom"])
-def ours(request, target, decoder, draft):
+def entrance(request):
+    return request.param
+
+
+@pytest.fixture
+def ours(entrance, target, decoder, draft, place, custom):
     """generate(...) through either entrance."""
-    if request.param == "decoder":
+    if entrance == "decoder":
         return decoder.generate
 
     def generate(*args, mode="staged", **options):
-        return target.generate(*args, custom_generate=custom_generate(draft, mode=mode, tree=TREE), **options)
+        return place.generate(target, *args, custom_generate=custom(draft, mode=mode, tree=TREE), **options)
 
     return generate
+
+
+@pytest.fixture
+def theirs(entrance, target, place):
+    """transformers' own generate, where ours gets its tensors: some processors draw from the device's generator."""
+    return target.generate if entrance == "decoder" else partial(place.generate, target)
 
 
 class Records(BaseStreamer):
@@ -83,7 +99,7 @@ class Notes(LogitsProcessor):
 
     def __call__(self, input_ids, scores):
         self.ids.append(input_ids.tolist())
-        self.scores.append(scores.clone())
+        self.scores.append(scores.cpu().clone())
         scores = scores.scatter_add(1, input_ids, torch.full_like(scores, -1.5).gather(1, input_ids))
         scores[:, len(self.ids) % VOCAB] += 2.0  # not the same at two calls
         return scores + 0.5 * scores.mean(0)  # of the whole batch
@@ -97,7 +113,7 @@ class StopsAt(StoppingCriteria):
 
     def __call__(self, input_ids, scores, **_):
         self.ids.append(input_ids.tolist())
-        return torch.tensor([row[-1] in self.tokens for row in input_ids.tolist()])
+        return torch.tensor([row[-1] in self.tokens for row in input_ids.tolist()], device=input_ids.device)
 
 
 # ---------------------------------------------------------------- greedy, the same calls
@@ -156,63 +172,63 @@ CALLS = {
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", CALLS)
-def test_same_greedy_tokens_and_stream(ours, target, name):
+def test_same_greedy_tokens_and_stream(ours, target, name, theirs):
     """Ragged prompts padded on the left: the same tokens, stops and padding, and the very same calls of a streamer."""
     ids, mask = left_pad(random_prompts([6, 2, 9, 1], seed=31))
-    theirs, streamer = Records(), Records()
-    expected = target.generate(ids, attention_mask=mask, streamer=theirs, **CALLS[name]())
+    wanted, streamer = Records(), Records()
+    expected = theirs(ids, attention_mask=mask, streamer=wanted, **CALLS[name]())
     assert expected.shape[1] > 9 and len(expected[:, 9:].unique()) > 3
     for mode in ("staged", "autoregressive"):
         found = ours(ids, attention_mask=mask, mode=mode, **CALLS[name]())
         assert torch.equal(found, expected), mode
     assert torch.equal(ours(ids, attention_mask=mask, streamer=streamer, **CALLS[name]()), expected)
-    assert streamer.calls == theirs.calls
+    assert streamer.calls == wanted.calls
 
 
 @pytest.mark.parametrize("name", ["repetition", "many-processors", "criterion", "eos"])
 @pytest.mark.parametrize("kind", ["target", "random", "adversarial"])
-def test_any_draft(target, drafts, kind, name):
+def test_any_draft(target, drafts, kind, name, custom, place):
     ids, mask = left_pad(random_prompts([4, 7], seed=32))
     expected = target.generate(ids, attention_mask=mask, **CALLS[name]())
     for mode in stagedspec.MODES:
-        options = CALLS[name]() | {"custom_generate": custom_generate(drafts[kind], mode=mode, tree=TREE)}
-        assert torch.equal(target.generate(ids, attention_mask=mask, **options), expected), mode
+        options = CALLS[name]() | {"custom_generate": custom(drafts[kind], mode=mode, tree=TREE)}
+        assert torch.equal(place.generate(target, ids, attention_mask=mask, **options), expected), mode
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_processors_and_criteria_get_transformers_own_calls(ours, target, batch):
+def test_processors_and_criteria_get_transformers_own_calls(ours, target, batch, theirs):
     """Call for call: the sequences, padding of stopped rows included, and the logits of rows that are running."""
     ids, mask = left_pad(random_prompts([6, 2, 4][:batch], seed=33))
-    free = target.generate(ids, attention_mask=mask, max_new_tokens=24, logits_processor=[Notes()])
+    free = theirs(ids, attention_mask=mask, max_new_tokens=24, logits_processor=[Notes()])
     stops = [int(free[row, 10 + 3 * row]) for row in range(batch)]
     options = {"max_new_tokens": 24, "eos_token_id": stops[:1], "pad_token_id": 0}
     calls = []
-    for generate in (target.generate, ours):
+    for generate in (theirs, ours):
         notes, criterion = Notes(), StopsAt(stops)
         tokens = generate(ids, attention_mask=mask, logits_processor=[notes], stopping_criteria=[criterion], **options)
         calls.append((tokens, notes, criterion))
-    (expected, theirs, their_stops), (found, notes, our_stops) = calls
+    (expected, their_notes, their_stops), (found, notes, our_stops) = calls
     assert torch.equal(found, expected) and expected.shape[1] > ids.shape[1] + 3
     assert our_stops.ids == their_stops.ids
-    count = len(theirs.ids)
+    count = len(their_notes.ids)
     # A step may process a few positions more before its criteria are asked.
-    assert notes.ids[:count] == theirs.ids and len(notes.ids) <= count + TREE.depth
+    assert notes.ids[:count] == their_notes.ids and len(notes.ids) <= count + TREE.depth
     running = torch.ones(batch, dtype=torch.bool)
     for call in range(count):
-        torch.testing.assert_close(notes.scores[call][running], theirs.scores[call][running], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(notes.scores[call][running], their_notes.scores[call][running], rtol=1e-4, atol=1e-4)
         for row in range(batch):
             running[row] &= expected[row, ids.shape[1] + call].item() not in stops
 
 
 @pytest.mark.parametrize("mode", stagedspec.MODES)
-def test_processors_along_long_walks(target, mode):
+def test_processors_along_long_walks(target, mode, custom, place):
     """A perfect draft and a processor that changes nothing: walks are deep, and rows end in the middle of them."""
     ids, mask = left_pad(random_prompts([6, 2, 4], seed=33))
     free = target.generate(ids, attention_mask=mask, max_new_tokens=24)
     eos = [int(free[0, 9]), int(free[1, 14])]
     tree = TreeConfig(nodes=9, depth=8, passes=8, width=1, children=1, prefetch=0)
     seen = []
-    for more in ({}, {"custom_generate": custom_generate(target, mode=mode, tree=tree)}):
+    for more in ({}, {"custom_generate": custom(target, mode=mode, tree=tree)}):
         calls = []
 
         def watch(ids, scores, calls=calls):
@@ -220,44 +236,44 @@ def test_processors_along_long_walks(target, mode):
             return scores
 
         options = {"max_new_tokens": 24, "eos_token_id": eos, "pad_token_id": 1, "logits_processor": [watch]}
-        seen.append((target.generate(ids, attention_mask=mask, **options, **more).tolist(), calls))
+        seen.append((place.generate(target, ids, attention_mask=mask, **options, **more).tolist(), calls))
     assert seen[0] == seen[1]
     if mode != "autoregressive":
         assert more["custom_generate"].last_stats.steps < 10
 
 
-def test_prompts_without_a_mask(ours, target):
+def test_prompts_without_a_mask(ours, target, theirs):
     """Padding is recognised where it is no end-of-sequence token, and taken for text where it is."""
     ids, _ = left_pad(random_prompts([6, 2], seed=34), pad=60)
     for eos in (None, 60):
         options = {"max_new_tokens": 12, "pad_token_id": 60, "eos_token_id": eos}
-        assert torch.equal(ours(ids, **options), target.generate(ids, **options)), eos
+        assert torch.equal(ours(ids, **options), theirs(ids, **options)), eos
 
 
-def test_prompts_that_are_left_out(target, draft):
+def test_prompts_that_are_left_out(target, draft, custom, make_decoder, place):
     """transformers starts from the begin-of-sequence token."""
     model = make_gpt2(0, bos_token_id=5)
     expected = model.generate(max_new_tokens=8)
-    decoder = Decoder.from_pretrained(model, draft=draft, device="cpu", dtype="float32", tree=TREE)
+    decoder = make_decoder(model, draft, tree=TREE)
     assert torch.equal(decoder.generate(max_new_tokens=8), expected)
     assert torch.equal(decoder.generate(inputs=expected[:, :3], max_length=9), expected)
-    assert torch.equal(model.generate(max_new_tokens=8, custom_generate=custom_generate(draft, tree=TREE)), expected)
+    assert torch.equal(place.generate(model, max_new_tokens=8, custom_generate=custom(draft, tree=TREE)), expected)
 
 
-def test_the_models_own_generation_config(draft):
+def test_the_models_own_generation_config(draft, make_decoder):
     model = make_gpt2(0)
     model.generation_config.update(repetition_penalty=1.5, max_new_tokens=13, no_repeat_ngram_size=2)
-    decoder = Decoder.from_pretrained(model, draft=draft, device="cpu", dtype="float32", tree=TREE)
+    decoder = make_decoder(model, draft, tree=TREE)
     ids = torch.tensor(random_prompts([4], seed=35))
     assert torch.equal(decoder.generate(ids), model.generate(ids))
     options = {"repetition_penalty": 1.0, "max_new_tokens": 20}
     assert torch.equal(decoder.generate(ids, **options), model.generate(ids, **options))
 
 
-def test_defaults_of_a_plain_call(target, draft):
+def test_defaults_of_a_plain_call(target, draft, make_decoder):
     """128 new tokens and no top-k, also where other arguments take the way through transformers."""
     target = make_gpt2(0, n_positions=160)
-    decoder = Decoder.from_pretrained(target, draft=draft, device="cpu", dtype="float32", tree=TREE)
+    decoder = make_decoder(target, draft, tree=TREE)
     ids = torch.tensor(random_prompts([4], seed=36))
     assert decoder.generate(ids).shape == decoder.generate(ids, bad_words_ids=[[5]]).shape == (1, 4 + 128)
     plain = decoder.generate(ids, max_new_tokens=60, do_sample=True, seed=3)
@@ -272,18 +288,18 @@ def test_defaults_of_a_plain_call(target, draft):
 # ---------------------------------------------------------------- text
 
 
-def test_text_streamers(ours, target, tokenizer, capsys):
+def test_text_streamers(ours, target, tokenizer, capsys, theirs):
     text = "ab cde fgh"
     inputs = tokenizer(text, return_tensors="pt")
     ids = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     printed = []
-    for generate in (target.generate, ours):
+    for generate in (theirs, ours):
         generate(**ids, max_new_tokens=30, streamer=TextStreamer(tokenizer))
         printed.append(capsys.readouterr().out)
     assert printed[0] == printed[1] and printed[0].startswith(text)
 
     chunks = []
-    for generate in (target.generate, ours):
+    for generate in (theirs, ours):
         streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60)
         options = {**ids, "max_new_tokens": 30, "streamer": streamer}
         thread = threading.Thread(target=generate, kwargs=options)
@@ -293,11 +309,11 @@ def test_text_streamers(ours, target, tokenizer, capsys):
     assert chunks[0] == chunks[1] and len(chunks[0]) == 31
 
 
-def test_a_streamer_bound_beforehand(target, draft, tokenizer):
+def test_a_streamer_bound_beforehand(target, draft, tokenizer, custom, place):
     ids = torch.tensor(random_prompts([5], seed=37))
     theirs, bound = Records(), Records()
     target.generate(ids, max_new_tokens=12, streamer=theirs)
-    target.generate(ids, max_new_tokens=12, custom_generate=custom_generate(draft, tree=TREE, streamer=bound))
+    place.generate(target, ids, max_new_tokens=12, custom_generate=custom(draft, tree=TREE, streamer=bound))
     assert bound.calls == theirs.calls
 
 
@@ -307,7 +323,7 @@ def test_text_streamers_reject_batches(ours, tokenizer):
         ours(ids, attention_mask=mask, max_new_tokens=4, streamer=TextStreamer(tokenizer))
 
 
-def test_stop_strings(target, decoder, draft, tokenizer):
+def test_stop_strings(target, decoder, draft, tokenizer, custom, place):
     ids = torch.tensor(random_prompts([5], seed=38))
     free = tokenizer.decode(target.generate(ids, max_new_tokens=25)[0, 5:])
     stop = free[11:14]
@@ -316,9 +332,9 @@ def test_stop_strings(target, decoder, draft, tokenizer):
     assert torch.equal(decoder.generate(ids, max_new_tokens=25, stop_strings=stop), expected)
     config = GenerationConfig(max_new_tokens=25, stop_strings=[stop])
     assert torch.equal(decoder.generate(ids, generation_config=config, tokenizer=tokenizer), expected)
-    found = target.generate(
-        ids, max_new_tokens=25, stopping_criteria=[StopStringCriteria(tokenizer, stop)],
-        custom_generate=custom_generate(draft, tree=TREE),
+    found = place.generate(
+        target, ids, max_new_tokens=25, stopping_criteria=[StopStringCriteria(tokenizer, stop)],
+        custom_generate=custom(draft, tree=TREE),
     )  # fmt: skip
     assert torch.equal(found, expected)
     with pytest.raises(ValueError, match="stop_strings need a tokenizer"):
@@ -351,23 +367,23 @@ def test_streams_honour_everything_too(decoder):
 
 
 @pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.5}], ids=["plain", "processed"])
-def test_dictionaries(ours, target, options):
+def test_dictionaries(ours, target, options, theirs):
     ids, mask = left_pad(random_prompts([5, 3], seed=41))
-    eos = int(target.generate(ids, attention_mask=mask, max_new_tokens=9, **options)[0, -1])
+    eos = int(theirs(ids, attention_mask=mask, max_new_tokens=9, **options)[0, -1])
     options = options | {
         "max_new_tokens": 20, "eos_token_id": eos, "attention_mask": mask, "return_dict_in_generate": True,
         "output_scores": True, "output_logits": True,
     }  # fmt: skip
-    expected, found = target.generate(ids, **options), ours(ids, **options)
+    expected, found = theirs(ids, **options), ours(ids, **options)
     assert isinstance(found, hf.StagedOutput) and isinstance(found, GenerateDecoderOnlyOutput)
     assert torch.equal(found.sequences, expected.sequences) and torch.equal(found[0], expected.sequences)
     assert found.attentions is None and not {"cache", "past_key_values"} & found.keys()
     assert found.stats.mode == "staged" and found.stats.tokens_per_step > 1
     for name in ("scores", "logits"):
-        ours_, theirs = getattr(found, name), getattr(expected, name)
-        assert len(ours_) == len(theirs) == expected.sequences.shape[1] - 5
+        ours_, others = getattr(found, name), getattr(expected, name)
+        assert len(ours_) == len(others) == expected.sequences.shape[1] - 5
         running = torch.tensor([True, True])
-        for step, (mine, other) in enumerate(zip(ours_, theirs, strict=True)):
+        for step, (mine, other) in enumerate(zip(ours_, others, strict=True)):
             assert mine.dtype == torch.float32
             torch.testing.assert_close(mine[running], other[running], rtol=1e-4, atol=1e-4)
             assert not mine[~running].any()
@@ -378,14 +394,14 @@ def test_dictionaries(ours, target, options):
     assert ours(ids, **options).scores is None
 
 
-def test_scores_are_warped_as_transformers_warps_them(ours, target):
+def test_scores_are_warped_as_transformers_warps_them(ours, target, theirs):
     """The scores of the first position depend on the prompt alone, whatever is sampled."""
     ids = torch.tensor(random_prompts([5], seed=42))
     options = {
         "do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.9, "min_p": 0.001, "repetition_penalty": 1.2,
         "max_new_tokens": 3, "return_dict_in_generate": True, "output_scores": True,
     }  # fmt: skip
-    mine, other = ours(ids, **options).scores[0], target.generate(ids, **options).scores[0]
+    mine, other = ours(ids, **options).scores[0], theirs(ids, **options).scores[0]
     assert 1 < int(other.isfinite().sum()) < 20
     torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
 
@@ -425,24 +441,26 @@ def test_built_in_warping_chooses_as_transformers_warpers_do(decoder, monkeypatc
     assert torch.equal(decoder.generate(ids, mask, **options), built_in)
 
 
-def test_seeds(target, draft, decoder):
+def test_seeds(target, draft, decoder, custom, place):
     """torch's generator decides, unless a seed is given, beforehand or in the call."""
     ids = torch.tensor(random_prompts([5], seed=45))
 
     def sample(torch_seed, call=None, **options):
         torch.manual_seed(torch_seed)
-        generator = custom_generate(draft, tree=TREE, **options)
+        generator = custom(draft, tree=TREE, **options)
         more = {} if call is None else {"seed": call}
-        return target.generate(ids, do_sample=True, max_new_tokens=30, custom_generate=generator, **more).tolist()
+        return place.generate(
+            target, ids, do_sample=True, max_new_tokens=30, custom_generate=generator, **more
+        ).tolist()
 
     assert sample(1) == sample(1) != sample(2)
     assert sample(1, seed=7) == sample(2, seed=7) == sample(3, call=7) == sample(3, call=7, seed=8)
     config = GenerationConfig(do_sample=True, max_new_tokens=30)
     assert sample(1, seed=7) == decoder.generate(ids, generation_config=config, seed=7).tolist()
     torch.manual_seed(1)
-    generator = custom_generate(draft, tree=TREE)
+    generator = custom(draft, tree=TREE)
     options = {"do_sample": True, "max_new_tokens": 30, "custom_generate": generator}
-    assert target.generate(ids, **options).tolist() != target.generate(ids, **options).tolist()
+    assert place.generate(target, ids, **options).tolist() != place.generate(target, ids, **options).tolist()
 
 
 def test_seeds_of_a_decoder(decoder):
@@ -458,15 +476,15 @@ def test_seeds_of_a_decoder(decoder):
 # ---------------------------------------------------------------- other proposals
 
 
-def test_assistant_models(target, draft):
+def test_assistant_models(target, draft, custom, make_decoder, place):
     ids = torch.tensor(random_prompts([5], seed=46))
     expected = target.generate(ids, max_new_tokens=20)
-    plain = Decoder.from_pretrained(target, device="cpu", dtype="float32", tree=TREE)
+    plain = make_decoder(target, tree=TREE)
     assert torch.equal(plain.generate(ids, max_new_tokens=20, assistant_model=draft), expected)
     assert plain.last_stats.draft_passes > 0 and plain.last_stats.tokens_per_step > 1.5
     assert plain.draft is None
-    generator = custom_generate(tree=TREE)
-    found = target.generate(ids, max_new_tokens=20, assistant_model=draft, custom_generate=generator)
+    generator = custom(tree=TREE)
+    found = place.generate(target, ids, max_new_tokens=20, assistant_model=draft, custom_generate=generator)
     assert torch.equal(found, expected) and generator.last_stats.draft_passes > 0
     with pytest.raises(ValueError, match="share the vocabulary"):
         plain.generate(ids, assistant_model=make_gpt2(0, vocab_size=50, n_layer=1))
@@ -475,9 +493,9 @@ def test_assistant_models(target, draft):
 
 
 @pytest.mark.parametrize("options", [{}, {"do_sample": True, "seed": 3}, {"repetition_penalty": 1.02}])
-def test_prompt_lookup(target, options):
+def test_prompt_lookup(target, options, make_decoder):
     """Chains from the sequence's own repeats, without a draft: the tokens of plain decoding."""
-    decoder = Decoder.from_pretrained(target, device="cpu", dtype="float32")
+    decoder = make_decoder(target)
     ids, mask = left_pad([*random_prompts([4], seed=47), [7, 8, 9, 10] * 4, [3]])
     expected = decoder.generate(ids, mask, 30, mode="autoregressive", **options)
     for count in (1, 5, 20):
@@ -489,17 +507,17 @@ def test_prompt_lookup(target, options):
         assert stats.origins["ngram"] > 0
 
 
-def test_prompt_lookup_accepts_what_repeats(target):
+def test_prompt_lookup_accepts_what_repeats(target, custom, place):
     """Greedy decoding of a small model soon repeats itself: then whole chains come true."""
     ids = torch.tensor(random_prompts([2], seed=48))
     expected = target.generate(ids, max_new_tokens=46)
-    generator = custom_generate()
-    found = target.generate(ids, max_new_tokens=46, prompt_lookup_num_tokens=8, custom_generate=generator)
+    generator = custom()
+    found = place.generate(target, ids, max_new_tokens=46, prompt_lookup_num_tokens=8, custom_generate=generator)
     assert torch.equal(found, expected)
     assert generator.last_stats.steps < 46 and generator.last_stats.origins["ngram"] > 4
     for count in (0, 256, 2.5):
         with pytest.raises(ValueError, match="prompt_lookup_num_tokens must be a whole number from 1 to 255"):
-            target.generate(ids, prompt_lookup_num_tokens=count, custom_generate=generator)
+            place.generate(target, ids, prompt_lookup_num_tokens=count, custom_generate=generator)
 
 
 # ---------------------------------------------------------------- the model behind custom_generate
@@ -523,13 +541,13 @@ def test_the_module_is_at_hand():
     assert stagedspec.__getattr__("hf") is hf
 
 
-def test_weights_are_read_once(made):
-    model, draft = make_gpt2(50), make_gpt2(51)
-    ids = torch.tensor(random_prompts([5], seed=49))
+def test_weights_are_read_once(made, custom, place):
+    model, draft = make_gpt2(50).to(place.device), make_gpt2(51)
+    ids = torch.tensor(random_prompts([5], seed=49), device=place.device)
     for _ in range(3):
-        model.generate(ids, max_new_tokens=4, custom_generate=custom_generate(draft, tree=TREE))
+        model.generate(ids, max_new_tokens=4, custom_generate=custom(draft, tree=TREE))
     assert made == [model, draft]
-    model.generate(ids, max_new_tokens=4, custom_generate=custom_generate(mode="autoregressive"))
+    model.generate(ids, max_new_tokens=4, custom_generate=custom(mode="autoregressive"))
     assert made == [model, draft, model]
 
 
@@ -539,7 +557,8 @@ def _changes(model):
 
     def step():
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-        model(torch.tensor([[1, 2, 3]]), labels=torch.tensor([[1, 2, 3]])).loss.backward()
+        ids = torch.tensor([[1, 2, 3]], device=model.device)
+        model(ids, labels=ids).loss.backward()
         optimizer.step()
         model.zero_grad()
 
@@ -558,7 +577,7 @@ def _changes(model):
         hf.forget(model)
 
     def replaced():
-        model.transformer.h[1].attn.c_proj.weight = torch.nn.Parameter(torch.randn(24, 24))
+        model.transformer.h[1].attn.c_proj.weight = torch.nn.Parameter(torch.randn(24, 24, device=model.device))
 
     return {
         "optimizer": step,
@@ -574,23 +593,23 @@ def _changes(model):
 @pytest.mark.parametrize(
     "way", ["optimizer", "load_state_dict", "data", "data-row", "data-column", "forgotten", "replaced"]
 )
-def test_changed_weights_are_never_missed(way):
-    model, draft = make_gpt2(50), make_gpt2(51)
-    ids = torch.tensor(random_prompts([5], seed=51))
+def test_changed_weights_are_never_missed(way, custom, place):
+    model, draft = make_gpt2(50).to(place.device), make_gpt2(51)
+    ids = torch.tensor(random_prompts([5], seed=51), device=place.device)
     options = {"max_new_tokens": 30}
-    before = model.generate(ids, **options, custom_generate=custom_generate(draft, tree=TREE))
+    before = model.generate(ids, **options, custom_generate=custom(draft, tree=TREE))
     assert torch.equal(before, model.generate(ids, **options))
     _changes(model)[way]()
-    after = model.generate(ids, **options, custom_generate=custom_generate(draft, tree=TREE))
+    after = model.generate(ids, **options, custom_generate=custom(draft, tree=TREE))
     assert torch.equal(after, model.generate(ids, **options))
     assert not torch.equal(after, before)
 
 
-def test_models_are_let_go():
-    model, draft = make_gpt2(50), make_gpt2(51)
-    ids = torch.tensor(random_prompts([5], seed=50))
-    model.generate(ids, max_new_tokens=4, custom_generate=custom_generate(draft, tree=TREE))
-    gone = [weakref.ref(model), weakref.ref(draft), weakref.ref(hf.decoder_for(model, draft))]
+def test_models_are_let_go(custom, place):
+    model, draft = make_gpt2(50).to(place.device), make_gpt2(51)
+    ids = torch.tensor(random_prompts([5], seed=50), device=place.device)
+    model.generate(ids, max_new_tokens=4, custom_generate=custom(draft, tree=TREE))
+    gone = [weakref.ref(model), weakref.ref(draft), weakref.ref(hf.decoder_for(model, draft, backend=place.backend))]
     del model, draft
     gc.collect()
     assert [one() for one in gone] == [None, None, None]
@@ -605,14 +624,12 @@ def test_weights_are_shared_where_the_layout_allows(target, draft):
     assert ours.layers[1].qkv.bias.data_ptr() == theirs.h[1].attn.c_attn.bias.data_ptr()
 
 
-def test_the_models_dtype(target, draft):
-    model = make_gpt2(0).to(torch.bfloat16)
-    assert hf.decoder_for(model, draft).target.dtype == torch.bfloat16
-    ids = torch.tensor(random_prompts([5], seed=52))
-    found = model.generate(ids, max_new_tokens=20, custom_generate=custom_generate(draft, tree=TREE))
-    assert torch.equal(
-        found, model.generate(ids, max_new_tokens=20, custom_generate=custom_generate(mode="autoregressive"))
-    )
+def test_the_models_dtype(target, draft, custom, place):
+    model = make_gpt2(0).to(place.device, torch.bfloat16)
+    assert hf.decoder_for(model, draft, backend=place.backend).target.dtype == torch.bfloat16
+    ids = torch.tensor(random_prompts([5], seed=52), device=place.device)
+    found = model.generate(ids, max_new_tokens=20, custom_generate=custom(draft, tree=TREE))
+    assert torch.equal(found, model.generate(ids, max_new_tokens=20, custom_generate=custom(mode="autoregressive")))
 
 
 def test_models_that_would_be_decoded_wrongly(draft):
@@ -714,7 +731,7 @@ def test_streams_refuse_what_they_cannot_do(decoder):
 # ---------------------------------------------------------------- the embedded models
 
 
-def test_embedded_models_through_transformers():
+def test_embedded_models_through_transformers(custom, place):
     """An unmodified GPT2LMHeadModel with folders for draft and table, streamed."""
     root = Path(__file__).resolve().parents[1]
     assets = root / "stagedspec" / "assets"
@@ -722,14 +739,14 @@ def test_embedded_models_through_transformers():
         pytest.fail("the embedded target is missing: run `stagedspec train`")
     model = GPT2LMHeadModel.from_pretrained(assets / "target", dtype=torch.float32)
     tokenizer = Decoder.default(device="cpu").tokenizer
-    generator = custom_generate(assets / "draft", assets / "ngram.safetensors", tree=TREE)
+    generator = custom(assets / "draft", assets / "ngram.safetensors", tree=TREE)
     prompts = (json.loads(line)["prompt"] for line in (root / "bench" / "prompts.jsonl").read_text().splitlines())
     for text, options in zip(prompts, ({}, {"repetition_penalty": 1.2}, {"no_repeat_ngram_size": 3}), strict=False):
         ids = tokenizer(text, return_tensors="pt").input_ids[:, -64:]
         theirs, ours = Records(), Records()
         options = options | {"max_new_tokens": 40, "pad_token_id": 0}
         expected = model.generate(ids, streamer=theirs, **options)
-        found = model.generate(ids, streamer=ours, custom_generate=generator, **options)
+        found = place.generate(model, ids, streamer=ours, custom_generate=generator, **options)
         assert torch.equal(found, expected), options
         assert ours.calls == theirs.calls
     assert generator.last_stats.tokens_per_step > 1

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import POSITIONS, VOCAB, byte_tokenizer, make_gpt2, random_prompts
+from conftest import PLACES, POSITIONS, VOCAB, byte_tokenizer, make_gpt2, random_prompts
 from tokenizers import pre_tokenizers
 
 from stagedspec import Decoder, TreeConfig
@@ -204,14 +204,22 @@ def test_bad_prompts(decoder, case):
 # ---------------------------------------------------------------- streams
 
 
-@pytest.fixture(scope="module")
-def writer(alphabet):
+def writing(place, alphabet):
     """A decoder of bytes, so that random output is full of broken and unbroken UTF-8."""
     model = make_gpt2(4, vocab_size=len(alphabet), n_positions=96)
     draft = make_gpt2(4, vocab_size=len(alphabet), n_positions=96, initializer_range=0.24)
-    return Decoder.from_pretrained(
-        model, draft=draft, tokenizer=byte_tokenizer(alphabet), device="cpu", dtype="float32", tree=TREE
-    )
+    return place.decoder(model, draft, tokenizer=byte_tokenizer(alphabet), tree=TREE)
+
+
+@pytest.fixture(scope="module")
+def writer(place, alphabet):
+    return writing(place, alphabet)
+
+
+@pytest.fixture(scope="module")
+def host_writer(alphabet):
+    """Whose every step runs code of the host, for tests that step in."""
+    return writing(PLACES["torch-cpu"], alphabet)
 
 
 @pytest.mark.parametrize("options", [{}, {"do_sample": True, "seed": 4}, {"mode": "autoregressive"}, {"mode": "chain"}])
@@ -234,10 +242,10 @@ def test_stream_and_complete_are_generate(writer, options):
     assert as_ids.tokens == expected == writer.complete(ids[0], 40, **options).tokens
 
 
-def test_split_characters_wait_for_their_rest(writer, monkeypatch):
+def test_split_characters_wait_for_their_rest(host_writer, monkeypatch):
     """A character's bytes come in different steps: the stream shows it once it is whole."""
     text = "añ½→𝄞 z"
-    script = writer.tokenizer(text).input_ids
+    script = host_writer.tokenizer(text).input_ids
 
     def scripted(logits, warping, noise):  # the model "says" the script, whatever it is asked
         at = min(scripted.step, len(script) - 1)
@@ -245,8 +253,8 @@ def test_split_characters_wait_for_their_rest(writer, monkeypatch):
         return torch.full(logits.shape[:2], script[at])
 
     scripted.step = 0
-    monkeypatch.setattr(writer.target.ops, "choose", scripted)
-    shown = [chunk.text for chunk in writer.stream("x", len(script), mode="autoregressive")]
+    monkeypatch.setattr(host_writer.target.ops, "choose", scripted)
+    shown = [chunk.text for chunk in host_writer.stream("x", len(script), mode="autoregressive")]
     assert len(shown) == len(script) and "".join(shown) == text
     assert shown[:3] == ["a", "", "ñ"] and not any("\ufffd" in piece for piece in shown)
 
@@ -277,9 +285,9 @@ def test_leaving_a_stream_early(writer, way):
     assert torch.equal(writer.generate(ids, max_new_tokens=8), writer.generate(ids, max_new_tokens=8, mode="chain"))
 
 
-def test_ctrl_c_inside_a_pass(writer, monkeypatch):
-    before = writer.complete("abc", 20).tokens
-    forward, calls = writer.target.forward, []
+def test_ctrl_c_inside_a_pass(host_writer, monkeypatch):
+    before = host_writer.complete("abc", 20).tokens
+    forward, calls = host_writer.target.forward, []
 
     def interrupted(*arguments):
         calls.append(1)
@@ -287,11 +295,11 @@ def test_ctrl_c_inside_a_pass(writer, monkeypatch):
             raise KeyboardInterrupt
         return forward(*arguments)
 
-    monkeypatch.setattr(writer.target, "forward", interrupted)
+    monkeypatch.setattr(host_writer.target, "forward", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        writer.complete("abc", 20, mode="autoregressive")
+        host_writer.complete("abc", 20, mode="autoregressive")
     assert not torch.is_inference_mode_enabled()
-    assert writer.complete("abc", 20).tokens == before
+    assert host_writer.complete("abc", 20).tokens == before
 
 
 def test_two_streams_at_once(writer):

@@ -225,17 +225,37 @@ def test_nothing_to_tune(tmp_path, monkeypatch):
     assert shown.exit_code == 2 and "nothing to tune" in shown.output and not list(tmp_path.iterdir())
 
 
+def test_what_was_found_before_an_interruption_is_kept(tmp_path, monkeypatch):
+    problem, clock = problem_of({64: 10.0, 32: 8.0})
+
+    def problems(shape, device):
+        yield problem
+        yield replace(problem, shape=(9,), launches=interrupted)
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("stagedspec.loading.resolve_device", lambda device: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(configs, "device_name", lambda device: GPU)
+    monkeypatch.setitem(tune_kernels.PROBLEMS, "compact", problems)
+    monkeypatch.setattr(tune_kernels.tune_all, "__defaults__", (lambda *_: None, timed_by(clock), lambda _: None))
+    path = tmp_path / "settings.json"
+    assert run("--op", "compact", "--out", str(path)).exit_code != 0
+    assert configs.read(path, GPU) == {"op": {"8x4": {"tile": 32, "warps": 4}}}
+
+
 @pytest.mark.parametrize("to_file", [False, True])
 def test_the_command(tmp_path, monkeypatch, to_file):
     """What was found is shown and lies where the kernels look for it, or in the file that was named."""
     problem, clock = problem_of({64: 10.0, 32: 8.0})
-    monkeypatch.setattr("stagedspec.loading.resolve_device", lambda device: torch.device("cuda"))
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    for name, value in (("is_available", True), ("device_count", 2), ("current_device", 1)):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     made_current = []
     monkeypatch.setattr(torch.cuda, "set_device", made_current.append)
     monkeypatch.setattr(configs, "device_name", lambda device: GPU)
     monkeypatch.setitem(tune_kernels.PROBLEMS, "compact", lambda shape, device: iter([problem]))
-    monkeypatch.setattr(tune_kernels.tune_all, "__defaults__", (lambda *_: None, timed_by(clock)))
+    monkeypatch.setattr(tune_kernels.tune_all, "__defaults__", (lambda *_: None, timed_by(clock), lambda _: None))
     path = tmp_path / "settings.json" if to_file else configs.user_file(GPU)
     options = ["--op", "compact", *(["--out", str(path)] if to_file else [])]
     shown = run(*options)

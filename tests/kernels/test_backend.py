@@ -156,6 +156,63 @@ def test_stream_and_complete(pair, device):
     assert triton_side.last_stats.overhead is None and expected.stats.overhead is not None
 
 
+class Records:
+    """A streamer that notes what it is given."""
+
+    def __init__(self):
+        self.calls = []
+
+    def put(self, tokens):
+        self.calls.append(tokens.tolist())
+
+    def end(self):
+        self.calls.append("end")
+
+
+def test_the_host_takes_part(pair, prompts, device):
+    """Processors along the walk, criteria and streamers after it: call for call as on the torch backend."""
+    ids, mask = (tensor.to(device) for tensor in prompts)
+    found = []
+    for decoder in decoders(pair, device):
+        streamer, seen = Records(), []
+
+        def penalise(ids, scores, seen=seen):
+            seen.append(ids.tolist())
+            return scores.scatter_add(1, ids, torch.full_like(scores, -1.5).gather(1, ids))
+
+        def stop(ids, scores, seen=seen):
+            return torch.tensor([len(seen) > 4 and row[-1] % 2 == 0 for row in ids.tolist()], device=ids.device)
+
+        options = {"logits_processor": [penalise], "stopping_criteria": [stop], "streamer": streamer}
+        tokens = decoder.generate(ids, mask, 8, do_sample=True, top_k=20, seed=3, eos_token_id=[60], **options)
+        stats = decoder.last_stats
+        found.append((tokens.tolist(), streamer.calls, seen, stats.steps, stats.draft_passes, stats.origins))
+    assert found[0] == found[1]
+    assert found[0][3] < len(found[0][1]) - 2  # a step took several tokens
+
+
+def test_prompt_lookup(pair, device):
+    torch_side, triton_side = (
+        stagedspec.Decoder.from_pretrained(pair[0], device=device, dtype="float32", backend=name)
+        for name in ("torch", "triton")
+    )
+    ids = torch.tensor([[7, 8, 9, 7, 8, 9, 7, 8], [0, 0, 0, 1, 2, 3, 1, 2]], device=device)
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    options = {"eos_token_id": [], "prompt_lookup_num_tokens": 3}
+    expected = torch_side.generate(ids, mask, 6, **options)
+    assert torch.equal(triton_side.generate(ids, mask, 6, **options), expected)
+    theirs, ours = torch_side.last_stats, triton_side.last_stats
+    assert (ours.steps, ours.origins, ours.accepted_per_depth) == (
+        theirs.steps,
+        theirs.origins,
+        theirs.accepted_per_depth,
+    )
+    assert ours.mode == "lookup" and ours.draft_passes == 0
+    triton_side.generate(ids[:1], max_new_tokens=1, prompt_lookup_num_tokens=100)  # deeper than its trees may be
+    assert triton_side.last_stats.tree["depth"] == 30
+
+
 def test_a_tree_by_the_cost_model(pair, prompts, device, monkeypatch):
     """Of the shapes that the backend can run, and kept apart from the torch backend's measurements."""
     monkeypatch.setattr("stagedspec.cost._least_times", lambda runs, before: [1e-3] * len(runs))
@@ -175,15 +232,8 @@ def test_refusals(pair, device, prompts):
     deep = TreeConfig(nodes=40, depth=39, passes=39, width=1, children=1, prefetch=0)
     with pytest.raises(ValueError, match="at most 30 deep, got depth 39"):
         decoder.generate(ids, max_new_tokens=4, tree=deep)
-    with pytest.raises(ValueError, match="backend='torch'"):
-        decoder.generate(ids, max_new_tokens=4, repetition_penalty=1.2)
-    with pytest.raises(ValueError, match="backend='torch'"):  # at the call, not at the first chunk
-        decoder.stream(torch.tensor([5, 6]), 4, repetition_penalty=1.2)
-    with pytest.raises(ValueError, match="tuning trees is not supported by backend 'triton'"):
+    with pytest.raises(ValueError, match=r"tuning trees is not supported by backend 'triton'.* backend='torch'"):
         tune(decoder, [[5, 6, 7]], 8)
-    alone = stagedspec.Decoder.from_pretrained(pair[0], device=device, dtype="float32", backend="triton")
-    with pytest.raises(ValueError, match="prompt_lookup_num_tokens is not supported by backend 'triton'"):
-        alone.generate(ids, max_new_tokens=4, prompt_lookup_num_tokens=3)
 
 
 def test_backend_resolution(device, monkeypatch):
@@ -193,8 +243,30 @@ def test_backend_resolution(device, monkeypatch):
     assert type(backend.resolve("triton", device)).__name__ == "TritonOps"
     with pytest.raises(ValueError, match="backend must be one of auto, torch, triton, got 'cuda'"):
         backend.resolve("cuda", device)
-    if device.type == "cpu":
-        assert backend.resolve("auto", device).__name__.endswith("reference")
-        monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
-        with pytest.raises(ValueError, match=r"backend 'triton' cannot run on cpu: .* TRITON_INTERPRET=1"):
-            backend.resolve("triton", device)
+    assert backend.resolve("auto", torch.device("cpu")).__name__.endswith("reference")
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    with pytest.raises(ValueError, match=r"backend 'triton' cannot run on cpu: .* TRITON_INTERPRET=1"):
+        backend.resolve("triton", torch.device("cpu"))
+
+
+CANNOT = {
+    "old": ({"capability": (7, 5)}, r"cuda:0: it has compute capability \(7, 5\), kernels need 8\.0"),
+    "heads": ({"heads": [64, 320]}, "a model has heads of 320, kernels take at most 128"),
+    "no-compiler": ({"compiler": None}, "triton needs a C compiler"),
+}
+
+
+@pytest.mark.parametrize("case", [None, *CANNOT])
+def test_auto_on_a_gpu(monkeypatch, case):
+    """The kernels where they can run; else torch, and a ValueError for whoever insists."""
+    changes, message = CANNOT[case] if case else ({}, "")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: changes.get("capability", (9, 0)))
+    monkeypatch.setattr(backend.shutil, "which", lambda name: changes.get("compiler", "/usr/bin/gcc"))
+    monkeypatch.delenv("CC", raising=False)
+    gpu, heads = torch.device("cuda", 0), changes.get("heads", [64, 128])
+    if case is None:
+        assert type(backend.resolve("auto", gpu, heads)).__name__ == "TritonOps"
+    else:
+        assert backend.resolve("auto", gpu, heads).__name__.endswith("reference")
+        with pytest.raises(ValueError, match=f"backend 'triton' cannot run on .*{message}"):
+            backend.resolve("triton", gpu, heads)

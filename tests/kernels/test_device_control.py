@@ -252,6 +252,8 @@ def test_walks(kind, nodes):
         trees.moves.target.fill_(10**6)
         trees.moves.draft.fill_(10**6)
         chosen = pick(generator, host_trees, nodes)
+        unchosen = torch.tensor([[node and generator.random() < 0.1 for node in range(nodes)] for _ in prompts])
+        chosen[unchosen.bool()] = -1  # nodes not to be stepped to
         expected, moves = host_trees.verify_commit(chosen), trees.verify_commit(chosen.int().to(DEVICE))
         assert moves.accepted.tolist() == expected.accepted
         assert pairs(moves.target_rows()) == expected.target_rows(0)
