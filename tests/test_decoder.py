@@ -283,7 +283,7 @@ def test_half_precision_equals_its_own_plain_decoding(target, drafts, dtype, mak
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("katz", [False, True])
 @pytest.mark.parametrize("kind", ["good", "adversarial"])
-def test_committed_cache_is_that_of_a_fresh_prefill(decoders, target, drafts, kind, katz, batch):
+def test_committed_cache_is_that_of_a_fresh_prefill(decoders, place, target, drafts, kind, katz, batch):
     """After every step, by the keys and values that transformers computes for the same tokens. A good draft's walks end
     at leaves that it has not read, an adversarial one's at the root, which it has."""
     ids, mask = left_pad(random_prompts([5, 1, 8][:batch], seed=14))
@@ -296,7 +296,7 @@ def test_committed_cache_is_that_of_a_fresh_prefill(decoders, target, drafts, ki
         for index, row in enumerate(run.sequences.rows):
             if not row.running:
                 continue
-            unread = 1 if row.caught_up else 2
+            unread = 1 if place.backend == "torch" and row.caught_up else 2
             missed.add(unread)
             for model, cache, missing in ((target, run.cache, 1), (drafts[kind], run.cascade.cache, unread)):
                 known = len(row.tokens) - missing
@@ -310,14 +310,15 @@ def test_committed_cache_is_that_of_a_fresh_prefill(decoders, target, drafts, ki
                         torch.testing.assert_close(
                             ours[:, which].float(), theirs[0].transpose(0, 1), rtol=1e-4, atol=1e-4
                         )
-    assert jumps > 0 if kind == "good" else 1 in missed
+    assert jumps > 0 if kind == "good" else place.backend == "triton" or 1 in missed
 
 
 @pytest.mark.parametrize("kind", ["good", "adversarial"])
-def test_a_draft_that_has_caught_up_grows_the_same_trees(decoders, monkeypatch, kind):
-    """Without the catch-up token, where the draft has read it, as with it."""
+def test_a_draft_that_has_caught_up_grows_the_same_trees(target, drafts, table, monkeypatch, kind):
+    """Without the catch-up token, where the draft has read it, as with it: on the host, where a pass has any shape."""
     ids, mask = left_pad(random_prompts([5, 1, 8], seed=14))
-    decoder, left_out = decoders[kind, True], []
+    decoder = Decoder.from_pretrained(target, draft=drafts[kind], ngram=table, device="cpu", dtype="float32")
+    left_out = []
     begin = Growth.begin
 
     def told(self):
