@@ -41,7 +41,8 @@ GROUP = 64  # tokens that share one maximum
 SLICE = 2048  # tokens of one program of `scan`
 BLOCK = 512  # candidates looked at together
 FEW = 256  # candidates that are compared with each other
-SPAN = 32  # groups compacted together
+TOGETHER = 32  # of them at a time
+SPAN = 64  # groups compacted together
 WARPS = {"scan_warps": 4, "select_warps": 8}
 
 _GROUP = tl.constexpr(GROUP)
@@ -165,20 +166,23 @@ def scan_kernel(
 
 @triton.jit
 def _coarse(keys, target):
-    """At most the `target`-th largest of the uint32 keys [n], and nearly it: its upper 16 bits, two at a time."""
+    """At most the `target`-th largest of the uint32 keys [n], and nearly it: its upper 16 bits, four at a time."""
     bound = tl.full((), 0, tl.uint32)
-    shift = tl.full((), 30, tl.uint32)
-    for _ in range(8):
-        tests = bound + (tl.arange(0, 4).to(tl.uint32) << shift)
+    shift = tl.full((), 28, tl.uint32)
+    for _ in range(4):
+        tests = bound + (tl.arange(0, 16).to(tl.uint32) << shift)
         total = tl.sum((keys[None, :] >= tests[:, None]).to(tl.int32), 1)
         digit = tl.maximum(tl.sum((total >= target).to(tl.int32), 0) - 1, 0)
         bound = bound + (digit.to(tl.uint32) << shift)
-        shift = shift - 2
+        shift = shift - 4
     return bound
 
 
 @triton.jit
-def _threshold(p_values, p_ids, count, target, top, WHAT: tl.constexpr, BLOCK: tl.constexpr, FEW: tl.constexpr):
+def _threshold(
+    p_values, p_ids, count, target, top, WHAT: tl.constexpr, BLOCK: tl.constexpr, FEW: tl.constexpr,
+    TOGETHER: tl.constexpr,
+):  # fmt: skip
     """`_search` for WHAT 0 and 1, where there are few values by comparing each with all, which has no rounds."""
     if count <= FEW:
         at = tl.arange(0, FEW)
@@ -187,10 +191,10 @@ def _threshold(p_values, p_ids, count, target, top, WHAT: tl.constexpr, BLOCK: t
             total = tl.full((FEW,), 0, tl.int64)
         else:
             total = tl.full((FEW,), 0, tl.int32)
-        for start in range(0, count, 16):
-            others = start + tl.arange(0, 16)
+        for start in range(0, count, TOGETHER):
+            others = start + tl.arange(0, TOGETHER)
             values = tl.load(p_values + others, others < count, float("-inf"))
-            above = (order_key(values)[None, :] >= keys[:, None]) & (others < count)[None, :]  # [FEW, 16]
+            above = (order_key(values)[None, :] >= keys[:, None]) & (others < count)[None, :]  # [FEW, TOGETHER]
             if WHAT == 1:
                 parts = (tl.exp(values - top) * _UNIT).to(tl.int64)
                 total += tl.sum(tl.where(above, parts[None, :], 0), 1)
@@ -258,7 +262,8 @@ def select_kernel(
     p_logprobs,
     N, scale, top_p, min_p, V: tl.constexpr, G: tl.constexpr, GROUPS: tl.constexpr, SCALING: tl.constexpr,
     NOISE: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr, CHILDREN: tl.constexpr,
-    WHOLE: tl.constexpr, BLOCK: tl.constexpr, FEW: tl.constexpr, SPAN: tl.constexpr, PDL: tl.constexpr,
+    WHOLE: tl.constexpr, BLOCK: tl.constexpr, FEW: tl.constexpr, TOGETHER: tl.constexpr, SPAN: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One program a row. CHILDREN 0: the choice; m: the m best and their log-probabilities.
 
@@ -276,6 +281,9 @@ def select_kernel(
     p_groups += i_row * G
     p_values += row * V
     p_ids += row * V
+    if NOISE == 1:
+        seed, stream = tl.load(p_seeds + i_row // N), tl.load(p_streams + i_row // N)
+        position = tl.load(p_positions + i_row)
 
     # A floor below which nothing can survive, from the groups' maxima.
     groups = tl.arange(0, GROUPS)
@@ -326,12 +334,12 @@ def select_kernel(
     least_key = tl.full((), 0, tl.uint32)
     least_id = tl.full((), 0, tl.uint32)
     if TOP_K > 0:
-        least_key = _threshold(p_values, p_ids, count, TOP_K, top, 0, BLOCK, FEW)
+        least_key = _threshold(p_values, p_ids, count, TOP_K, top, 0, BLOCK, FEW, TOGETHER)
     if TOP_P:
         if TOP_K > 0:
             total = _mass(p_values, count, top, least_key, BLOCK)
         target = tl.maximum((total.to(tl.float64) * top_p).to(tl.int64), 1)
-        key = _threshold(p_values, p_ids, count, target, top, 1, BLOCK, FEW)
+        key = _threshold(p_values, p_ids, count, target, top, 1, BLOCK, FEW, TOGETHER)
         if key >= least_key:
             least_key = key
             above = _mass(p_values, count, top, key + 1, BLOCK)
@@ -353,8 +361,7 @@ def select_kernel(
         if MIN_P:
             stays = stays & (tl.exp(values - top) >= min_p)
         if NOISE == 1:
-            seed, stream = tl.load(p_seeds + i_row // N), tl.load(p_streams + i_row // N)
-            values = values + gumbel_at(tokens, seed, stream, tl.load(p_positions + i_row))
+            values = values + gumbel_at(tokens, seed, stream, position)
         elif NOISE == 2:
             values = values + tl.load(p_noise + row * V + tokens, at < count, 0.0)
         values = tl.where(stays, values, float("-inf"))
@@ -483,7 +490,7 @@ def launch_select(
         TOP_K=top_k if 0 < top_k < vocab_size else 0, TOP_P=top_p < 1.0, MIN_P=min_p > 0.0,
         CHILDREN=0 if logprobs is None else out.shape[1], WHOLE=whole,
         BLOCK=min(settings["block"], triton.next_power_of_2(vocab_size)),
-        FEW=FEW, SPAN=min(settings["span"], triton.next_power_of_2(groups)),
+        FEW=FEW, TOGETHER=TOGETHER, SPAN=min(settings["span"], triton.next_power_of_2(groups)),
         num_warps=warps, maxnreg=_select_registers(architecture(logits.device), warps, whole),
         **launch_options(logits.device),
     )  # fmt: skip
@@ -692,7 +699,8 @@ def compile_cases(arch: int) -> list[CompileCase]:
             settings = {
                 "GROUPS": triton.next_power_of_2(groups), "SCALING": int(not whole), "NOISE": int(not whole),
                 "TOP_K": top_k, "TOP_P": top_p, "MIN_P": min_p, "CHILDREN": children, "WHOLE": whole,
-                "BLOCK": BLOCK, "FEW": FEW, "SPAN": min(SPAN, triton.next_power_of_2(groups)), "PDL": False,
+                "BLOCK": BLOCK, "FEW": FEW, "TOGETHER": TOGETHER,
+                "SPAN": min(SPAN, triton.next_power_of_2(groups)), "PDL": False,
             }  # fmt: skip
             registers = _select_registers(arch, WARPS["select_warps"], whole)
             cases.append(

@@ -14,6 +14,9 @@ the left operand of `tl.dot`, the tokens the narrow right one, so that every M m
 order of K. While a tile is in registers its scores get their noise, and its best token is kept, or the groups' maxima
 for `choose.select_kernel` are written. The last program to finish reduces the programs' best: maxima and lowest ids
 have no order, so neither the number of programs nor M can change a bit.
+
+In 16-bit types on Hopper lm_head_hopper.py takes `head_kernel`'s place; a device and a head's shape have one of the
+two, for every M.
 """
 
 import torch
@@ -38,6 +41,7 @@ from stagedspec.kernels.choose import (
     warped,
 )
 from stagedspec.kernels.configs import config
+from stagedspec.kernels.linear import by_hopper
 from stagedspec.kernels.registry import (
     CompileCase,
     architecture,
@@ -184,12 +188,19 @@ def scratch_size(rows: int, vocab_size: int, width: int) -> tuple[int, int]:
 def _head(x, norm_weight, norm_bias, epsilon, head, noise, seeds, streams, positions, logits, maxima, masses, best, ids,
           counters, out, normed, scale, kind, choose, store, need_masses):  # fmt: skip
     (rows, width), vocab_size = x.shape, head.shape[0]
-    settings = _settings(vocab_size, width, x.device)
     options = launch_options(x.device)
     norm_kernel[(rows,)](
         x, norm_weight, norm_bias, normed, epsilon, K=width, BLOCK=triton.next_power_of_2(width), num_warps=4,
         **options,
     )  # fmt: skip
+    if by_hopper(head.element_size(), width, x.device):
+        from stagedspec.kernels import lm_head_hopper
+
+        return lm_head_hopper.launch(
+            normed.view(rows, width), head, noise, seeds, streams, positions, logits, maxima, masses, best, ids,
+            counters, out, scale, kind, choose, store, need_masses,
+        )  # fmt: skip
+    settings = _settings(vocab_size, width, x.device)
     tile, block = settings["tile"], min(ROWS, max(16, triton.next_power_of_2(rows)))
     programs = min(-(-vocab_size // tile), settings["programs"], PROGRAMS)
     warps = settings["warps"] * (2 if block > 32 else 1)

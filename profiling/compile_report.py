@@ -37,6 +37,7 @@ MODULES = (
     "tree_attention",
     "compact",
     "lm_head",
+    "lm_head_hopper",
     "choose",
     "ngram_lookup",
     "grow_tree",
