@@ -39,8 +39,8 @@ from stagedspec.kernels.registry import (
 
 GROUP = 64  # tokens that share one maximum
 SLICE = 2048  # tokens of one program of `scan`
-BLOCK = 512  # candidates looked at together
-FEW = 256  # candidates that are compared with each other
+BLOCK = 256  # candidates looked at together
+FEW = 128  # and four times as many: candidates that are compared with each other
 TOGETHER = 32  # of them at a time
 SPAN = 64  # groups compacted together
 WARPS = {"scan_warps": 4, "select_warps": 8}
@@ -205,7 +205,7 @@ def _threshold(
     """`_search` for WHAT 0 and 1, where there are few values by `_compare`."""
     if count <= FEW:
         bound = _compare(p_values, count, target, top, WHAT, FEW, TOGETHER)
-    elif WHAT == 1 and count <= 4 * FEW:
+    elif count <= 4 * FEW:
         bound = _compare(p_values, count, target, top, WHAT, 4 * FEW, TOGETHER // 2)
     else:
         bound = _search(p_values, p_ids, count, target, top, 0, WHAT, BLOCK)
@@ -287,10 +287,10 @@ def _mass(p_values, count, top, least, BLOCK: tl.constexpr):
 def select_kernel(
     p_logits, p_maxima, p_masses, p_noise, p_seeds, p_streams, p_positions, p_groups, p_values, p_ids, p_out,
     p_logprobs,
-    N, scale, top_p, min_p, V: tl.constexpr, G: tl.constexpr, GROUPS: tl.constexpr, SCALING: tl.constexpr,
-    NOISE: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr, CHILDREN: tl.constexpr,
-    WHOLE: tl.constexpr, BLOCK: tl.constexpr, FEW: tl.constexpr, TOGETHER: tl.constexpr, SPAN: tl.constexpr,
-    PDL: tl.constexpr,
+    N, scale, top_p, min_p, V: tl.constexpr, STRIDE: tl.constexpr, G: tl.constexpr, GROUPS: tl.constexpr,
+    SCALING: tl.constexpr, NOISE: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr,
+    CHILDREN: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr, FEW: tl.constexpr, TOGETHER: tl.constexpr,
+    SPAN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program a row. CHILDREN 0: the choice; m: the m best and their log-probabilities.
 
@@ -302,7 +302,7 @@ def select_kernel(
         tl.extra.cuda.gdc_wait()
     i_row = tl.program_id(0)
     row = i_row.to(tl.int64)
-    p_logits += row * V
+    p_logits += row * STRIDE
     p_maxima += i_row * G
     p_masses += i_row * G
     p_groups += i_row * G
@@ -351,12 +351,17 @@ def select_kernel(
     for start in range(0, n_groups, SPAN):
         at = start + tl.arange(0, SPAN)
         group = tl.load(p_groups + at, at < n_groups, G)  # [SPAN]
-        tokens = tl.reshape(group[:, None] * _GROUP + tl.arange(0, _GROUP)[None, :], (SPAN * _GROUP,))
-        values = scale_logits(tl.load(p_logits + tokens, tokens < V, float("-inf")), scale, SCALING)
-        found = (values >= floor) & (values > float("-inf")) & (tokens < V)
+        tokens = group[:, None] * _GROUP + tl.arange(0, _GROUP)[None, :]  # [SPAN, 64]
+        real = tokens < V
+        if STRIDE >= G * _GROUP:  # there is something behind the row: whole groups may be read at once
+            values = tl.load(p_logits + tokens, (group < G)[:, None], float("-inf"))
+        else:
+            values = tl.load(p_logits + tokens, real, float("-inf"))
+        values = scale_logits(values, scale, SCALING)
+        found = tl.reshape(real & (values >= floor) & (values > float("-inf")), (SPAN * _GROUP,))
         slot = count + tl.cumsum(found.to(tl.int32), 0) - 1
-        tl.store(p_values + slot, values, found)
-        tl.store(p_ids + slot, tokens, found)
+        tl.store(p_values + slot, tl.reshape(values, (SPAN * _GROUP,)), found)
+        tl.store(p_ids + slot, tl.reshape(tokens, (SPAN * _GROUP,)), found)
         count += tl.sum(found.to(tl.int32), 0)
     tl.debug_barrier()
 
@@ -495,7 +500,8 @@ def launch_select(
     logits, maxima, masses, parts, noise, seeds, streams, positions, scale, top_k, top_p, min_p, kind, out, logprobs,
     whole
 ):  # fmt: skip
-    """`select_kernel` for every row; scale: (SCALING, number); kind: NOISE; whole: children of final scores."""
+    """`select_kernel` for every row of logits, which need not lie close together; scale: (SCALING, number); kind:
+    NOISE; whole: children of final scores."""
     rows, vocab_size = logits.shape
     groups, settings = groups_of(vocab_size), _settings(vocab_size, logits.device)
     warps = settings["select_warps"]
@@ -504,7 +510,7 @@ def launch_select(
     select_kernel[(rows,)](
         logits, maxima, masses, logits if noise is None else noise, seeds, streams, positions, members, values, ids,
         out, out if logprobs is None else logprobs, positions.shape[1], scale[1], top_p, min_p, V=vocab_size,
-        G=groups, GROUPS=triton.next_power_of_2(groups), SCALING=scale[0], NOISE=kind,
+        STRIDE=logits.stride(0), G=groups, GROUPS=triton.next_power_of_2(groups), SCALING=scale[0], NOISE=kind,
         TOP_K=top_k if 0 < top_k < vocab_size else 0, TOP_P=top_p < 1.0, MIN_P=min_p > 0.0,
         CHILDREN=0 if logprobs is None else out.shape[1], WHOLE=whole,
         BLOCK=min(settings["block"], triton.next_power_of_2(vocab_size)),
@@ -715,7 +721,8 @@ def compile_cases(arch: int) -> list[CompileCase]:
             ("children", 0, False, False, 8, True),
         ):
             settings = {
-                "GROUPS": triton.next_power_of_2(groups), "SCALING": int(not whole), "NOISE": int(not whole),
+                "STRIDE": groups * GROUP, "GROUPS": triton.next_power_of_2(groups),
+                "SCALING": int(not whole), "NOISE": int(not whole),
                 "TOP_K": top_k, "TOP_P": top_p, "MIN_P": min_p, "CHILDREN": children, "WHOLE": whole,
                 "BLOCK": BLOCK, "FEW": FEW, "TOGETHER": TOGETHER,
                 "SPAN": min(SPAN, triton.next_power_of_2(groups)), "PDL": False,

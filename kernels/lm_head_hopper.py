@@ -3,9 +3,9 @@
 What must be moved is the weight, and a multiprocessor takes its share in one go: one program a multiprocessor, tile
 after tile of ROWS tokens of the vocabulary, in blocks of columns that come by bulk tensor copies into a ring of slots.
 The ring is filled before the kernel ahead has ended (see linear_hopper.py) and goes on filling while a finished tile is
-looked at. The normalised x is copied once and stays; where it does not fit beside a ring of some length its blocks come
-with those of the weight. More than TOKENS rows share the multiprocessors: programs beside each other read the same
-tiles, which memory gives once.
+looked at. The blocks of the normalised x come with those of the first tile and stay; where there is no room beside a
+ring of some length they come with those of every tile. More than TOKENS rows share the multiprocessors: programs beside
+each other read the same tiles, which memory gives once.
 
 The greedy choice keeps the best of every position of a tile in registers, and looks across the tile once, at the end.
 
@@ -46,7 +46,7 @@ def _head_hopper(
     p_seeds,  # [B]
     p_streams,  # [B]
     p_positions,  # [B, N]
-    p_logits,  # [M, V]
+    p_logits,  # [M, V], rows STRIDE apart
     p_maxima,  # [M, G]
     p_masses,  # [M, G]
     p_best,  # [programs, M]
@@ -57,6 +57,7 @@ def _head_hopper(
     N,
     scale,
     V: gl.constexpr,
+    STRIDE: gl.constexpr,
     K: gl.constexpr,
     G: gl.constexpr,
     ROWS: gl.constexpr,
@@ -76,7 +77,6 @@ def _head_hopper(
     TILES: gl.constexpr = (V + ROWS - 1) // ROWS
     BLOCKS: gl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     X_SLOTS: gl.constexpr = BLOCKS if STAYS else SLOTS
-    SLOT_BYTES: gl.constexpr = (ROWS if STAYS else ROWS + TOKENS) * BLOCK_K * 2
     # The scale is above 0: the largest of scaled scores is the largest, scaled.
     SCALED: gl.constexpr = CHOOSE or STORE == 2 or MASSES
     SUM: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])
@@ -87,28 +87,17 @@ def _head_hopper(
     s_head = gl.allocate_shared_memory(head.dtype, [SLOTS, ROWS, BLOCK_K], head.layout)
     s_x = gl.allocate_shared_memory(x.dtype, [X_SLOTS, TOKENS, BLOCK_K], x.layout)
     there = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
-    x_there = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     for i in range(SLOTS):
         mbarrier.init(there.index(i), count=1)
-    mbarrier.init(x_there, count=1)
     fence_async_shared()  # the copies' unit sees the barriers as they are now
     if PDL:
         cuda.gdc_launch_dependents()
     for i in range(SLOTS):
-        i_tile = i_program + (i // BLOCKS) * programs
-        mbarrier.expect(there.index(i), SLOT_BYTES, pred=i_tile < TILES)
-        copy(head, [i_tile * ROWS, (i % BLOCKS) * BLOCK_K], there.index(i), s_head.index(i), pred=i_tile < TILES)
+        _ask_head(head, s_head, there, i, i_program, programs, True, V, BLOCKS, STAYS, TOKENS)
     if PDL:
         cuda.gdc_wait()
-    if STAYS:
-        mbarrier.expect(x_there, BLOCKS * TOKENS * BLOCK_K * 2)
-        for i in range(BLOCKS):
-            copy(x, [i_token, i * BLOCK_K], x_there, s_x.index(i))
-        mbarrier.wait(x_there, 0)
-    else:
-        for i in range(SLOTS):
-            i_tile = i_program + (i // BLOCKS) * programs
-            copy(x, [i_token, (i % BLOCKS) * BLOCK_K], there.index(i), s_x.index(i), pred=i_tile < TILES)
+    for i in range(SLOTS):
+        _ask_x(x, s_x, there, i, i_token, i_program, programs, True, V, BLOCKS, STAYS, SLOTS, ROWS)
 
     rows = gl.arange(0, ROWS, gl.SliceLayout(1, SUM))
     tokens = i_token + gl.arange(0, TOKENS, gl.SliceLayout(0, SUM))
@@ -130,21 +119,15 @@ def _head_hopper(
             b_acc = warpgroup_mma(s_head.index(i_slot), s_right.permute((1, 0)), b_acc, is_async=True)
             b_acc = warpgroup_mma_wait(1, deps=(b_acc,))
             # The block before this one is done with: its slot takes the next.
-            i_next = i - 1 + SLOTS
-            i_column = (i_next % BLOCKS) * BLOCK_K
-            i_row = (i_program + (i_next // BLOCKS) * programs) * ROWS
-            wanted = (i > 0) & (i_row < V)
-            free = i_next % SLOTS
             tl.debug_barrier()
-            mbarrier.expect(there.index(free), SLOT_BYTES, pred=wanted)
-            copy(head, [i_row, i_column], there.index(free), s_head.index(free), pred=wanted)
-            if not STAYS:
-                copy(x, [i_token, i_column], there.index(free), s_x.index(free), pred=wanted)
+            i_next = i - 1 + SLOTS
+            _ask_head(head, s_head, there, i_next, i_program, programs, i > 0, V, BLOCKS, STAYS, TOKENS)
+            _ask_x(x, s_x, there, i_next, i_token, i_program, programs, i > 0, V, BLOCKS, STAYS, SLOTS, ROWS)
             i += 1
         b_score = warpgroup_mma_wait(0, deps=(b_acc,))
         i_first = i_tile * ROWS
         real = i_first + rows < V
-        i_at = tokens.to(gl.int64)[None, :] * V + (i_first + rows)[:, None]
+        i_at = tokens.to(gl.int64)[None, :] * STRIDE + (i_first + rows)[:, None]
         there_too = real[:, None] & kept[None, :]
         if STORE == 1:
             gl.store(p_logits + i_at, b_score, mask=there_too)
@@ -153,7 +136,8 @@ def _head_hopper(
         if NOISE == 1:
             b_score += _noise(i_first, b_seed, b_stream, b_position, ROWS, TOKENS, QUADS, SUM)
         elif NOISE == 2:
-            b_score += gl.load(p_noise + i_at, mask=there_too, other=0.0)
+            i_noise = tokens.to(gl.int64)[None, :] * V + (i_first + rows)[:, None]
+            b_score += gl.load(p_noise + i_noise, mask=there_too, other=0.0)
         if STORE == 2:
             gl.store(p_logits + i_at, b_score, mask=there_too)
         b_score = gl.where(real[:, None], b_score, float("-inf"))
@@ -181,6 +165,60 @@ def _head_hopper(
             tl.debug_barrier()
             _choose_of_all(p_best, p_ids, p_out, i_token, M, programs, V, TOKENS)
             gl.store(p_counters + gl.program_id(1), 0)
+
+
+@gluon.jit
+def _ask_head(
+    head,
+    s_head,
+    there,
+    i,
+    i_program,
+    programs,
+    wanted,
+    V: gl.constexpr,
+    BLOCKS: gl.constexpr,
+    STAYS: gl.constexpr,
+    TOKENS: gl.constexpr,
+):
+    """Asks for the program's i-th block of the weight, and lets its slot wait for x's too where that comes along."""
+    SLOTS: gl.constexpr = s_head.shape[0]
+    ROWS: gl.constexpr = s_head.shape[1]
+    BLOCK_K: gl.constexpr = s_head.shape[2]
+    i_row, i_slot = (i_program + (i // BLOCKS) * programs) * ROWS, i % SLOTS
+    wanted = wanted & (i_row < V)
+    if STAYS:
+        mbarrier.expect(there.index(i_slot), ROWS * BLOCK_K * 2, pred=wanted & (i >= BLOCKS))
+        with_x = wanted & (i < BLOCKS)
+    else:
+        with_x = wanted
+    mbarrier.expect(there.index(i_slot), (ROWS + TOKENS) * BLOCK_K * 2, pred=with_x)
+    copy(head, [i_row, (i % BLOCKS) * BLOCK_K], there.index(i_slot), s_head.index(i_slot), pred=wanted)
+
+
+@gluon.jit
+def _ask_x(
+    x,
+    s_x,
+    there,
+    i,
+    i_token,
+    i_program,
+    programs,
+    wanted,
+    V: gl.constexpr,
+    BLOCKS: gl.constexpr,
+    STAYS: gl.constexpr,
+    SLOTS: gl.constexpr,
+    ROWS: gl.constexpr,
+):
+    """Asks for x's block beside the program's i-th of the weight; where x stays, in the first tile alone."""
+    BLOCK_K: gl.constexpr = s_x.shape[2]
+    wanted = wanted & ((i_program + (i // BLOCKS) * programs) * ROWS < V)
+    if STAYS:
+        wanted = wanted & (i < BLOCKS)
+    i_to = i % BLOCKS if STAYS else i % SLOTS
+    copy(x, [i_token, (i % BLOCKS) * BLOCK_K], there.index(i % SLOTS), s_x.index(i_to), pred=wanted)
 
 
 @triton.constexpr_function
@@ -303,6 +341,7 @@ def launch(
         positions.shape[1],
         scale[1],
         V=vocab_size,
+        STRIDE=logits.stride(0),
         K=width,
         G=groups_of(vocab_size),
         ROWS=ROWS,
@@ -349,6 +388,7 @@ def _case(
     }
     constants = {
         "V": vocab_size,
+        "STRIDE": groups_of(vocab_size) * GROUP,
         "K": width,
         "G": groups_of(vocab_size),
         "ROWS": ROWS,
