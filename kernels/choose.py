@@ -483,6 +483,7 @@ def candidates(shape: tuple[int], device: torch.device) -> list[dict[str, int]]:
     """Settings to try at the shape (V,), the default first."""
     default = {"slice": SLICE, "block": BLOCK, "span": SPAN} | WARPS
     others = [{"slice": size, "scan_warps": warps} for size in (1024, 2048, 4096) for warps in (2, 4, 8)]
+    others += [{"block": 512}]
     others += [{"span": span, "select_warps": warps} for span in (16, 32, 64) for warps in (4, 8, 16)]
     return [default, *(default | other for other in others if default | other != default)]
 

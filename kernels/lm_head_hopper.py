@@ -34,7 +34,8 @@ from stagedspec.kernels.registry import CompileCase, launch_options
 
 ROWS = GROUP  # of the weight, a tile: the least that the matrix instructions take, and one group of tokens
 TOKENS = 64  # most rows of x, a program
-RING = 6  # slots that are worth keeping x for
+BLOCK_K = 128  # columns of a block: half as many take turns too often at 64 tokens
+RING = 6  # slots; a shorter ring runs empty while a tile is looked at, and costs more than x from L2 does
 _UNIT = gl.constexpr(float(2**24))  # of masses, see choose.py
 
 
@@ -281,15 +282,16 @@ def _choose_of_all(p_best, p_ids, p_out, i_token, M, programs, V: gl.constexpr, 
 
 
 def settings(count: int, width: int, noisy: bool) -> dict[str, int]:
-    """Rows of x a program takes, columns a block, slots of the ring, and whether all of x has room beside it. noisy:
-    whether noise is made, half of which passes through shared memory at a time."""
+    """Rows of x a program takes, slots of the ring, and whether all of x has room beside it. noisy: whether noise is
+    made, half of which passes through shared memory at a time."""
     tokens = min(TOKENS, max(8, triton.next_power_of_2(count)))
     room = SHARED - SPARE - (ROWS * tokens * 2 if noisy else 0)
-    for block in (128, 64):
-        slots = (room - triton.cdiv(width, block) * block * tokens * 2) // (ROWS * block * 2)
-        if slots >= RING:
-            return {"TOKENS": tokens, "BLOCK_K": block, "SLOTS": slots, "STAYS": True}
-    return {"TOKENS": tokens, "BLOCK_K": 64, "SLOTS": room // ((ROWS + tokens) * 64 * 2), "STAYS": False}
+    columns = triton.cdiv(width, BLOCK_K) * BLOCK_K
+    slots = (room - columns * tokens * 2) // (ROWS * BLOCK_K * 2)
+    stays = slots >= RING
+    if not stays:
+        slots = room // ((ROWS + tokens) * BLOCK_K * 2)
+    return {"TOKENS": tokens, "SLOTS": slots, "STAYS": stays}
 
 
 @cache
@@ -320,12 +322,12 @@ def launch(
     """Arguments as of `lm_head.head_kernel`; scale: (SCALING, number); kind: NOISE."""
     (rows, width), vocab_size = x.shape, head.shape[0]
     chosen = settings(rows, width, kind == NOISES["made"])
-    tokens, block = chosen["TOKENS"], chosen["BLOCK_K"]
+    tokens = chosen["TOKENS"]
     chunks = triton.cdiv(rows, tokens)
     programs = min(triton.cdiv(vocab_size, ROWS), max(1, _multiprocessors(x.device) // chunks))
     _head_hopper[(programs, chunks)](
-        described("lm_head", "x", x, tokens, block),
-        described("lm_head", "head", head, ROWS, block),
+        described("lm_head", "x", x, tokens, BLOCK_K),
+        described("lm_head", "head", head, ROWS, BLOCK_K),
         x if noise is None else noise,
         seeds,
         streams,
@@ -345,6 +347,7 @@ def launch(
         K=width,
         G=groups_of(vocab_size),
         ROWS=ROWS,
+        BLOCK_K=BLOCK_K,
         SCALING=scale[0],
         NOISE=kind,
         CHOOSE=choose,
@@ -381,9 +384,8 @@ def _case(
     vocab_size: int, width: int, rows: int, form: str, choose: bool, noise: int, store: int, masses: bool
 ) -> CompileCase:
     chosen = settings(rows, width, noise == NOISES["made"])
-    block = chosen["BLOCK_K"]
     kinds = {
-        key: f"tensordesc<bf16[{count}, {block}],{layout(count, block)!r}>"
+        key: f"tensordesc<bf16[{count}, {BLOCK_K}],{layout(count, BLOCK_K)!r}>"
         for key, count in (("x", rows), ("head", ROWS))
     }
     constants = {
@@ -392,6 +394,7 @@ def _case(
         "K": width,
         "G": groups_of(vocab_size),
         "ROWS": ROWS,
+        "BLOCK_K": BLOCK_K,
         "SCALING": 1,
         "NOISE": noise,
         "CHOOSE": choose,
