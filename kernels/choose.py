@@ -184,7 +184,7 @@ def _floor(values, target, top, TESTS: tl.constexpr):
     too many reach it, which takes two or three rounds for logits as models make them.
     """
     low = tl.min(tl.where(values > float("-inf"), values, top), 0)
-    step = (top - low) / TESTS
+    step = (top - low) * (1.0 / TESTS)
     reached = tl.sum((values > float("-inf")).to(tl.int32), 0)
     rounds = 0
     while (reached > target + tl.maximum(target // 4, 8)) & (rounds < 8):
@@ -192,7 +192,7 @@ def _floor(values, target, top, TESTS: tl.constexpr):
         total = tl.sum((values[None, :] >= tests[:, None]).to(tl.int32), 1)
         low = tl.maximum(low, tl.max(tl.where(total >= target, tests, float("-inf")), 0))
         reached = tl.minimum(reached, tl.min(tl.where(total >= target, total, reached), 0))
-        step = step / TESTS
+        step = step * (1.0 / TESTS)
         rounds += 1
     return tl.where(reached >= target, low, float("-inf")), reached
 
@@ -331,11 +331,13 @@ def select_kernel(
             # What a group has below t weighs at most 64 exp(t), and at most what it weighs without its largest if that
             # is not below t. All groups' together: safely less than is dropped?
             spare = total.to(tl.float32) * (0.9 / _UNIT) * (1.0 - top_p)
-            steps = tl.arange(0, 64)
-            depths = 0.5 * (steps + 1).to(tl.float32)[:, None]  # [64, 1]
-            most = tl.where(maxima[None, :] >= top - depths, (weights - peaks)[None, :], weights[None, :])
-            below = tl.sum(tl.minimum(most, _GROUP * tl.exp(-depths)), 1)  # [64]
-            step = tl.min(tl.where(below <= spare, steps, 64), 0)
+            step = tl.full((), 64, tl.int32)
+            for start in range(0, 64, 16):
+                steps = start + tl.arange(0, 16)
+                depths = 0.5 * (steps + 1).to(tl.float32)[:, None]  # [16, 1]
+                most = tl.where(maxima[None, :] >= top - depths, (weights - peaks)[None, :], weights[None, :])
+                below = tl.sum(tl.minimum(most, _GROUP * tl.exp(-depths)), 1)
+                step = tl.minimum(step, tl.min(tl.where(below <= spare, steps, 64), 0))
             floor = tl.where(step < 64, top - 0.5 * (step + 1).to(tl.float32), float("-inf"))
     elif MIN_P and TOP_K == 0:
         floor = tl.where(min_p > 1e-37, top + tl.log(tl.maximum(min_p, 1e-37)) - 0.01, float("-inf"))
