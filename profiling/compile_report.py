@@ -100,7 +100,7 @@ def compile_case(job: tuple[str, int, int]) -> Report:
     # A cubin of Blackwell's addresses its tensor memory by UTC... instructions; their operands are not in registers.
     matrix = Counter(found.group(1) for found in MATRIX.finditer(code))
     local = len(re.findall(r"\b(?:LDL|STL)\b", code))
-    spilled = stack + local * 4 if local else 0  # for sm_89 ptxas leaves frames of 8 bytes that nothing touches
+    spilled = stack + local * 4 if local else 0  # ptxas leaves frames of 8 bytes that nothing touches
     report = Report(
         name,
         arch,
