@@ -39,13 +39,13 @@ from stagedspec.kernels.registry import (
 
 GROUP = 64  # tokens that share one maximum
 SLICE = 2048  # tokens of one program of `scan`
-BLOCK = 512  # candidates looked at together
-FEW = 256  # candidates that are compared with each other
-SPAN = 32  # groups compacted together
+BLOCK = 256  # candidates looked at together
+FEW = 128  # and four times as many: candidates that are compared with each other
+TOGETHER = 32  # of them at a time
+SPAN = 64  # groups compacted together
 WARPS = {"scan_warps": 4, "select_warps": 8}
 
 _GROUP = tl.constexpr(GROUP)
-_LOWEST = tl.constexpr(0x007FFFFF)  # the key of -inf: below it come NaNs
 _UNIT = tl.constexpr(float(2**40))  # fixed point of probabilities relative to the largest
 _GROUP_UNIT = tl.constexpr(float(2**24))  # the same within a group, where 64 of them fit 31 bits
 
@@ -66,6 +66,18 @@ def order_key(values):
 def value_of(key):
     """The inverse of `order_key`."""
     return tl.where((key >> 31) != 0, key & 0x7FFFFFFF, ~key).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _ranked(values, tokens):
+    """int64 in the order of the values, among equal ones of falling ids: its largest is the choice."""
+    return ((order_key(values).to(tl.int64) - 0x80000000) << 32) | (0x7FFFFFFF - tokens).to(tl.int64)
+
+
+@triton.jit
+def _value_and_id(ranked):
+    """The inverse of `_ranked`."""
+    return value_of(((ranked >> 32) + 0x80000000).to(tl.uint32)), 0x7FFFFFFF - (ranked & 0x7FFFFFFF).to(tl.int32)
 
 
 @triton.jit
@@ -164,44 +176,63 @@ def scan_kernel(
 
 
 @triton.jit
-def _coarse(keys, target):
-    """At most the `target`-th largest of the uint32 keys [n], and nearly it: its upper 16 bits, two at a time."""
-    bound = tl.full((), 0, tl.uint32)
-    shift = tl.full((), 30, tl.uint32)
-    for _ in range(8):
-        tests = bound + (tl.arange(0, 4).to(tl.uint32) << shift)
-        total = tl.sum((keys[None, :] >= tests[:, None]).to(tl.int32), 1)
-        digit = tl.maximum(tl.sum((total >= target).to(tl.int32), 0) - 1, 0)
-        bound = bound + (digit.to(tl.uint32) << shift)
-        shift = shift - 2
+def _floor(values, target, top, TESTS: tl.constexpr):
+    """At most the `target`-th largest of values [n] up to `top`, and how many reach it: nearly `target`, or all of them
+    where no bound is known. Absent values are -inf.
+
+    Where the bound lies is narrowed down between the smallest and the largest in steps of a TESTS-th, until a quarter
+    too many reach it, which takes two or three rounds for logits as models make them.
+    """
+    low = tl.min(tl.where(values > float("-inf"), values, top), 0)
+    step = (top - low) * (1.0 / TESTS)
+    reached = tl.sum((values > float("-inf")).to(tl.int32), 0)
+    rounds = 0
+    while (reached > target + tl.maximum(target // 4, 8)) & (rounds < 8):
+        tests = low + step * tl.arange(0, TESTS)
+        total = tl.sum((values[None, :] >= tests[:, None]).to(tl.int32), 1)
+        low = tl.maximum(low, tl.max(tl.where(total >= target, tests, float("-inf")), 0))
+        reached = tl.minimum(reached, tl.min(tl.where(total >= target, total, reached), 0))
+        step = step * (1.0 / TESTS)
+        rounds += 1
+    return tl.where(reached >= target, low, float("-inf")), reached
+
+
+@triton.jit
+def _threshold(
+    p_values, p_ids, count, target, top, WHAT: tl.constexpr, BLOCK: tl.constexpr, FEW: tl.constexpr,
+    TOGETHER: tl.constexpr,
+):  # fmt: skip
+    """`_search` for WHAT 0 and 1, where there are few values by `_compare`."""
+    if count <= FEW:
+        bound = _compare(p_values, count, target, top, WHAT, FEW, TOGETHER)
+    elif count <= 4 * FEW:
+        bound = _compare(p_values, count, target, top, WHAT, 4 * FEW, TOGETHER // 2)
+    else:
+        bound = _search(p_values, p_ids, count, target, top, 0, WHAT, BLOCK)
     return bound
 
 
 @triton.jit
-def _threshold(p_values, p_ids, count, target, top, WHAT: tl.constexpr, BLOCK: tl.constexpr, FEW: tl.constexpr):
-    """`_search` for WHAT 0 and 1, where there are few values by comparing each with all, which has no rounds."""
-    if count <= FEW:
-        at = tl.arange(0, FEW)
-        keys = order_key(tl.load(p_values + at, at < count, float("-inf")))
-        if WHAT == 1:
-            total = tl.full((FEW,), 0, tl.int64)
-        else:
-            total = tl.full((FEW,), 0, tl.int32)
-        for start in range(0, count, 16):
-            others = start + tl.arange(0, 16)
-            values = tl.load(p_values + others, others < count, float("-inf"))
-            above = (order_key(values)[None, :] >= keys[:, None]) & (others < count)[None, :]  # [FEW, 16]
-            if WHAT == 1:
-                parts = (tl.exp(values - top) * _UNIT).to(tl.int64)
-                total += tl.sum(tl.where(above, parts[None, :], 0), 1)
-            else:
-                total += tl.sum(above.to(tl.int32), 1)
-        # Signed integers of the keys' order, which every reduction takes.
-        reached = tl.where((at < count) & (total >= target), (keys ^ 0x80000000).to(tl.int32, bitcast=True), -(2**31))
-        bound = tl.max(reached, 0).to(tl.uint32, bitcast=True) ^ 0x80000000
+def _compare(p_values, count, target, top, WHAT: tl.constexpr, FEW: tl.constexpr, TOGETHER: tl.constexpr):
+    """`_search` for WHAT 0 and 1 and at most FEW values, by comparing each with all: there are no rounds."""
+    at = tl.arange(0, FEW)
+    keys = order_key(tl.load(p_values + at, at < count, float("-inf")))
+    if WHAT == 1:
+        parts = tl.full((FEW, TOGETHER), 0, tl.int64)
     else:
-        bound = _search(p_values, p_ids, count, target, top, 0, WHAT, BLOCK)
-    return bound
+        parts = tl.full((FEW, TOGETHER), 0, tl.int32)
+    for start in range(0, count, TOGETHER):
+        others = start + tl.arange(0, TOGETHER)
+        values = tl.load(p_values + others, others < count, float("-inf"))
+        above = (order_key(values)[None, :] >= keys[:, None]) & (others < count)[None, :]  # [FEW, TOGETHER]
+        if WHAT == 1:
+            parts += tl.where(above, (tl.exp(values - top) * _UNIT).to(tl.int64)[None, :], 0)
+        else:
+            parts += above.to(tl.int32)
+    # Signed integers of the keys' order, which every reduction takes.
+    reached = (at < count) & (tl.sum(parts, 1) >= target)
+    bound = tl.max(tl.where(reached, (keys ^ 0x80000000).to(tl.int32, bitcast=True), -(2**31)), 0)
+    return bound.to(tl.uint32, bitcast=True) ^ 0x80000000
 
 
 @triton.jit
@@ -256,9 +287,10 @@ def _mass(p_values, count, top, least, BLOCK: tl.constexpr):
 def select_kernel(
     p_logits, p_maxima, p_masses, p_noise, p_seeds, p_streams, p_positions, p_groups, p_values, p_ids, p_out,
     p_logprobs,
-    N, scale, top_p, min_p, V: tl.constexpr, G: tl.constexpr, GROUPS: tl.constexpr, SCALING: tl.constexpr,
-    NOISE: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr, CHILDREN: tl.constexpr,
-    WHOLE: tl.constexpr, BLOCK: tl.constexpr, FEW: tl.constexpr, SPAN: tl.constexpr, PDL: tl.constexpr,
+    N, scale, top_p, min_p, V: tl.constexpr, STRIDE: tl.constexpr, G: tl.constexpr, GROUPS: tl.constexpr,
+    SCALING: tl.constexpr, NOISE: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr,
+    CHILDREN: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr, FEW: tl.constexpr, TOGETHER: tl.constexpr,
+    SPAN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program a row. CHILDREN 0: the choice; m: the m best and their log-probabilities.
 
@@ -270,12 +302,15 @@ def select_kernel(
         tl.extra.cuda.gdc_wait()
     i_row = tl.program_id(0)
     row = i_row.to(tl.int64)
-    p_logits += row * V
+    p_logits += row * STRIDE
     p_maxima += i_row * G
     p_masses += i_row * G
     p_groups += i_row * G
     p_values += row * V
     p_ids += row * V
+    if NOISE == 1:
+        seed, stream = tl.load(p_seeds + i_row // N), tl.load(p_streams + i_row // N)
+        position = tl.load(p_positions + i_row)
 
     # A floor below which nothing can survive, from the groups' maxima.
     groups = tl.arange(0, GROUPS)
@@ -284,21 +319,25 @@ def select_kernel(
     top = tl.max(maxima, 0)
     floor = tl.full((), float("-inf"), tl.float32)
     least: tl.constexpr = CHILDREN if WHOLE else TOP_K
-    if least > 0 and least <= G:
-        key = _coarse(tl.where(inside, order_key(maxima), 0), least)
-        floor = tl.where(key > _LOWEST, value_of(key), float("-inf"))
+    COUNTED: tl.constexpr = least > 0 and least <= G
+    if COUNTED:
+        floor, n_groups = _floor(maxima, least, top, 8)
     total = tl.full((), 0, tl.int64)
     if WHOLE or (TOP_P and TOP_K == 0):
-        weights = tl.load(p_masses + groups, inside, 0).to(tl.float32) * (1.0 / _GROUP_UNIT)
-        weights = tl.where(inside & (maxima > float("-inf")), weights * tl.exp(maxima - top), 0.0)
+        peaks = tl.where(inside & (maxima > float("-inf")), tl.exp(maxima - top), 0.0)
+        weights = tl.load(p_masses + groups, inside, 0).to(tl.float32) * (1.0 / _GROUP_UNIT) * peaks
         total = tl.sum((weights * _UNIT).to(tl.int64), 0)
         if not WHOLE and top_p < 0.9999:
-            # All tokens below t together weigh at most sum(min(mass of group, 64 exp(t))): safely less than is dropped?
+            # What a group has below t weighs at most 64 exp(t), and at most what it weighs without its largest if that
+            # is not below t. All groups' together: safely less than is dropped?
             spare = total.to(tl.float32) * (0.9 / _UNIT) * (1.0 - top_p)
-            steps = tl.arange(0, 64)
-            each = _GROUP * tl.exp(-0.5 * (steps + 1).to(tl.float32))  # [64]
-            below = tl.sum(tl.minimum(weights[None, :], each[:, None]), 1)  # [64]
-            step = tl.min(tl.where(below <= spare, steps, 64), 0)
+            step = tl.full((), 64, tl.int32)
+            for start in range(0, 64, 16):
+                steps = start + tl.arange(0, 16)
+                depths = 0.5 * (steps + 1).to(tl.float32)[:, None]  # [16, 1]
+                most = tl.where(maxima[None, :] >= top - depths, (weights - peaks)[None, :], weights[None, :])
+                below = tl.sum(tl.minimum(most, _GROUP * tl.exp(-depths)), 1)
+                step = tl.minimum(step, tl.min(tl.where(below <= spare, steps, 64), 0))
             floor = tl.where(step < 64, top - 0.5 * (step + 1).to(tl.float32), float("-inf"))
     elif MIN_P and TOP_K == 0:
         floor = tl.where(min_p > 1e-37, top + tl.log(tl.maximum(min_p, 1e-37)) - 0.01, float("-inf"))
@@ -307,18 +346,24 @@ def select_kernel(
     alive = inside & (maxima >= floor) & (maxima > float("-inf"))
     place = tl.cumsum(alive.to(tl.int32), 0) - 1
     tl.store(p_groups + place, groups, alive)
-    n_groups = tl.sum(alive.to(tl.int32), 0)
+    if not COUNTED:
+        n_groups = tl.sum(alive.to(tl.int32), 0)
     tl.debug_barrier()
     count = tl.full((), 0, tl.int32)
     for start in range(0, n_groups, SPAN):
         at = start + tl.arange(0, SPAN)
         group = tl.load(p_groups + at, at < n_groups, G)  # [SPAN]
-        tokens = tl.reshape(group[:, None] * _GROUP + tl.arange(0, _GROUP)[None, :], (SPAN * _GROUP,))
-        values = scale_logits(tl.load(p_logits + tokens, tokens < V, float("-inf")), scale, SCALING)
-        found = (values >= floor) & (values > float("-inf")) & (tokens < V)
+        tokens = group[:, None] * _GROUP + tl.arange(0, _GROUP)[None, :]  # [SPAN, 64]
+        real = tokens < V
+        if STRIDE >= G * _GROUP:  # there is something behind the row: whole groups may be read at once
+            values = tl.load(p_logits + tokens, (group < G)[:, None], float("-inf"))
+        else:
+            values = tl.load(p_logits + tokens, real, float("-inf"))
+        values = scale_logits(values, scale, SCALING)
+        found = tl.reshape(real & (values >= floor) & (values > float("-inf")), (SPAN * _GROUP,))
         slot = count + tl.cumsum(found.to(tl.int32), 0) - 1
-        tl.store(p_values + slot, values, found)
-        tl.store(p_ids + slot, tokens, found)
+        tl.store(p_values + slot, tl.reshape(values, (SPAN * _GROUP,)), found)
+        tl.store(p_ids + slot, tl.reshape(tokens, (SPAN * _GROUP,)), found)
         count += tl.sum(found.to(tl.int32), 0)
     tl.debug_barrier()
 
@@ -326,12 +371,12 @@ def select_kernel(
     least_key = tl.full((), 0, tl.uint32)
     least_id = tl.full((), 0, tl.uint32)
     if TOP_K > 0:
-        least_key = _threshold(p_values, p_ids, count, TOP_K, top, 0, BLOCK, FEW)
+        least_key = _threshold(p_values, p_ids, count, TOP_K, top, 0, BLOCK, FEW, TOGETHER)
     if TOP_P:
         if TOP_K > 0:
             total = _mass(p_values, count, top, least_key, BLOCK)
         target = tl.maximum((total.to(tl.float64) * top_p).to(tl.int64), 1)
-        key = _threshold(p_values, p_ids, count, target, top, 1, BLOCK, FEW)
+        key = _threshold(p_values, p_ids, count, target, top, 1, BLOCK, FEW, TOGETHER)
         if key >= least_key:
             least_key = key
             above = _mass(p_values, count, top, key + 1, BLOCK)
@@ -342,8 +387,8 @@ def select_kernel(
                 least_id = _search(p_values, p_ids, count, stay.to(tl.int32), top, key, 2, BLOCK)
 
     # The scores of what stays, over the candidates' values.
-    best = tl.full((), float("-inf"), tl.float32)
-    chosen = tl.full((), V, tl.int32)
+    nothing = _ranked(tl.full((), float("-inf"), tl.float32), tl.full((), V, tl.int32))
+    winner = nothing
     for start in range(0, count, BLOCK):
         at = start + tl.arange(0, BLOCK)
         values = tl.load(p_values + at, at < count, float("-inf"))
@@ -353,18 +398,15 @@ def select_kernel(
         if MIN_P:
             stays = stays & (tl.exp(values - top) >= min_p)
         if NOISE == 1:
-            seed, stream = tl.load(p_seeds + i_row // N), tl.load(p_streams + i_row // N)
-            values = values + gumbel_at(tokens, seed, stream, tl.load(p_positions + i_row))
+            values = values + gumbel_at(tokens, seed, stream, position)
         elif NOISE == 2:
             values = values + tl.load(p_noise + row * V + tokens, at < count, 0.0)
         values = tl.where(stays, values, float("-inf"))
         if CHILDREN > 0:
             tl.debug_barrier()  # in a small vocabulary several warps hold the same values: all have read them
             tl.store(p_values + at, values, at < count)
-        here = tl.max(values, 0)
-        token = tl.min(tl.where(stays & (values == here), tokens, V), 0)
-        chosen = tl.where(here > best, token, tl.where(here == best, tl.minimum(token, chosen), chosen))
-        best = tl.maximum(here, best)
+        winner = tl.maximum(winner, tl.max(tl.where(stays, _ranked(values, tokens), nothing), 0))
+    best, chosen = _value_and_id(winner)
     if CHILDREN == 0:
         tl.store(p_out + i_row, tl.where(chosen < V, chosen, 0))
     else:
@@ -378,28 +420,18 @@ def select_kernel(
                 values = tl.load(p_values + at, at < count, float("-inf"))
                 mass += tl.sum((tl.exp(values - best) * _UNIT).to(tl.int64), 0)
             normaliser = mass.to(tl.float32) * (1.0 / _UNIT)
-        last = tl.full((), float("inf"), tl.float32)
-        last_id = tl.full((), -1, tl.int32)
         for child in range(CHILDREN):
-            winner = tl.full((), float("-inf"), tl.float32)
-            winner_id = tl.full((), V, tl.int32)
+            value, token = _value_and_id(winner)
+            possible = value > float("-inf")
+            logprob = tl.minimum(value - best - tl.log(normaliser), -1e-4)
+            tl.store(p_out + i_row * CHILDREN + child, tl.where(possible, token, 0))
+            tl.store(p_logprobs + i_row * CHILDREN + child, tl.where(possible, logprob, float("-inf")))
+            last, winner = winner, nothing
             for start in range(0, count, BLOCK):
                 at = start + tl.arange(0, BLOCK)
                 values = tl.load(p_values + at, at < count, float("-inf"))
-                tokens = tl.load(p_ids + at, at < count, V)
-                left = (values < last) | ((values == last) & (tokens > last_id))
-                values = tl.where(left, values, float("-inf"))
-                here = tl.max(values, 0)
-                token = tl.min(tl.where(left & (values == here), tokens, V), 0)
-                winner_id = tl.where(
-                    here > winner, token, tl.where(here == winner, tl.minimum(token, winner_id), winner_id)
-                )
-                winner = tl.maximum(here, winner)
-            logprob = tl.minimum(winner - best - tl.log(normaliser), -1e-4)
-            possible = winner > float("-inf")
-            tl.store(p_out + i_row * CHILDREN + child, tl.where(possible, winner_id, 0))
-            tl.store(p_logprobs + i_row * CHILDREN + child, tl.where(possible, logprob, float("-inf")))
-            last, last_id = winner, winner_id
+                ranked = _ranked(values, tl.load(p_ids + at, at < count, V))
+                winner = tl.maximum(winner, tl.max(tl.where(ranked < last, ranked, nothing), 0))
 
 
 # ---------------------------------------------------------------- launchers
@@ -453,6 +485,7 @@ def candidates(shape: tuple[int], device: torch.device) -> list[dict[str, int]]:
     """Settings to try at the shape (V,), the default first."""
     default = {"slice": SLICE, "block": BLOCK, "span": SPAN} | WARPS
     others = [{"slice": size, "scan_warps": warps} for size in (1024, 2048, 4096) for warps in (2, 4, 8)]
+    others += [{"block": 512}]
     others += [{"span": span, "select_warps": warps} for span in (16, 32, 64) for warps in (4, 8, 16)]
     return [default, *(default | other for other in others if default | other != default)]
 
@@ -470,7 +503,8 @@ def launch_select(
     logits, maxima, masses, parts, noise, seeds, streams, positions, scale, top_k, top_p, min_p, kind, out, logprobs,
     whole
 ):  # fmt: skip
-    """`select_kernel` for every row; scale: (SCALING, number); kind: NOISE; whole: children of final scores."""
+    """`select_kernel` for every row of logits, which need not lie close together; scale: (SCALING, number); kind:
+    NOISE; whole: children of final scores."""
     rows, vocab_size = logits.shape
     groups, settings = groups_of(vocab_size), _settings(vocab_size, logits.device)
     warps = settings["select_warps"]
@@ -479,11 +513,11 @@ def launch_select(
     select_kernel[(rows,)](
         logits, maxima, masses, logits if noise is None else noise, seeds, streams, positions, members, values, ids,
         out, out if logprobs is None else logprobs, positions.shape[1], scale[1], top_p, min_p, V=vocab_size,
-        G=groups, GROUPS=triton.next_power_of_2(groups), SCALING=scale[0], NOISE=kind,
+        STRIDE=logits.stride(0), G=groups, GROUPS=triton.next_power_of_2(groups), SCALING=scale[0], NOISE=kind,
         TOP_K=top_k if 0 < top_k < vocab_size else 0, TOP_P=top_p < 1.0, MIN_P=min_p > 0.0,
         CHILDREN=0 if logprobs is None else out.shape[1], WHOLE=whole,
         BLOCK=min(settings["block"], triton.next_power_of_2(vocab_size)),
-        FEW=FEW, SPAN=min(settings["span"], triton.next_power_of_2(groups)),
+        FEW=FEW, TOGETHER=TOGETHER, SPAN=min(settings["span"], triton.next_power_of_2(groups)),
         num_warps=warps, maxnreg=_select_registers(architecture(logits.device), warps, whole),
         **launch_options(logits.device),
     )  # fmt: skip
@@ -690,9 +724,11 @@ def compile_cases(arch: int) -> list[CompileCase]:
             ("children", 0, False, False, 8, True),
         ):
             settings = {
-                "GROUPS": triton.next_power_of_2(groups), "SCALING": int(not whole), "NOISE": int(not whole),
+                "STRIDE": groups * GROUP, "GROUPS": triton.next_power_of_2(groups),
+                "SCALING": int(not whole), "NOISE": int(not whole),
                 "TOP_K": top_k, "TOP_P": top_p, "MIN_P": min_p, "CHILDREN": children, "WHOLE": whole,
-                "BLOCK": BLOCK, "FEW": FEW, "SPAN": min(SPAN, triton.next_power_of_2(groups)), "PDL": False,
+                "BLOCK": BLOCK, "FEW": FEW, "TOGETHER": TOGETHER,
+                "SPAN": min(SPAN, triton.next_power_of_2(groups)), "PDL": False,
             }  # fmt: skip
             registers = _select_registers(arch, WARPS["select_warps"], whole)
             cases.append(

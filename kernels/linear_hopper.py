@@ -35,7 +35,7 @@ from triton.language.extra import cuda
 from stagedspec.kernels.linear import HOPPER_SPLIT, ROWS, _activate, compile_case, model_linears, stat_tiles
 from stagedspec.kernels.registry import SHARED_LIMIT, CompileCase, launch_options
 
-_copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name in Triton 3.9 and in 3.6
+copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name in Triton 3.9 and in 3.6
 WHOLE = 1600  # columns that are not split
 SHARED = SHARED_LIMIT[90]
 SPARE = 2048  # of them for barriers
@@ -95,7 +95,7 @@ def _linear_hopper(
         cuda.gdc_launch_dependents()
     for i in range(BLOCKS):
         mbarrier.expect(weight_there.index(i), ROWS * BLOCK_K * 2)
-        _copy(weight, [i_row, i_start + i * BLOCK_K], weight_there.index(i), s_weight.index(i))
+        copy(weight, [i_row, i_start + i * BLOCK_K], weight_there.index(i), s_weight.index(i))
     for i in range(SLOTS):
         mbarrier.expect(x_there.index(i), TOKENS * BLOCK_K * 2)
     rows = i_row + gl.arange(0, ROWS, gl.SliceLayout(0, ROW))
@@ -108,7 +108,7 @@ def _linear_hopper(
     if PDL:
         cuda.gdc_wait()
     for i in range(SLOTS):
-        _copy(x, [i_token, i_start + i * BLOCK_K], x_there.index(i), s_x.index(i))
+        copy(x, [i_token, i_start + i * BLOCK_K], x_there.index(i), s_x.index(i))
     tokens = i_token + gl.arange(0, TOKENS, gl.SliceLayout(1, ROW))
     ok = tokens < M
     there = ok[:, None] & real[None, :]
@@ -133,7 +133,7 @@ def _linear_hopper(
             free = x_there.index(i_next % SLOTS)
             tl.debug_barrier()
             mbarrier.expect(free, TOKENS * BLOCK_K * 2, pred=wanted)
-            _copy(x, [i_token, i_start + i_next * BLOCK_K], free, s_x.index(i_next % SLOTS), pred=wanted)
+            copy(x, [i_token, i_start + i_next * BLOCK_K], free, s_x.index(i_next % SLOTS), pred=wanted)
     b_acc = warpgroup_mma_wait(0, deps=(b_acc,))
     b_sum = gl.convert_layout(gl.permute(b_acc, (1, 0)), ROW)  # [TOKENS, ROWS]
     last = True
@@ -222,14 +222,15 @@ def settings(count: int, inputs: int) -> dict[str, int]:
 
 
 @cache
-def _layout(rows: int, columns: int) -> gl.NVMMASharedLayout:
+def layout(rows: int, columns: int) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout.get_default_for([rows, columns], gl.bfloat16)  # for any type of 16 bits
 
 
-def _described(name: str, tensor: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
+def described(op: str, name: str, tensor: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """The tensor, to be copied in blocks [rows, columns]."""
     if tensor.data_ptr() % 16:
-        raise ValueError(f"linear: {name} must start at a multiple of 16 bytes, got {tensor.data_ptr():#x}; clone it")
-    return TensorDescriptor.from_tensor(tensor, [rows, columns], _layout(rows, columns))
+        raise ValueError(f"{op}: {name} must start at a multiple of 16 bytes, got {tensor.data_ptr():#x}; clone it")
+    return TensorDescriptor.from_tensor(tensor, [rows, columns], layout(rows, columns))
 
 
 def launch(
@@ -252,8 +253,8 @@ def launch(
     chosen = settings(count, inputs)
     tokens, block = chosen["TOKENS"], chosen["BLOCK_K"]
     _linear_hopper[(triton.cdiv(outputs, ROWS), chosen["SPLITS"], triton.cdiv(count, tokens))](
-        _described("x", x, tokens, block),
-        _described("weight", weight, ROWS, block),
+        described("linear", "x", x, tokens, block),
+        described("linear", "weight", weight, ROWS, block),
         stats,
         sums,
         bias,
@@ -294,7 +295,7 @@ def _case(name: str, outputs: int, inputs: int, norm: bool, activation: int, tok
     chosen = settings(tokens, inputs)
     block = chosen["BLOCK_K"]
     kinds = {
-        key: f"tensordesc<bf16[{rows}, {block}],{_layout(rows, block)!r}>"
+        key: f"tensordesc<bf16[{rows}, {block}],{layout(rows, block)!r}>"
         for key, rows in (("x", tokens), ("weight", ROWS))
     }
     return compile_case(_linear_hopper, name, outputs, inputs, norm, activation, kinds, chosen, num_warps=4)

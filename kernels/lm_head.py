@@ -14,6 +14,9 @@ the left operand of `tl.dot`, the tokens the narrow right one, so that every M m
 order of K. While a tile is in registers its scores get their noise, and its best token is kept, or the groups' maxima
 for `choose.select_kernel` are written. The last program to finish reduces the programs' best: maxima and lowest ids
 have no order, so neither the number of programs nor M can change a bit.
+
+In 16-bit types on Hopper lm_head_hopper.py takes `head_kernel`'s place; a device and a head's shape have one of the
+two, for every M.
 """
 
 import torch
@@ -21,6 +24,7 @@ import triton
 import triton.language as tl
 
 from stagedspec.kernels.choose import (
+    GROUP,
     SAMPLING,
     Parts,
     add_noise,
@@ -38,6 +42,7 @@ from stagedspec.kernels.choose import (
     warped,
 )
 from stagedspec.kernels.configs import config
+from stagedspec.kernels.linear import by_hopper
 from stagedspec.kernels.registry import (
     CompileCase,
     architecture,
@@ -73,14 +78,14 @@ def norm_kernel(p_x, p_weight, p_bias, p_out, epsilon, K: tl.constexpr, BLOCK: t
 def head_kernel(
     p_x, p_head, p_noise, p_seeds, p_streams, p_positions, p_logits, p_maxima, p_masses, p_best, p_ids, p_counters,
     p_out,
-    M, N, scale, V: tl.constexpr, K: tl.constexpr, G: tl.constexpr, T: tl.constexpr, R: tl.constexpr,
-    BLOCK_K: tl.constexpr, SCALING: tl.constexpr, NOISE: tl.constexpr, CHOOSE: tl.constexpr, STORE: tl.constexpr,
-    MASSES: tl.constexpr, PDL: tl.constexpr,
+    M, N, scale, V: tl.constexpr, STRIDE: tl.constexpr, K: tl.constexpr, G: tl.constexpr, T: tl.constexpr,
+    R: tl.constexpr, BLOCK_K: tl.constexpr, SCALING: tl.constexpr, NOISE: tl.constexpr, CHOOSE: tl.constexpr,
+    STORE: tl.constexpr, MASSES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (p, c): vocabulary tiles p, p + programs, ... for rows c * R .. + R.
 
     CHOOSE: keep the best token, reduced by the last program. Else the groups' maxima and masses of the scores.
-    STORE 0: no logits in memory; 1: the logits; 2: the scores, noise included.
+    STORE 0: no logits in memory; 1: the logits; 2: the scores, noise included. Their rows are STRIDE apart.
     """
     i_program, i_chunk = tl.program_id(0), tl.program_id(1)
     programs = tl.num_programs(0)
@@ -107,7 +112,7 @@ def head_kernel(
                 right = tl.load(p_right + start, (start + depth < K)[:, None], 0.0)
             scores = tl.dot(left, right, scores, input_precision="ieee")  # [T, R]
         real = (tokens < V)[:, None] & kept[None, :]
-        at = safe[None, :].to(tl.int64) * V + tokens[:, None]
+        at = safe[None, :].to(tl.int64) * STRIDE + tokens[:, None]
         if STORE == 1:
             tl.store(p_logits + at, scores, real)
         scores = scale_logits(scores, scale, SCALING)
@@ -176,28 +181,40 @@ def _norm_elements(rows: int, width: int) -> int:
 
 def scratch_size(rows: int, vocab_size: int, width: int) -> tuple[int, int]:
     """Partials and counters for M rows of either operation."""
-    groups = rounded(rows * groups_of(vocab_size))
-    through_memory = 3 * groups + 3 * rounded(rows * vocab_size)
+    groups = rows * groups_of(vocab_size)
+    through_memory = 3 * rounded(groups) + groups * GROUP + 2 * rounded(rows * vocab_size)
     return _norm_elements(rows, width) + max(through_memory, 2 * rounded(PROGRAMS * rows)), -(-rows // 16)
+
+
+def _through_memory(parts: Parts, rows: int, vocab_size: int) -> torch.Tensor:
+    """Room for logits [M, V]. Every row starts with a memory line: an odd vocabulary's would be written in halves."""
+    return parts.take(rows * groups_of(vocab_size) * GROUP).view(rows, -1)[:, :vocab_size]
 
 
 def _head(x, norm_weight, norm_bias, epsilon, head, noise, seeds, streams, positions, logits, maxima, masses, best, ids,
           counters, out, normed, scale, kind, choose, store, need_masses):  # fmt: skip
     (rows, width), vocab_size = x.shape, head.shape[0]
-    settings = _settings(vocab_size, width, x.device)
     options = launch_options(x.device)
     norm_kernel[(rows,)](
         x, norm_weight, norm_bias, normed, epsilon, K=width, BLOCK=triton.next_power_of_2(width), num_warps=4,
         **options,
     )  # fmt: skip
+    if by_hopper(head.element_size(), width, x.device):
+        from stagedspec.kernels import lm_head_hopper
+
+        return lm_head_hopper.launch(
+            normed.view(rows, width), head, noise, seeds, streams, positions, logits, maxima, masses, best, ids,
+            counters, out, scale, kind, choose, store, need_masses,
+        )  # fmt: skip
+    settings = _settings(vocab_size, width, x.device)
     tile, block = settings["tile"], min(ROWS, max(16, triton.next_power_of_2(rows)))
     programs = min(-(-vocab_size // tile), settings["programs"], PROGRAMS)
     warps = settings["warps"] * (2 if block > 32 else 1)
     head_kernel[(programs, -(-rows // block))](
         normed, head, x if noise is None else noise, seeds, streams, positions, logits, maxima, masses, best, ids,
-        counters, out, rows, positions.shape[1], scale[1], V=vocab_size, K=width, G=groups_of(vocab_size), T=tile,
-        R=block, BLOCK_K=block_k(width, head.dtype), SCALING=scale[0], NOISE=kind, CHOOSE=choose, STORE=store,
-        MASSES=need_masses, num_warps=warps, num_stages=settings["stages"],
+        counters, out, rows, positions.shape[1], scale[1], V=vocab_size, STRIDE=logits.stride(0), K=width,
+        G=groups_of(vocab_size), T=tile, R=block, BLOCK_K=block_k(width, head.dtype), SCALING=scale[0], NOISE=kind,
+        CHOOSE=choose, STORE=store, MASSES=need_masses, num_warps=warps, num_stages=settings["stages"],
         maxnreg=most_registers(architecture(x.device), warps, SPILLING), **options,
     )  # fmt: skip
 
@@ -219,7 +236,7 @@ def _launch_choose(
     groups = rows * groups_of(vocab_size)
     maxima, masses = parts.take(groups), parts.take(groups, torch.int32)
     if logits is None:
-        logits = parts.take(rows * vocab_size).view(rows, vocab_size)
+        logits = _through_memory(parts, rows, vocab_size)
     need = top_p < 1.0 and not 0 < top_k < vocab_size
     _head(*norm, None, seeds, streams, positions, logits, maxima, masses, maxima, masses, counters, out, normed,
           scale, 0, False, 1, need)  # fmt: skip
@@ -237,7 +254,7 @@ def _launch_topm(
     normed = parts.take(rows * x.shape[1])[: -(-rows * x.shape[1] * head.dtype.itemsize // 4)].view(head.dtype)
     groups = rows * groups_of(vocab_size)
     maxima, masses = parts.take(groups), parts.take(groups, torch.int32)
-    logits = parts.take(rows * vocab_size).view(rows, vocab_size)
+    logits = _through_memory(parts, rows, vocab_size)
     whole = not warped(greedy, top_k, top_p, min_p, vocab_size)
     need = whole or (top_p < 1.0 and not 0 < top_k < vocab_size)
     _head(x, norm_weight, norm_bias, epsilon, head, noise, seeds, streams, positions, logits, maxima, masses, maxima,
@@ -337,7 +354,8 @@ def compile_cases(arch: int) -> list[CompileCase]:
                 ("topm", 0, 1, 2),
             ):
                 settings = {
-                    "G": groups_of(vocab_size), "T": 128, "R": rows, "BLOCK_K": block_k(width, torch.bfloat16),
+                    "STRIDE": groups_of(vocab_size) * GROUP, "G": groups_of(vocab_size), "T": 128, "R": rows,
+                    "BLOCK_K": block_k(width, torch.bfloat16),
                     "SCALING": 0, "NOISE": noise, "CHOOSE": bool(choosing), "STORE": store, "MASSES": store == 2,
                     "PDL": False,
                 }  # fmt: skip

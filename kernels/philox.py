@@ -34,8 +34,8 @@ def philox(c0, c1, c2, c3, k0, k1):
         c2 = (low >> 32).to(tl.uint32) ^ c3 ^ k1
         c1 = high.to(tl.uint32)
         c3 = low.to(tl.uint32)
-        k0 += tl.full((), _KEY_0, tl.uint32)
-        k1 += tl.full((), _KEY_1, tl.uint32)
+        k0 += _KEY_0
+        k1 += _KEY_1
     return c0, c1, c2, c3
 
 

@@ -195,6 +195,8 @@ def _head(shape: ModelShape, device: torch.device) -> Iterator[Problem]:
             found.append(Launch(run, lambda run=run: list(run())))
         return found
 
+    if linear.by_hopper(workloads.dtype_of(device).itemsize, shape.width, device):
+        return
     key = shape.vocab, shape.width
     yield Problem("lm_head", key, lm_head.candidates(key, device), launches)
 

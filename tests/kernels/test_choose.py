@@ -132,10 +132,34 @@ def test_thresholds_of_few_and_of_many(name, ties, monkeypatch):
     logits = (logits.round() if ties else logits).to(DEVICE)
     noise = torch.randn(4, 700, generator=generator).to(DEVICE)
     found = []
-    for few in (1, 1024):
+    for few in (1, 32, 1024):
         monkeypatch.setattr(kernels, "FEW", few)
         found.append(choose(logits, noise=noise, **WARPERS[name]))
-    assert torch.equal(*found)
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+@pytest.mark.parametrize("name", ["top_k", "top_p", "top_k-top_p", "min_p"])
+def test_floor_of_many_groups(name):
+    """What a floor from the groups' maxima leaves out cannot survive, however the maxima lie."""
+    generator = torch.Generator().manual_seed(6)
+    size = 64 * 45 + 7
+    logits = torch.randn(9, size, generator=generator) * 5
+    logits[1] = logits[1] - 90  # all below zero
+    logits[2, 1234] = 3e4  # one alone far above the rest
+    logits[3, 700:] = torch.finfo(torch.float32).min  # as masked tokens are: the range of maxima overflows
+    logits[4, 700:] = float("-inf")
+    logits[5] = logits[5, 0]
+    logits[6] = logits[6].round()  # ties at every threshold
+    logits[7] = logits[7].sort().values
+    logits[8, : 64 * 40] = -logits[8, : 64 * 40].abs() * 1e-3  # close together, on both sides of zero
+    noise = torch.randn(9, size, generator=generator)
+    options = WARPERS[name]
+    kept, close = exact_warp(logits, **options)
+    assert not close[[0, 1, 2, 4, 6, 7]].any() or "top_p" in options, "choose another seed"
+    ours = choose(logits.to(DEVICE), noise=noise.to(DEVICE), **options).cpu()
+    scores = (logits if "temperature" not in options else logits / options["temperature"]) + noise
+    expected = scores.masked_fill(~kept, float("-inf")).argmax(-1)
+    assert torch.equal(ours[~close].long(), expected[~close])
 
 
 @pytest.mark.parametrize("name", WARPERS)

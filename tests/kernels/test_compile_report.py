@@ -32,6 +32,7 @@ def report(tmp_path, match: str, arch: int) -> tuple[subprocess.CompletedProcess
         ("tree_attention: near-l-n64", 80, "HMMA"),  # spills where the compiler decides on the registers,
         ("choose: select-children-50257", 90, ""),  # and so does this
         ("lm_head: head-greedy-50257x1280-r16", 90, "HGMMA"),
+        ("lm_head_hopper: sampled-50257x1280-r64", 90, "HGMMA"),
         ("verify_commit", 90, ""),
     ],
 )

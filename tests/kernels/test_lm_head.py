@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from stagedspec.kernels import lm_head, reference
+from stagedspec.kernels import lm_head, lm_head_hopper, reference
 from stagedspec.kernels.registry import Scratch
 
 WARPERS = {
@@ -146,3 +146,37 @@ def test_errors(device):
         case.children(62)
     with pytest.raises(ValueError, match="noise must have the shape"):
         case.choose(noise=case.noise[:, :3].contiguous())
+
+
+def test_hopper_has_room():
+    """A ring of a few slots at least, beside x or with its blocks, whatever the width and the number of rows."""
+    row = lm_head_hopper.BLOCK_K * 2
+    for width in range(8, 7681, 8):
+        for count in (1, 9, 20, 200):
+            for noisy in (False, True):
+                chosen = lm_head_hopper.settings(count, width, noisy)
+                tokens, slots = chosen["TOKENS"], chosen["SLOTS"]
+                assert tokens >= min(count, lm_head_hopper.TOKENS) and slots >= lm_head_hopper.RING
+                x = -(-width // lm_head_hopper.BLOCK_K) if chosen["STAYS"] else slots
+                noise = lm_head_hopper.ROWS * tokens * 2 if noisy else 0
+                taken = (slots * lm_head_hopper.ROWS + x * tokens) * row + slots * 8 + noise
+                assert taken <= lm_head_hopper.SHARED
+
+
+@pytest.mark.parametrize(("x_from", "head_from"), [(1, 0), (0, 1)])
+def test_hopper_refuses_views(x_from, head_from, monkeypatch):
+    monkeypatch.setattr(lm_head_hopper, "_multiprocessors", lambda device: 1)
+    x = torch.zeros(65, dtype=torch.bfloat16)[x_from:][:64].view(1, 64)
+    head = torch.zeros(16 * 64 + 1, dtype=torch.bfloat16)[head_from:][: 16 * 64].view(16, 64)
+    one, many = torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, 64)
+    with pytest.raises(ValueError, match="must start at a multiple of 16 bytes"):
+        lm_head_hopper.launch(
+            x, head, None, one, one, one, many, many, one, many, one, one, one, (0, 1.0), 0, True, 0, False
+        )
+
+
+@pytest.mark.parametrize("module", [lm_head, lm_head_hopper], ids=lambda module: module.__name__)
+def test_compile_cases(module):
+    cases = module.compile_cases(90)
+    assert len({case.name for case in cases}) == len(cases)
+    assert all(case.matrix for case in cases if not case.name.startswith("norm"))

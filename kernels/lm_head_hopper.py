@@ -1,0 +1,405 @@
+"""The head of lm_head.py on Hopper: a ring of weight blocks that is never empty, the tokens at rest in shared memory.
+
+What must be moved is the weight, and a multiprocessor takes its share in one go: one program a multiprocessor, tile
+after tile of ROWS tokens of the vocabulary, in blocks of columns that come by bulk tensor copies into a ring of slots.
+The ring is filled before the kernel ahead has ended (see linear_hopper.py) and goes on filling while a finished tile is
+looked at. The blocks of the normalised x come with those of the first tile and stay; where there is no room beside a
+ring of some length they come with those of every tile. More than TOKENS rows share the multiprocessors: programs beside
+each other read the same tiles, which memory gives once.
+
+The greedy choice keeps the best of every position of a tile in registers, and looks across the tile once, at the end.
+
+Sums run over columns in their order, 16 at a time, in the same instructions for any number of tokens.
+"""
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.language.extra import cuda
+
+from stagedspec.kernels.choose import GROUP, NOISES, compile_case, groups_of, scale_logits
+from stagedspec.kernels.linear_hopper import SHARED, SPARE, copy, described, layout
+from stagedspec.kernels.philox import gumbel, key_words, philox
+from stagedspec.kernels.registry import CompileCase, launch_options
+
+ROWS = GROUP  # of the weight, a tile: the least that the matrix instructions take, and one group of tokens
+TOKENS = 64  # most rows of x, a program
+BLOCK_K = 128  # columns of a block: half as many take turns too often at 64 tokens
+RING = 6  # slots; a shorter ring runs empty while a tile is looked at, and costs more than x from L2 does
+_UNIT = gl.constexpr(float(2**24))  # of masses, see choose.py
+
+
+@gluon.jit(do_not_specialize=("M", "N"))
+def _head_hopper(
+    x,  # [M, K], described in blocks [TOKENS, BLOCK_K]
+    head,  # [V, K], described in blocks [ROWS, BLOCK_K]
+    p_noise,  # [M, V]
+    p_seeds,  # [B]
+    p_streams,  # [B]
+    p_positions,  # [B, N]
+    p_logits,  # [M, V], rows STRIDE apart
+    p_maxima,  # [M, G]
+    p_masses,  # [M, G]
+    p_best,  # [programs, M]
+    p_ids,  # [programs, M]
+    p_counters,
+    p_out,  # [M]
+    M,
+    N,
+    scale,
+    V: gl.constexpr,
+    STRIDE: gl.constexpr,
+    K: gl.constexpr,
+    G: gl.constexpr,
+    ROWS: gl.constexpr,
+    BLOCK_K: gl.constexpr,
+    TOKENS: gl.constexpr,
+    SLOTS: gl.constexpr,
+    STAYS: gl.constexpr,
+    SCALING: gl.constexpr,
+    NOISE: gl.constexpr,
+    CHOOSE: gl.constexpr,
+    STORE: gl.constexpr,
+    MASSES: gl.constexpr,
+    PDL: gl.constexpr,
+):
+    """Program (p, c): tiles p, p + programs, ... for rows c * TOKENS .. + TOKENS of x. CHOOSE, STORE and MASSES as of
+    `lm_head.head_kernel`; STAYS: whether all of x has room."""
+    TILES: gl.constexpr = (V + ROWS - 1) // ROWS
+    BLOCKS: gl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    X_SLOTS: gl.constexpr = BLOCKS if STAYS else SLOTS
+    # The scale is above 0: the largest of scaled scores is the largest, scaled.
+    SCALED: gl.constexpr = CHOOSE or STORE == 2 or MASSES
+    SUM: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])
+    i_program, programs = gl.program_id(0), gl.num_programs(0)
+    i_token = gl.program_id(1) * TOKENS
+
+    # Before the kernel ahead has ended: the ring is filled.
+    s_head = gl.allocate_shared_memory(head.dtype, [SLOTS, ROWS, BLOCK_K], head.layout)
+    s_x = gl.allocate_shared_memory(x.dtype, [X_SLOTS, TOKENS, BLOCK_K], x.layout)
+    there = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    for i in range(SLOTS):
+        mbarrier.init(there.index(i), count=1)
+    fence_async_shared()  # the copies' unit sees the barriers as they are now
+    if PDL:
+        cuda.gdc_launch_dependents()
+    for i in range(SLOTS):
+        _ask_head(head, s_head, there, i, i_program, programs, True, V, BLOCKS, STAYS, TOKENS)
+    if PDL:
+        cuda.gdc_wait()
+    for i in range(SLOTS):
+        _ask_x(x, s_x, there, i, i_token, i_program, programs, True, V, BLOCKS, STAYS, SLOTS, ROWS)
+
+    rows = gl.arange(0, ROWS, gl.SliceLayout(1, SUM))
+    tokens = i_token + gl.arange(0, TOKENS, gl.SliceLayout(0, SUM))
+    kept = tokens < M
+    if NOISE == 1:
+        QUADS: gl.constexpr = _quads(TOKENS)
+        nodes = gl.minimum(i_token + gl.arange(0, TOKENS, gl.SliceLayout(0, QUADS)), M - 1)
+        b_seed, b_stream = gl.load(p_seeds + nodes // N), gl.load(p_streams + nodes // N)
+        b_position = gl.load(p_positions + nodes)
+    b_top = gl.full((ROWS, TOKENS), float("-inf"), gl.float32, SUM)
+    b_from = gl.full((ROWS, TOKENS), i_program * ROWS, gl.int32, SUM)
+    i = 0
+    for i_tile in range(i_program, TILES, programs):
+        b_acc = gl.zeros((ROWS, TOKENS), gl.float32, SUM)
+        for i_block in range(BLOCKS):
+            i_slot = i % SLOTS
+            mbarrier.wait(there.index(i_slot), (i // SLOTS) & 1)
+            s_right = s_x.index(i_block if STAYS else i_slot)
+            b_acc = warpgroup_mma(s_head.index(i_slot), s_right.permute((1, 0)), b_acc, is_async=True)
+            b_acc = warpgroup_mma_wait(1, deps=(b_acc,))
+            # The block before this one is done with: its slot takes the next.
+            tl.debug_barrier()
+            i_next = i - 1 + SLOTS
+            _ask_head(head, s_head, there, i_next, i_program, programs, i > 0, V, BLOCKS, STAYS, TOKENS)
+            _ask_x(x, s_x, there, i_next, i_token, i_program, programs, i > 0, V, BLOCKS, STAYS, SLOTS, ROWS)
+            i += 1
+        b_score = warpgroup_mma_wait(0, deps=(b_acc,))
+        i_first = i_tile * ROWS
+        real = i_first + rows < V
+        i_at = tokens.to(gl.int64)[None, :] * STRIDE + (i_first + rows)[:, None]
+        there_too = real[:, None] & kept[None, :]
+        if STORE == 1:
+            gl.store(p_logits + i_at, b_score, mask=there_too)
+        if SCALED:
+            b_score = scale_logits(b_score, scale, SCALING)
+        if NOISE == 1:
+            b_score += _noise(i_first, b_seed, b_stream, b_position, ROWS, TOKENS, QUADS, SUM)
+        elif NOISE == 2:
+            i_noise = tokens.to(gl.int64)[None, :] * V + (i_first + rows)[:, None]
+            b_score += gl.load(p_noise + i_noise, mask=there_too, other=0.0)
+        if STORE == 2:
+            gl.store(p_logits + i_at, b_score, mask=there_too)
+        b_score = gl.where(real[:, None], b_score, float("-inf"))
+        if CHOOSE:
+            better = b_score > b_top
+            b_top = gl.where(better, b_score, b_top)
+            b_from = gl.where(better, i_first, b_from)
+        else:
+            b_most = gl.max(b_score, 0)
+            if not SCALED:
+                b_most = scale_logits(b_most, scale, SCALING)
+            i_group = tokens * G + i_tile
+            gl.store(p_maxima + i_group, b_most, mask=kept)
+            if MASSES:
+                b_base = gl.where(b_most == float("-inf"), 0.0, b_most)
+                b_part = (gl.exp(b_score - b_base[None, :]) * _UNIT + 0.5).to(gl.int32)
+                gl.store(p_masses + i_group, gl.sum(b_part, 0), mask=kept)
+    if CHOOSE:
+        b_best = gl.max(b_top, 0)
+        b_id = gl.min(gl.where(b_top == b_best[None, :], b_from + rows[:, None], V), 0)
+        gl.store(p_best + i_program * M + tokens, b_best, mask=kept)
+        gl.store(p_ids + i_program * M + tokens, b_id, mask=kept)
+        tl.debug_barrier()
+        if gl.atomic_add(p_counters + gl.program_id(1), 1, sem="acq_rel") == programs - 1:
+            tl.debug_barrier()
+            _choose_of_all(p_best, p_ids, p_out, i_token, M, programs, V, TOKENS)
+            gl.store(p_counters + gl.program_id(1), 0)
+
+
+@gluon.jit
+def _ask_head(
+    head,
+    s_head,
+    there,
+    i,
+    i_program,
+    programs,
+    wanted,
+    V: gl.constexpr,
+    BLOCKS: gl.constexpr,
+    STAYS: gl.constexpr,
+    TOKENS: gl.constexpr,
+):
+    """Asks for the program's i-th block of the weight, and lets its slot wait for x's too where that comes along."""
+    SLOTS: gl.constexpr = s_head.shape[0]
+    ROWS: gl.constexpr = s_head.shape[1]
+    BLOCK_K: gl.constexpr = s_head.shape[2]
+    i_row, i_slot = (i_program + (i // BLOCKS) * programs) * ROWS, i % SLOTS
+    wanted = wanted & (i_row < V)
+    if STAYS:
+        mbarrier.expect(there.index(i_slot), ROWS * BLOCK_K * 2, pred=wanted & (i >= BLOCKS))
+        with_x = wanted & (i < BLOCKS)
+    else:
+        with_x = wanted
+    mbarrier.expect(there.index(i_slot), (ROWS + TOKENS) * BLOCK_K * 2, pred=with_x)
+    copy(head, [i_row, (i % BLOCKS) * BLOCK_K], there.index(i_slot), s_head.index(i_slot), pred=wanted)
+
+
+@gluon.jit
+def _ask_x(
+    x,
+    s_x,
+    there,
+    i,
+    i_token,
+    i_program,
+    programs,
+    wanted,
+    V: gl.constexpr,
+    BLOCKS: gl.constexpr,
+    STAYS: gl.constexpr,
+    SLOTS: gl.constexpr,
+    ROWS: gl.constexpr,
+):
+    """Asks for x's block beside the program's i-th of the weight; where x stays, in the first tile alone."""
+    BLOCK_K: gl.constexpr = s_x.shape[2]
+    wanted = wanted & ((i_program + (i // BLOCKS) * programs) * ROWS < V)
+    if STAYS:
+        wanted = wanted & (i < BLOCKS)
+    i_to = i % BLOCKS if STAYS else i % SLOTS
+    copy(x, [i_token, (i % BLOCKS) * BLOCK_K], there.index(i % SLOTS), s_x.index(i_to), pred=wanted)
+
+
+@triton.constexpr_function
+def _quads(tokens):
+    """Layout of [ROWS / 4, tokens] in which a warp has the rows' quads that it has the rows of in the product, so that
+    what is made for four rows at once stays within the warp."""
+    rest = [*([0, 1 << bit] for bit in range(3, tokens.bit_length() - 1)), [2, 0], [0, 1]]
+    lanes = [[0, 2], [0, 4], *rest[:2], [1, 0]]
+    return gl.DistributedLinearLayout(rest[2:], lanes, [[4, 0], [8, 0]], [], [ROWS // 4, tokens])
+
+
+@gluon.jit
+def _noise(
+    i_first,
+    b_seed,
+    b_stream,
+    b_position,
+    ROWS: gl.constexpr,
+    TOKENS: gl.constexpr,
+    QUADS: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):
+    """`philox.gumbel_tile` in the layout of the product."""
+    k0, k1 = key_words(b_seed)
+    quads = (i_first // 4 + gl.arange(0, ROWS // 4, gl.SliceLayout(1, QUADS))).to(gl.uint32)
+    zero = gl.full((ROWS // 4, TOKENS), 0, gl.uint32, QUADS)
+    c0, c1, c2 = (
+        zero + quads[:, None],
+        zero + b_position.to(gl.uint32)[None, :],
+        zero + b_stream.to(gl.uint32)[None, :],
+    )
+    w0, w1, w2, w3 = philox(c0, c1, c2, zero, k0[None, :], k1[None, :])
+    words = gl.join(gl.join(w0, w2), gl.join(w1, w3))  # [ROWS / 4, TOKENS, 2, 2]
+    words = gl.reshape(gl.permute(words, (0, 2, 3, 1)), (ROWS, TOKENS))
+    return gl.convert_layout(gumbel(words), LAYOUT)
+
+
+@gluon.jit
+def _choose_of_all(p_best, p_ids, p_out, i_token, M, programs, V: gl.constexpr, TOKENS: gl.constexpr):
+    """The best of all programs: the lowest id of the largest score."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 1], [32 // min(TOKENS, 32), min(TOKENS, 32)], [4, 1], [1, 0])
+    tokens = i_token + gl.arange(0, TOKENS, gl.SliceLayout(0, LAYOUT))
+    kept = tokens < M
+    b_top = gl.full((TOKENS,), float("-inf"), gl.float32, gl.SliceLayout(0, LAYOUT))
+    b_id = gl.full((TOKENS,), V - 1, gl.int32, gl.SliceLayout(0, LAYOUT))
+    for start in range(0, programs, 64):
+        others = start + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
+        inside = (others < programs)[:, None] & kept[None, :]
+        at = others[:, None] * M + tokens[None, :]
+        b_part = gl.load(p_best + at, mask=inside, other=float("-inf"), cache_modifier=".cg")
+        b_name = gl.load(p_ids + at, mask=inside, other=V, cache_modifier=".cg")
+        b_best = gl.max(b_part, 0)
+        b_name = gl.min(gl.where(b_part == b_best[None, :], b_name, V), 0)
+        b_id = gl.where(b_best > b_top, b_name, gl.where(b_best == b_top, gl.minimum(b_name, b_id), b_id))
+        b_top = gl.maximum(b_best, b_top)
+    gl.store(p_out + tokens, b_id, mask=kept)
+
+
+# ---------------------------------------------------------------- launching
+
+
+def settings(count: int, width: int, noisy: bool) -> dict[str, int]:
+    """Rows of x a program takes, slots of the ring, and whether all of x has room beside it. noisy: whether noise is
+    made, half of which passes through shared memory at a time."""
+    tokens = min(TOKENS, max(8, triton.next_power_of_2(count)))
+    room = SHARED - SPARE - (ROWS * tokens * 2 if noisy else 0)
+    columns = triton.cdiv(width, BLOCK_K) * BLOCK_K
+    slots = (room - columns * tokens * 2) // (ROWS * BLOCK_K * 2)
+    stays = slots >= RING
+    if not stays:
+        slots = room // ((ROWS + tokens) * BLOCK_K * 2)
+    return {"TOKENS": tokens, "SLOTS": slots, "STAYS": stays}
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def launch(
+    x: torch.Tensor,
+    head: torch.Tensor,
+    noise: torch.Tensor | None,
+    seeds: torch.Tensor,
+    streams: torch.Tensor,
+    positions: torch.Tensor,
+    logits: torch.Tensor,
+    maxima: torch.Tensor,
+    masses: torch.Tensor,
+    best: torch.Tensor,
+    ids: torch.Tensor,
+    counters: torch.Tensor,
+    out: torch.Tensor,
+    scale: tuple[int, float],
+    kind: int,
+    choose: bool,
+    store: int,
+    need_masses: bool,
+) -> None:
+    """Arguments as of `lm_head.head_kernel`; scale: (SCALING, number); kind: NOISE."""
+    (rows, width), vocab_size = x.shape, head.shape[0]
+    chosen = settings(rows, width, kind == NOISES["made"])
+    tokens = chosen["TOKENS"]
+    chunks = triton.cdiv(rows, tokens)
+    programs = min(triton.cdiv(vocab_size, ROWS), max(1, _multiprocessors(x.device) // chunks))
+    _head_hopper[(programs, chunks)](
+        described("lm_head", "x", x, tokens, BLOCK_K),
+        described("lm_head", "head", head, ROWS, BLOCK_K),
+        x if noise is None else noise,
+        seeds,
+        streams,
+        positions,
+        logits,
+        maxima,
+        masses,
+        best,
+        ids,
+        counters,
+        out,
+        rows,
+        positions.shape[1],
+        scale[1],
+        V=vocab_size,
+        STRIDE=logits.stride(0),
+        K=width,
+        G=groups_of(vocab_size),
+        ROWS=ROWS,
+        BLOCK_K=BLOCK_K,
+        SCALING=scale[0],
+        NOISE=kind,
+        CHOOSE=choose,
+        STORE=store,
+        MASSES=need_masses,
+        **chosen,
+        num_warps=4,
+        enable_fp_fusion=True,
+        **launch_options(x.device),
+    )
+
+
+# ---------------------------------------------------------------- compiling without a GPU
+
+
+def compile_cases(arch: int) -> list[CompileCase]:
+    """bf16, at the heads of GPT-2 S, M, L, XL and the embedded models, for Hopper alone."""
+    if arch != 90:
+        return []
+    return [
+        _case(vocab_size, width, rows, *form)
+        for vocab_size, width in ((50257, 768), (50257, 1024), (50257, 1280), (50257, 1600), (4096, 384), (2048, 96))
+        for rows in (8, 16, 32, 64)
+        for form in (
+            ("greedy", True, 0, 0, False),
+            ("sampled", True, 1, 0, False),
+            ("logits", False, 0, 1, False),
+            ("topm", False, 1, 2, True),
+        )
+    ]
+
+
+def _case(
+    vocab_size: int, width: int, rows: int, form: str, choose: bool, noise: int, store: int, masses: bool
+) -> CompileCase:
+    chosen = settings(rows, width, noise == NOISES["made"])
+    kinds = {
+        key: f"tensordesc<bf16[{count}, {BLOCK_K}],{layout(count, BLOCK_K)!r}>"
+        for key, count in (("x", rows), ("head", ROWS))
+    }
+    constants = {
+        "V": vocab_size,
+        "STRIDE": groups_of(vocab_size) * GROUP,
+        "K": width,
+        "G": groups_of(vocab_size),
+        "ROWS": ROWS,
+        "BLOCK_K": BLOCK_K,
+        "SCALING": 1,
+        "NOISE": noise,
+        "CHOOSE": choose,
+        "STORE": store,
+        "MASSES": masses,
+        "PDL": False,
+    } | chosen
+    return compile_case(f"{form}-{vocab_size}x{width}-r{rows}", _head_hopper, constants, 4, matrix=True, **kinds)
