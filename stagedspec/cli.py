@@ -90,9 +90,7 @@ Draft = Annotated[str | None, typer.Option(help="Draft model with the target's v
 Ngram = Annotated[Path | None, typer.Option(help="N-gram table written by fit-ngram.", rich_help_panel="Models")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...", rich_help_panel="Models")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.", rich_help_panel="Models")]
-Backend = Annotated[
-    str, typer.Option(help="auto (triton on a GPU that can run it), triton or torch.", rich_help_panel="Models")
-]
+Backend = Annotated[str, typer.Option(help="auto, triton or torch.", rich_help_panel="Models")]
 Nodes = Annotated[int | None, typer.Option(help="Nodes of the verified tree.", rich_help_panel="Token tree")]
 Depth = Annotated[int | None, typer.Option(help="Depth of the tree.", rich_help_panel="Token tree")]
 Width = Annotated[int | None, typer.Option(help="Nodes of one draft pass.", rich_help_panel="Token tree")]

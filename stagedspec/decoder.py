@@ -152,8 +152,7 @@ class Decoder:
         """Loads target and draft: hub ids, folders written by `save_pretrained`, or GPT2LMHeadModel objects.
 
         ngram: a table made by `fit-ngram`; without one the context n-gram works alone. device "auto": the GPU if
-        there is one. dtype "auto": bfloat16 on a GPU that has it, else float32. backend "auto": the Triton kernels on a
-        GPU that can run them, else torch; "triton" or "torch" insists. tree: "auto" (or None) lets the cost
+        there is one. dtype "auto": bfloat16 on a GPU that has it, else float32. tree: "auto" (or None) lets the cost
         model choose, on what was measured before on this machine or is measured at first use, and the trees adapt to
         the text; a file written by `stagedspec tune-tree` is used in its place; a TreeConfig is kept to.
 
@@ -161,6 +160,7 @@ class Decoder:
         """
         device = resolve_device(device)
         dtype = resolve_dtype(dtype, device)
+        ops = kernel_backend.resolve(backend, device)
         if tree is not None and not isinstance(tree, (TreeConfig, str, Path)):
             raise ValueError(f"tree must be a TreeConfig, 'auto' or a tuning's file, got {type(tree).__name__}")
         tuning = None
@@ -168,8 +168,6 @@ class Decoder:
             tree, tuning = None, None if tree == "auto" else Tuning.load(tree)
         target_model = read_checkpoint(target, "target")
         draft_model = None if draft is None else read_checkpoint(draft, "draft")
-        configs = [model.config for model in (target_model, draft_model) if model is not None]
-        ops = kernel_backend.resolve(backend, device, [config.n_embd // config.n_head for config in configs])
         loaded = load_tokenizer(tokenizer if tokenizer is not None else target)
         if isinstance(draft, (str, Path)):
             check_same_tokens(loaded, load_tokenizer(draft))

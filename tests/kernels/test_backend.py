@@ -243,30 +243,8 @@ def test_backend_resolution(device, monkeypatch):
     assert type(backend.resolve("triton", device)).__name__ == "TritonOps"
     with pytest.raises(ValueError, match="backend must be one of auto, torch, triton, got 'cuda'"):
         backend.resolve("cuda", device)
-    assert backend.resolve("auto", torch.device("cpu")).__name__.endswith("reference")
-    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
-    with pytest.raises(ValueError, match=r"backend 'triton' cannot run on cpu: .* TRITON_INTERPRET=1"):
-        backend.resolve("triton", torch.device("cpu"))
-
-
-CANNOT = {
-    "old": ({"capability": (7, 5)}, r"cuda:0: it has compute capability \(7, 5\), kernels need 8\.0"),
-    "heads": ({"heads": [64, 320]}, "a model has heads of 320, kernels take at most 128"),
-    "no-compiler": ({"compiler": None}, "triton needs a C compiler"),
-}
-
-
-@pytest.mark.parametrize("case", [None, *CANNOT])
-def test_auto_on_a_gpu(monkeypatch, case):
-    """The kernels where they can run; else torch, and a ValueError for whoever insists."""
-    changes, message = CANNOT[case] if case else ({}, "")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: changes.get("capability", (9, 0)))
-    monkeypatch.setattr(backend.shutil, "which", lambda name: changes.get("compiler", "/usr/bin/gcc"))
-    monkeypatch.delenv("CC", raising=False)
-    gpu, heads = torch.device("cuda", 0), changes.get("heads", [64, 128])
-    if case is None:
-        assert type(backend.resolve("auto", gpu, heads)).__name__ == "TritonOps"
-    else:
-        assert backend.resolve("auto", gpu, heads).__name__.endswith("reference")
-        with pytest.raises(ValueError, match=f"backend 'triton' cannot run on .*{message}"):
-            backend.resolve("triton", gpu, heads)
+    if device.type == "cpu":
+        assert backend.resolve("auto", device).__name__.endswith("reference")
+        monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+        with pytest.raises(ValueError, match=r"backend 'triton' cannot run on cpu: .* TRITON_INTERPRET=1"):
+            backend.resolve("triton", device)
