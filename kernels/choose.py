@@ -494,9 +494,9 @@ def _settings(vocab_size: int, device: torch.device) -> dict[str, int]:
     return config("choose", (vocab_size,), device, candidates)
 
 
-def _select_registers(arch: int, warps: int, whole: bool) -> int | None:
-    """`most_registers`. With Triton 3.6 children of final scores spill on Hopper too."""
-    return most_registers(arch, warps, (80, 89, 90, 100, 120) if whole else (80, 89, 100, 120))
+def _select_registers(arch: int, warps: int, summing: bool) -> int | None:
+    """`most_registers`. With Triton 3.6 what sums probabilities over the groups spills on Hopper too."""
+    return most_registers(arch, warps, (80, 89, 90, 100, 120) if summing else (80, 89, 100, 120))
 
 
 def launch_select(
@@ -518,7 +518,7 @@ def launch_select(
         CHILDREN=0 if logprobs is None else out.shape[1], WHOLE=whole,
         BLOCK=min(settings["block"], triton.next_power_of_2(vocab_size)),
         FEW=FEW, TOGETHER=TOGETHER, SPAN=min(settings["span"], triton.next_power_of_2(groups)),
-        num_warps=warps, maxnreg=_select_registers(architecture(logits.device), warps, whole),
+        num_warps=warps, maxnreg=_select_registers(architecture(logits.device), warps, whole or top_p < 1.0),
         **launch_options(logits.device),
     )  # fmt: skip
 
@@ -730,7 +730,7 @@ def compile_cases(arch: int) -> list[CompileCase]:
                 "BLOCK": BLOCK, "FEW": FEW, "TOGETHER": TOGETHER,
                 "SPAN": min(SPAN, triton.next_power_of_2(groups)), "PDL": False,
             }  # fmt: skip
-            registers = _select_registers(arch, WARPS["select_warps"], whole)
+            registers = _select_registers(arch, WARPS["select_warps"], whole or top_p)
             cases.append(
                 compile_case(
                     f"select-{name}-{vocab_size}", select_kernel, shape | settings, WARPS["select_warps"],
