@@ -25,7 +25,17 @@ ROWS = 16  # of a pass; more are faster as tensor operations on all cores
 PARAMETERS = 1 << 21  # of a model; a larger one too
 ACTIVATIONS = {"relu": 0, "gelu_new": 1, "gelu_pytorch_tanh": 1}
 f32 = np.float32
-compiled = numba.njit(fastmath=True, nogil=True, cache=True)
+NEVER = f32(np.finfo(f32).min)
+
+
+def compiled(function):
+    """Compiled at the first call and kept on disk. Sums may be taken in any order, but infinities and NaN stay what they
+    are: masks are made of them."""
+    options = {"fastmath": {"reassoc", "contract", "nsz", "arcp", "afn"}, "nogil": True}
+    try:
+        return numba.njit(cache=True, **options)(function)
+    except RuntimeError:  # no folder can be written
+        return numba.njit(**options)(function)
 
 
 @compiled
@@ -122,7 +132,7 @@ def _attend(qkv, cache, write, first, bias, scale, out):
     for n in range(nodes):
         for h in range(heads):
             query, mixed = qkv[n, h * size : (h + 1) * size], out[n, h * size : (h + 1) * size]
-            top, total = f32(-np.inf), f32(0)
+            top, total = NEVER, f32(0)
             for r in range(bias.shape[1]):
                 if bias[n, r] == 0:
                     key, score = cache[first + r, 0, h], f32(0)
@@ -205,12 +215,12 @@ def _children(x, norm, head, epsilon, scale, k, noise, places, tokens, logprobs)
     _multiply(y, weight, bias, logits)
     for n in range(len(x)):
         row, best, found = logits[n], logprobs[n], tokens[n]
-        least = _kth(row, k) if k < size else f32(-np.inf)
+        least = _kth(row, k) if k < size else NEVER
         for c in range(count):
-            best[c] = f32(-np.inf)
+            best[c], found[c] = NEVER, 0  # whatever the weights are, a child is a token
         for token in range(size):
             if row[token] < least:
-                row[token] = f32(-np.inf)
+                row[token] = NEVER
                 continue
             score = row[token] * scale
             if len(places):

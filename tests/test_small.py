@@ -134,3 +134,27 @@ def test_who_is_served():
     served = make(make_gpt2(3))
     assert served.knows(16) and not served.knows(17)
     assert not served.knows(1, {"temperature": 1.0, "top_k": None, "top_p": 0.9, "min_p": None})
+
+
+def test_a_draft_of_no_numbers_still_proposes_tokens():
+    """What a broken draft says is worthless, and must not lead outside of any array."""
+    model, _ = draft(vocab_size=300)
+    for part in model.small.layers:
+        part[:] = float("nan")
+    for warping in WARPINGS[:2]:
+        noise = None if warping is None else ops.NoiseAt(torch.zeros(1, 1, 300), torch.zeros(1, 3, dtype=torch.long))
+        trees = random_trees(model, 1, 3, 2, 0)
+        tokens, _ = model.children(model.forward(trees, Cache(model, 1, 3, 4), 0), 4, warping, noise)
+        assert ((tokens >= 0) & (tokens < 300)).all()
+
+
+def test_an_install_that_cannot_be_written(monkeypatch):
+    """Without a folder for what was compiled it is compiled again in every process, and works."""
+
+    def refuse(*_, cache=False, **options):
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return lambda function: function
+
+    monkeypatch.setattr("numba.njit", refuse)
+    assert small.compiled(len) is len
