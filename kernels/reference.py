@@ -153,6 +153,9 @@ def small_model(config, weights: dict[str, torch.Tensor], scales: list[float]) -
     return Small.of(config, weights, scales)
 
 
+small_forward, small_children = Small.forward, Small.children
+
+
 def fused_activation(name: str) -> bool:
     """Whether `norm_linear` knows the activation by name; others are passed as callables."""
     return name in _FUSED

@@ -29,8 +29,10 @@ NEVER = f32(np.finfo(f32).min)
 
 
 def compiled(function):
-    """Compiled at the first call and kept on disk. Sums may be taken in any order, but infinities and NaN stay what they
-    are: masks are made of them."""
+    """Compiled at the first call and kept on disk.
+
+    Sums may be taken in any order, but infinities and NaN stay what they are: masks are made of them.
+    """
     options = {"fastmath": {"reassoc", "contract", "nsz", "arcp", "afn"}, "nogil": True}
     try:
         return numba.njit(cache=True, **options)(function)

@@ -18,6 +18,7 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import record_function
@@ -28,7 +29,7 @@ from step import add_options, clear_errors, load, parse, steps  # which puts ben
 # isort: split
 import machine
 
-STEP, HOST, REPLAYED = "step", "(Python)", "(of a CUDA graph)"
+STEP, HOST, REPLAYED = "step", "(host)", "(of a CUDA graph)"
 Place = tuple[str, ...]  # the ranges below a step's, outermost first: phase, operation
 
 
@@ -69,9 +70,9 @@ class Watched:
 
 
 def size(value: object) -> int:
-    """Bytes of a tensor, of a linear layer's weight and bias, of all of a sequence; 0 for what else there is."""
-    if isinstance(value, torch.Tensor):
-        return value.numel() * value.element_size()
+    """Bytes of a tensor, an array, a linear layer's weight and bias, all of a sequence; 0 for what else there is."""
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        return value.nbytes
     if hasattr(value, "weight"):
         return size(value.weight) + size(value.bias)
     return sum(map(size, value)) if isinstance(value, (tuple, list)) else 0
@@ -93,6 +94,18 @@ def rows_of_tables(arguments: tuple, result: torch.Tensor, prefix: int) -> int:
     return 3 * size(result) + size(arguments[2:])
 
 
+def small_pass(arguments: tuple, result: torch.Tensor, prefix: int) -> int:
+    """All layers are read once, a row of each table for a node, and the committed keys and values."""
+    small, _, cache = arguments[:3]
+    return size(small.layers) + 3 * size(result) + prefix * size(cache[:, 0, 0])
+
+
+def small_head(arguments: tuple, result: tuple, prefix: int) -> int:
+    """The head is read once, the hidden states too, and the children written."""
+    small, hidden = arguments[:2]
+    return size((small.norm, small.head, hidden, result))
+
+
 def little(arguments: tuple, result: object, prefix: int) -> int:
     """A few rows, not worth counting."""
     return 0
@@ -106,6 +119,8 @@ FLOORS = {
     "lm_head_children": everything,
     "tree_attention": prefix_and_nodes,
     "embed": rows_of_tables,
+    "small_forward": small_pass,
+    "small_children": small_head,
     "move_rows": little,
 }
 

@@ -19,9 +19,10 @@ KEEP = 0.9
 PRIOR = 3.0  # of the cost model's expectation
 READ = 0.25  # of one token that the draft has read
 READS = 8.0  # at most, of one reading
-# How fast a tree must seem, beside plain decoding, before drafting starts again, and below what it ends: ten steps of
-# sampled text say little, and to leave a draft that pays costs more than to keep one that just does not.
-RESUME, LEAVE = 1.05, 0.8
+RESUME = 1.05  # how fast a tree must seem, beside plain decoding, before drafting starts again
+# The share of its own time that drafting must bring back, or else it ends. Ten steps of sampled text say little, and to
+# leave a draft that pays costs more than to keep one that just does not.
+LEAVE = 0.5
 SMALLER = 1.15  # how much faster a smaller tree must seem than the largest
 WAITS = (4, 8, 16, 32)  # plain steps between two readings, longer each time that the draft fails; the first goes for
 # the prompt's end too, backwards
@@ -174,13 +175,18 @@ class Controller:
             self.seconds[index].add(rung.cost(round(1 + (nodes - 1) * pace * grown), math.ceil(passes * grown)))
         self._choose()
 
+    def _pays(self, index: int) -> bool:
+        """Whether the rung's tokens beyond the first are worth their time, or nearly so."""
+        bought, spent = self.tokens[index].value - 1.0, self.seconds[index].value / self.seconds[0].value - 1.0
+        return bought > LEAVE * spent
+
     def _choose(self) -> None:
         rates = [self.rate(index) for index in range(len(self.ladder))]
         best, last = max(range(1, len(rates)), key=rates.__getitem__), len(rates) - 1
         # What other rungs would have brought is a guess, and floors keep the largest small where that pays.
         if rates[best] < rates[last] * SMALLER:
             best = last
-        if rates[best] <= rates[0] * (LEAVE if self.chosen else RESUME):
+        if not (self._pays(best) if self.chosen else rates[best] > rates[0] * RESUME):
             best = 0
         if (best == 0) != (self.chosen == 0):
             # A stretch of drafting that did not last is no reason to hope again soon.

@@ -115,7 +115,7 @@ class GPT2:
         """
         ops = self.ops
         if self.small is not None and self.small.knows(batch.tokens.numel()):
-            return self.small.forward(batch, cache.rows, write, first)
+            return ops.small_forward(self.small, batch, cache.rows, write, first)
         x = ops.embed(self.token_table, self.position_table, batch.tokens, batch.positions)
         views = ops.layer_views(cache.rows, cache.tree_rows, batch, write, first)
         for layer, view in zip(self.layers, views, strict=True):
@@ -137,7 +137,7 @@ class GPT2:
     def children(self, hidden: torch.Tensor, count: int, warping: dict | None, noise) -> tuple[torch.Tensor, ...]:
         """Hidden states [B, N, d] to the likeliest children: tokens and log-probabilities [B, N, count]."""
         if self.small is not None and self.small.knows(hidden.shape[:-1].numel(), warping):
-            return self.small.children(hidden, count, warping, noise)
+            return self.ops.small_children(self.small, hidden, count, warping, noise)
         return self.ops.lm_head_children(hidden, *self.final_norm, self.epsilon, self.head, count, warping, noise)
 
     def prefill(self, prompts: list[list[int]], trailing: int, cache: Cache, chunk: int | None = None) -> None:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_draft, random_prompts
+from conftest import make_draft, make_gpt2, random_prompts
 from torch.autograd import DeviceType
 
 import nsight_compute
@@ -17,6 +17,7 @@ import stagedspec
 import step
 import torch_trace
 from stagedspec import TreeConfig
+from stagedspec.gpt2 import GPT2
 from stagedspec.kernels import reference
 
 TREE = TreeConfig(nodes=4, depth=2, passes=2, width=1, children=3, prefetch=1, prefetch_width=1)
@@ -173,7 +174,10 @@ def test_trace(folders, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     assert {len(row) for row in rows} == {8}
-    assert {"draft, tree_attention", "target, lm_head_choose 61x24", "all"} <= {row[0] for row in rows}
+    found = {row[0]: row for row in rows}
+    assert {"target, tree_attention", "target, lm_head_choose 61x24", "all"} <= set(found)
+    # A small draft is compiled: two operations, in which torch runs none of its own.
+    assert all(float(found[f"draft, {name}"][5]) > 0 for name in ("small_forward", "small_children"))
     assert any("/ 10 GB/s (stated)" in line for line in lines)
 
 
@@ -208,6 +212,22 @@ def test_bytes_that_must_be_moved(target):
     head = next(row for row in rows if row.place == ("target", "lm_head_choose 61x24"))
     roof = head.moved / (head.microseconds * 1e-6)  # at which this operation is at its floor
     assert f"| {head.moved / 1e6:.2f} | {roof / 1e9:.0f} | 100% |" in torch_trace.table([head], roof)
+
+
+def test_bytes_of_a_small_drafts_pass():
+    """Counted by hand, of 2 rows of 3 nodes beside 10 committed tokens of all sequences."""
+    width, inner, vocab, layers, nodes = 24, 96, 61, 2, 6
+    ours = GPT2(make_gpt2(0), reference, torch.device("cpu"), torch.float32, invariant=False)
+    weights = width * (3 * width + width + 2 * inner) + 3 * width + width + inner + width + 4 * width
+    cache = torch.zeros(layers, 2, 20, 2, 4, width // 4)
+    hidden = torch.zeros(2, 3, width)
+    assert torch_trace.FLOORS["small_forward"]((ours.small, None, cache), hidden, 10) == 4 * (
+        layers * (weights + 10 * 2 * width) + 3 * nodes * width
+    )
+    children = (torch.zeros(2, 3, 4, dtype=torch.long), torch.zeros(2, 3, 4))
+    assert torch_trace.FLOORS["small_children"]((ours.small, hidden), children, 10) == (
+        4 * (vocab * width + vocab + 2 * width + nodes * width) + nodes * 4 * (8 + 4)
+    )
 
 
 def test_trace_as_decoded(folders, tmp_path, capsys):
