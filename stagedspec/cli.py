@@ -547,7 +547,8 @@ def tune_tree(
     as_json: Json = False,
     no_color: NoColor = False,
 ) -> None:
-    """Choose token trees for a pair of models on this machine: measure passes and acceptance, save what is found.
+    """Choose token trees for a pair of models on this machine: the fastest of those that measured passes and acceptance
+    promise most. Saves them.
 
     Prints the cost model's predicted speed beside the measured one. Exit status 1 if any output differs from plain
     (autoregressive) decoding. The launch settings of GPU kernels are another matter: `stagedspec tune`.

@@ -217,6 +217,7 @@ class Model:
     ):
         self.times, self.batch, self.sampled, self.ops = times, batch, sampled, ops
         self.stretches = STRETCHES[sampled] if stretches is None else tuple(stretches)
+        self._rankings: dict[str, list[TreeConfig]] = {}
 
     def verify_seconds(self, nodes: int) -> float:
         """Of a step without its draft passes."""
@@ -250,11 +251,19 @@ class Model:
         tokens, seconds = self.step(config)
         return tokens / seconds
 
-    def ladder(self, mode: str) -> list[TreeConfig]:
-        """The tree with the most expected tokens a second, and before it the best of at most a half and a quarter of
-        its nodes and passes, smallest first: what a generation climbs up and down."""
-        ranked = sorted(self._candidates(mode), key=self.tokens_per_second, reverse=True)
-        full = ranked[0]
+    def finalists(self, mode: str, most: int = 4) -> list[TreeConfig]:
+        """The best tree of each size, best first, at most `most`: predictions are right to about a tenth, and within
+        that all sizes from 4 to 16 nodes may lie."""
+        found: dict[int, TreeConfig] = {}
+        for tree in self._ranked(mode):
+            found.setdefault(tree.nodes, tree)
+        return list(found.values())[:most]
+
+    def ladder(self, mode: str, full: TreeConfig | None = None) -> list[TreeConfig]:
+        """The tree with the most expected tokens a second, or `full`, and before it the best of at most a half and a
+        quarter of its nodes and passes, smallest first: what a generation climbs up and down."""
+        ranked = self._ranked(mode)
+        full = full or ranked[0]
         chosen = [full]
 
         def fits(tree: TreeConfig, nodes: int, passes: int) -> bool:
@@ -267,16 +276,14 @@ class Model:
                 chosen.insert(0, smaller)
         return chosen
 
-    def best_tree(self, mode: str) -> TreeConfig:
-        """The tree with the most expected tokens a second."""
-        return max(self._candidates(mode), key=self.tokens_per_second)
-
-    def _candidates(self, mode: str) -> list[TreeConfig]:
-        """The candidates that the backend can run; where steps have one shape a pass cannot be left out."""
-        ops, found = self.ops, candidates(mode)
-        if ops is None:
-            return list(found)
-        return [t for t in found if t.depth <= ops.max_depth and not (ops.fixed_shapes and t.pass_floor)]
+    def _ranked(self, mode: str) -> list[TreeConfig]:
+        """The candidates that the backend can run, best first; where steps have one shape no pass can be left out."""
+        if mode not in self._rankings:
+            ops, found = self.ops, candidates(mode)
+            if ops is not None:
+                found = [t for t in found if t.depth <= ops.max_depth and not (ops.fixed_shapes and t.pass_floor)]
+            self._rankings[mode] = sorted(found, key=self.tokens_per_second, reverse=True)
+        return self._rankings[mode]
 
 
 @memoise

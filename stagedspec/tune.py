@@ -1,20 +1,22 @@
 """`stagedspec tune-tree`: measures a pair of models on this machine, chooses trees, and holds predictions against it.
 
 Acceptance is measured on the target's own text: at every position the draft ranks its children under the noise of that
-position, and draft² names the one it thinks first. The text is then split into kinds of stretches, easy to hard.
+position, and draft² names the one it thinks first. The text is then split into kinds of stretches, easy to hard. The
+cost model names a few trees of each mode from that, and the one that decodes fastest is kept.
 """
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from dataclasses import replace
+from itertools import pairwise, product
 
 import torch
 
-from stagedspec.compare import Run, compare
+from stagedspec.compare import Run, compare, measure
 from stagedspec.cost import CHILDREN, SAMPLED, Model, PassTimes, Stretch
 from stagedspec.decoder import Decoder
 from stagedspec.gpt2 import Cache
 from stagedspec.kernels.reference import Batch, NoiseAt
-from stagedspec.tree import MODES
+from stagedspec.tree import MODES, TreeConfig
 from stagedspec.tuning import Tuning, pair_of
 
 PROMPTS = (
@@ -28,6 +30,7 @@ PROMPTS = (
     "from dataclasses import dataclass\n\n\n@dataclass\nclass Point:\n    x: float\n    y: float\n\n    def ",
 )
 KINDS, WINDOW = 3, 8  # kinds of stretches, and the tokens that are taken to lie in the same one
+FINALISTS, HEATS = 4, 8  # trees of a mode that are timed, and on how many groups of prompts
 
 # The rank of the token written among the draft's children, -1 for none; whether draft² named the draft's first child.
 Outcome = tuple[int, bool]
@@ -116,7 +119,8 @@ def tune(
     batches: Sequence[int] = (1,),
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Tuning:
-    """Measures passes and acceptance, chooses trees for every drafting mode, greedy and sampled, and times them.
+    """Measures passes and acceptance, times the likeliest trees of every drafting mode, greedy and sampled, keeps the
+    fastest, and times those.
 
     prompts: token ids. The decoder uses what was found from then on. progress: told (done, total).
 
@@ -133,7 +137,7 @@ def tune(
             f"expected at least one prompt of 1 to {room} tokens; lower the new tokens, or give shorter ones"
         )
     modes = [mode for mode in MODES if mode != "autoregressive"]
-    total, done = 2 * len(prompts) + 2 * len(batches) * (len(modes) + len(MODES)), 0
+    total, done = 2 * len(prompts) + 2 * len(batches) * (1 + len(modes) + len(MODES)), 0
 
     def advance() -> None:
         nonlocal done
@@ -147,52 +151,88 @@ def tune(
             texts.append(outcomes(decoder, prompt, new_tokens, sampled, seed))
             advance()
         tuning.stretches[sampled] = fit_stretches(texts)
-    models = {(batch, sampled): Model(times, batch, sampled, tuning.stretches[sampled])
-              for batch in batches for sampled in (False, True)}  # fmt: skip
-    for (batch, sampled), model in models.items():
-        for mode in modes:
-            tuning.trees[mode, batch, sampled] = model.ladder(mode)
-            advance()
     tuning.seconds = times.seconds
-    decoder.use(tuning)
-    for model in models.values():
-        tuning.measured += _timed(decoder, tuning, model, prompts, new_tokens, advance)
+    for batch, sampled in product(batches, (False, True)):
+        model = Model(times, batch, sampled, tuning.stretches[sampled])
+        groups = _groups(prompts, batch)
+        for mode in modes:
+            tuning.trees[mode, batch, sampled] = _fastest(decoder, tuning, model, mode, groups[:HEATS], new_tokens)
+            advance()
+        decoder.use(tuning)
+        tuning.measured += _timed(decoder, tuning, model, groups, new_tokens, advance)
     return tuning
 
 
-def _timed(decoder: Decoder, tuning: Tuning, model: Model, prompts, new_tokens: int, advance) -> list[dict]:
-    """Every mode's predicted and measured tokens a second over all rows, prefill left out, sides taking turns."""
-    batch, sampled = model.batch, model.sampled
-    options = {"do_sample": True, **SAMPLED} if sampled else {}
+def _groups(prompts: Sequence[Sequence[int]], batch: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The prompts in batches: ids, attention masks; the first ones again where they do not fill the last batch."""
     groups = []
     for start in range(0, max(1, len(prompts) - batch + 1), batch):
         rows = [prompts[(start + index) % len(prompts)] for index in range(batch)]
         width = max(map(len, rows))
-        ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
+        ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows])
         groups.append((ids, torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])))
-    rates: dict[str, list[float]] = {mode: [0.0, 0.0] for mode in MODES}
+    return groups
 
-    def side(mode: str) -> Callable:
+
+class _Side:
+    """Generations in one mode, and their tokens a second over all rows, prefill left out."""
+
+    def __init__(self, decoder: Decoder, model: Model, mode: str, new_tokens: int):
+        self.decoder = decoder
+        self.options = {"max_new_tokens": new_tokens, "mode": mode, "eos_token_id": [], "do_sample": model.sampled}
+        self.options |= SAMPLED if model.sampled else {}
+        self.reset()
+
+    @property
+    def rate(self) -> float:
+        return self.tokens / self.seconds
+
+    def __call__(self, group) -> Run:
+        output = self.decoder.generate(*group, **self.options)
+        stats = self.decoder.last_stats
+        self.tokens += stats.new_tokens
+        self.seconds += stats.total_seconds - stats.seconds.get("prefill", 0.0)
+        return Run(output[:, group[0].shape[1] :].flatten().tolist(), stats.as_dict())
+
+    def reset(self) -> None:
+        """After a run that was no more than a warm-up."""
+        self.tokens, self.seconds = 0, 0.0
+
+
+def _fastest(decoder: Decoder, tuning: Tuning, model: Model, mode: str, groups, new_tokens: int) -> list[TreeConfig]:
+    """The ladder of the finalist that decodes most tokens a second, sides taking turns."""
+    ladders = [model.ladder(mode, tree) for tree in model.finalists(mode, FINALISTS)]
+    sides = [_Side(decoder, model, mode, new_tokens) for _ in ladders]
+
+    def with_trees(index: int) -> Callable:
+        trees = tuning.trees | {(mode, model.batch, model.sampled): ladders[index]}
+
         def run(group) -> Run:
-            output = decoder.generate(
-                group[0], group[1], max_new_tokens=new_tokens, mode=mode, eos_token_id=[], **options
-            )
-            stats = decoder.last_stats
-            rates[mode][0] += stats.new_tokens
-            rates[mode][1] += stats.total_seconds - stats.seconds.get("prefill", 0.0)
-            return Run(output[:, group[0].shape[1] :].flatten().tolist(), stats.as_dict())
+            decoder.use(replace(tuning, trees=trees))
+            decoder.tree_for(mode, model.batch, do_sample=model.sampled)  # outside what is timed
+            return sides[index](group)
 
         return run
 
-    sides = {mode: side(mode) for mode in MODES}
-    for run in sides.values():
+    runs = {str(index): with_trees(index) for index in range(len(ladders))}
+    for index, run in enumerate(runs.values()):
         run(groups[0])
+        sides[index].reset()
+    measure(runs, groups)
+    return ladders[max(range(len(ladders)), key=lambda index: sides[index].rate)]
+
+
+def _timed(decoder: Decoder, tuning: Tuning, model: Model, groups, new_tokens: int, advance) -> list[dict]:
+    """Every mode's predicted and measured tokens a second, sides taking turns."""
+    batch, sampled = model.batch, model.sampled
+    sides = {mode: _Side(decoder, model, mode, new_tokens) for mode in MODES}
+    for side in sides.values():
+        side(groups[0])
+        side.reset()
         advance()
-    rates.update({mode: [0.0, 0.0] for mode in MODES})
     found = []
     plain = batch / model.verify_seconds(1)
     for row in compare(sides, groups):
-        tokens, seconds = rates[row.name]
         tree = None if row.name == "autoregressive" else tuning.trees[row.name, batch, sampled][-1]
         predicted = plain if tree is None else batch * model.tokens_per_second(tree)
         found.append(
@@ -201,7 +241,7 @@ def _timed(decoder: Decoder, tuning: Tuning, model: Model, prompts, new_tokens: 
                 "batch": batch,
                 "sampled": sampled,
                 "predicted_tokens_per_second": predicted,
-                "measured_tokens_per_second": tokens / seconds,
+                "measured_tokens_per_second": sides[row.name].rate,
                 "predicted_speedup": predicted / plain,
                 "measured_speedup": row.speedup,
                 "predicted_tokens_per_step": 1.0 if tree is None else model.step(tree)[0],
@@ -209,4 +249,5 @@ def _timed(decoder: Decoder, tuning: Tuning, model: Model, prompts, new_tokens: 
                 "identical": row.identical,
             }
         )
+    advance()
     return found

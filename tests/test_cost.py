@@ -8,10 +8,11 @@ import torch
 from conftest import VOCAB, make_draft, make_gpt2, random_prompts
 
 from stagedspec import Decoder
+from stagedspec.compare import Run
 from stagedspec.cost import CHILDREN, Model, candidates, expected
 from stagedspec.tree import TreeConfig
-from stagedspec.tune import fit_stretches, outcomes, tune
-from stagedspec.tuning import Tuning, cache_file, keep, recall
+from stagedspec.tune import FINALISTS, _fastest, fit_stretches, outcomes, tune
+from stagedspec.tuning import Tuning, cache_file, keep, pair_of, recall
 
 
 class Times:
@@ -55,9 +56,9 @@ def test_expected_tokens_with_draft2_against_drawing():
 
 
 def test_trees_grow_with_acceptance_and_with_cheap_nodes():
-    sizes = [Model(Times(0.05, 0.1), 1, False, text(first)).best_tree("chain").nodes for first in (0.3, 0.8, 0.97)]
+    sizes = [Model(Times(0.05, 0.1), 1, False, text(first)).ladder("chain")[-1].nodes for first in (0.3, 0.8, 0.97)]
     assert sizes[0] < sizes[1] < sizes[2]
-    dear, cheap = (Model(Times(node, 0.1), 1, False, text(0.8)).best_tree("chain").nodes for node in (0.5, 0.001))
+    dear, cheap = (Model(Times(node, 0.1), 1, False, text(0.8)).ladder("chain")[-1].nodes for node in (0.5, 0.001))
     assert dear < cheap
 
 
@@ -69,6 +70,39 @@ def test_the_ladder_ends_with_the_best_tree(mode):
     assert model.tokens_per_second(ladder[-1]) == best
     for tree in ladder:
         assert tree.for_mode(mode) == tree and tree.nodes <= ladder[-1].nodes and tree.depth <= ladder[-1].depth
+
+
+@pytest.mark.parametrize("mode", ["chain", "tree", "staged"])
+def test_finalists_are_the_best_of_their_sizes(mode):
+    model = Model(Times(0.03, 0.1), 1, True)
+    best = {}
+    for tree in candidates(mode):
+        best[tree.nodes] = max(best.get(tree.nodes, 0.0), model.tokens_per_second(tree))
+    finalists = model.finalists(mode, 3)
+    assert [model.tokens_per_second(tree) for tree in finalists] == sorted(best.values(), reverse=True)[:3]
+    for tree in finalists:
+        assert model.ladder(mode, tree)[-1] == tree
+
+
+def test_the_finalist_that_decodes_fastest_is_kept(target, drafts, monkeypatch):
+    """Though it was predicted to be the last of them."""
+    decoder = Decoder.from_pretrained(target, drafts["good"], device="cpu", dtype="float32")
+    model = Model(Times(0.03, 0.1), 1, True)
+    last = model.finalists("staged", FINALISTS)[-1]
+
+    class Side:
+        def __init__(self, *_):
+            self.rate = 0.0
+
+        def __call__(self, group):
+            self.rate = 2.0 if decoder.tree_for("staged", 1, do_sample=True) == last else 1.0
+            return Run([])
+
+        def reset(self):
+            pass
+
+    monkeypatch.setattr("stagedspec.tune._Side", Side)
+    assert _fastest(decoder, Tuning(pair_of(decoder)), model, "staged", [None], 8)[-1] == last
 
 
 def test_a_step_of_a_batch_takes_as_long_as_its_longest_row():
