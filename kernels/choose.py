@@ -707,7 +707,7 @@ def compile_case(
 
 def compile_cases(arch: int) -> list[CompileCase]:
     cases = []
-    for vocab_size in (50257, 4096, 2048):
+    for vocab_size in (50257, 2048):
         groups, slices = groups_of(vocab_size), -(-vocab_size // SLICE)
         shape = {"V": vocab_size, "G": groups}
         for name, choosing, noise in (("choose", True, 1), ("greedy", True, 0), ("groups", False, 0)):

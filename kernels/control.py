@@ -5,10 +5,9 @@ small tensor operations takes milliseconds. It is also the oracle of a backend t
 Tensors go in (what the models said) and come out (what to run next); everything between is private to a backend.
 
 Words. A *slot* is one row that the draft evaluates in this step: the catch-up token (left out where the draft has read
-it), the root, nodes chosen because
-they scored best, and draft²'s guesses. An evaluated slot proposes *candidates*, its likeliest children. The tree is
-made of the best candidates. A guess is confirmed when the draft, evaluated in the same pass, proposes that token
-too; a guess that is not never enters a tree: draft² saves passes and changes nothing else.
+it), the root, nodes chosen because they scored best, and draft²'s guesses. An evaluated slot proposes *candidates*, its
+likeliest children. The tree is made of the best candidates. A guess is confirmed when the draft, evaluated in the same
+pass, proposes that token too; a guess that is not never enters a tree: draft² saves passes and changes nothing else.
 """
 
 import heapq

@@ -369,7 +369,7 @@ def compile_cases(arch: int) -> list[CompileCase]:
         return []
     return [
         _case(vocab_size, width, rows, *form)
-        for vocab_size, width in ((50257, 768), (50257, 1024), (50257, 1280), (50257, 1600), (4096, 384), (2048, 96))
+        for vocab_size, width in ((50257, 768), (50257, 1024), (50257, 1280), (50257, 1600), (2048, 384), (2048, 96))
         for rows in (8, 16, 32, 64)
         for form in (
             ("greedy", True, 0, 0, False),

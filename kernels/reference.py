@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 
 from stagedspec.kernels.control import GREEDY_SHARPNESS, NEVER, Batch, Growth, Moves, Sequences, Trees, Unread
-from stagedspec.kernels.small import Small
 
 __all__ = ["Batch", "Growth", "Linear", "Moves", "Noise", "NoiseAt", "Sequences", "Trees", "Unread"]
 
@@ -148,12 +147,24 @@ def _multiply(x: torch.Tensor, layer: Linear, activation: str | Callable) -> tor
     return y if fused else activation(y)
 
 
-def small_model(config, weights: dict[str, torch.Tensor], scales: list[float]) -> Small | None:
-    """What runs whole passes of a draft, or None where single operations serve it better."""
+def small_model(config, weights: dict[str, torch.Tensor], scales: list[float]):
+    """What runs whole passes of a draft, a `small.Small`, or None where single operations serve it better or Numba is
+    missing."""
+    try:
+        from stagedspec.kernels.small import Small
+    except ImportError:  # no Numba for a new Python, or only a GPU's packages
+        return None
     return Small.of(config, weights, scales)
 
 
-small_forward, small_children = Small.forward, Small.children
+def small_forward(small, *arguments) -> torch.Tensor:
+    """`small.Small.forward`."""
+    return small.forward(*arguments)
+
+
+def small_children(small, *arguments) -> tuple[torch.Tensor, torch.Tensor]:
+    """`small.Small.children`."""
+    return small.children(*arguments)
 
 
 def fused_activation(name: str) -> bool:

@@ -13,12 +13,20 @@ Bytes: the weights once. One thread; what another could add is less than waking 
 order than torch's, and change with the number of rows: nothing here may decide a token of the output.
 """
 
+import signal
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 import numba
 import numpy as np
 import torch
 
+from stagedspec.kernels.configs import cache_folder
 from stagedspec.kernels.control import GREEDY_SHARPNESS
 
 ROWS = 16  # of a pass; more are faster as tensor operations on all cores
@@ -28,16 +36,21 @@ f32 = np.float32
 NEVER = f32(np.finfo(f32).min)
 
 
+COMPILED = []
+
+
 def compiled(function):
     """Compiled at the first call and kept on disk.
 
-    Sums may be taken in any order, but infinities and NaN stay what they are: masks are made of them.
+    Sums may be taken in any order, but infinities and NaN stay what they are: masks are made of them, and what a broken
+    draft divides by zero must not end a generation.
     """
-    options = {"fastmath": {"reassoc", "contract", "nsz", "arcp", "afn"}, "nogil": True}
+    options = {"fastmath": {"reassoc", "contract", "nsz", "arcp", "afn"}, "nogil": True, "error_model": "numpy"}
     try:
-        return numba.njit(cache=True, **options)(function)
+        COMPILED.append(numba.njit(cache=True, **options)(function))
     except RuntimeError:  # no folder can be written
-        return numba.njit(**options)(function)
+        COMPILED.append(numba.njit(**options)(function))
+    return COMPILED[-1]
 
 
 @compiled
@@ -240,7 +253,7 @@ def _children(x, norm, head, epsilon, scale, k, noise, places, tokens, logprobs)
                 total += np.exp(score - top)
         norm_of_all = top + np.log(total)
         for c in range(count):
-            best[c] = min(best[c] - norm_of_all, f32(-1e-4))
+            best[c] = min(best[c] - norm_of_all, f32(-1e-4)) if best[c] - norm_of_all > NEVER else NEVER
 
 
 @dataclass(frozen=True)
@@ -262,7 +275,7 @@ class Small:
         tensors = weights.values()
         known = config.activation_function in ACTIVATIONS
         plain = all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors)
-        if not known or not plain or sum(tensor.numel() for tensor in tensors) > PARAMETERS:
+        if not known or not plain or sum(tensor.numel() for tensor in tensors) > PARAMETERS or not ready():
             return None
 
         def stacked(name: str) -> np.ndarray:
@@ -313,3 +326,65 @@ class Small:
         _children(x, self.norm, self.head, self.epsilon, f32(scale), k, values, places, tokens, logprobs)
         shape = (*hidden.shape[:-1], -1)
         return torch.from_numpy(tokens).view(shape), torch.from_numpy(logprobs).view(shape)
+
+
+# ---------------------------------------------------------------- compiling, before a generation needs it
+
+
+@cache
+def ready() -> bool:
+    """Compiles the pass, or loads it from Numba's cache, once in a process. False, with a warning, where that fails:
+    a draft then runs as tensor operations.
+
+    An interrupt is held back meanwhile: in the middle of it Numba would stay broken.
+    """
+    with _held_back(signal.SIGINT):
+        try:
+            _try_out()
+        except Exception:  # a cache that is damaged or full; what Numba raises then has no common type
+            try:
+                _keep_in(cache_folder() / "numba")
+                _try_out()
+            except Exception as error:
+                reason = " ".join(str(error).split())[:200] or type(error).__name__
+                warnings.warn(f"the draft's pass cannot be compiled, so it is slower: {reason}", stacklevel=2)
+                return False
+    return True
+
+
+def _keep_in(folder: Path) -> None:
+    """Points Numba's cache elsewhere, for the functions of this file."""
+    before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(folder)
+    try:
+        for function in COMPILED:
+            function.enable_caching()
+    finally:
+        numba.config.CACHE_DIR = before
+
+
+def _try_out() -> None:
+    """One pass of a model of one layer, of the types that all passes have."""
+    zeros = lambda *shape: np.zeros(shape, f32)  # noqa: E731
+    layers = (zeros(1, 1), zeros(1, 1), zeros(1, 1, 3), zeros(1, 3), zeros(1, 1, 1), zeros(1, 1))
+    layers += (zeros(1, 1), zeros(1, 1), zeros(1, 1, 1), zeros(1, 1), zeros(1, 1, 1), zeros(1, 1))
+    tiny = Small((zeros(1, 1), zeros(1, 1)), layers, (zeros(1), zeros(1)), (zeros(1, 1), zeros(1)), zeros(1), f32(1), 0)
+    one = np.zeros((1, 1), np.int64)
+    x, cache_rows = zeros(1, 1), zeros(1, 1, 1, 2, 1, 1)
+    _forward(one, one, zeros(1, 1, 1), cache_rows, 0, 0, tiny.tables, layers, tiny.scales, tiny.epsilon, 0, x)
+    _children(x, tiny.norm, tiny.head, tiny.epsilon, f32(1), 1, zeros(1, 1), one[0], one.copy(), zeros(1, 1))
+
+
+@contextmanager
+def _held_back(number: int) -> Iterator[None]:
+    """A signal that comes within is acted on at the end. Only the main thread gets signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came = []
+    before = signal.signal(number, lambda *_: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+        if came:
+            signal.raise_signal(number)

@@ -1,11 +1,17 @@
 """The compiled pass of a small draft, against transformers and against the same model run as tensor operations."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
-from conftest import make_gpt2
+from conftest import left_pad, make_gpt2, random_prompts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stagedspec import Decoder
 from stagedspec.gpt2 import GPT2, Cache
 from stagedspec.kernels import reference as ops
 from stagedspec.kernels import small
@@ -158,3 +164,103 @@ def test_an_install_that_cannot_be_written(monkeypatch):
 
     monkeypatch.setattr("numba.njit", refuse)
     assert small.compiled(len) is len
+
+
+def test_numbers_that_overflow_and_divisions_by_zero():
+    """Finite weights of a broken draft: scores of minus infinity, a norm without epsilon of a constant row."""
+    silent, _ = draft(layer_norm_epsilon=0.0)
+    for table in silent.small.tables:
+        table[:] = 0.0
+    loud, _ = draft()
+    query = loud.small.layers[3]  # the bias of queries, keys and values
+    query[:, :24], query[:, 24:48] = 1e20, -1e20
+    infinite, _ = draft()
+    infinite.small.head[0][:, ::3] = float("inf")
+    for model in (silent, loud, infinite):
+        for warping in WARPINGS[:2]:
+            noise = None if warping is None else ops.NoiseAt(torch.zeros(1, 1, 61), torch.zeros(1, 3, dtype=torch.long))
+            trees = random_trees(model, 1, 3, 2, 0)
+            tokens, logprobs = model.children(model.forward(trees, Cache(model, 1, 3, 4), 0), 4, warping, noise)
+            assert ((tokens >= 0) & (tokens < 61)).all() and not logprobs.isnan().any()
+
+
+# ---------------------------------------------------------------- compiling
+
+SCRIPT = """
+import os, signal, sys, threading, torch, warnings
+sys.path.insert(0, {tests!r})
+from conftest import make_gpt2
+from stagedspec import Decoder, TreeConfig
+model, tree = make_gpt2(3), TreeConfig(nodes=4, depth=3, passes=2, width=1, children=3, prefetch=0)
+{before}
+def load():
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        decoder = Decoder.from_pretrained(model, model, device="cpu", dtype="float32")
+    print(*(str(warning.message) for warning in told if "compiled" in str(warning.message)), file=sys.stderr)
+    return decoder
+{load}
+ids = torch.tensor([[1, 2, 3]])
+plain, ours = (decoder.generate(ids, max_new_tokens=12, mode=mode, tree=tree) for mode in ("autoregressive", "chain"))
+print(torch.equal(plain, ours), decoder.draft.small is not None)
+"""
+
+
+def in_a_process(before: str = "", load: str = "decoder = load()", **environment: str) -> tuple[list[str], str]:
+    """What SCRIPT printed to both outputs."""
+    script = SCRIPT.format(tests=str(Path(__file__).parent), before=before, load=load)
+    run = subprocess.run(
+        [sys.executable, "-c", script], env=os.environ | environment, capture_output=True, text=True, check=True
+    )
+    return run.stdout.split(), run.stderr
+
+
+def test_a_damaged_cache_is_left_alone(tmp_path):
+    """Another one takes its place."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    folders = {"NUMBA_CACHE_DIR": str(first), "before": f"os.environ['XDG_CACHE_HOME'] = {str(second)!r}"}
+    assert in_a_process(**folders)[0] == ["True", "True"] and not second.exists()
+    indices = list(first.rglob("*.nbi"))
+    for index in indices:
+        index.write_bytes(index.read_bytes()[:20])
+    told, warned = in_a_process(**folders)
+    assert indices and told == ["True", "True"] and "compiled" not in warned
+    assert len(list(second.rglob("*.nbi"))) == len(indices)
+
+
+def test_a_full_disk(tmp_path):
+    """Nothing can be kept anywhere: the draft runs as tensor operations."""
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))"
+    told, warned = in_a_process(before=limit, NUMBA_CACHE_DIR=str(tmp_path))
+    assert told == ["True", "False"] and "cannot be compiled, so it is slower" in warned
+
+
+def test_an_interrupt_while_it_compiles(tmp_path):
+    """It is acted on when that is done, and what was compiled works."""
+    interrupted = """
+threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+try:
+    decoder = load()
+except KeyboardInterrupt:
+    print("interrupted")
+decoder = load()
+"""
+    told, _ = in_a_process(load=interrupted, NUMBA_CACHE_DIR=str(tmp_path))
+    assert told == ["interrupted", "True", "True"]
+
+
+def test_without_numba():
+    told, warned = in_a_process(before="sys.modules['numba'] = None")
+    assert told == ["True", "False"] and "compiled" not in warned
+
+
+def test_generations_compile_nothing(target, drafts):
+    """All was compiled when the model was loaded."""
+    decoder = Decoder.from_pretrained(target, drafts["good"], device="cpu", dtype="float32")
+    compiled = lambda: [len(function.signatures) for function in (small._forward, small._children)]  # noqa: E731
+    assert compiled() == [1, 1]
+    ids, mask = left_pad(random_prompts([5, 2]))
+    for options in ({}, {"do_sample": True}, {"do_sample": True, "top_k": 5, "temperature": 0.7}):
+        for mode in ("chain", "staged"):
+            decoder.generate(ids, mask, 12, mode=mode, **options)
+    assert compiled() == [1, 1]

@@ -321,6 +321,34 @@ def test_distillation_loss_by_hand(stream, top_k):
 
 
 @pytest.mark.parametrize("top_k", [None, 4])
+def test_loss_of_choices_under_the_noise_by_hand(stream, top_k, monkeypatch):
+    """Of the token that the target chooses under each position's noise, the log-probability of softmax(log q + g)."""
+    target, draft, blocks = tiny_model(1, spread=0.4), tiny_model(2, spread=0.4), stream[:34].view(2, 17)
+    noise = distil.gumbel_like(torch.empty(32, VOCAB))
+    monkeypatch.setattr(distil, "gumbel_like", lambda like: noise.reshape(like.shape))
+    plain, found = (distil.distillation_loss(target, 0.5, top_k, weight)(draft, blocks).item() for weight in (0.0, 3.0))
+    wanted = 0.0
+    with torch.no_grad():
+        logits = (model(blocks[:, :-1]).logits.flatten(0, 1) for model in (target, draft))
+        for theirs, own, gumbel in zip(*logits, noise, strict=True):
+            p = _kept(torch.softmax(theirs, -1), top_k)
+            choice = max((p[token].log().item() + gumbel[token].item(), token) for token in range(len(p)))[1]
+            scores = torch.softmax(own, -1) * gumbel.exp()
+            wanted -= (scores[choice] / scores.sum()).log().item()
+    assert found - plain == pytest.approx(3.0 * wanted / 32, rel=1e-4)
+
+
+def test_noise_is_gumbels():
+    """Its distribution is exp(-exp(-x)): Kolmogorov and Smirnov's distance at 1e-6; and it is always finite."""
+    torch.manual_seed(3)
+    drawn = distil.gumbel_like(torch.empty(400, 500)).flatten().double().sort().values
+    ranks = torch.arange(1, len(drawn) + 1) / len(drawn)
+    assert (torch.exp(-torch.exp(-drawn)) - ranks).abs().max() < 2.7 / len(drawn) ** 0.5
+    monotone = distil.gumbel_like(torch.empty(8))
+    assert monotone.dtype == torch.float32 and monotone.isfinite().all()
+
+
+@pytest.mark.parametrize("top_k", [None, 4])
 def test_acceptance_by_hand(stream, top_k):
     target, draft, blocks = tiny_model(1, spread=0.4), tiny_model(2, spread=0.4), stream[:34].view(2, 17)
     same = distil.acceptance(target, target, blocks)
@@ -371,7 +399,7 @@ def config(source):
         sources=(str(source),),
         vocab_size=300,
         target_fit=FitConfig(**fits, learning_rate=1e-2),
-        draft_fit=FitConfig(**fits, learning_rate=2e-2, seed=1),
+        draft_fit=FitConfig(**fits, learning_rate=2e-2, seed=1, checkpoint_seconds=0.0),
         evaluate_every=20,
         device="cpu",
     )
@@ -447,7 +475,15 @@ def test_a_second_run_does_nothing(trained, config):
 
 
 def test_a_run_killed_anywhere_ends_the_same(trained, config, tmp_path):
-    for stop in (("corpus", 0), ("target", 20), ("target-samples", 1), ("draft", 40), ("ngram", 0), ("assets", 0)):
+    for stop in (
+        ("corpus", 0),
+        ("target", 20),
+        ("target-samples", 1),
+        ("draft", 17),
+        ("draft", 40),
+        ("ngram", 0),
+        ("assets", 0),
+    ):
         assert run_recipe(config, tmp_path, stop)[-1]["stage"] == stop[0]
     run_recipe(config, tmp_path)
     one, other = tensors_of(trained[0]), tensors_of(tmp_path)

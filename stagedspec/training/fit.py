@@ -1,8 +1,8 @@
 """One training loop for target and draft: resumable, and only the loss differs.
 
 A checkpoint is safetensors (weights, optimizer moments) plus JSON (step, settings): nothing pickled.
-The batch of step i depends on (seed, i) alone and there is no dropout, so a resumed run sees what an uninterrupted
-one would; on a CPU the two end bitwise equal.
+The batch of step i and the noise of its loss depend on (seed, i) alone and there is no dropout, so a resumed run sees
+what an uninterrupted one would; on a CPU the two end bitwise equal.
 
 What a large model needs to use a GPU's matrix units, and where it is done:
 - bf16 products on fp32 master weights (`autocast`), fused AdamW: one read and write of the moments a step.
@@ -186,7 +186,6 @@ def fit(
         fused=True,
     )
     first = _restore(folder, model, optimizer, config)
-    torch.manual_seed(config.seed * 1_000_003 + first)  # for a loss that draws noise
     models = [model] if teacher is None else [model, teacher]
     flops = 3 * forward_flops(model, config.block)
     if teacher is not None:
@@ -204,7 +203,9 @@ def fit(
             blocks = blocks.pin_memory().to(device, non_blocking=True)
         optimizer.zero_grad(set_to_none=True)
         loss = torch.zeros((), device=device)
-        with causal_attention(*models) if gpu else nullcontext():
+        drawn = torch.random.fork_rng([device] if gpu else [])
+        with drawn, causal_attention(*models) if gpu else nullcontext():
+            torch.manual_seed(config.seed * 1_000_003 + step)  # for a loss that draws noise
             for part in blocks.split(micro_batch or config.batch):
                 with autocast(device):
                     share = step_loss(model, part) * (len(part) / len(blocks))
