@@ -56,6 +56,22 @@ def test_a_hopeless_draft_costs_little(seed, draft):
     assert controller.made["off"] > 230
 
 
+def test_a_draft_that_hardly_pays():
+    """Its tree costs three quarters of a plain step. Where three quarters of that come back it is left out; where it
+    brings a third more than it costs, short stretches of bad luck do not end it."""
+
+    def speed(rate: float) -> float:
+        plain, _, medium, _ = ladder()
+        return 3600 / sum(play(Controller((plain, medium)), [rate] * 600, seed) for seed in range(6))
+
+    assert speed(0.37) > 0.97 and speed(0.55) > 1.1
+
+
+def test_where_a_small_tree_is_enough():
+    """Half of the guesses come true: the largest tree would not pay."""
+    assert 3600 / sum(play(Controller(ladder()), [0.5] * 600, seed) for seed in range(6)) > 1.08
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_a_good_draft_gets_the_largest_tree(seed):
     controller = Controller(ladder(expected=(1.1, 1.2, 1.3)))  # even against the cost model's expectation

@@ -2,6 +2,7 @@
 
 import json
 from contextlib import contextmanager
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -156,7 +157,10 @@ def test_the_cost_model_chooses_a_tree(target, drafts, make_decoder):
 @pytest.mark.slow
 def test_embedded_target_on_held_out_prompts(place):
     """At least 100 held-out prompts, 24 new tokens each, identical to transformers: on a GPU, whose sums have another
-    order, where no choice is closer than fp32 rounds (8e-5 of the largest logit), and to plain decoding everywhere."""
+    order, where no choice is closer than fp32 rounds (8e-5 of the largest logit), and to plain decoding everywhere.
+
+    Batches of 16 and, small enough for the draft's compiled pass, of 4; every mode; trees as given and as chosen.
+    """
     root = Path(__file__).resolve().parents[1]
     target = root / "stagedspec" / "assets" / "target"
     prompts_file = root / "bench" / "prompts.jsonl"
@@ -176,6 +180,7 @@ def test_embedded_target_on_held_out_prompts(place):
     eos = model.generation_config.eos_token_id or model.config.eos_token_id
     pad = eos[0] if isinstance(eos, list) else eos or 0
     tree = TreeConfig(nodes=8, depth=6, passes=2, width=1, children=4, prefetch=2, prefetch_width=2)
+    fours = cycle([("autoregressive", None), ("chain", tree), ("tree", tree), ("staged", tree), ("staged", None)])
     accepted = 0.0
     for start in range(0, len(prompts), 16):
         ids, mask = left_pad(prompts[start : start + 16])
@@ -187,7 +192,11 @@ def test_embedded_target_on_held_out_prompts(place):
         if not certain.all():
             assert certain.sum() >= 8
             assert torch.equal(ours, decoder.generate(ids, mask, new, pad_token_id=pad, mode="autoregressive"))
+        for rows, (mode, shape) in zip(torch.arange(len(ids)).split(4), fours, strict=False):
+            four = decoder.generate(ids[rows], mask[rows], new, pad_token_id=pad, mode=mode, tree=shape)
+            assert torch.equal(four, ours[rows]), f"prompts {start + int(rows[0])} and on by length, {mode}"
     assert accepted > 1.3
+    assert (decoder.draft.small is not None) == (place.device == "cpu")
 
 
 # ---------------------------------------------------------------- sampled, seed for seed
