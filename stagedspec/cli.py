@@ -9,7 +9,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -33,9 +33,10 @@ ORIGIN_STYLES = {
     "ngram": Style(color="#e69f00", underline=True),
 }
 PROMPT_STYLE = Style(dim=True)
+TABLE_WIDTH = 80
 
 DEMO_PROMPTS = (
-    'def read_json(path):\n    """Read a JSON file and return its contents."""\n',
+    'def read_json(path):\n    """Read a JSON file and return its contents."""\n    with open(path) as',
     "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):\n",
     "import os\nimport sys\nimport argparse\n\n\ndef main():\n    parser = argparse.ArgumentParser(",
     "    def __eq__(self, other):\n        if not isinstance(other, ",
@@ -114,12 +115,13 @@ def load_decoder(target, draft, ngram, device, dtype, backend, tree=None, **shap
         options["tree"] = tree
     elif settings:
         options["tree"] = stagedspec.TreeConfig(**settings)
-    if target is None:
-        if draft is not None or ngram is not None:
-            raise ValueError("--draft and --ngram belong to a target: add --target")
-        decoder = stagedspec.Decoder.default(**options)
-    else:
-        decoder = stagedspec.Decoder.from_pretrained(target, draft=draft, ngram=ngram, **options)
+    if target is None and (draft is not None or ngram is not None):
+        raise ValueError("--draft and --ngram belong to a target: add --target")
+    with preparing():
+        if target is None:
+            decoder = stagedspec.Decoder.default(**options)
+        else:
+            decoder = stagedspec.Decoder.from_pretrained(target, draft=draft, ngram=ngram, **options)
     if decoder.tokenizer is None:
         raise ValueError(
             f"{target} has no tokenizer, so text cannot be turned into tokens; save one in the same folder"
@@ -173,10 +175,31 @@ def stream(console: Console, decoder, prompt: str, **settings) -> list[tuple[str
 
 
 def print_legend(console: Console) -> None:
+    """What the styles mean, where there are any."""
+    if console.color_system is None:
+        return
     console.print(
         "proposed by the ",
         *(f"[{style}]{'n-gram' if name == 'ngram' else name}[/]" for name, style in ORIGIN_STYLES.items()),
     )
+
+
+def wide_console(no_color: bool, **options) -> Console:
+    """A console of at least TABLE_WIDTH columns: a narrower terminal breaks the lines of tables, still readable."""
+    console = Console(no_color=no_color or None, highlight=False, **options)
+    console.width = max(console.width, TABLE_WIDTH)
+    return console
+
+
+@contextlib.contextmanager
+def preparing() -> Iterator[None]:
+    """Says on a terminal why nothing happens for a while: loading, and at first use compiling and measuring."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield
+        return
+    with console.status("loading; at first use also compiling the draft's pass and measuring the models"):
+        yield
 
 
 def _version(wanted: bool) -> None:
@@ -203,7 +226,9 @@ def main(
 )
 @clear_errors
 def demo(
-    max_new_tokens: Annotated[int, typer.Option(help="New tokens of each completion.")] = 96,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="New tokens of each completion. Default: 96, or what the model has room for.")
+    ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each mode on each prompt.")] = 2,
     seed: Annotated[int, typer.Option(help="Seed of the sampled half.")] = 0,
     target: Target = None,
@@ -221,8 +246,12 @@ def demo(
     Each token is coloured by the model that first proposed it. Exit status 1 if any output differs from plain
     (autoregressive) decoding.
     """
-    console = Console(no_color=no_color or None, highlight=False, quiet=as_json)
+    console = wide_console(no_color, quiet=as_json)
     decoder = load_decoder(target, draft, ngram, device, dtype, backend, tree)
+    prompts, most = _that_fit(DEMO_PROMPTS, decoder)
+    max_new_tokens = min(96, most) if max_new_tokens is None else max_new_tokens
+    if max_new_tokens > most:
+        raise ValueError(f"after these prompts the model has room for {most} new tokens, got {max_new_tokens}")
     samplings = {
         "greedy": {"do_sample": False},
         "sampled, top-k 50, T=1": {"do_sample": True, "top_k": 50, "seed": seed},
@@ -231,14 +260,17 @@ def demo(
     for name, sampling in samplings.items():
         settings = {"max_new_tokens": max_new_tokens, **sampling}
         console.rule(f"[bold]{name}[/bold]", align="left")
+        with preparing():
+            for mode in MODES:
+                decoder.tree_for(mode, do_sample=sampling["do_sample"])
         if not as_json:
             print_legend(console)
-            for prompt in DEMO_PROMPTS:
+            for prompt in prompts:
                 console.print()
                 stream(console, decoder, prompt, mode="staged", **settings)
-        rows, completions = _measure(decoder, settings, repeats)
+        rows, completions = _measure(decoder, prompts, settings, repeats)
         console.print()
-        console.print(table(rows, f"{len(DEMO_PROMPTS)} prompts, up to {max_new_tokens} new tokens, {name}"))
+        console.print(table(rows, f"{len(prompts)} prompts, up to {max_new_tokens} new tokens, {name}"))
         same = same and all(row.identical for row in rows)
         report.append({"sampling": name, "modes": [row.as_dict() for row in rows], "completions": completions})
     if as_json:
@@ -251,8 +283,16 @@ def demo(
         raise typer.Exit(1)
 
 
-def _measure(decoder, settings: dict, repeats: int) -> tuple[list, list[dict]]:
-    """Times all modes on the demo's prompts, a warm-up first; gives the rows and the staged completions."""
+def _that_fit(prompts: Sequence[str], decoder) -> tuple[list[str], int]:
+    """Prompts cut to half of the model's positions, and the new tokens there is room for after the longest of them."""
+    tokenizer, positions = decoder.tokenizer, decoder.target.positions
+    rows = [tokenizer(prompt, add_special_tokens=False).input_ids[: max(1, positions // 2)] for prompt in prompts]
+    cut = [tokenizer.decode(row, clean_up_tokenization_spaces=False) for row in rows]
+    return cut, positions - max(len(tokenizer(prompt, add_special_tokens=False).input_ids) for prompt in cut)
+
+
+def _measure(decoder, prompts: list[str], settings: dict, repeats: int) -> tuple[list, list[dict]]:
+    """Times all modes on the prompts, a warm-up first; gives the rows and the staged completions."""
     completions: dict[str, dict] = {}
 
     def side(mode: str) -> Callable[[str], Run]:
@@ -267,11 +307,11 @@ def _measure(decoder, settings: dict, repeats: int) -> tuple[list, list[dict]]:
 
     sides = {mode: side(mode) for mode in MODES}
     with progress_bar(auto_refresh=False) as progress:
-        task = progress.add_task("timing the modes", total=len(MODES) * (len(DEMO_PROMPTS) * repeats + 1))
+        task = progress.add_task("timing the modes", total=len(MODES) * (len(prompts) * repeats + 1))
         for run in sides.values():
-            run(DEMO_PROMPTS[0])
+            run(prompts[0])
             progress.update(task, advance=1, refresh=True)
-        rows = compare(sides, DEMO_PROMPTS, repeats, on_run=lambda *_: progress.update(task, advance=1, refresh=True))
+        rows = compare(sides, prompts, repeats, on_run=lambda *_: progress.update(task, advance=1, refresh=True))
     return rows, list(completions.values())
 
 
@@ -353,6 +393,8 @@ def generate(
     decoder = load_decoder(
         target, draft, ngram, device, dtype, backend, tree, nodes=nodes, depth=depth, width=width, passes=passes
     )
+    with preparing():
+        decoder.tree_for(mode.value, do_sample=sample)
     if as_json:
         completion = decoder.complete(text, **settings)
         result = {
@@ -435,7 +477,9 @@ def fit_ngram(
     tokenizer: Annotated[
         str | None, typer.Option(help="Tokenizer for --text, a hub id or a folder. Default: the draft's own.")
     ] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens to sample; the paper used 120 million.")] = 1_000_000,
+    tokens: Annotated[
+        int, typer.Option(help="Tokens to sample, rounded up to whole batches; the paper used 120 million.")
+    ] = 1_000_000,
     temperature: Annotated[float, typer.Option(help="Of the samples; the paper used 1.5.")] = 1.5,
     batch: Annotated[int, typer.Option(help="Rows sampled at once.")] = 64,
     seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
@@ -582,7 +626,7 @@ def tune_tree(
         result = {"saved": None if saved is None else str(saved), "identical": same, "trees": trees}
         typer.echo(as_lines(result | {"measured": tuning.measured}))
     else:
-        _print_tuning(Console(no_color=no_color or None, highlight=False), tuning)
+        _print_tuning(wide_console(no_color), tuning)
         typer.echo("The cache folder cannot be written; use --out." if saved is None else f"Saved in {saved}")
     if not same:
         raise typer.Exit(1)
@@ -691,7 +735,7 @@ def tune(
         result = {"saved": str(saved), "device": name, "tuned": [one.as_dict() for one in found]}
         typer.echo(as_lines(result))
         return
-    _print_tuned(Console(no_color=no_color or None, highlight=False), found)
+    _print_tuned(wide_console(no_color), found)
     typer.echo(f"Saved in {saved}")
 
 
@@ -729,7 +773,7 @@ def train(
     preset: Annotated[
         str,
         typer.Option(
-            help="embedded (what is shipped: 10 minutes on an H100), embedded-cpu (the same sizes on far less data: "
+            help="embedded (what is shipped: 12 minutes on an H100), embedded-cpu (the same sizes on far less data: "
             "hours on 2 CPU cores), tiny (a trial: a minute) or gpt2-large (one GPU)."
         ),
     ] = "embedded",

@@ -1,6 +1,7 @@
 """The decoder: prefill, then steps of draft, verify and commit until every row has stopped."""
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -335,11 +336,13 @@ class Decoder:
         pad_token_id = self.pad_token_id if pad_token_id is None else pad_token_id
         if pad_token_id is not None and (type(pad_token_id) is not int or not 0 <= pad_token_id < 2**63):
             raise ValueError(f"pad_token_id must be a token id or None, got {pad_token_id!r}")
+        chosen = Sampling(**sampling)
+        idle = [name for name, value in sampling.items() if value not in (None, getattr(Sampling, name))]
+        if idle and not chosen.do_sample:
+            warnings.warn(f"greedy decoding ignores {', '.join(idle)}: add do_sample=True", stacklevel=4)
         new_tokens = NEW_TOKENS if max_new_tokens is None else max_new_tokens
         eos = self.eos_token_ids if eos_token_id is None else eos_token_id
-        request = self._validate(
-            input_ids, attention_mask, new_tokens, mode, tree, eos, seed, Sampling(**sampling), pad_token_id
-        )
+        request = self._validate(input_ids, attention_mask, new_tokens, mode, tree, eos, seed, chosen, pad_token_id)
         if pad_token_id is None:
             pad_token_id = request.eos[0] if request.eos else 0
         return Call(input_ids, request, pad_token_id)

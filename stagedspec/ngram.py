@@ -496,6 +496,7 @@ class KatzTable:
         }
         partial = path.with_name(path.name + ".partial")
         save_file(tensors, partial, metadata=metadata)
+        partial.chmod(0o644)  # safetensors are written for the owner alone
         partial.replace(path)
 
     @classmethod

@@ -20,7 +20,7 @@ from stagedspec.tree import MODES, TreeConfig
 from stagedspec.tuning import Tuning, pair_of
 
 PROMPTS = (
-    'def read_json(path):\n    """Read a JSON file and return its contents."""\n',
+    'def read_json(path):\n    """Read a JSON file and return its contents."""\n    with open(path) as',
     "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):\n",
     "import os\nimport sys\nimport argparse\n\n\ndef main():\n    parser = argparse.ArgumentParser(",
     "    def __eq__(self, other):\n        if not isinstance(other, ",

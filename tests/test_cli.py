@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -234,8 +235,34 @@ def test_demo_json(models):
 def test_demo_prints_text_and_tables(models):
     result = run(*DEMO, *models, env={"COLUMNS": "140"})
     assert result.exit_code == 0, result.output
-    for part in (*cli.DEMO_PROMPTS, *cli.MODES, "same", "proposed by", "exactly the tokens"):
+    for part in (*cli.DEMO_PROMPTS, *cli.MODES, "same", "exactly the tokens"):
         assert part in result.stdout
+    assert "proposed by" not in result.stdout  # there are no styles to explain
+
+
+def test_demo_in_a_narrow_terminal_with_styles(models):
+    result = run(*DEMO, *models, env={"COLUMNS": "40", "FORCE_COLOR": "1", "TERM": "xterm-256color"})
+    assert "proposed by the" in result.stdout and "…" not in result.stdout
+    assert all(mode in result.stdout for mode in cli.MODES)
+
+
+def test_demo_of_a_model_with_few_positions(models, tmp_path):
+    """Prompts are cut to half of them, and there are as many new tokens as there is room for."""
+    for index in (1, 3):
+        folder = tmp_path / str(index)
+        model = GPT2LMHeadModel.from_pretrained(models[index])
+        model.config.n_positions = 80
+        model.transformer.wpe.weight.data = model.transformer.wpe.weight.data[:80].clone()
+        model.save_pretrained(folder)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (folder / name).write_bytes((Path(models[index]) / name).read_bytes())
+    short = ["--target", str(tmp_path / "1"), "--draft", str(tmp_path / "3"), "--device", "cpu"]
+    result = run_json("demo", "--repeats", "1", *short)
+    completions = result["samplings"][0]["completions"]
+    assert [len(c["origins"]) for c in completions] == [40] * len(cli.DEMO_PROMPTS)
+    assert all(whole.startswith(c["prompt"]) for whole, c in zip(cli.DEMO_PROMPTS, completions, strict=True))
+    refused = run("demo", *short, "--max-new-tokens", "41")
+    assert_error(refused, "room for 40 new tokens, got 41")
 
 
 def test_demo_fails_where_outputs_differ(models, monkeypatch):

@@ -1,6 +1,7 @@
 """Bad input gets a ValueError that says what was expected and what came, before any work; streams can be left."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -91,6 +92,16 @@ def test_bad_calls(decoder, case):
     options, message = BAD_CALLS[case]
     with pytest.raises(ValueError, match=message):
         decoder.generate(**({"input_ids": IDS, "max_new_tokens": 4} | options))
+
+
+def test_sampling_settings_without_sampling_are_told(decoder):
+    with pytest.warns(UserWarning, match="greedy decoding ignores temperature, top_k: add do_sample=True") as told:
+        decoder.generate(IDS, max_new_tokens=4, temperature=0.9, top_k=3, top_p=None)
+    assert told[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        decoder.generate(IDS, max_new_tokens=4, temperature=1.0, do_sample=False)
+        decoder.generate(IDS, max_new_tokens=4, temperature=0.9, do_sample=True)
 
 
 BAD_TREES = {
