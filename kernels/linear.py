@@ -298,8 +298,8 @@ def scratch_size(count: int, outputs: int, inputs: int) -> tuple[int, int]:
 
 
 def by_hopper(itemsize: int, inputs: int, device: torch.device) -> bool:
-    """Whether linear_hopper.py serves (and lm_head_hopper.py, for heads), which has no settings to choose. Its copies
-    are of rows of a multiple of 16 bytes."""
+    """Whether linear_hopper.py serves (and lm_head_hopper.py, for heads). Its copies are of rows of a multiple of 16
+    bytes."""
     return itemsize == 2 and inputs % 8 == 0 and inputs <= HOPPER_SPLIT * MOST_SPLITS and architecture(device) == 90
 
 

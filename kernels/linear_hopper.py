@@ -32,6 +32,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra import cuda
 
+from stagedspec.kernels.configs import config
 from stagedspec.kernels.linear import HOPPER_SPLIT, ROWS, _activate, compile_case, model_linears, stat_tiles
 from stagedspec.kernels.registry import SHARED_LIMIT, CompileCase, launch_options
 
@@ -207,6 +208,19 @@ def splits_of(inputs: int) -> tuple[int, int]:
     return splits, triton.cdiv(triton.cdiv(inputs, splits), 64) * 64
 
 
+def padded(count: int) -> int:
+    """Rows of x, as settings are kept for them."""
+    return max(8, triton.next_power_of_2(count))
+
+
+def candidates(shape: tuple[int, ...], device: torch.device) -> list[dict[str, int]]:
+    """Settings to try at the shape (`padded` rows of x, outputs, inputs), the default first: tokens a program takes.
+    With fewer there are more programs, each waits for less of x, and L2 gives the weights more often. A token's bits
+    are the same. Counters are there for programs of 16 tokens (`linear.scratch_size`)."""
+    most = min(64, shape[0])
+    return [{"TOKENS": tokens} for tokens in (64, 32, 16) if tokens <= most] or [{"TOKENS": most}]
+
+
 def settings(count: int, inputs: int) -> dict[str, int]:
     """Splits, tokens a program takes, columns a block, and how many blocks of x are in shared memory: all, or as many
     as fit, three at least. Large blocks are faster: they may go a little beyond the last column, where zeros are."""
@@ -250,7 +264,11 @@ def launch(
     if stats is not None and stats.data_ptr() % 8:  # a sum and its squares are read at once
         raise ValueError(f"linear: stats must start at a multiple of 8 bytes, got {stats.data_ptr():#x}; clone it")
     (count, inputs), outputs = x.shape, weight.shape[0]
-    chosen = settings(count, inputs)
+    shape = padded(count), outputs, inputs
+    tuned = config("linear_hopper", shape, x.device, candidates)
+    if tuned not in candidates(shape, x.device):  # others would count beyond the counters
+        raise ValueError(f"linear_hopper at {shape}: no such settings, {tuned}; run `stagedspec tune` again")
+    chosen = settings(tuned["TOKENS"], inputs)
     tokens, block = chosen["TOKENS"], chosen["BLOCK_K"]
     _linear_hopper[(triton.cdiv(outputs, ROWS), chosen["SPLITS"], triton.cdiv(count, tokens))](
         described("linear", "x", x, tokens, block),

@@ -17,7 +17,17 @@ import torch
 from triton.errors import TritonError
 
 from stagedspec import workloads
-from stagedspec.kernels import choose, compact, configs, grow_tree, linear, lm_head, ngram_lookup, verify_commit
+from stagedspec.kernels import (
+    choose,
+    compact,
+    configs,
+    grow_tree,
+    linear,
+    linear_hopper,
+    lm_head,
+    ngram_lookup,
+    verify_commit,
+)
 from stagedspec.kernels.registry import Scratch
 from stagedspec.kernels.timing import time_run
 from stagedspec.loading import read_checkpoint
@@ -206,9 +216,13 @@ def _linear(shape: ModelShape, device: torch.device) -> Iterator[Problem]:
     dtype = workloads.dtype_of(device)
     for outputs, inputs in ((3 * width, width), (width, width), (mlp, width), (width, mlp)):
         if linear.by_hopper(dtype.itemsize, inputs, device):
-            continue
-        by_tile = {linear.token_tile(count, dtype.itemsize): count for count in LINEAR_NODES}
-        for tile, count in by_tile.items():
+            op, module, counts = "linear_hopper", linear_hopper, {linear_hopper.padded(n): n for n in LINEAR_NODES}
+            keys = {(rows, outputs, inputs): count for rows, count in counts.items()}
+        else:
+            op, module, size = "linear", linear, dtype.itemsize
+            counts = {linear.token_tile(count, size): count for count in LINEAR_NODES}
+            keys = {(size, tile, outputs, inputs): count for tile, count in counts.items()}
+        for key, count in keys.items():
 
             def launches(outputs: int = outputs, inputs: int = inputs, count: int = count) -> list[Launch]:
                 """Over more weights than a cache holds, as the layers of a model are."""
@@ -229,8 +243,7 @@ def _linear(shape: ModelShape, device: torch.device) -> Iterator[Problem]:
 
                 return [Launch(run, lambda: [run(), stats, *(out for _, out in layers)][1:])]
 
-            key = dtype.itemsize, tile, outputs, inputs
-            yield Problem("linear", key, linear.candidates(key, device), launches)
+            yield Problem(op, key, module.candidates(key, device), launches)
 
 
 def _choose(shape: ModelShape, device: torch.device) -> Iterator[Problem]:

@@ -142,6 +142,19 @@ def test_settings_change_no_bit(device, dtype, fixed_order):
         assert torch.equal(some, added) and torch.equal(known, stats), settings
 
 
+@pytest.mark.parametrize("count", [9, 20, 64, 130])
+def test_settings_on_hopper_change_no_bit(device, dtype, count):
+    """Where linear_hopper.py serves; there is nothing to choose elsewhere. The columns are split, too."""
+    problem = Problem(device, dtype, count, 72, 2600)
+    normed, (added, stats) = problem.normed(), problem.added()
+    shape = linear_hopper.padded(count), 72, 2600
+    for settings in linear_hopper.candidates(shape, device)[1:]:
+        with configs.trying("linear_hopper", shape, settings):
+            assert torch.equal(problem.normed(), normed), settings
+            some, known = problem.added()
+        assert torch.equal(some, added) and torch.equal(known, stats), settings
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_linear_alone(device, dtype, shape, error_ratio):
     problem = Problem(device, dtype, *shape)
@@ -219,6 +232,30 @@ def test_hopper_has_room():
             assert rest == 0 and min(blocks, 3) <= slots <= blocks
             elements = length * linear.ROWS + slots * chosen["BLOCK_K"] * chosen["TOKENS"]
             assert elements * 2 + (blocks + slots) * 8 <= linear_hopper.SHARED
+
+
+@pytest.mark.parametrize("inputs", [640, 2600, 5120])
+def test_hopper_s_parts_have_room_with_any_settings(inputs):
+    outputs, (splits, _) = 200, linear_hopper.splits_of(inputs)
+    for count in range(1, linear.MAX_TOKENS + 1):
+        partials, counters = linear.scratch_size(count, outputs, inputs)
+        default, *others = linear_hopper.candidates((linear_hopper.padded(count), outputs, inputs), torch.device("cpu"))
+        assert default["TOKENS"] == linear_hopper.settings(count, inputs)["TOKENS"]
+        for tokens in (default["TOKENS"], *(other["TOKENS"] for other in others)):
+            tiles = triton.cdiv(outputs, linear.ROWS) * triton.cdiv(count, tokens)
+            assert linear_hopper.settings(tokens, inputs)["TOKENS"] == tokens
+            if splits > 1:
+                assert tiles <= counters and tiles * splits * tokens * linear.ROWS <= partials
+
+
+def test_hopper_refuses_settings_that_it_has_no_scratch_for():
+    x, weight = torch.zeros(20, 64, dtype=torch.bfloat16), torch.zeros(16, 64, dtype=torch.bfloat16)
+    part, out = torch.zeros(16), torch.zeros(20, 16, dtype=torch.bfloat16)
+    with (
+        configs.trying("linear_hopper", (32, 16, 64), {"TOKENS": 8}),
+        pytest.raises(ValueError, match="no such settings"),
+    ):
+        linear_hopper.launch(x, None, None, 1e-5, weight, None, 0, None, out, None, part, part)
 
 
 @pytest.mark.parametrize(("x_from", "stats_from"), [(1, 0), (0, 1)])
