@@ -162,7 +162,8 @@ def test_every_operation(op, monkeypatch, device):
         return settings
 
     real = configs.config
-    for name in ("choose", "compact", "grow_tree", "linear", "lm_head", "ngram_lookup", "verify_commit"):
+    modules = "choose", "compact", "grow_tree", "linear", "linear_hopper", "lm_head", "ngram_lookup", "verify_commit"
+    for name in modules:
         monkeypatch.setattr(f"stagedspec.kernels.{name}.config", config)
     shape = ModelShape(1, 32, 2, vocab=150)
     for problem in tune_kernels.PROBLEMS[op](shape, device):
@@ -171,7 +172,7 @@ def test_every_operation(op, monkeypatch, device):
         some = [default, *others[-2:]]  # the interpreter is slow
         found = tune(replace(problem, candidates=some), lambda run: float(run() is None) + 1)
         assert not found.refused and not found.failed
-        every += [(op, configs.shape_name(problem.shape), *sorted(one.items())) for one in some]
+        every += [(problem.op, configs.shape_name(problem.shape), *sorted(one.items())) for one in some]
     assert set(every) <= known
 
 
