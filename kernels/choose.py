@@ -44,6 +44,7 @@ FEW = 128  # and four times as many: candidates that are compared with each othe
 TOGETHER = 32  # of them at a time
 SPAN = 64  # groups compacted together
 WARPS = {"scan_warps": 4, "select_warps": 8}
+SPILLING = (80, 89, 90, 100, 120)  # `select_kernel`'s, see `most_registers`
 
 _GROUP = tl.constexpr(GROUP)
 _UNIT = tl.constexpr(float(2**40))  # fixed point of probabilities relative to the largest
@@ -459,9 +460,11 @@ class Parts:
 
     def take(self, count: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """`count` 32-bit elements, or as many bytes seen as dtype."""
-        part = self.partials[self.start : self.start + count].view(dtype)
+        part = self.partials[self.start : self.start + count]
+        if part.numel() < count:
+            raise RuntimeError(f"scratch memory of {self.partials.numel()} elements ends before {self.start + count}")
         self.start += rounded(count)
-        return part
+        return part.view(dtype)
 
 
 def scratch_size(rows: int, vocab_size: int) -> tuple[int, int]:
@@ -494,11 +497,6 @@ def _settings(vocab_size: int, device: torch.device) -> dict[str, int]:
     return config("choose", (vocab_size,), device, candidates)
 
 
-def _select_registers(arch: int, warps: int, summing: bool) -> int | None:
-    """`most_registers`. With Triton 3.6 what sums probabilities over the groups spills on Hopper too."""
-    return most_registers(arch, warps, (80, 89, 90, 100, 120) if summing else (80, 89, 100, 120))
-
-
 def launch_select(
     logits, maxima, masses, parts, noise, seeds, streams, positions, scale, top_k, top_p, min_p, kind, out, logprobs,
     whole
@@ -518,7 +516,7 @@ def launch_select(
         CHILDREN=0 if logprobs is None else out.shape[1], WHOLE=whole,
         BLOCK=min(settings["block"], triton.next_power_of_2(vocab_size)),
         FEW=FEW, TOGETHER=TOGETHER, SPAN=min(settings["span"], triton.next_power_of_2(groups)),
-        num_warps=warps, maxnreg=_select_registers(architecture(logits.device), warps, whole or top_p < 1.0),
+        num_warps=warps, maxnreg=most_registers(architecture(logits.device), warps, SPILLING),
         **launch_options(logits.device),
     )  # fmt: skip
 
@@ -730,7 +728,7 @@ def compile_cases(arch: int) -> list[CompileCase]:
                 "BLOCK": BLOCK, "FEW": FEW, "TOGETHER": TOGETHER,
                 "SPAN": min(SPAN, triton.next_power_of_2(groups)), "PDL": False,
             }  # fmt: skip
-            registers = _select_registers(arch, WARPS["select_warps"], whole or top_p)
+            registers = most_registers(arch, WARPS["select_warps"], SPILLING)
             cases.append(
                 compile_case(
                     f"select-{name}-{vocab_size}", select_kernel, shape | settings, WARPS["select_warps"],

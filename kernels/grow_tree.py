@@ -655,13 +655,19 @@ _harvest_tree = register(
 )
 
 
-def _check_state(name: str, state: GrowthState, batch: int, config, device: torch.device) -> None:
+def check_candidates(name: str, config) -> None:
+    """Raises ValueError for a `TreeConfig` with more candidates than are held together."""
     size, children = max(config.slots, 1), config.children
     if size * children > MAX_CANDIDATES:
         raise ValueError(
             f"{name}: a tree may have at most {MAX_CANDIDATES} candidates on a GPU, got {size} draft evaluations with "
             f"{children} children each; use fewer passes, guesses or children"
         )
+
+
+def _check_state(name: str, state: GrowthState, batch: int, config, device: torch.device) -> None:
+    check_candidates(name, config)
+    size, children = max(config.slots, 1), config.children
     check_tensor(name, "slots", state.slots, (5, batch, size), torch.int32, device)
     check_tensor(name, "slot_masks", state.slot_masks, (batch, size, words(size)), torch.int32, device)
     check_tensor(name, "slot_scores", state.slot_scores, (batch, size), torch.float32, device)

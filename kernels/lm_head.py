@@ -151,7 +151,7 @@ def head_kernel(
 
 ROWS = 64  # most rows of one program: with noise and masses 128 spill
 PROGRAMS = 512  # most programs along the vocabulary
-SPILLING = (100, 120)  # `head_kernel`'s, see `most_registers`
+SPILLING = (89, 100, 120)  # `head_kernel`'s, see `most_registers`
 
 
 def candidates(shape: tuple[int, int], device: torch.device) -> list[dict[str, int]]:
@@ -185,11 +185,14 @@ def _norm_elements(rows: int, width: int) -> int:
     return rounded(rows * width)  # fp32 or less each
 
 
-def scratch_size(rows: int, vocab_size: int, width: int) -> tuple[int, int]:
-    """Partials and counters for M rows of either operation."""
-    groups = rows * groups_of(vocab_size)
-    through_memory = 3 * rounded(groups) + groups * GROUP + 2 * rounded(rows * vocab_size)
-    return _norm_elements(rows, width) + max(through_memory, 2 * rounded(PROGRAMS * rows)), -(-rows // 16)
+def scratch_size(rows: int, vocab_size: int, width: int, through_memory: bool = True) -> tuple[int, int]:
+    """Partials and counters for M rows of either operation. through_memory: whether logits pass through memory, as they
+    do for children and under warpers; `lm_head_choose` without any needs much less."""
+    size = 2 * rounded(PROGRAMS * rows)
+    if through_memory:
+        groups = rows * groups_of(vocab_size)
+        size = max(size, 3 * rounded(groups) + groups * GROUP + 2 * rounded(rows * vocab_size))
+    return _norm_elements(rows, width) + size, -(-rows // 16)
 
 
 def _through_memory(parts: Parts, rows: int, vocab_size: int) -> torch.Tensor:
@@ -309,8 +312,9 @@ def lm_head_choose(
     op = "lm_head_choose"
     _check(op, x, norm_weight, norm_bias, head)
     rows, vocab_size = x.shape[0], head.shape[0]
+    through_memory = warped(greedy, top_k, top_p, min_p, vocab_size)
     check_sampling(op, rows, vocab_size, x.device, seeds, streams, positions, temperature, top_k, top_p, min_p, noise,
-                   scratch, scratch_size(rows, vocab_size, x.shape[1]))  # fmt: skip
+                   scratch, scratch_size(rows, vocab_size, x.shape[1], through_memory))  # fmt: skip
     check_tensor(op, "out", out, (rows,), torch.int32, x.device)
     if logits is not None:
         check_tensor(op, "logits", logits, (rows, vocab_size), torch.float32, x.device)

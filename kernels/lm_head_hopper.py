@@ -281,10 +281,11 @@ def _choose_of_all(p_best, p_ids, p_out, i_token, M, programs, V: gl.constexpr, 
 # ---------------------------------------------------------------- launching
 
 
-def settings(count: int, width: int, noisy: bool) -> dict[str, int]:
+def settings(count: int, width: int, noisy: bool, stored: bool = False) -> dict[str, int]:
     """Rows of x a program takes, slots of the ring, and whether all of x has room beside it. noisy: whether noise is
-    made, half of which passes through shared memory at a time."""
-    tokens = min(TOKENS, max(8, triton.next_power_of_2(count)))
+    made, half of which passes through shared memory at a time; stored: whether logits without it are stored too, for
+    which 64 rows leave too few registers."""
+    tokens = min(TOKENS // 2 if noisy and stored else TOKENS, max(8, triton.next_power_of_2(count)))
     room = SHARED - SPARE - (ROWS * tokens * 2 if noisy else 0)
     columns = triton.cdiv(width, BLOCK_K) * BLOCK_K
     slots = (room - columns * tokens * 2) // (ROWS * BLOCK_K * 2)
@@ -321,7 +322,7 @@ def launch(
 ) -> None:
     """Arguments as of `lm_head.head_kernel`; scale: (SCALING, number); kind: NOISE."""
     (rows, width), vocab_size = x.shape, head.shape[0]
-    chosen = settings(rows, width, kind == NOISES["made"])
+    chosen = settings(rows, width, kind == NOISES["made"], store == 1)
     tokens = chosen["TOKENS"]
     chunks = triton.cdiv(rows, tokens)
     programs = min(triton.cdiv(vocab_size, ROWS), max(1, _multiprocessors(x.device) // chunks))
@@ -376,6 +377,9 @@ def compile_cases(arch: int) -> list[CompileCase]:
             ("sampled", True, 1, 0, False),
             ("logits", False, 0, 1, False),
             ("topm", False, 1, 2, True),
+            ("greedy-stored", True, 0, 1, False),
+            ("sampled-stored", True, 1, 1, False),
+            ("masses", False, 0, 1, True),
         )
     ]
 
@@ -383,10 +387,10 @@ def compile_cases(arch: int) -> list[CompileCase]:
 def _case(
     vocab_size: int, width: int, rows: int, form: str, choose: bool, noise: int, store: int, masses: bool
 ) -> CompileCase:
-    chosen = settings(rows, width, noise == NOISES["made"])
+    chosen = settings(rows, width, noise == NOISES["made"], store == 1)
     kinds = {
         key: f"tensordesc<bf16[{count}, {BLOCK_K}],{layout(count, BLOCK_K)!r}>"
-        for key, count in (("x", rows), ("head", ROWS))
+        for key, count in (("x", chosen["TOKENS"]), ("head", ROWS))
     }
     constants = {
         "V": vocab_size,

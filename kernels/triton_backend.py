@@ -1,18 +1,17 @@
 """The Triton backend: the interface of reference.py on our kernels, with a step's state on the device.
 
 An instance serves the models of one decoder. It owns the buffers that a step's operations write into, one for each
-operation and shape: after the first step nothing is allocated, nothing is read back, and the step can be captured as a
-CUDA graph. Operations run in turn on one stream, so buffers of one shape are shared between layers and models.
+operation and width: after the first step nothing is allocated, nothing is read back, and the step can be captured as a
+CUDA graph. Operations run in turn on one stream, so buffers of one width are shared between passes, layers and models.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 
 from stagedspec.kernels import choose as choice
-from stagedspec.kernels import compact, device, embed, linear, lm_head, reference, registry
+from stagedspec.kernels import compact, device, embed, grow_tree, linear, lm_head, reference, registry
 from stagedspec.kernels import tree_attention as attention
 from stagedspec.kernels.reference import GREEDY_SHARPNESS
 
@@ -82,6 +81,18 @@ class TritonOps:
     max_depth = WINDOW - 2  # the draft's pass begins one token above the root
     fixed_shapes = True
 
+    def check_tree(self, tree) -> None:
+        """Raises ValueError for a tree (a `TreeConfig`) that the kernels cannot grow or verify."""
+        if tree.depth > self.max_depth:
+            raise ValueError(f"a tree of this backend can be at most {self.max_depth} deep, got depth {tree.depth}")
+        rows = max(2, tree.width) + tree.guesses
+        if rows > attention.MAX_NODES:
+            raise ValueError(
+                f"a draft pass of this backend takes at most {attention.MAX_NODES} nodes, got {rows}: the width "
+                f"{tree.width} and {tree.guesses} guesses"
+            )
+        grow_tree.check_candidates("tree", tree)
+
     def __init__(self) -> None:
         self._buffers: dict[tuple, torch.Tensor] = {}
         self._scratch: registry.Scratch | None = None
@@ -89,10 +100,12 @@ class TritonOps:
     # ---------------------------------------------------------------- memory
 
     def _buffer(self, op: str, shape: tuple[int, ...], dtype: torch.dtype, place: torch.device) -> torch.Tensor:
-        key = (op, shape, dtype, place)
-        if key not in self._buffers:
-            self._buffers[key] = torch.empty(shape, dtype=dtype, device=place)
-        return self._buffers[key]
+        """The first rows of a buffer that is as long as the longest that was asked for."""
+        key = (op, shape[1:], dtype, place)
+        held = self._buffers.get(key)
+        if held is None or held.shape[0] < shape[0]:
+            held = self._buffers[key] = torch.empty(shape, dtype=dtype, device=place)
+        return held[: shape[0]]
 
     def _need(self, size: tuple[int, int], place: torch.device) -> registry.Scratch:
         """Scratch of at least `size`; grows in the first step alone."""
@@ -225,12 +238,15 @@ class TritonOps:
     def head_logits(
         self, x: torch.Tensor, norm_weight: torch.Tensor, norm_bias: torch.Tensor, epsilon: float, head: Linear
     ) -> torch.Tensor:
-        """fp32 logits [..., V] in a tensor of their own."""
-        rows = F.layer_norm(x.flatten(0, -2), x.shape[-1:], norm_weight, norm_bias, epsilon)
+        """fp32 logits [..., V] in a tensor of their own: of the bits that `lm_head_choose` chooses by."""
+        rows = x.flatten(0, -2)
         out = torch.empty(rows.shape[0], head.weight.shape[0], dtype=torch.float32, device=x.device)
-        for part, result in zip(rows.split(ROWS), out.split(ROWS), strict=True):
-            scratch = self._need(linear.scratch_size(part.shape[0], *head.weight.shape), x.device)
-            linear.linear(part, head.weight, None, result, scratch)
+        best = self._buffer("best", rows.shape[:1], torch.int32, x.device)
+        lm_head.lm_head_choose(
+            rows, norm_weight, norm_bias, epsilon, head.weight, *self._counters((1, rows.shape[0]), None, x.device),
+            greedy=True, logits=out, out=best,
+            scratch=self._need(lm_head.scratch_size(*rows.shape[:1], *head.weight.shape, False), x.device),
+        )  # fmt: skip
         return out.unflatten(0, x.shape[:-1])
 
     @torch.inference_mode()
@@ -259,10 +275,14 @@ class TritonOps:
     ) -> torch.Tensor:
         shape, place = x.shape[:2], x.device
         out = self._buffer("choose", shape, torch.int32, place)
-        need = lm_head.scratch_size(out.numel(), *head.weight.shape)
+        settings = warping_settings(warping)
+        through_memory = warping is not None and choice.warped(
+            False, settings["top_k"], settings["top_p"], settings["min_p"], head.weight.shape[0]
+        )
+        need = lm_head.scratch_size(out.numel(), *head.weight.shape, through_memory)
         lm_head.lm_head_choose(
             x.view(-1, x.shape[-1]), norm_weight, norm_bias, epsilon, head.weight, *self._counters(shape, noise, place),
-            **warping_settings(warping), out=out.view(-1), scratch=self._need(need, place),
+            **settings, out=out.view(-1), scratch=self._need(need, place),
         )  # fmt: skip
         return out
 

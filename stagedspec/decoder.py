@@ -365,9 +365,8 @@ class Decoder:
                 "repeats"
             )
         if chosen is not None:
-            chosen, deepest = chosen.for_mode(mode), self.target.ops.max_depth
-            if chosen.depth > deepest:
-                raise ValueError(f"a tree of this backend can be at most {deepest} deep, got depth {chosen.depth}")
+            chosen = chosen.for_mode(mode)
+            self.target.ops.check_tree(chosen)
             return chosen
         return self._ladder(mode, batch, do_sample)[-1].tree
 

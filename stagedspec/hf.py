@@ -249,9 +249,11 @@ def _call(
     if not rest and not others and streamer is None and not keep:
         return Call(input_ids, request, pad, None, return_dict)
     # A first call measures pass times and may lay out weights: none of the time that a generation may take.
-    waited = time.time() - began
+    now = time.time()
     others = [
-        MaxTimeCriteria(one.max_time, one.initial_timestamp + waited) if type(one) is MaxTimeCriteria else one
+        MaxTimeCriteria(one.max_time, one.initial_timestamp + now - max(began, one.initial_timestamp))
+        if type(one) is MaxTimeCriteria
+        else one
         for one in others
     ]
     positions = Positions(

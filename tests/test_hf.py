@@ -4,6 +4,7 @@ import gc
 import json
 import string
 import threading
+import time
 import weakref
 from functools import partial
 from pathlib import Path
@@ -345,6 +346,19 @@ def test_max_time(ours):
     """Setting up takes none of it; when it is over one token still comes."""
     ids = torch.tensor(random_prompts([5], seed=39))
     assert ours(ids, max_new_tokens=25, max_time=600.0).shape[1] == 30
+    assert ours(ids, max_new_tokens=25, max_time=1e-9).shape[1] == 6
+
+
+def test_time_that_transformers_takes_does_not_move_the_deadline(ours, monkeypatch):
+    """It is over before the criterion's clock starts."""
+    prepare = GPT2LMHeadModel._prepare_generation_config
+
+    def slow(*arguments, **options):
+        time.sleep(0.2)
+        return prepare(*arguments, **options)
+
+    monkeypatch.setattr(GPT2LMHeadModel, "_prepare_generation_config", slow)
+    ids = torch.tensor(random_prompts([5], seed=39))
     assert ours(ids, max_new_tokens=25, max_time=1e-9).shape[1] == 6
 
 

@@ -6,9 +6,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import stagedspec
-from stagedspec import TreeConfig
+from stagedspec import Sampling, TreeConfig
 from stagedspec.decoder import _Run
-from stagedspec.kernels import backend
+from stagedspec.gpt2 import GPT2
+from stagedspec.kernels import backend, lm_head, registry
+from stagedspec.kernels.triton_backend import warping_settings
 from stagedspec.tune import tune
 from stagedspec.tuning import fingerprint
 
@@ -226,12 +228,56 @@ def test_a_tree_by_the_cost_model(pair, prompts, device, monkeypatch):
         assert tree.nodes > 1 and tree.depth <= 30 and tree.pass_floor == 0.0
 
 
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_logits_at_hand_are_those_that_are_chosen_by(pair, device, dtype, sampling):
+    """Bit by bit, so that asking for scores changes no token."""
+    ops = backend.resolve("triton", device)
+    model = GPT2(pair[0], ops, device, dtype)
+    hidden = torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    sequences = ops.Sequences([[1], [1]], 5, (), device)
+    noise = ops.Noise([7, 7], [0, 1], 61, 1, [40, 40], device)
+    batch = ops.prefill_batch(torch.zeros(2, 5, dtype=torch.long, device=device), 3, dtype)
+    noise.advance(sequences)
+    warping = (
+        None
+        if sampling == "greedy"
+        else Sampling(**{name: value for name, value in SAMPLINGS[sampling].items() if name != "seed"}).warping
+    )
+    kinds = None if warping is None else noise.at(batch)
+    logits = model.logits(hidden)
+    chosen = model.choose(hidden, warping, kinds).clone()
+    assert torch.equal(ops.choose(logits, warping, kinds), chosen)
+    stored, out = torch.full_like(logits.view(10, 61), torch.nan), torch.empty(10, dtype=torch.int32, device=device)
+    lm_head.lm_head_choose(
+        hidden.view(10, 24), *model.final_norm, model.epsilon, model.head.weight, *ops._counters((2, 5), kinds, device),
+        **warping_settings(warping), logits=stored, out=out,
+        scratch=registry.Scratch.of([lm_head.scratch_size(10, 61, 24)], device),
+    )  # fmt: skip
+    assert torch.equal(stored, logits.view(10, 61)) and torch.equal(out.view(2, 5), chosen)
+
+
+def test_buffers_are_those_of_the_longest_prompt(pair, device):
+    decoder = decoders(pair, device)[1]
+    held = set()
+    for length in (7, 4, 5, 6):
+        ids = torch.randint(1, 61, (1, length), generator=torch.Generator().manual_seed(length)).to(device)
+        decoder.generate(ids, max_new_tokens=4)
+        held.add(sum(buffer.numel() for buffer in decoder.target.ops._buffers.values()))
+    assert len(held) == 1
+
+
 def test_refusals(pair, device, prompts):
     decoder = decoders(pair, device)[1]
     ids = prompts[0].to(device)
     deep = TreeConfig(nodes=40, depth=39, passes=39, width=1, children=1, prefetch=0)
     with pytest.raises(ValueError, match="at most 30 deep, got depth 39"):
         decoder.generate(ids, max_new_tokens=4, tree=deep)
+    wide = TreeConfig(nodes=20, depth=3, passes=2, width=300, children=2, prefetch=0)
+    with pytest.raises(ValueError, match="pass of this backend takes at most 256 nodes, got 300: the width 300 and 0"):
+        decoder.generate(ids, max_new_tokens=4, tree=wide)
+    many = TreeConfig(nodes=20, depth=8, passes=8, width=100, children=40, prefetch=0)
+    with pytest.raises(ValueError, match="at most 16384 candidates on a GPU, got 702 draft evaluations with 40"):
+        decoder.generate(ids, max_new_tokens=4, tree=many)
     with pytest.raises(ValueError, match=r"tuning trees is not supported by backend 'triton'.* backend='torch'"):
         tune(decoder, [[5, 6, 7]], 8)
 
