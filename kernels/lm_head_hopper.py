@@ -1,5 +1,9 @@
 """The head of lm_head.py on Hopper: a ring of weight blocks that is never empty, the tokens at rest in shared memory.
 
+    logits = h @ head.T    h [M, d] after the final norm, head [V, d], both bf16 or fp16, fp32 sums
+
+Bytes: the head once, 2*V*d; through L2 h too, 2*M*d a program or, where it does not stay, a tile of the vocabulary.
+
 What must be moved is the weight, and a multiprocessor takes its share in one go: one program a multiprocessor, tile
 after tile of ROWS tokens of the vocabulary, in blocks of columns that come by bulk tensor copies into a ring of slots.
 The ring is filled before the kernel ahead has ended (see linear_hopper.py) and goes on filling while a finished tile is
