@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench" / "kernels"))
 import harness
@@ -15,6 +16,7 @@ import models
 from stagedspec.workloads import ModelShape
 
 TINY = ModelShape(2, 32, 2, vocab=300)
+TIMING = harness.Timing(10.0, 9.0, 11.0)
 
 
 @pytest.mark.parametrize("op", ["head", "choose", "ngram", "grow", "verify", "compact", "embed"])
@@ -31,12 +33,40 @@ def test_cases(op, monkeypatch):
     cases[-1].run()
 
 
-def test_table_prints_no_ratio_where_results_differ():
-    timing = harness.Timing(10.0, 9.0, 11.0)
+@pytest.fixture
+def on_a_cpu(monkeypatch):
+    """What is to be timed runs once, and takes 10 µs."""
+    monkeypatch.setattr(harness, "graph_of", lambda run: run())
+    monkeypatch.setattr(harness, "time_graphs", lambda graphs, launches: dict.fromkeys(graphs, TIMING))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    yield
+    torch._dynamo.reset()
 
+
+def test_peers_that_compile_never_run_eager(on_a_cpu):
+    """A function of all cases is compiled in each; what needs more graphs than dynamo keeps has failed."""
+    sizes = range(2, 2 + 2 * torch._dynamo.config.recompile_limit)
+    compiled = CompileCounter()
+
+    def double(x):
+        assert torch.compiler.is_compiling(), "ran eager"
+        return x * 2
+
+    peer = torch.compile(double, backend=compiled, dynamic=False)
+
+    def result(*sizes):
+        case = harness.Case("op", "L", {}, 0, 1, lambda: None, {"peer": lambda: [peer(torch.ones(n)) for n in sizes]})
+        return harness.measure(case, 1.0).peers["peer"]
+
+    assert [result(size) for size in sizes] == [TIMING] * len(sizes)
+    assert compiled.frame_count == len(sizes)
+    assert "FailOnRecompileLimitHit" in result(*sizes)
+
+
+def test_table_prints_no_ratio_where_results_differ():
     def result(error, beyond=None):
         peers = {"peer": harness.Timing(20.0, 20.0, 20.0)}
-        return harness.Result("op", "L", {"N": 1}, timing, peers, 0.0, 0.0, error, 5.0, beyond)
+        return harness.Result("op", "L", {"N": 1}, TIMING, peers, 0.0, 0.0, error, 5.0, beyond)
 
     right, wrong = harness.table([result(0.0), result(float("inf"))]).splitlines()[2:]
     assert "20.00 (2.00x)" in right and "5: missed" in right and "exact" in right

@@ -3,7 +3,8 @@
 A case does its work `launches` times in one replay of a CUDA graph, which takes the host out. What reads weights or
 caches does so over all layers of a model, with weights and caches of their own, as in a real pass: a kernel timed on
 one matrix would find it in L2. Peers run the same way in the same process, in turn with ours, and a ratio is printed
-only after the results were compared.
+only after the results were compared. Peers that compile start every case with no compiled code: past a limit (eight
+graphs of a function) torch.compile would run eager without a word, and the ratio would be to something else.
 """
 
 import statistics
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
 import torch
+import torch._dynamo
 
 from stagedspec.kernels.timing import REPEATS, Timing, graph_of, time_graphs
 
@@ -100,9 +102,11 @@ def measure(case: Case, roof: float) -> Result:
     """Checks and times one case; a peer that cannot run is noted with its reason."""
     error = None if case.check is None else case.check()
     graphs, failed = {"ours": graph_of(case.run)}, {}
+    torch._dynamo.reset()
     for name, peer in case.peers.items():
         try:
-            graphs[name] = graph_of(peer)
+            with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+                graphs[name] = graph_of(peer)
         except Exception as problem:  # a peer may not support the shape, in its own way
             failed[name] = f"{type(problem).__name__}: {str(problem).strip().splitlines()[0][:80]}"
             torch.cuda.synchronize()
