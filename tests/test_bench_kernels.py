@@ -1,9 +1,13 @@
 """The kernels' benchmarks: a case of every operation but linears and attention is right and runs. On a CPU in the
 interpreter, on the smallest of shapes."""
 
+import json
 import sys
+import time
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +16,7 @@ from torch._dynamo.testing import CompileCounter
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench" / "kernels"))
 import harness
 import models
+import run
 
 from stagedspec.workloads import ModelShape
 
@@ -61,6 +66,72 @@ def test_peers_that_compile_never_run_eager(on_a_cpu):
     assert [result(size) for size in sizes] == [TIMING] * len(sizes)
     assert compiled.frame_count == len(sizes)
     assert "FailOnRecompileLimitHit" in result(*sizes)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--full"], ["--nodes", "64"], ["--op", "head", "--op", "embed"]], ids=str)
+def test_every_shape_is_measured_once(arguments):
+    """What has a goal comes first, and the parts of an operation make up its choice."""
+    options = run.parse(arguments)
+    parts = run.parts(options)
+    choice = models.ALL if options.full else models.SOME
+    names = "model", "nodes", "context", "batch"
+    nodes = tuple(options.nodes or choice.nodes)
+    wanted = {(op, *shape) for op in options.op or run.OPS for shape in replace(choice, nodes=nodes).all(*names)}
+    found = [(op, *shape) for op, part in parts for shape in part.all(*names)]
+    assert len(found) == len(wanted) and set(found) == wanted
+    if not options.op:
+        assert [op for op, _ in parts[:5]] == ["linears", "attention", "head", "ngram", "grow"]
+        assert all(part.nodes == (64,) for op, part in parts[1:3])
+
+
+@pytest.fixture
+def report(on_a_cpu, monkeypatch, tmp_path):
+    """Cases a clock's tick each, of two operations with four shapes."""
+    ticks = iter(range(1000))
+    monkeypatch.setattr(time, "monotonic", lambda: next(ticks))
+    module = SimpleNamespace(
+        cases=lambda choice: (harness.Case("op", "L", {"N": n}, 0, 1, lambda: None) for n in choice.nodes)
+    )
+    monkeypatch.setattr(run, "import_module", lambda name: module)
+    return run.Report(tmp_path / "out", {"gpu": "none"})
+
+
+TODO = [(op, models.Choice(("L",), (1, 2, 3, 4), (8,), (1,))) for op in ("one", "two")]
+
+
+@pytest.mark.parametrize(
+    ("end", "measured", "left_out"),
+    [
+        (0, 0, ["one: model=L nodes=1,2,3,4 context=8 batch=1", "two: model=L nodes=1,2,3,4 context=8 batch=1"]),
+        (3, 2, ["one: model=L nodes=1,2,3,4 context=8 batch=1, after op {'N': 2}", "two: "]),
+        (5, 4, ["two: model=L nodes=1,2,3,4 context=8 batch=1"]),
+        (99, 8, []),
+    ],
+)
+def test_no_case_is_started_once_the_time_is_spent(report, end, measured, left_out):
+    run.measure_all(TODO, True, 1.0, end, report)
+    assert len(report.results) == measured and len(report.left_out) == len(left_out)
+    assert all(got.startswith(wanted) for got, wanted in zip(report.left_out, left_out, strict=True))
+    written = json.loads(report.stem.with_suffix(".json").read_text())
+    assert len(written["results"]) == measured and written["left_out"] == report.left_out
+    text = report.stem.with_suffix(".md").read_text()
+    assert text.count("| op | L |") == measured and all(f"- {part}" in text for part in report.left_out)
+    assert report.stem.with_name("out-op.png").exists() == bool(measured)
+
+
+def test_an_interrupted_run_has_written_what_it_measured(report, monkeypatch):
+    measure, path = run.measure, report.stem.with_suffix(".json")
+
+    def interrupted(case, roof):
+        if case.shape["N"] == 3:
+            assert len(json.loads(path.read_text())["results"]) == 2, "written only at the end"
+            raise KeyboardInterrupt
+        return measure(case, roof)
+
+    monkeypatch.setattr(run, "measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run.measure_all(TODO, True, 1.0, 99, report)
+    assert len(json.loads(path.read_text())["left_out"]) == 2 and report.stem.with_name("out-op.png").exists()
 
 
 def test_table_prints_no_ratio_where_results_differ():

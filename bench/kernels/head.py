@@ -34,9 +34,9 @@ def cases(choice: Choice) -> Iterator[Case]:
                 run, check = partial(head.children, sampling), partial(check_children, head, sampling)
                 peers = {"torch eager": partial(plain, head, sampling, likeliest), MATRIX: partial(matrix_alone, head)}
                 yield Case("lm_head_topm", model, where, weights, COPIES, run, peers, check)
-    for model in choice.model:
+    for model, count in choice.all("model", "nodes"):
         for sampling in ("greedy", "top-k", "top-p"):
-            yield step_end(model, sampling, max(choice.nodes, key=lambda nodes: -abs(nodes - 64)))
+            yield step_end(model, sampling, count)
 
 
 def step_end(model: str, sampling: str, nodes: int) -> Case:

@@ -1,7 +1,7 @@
 """The shapes that are measured, and random weights of them."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from itertools import product
 
 import torch
@@ -28,6 +28,21 @@ class Choice:
     def all(self, *names: str) -> Iterator[tuple]:
         """Every combination of the values of these fields."""
         return product(*(getattr(self, name) for name in names))
+
+    def split(self, **values: tuple) -> tuple["Choice", list["Choice"]]:
+        """The part of it that has these values, and what makes up the rest; no combination is in two of them."""
+        first, rest = self, []
+        for name, wanted in values.items():
+            some, others = (
+                tuple(value for value in getattr(first, name) if (value in wanted) is inside)
+                for inside in (True, False)
+            )
+            rest.append(replace(first, **{name: others}))
+            first = replace(first, **{name: some})
+        return first, rest
+
+    def __str__(self) -> str:
+        return " ".join(f"{part.name}={','.join(map(str, getattr(self, part.name)))}" for part in fields(self))
 
 
 SOME = Choice(("L",), (1, 16, 64), (512, 1024), (1,))

@@ -3,17 +3,20 @@
     python bench/kernels/run.py [--op linears --op attention] [--model L] [--nodes 16 --nodes 64] [--full] [--out STEM]
 
 Every case is checked against a reference before it is timed, and a ratio is printed only where the result was right.
-Without options a few shapes of every operation, in minutes; --full takes all of them. Peers that compile
-(FlexAttention, torch.compile) take most of the time: --no-compiled leaves them out. Writes STEM.json, STEM.md and a
-plot of each operation.
+Without options a few shapes of every operation; --full takes all of them. What has a goal comes first. Once --budget is
+spent (420 seconds; inf for all of --full) no other case is started, and what was left out is named. Peers that compile
+(FlexAttention, torch.compile) take most of the time: --no-compiled leaves them out. Writes STEM.json and STEM.md, anew
+with every case, and a plot of each operation at the end, also when interrupted.
 """
 
 import argparse
 import json
 import platform
+import signal
 import sys
+import time
 from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timezone
 from importlib import import_module
 from pathlib import Path
@@ -26,19 +29,87 @@ from models import ALL, SOME, Choice
 from stagedspec.kernels.configs import slug
 
 OPS = ("linears", "attention", "head", "choose", "ngram", "grow", "verify", "compact", "embed")
+# What has a goal, and is measured first: time may not suffice for all.
+FIRST = {
+    "linears": {"nodes": (16, 64)},
+    "attention": {"nodes": (64,), "context": (512, 1024)},
+    "head": {"nodes": (64,)},
+    "ngram": {},
+    "grow": {},
+}
 COMPILED = ("FlexAttention", "torch.compile")
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 
-def cases(options: argparse.Namespace) -> Iterator[Case]:
+def parts(options: argparse.Namespace) -> list[tuple[str, Choice]]:
+    """Operations and their shapes, in the order in which they are measured."""
     choice = ALL if options.full else SOME
     given = {part.name: getattr(options, part.name) for part in fields(Choice)}
     choice = replace(choice, **{name: tuple(values) for name, values in given.items() if values})
+    early, late = [], []
     for op in options.op or OPS:
-        for case in import_module(op).cases(choice):
-            if not options.compiled:
-                case.peers = {name: peer for name, peer in case.peers.items() if name not in COMPILED}
-            yield case
+        first, rest = choice.split(**FIRST[op]) if op in FIRST else (None, [choice])
+        early.append((op, first))
+        late += [(op, part) for part in rest]
+    return [(op, part) for op, part in early + late if part and all(vars(part).values())]
+
+
+def cases(op: str, choice: Choice, compiled: bool) -> Iterator[Case]:
+    for case in import_module(op).cases(choice):
+        if not compiled:
+            case.peers = {name: peer for name, peer in case.peers.items() if name not in COMPILED}
+        yield case
+
+
+@dataclass
+class Report:
+    """Results, written as they come: a run that is cut off leaves what it has measured."""
+
+    stem: Path
+    machine: dict
+    results: list[Result] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+    def by_op(self) -> dict[str, list[Result]]:
+        groups: dict[str, list[Result]] = {}
+        for result in self.results:
+            groups.setdefault(result.op, []).append(result)
+        return groups
+
+    def write(self) -> None:
+        results = [result.as_dict() for result in self.results]
+        data = {"machine": self.machine, "results": results, "left_out": self.left_out}
+        self.stem.with_name(f"{self.stem.name}.json").write_text(json.dumps(data, indent=1), encoding="utf-8")
+        self.stem.with_name(f"{self.stem.name}.md").write_text(self.text(), encoding="utf-8")
+
+    def text(self) -> str:
+        tables = [f"## {op}\n\n{table(group)}\n" for op, group in self.by_op().items()]
+        left_out = ["Left out, since the run ended before:\n", *(f"- {part}" for part in self.left_out), ""]
+        return "\n".join([f"`{json.dumps(self.machine)}`\n", *tables, *(left_out if self.left_out else [])])
+
+    def plot(self) -> None:
+        for op, group in self.by_op().items():
+            plot(op, group, self.stem.with_name(f"{self.stem.name}-{slug(op)}.png"))
+
+
+def measure_all(todo: list[tuple[str, Choice]], compiled: bool, roof: float, end: float, report: Report) -> None:
+    """Measures case by case, and starts none from the time `end` on."""
+    try:
+        for index, (op, choice) in enumerate(todo):
+            report.left_out = [f"{op}: {choice}" for op, choice in todo[index:]]
+            if time.monotonic() >= end:
+                return
+            for case in cases(op, choice, compiled):
+                if time.monotonic() >= end:
+                    return
+                report.results.append(measure(case, roof))
+                report.left_out[0] = f"{op}: {choice}, after {case.op} {case.shape}"
+                print(table(report.results[-1:]).splitlines()[-1], flush=True)
+                report.write()
+        report.left_out = []
+    finally:
+        report.write()
+        report.plot()
 
 
 def plot(op: str, results: list[Result], path: Path) -> None:
@@ -67,7 +138,7 @@ def plot(op: str, results: list[Result], path: Path) -> None:
     plt.close(figure)
 
 
-def main() -> int:
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--op", action="append", choices=OPS)
     parser.add_argument("--model", action="append", choices=ALL.model)
@@ -75,9 +146,14 @@ def main() -> int:
     parser.add_argument("--context", action="append", type=int)
     parser.add_argument("--batch", action="append", type=int)
     parser.add_argument("--full", action="store_true", help="all shapes")
+    parser.add_argument("--budget", type=float, default=420, help="seconds after which no case is started; inf: none")
     parser.add_argument("--compiled", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--out", type=Path, help="where to write, without suffix; default: bench/results/kernels-GPU")
-    options = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    start, options = time.monotonic(), parse()
     if not torch.cuda.is_available():
         print("error: these benchmarks need a GPU; `make bench` runs those that make sense on a CPU", file=sys.stderr)
         return 2
@@ -95,22 +171,11 @@ def main() -> int:
     print(json.dumps(machine), flush=True)
     stem = options.out or RESULTS / f"kernels-{slug(machine['gpu'])}"
     stem.parent.mkdir(parents=True, exist_ok=True)
-    results: list[Result] = []
-    for case in cases(options):
-        results.append(measure(case, roof))
-        print(table(results[-1:]).splitlines()[-1], flush=True)
-        data = {"machine": machine, "results": [result.as_dict() for result in results]}
-        stem.with_name(f"{stem.name}.json").write_text(json.dumps(data, indent=1), encoding="utf-8")
-    by_op: dict[str, list[Result]] = {}
-    for result in results:
-        by_op.setdefault(result.op, []).append(result)
-    parts = [f"## {op}\n\n{table(group)}\n" for op, group in by_op.items()]
-    text = "\n".join([f"`{json.dumps(machine)}`\n", *parts])
-    stem.with_name(f"{stem.name}.md").write_text(text, encoding="utf-8")
-    for op, group in by_op.items():
-        plot(op, group, stem.with_name(f"{stem.name}-{slug(op)}.png"))
-    print("\n" + text)
-    return 0 if all(result.matches is not False for result in results) else 1
+    report = Report(stem, machine)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what `timeout` sends: the plots are drawn even then
+    measure_all(parts(options), options.compiled, roof, start + options.budget, report)
+    print("\n" + report.text())
+    return 0 if all(result.matches is not False for result in report.results) else 1
 
 
 if __name__ == "__main__":
