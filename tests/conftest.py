@@ -194,7 +194,7 @@ def make_decoder(place):
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if GPU else [])
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def device() -> torch.device:
     return torch.device("cuda", 0) if GPU else torch.device("cpu")
 
@@ -204,7 +204,7 @@ def dtype(request) -> torch.dtype:
     return request.param
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def error_ratio() -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], float]:
     """Our error against an fp64 reference over that of plain torch in the same low precision (at least 1e-6)."""
 
