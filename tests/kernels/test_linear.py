@@ -199,6 +199,10 @@ def test_errors(device):
     wrong = {
         r"x must have the shape \[any, any\], got \[390\]": {"x": x.flatten()},
         r"1 to 256 rows, got 0": {"x": x[:0], "stats": known[:0], "out": out[:0]},
+        r"1 to 256 rows, got 257; split it": {
+            name: torch.zeros(257, *shape, device=device)
+            for name, shape in (("x", (130,)), ("stats", (3, 2)), ("out", (40,)))
+        },
         r"weight must have the shape \[any, 130\], got \[130, 40\]": {"layer": replace(layer, weight=layer.weight.t())},
         r"weight must be contiguous": {"layer": replace(layer, weight=layer.weight.t().contiguous().t())},
         r"weight must be torch.float32, got torch.float16": {"layer": replace(layer, weight=layer.weight.half())},

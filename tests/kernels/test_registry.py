@@ -1,0 +1,175 @@
+"""What holds for every operation that is registered: opcheck accepts it, and tensors on another device are refused."""
+
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass, replace
+from importlib import import_module
+from pkgutil import iter_modules
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import stagedspec.kernels
+from stagedspec.kernels import choose, compact, embed, grow_tree, linear, lm_head, ngram_lookup, registry
+from stagedspec.kernels import device as on_device
+from stagedspec.kernels import tree_attention as attention
+from stagedspec.kernels.registry import Scratch
+from stagedspec.workloads import Growing, katz_table
+
+for module in iter_modules(stagedspec.kernels.__path__):
+    import_module(f"stagedspec.kernels.{module.name}")
+REGISTERED = {name.removeprefix("stagedspec::") for name in registry.LIBRARY._op_defs}
+
+FUNCTIONS = ("row_stats", "linear", "linear_add", "norm_linear", "tree_attention", "compact", "embed", "choose",
+             "choose_children", "lm_head_choose", "lm_head_topm", "ngram_lookup", "grow_pass", "harvest_tree",
+             "verify_commit")  # fmt: skip
+M, K, V = 2, 24, 61
+
+
+def calls(device) -> dict[str, tuple]:
+    """Every public function with arguments that it takes."""
+
+    def floats(*shape):
+        return torch.randn(shape, device=device)
+
+    def ints(*shape, dtype=torch.int32):
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    sizes = linear.scratch_size(M, V, K), lm_head.scratch_size(M, V, K), (10_000, 4)
+    scratch = Scratch.of(sizes, device)
+    scratch.partials.zero_()
+    stats, out = floats(M, linear.stat_tiles(K), 2), {"out": floats(M, V), "scratch": scratch}
+    plain = {"x": floats(M, K), "weight": floats(V, K), "bias": floats(V)}
+    at = {"seeds": ints(1, dtype=torch.int64), "streams": ints(1), "positions": ints(1, M), "noise": floats(M, V)}
+    chosen = {"out": ints(M), "scratch": scratch}
+    likely = {"out_tokens": ints(M, 3), "out_logprobs": floats(M, 3), "scratch": scratch}
+    head = {"x": floats(M, K), "norm_weight": floats(K), "norm_bias": floats(K), "epsilon": 1e-5, "head": floats(V, K)}
+    table = katz_table(V, device)
+    moves = {"cache": floats(2, 1, 4, 2, 1, 4), "source": ints(1, 3), "target": ints(1, 3)}
+    tables = {
+        "token_table": floats(V, K),
+        "position_table": floats(9, K),
+        "tokens": ints(1, M),
+        "positions": ints(1, M),
+    }
+    return {
+        "row_stats": (linear.row_stats, {"x": floats(M, K), "stats": stats}),
+        "linear": (linear.linear, plain | out),
+        "linear_add": (linear.linear_add, plain | out | {"residual": floats(M, V), "stats": floats(M, 1, 2)}),
+        "norm_linear": (
+            linear.norm_linear,
+            {"x": floats(M, K), "stats": stats, "epsilon": 1e-5, "activation": "gelu", **out}
+            | {"layer": linear.Folded(floats(V, K), floats(V), floats(V))},
+        ),
+        "tree_attention": (
+            attention.tree_attention,
+            {"qkv": floats(M, 3 * 16), "cache": floats(1, 9, 2, 1, 16), "masks": ints(1, M, 1) + 1, "prefix": ints(1)}
+            | {"first_bit": 0, "write": 0, "tree_rows": 4, "scale": 0.25, "out": floats(M, 16), "scratch": scratch},
+        ),
+        "compact": (compact.compact, moves),
+        "embed": (embed.embed, tables | {"out": floats(M, K)}),
+        "choose": (choose.choose, {"logits": floats(M, V), **at, **chosen}),
+        "choose_children": (choose.choose_children, {"logits": floats(M, V), **at, **likely}),
+        "lm_head_choose": (lm_head.lm_head_choose, head | at | chosen | {"logits": floats(M, V)}),
+        "lm_head_topm": (lm_head.lm_head_topm, head | at | likely),
+        "ngram_lookup": (
+            ngram_lookup.ngram_lookup,
+            {"contexts": ints(1, M, 2), "sequence": ints(1, 5), "lengths": ints(1) + 5, "table": table}
+            | {"out_tokens": ints(1, M, 1 + table.successors), "out_logprobs": floats(1, M, 1 + table.successors)},
+        ),
+        **tree_calls(table, device),
+    }
+
+
+def tree_calls(table, device) -> dict[str, tuple]:
+    """The last of each that growing a tree and committing a path of it makes."""
+    found, names = {}, ("grow_pass", "harvest_tree", "verify_commit")
+
+    def recorded(function):
+        def call(*args):
+            found[function.__name__] = function, dict(enumerate(args))
+            return function(*args)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in zip((grow_tree, grow_tree, on_device), names, strict=True):
+            patch.setattr(module, name, recorded(getattr(module, name)))
+        growing = Growing(8, 9, 1, table, device)
+        trees = growing.passes()
+        trees.verify_commit(growing.likely(trees))
+    assert set(found) == set(names)
+    return found
+
+
+def run(function, arguments: dict) -> None:
+    positional = {name: value for name, value in arguments.items() if isinstance(name, int)}
+    function(*positional.values(), **{name: value for name, value in arguments.items() if name not in positional})
+
+
+class Recorder(TorchDispatchMode):
+    """Our operations that are called, and a copy of what with."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "stagedspec":
+            self.calls.append((func, tuple(x.clone() if isinstance(x, torch.Tensor) else x for x in args)))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(scope="module")
+def known(device):
+    return calls(device)
+
+
+def test_every_operation_is_here(known):
+    """An operation that is registered has a call here, so that it is checked below."""
+    assert set(known) == set(FUNCTIONS)
+    with Recorder() as recorder:
+        for call in known.values():
+            run(*call)
+    assert {func.name().removeprefix("stagedspec::") for func, _ in recorder.calls} == REGISTERED
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_opcheck(name, known):
+    with Recorder() as recorder:
+        run(*known[name])
+    for func, args in recorder.calls:
+        torch.library.opcheck(func, args)
+
+
+def one_elsewhere(value, name: str) -> Iterator[tuple[str, object]]:
+    """`value` with one of its tensors on the meta device, each in turn; and that tensor's name."""
+    if isinstance(value, torch.Tensor):
+        yield name, value.to("meta")
+    elif is_dataclass(value):
+        for part in fields(value):
+            for path, changed in one_elsewhere(getattr(value, part.name), f"{name}.{part.name}"):
+                yield path, replace(value, **{part.name: changed})
+    elif isinstance(value, tuple):
+        for i, part in enumerate(value):
+            for path, changed in one_elsewhere(part, f"{name}.{i}"):
+                yield path, (*value[:i], changed, *value[i + 1 :])
+
+
+# What an argument holds beside what the operation reads.
+NOT_READ = {("tree_attention", "scratch.counters"), ("ngram_lookup", "table.keys"), ("grow_pass", "6.keys")}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_tensors_elsewhere_are_refused(name, known):
+    function, arguments = known[name]
+    tried = 0
+    for key, value in arguments.items():
+        for path, changed in one_elsewhere(value, str(key)):
+            if (name, path) in NOT_READ:
+                continue
+            with pytest.raises(ValueError, match=r"got meta|must be on meta|tensors on meta"):
+                run(function, arguments | {key: changed})
+                pytest.fail(f"{path} was taken")
+            tried += 1
+    assert tried > 1
