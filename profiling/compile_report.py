@@ -60,14 +60,14 @@ class Report:
     problem: str = ""
 
 
-def cases(match: str, arch: int) -> list[tuple[str, int, int]]:
-    """(module, index of the case, architecture) of every case whose name contains `match`."""
+def cases(matches: list[str], arch: int) -> list[tuple[str, int, int]]:
+    """(module, index of the case, architecture) of every case whose name contains one of `matches`."""
     return [
         (module, index, arch)
         for module in MODULES
-        if match.split(":")[0] in module or ":" not in match
+        if any(":" not in match or match.split(":")[0] in module for match in matches)
         for index, case in enumerate(import_module(f"stagedspec.kernels.{module}").compile_cases(arch))
-        if match in label(module, case)
+        if any(match in label(module, case) for match in matches)
     ]
 
 
@@ -174,16 +174,16 @@ def table(reports: list[Report]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, action="append", choices=SHARED_LIMIT, help="default: all")
-    parser.add_argument("--match", default="", help="only kernels whose name contains this")
+    parser.add_argument("--match", action="append", help="only kernels whose name contains this; may be repeated")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, help="write the report as JSON")
     options = parser.parse_args()
     if triton.knobs.runtime.interpret:
         print("error: TRITON_INTERPRET is set: unset it, the interpreter compiles nothing", file=sys.stderr)
         return 2
-    jobs = [job for arch in options.arch or SHARED_LIMIT for job in cases(options.match, arch)]
+    jobs = [job for arch in options.arch or SHARED_LIMIT for job in cases(options.match or [""], arch)]
     if not jobs:
-        print(f"error: no kernel's name contains {options.match!r}", file=sys.stderr)
+        print(f"error: no kernel's name contains {' or '.join(map(repr, options.match))}", file=sys.stderr)
         return 2
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
         reports = list(pool.map(compile_case, jobs))
