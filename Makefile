@@ -54,7 +54,7 @@ profile: $(VENV)/.installed
 GPU_PATH = build/gpu
 GPU_PYTHON = PYTHONPATH=$(CURDIR)/$(GPU_PATH) $(PYTHON)
 
-$(GPU_PATH): $(wildcard kernels/*.py kernels/configs/*.json stagedspec/*.py stagedspec/*/*)
+$(GPU_PATH): $(shell find kernels stagedspec -type f ! -name '*.pyc')
 	rm -rf $@ && mkdir -p $@ && cp -r stagedspec $@/ && cp -r kernels $@/stagedspec/kernels
 
 GPU_TESTS = test_decoder.py test_hf.py test_inputs.py kernels

@@ -12,7 +12,7 @@ STEP = Path(__file__).with_name("step.py")
 
 
 def add_options(parser: argparse.ArgumentParser, out: str) -> None:
-    parser.epilog = "All other options are step.py's: --shape L --backend triton --mode staged ..."
+    parser.epilog = "All other options are step.py's: --shape L --mode staged ...; --backend is triton unless given"
     parser.add_argument("--out", type=Path, default=Path(out), help=f"the report (default {out})")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and run nothing")
 
@@ -24,6 +24,8 @@ def run(
 
     phases: whether the step's phases are NVTX ranges. Exits with status 2 where the tool or a GPU is missing.
     """
+    if not any(word.startswith("--backend") for word in rest):
+        rest = [*rest, "--backend", "triton"]  # its kernels are what the tools are for
     command = [*flags, sys.executable, str(STEP), *rest]
     switch = {"STAGEDSPEC_NVTX": "1" if phases else "0"}
     if dry:

@@ -31,8 +31,6 @@ def main(arguments: list[str] | None = None) -> int:
         help="base: the GPU at its base clock, repeatable; none: at the clock it decodes at (default base)",
     )
     options, rest = parser.parse_known_args(arguments)
-    if not any(word.startswith("--backend") for word in rest):
-        rest += ["--backend", "triton"]  # its kernels are what --kernel names
     flags = ["ncu", "--profile-from-start", "off", "--kernel-name", f"regex:^{re.escape(options.kernel)}$"]
     if options.phase:
         flags += ["--nvtx", "--nvtx-include", f"{options.phase}/"]

@@ -1,6 +1,6 @@
 """Traces whole steps with Nsight Systems: what runs when, and where the GPU waits.
 
-    python profiling/nsight_systems.py --steps 1 --shape L --backend triton [--phases]
+    python profiling/nsight_systems.py --steps 1 --shape L [--phases]
 
 As it decodes, a step of the Triton backend is one CUDA graph, whose kernels are traced one by one but belong to no
 phase. --phases launches them from the host instead: then each lies in its phase's NVTX range, with the host's gaps.

@@ -306,7 +306,7 @@ def test_nsight_systems_command(capsys, phases):
     assert command.startswith(f"STAGEDSPEC_NVTX={int(phases)} nsys profile ")
     for part in ("--capture-range cudaProfilerApi --capture-range-end stop", "--cuda-graph-trace node"):
         assert part in command
-    assert command.endswith("step.py --steps 1")
+    assert command.endswith("step.py --steps 1 --backend triton")
     assert ("nvtx_gpu_proj_sum" in after) == phases
 
 
