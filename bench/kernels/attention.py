@@ -6,7 +6,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from harness import Case, absent, error_ratio
-from models import MODELS, Choice, randn
+from models import DEVICE, MODELS, Choice, randn
 
 from stagedspec.kernels.registry import Scratch
 from stagedspec.kernels.tree_attention import mask_words, scratch_size, tree_attention
@@ -36,9 +36,9 @@ def _case(model: str, batch: int, count: int, context: int) -> Case:
     cache = randn(shape.layers, batch, rows, 2, heads, size)
     qkv = randn(batch * count, 3 * heads * size)
     seen = random_tree(count)
-    masks = mask_words(seen).cuda().expand(batch, -1, -1).contiguous()
-    prefix = torch.full((batch,), context, dtype=torch.int32, device="cuda")
-    out = torch.full((batch * count, heads * size), float("nan"), device="cuda", dtype=torch.bfloat16)
+    masks = mask_words(seen).to(DEVICE).expand(batch, -1, -1).contiguous()
+    prefix = torch.full((batch,), context, dtype=torch.int32, device=DEVICE)
+    out = qkv.new_full((batch * count, heads * size), float("nan"))
     scratch = Scratch.of([scratch_size(batch, count, heads, heads, size, rows, count)], out.device)
     scale = size**-0.5
 
@@ -47,7 +47,7 @@ def _case(model: str, batch: int, count: int, context: int) -> Case:
             tree_attention(qkv, layer, masks, prefix, 0, 0, count, scale, out, scratch)
 
     # Peers get their keys and values laid out as they like best, tree rows already in place: they append nothing.
-    visible = torch.cat((seen, torch.ones(count, context, dtype=torch.bool)), 1).cuda()
+    visible = torch.cat((seen, torch.ones(count, context, dtype=torch.bool)), 1).to(DEVICE)
     q = qkv.view(batch, count, 3, heads, size)[:, :, 0].transpose(1, 2)
     keys, values = (cache[:, :, :, i].transpose(2, 3).contiguous() for i in (0, 1))
 
@@ -60,17 +60,17 @@ def _case(model: str, batch: int, count: int, context: int) -> Case:
         k, v = (cache[0][:, :, i].transpose(1, 2) for i in (0, 1))
         plain, exact = (
             F.scaled_dot_product_attention(*(t.to(dtype) for t in (q, k, v)), attn_mask=visible, scale=scale)
-            for dtype in (torch.bfloat16, torch.float64)
+            for dtype in (q.dtype, torch.float64)
         )
         flat = (batch * count, heads * size)
         return error_ratio(out, *(t.transpose(1, 2).reshape(flat) for t in (plain, exact)))
 
-    read = 2 * batch * context * heads * size * 2 + qkv.numel() * 2 + 2 * batch * count * heads * size * 2
+    committed, appended = (2 * batch * tokens * heads * size * qkv.element_size() for tokens in (context, count))
     return Case(
         "tree_attention",
         model,
         {"B": batch, "N": count, "L": context},
-        read + out.numel() * 2,
+        committed + appended + qkv.nbytes + out.nbytes,
         shape.layers,
         ours,
         {"SDPA, mask": sdpa} | _flex(q, keys, values, visible, scale) | _flashinfer(q, keys, values, visible, scale),
@@ -82,7 +82,7 @@ def _flex(q, keys, values, visible, scale) -> dict:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     count, total = visible.shape
-    mask = create_block_mask(lambda b, h, i, j: visible[i, j], None, None, count, total, device="cuda")
+    mask = create_block_mask(lambda b, h, i, j: visible[i, j], None, None, count, total, device=DEVICE)
     compiled = torch.compile(flex_attention, dynamic=False)
 
     def run() -> None:

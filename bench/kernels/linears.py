@@ -7,7 +7,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from harness import Case, error_ratio
-from models import MODELS, Choice, randn
+from models import DEVICE, MODELS, Choice, randn
 
 from stagedspec.kernels import linear
 from stagedspec.kernels.registry import Scratch
@@ -42,8 +42,8 @@ def _layer(shape: ModelShape) -> _Layer:
 class _Ours:
     def __init__(self, shape: ModelShape, rows: int):
         sizes = _sizes(shape).values()
-        self.stats, self.stats_out = torch.empty(2, rows, linear.stat_tiles(shape.width), 2, device="cuda")
-        self.scratch = Scratch.of([linear.scratch_size(rows, *size) for size in sizes], torch.device("cuda", 0))
+        self.stats, self.stats_out = torch.empty(2, rows, linear.stat_tiles(shape.width), 2, device=DEVICE)
+        self.scratch = Scratch.of([linear.scratch_size(rows, *size) for size in sizes], DEVICE)
         self.out = {name: randn(rows, size[0]) for name, size in _sizes(shape).items()}
 
     def __call__(self, name: str, layer: _Layer, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
@@ -100,7 +100,7 @@ def cases(choice: Choice) -> Iterator[Case]:
                         ratios.append(error_ratio(ours(name, layer, inputs.get(name, x), x), plain, exact))
                     return max(ratios)
 
-                weights = sum(weight.numel() for weight, _ in (layers[0].weights[name] for name in group)) * 2
+                weights = sum(layers[0].weights[name][0].nbytes for name in group)
                 yield Case(
                     "linears" if len(group) > 1 else group[0],
                     model,

@@ -12,8 +12,8 @@ MODELS = {name: workloads.SIZES[name] for name in ("S", "L")}
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")  # a CPU for their own tests
 
 
-def randn(*shape: int, scale: float = 1.0, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    return workloads.randn(*shape, device=DEVICE, scale=scale, dtype=dtype)
+def randn(*shape: int, scale: float = 1.0) -> torch.Tensor:
+    return workloads.randn(*shape, device=DEVICE, scale=scale)
 
 
 @dataclass(frozen=True)
