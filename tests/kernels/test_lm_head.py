@@ -18,8 +18,8 @@ WARPERS = {
     "all": {"temperature": 0.9, "top_k": 20, "top_p": 0.93, "min_p": 0.02},
 }
 
-# Rows, vocabulary, width. The last on a GPU alone, the interpreter would take hours: each program of the head on Hopper
-# takes several tiles of these, so that its ring comes round, with all of x beside it (1280, 768) and without (1600).
+# Rows, vocabulary, width, on a GPU alone: the interpreter would take hours. Each program of the head on Hopper takes
+# several tiles of these, so that its ring comes round, with all of x beside it (768) and without (1280, 1600).
 LARGE = [(64, 50257, 1280), (130, 50257, 768), (200, 25349, 1600)] if GPU else []
 
 
