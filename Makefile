@@ -6,8 +6,8 @@
 # make compile-report   compile every kernel for real GPUs, without one: registers, memory, spills, instructions
 # make test-gpu  whole generations and the kernels' tests on a GPU, with the Python that has torch for it: PYTHON=python3,
 #                nothing is installed
-# make bench-gpu the kernels beside their peers on a GPU, likewise, into bench/results/, in less than 8 minutes: what has a
-#                goal first, then what there is time for; ARGS="--full --budget inf" for all shapes, however long it takes
+# make bench-gpu the kernels beside their peers on a GPU, likewise, into bench/results/; no case is started after 7 minutes: what
+#                has a goal comes first, then what there is time for; ARGS="--full --budget inf" for all shapes, however long it takes
 # make profile   a step's kernels: their times beside the bytes that they must move, and a timeline, trace.json;
 #                ARGS="..." are options of profiling/torch_trace.py. Nsight's scripts: profiling/README.md
 # make profile-gpu  the same of the Triton kernels on a GPU, with the Python that has torch for it
@@ -54,7 +54,7 @@ profile: $(VENV)/.installed
 GPU_PATH = build/gpu
 GPU_PYTHON = PYTHONPATH=$(CURDIR)/$(GPU_PATH) $(PYTHON)
 
-$(GPU_PATH): $(shell find kernels stagedspec -type f ! -name '*.pyc')
+$(GPU_PATH): $(shell find kernels stagedspec -type f ! -path '*/__pycache__/*')
 	rm -rf $@ && mkdir -p $@ && cp -r stagedspec $@/ && cp -r kernels $@/stagedspec/kernels
 
 GPU_TESTS = test_decoder.py test_hf.py test_inputs.py kernels
