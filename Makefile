@@ -6,8 +6,8 @@
 # make compile-report   compile every kernel for real GPUs, without one: registers, memory, spills, instructions
 # make test-gpu  whole generations and the kernels' tests on a GPU, with the Python that has torch for it: PYTHON=python3,
 #                nothing is installed
-# make bench-gpu the kernels beside their peers on a GPU, likewise, into bench/results/; no case is started after 7 minutes: what
-#                has a goal comes first, then what there is time for; ARGS="--full --budget inf" for all shapes, however long it takes
+# make bench-gpu the kernels beside their peers on a GPU, likewise, into bench/results/: what has a goal first, then what
+#                there is time for, no case after 7 minutes; ARGS="--full --budget inf" for all shapes, however long
 # make profile   a step's kernels: their times beside the bytes that they must move, and a timeline, trace.json;
 #                ARGS="..." are options of profiling/torch_trace.py. Nsight's scripts: profiling/README.md
 # make profile-gpu  the same of the Triton kernels on a GPU, with the Python that has torch for it

@@ -34,9 +34,7 @@ PARAMETERS = 1 << 21  # of a model; a larger one too
 ACTIVATIONS = {"relu": 0, "gelu_new": 1, "gelu_pytorch_tanh": 1}
 f32 = np.float32
 NEVER = f32(np.finfo(f32).min)
-
-
-COMPILED = []
+COMPILED = []  # the functions below
 
 
 def compiled(function):
@@ -253,7 +251,8 @@ def _children(x, norm, head, epsilon, scale, k, noise, places, tokens, logprobs)
                 total += np.exp(score - top)
         norm_of_all = top + np.log(total)
         for c in range(count):
-            best[c] = min(best[c] - norm_of_all, f32(-1e-4)) if best[c] - norm_of_all > NEVER else NEVER
+            logprob = best[c] - norm_of_all
+            best[c] = min(logprob, f32(-1e-4)) if logprob > NEVER else NEVER  # nor NaN, of infinite logits
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from rich.segment import Segment, Segments
 from rich.style import Style
 
 import stagedspec
-from stagedspec.compare import Run, compare, table
+from stagedspec.compare import PROMPTS, Run, compare, table
 from stagedspec.origins import VISIBLE, Shown, check_path, pieces, save
 from stagedspec.tree import MODES
 
@@ -35,12 +35,7 @@ ORIGIN_STYLES = {
 PROMPT_STYLE = Style(dim=True)
 TABLE_WIDTH = 80
 
-DEMO_PROMPTS = (
-    'def read_json(path):\n    """Read a JSON file and return its contents."""\n    with open(path) as',
-    "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):\n",
-    "import os\nimport sys\nimport argparse\n\n\ndef main():\n    parser = argparse.ArgumentParser(",
-    "    def __eq__(self, other):\n        if not isinstance(other, ",
-)
+DEMO_PROMPTS = PROMPTS[:4]
 
 app = typer.Typer(
     name="stagedspec",
@@ -185,7 +180,7 @@ def print_legend(console: Console) -> None:
 
 
 def wide_console(no_color: bool, **options) -> Console:
-    """A console of at least TABLE_WIDTH columns: a narrower terminal breaks the lines of tables, still readable."""
+    """A console of at least TABLE_WIDTH columns. A narrower terminal wraps lines; rich would cut the cells."""
     console = Console(no_color=no_color or None, highlight=False, **options)
     console.width = max(console.width, TABLE_WIDTH)
     return console
@@ -597,7 +592,7 @@ def tune_tree(
     Prints the cost model's predicted speed beside the measured one. Exit status 1 if any output differs from plain
     (autoregressive) decoding. The launch settings of GPU kernels are another matter: `stagedspec tune`.
     """
-    from stagedspec.tune import PROMPTS, tune
+    from stagedspec.tune import tune
     from stagedspec.tuning import keep
 
     if out is not None and (out.is_dir() or not out.expanduser().resolve().parent.is_dir()):

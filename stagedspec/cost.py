@@ -251,9 +251,9 @@ class Model:
         tokens, seconds = self.step(config)
         return tokens / seconds
 
-    def finalists(self, mode: str, most: int = 4) -> list[TreeConfig]:
-        """The best tree of each size, best first, at most `most`: predictions are right to about a tenth, and within
-        that all sizes from 4 to 16 nodes may lie."""
+    def finalists(self, mode: str, most: int) -> list[TreeConfig]:
+        """The best tree of each size, best first, at most `most`: sizes lie closer together than predictions are
+        right."""
         found: dict[int, TreeConfig] = {}
         for tree in self._ranked(mode):
             found.setdefault(tree.nodes, tree)

@@ -248,10 +248,11 @@ def _call(
     keep = [name for name in ("scores", "logits") if return_dict and getattr(config, f"output_{name}")]
     if not rest and not others and streamer is None and not keep:
         return Call(input_ids, request, pad, None, return_dict)
-    # A first call measures pass times and may lay out weights: none of the time that a generation may take.
+    # A first call measures pass times and may lay out weights: none of the time that a generation may take. What
+    # the criterion's clock had counted when the call came in, it keeps.
     now = time.time()
     others = [
-        MaxTimeCriteria(one.max_time, one.initial_timestamp + now - max(began, one.initial_timestamp))
+        MaxTimeCriteria(one.max_time, now - max(0.0, began - one.initial_timestamp))
         if type(one) is MaxTimeCriteria
         else one
         for one in others
