@@ -34,6 +34,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from stagedspec.kernels.backend import MAX_HEAD_SIZE
 from stagedspec.kernels.registry import (
     CompileCase,
     Scratch,
@@ -507,8 +508,8 @@ def tree_attention(
     check_tensor(op, "scratch.partials", scratch.partials, (None,), torch.float32, device)
     if not 1 <= nodes <= MAX_NODES:
         raise ValueError(f"{op}: a pass must have 1 to {MAX_NODES} nodes, got masks for {nodes}")
-    if not 1 <= size <= 256:
-        raise ValueError(f"{op}: the head size must be 1 to 256, got a cache of {size}")
+    if not 1 <= size <= MAX_HEAD_SIZE:
+        raise ValueError(f"{op}: the head size must be 1 to {MAX_HEAD_SIZE}, got a cache of {size}")
     heads = out.shape[1] // size
     if out.shape[1] % size or heads < 1 or kv_heads < 1 or heads % kv_heads:
         raise ValueError(

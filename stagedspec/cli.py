@@ -193,7 +193,7 @@ def preparing() -> Iterator[None]:
     if not console.is_terminal:
         yield
         return
-    with console.status("loading; at first use also compiling the draft's pass and measuring the models"):
+    with console.status("loading; at first use also compiling and measuring the models"):
         yield
 
 

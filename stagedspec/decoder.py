@@ -16,7 +16,7 @@ from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 from stagedspec import cost
 from stagedspec.adapt import WAITS, Controller, Rung, rungs
 from stagedspec.cascade import Cascade, Repeats
-from stagedspec.gpt2 import GPT2, Cache
+from stagedspec.gpt2 import GPT2, Cache, check_config
 from stagedspec.kernels import backend as kernel_backend
 from stagedspec.loading import (
     check_same_tokens,
@@ -161,7 +161,6 @@ class Decoder:
         """
         device = resolve_device(device)
         dtype = resolve_dtype(dtype, device)
-        ops = kernel_backend.resolve(backend, device)
         if tree is not None and not isinstance(tree, (TreeConfig, str, Path)):
             raise ValueError(f"tree must be a TreeConfig, 'auto' or a tuning's file, got {type(tree).__name__}")
         tuning = None
@@ -169,6 +168,10 @@ class Decoder:
             tree, tuning = None, None if tree == "auto" else Tuning.load(tree)
         target_model = read_checkpoint(target, "target")
         draft_model = None if draft is None else read_checkpoint(draft, "draft")
+        configs = [model.config for model in (target_model, draft_model) if model is not None]
+        for config in configs:
+            check_config(config)
+        ops = kernel_backend.resolve(backend, device, max(config.n_embd // config.n_head for config in configs))
         loaded = load_tokenizer(tokenizer if tokenizer is not None else target)
         if isinstance(draft, (str, Path)):
             check_same_tokens(loaded, load_tokenizer(draft))

@@ -156,8 +156,9 @@ def test_the_cost_model_chooses_a_tree(target, drafts, make_decoder):
 
 @pytest.mark.slow
 def test_embedded_target_on_held_out_prompts(place):
-    """At least 100 held-out prompts, 24 new tokens each, identical to transformers: on a GPU, whose sums have another
-    order, where no choice is closer than fp32 rounds (8e-5 of the largest logit), and to plain decoding everywhere.
+    """At least 100 held-out prompts, 24 new tokens each, identical to transformers. On a GPU, whose sums have another
+    order, 32 of them, where no choice is closer than 2e-4 of the largest logit (fp32 rounds by up to 8e-5 there), and
+    identical to plain decoding everywhere.
 
     Batches of 16 and, small enough for the draft's compiled pass, of 4; every mode; trees as given and as chosen.
     """
@@ -176,6 +177,7 @@ def test_embedded_target_on_held_out_prompts(place):
     new, most = 24, model.config.n_positions - 24
     prompts = [decoder.tokenizer(text, add_special_tokens=False).input_ids[-min(most, 200) :] for text in texts[:128]]
     assert len(prompts) >= 100
+    prompts = prompts if place.device == "cpu" else prompts[::4]
     prompts.sort(key=len)
     eos = model.generation_config.eos_token_id or model.config.eos_token_id
     pad = eos[0] if isinstance(eos, list) else eos or 0
@@ -186,7 +188,7 @@ def test_embedded_target_on_held_out_prompts(place):
         ids, mask = left_pad(prompts[start : start + 16])
         expected, gaps = oracle_gaps(model, ids, mask, new, pad_token_id=pad)
         ours = decoder.generate(ids, mask, new, pad_token_id=pad, tree=tree)
-        accepted += decoder.last_stats.tokens_per_step / 8
+        accepted += decoder.last_stats.tokens_per_step * 16 / len(prompts)
         certain = gaps > (2e-4 if place.backend == "triton" else -1)
         assert torch.equal(ours[certain], expected[certain]), f"prompts {start} to {start + 16} by length"
         if not certain.all():

@@ -289,8 +289,38 @@ def test_backend_resolution(device, monkeypatch):
     assert type(backend.resolve("triton", device)).__name__ == "TritonOps"
     with pytest.raises(ValueError, match="backend must be one of auto, torch, triton, got 'cuda'"):
         backend.resolve("cuda", device)
+    with pytest.raises(ValueError, match="heads can be at most 256 wide, the model's are 320; use 'auto' or 'torch'"):
+        backend.resolve("triton", device, head_size=320)
     if device.type == "cpu":
         assert backend.resolve("auto", device).__name__.endswith("reference")
         monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
         with pytest.raises(ValueError, match=r"backend 'triton' cannot run on cpu: .* TRITON_INTERPRET=1"):
             backend.resolve("triton", device)
+
+
+def test_auto_is_triton_where_it_can_run(monkeypatch):
+    """A GPU as torch describes it: kernels unless it is too old, heads are too wide, or there is no C compiler."""
+    import triton
+
+    gpu, found = torch.device("cuda", 0), {"capability": (9, 0), "compiler": "/usr/bin/gcc"}
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: found["capability"])
+    monkeypatch.setattr(backend.shutil, "which", lambda name: found["compiler"] if name == "gcc" else None)
+    monkeypatch.delenv("CC", raising=False)
+
+    def name(**options):
+        chosen = backend.resolve("auto", gpu, **options)
+        return getattr(chosen, "name", None)
+
+    assert name() == name(head_size=256) == "triton"
+    assert name(head_size=257) == "torch"
+    for change, problem in (({"capability": (7, 5)}, r"capability \(7, 5\)"), ({"compiler": None}, "a C compiler")):
+        before = dict(found)
+        found.update(change)
+        assert name() == "torch"
+        with pytest.raises(ValueError, match=problem):
+            backend.resolve("triton", gpu)
+        found.update(before)
+    found["compiler"] = None
+    monkeypatch.setenv("CC", "cc")
+    assert name() == "triton"
