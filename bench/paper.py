@@ -187,7 +187,8 @@ def bench(options: argparse.Namespace, arguments: list[str], console: Console) -
     options.out.mkdir(parents=True, exist_ok=True)
     report = header("paper.py", arguments, models.decoder.device) | {
         "prompts": {"file": options.prompts.name, "used": len(encoded), "skipped": skipped, "room": room},
-        "settings": {key: getattr(options, key) for key in ("max_new_tokens", "dtype", "backend", "seed", "top_k")},
+        "settings": {key: getattr(options, key) for key in ("max_new_tokens", "dtype", "seed", "top_k")}
+        | {"backend": models.decoder.target.ops.name},
     }
     key = {name: report[name] for name in ("versions", "machine", "settings")}
     key |= {"models": models.fingerprint(), "code": code_fingerprint()}

@@ -2,28 +2,39 @@
 
 import os
 import shutil
+import sysconfig
+import warnings
+from pathlib import Path
 
 import torch
 
 BACKENDS = ("auto", "torch", "triton")
 MAX_HEAD_SIZE = 256  # that tree_attention.py takes
+# What "auto" trusts the kernels with: the compute capability they have run on, and the heads that their tests have.
+TRIED, TRIED_HEAD_SIZE = (9, 0), 128
 
 
 def resolve(backend: str, device: torch.device, head_size: int = 64):
     """Returns what implements the operations on `device`: reference.py, or a `TritonOps` of its own.
 
-    "auto" is triton on a GPU where it can run, else torch. "triton" needs a GPU of compute capability 8.0 or later and
-    the C compiler that Triton builds its launchers with; on the CPU it runs in Triton's interpreter, for checking, and
-    only if TRITON_INTERPRET=1 was set before Python started. head_size: the largest of the models'.
+    "auto" is triton on a GPU of the kind that the kernels have been tried on, if it can run there, else torch; on a GPU
+    a warning says why. "triton" needs an NVIDIA GPU of compute capability 8.0 or later and what Triton builds its
+    launchers with; on the CPU it runs in Triton's interpreter, for checking, and only if TRITON_INTERPRET=1 was set
+    before Python started. head_size: the largest of the models'.
 
     Raises ValueError for an unknown backend and for a forced one that cannot run.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    problem = "" if backend == "torch" else _triton_problem(device, head_size)
+    wanted = backend == "triton" or (backend == "auto" and device.type == "cuda")
+    problem = _triton_problem(device, head_size) if wanted else ""
     if backend == "triton" and problem:
         raise ValueError(f"backend 'triton' cannot run on {device}: {problem}; use 'auto' or 'torch'")
-    if backend == "triton" or (backend == "auto" and device.type == "cuda" and not problem):
+    if backend == "auto" and wanted:
+        problem = problem or _untried(device, head_size)
+        if problem:
+            warnings.warn(f"backend 'auto' is torch on {device}, which is slower: {problem}", stacklevel=3)
+    if wanted and not problem:
         from stagedspec.kernels.triton_backend import TritonOps
 
         return TritonOps()
@@ -40,12 +51,40 @@ def _triton_problem(device: torch.device, head_size: int) -> str:
         return f"triton cannot be imported ({error})"
     if head_size > MAX_HEAD_SIZE:
         return f"attention heads can be at most {MAX_HEAD_SIZE} wide, the model's are {head_size}"
-    if device.type != "cuda" and not triton.knobs.runtime.interpret:
-        return "kernels need a GPU, or TRITON_INTERPRET=1 set before Python starts to interpret them"
-    if device.type == "cuda" and not triton.knobs.runtime.interpret:
-        capability = torch.cuda.get_device_capability(device)
-        if capability < (8, 0):
-            return f"it has compute capability {capability}, kernels need 8.0"
-        if not ("CC" in os.environ or shutil.which("gcc") or shutil.which("clang")):
-            return "Triton needs a C compiler: install gcc or clang, or name one in CC"
+    interpreted = triton.knobs.runtime.interpret
+    if device.type != "cuda":
+        known = "kernels need a GPU, or TRITON_INTERPRET=1 set before Python starts to interpret them"
+        return "" if interpreted else known
+    if torch.version.hip:
+        return "the kernels are for NVIDIA GPUs"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f"it has compute capability {capability}, kernels need 8.0"
+    return "" if interpreted else _cannot_build()
+
+
+def _cannot_build() -> str:
+    """What Triton lacks to build the modules that launch kernels, or nothing. It takes CC for the name of one program,
+    and does not look for another where CC is set."""
+    named = os.environ.get("CC")
+    if not any(map(shutil.which, ("gcc", "clang") if named is None else (named,))):
+        return f"Triton needs a C compiler: install gcc or clang, or name one in CC (now {named!r})"
+    scheme = sysconfig.get_default_scheme()
+    folder = sysconfig.get_paths("posix_prefix" if scheme == "posix_local" else scheme)["include"]
+    if not Path(folder, "Python.h").is_file():
+        return f"Triton needs Python's headers, and {folder} has no Python.h: install them (Debian: python3-dev)"
+    return ""
+
+
+def _untried(device: torch.device, head_size: int) -> str:
+    """Why "auto" leaves kernels alone that could run on the GPU, or nothing."""
+    import triton
+
+    if triton.knobs.runtime.interpret:
+        return "TRITON_INTERPRET is set"
+    capability = torch.cuda.get_device_capability(device)
+    if capability != TRIED:
+        return f"the kernels have been tried on compute capability {TRIED} alone, it has {capability}; try 'triton'"
+    if head_size > TRIED_HEAD_SIZE:
+        return f"the kernels have been tried with heads up to {TRIED_HEAD_SIZE}, not {head_size}; try 'triton'"
     return ""

@@ -397,7 +397,7 @@ def select_kernel(
         keys = order_key(values)
         stays = (at < count) & ((keys > least_key) | ((keys == least_key) & (tokens.to(tl.uint32) >= least_id)))
         if MIN_P:
-            stays = stays & (tl.exp(values - top) >= min_p)
+            stays = stays & ((values == top) | (tl.exp(values - top) >= min_p))  # the best stays, infinite too
         if NOISE == 1:
             values = values + gumbel_at(tokens, seed, stream, position)
         elif NOISE == 2:

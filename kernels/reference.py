@@ -10,6 +10,7 @@ bitwise: oneDNN's pre-packed matrix multiply uses one instruction sequence per r
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -33,6 +34,8 @@ _FUSED = {
 
 name = "torch"
 max_depth = 256  # of a tree
+max_head_size = 1 << 30
+lock = nullcontext()  # of a step: nothing is shared between steps here
 fixed_shapes = False  # a step takes as many passes, and a tree as many nodes, as it is worth
 
 

@@ -50,7 +50,7 @@ from stagedspec.kernels.registry import (
 WINDOW = 32  # near keys; more than the depth of any tree
 MAX_NODES = 256
 WARPS = 4
-SPILLING = (80,)  # the near part's, see `most_registers`
+SPILLING = (80,)  # the near part's, see `most_registers`; heads wider than 64 spill everywhere
 LOG2E = 1.4426950408889634
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -391,9 +391,19 @@ def _tiles(head_size: int, itemsize: int, window: int) -> dict[str, int]:
     return {"D_PAD": padded, "SPLIT": split, "FAR_ROWS": far, "NEAR_ROWS": near, "TOGETHER": 8}
 
 
-def _near_warps(itemsize: int) -> int:
-    """A near tile is small: with two warps more of them run at once (on an H200 6% less time in all at 64 nodes)."""
-    return WARPS if itemsize == 4 else 2
+def _far_warps(arch: int, head_size: int) -> int:
+    """Wide heads spill in four warps where the matrix instructions take their operands from registers."""
+    return 2 * WARPS if head_size > 64 and arch in (80, 120) else WARPS
+
+
+def _near_warps(head_size: int, itemsize: int) -> int:
+    """A near tile of heads of 64 is small: with two warps more of them run at once (on an H200 at 64 nodes attention
+    takes 4% to 7% less). Wider heads, and those that do not begin where wide loads can, spill then."""
+    return 2 if itemsize == 2 and head_size <= 64 and head_size * itemsize % 16 == 0 else WARPS
+
+
+def _near_registers(arch: int, head_size: int, warps: int) -> int | None:
+    return most_registers(arch, warps, SPILLING if head_size <= 64 else (arch,))
 
 
 def _splits(rows: int, tree_rows: int, split: int) -> int:
@@ -443,13 +453,19 @@ def _launch(
     inputs, parts, sizes = (qkv, cache, masks, prefix), (acc, top, total), (nodes, rows, first_bit, tree_rows, splits)
     scale *= LOG2E
     far[(splits, triton.cdiv(queries, tiles["FAR_ROWS"]), batch * kv_heads)](
-        *inputs, *parts, scale, *sizes, ROWS=tiles["FAR_ROWS"], num_warps=WARPS, **shared
+        *inputs,
+        *parts,
+        scale,
+        *sizes,
+        ROWS=tiles["FAR_ROWS"],
+        num_warps=_far_warps(architecture(qkv.device), size),
+        **shared,
     )
-    warps = _near_warps(qkv.element_size())
+    warps = _near_warps(size, qkv.element_size())
     near[(triton.cdiv(queries, tiles["NEAR_ROWS"]), batch * kv_heads)](
         *inputs, *parts, out, scale, *sizes, write,
         ROWS=tiles["NEAR_ROWS"], FILLED=16, TOGETHER=tiles["TOGETHER"], num_warps=warps,
-        maxnreg=most_registers(architecture(qkv.device), warps, SPILLING), **shared,
+        maxnreg=_near_registers(architecture(qkv.device), size, warps), **shared,
     )  # fmt: skip
 
 
@@ -566,19 +582,22 @@ _TYPES |= dict.fromkeys((*_INTEGERS, "write"), "i32")
 
 
 def compile_cases(arch: int) -> list[CompileCase]:
-    """The shapes of GPT-2 S to XL and the embedded models in bf16, few and many nodes, trees and prompts."""
+    """The shapes of GPT-2 S to XL and the embedded models in bf16, few and many nodes, trees and prompts; wide heads,
+    and heads that share keys."""
     models = {"s": (12, 64), "m": (16, 64), "l": (20, 64), "xl": (25, 64), "target": (6, 64), "draft": (3, 32)}
+    models |= {"wide": (8, 128), "grouped": (5, 64)}
     passes = {"n1": (1, False), "n64": (2, False), "chunk256": (8, True)}
     cases = []
     for model, (heads, size) in models.items():
         tiles = _tiles(size, 2, WINDOW)
         for name, (words, chain) in passes.items():
-            constants = {"KV_HEADS": heads, "GROUP": 1, "D": size, "WORDS": words, "WINDOW": WINDOW, "CHAIN": chain}
+            group = 4 if model == "grouped" else 1
+            constants = {"KV_HEADS": heads, "GROUP": group, "D": size, "WORDS": words, "WINDOW": WINDOW, "CHAIN": chain}
             constants |= {"PDL": False, "FILLED": 16} | tiles
-            near = _near_warps(2)
+            near = _near_warps(size, 2)
             for kernel, rows, warps, registers in (
-                (_attend_far, tiles["FAR_ROWS"], WARPS, None),
-                (_attend_near, tiles["NEAR_ROWS"], near, most_registers(arch, near, SPILLING)),
+                (_attend_far, tiles["FAR_ROWS"], _far_warps(arch, size), None),
+                (_attend_near, tiles["NEAR_ROWS"], near, _near_registers(arch, size, near)),
             ):
                 names = kernel.arg_names
                 cases.append(

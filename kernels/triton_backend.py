@@ -7,12 +7,14 @@ CUDA graph. Operations run in turn on one stream, so buffers of one width are sh
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from threading import RLock
 
 import torch
 
 from stagedspec.kernels import choose as choice
 from stagedspec.kernels import compact, device, embed, grow_tree, linear, lm_head, reference, registry
 from stagedspec.kernels import tree_attention as attention
+from stagedspec.kernels.backend import MAX_HEAD_SIZE
 from stagedspec.kernels.reference import GREEDY_SHARPNESS
 
 ROWS = 256  # the most rows that one launch of a linear or one pass of attention takes
@@ -78,24 +80,29 @@ class TritonOps:
     )
     Noise, NoiseAt = Noise, NoiseAt
     name = "triton"
+    max_head_size = MAX_HEAD_SIZE
     max_depth = WINDOW - 2  # the draft's pass begins one token above the root
     fixed_shapes = True
 
     def check_tree(self, tree) -> None:
         """Raises ValueError for a tree (a `TreeConfig`) that the kernels cannot grow or verify."""
         if tree.depth > self.max_depth:
-            raise ValueError(f"a tree of this backend can be at most {self.max_depth} deep, got depth {tree.depth}")
+            raise ValueError(
+                f"a tree of this backend can be at most {self.max_depth} deep, got depth {tree.depth}; lower it, or "
+                "use backend='torch'"
+            )
         rows = max(2, tree.width) + tree.guesses
         if rows > attention.MAX_NODES:
             raise ValueError(
                 f"a draft pass of this backend takes at most {attention.MAX_NODES} nodes, got {rows}: the width "
-                f"{tree.width} and {tree.guesses} guesses"
+                f"{tree.width} and {tree.guesses} guesses; lower them, or use backend='torch'"
             )
         grow_tree.check_candidates("tree", tree)
 
     def __init__(self) -> None:
         self._buffers: dict[tuple, torch.Tensor] = {}
         self._scratch: registry.Scratch | None = None
+        self.lock = RLock()  # of a step: all decoders of an instance share its buffers
 
     # ---------------------------------------------------------------- memory
 
@@ -335,7 +342,7 @@ def warping_settings(warping: dict | None) -> dict:
     top_p = warping["top_p"]
     return {
         "temperature": warping["temperature"],
-        "top_k": warping["top_k"] or 0,
+        "top_k": min(warping["top_k"] or 0, 1 << 31),  # as good as none: an operation takes 64 bits
         "top_p": 1.0 if top_p is None else top_p,
         "min_p": warping["min_p"] or 0.0,
     }

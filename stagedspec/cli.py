@@ -86,7 +86,9 @@ Draft = Annotated[str | None, typer.Option(help="Draft model with the target's v
 Ngram = Annotated[Path | None, typer.Option(help="N-gram table written by fit-ngram.", rich_help_panel="Models")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...", rich_help_panel="Models")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.", rich_help_panel="Models")]
-Backend = Annotated[str, typer.Option(help="auto, triton or torch.", rich_help_panel="Models")]
+Backend = Annotated[
+    str, typer.Option(help="auto (triton on Hopper, else torch), triton, torch.", rich_help_panel="Models")
+]
 Nodes = Annotated[int | None, typer.Option(help="Nodes of the verified tree.", rich_help_panel="Token tree")]
 Depth = Annotated[int | None, typer.Option(help="Depth of the tree.", rich_help_panel="Token tree")]
 Width = Annotated[int | None, typer.Option(help="Nodes of one draft pass.", rich_help_panel="Token tree")]
@@ -193,7 +195,7 @@ def preparing() -> Iterator[None]:
     if not console.is_terminal:
         yield
         return
-    with console.status("loading; at first use also compiling and measuring the models"):
+    with console.status("loading; at first use also compiling and measuring"):
         yield
 
 
@@ -589,6 +591,8 @@ def tune_tree(
     """Choose token trees for a pair of models on this machine: the fastest of those that measured passes and acceptance
     promise most. Saves them.
 
+    For the torch backend, on a GPU too: the Triton backend's trees are of one shape, which the cost model chooses.
+
     Prints the cost model's predicted speed beside the measured one. Exit status 1 if any output differs from plain
     (autoregressive) decoding. The launch settings of GPU kernels are another matter: `stagedspec tune`.
     """
@@ -598,7 +602,7 @@ def tune_tree(
     if out is not None and (out.is_dir() or not out.expanduser().resolve().parent.is_dir()):
         raise ValueError(f"--out must be a file in a folder that exists, got {out}")
     texts = list(PROMPTS) if prompts is None else _prompt_lines(prompts)
-    decoder = load_decoder(target, draft, ngram, device, dtype, backend)
+    decoder = load_decoder(target, draft, ngram, device, dtype, "torch" if backend == "auto" else backend)
     encoded = [decoder.tokenizer(text, add_special_tokens=False).input_ids for text in texts[:limit]]
     with progress_bar(auto_refresh=False) as progress:
         task = progress.add_task("measuring", total=None)
@@ -623,6 +627,8 @@ def tune_tree(
     else:
         _print_tuning(wide_console(no_color), tuning)
         typer.echo("The cache folder cannot be written; use --out." if saved is None else f"Saved in {saved}")
+        if decoder.device.type == "cuda":
+            typer.echo("It holds for --backend torch.")
     if not same:
         raise typer.Exit(1)
 

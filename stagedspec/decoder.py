@@ -16,7 +16,7 @@ from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 from stagedspec import cost
 from stagedspec.adapt import WAITS, Controller, Rung, rungs
 from stagedspec.cascade import Cascade, Repeats
-from stagedspec.gpt2 import GPT2, Cache, check_config
+from stagedspec.gpt2 import GPT2, Cache
 from stagedspec.kernels import backend as kernel_backend
 from stagedspec.loading import (
     check_same_tokens,
@@ -99,7 +99,8 @@ class Call:
 class Decoder:
     """Decodes a GPT-2 by staged speculative decoding (Spector & Ré, arXiv 2308.04623), losslessly.
 
-    Make one with `from_pretrained` or `default`. A decoder keeps no state between calls.
+    Make one with `from_pretrained` or `default`. A decoder keeps no state between calls but buffers; several threads
+    may use it, in turn by steps.
     defaults: what the model's own generation config sets; it holds where a call says nothing else.
     mark: what the phases of its steps are marked with for a profiler; NVTX ranges if STAGEDSPEC_NVTX=1, else None.
     Steps that are marked are not captured as CUDA graphs, whose replays have no phases.
@@ -162,6 +163,7 @@ class Decoder:
         """
         device = resolve_device(device)
         dtype = resolve_dtype(dtype, device)
+        kernel_backend.resolve(backend, device)  # one that cannot run is refused before anything is loaded
         if tree is not None and not isinstance(tree, (TreeConfig, str, Path)):
             raise ValueError(f"tree must be a TreeConfig, 'auto' or a tuning's file, got {type(tree).__name__}")
         tuning = None
@@ -170,8 +172,6 @@ class Decoder:
         target_model = read_checkpoint(target, "target")
         draft_model = None if draft is None else read_checkpoint(draft, "draft")
         configs = [model.config for model in (target_model, draft_model) if model is not None]
-        for config in configs:
-            check_config(config)
         ops = kernel_backend.resolve(backend, device, max(config.n_embd // config.n_head for config in configs))
         loaded = load_tokenizer(tokenizer if tokenizer is not None else target)
         if isinstance(draft, (str, Path)):
@@ -383,9 +383,11 @@ class Decoder:
                 self._costs = cost.PassTimes(self.target, self.draft, tuning.seconds)
             model = cost.Model(self._costs, batch, do_sample, tuning.text_of(do_sample), self.target.ops)
             trees = tuning.trees.get(key)
-            with _current(self.device):  # what was not measured before is measured here
+            with self.target.ops.lock, _current(self.device):  # what was not measured before is measured here
                 if trees is None:
                     trees = tuning.trees[key] = model.ladder(mode)
+                for tree in trees:
+                    self.target.ops.check_tree(tree)
                 self._ladders[key] = tuple(rungs(model, trees))
             if self._own and self._costs.seconds != tuning.seconds:
                 tuning.seconds = dict(self._costs.seconds)
@@ -511,13 +513,13 @@ class _Run:
         """Runs until every row has stopped; yields after each step. Time spent by the consumer is not counted."""
         begin = time.perf_counter()
         device = self.decoder.device
-        with _current(device), self.clock("prefill"):
+        with self.decoder.target.ops.lock, _current(device), self.clock("prefill"):
             self.decoder.target.prefill(self.request.prompts, 1, self.cache)
             if self.cascade is not None:
                 self.cascade.prefill(self.request.prompts)
         step = self._repeated()
         while not self.finished:
-            with _current(device):  # given back before the consumer's code runs
+            with self.decoder.target.ops.lock, _current(device):  # given back before the consumer's code runs
                 self.passes.append(step())
                 self.sequences.publish()
             self.seconds += time.perf_counter() - begin

@@ -50,6 +50,8 @@ class GPT2:
 
     ops: the backend, of `stagedspec.kernels.backend.resolve`. invariant: whether a node's result must not
     depend on the rest of the batch: always for a target; a draft cannot change the output and takes what is fastest.
+
+    Raises ValueError for a config that cannot be decoded, and for heads too wide for the backend.
     """
 
     def __init__(
@@ -62,6 +64,11 @@ class GPT2:
         self.config = config
         self.vocab_size, self.positions = config.vocab_size, config.n_positions
         self.heads, self.head_size = config.n_head, config.n_embd // config.n_head
+        if self.head_size > ops.max_head_size:
+            raise ValueError(
+                f"attention heads of backend {ops.name!r} can be at most {ops.max_head_size} wide, the model's are "
+                f"{self.head_size}; use backend='torch'"
+            )
         self.epsilon, self.upcast = config.layer_norm_epsilon, bool(config.reorder_and_upcast_attn)
         name = config.activation_function
         self.activation: str | Callable = name if ops.fused_activation(name) else ACT2FN[name]

@@ -112,6 +112,7 @@ def read_checkpoint(source: "str | Path | GPT2LMHeadModel", role: str) -> GPT2LM
     for name, parameter in model.named_parameters():
         if not bool(parameter.isfinite().all()):
             raise ValueError(f"{role}: the checkpoint in {source} is damaged: {name} holds values that are not finite")
+    check_config(model.config)
     return model
 
 

@@ -153,6 +153,7 @@ def pair_of(decoder) -> dict:
         "n-gram tokens": None if decoder.ngram is None else decoder.ngram.fitted_tokens,
         "device": device_name(decoder.device),
         "dtype": str(decoder.target.dtype).removeprefix("torch."),
+        "backend": decoder.target.ops.name,
     }
 
 
@@ -160,7 +161,6 @@ def fingerprint(decoder) -> str:
     """A name for the pair, down to its weights, on this machine with these threads, this torch and this cost model."""
     setup = pair_of(decoder) | {"threads": torch.get_num_threads(), "torch": torch.__version__}
     found = hashlib.sha256(json.dumps(setup).encode())
-    found.update(decoder.target.ops.name.encode())
     found.update(Path(cost.__file__).read_bytes())
     for model in (decoder.target, decoder.draft):
         if model is not None:  # a sample: reading every weight of a large model takes seconds

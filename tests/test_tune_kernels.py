@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +10,17 @@ from triton.runtime.errors import OutOfResources
 from typer.testing import CliRunner
 
 from stagedspec import cli, tune_kernels
-from stagedspec.kernels import configs
+from stagedspec.kernels import (
+    choose,
+    compact,
+    configs,
+    grow_tree,
+    linear,
+    linear_hopper,
+    lm_head,
+    ngram_lookup,
+    verify_commit,
+)
 from stagedspec.tune_kernels import Launch, Problem, tune
 from stagedspec.workloads import ModelShape
 
@@ -267,3 +278,29 @@ def test_the_command(tmp_path, monkeypatch, to_file):
     assert configs.read(path, GPU) == {"op": {"8x4": {"tile": 32, "warps": 4}}}
     assert asked()["tile"] == (64 if to_file else 32)
     assert set(made_current) == {torch.device("cuda", 1)}  # torch refuses a device without an index
+
+
+CANDIDATES = {
+    "linear": linear.candidates,
+    "linear_hopper": linear_hopper.candidates,
+    "lm_head": lm_head.candidates,
+    "choose": choose.candidates,
+    "compact": compact.candidates,
+    "ngram_lookup": ngram_lookup.candidates,
+    "grow_pass": partial(grow_tree.candidates, "grow_pass"),
+    "harvest_tree": partial(grow_tree.candidates, "harvest_tree"),
+    "verify_commit": verify_commit.candidates,
+}
+
+
+def test_the_package_s_settings_are_those_that_tuning_tries():
+    """And differ from the default, which may change: others would go stale unseen, or be refused at a launch."""
+    files = sorted(configs.PACKAGED.glob("*.json"))
+    assert files
+    for file in files:
+        device = json.loads(file.read_text(encoding="utf-8"))["device"]
+        assert file.name == f"{configs.slug(device)}.json"
+        for op, shapes in configs.read(file, device).items():
+            for shape, settings in shapes.items():
+                default, *others = CANDIDATES[op](tuple(map(int, shape.split("x"))), torch.device("cpu"))
+                assert settings in others, (file.name, op, shape)

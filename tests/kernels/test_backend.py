@@ -1,18 +1,23 @@
 """The Triton backend end to end: the same tokens as the torch backend, in every mode; what a step may not do."""
 
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
 import pytest
 import torch
+from conftest import make_gpt2
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import stagedspec
-from stagedspec import Sampling, TreeConfig
+from stagedspec import Decoder, Sampling, TreeConfig
 from stagedspec.decoder import _Run
 from stagedspec.gpt2 import GPT2
 from stagedspec.kernels import backend, lm_head, registry
 from stagedspec.kernels.triton_backend import warping_settings
 from stagedspec.tune import tune
-from stagedspec.tuning import fingerprint
+from stagedspec.tuning import Tuning, fingerprint, pair_of
 
 TREE = TreeConfig(nodes=6, depth=3, passes=2, width=1, children=3, prefetch=1, prefetch_width=1)
 SAMPLINGS = {
@@ -282,7 +287,7 @@ def test_refusals(pair, device, prompts):
         tune(decoder, [[5, 6, 7]], 8)
 
 
-def test_backend_resolution(device, monkeypatch):
+def test_backend_resolution(device):
     import triton
 
     assert backend.resolve("torch", device).__name__.endswith("reference")
@@ -293,34 +298,141 @@ def test_backend_resolution(device, monkeypatch):
         backend.resolve("triton", device, head_size=320)
     if device.type == "cpu":
         assert backend.resolve("auto", device).__name__.endswith("reference")
-        monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
-        with pytest.raises(ValueError, match=r"backend 'triton' cannot run on cpu: .* TRITON_INTERPRET=1"):
-            backend.resolve("triton", device)
+        with triton.knobs.runtime.scope():
+            triton.knobs.runtime.interpret = False
+            with pytest.raises(ValueError, match=r"backend 'triton' cannot run on cpu: .* TRITON_INTERPRET=1"):
+                backend.resolve("triton", device)
 
 
-def test_auto_is_triton_where_it_can_run(monkeypatch):
-    """A GPU as torch describes it: kernels unless it is too old, heads are too wide, or there is no C compiler."""
+@pytest.fixture
+def gpu(monkeypatch, tmp_path):
+    """A GPU as torch and the system describe it: what is there can be changed."""
     import triton
 
-    gpu, found = torch.device("cuda", 0), {"capability": (9, 0), "compiler": "/usr/bin/gcc"}
-    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: found["capability"])
-    monkeypatch.setattr(backend.shutil, "which", lambda name: found["compiler"] if name == "gcc" else None)
+    (tmp_path / "Python.h").touch()
+    machine = SimpleNamespace(capability=(9, 0), hip=None, programs={"gcc"}, headers=tmp_path)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: machine.capability)
+    monkeypatch.setattr(backend, "shutil", SimpleNamespace(which=lambda name: name in machine.programs))
+    paths = SimpleNamespace(get_default_scheme=lambda: "posix_local", get_paths=lambda _: {"include": machine.headers})
+    monkeypatch.setattr(backend, "sysconfig", paths)
+    monkeypatch.setattr(backend.torch.version, "hip", None)
     monkeypatch.delenv("CC", raising=False)
+    machine.name = lambda name="auto", **options: backend.resolve(name, torch.device("cuda", 0), **options).name
+    with triton.knobs.runtime.scope():
+        triton.knobs.runtime.interpret = False
+        yield machine
 
-    def name(**options):
-        chosen = backend.resolve("auto", gpu, **options)
-        return getattr(chosen, "name", None)
 
-    assert name() == name(head_size=256) == "triton"
-    assert name(head_size=257) == "torch"
-    for change, problem in (({"capability": (7, 5)}, r"capability \(7, 5\)"), ({"compiler": None}, "a C compiler")):
-        before = dict(found)
-        found.update(change)
-        assert name() == "torch"
-        with pytest.raises(ValueError, match=problem):
-            backend.resolve("triton", gpu)
-        found.update(before)
-    found["compiler"] = None
-    monkeypatch.setenv("CC", "cc")
-    assert name() == "triton"
+def test_auto_is_triton_on_a_gpu(gpu, monkeypatch):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert gpu.name() == gpu.name(head_size=128) == "triton"
+        gpu.programs = {"clang"}
+        assert gpu.name() == "triton"
+        gpu.programs = {"my-cc"}
+        monkeypatch.setenv("CC", "my-cc")
+        assert gpu.name() == "triton"
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"capability": (7, 5)}, r"compute capability \(7, 5\), kernels need 8.0"),
+        ({"programs": set()}, "a C compiler: install gcc or clang, or name one in CC"),
+        ({"CC": ""}, "now ''"),
+        ({"CC": "ccache gcc"}, "now 'ccache gcc'"),
+        ({"headers": "nowhere"}, "nowhere has no Python.h"),
+        ({"hip": "6.0"}, "for NVIDIA GPUs"),
+        ({"head_size": 257}, "at most 256 wide"),
+    ],
+    ids=str,
+)
+def test_what_a_gpu_may_lack(gpu, monkeypatch, change, problem):
+    """Forced it is refused; auto is torch, with a warning that says why."""
+    options = {key: value for key, value in change.items() if key == "head_size"}
+    if "CC" in change:
+        monkeypatch.setenv("CC", change["CC"])
+    if "hip" in change:
+        monkeypatch.setattr(backend.torch.version, "hip", change["hip"])
+    vars(gpu).update({key: value for key, value in change.items() if hasattr(gpu, key)})
+    with pytest.raises(ValueError, match=problem):
+        gpu.name("triton", **options)
+    with pytest.warns(UserWarning, match=problem):
+        assert gpu.name(**options) == "torch"
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"), [({"capability": (8, 0)}, "it has .8, 0."), ({"head_size": 160}, "heads up to 128, not 160")]
+)
+def test_auto_leaves_alone_what_was_not_tried(gpu, change, problem):
+    options = {key: value for key, value in change.items() if key == "head_size"}
+    vars(gpu).update({key: value for key, value in change.items() if hasattr(gpu, key)})
+    assert gpu.name("triton", **options) == "triton"
+    with pytest.warns(UserWarning, match=problem):
+        assert gpu.name(**options) == "torch"
+
+
+def test_auto_does_not_interpret(gpu):
+    import triton
+
+    triton.knobs.runtime.interpret = True
+    with pytest.warns(UserWarning, match="TRITON_INTERPRET is set"):
+        assert gpu.name() == "torch"
+
+
+def test_heads_too_wide_are_refused_when_a_model_is_loaded():
+    target, wide = small(1), make_gpt2(n_embd=320, n_head=1, n_layer=1)
+    with pytest.raises(ValueError, match=r"backend 'triton' cannot run on cpu: .* the model's are 320"):
+        Decoder.from_pretrained(target, draft=wide, device="cpu", dtype="float32", backend="triton")
+    decoder = Decoder.from_pretrained(target, device="cpu", dtype="float32", backend="triton")
+    ids = torch.tensor([[1, 2, 3]])
+    with pytest.raises(ValueError, match="can be at most 256 wide, the model's are 320; use backend='torch'"):
+        decoder.generate(ids, max_new_tokens=2, assistant_model=wide)
+
+
+def test_trees_tuned_for_another_backend_are_refused(tmp_path):
+    """Deeper ones than the kernels can verify are, whoever chose them."""
+    models = {"target": small(1), "draft": small(2), "device": "cpu", "dtype": "float32"}
+    torch_decoder = Decoder.from_pretrained(**models, backend="torch")
+    deep = TreeConfig(nodes=41, depth=40, passes=40, width=1, children=1, prefetch=0)
+    tuning = Tuning(pair_of(torch_decoder), trees={("chain", 1, False): [deep]})
+    tuning.save(tmp_path / "tree.json")
+    with pytest.raises(ValueError, match="backend"):
+        Decoder.from_pretrained(**models, backend="triton", tree=tmp_path / "tree.json")
+    decoder = Decoder.from_pretrained(**models, backend="triton")
+    decoder.use(Tuning(pair_of(decoder), trees=tuning.trees))
+    with pytest.raises(ValueError, match="can be at most 30 deep, got depth 40"):
+        decoder.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=2, mode="chain")
+
+
+def test_threads_take_turns(pair, device):
+    """Two generations of one decoder at once: each as if it were alone."""
+    decoder = Decoder.from_pretrained(*pair, device=device, dtype="float32", backend="triton", tree=TREE)
+    prompts = [torch.tensor([[5, 6, 7]]), torch.tensor([[9, 8, 7, 6]])]
+    alone = [decoder.generate(ids, max_new_tokens=8, eos_token_id=[]) for ids in prompts]
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(lambda ids: decoder.generate(ids, max_new_tokens=8, eos_token_id=[]), prompts * 2))
+    assert all(map(torch.equal, together, alone * 2))
+
+
+@pytest.mark.parametrize(
+    "sampling", [{"min_p": 0.1}, {"min_p": 0.1, "top_k": 5}, {"min_p": 0.1, "top_p": 0.5}, {}], ids=str
+)
+def test_a_processor_may_force_a_token(pair, device, sampling):
+    """By an infinite score, which no warper leaves out."""
+
+    def force(ids, scores):
+        scores = scores.clone()
+        scores[:, 7] = float("inf")
+        return scores
+
+    decoder = Decoder.from_pretrained(*pair, device=device, dtype="float32", backend="triton", tree=TREE)
+    options = {"do_sample": True, "seed": 1, "max_new_tokens": 3, "eos_token_id": [], "logits_processor": [force]}
+    assert decoder.generate(torch.tensor([[5, 6]]), **options, **sampling)[0, 2:].tolist() == [7, 7, 7]
+
+
+def test_a_top_k_beyond_everything_is_none(pair, device):
+    decoder = Decoder.from_pretrained(*pair, device=device, dtype="float32", backend="triton", tree=TREE)
+    options = {"do_sample": True, "seed": 1, "max_new_tokens": 4, "eos_token_id": []}
+    ids = torch.tensor([[5, 6]])
+    assert torch.equal(decoder.generate(ids, top_k=10**20, **options), decoder.generate(ids, top_k=0, **options))
