@@ -92,7 +92,7 @@ def bench(options: argparse.Namespace, console: Console) -> dict:
         "identical": same,
         "results": results,
         "device": models.decoder.device,
-        "backend": models.decoder.target.ops.name,
+        "backend": models.decoder.backend,
     }
 
 

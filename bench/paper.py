@@ -188,7 +188,7 @@ def bench(options: argparse.Namespace, arguments: list[str], console: Console) -
     report = header("paper.py", arguments, models.decoder.device) | {
         "prompts": {"file": options.prompts.name, "used": len(encoded), "skipped": skipped, "room": room},
         "settings": {key: getattr(options, key) for key in ("max_new_tokens", "dtype", "seed", "top_k")}
-        | {"backend": models.decoder.target.ops.name},
+        | {"backend": models.decoder.backend},
     }
     key = {name: report[name] for name in ("versions", "machine", "settings")}
     key |= {"models": models.fingerprint(), "code": code_fingerprint()}

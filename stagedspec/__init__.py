@@ -24,3 +24,7 @@ def __getattr__(name: str):
     if name in _EXPORTS:
         return getattr(import_module(f"stagedspec.{_EXPORTS[name]}"), name)
     raise AttributeError(f"module 'stagedspec' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

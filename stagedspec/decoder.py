@@ -205,6 +205,11 @@ class Decoder:
         known = {"draft": assets / "draft", "ngram": assets / "ngram.safetensors"}
         return cls.from_pretrained(assets / "target", **(known | options))
 
+    @property
+    def backend(self) -> str:
+        """What runs its operations: "torch" or "triton"."""
+        return self.target.ops.name
+
     def use(self, tuning: Tuning) -> None:
         """Chooses trees on what `stagedspec.tune.tune` found. Raises ValueError if that was for other models."""
         tuning.check(self, "the tuning")

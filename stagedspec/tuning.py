@@ -153,7 +153,7 @@ def pair_of(decoder) -> dict:
         "n-gram tokens": None if decoder.ngram is None else decoder.ngram.fitted_tokens,
         "device": device_name(decoder.device),
         "dtype": str(decoder.target.dtype).removeprefix("torch."),
-        "backend": decoder.target.ops.name,
+        "backend": decoder.backend,
     }
 
 

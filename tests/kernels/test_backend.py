@@ -401,6 +401,7 @@ def test_trees_tuned_for_another_backend_are_refused(tmp_path):
         Decoder.from_pretrained(**models, backend="triton", tree=tmp_path / "tree.json")
     decoder = Decoder.from_pretrained(**models, backend="triton")
     decoder.use(Tuning(pair_of(decoder), trees=tuning.trees))
+    assert (torch_decoder.backend, decoder.backend) == ("torch", "triton")
     with pytest.raises(ValueError, match="can be at most 30 deep, got depth 40"):
         decoder.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=2, mode="chain")
 
