@@ -53,8 +53,8 @@ def _triton_problem(device: torch.device, head_size: int) -> str:
         return f"attention heads can be at most {MAX_HEAD_SIZE} wide, the model's are {head_size}"
     interpreted = triton.knobs.runtime.interpret
     if device.type != "cuda":
-        known = "kernels need a GPU, or TRITON_INTERPRET=1 set before Python starts to interpret them"
-        return "" if interpreted else known
+        needs = "kernels need a GPU, or TRITON_INTERPRET=1 set before Python starts to interpret them"
+        return "" if interpreted else needs
     if torch.version.hip:
         return "the kernels are for NVIDIA GPUs"
     capability = torch.cuda.get_device_capability(device)

@@ -34,7 +34,7 @@ _FUSED = {
 
 name = "torch"
 max_depth = 256  # of a tree
-max_head_size = 1 << 30
+max_head_size = 1 << 30  # any
 lock = nullcontext()  # of a step: nothing is shared between steps here
 fixed_shapes = False  # a step takes as many passes, and a tree as many nodes, as it is worth
 

@@ -342,7 +342,7 @@ def warping_settings(warping: dict | None) -> dict:
     top_p = warping["top_p"]
     return {
         "temperature": warping["temperature"],
-        "top_k": min(warping["top_k"] or 0, 1 << 31),  # as good as none: an operation takes 64 bits
+        "top_k": min(warping["top_k"] or 0, 1 << 31),  # beyond any vocabulary; an operation's integers have 64 bits
         "top_p": 1.0 if top_p is None else top_p,
         "min_p": warping["min_p"] or 0.0,
     }
@@ -363,7 +363,8 @@ class _Captured:
             return self.part(*given)
         if self.graph is None:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            # Only this thread's calls could spoil it: others may go on decoding, or whatever they do on the GPU.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self.value = self.part(*given)
             # The graph reads and writes through addresses: what lies there must outlive it.
             self.graph, self.held = graph, (self.ops._scratch, dict(self.ops._buffers))

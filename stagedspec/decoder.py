@@ -156,8 +156,8 @@ class Decoder:
         ngram: a table made by `fit-ngram`; without one the context n-gram works alone. device "auto": the GPU if
         there is one. dtype "auto": bfloat16 on a GPU that has it, else float32. backend "auto": the Triton kernels on a
         GPU where they can run, else torch. tree: "auto" (or None) lets the cost model choose, on what was measured
-        before on this machine or is measured at first use, and the trees adapt to the text; a file written by
-        `stagedspec tune-tree` is used in its place; a TreeConfig is kept to.
+        before on this machine or is measured at first use, and with the torch backend the trees adapt to the text; a
+        file written by `stagedspec tune-tree` is used in its place; a TreeConfig is kept to.
 
         Raises ValueError for whatever is missing, damaged or does not fit together.
         """

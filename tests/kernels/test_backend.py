@@ -380,19 +380,19 @@ def test_auto_does_not_interpret(gpu):
         assert gpu.name() == "torch"
 
 
-def test_heads_too_wide_are_refused_when_a_model_is_loaded():
+def test_heads_too_wide_are_refused_when_a_model_is_loaded(device):
     target, wide = small(1), make_gpt2(n_embd=320, n_head=1, n_layer=1)
-    with pytest.raises(ValueError, match=r"backend 'triton' cannot run on cpu: .* the model's are 320"):
-        Decoder.from_pretrained(target, draft=wide, device="cpu", dtype="float32", backend="triton")
-    decoder = Decoder.from_pretrained(target, device="cpu", dtype="float32", backend="triton")
+    with pytest.raises(ValueError, match=r"backend 'triton' cannot run on c.*: .* the model's are 320"):
+        Decoder.from_pretrained(target, draft=wide, device=device, dtype="float32", backend="triton")
+    decoder = Decoder.from_pretrained(target, device=device, dtype="float32", backend="triton")
     ids = torch.tensor([[1, 2, 3]])
     with pytest.raises(ValueError, match="can be at most 256 wide, the model's are 320; use backend='torch'"):
         decoder.generate(ids, max_new_tokens=2, assistant_model=wide)
 
 
-def test_trees_tuned_for_another_backend_are_refused(tmp_path):
+def test_trees_tuned_for_another_backend_are_refused(tmp_path, device):
     """Deeper ones than the kernels can verify are, whoever chose them."""
-    models = {"target": small(1), "draft": small(2), "device": "cpu", "dtype": "float32"}
+    models = {"target": small(1), "draft": small(2), "device": device, "dtype": "float32"}
     torch_decoder = Decoder.from_pretrained(**models, backend="torch")
     deep = TreeConfig(nodes=41, depth=40, passes=40, width=1, children=1, prefetch=0)
     tuning = Tuning(pair_of(torch_decoder), trees={("chain", 1, False): [deep]})
