@@ -65,6 +65,7 @@ class Sequences:
         self.eos, self.device = frozenset(eos), device
         self.accepted: Counter[int] = Counter()  # how many row-steps took so many tokens from nodes below the root
         self.steps = 0  # in which any row ran
+        self.capacity = max(row.limit for row in self.rows)  # the most tokens that a row may hold
 
     @property
     def lengths(self) -> list[int]:

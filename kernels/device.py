@@ -1,16 +1,16 @@
 """The control half of a decoding step on the device: the classes of control.py over static tensors.
 
-Everything is allocated when a generation starts. A step only launches kernels: `Growth.batch` and `Growth.harvest` one
-each (what `select`, `prefetch` and `record` ask for is done there), `Trees.verify_commit` one. Nothing is read back, so
-a step can be captured; only where the host has a part in it, choosing along the walk (`Trees.children`) or proposing
-(`Trees.repeats`), it waits for the device. One thing differs from the host: `TreeConfig.pass_floor` cannot be honoured,
-every pass runs.
+Everything is allocated by the first step, and `Sequences.restart` uses it for another generation. A step only launches
+kernels: `Growth.batch` and `Growth.harvest` one each (what `select`, `prefetch` and `record` ask for is done there),
+`Trees.verify_commit` one. Nothing is read back, so a step can be captured; only where the host has a part in it,
+choosing along the walk (`Trees.children`) or proposing (`Trees.repeats`), it waits for the device. One thing differs
+from the host: `TreeConfig.pass_floor` cannot be honoured, every pass runs.
 Scores are summed in fp32, where the host sums in fp64: candidates closer than fp32's rounding can change places, which
 never changes the output.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -26,6 +26,14 @@ from stagedspec.kernels.verify_commit import CommitState, verify_commit
 # ---------------------------------------------------------------- committed sequences
 
 
+TOKENS, ENDS = 128, 8  # sequences have room for a multiple of so many tokens, and of ids that end them
+
+
+def _whole(count: int, unit: int) -> int:
+    """The least multiple of `unit`, one at least, that is not below `count`."""
+    return max(-(-count // unit), 1) * unit
+
+
 class Row(NamedTuple):
     """A snapshot of one sequence: all its tokens, the origins of the new ones, the length at which it ends."""
 
@@ -38,7 +46,8 @@ class Row(NamedTuple):
 class Sequences:
     """The committed tokens of a batch, and when each row stops; lives on the device.
 
-    prompts: one list of ids a row; new_tokens: at most so many more; eos: ids that end a row.
+    prompts: one list of ids a row; new_tokens: at most so many more; eos: ids that end a row. capacity: the most tokens
+    that a row may hold, in this generation or another one.
 
     Raises ValueError for an empty prompt or no new tokens, and where no kernel can run on the device.
     """
@@ -48,36 +57,59 @@ class Sequences:
             raise ValueError(f"every prompt needs at least one token, got {[len(prompt) for prompt in prompts]}")
         if new_tokens < 1:
             raise ValueError(f"new_tokens must be at least 1, got {new_tokens}")
-        self.device, self.prompt_lengths = device, [len(prompt) for prompt in prompts]
-        self.limits = [length + new_tokens for length in self.prompt_lengths]
-        tokens = torch.zeros(len(prompts), max(self.limits), dtype=torch.int32)
-        for row, prompt in zip(tokens, prompts, strict=True):
-            row[: len(prompt)] = torch.tensor(prompt)
+        rows = len(prompts)
+        self.device, self.capacity = device, _whole(max(map(len, prompts)) + new_tokens, TOKENS)
+        check_runs(torch.empty(0, device=device), "Sequences")
 
-        def integers(values: Sequence[int]) -> torch.Tensor:
-            return torch.tensor(values, dtype=torch.int32, device=device)
+        def integers(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
 
-        check_runs(tokens.new_empty(0, device=device), "Sequences")
         self.state = CommitState(
-            tokens=tokens.to(device),
-            origins=torch.zeros(tokens.shape, dtype=torch.int8, device=device),
-            lengths=integers(self.prompt_lengths),
-            limits=integers(self.limits),
-            running=integers([1] * len(prompts)),
-            active=integers([len(prompts)]),
-            eos=integers(sorted(set(eos)) or [-1]),
+            tokens=integers(rows, self.capacity),
+            origins=integers(rows, self.capacity, dtype=torch.int8),
+            lengths=integers(rows),
+            limits=integers(rows),
+            running=integers(rows),
+            active=integers(1),
+            eos=integers(_whole(len(set(eos)), ENDS)),
         )
         self._counts: list[torch.Tensor] = []  # of every `Trees` made for this batch
         self._roots: Trees | None = None
         self._chains: Trees | None = None
         # The host learns how many rows run from copies in pinned memory, and never waits for the step under way.
         pinned = device.type == "cuda"
-        self._known = [torch.full((1,), len(prompts), dtype=torch.int32, pin_memory=pinned) for _ in range(2)]
+        self._known = [torch.empty(1, dtype=torch.int32, pin_memory=pinned) for _ in range(2)]
         self._copied = [torch.cuda.Event() for _ in range(2)] if pinned else []
+        self.restart(prompts, new_tokens, eos)
+
+    def fits(self, prompts: list[list[int]], new_tokens: int, eos: Sequence[int]) -> bool:
+        """Whether there is room for another generation of these arguments."""
+        room = max(map(len, prompts)) + new_tokens <= self.capacity and len(set(eos)) <= len(self.state.eos)
+        return room and len(prompts) == len(self)
+
+    @torch.inference_mode()
+    def restart(self, prompts: list[list[int]], new_tokens: int, eos: Sequence[int]) -> None:
+        """Begins a generation, in place: what was captured over the last one's tensors serves this one."""
+        self.prompt_lengths = [len(prompt) for prompt in prompts]
+        self.limits = [length + new_tokens for length in self.prompt_lengths]
+        state = self.state
+
+        def filled(rows: Iterable[Sequence[int]], width: int, value: int) -> torch.Tensor:
+            return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows], dtype=torch.int32)
+
+        state.tokens.copy_(filled(prompts, self.capacity, 0))
+        state.origins.zero_()
+        state.lengths.copy_(torch.tensor(self.prompt_lengths))
+        state.limits.copy_(torch.tensor(self.limits))
+        state.running.fill_(1)
+        state.active.fill_(len(prompts))
+        state.eos.copy_(filled([sorted(set(eos))], len(state.eos), -1)[0])
+        for counts in self._counts:
+            counts.zero_()
         self._published = 0
 
     def __len__(self) -> int:
-        return len(self.prompt_lengths)
+        return len(self.state.lengths)
 
     @property
     def lengths(self) -> torch.Tensor:

@@ -58,8 +58,15 @@ class Noise:
         device: torch.device,
         past: int = 0,
     ):
-        self.seeds = torch.tensor(seeds, dtype=torch.int64, device=device)
-        self.streams = torch.tensor(streams, dtype=torch.int32, device=device)
+        self.seeds = torch.empty(len(seeds), dtype=torch.int64, device=device)
+        self.streams = torch.empty(len(streams), dtype=torch.int32, device=device)
+        self.restart(seeds, streams)
+
+    @torch.inference_mode()
+    def restart(self, seeds: list[int], streams: list[int]) -> None:
+        """Another generation's noise, in place."""
+        self.seeds.copy_(torch.tensor(seeds, dtype=torch.int64))
+        self.streams.copy_(torch.tensor(streams, dtype=torch.int32))
 
     def advance(self, sequences) -> None:
         """Nothing is made ahead."""
@@ -363,8 +370,10 @@ class _Captured:
             return self.part(*given)
         if self.graph is None:
             graph = torch.cuda.CUDAGraph()
-            # Only this thread's calls could spoil it: others may go on decoding, or whatever they do on the GPU.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            # Only this thread's calls could spoil it: others may go on decoding, or whatever they do on the GPU. What
+            # torch itself makes for its first graph is shared by all: it must not be bound to inference mode.
+            captured = torch.cuda.graph(graph, capture_error_mode="thread_local")
+            with torch.inference_mode(False), captured, torch.inference_mode():
                 self.value = self.part(*given)
             # The graph reads and writes through addresses: what lies there must outlive it.
             self.graph, self.held = graph, (self.ops._scratch, dict(self.ops._buffers))

@@ -272,7 +272,7 @@ def compile_cases(arch: int) -> list[CompileCase]:
                 "NODES_BLOCK": max(32, up(nodes)),
                 "WORDS_BLOCK": max(32, up(nodes)) // 32,
                 "DEPTHS_BLOCK": up(deepest + 2),
-                "ENDS_BLOCK": 1,
+                "ENDS_BLOCK": 8,
                 "PDL": False,
             },
             num_warps=_warps(nodes),

@@ -18,8 +18,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import stagedspec
 from stagedspec.cli import quiet_transformers
-from stagedspec.decoder import _Run
 from stagedspec.loading import resolve_device, resolve_dtype
+from stagedspec.run import Run
 from stagedspec.stats import Mark
 from stagedspec.workloads import SIZES, ModelShape
 
@@ -105,7 +105,7 @@ def prompt(decoder: stagedspec.Decoder, options: argparse.Namespace) -> torch.Te
     return torch.tensor([ids[: options.prompt_tokens]] * options.batch)
 
 
-def steps(decoder: stagedspec.Decoder, options: argparse.Namespace, mark: Mark = nullcontext) -> Iterator[_Run]:
+def steps(decoder: stagedspec.Decoder, options: argparse.Namespace, mark: Mark = nullcontext) -> Iterator[Run]:
     """Decodes and warms up, then yields before every profiled step and once after the last, when the device is done.
 
     mark: what the steps are marked with. Raises ValueError where a generation has not so many steps.
@@ -114,7 +114,7 @@ def steps(decoder: stagedspec.Decoder, options: argparse.Namespace, mark: Mark =
     room = decoder.target.positions - ids.shape[1]
     sampling = {"do_sample": True, "top_k": 50} if options.sample else {}
     call = decoder._read(ids, None, max(room, 1), options.mode, 0, None, {"eos_token_id": [], **sampling})
-    run = _Run(decoder, call.request)
+    run = decoder._run(call.request)
     generation = run.steps()
     for number in range(options.warm_up + options.steps):
         if number >= options.warm_up:
@@ -129,10 +129,11 @@ def steps(decoder: stagedspec.Decoder, options: argparse.Namespace, mark: Mark =
     yield synchronised(run)
 
 
-def synchronised(run: _Run) -> _Run:
+def synchronised(run: Run) -> Run:
     """The generation, once its device is done."""
-    if run.decoder.device.type == "cuda":
-        torch.cuda.synchronize(run.decoder.device)
+    device = run.stepper.target.device
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     return run
 
 

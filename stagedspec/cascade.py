@@ -38,7 +38,7 @@ class Cascade:
         self.passes = 0  # of the last step
         trees = [config] if controller is None else [rung.tree for rung in controller.ladder]
         rows = max([tree.slots for tree in trees] + ([] if controller is None else [max(WAITS)]))
-        self.cache = Cache(draft, len(sequences.rows), rows, max(row.limit for row in sequences.rows))
+        self.cache = Cache(draft, len(sequences.rows), rows, sequences.capacity)
         self._growths: dict[TreeConfig, object] = {}
 
     def prefill(self, prompts: list[list[int]]) -> None:

@@ -1,11 +1,8 @@
-"""The decoder: prefill, then steps of draft, verify and commit until every row has stopped."""
+"""The decoder: models, arguments of calls, and the runs that answer them."""
 
-import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
-from functools import partial
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,9 +11,8 @@ import torch
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from stagedspec import cost
-from stagedspec.adapt import WAITS, Controller, Rung, rungs
-from stagedspec.cascade import Cascade, Repeats
-from stagedspec.gpt2 import GPT2, Cache
+from stagedspec.adapt import Rung, rungs
+from stagedspec.gpt2 import GPT2
 from stagedspec.kernels import backend as kernel_backend
 from stagedspec.loading import (
     check_same_tokens,
@@ -30,8 +26,9 @@ from stagedspec.loading import (
 )
 from stagedspec.ngram import KatzTable
 from stagedspec.positions import Positions
+from stagedspec.run import Request, Run, current
 from stagedspec.sampling import Sampling, counters
-from stagedspec.stats import ORIGINS, Clock, Stats, marks_wanted
+from stagedspec.stats import ORIGINS, Stats, marks_wanted
 from stagedspec.tree import MODES, TreeConfig
 from stagedspec.tuning import Tuning, keep, recall
 
@@ -40,6 +37,9 @@ if TYPE_CHECKING:
 
 MAX_BATCH = 16
 NEW_TOKENS = 128  # where nobody says how many
+# Where steps have fixed shapes the last generations leave their memory and CUDA graphs to those that follow: at most so
+# many, and so many bytes of keys and values.
+KEPT, KEPT_BYTES = 4, 2**31
 # Arguments that need no reading by transformers.
 _PLAIN = {"do_sample", "temperature", "top_k", "top_p", "min_p", "eos_token_id", "pad_token_id"}
 
@@ -67,22 +67,6 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class _Request:
-    """A validated request: the prompts without padding, and everything else decided."""
-
-    prompts: list[list[int]]
-    new_tokens: int
-    mode: str
-    tree: TreeConfig
-    sampling: Sampling
-    seeds: list[int]
-    streams: list[int]
-    eos: list[int]
-    ladder: tuple[Rung, ...] = ()  # what the trees may adapt to; `tree` is the largest
-    repeats: bool = False  # proposed by the context n-gram alone
-
-
-@dataclass(frozen=True)
 class Call:
     """Everything that the arguments of `generate` come to.
 
@@ -90,7 +74,7 @@ class Call:
     """
 
     input_ids: torch.Tensor
-    request: _Request
+    request: Request
     pad: int
     positions: Positions | None = None
     return_dict: bool = False
@@ -99,8 +83,9 @@ class Call:
 class Decoder:
     """Decodes a GPT-2 by staged speculative decoding (Spector & Ré, arXiv 2308.04623), losslessly.
 
-    Make one with `from_pretrained` or `default`. A decoder keeps no state between calls but buffers; several threads
-    may use it, in turn by steps.
+    Make one with `from_pretrained` or `default`. Several threads may use it, in turn by steps. Between calls it keeps
+    buffers, and with the Triton backend the memory and CUDA graphs of its last generations (`release` frees them);
+    no result depends on them.
     defaults: what the model's own generation config sets; it holds where a call says nothing else.
     mark: what the phases of its steps are marked with for a profiler; NVTX ranges if STAGEDSPEC_NVTX=1, else None.
     Steps that are marked are not captured as CUDA graphs, whose replays have no phases.
@@ -138,6 +123,7 @@ class Decoder:
         self._own = True  # whether what is measured is kept there
         self._costs: cost.PassTimes | None = None
         self._ladders: dict[tuple[str, int, bool], tuple[Rung, ...]] = {}  # chosen by the cost model
+        self._kept: list[Run] = []  # that have ended, and can be used again
 
     @classmethod
     def from_pretrained(
@@ -259,12 +245,13 @@ class Decoder:
 
     def decode(self, call: Call) -> "torch.Tensor | StagedOutput":
         """Runs a call to its end: what `generate` does once its arguments are read."""
-        run = _Run(self, call.request, call.positions)
+        run = self._run(call.request, call.positions)
         for _ in run.steps():
             if call.positions is not None:
                 call.positions.settle(run)
         self.last_stats = run.stats()
         new = run.new_tokens(call.pad)
+        self._keep(run)
         sequences = torch.cat((call.input_ids, new.to(call.input_ids.device)), 1)
         if call.positions is None and not call.return_dict:
             return sequences
@@ -297,7 +284,7 @@ class Decoder:
         return self._stream(self._read(input_ids, None, max_new_tokens, mode, seed, tree, options))
 
     def _stream(self, call: Call) -> Iterator[Chunk]:
-        run = _Run(self, call.request, call.positions)
+        run = self._run(call.request, call.positions)
         start, shown, text = len(call.request.prompts[0]), 0, ""
         try:
             for _ in run.steps():
@@ -317,6 +304,41 @@ class Decoder:
                 shown, text = len(row.origins), ready
         finally:
             self.last_stats = run.stats()
+        self._keep(run)
+
+    # ------------------------------------------------------------ runs
+
+    def _run(self, request: Request, positions: Positions | None = None) -> Run:
+        """A run of the request, by the memory and the graphs of one that has ended where they fit."""
+        wanted = self.target, self.draft, self.ngram, request, positions, self.mark
+        with self.target.ops.lock:
+            fitting = [run for run in self._kept if run.fits(*wanted)]
+            run = min(fitting, key=lambda run: run.sequences.capacity, default=None)
+            if run is not None:
+                self._kept.remove(run)
+        if run is not None:
+            run.restart(request, positions)
+            return run
+        try:
+            return Run(*wanted)
+        except torch.OutOfMemoryError:
+            self.release()
+            return Run(*wanted)
+
+    def _keep(self, run: Run) -> None:
+        """Keeps a run that has come to its end and of which nothing more is wanted, if there is a use for it."""
+        run.walk = None  # whose processors are the caller's
+        if not self.target.ops.fixed_shapes or run.clock.mark is not None or run.stepper.nbytes > KEPT_BYTES:
+            return
+        with self.target.ops.lock:
+            self._kept.append(run)
+            while len(self._kept) > KEPT or sum(kept.stepper.nbytes for kept in self._kept) > KEPT_BYTES:
+                del self._kept[0]
+
+    def release(self) -> None:
+        """Frees the memory and the CUDA graphs that are kept of generations that have ended."""
+        with self.target.ops.lock:
+            self._kept.clear()
 
     # ------------------------------------------------------------ requests
 
@@ -388,7 +410,7 @@ class Decoder:
                 self._costs = cost.PassTimes(self.target, self.draft, tuning.seconds)
             model = cost.Model(self._costs, batch, do_sample, tuning.text_of(do_sample), self.target.ops)
             trees = tuning.trees.get(key)
-            with self.target.ops.lock, _current(self.device):  # what was not measured before is measured here
+            with self.target.ops.lock, current(self.device):  # what was not measured before is measured here
                 if trees is None:
                     trees = tuning.trees[key] = model.ladder(mode)
                 for tree in trees:
@@ -411,7 +433,7 @@ class Decoder:
         sampling: Sampling,
         pad_token_id: int | None = None,
         lookup: int | None = None,
-    ) -> _Request:
+    ) -> Request:
         """lookup: propose chains so long by the context n-gram, where there is no draft."""
         eos = _eos(self.eos_token_ids if eos_token_id is None else eos_token_id, self.target.vocab_size)
         if attention_mask is None and pad_token_id is not None and pad_token_id not in eos:
@@ -439,7 +461,7 @@ class Decoder:
             if settings.passes and tree is None and self._tree is None and not self.target.ops.fixed_shapes:
                 ladder = self._ladder(mode, len(prompts), sampling.do_sample)
         mode = "lookup" if repeats else mode
-        return _Request(prompts, max_new_tokens, mode, settings, sampling, seeds, streams, eos, ladder, repeats)
+        return Request(prompts, max_new_tokens, mode, settings, sampling, seeds, streams, eos, ladder, repeats)
 
     def check_host_trees(self, what: str) -> None:
         """Raises ValueError where trees live on a device: `what` works on trees on the host."""
@@ -467,154 +489,6 @@ class Decoder:
         if self.tokenizer is None:
             return ""
         return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-
-def _current(device: torch.device) -> AbstractContextManager:
-    """Makes a GPU the current one, where Triton launches its kernels and torch captures graphs."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-class _Run:
-    """One generation in progress. All of its state dies with it."""
-
-    def __init__(self, decoder: Decoder, request: _Request, positions: Positions | None = None):
-        target, config, device = decoder.target, request.tree, decoder.device
-        # Steps of fixed shape are replayed: the host does not see their phases.
-        self.clock = Clock(("prefill",) if target.ops.fixed_shapes else None, decoder.mark)
-        self.decoder, self.request = decoder, request
-        batch, warping = len(request.prompts), request.sampling.warping
-        self.config, self.warping = config, warping
-        self.sequences = target.ops.Sequences(request.prompts, request.new_tokens, request.eos, device)
-        self.cache = Cache(target, batch, config.nodes, max(map(len, request.prompts)) + request.new_tokens)
-        self.noise = None
-        if request.sampling.do_sample:
-            self.noise = target.ops.Noise(
-                request.seeds,
-                request.streams,
-                target.vocab_size,
-                min(config.depth, config.nodes - 1) + 1,
-                [row.limit for row in self.sequences.rows],
-                device,
-                past=max(WAITS) + 1 if request.ladder else 0,
-            )
-        self.walk = positions.walk if positions is not None and positions.walks else None
-        self.cascade: Cascade | Repeats | None = None
-        if request.repeats:
-            self.cascade = Repeats(target.ops, config.depth, self.sequences, self.clock)
-        elif config.passes:
-            controller = Controller(request.ladder) if request.ladder else None
-            self.cascade = Cascade(
-                decoder.draft, decoder.ngram, config, self.sequences, warping, self.noise, self.clock, controller
-            )
-        self.passes: list[int] = []  # of the draft, in each step
-        self.seconds = 0.0
-
-    @property
-    def finished(self) -> bool:
-        return self.sequences.finished
-
-    @torch.inference_mode()
-    def steps(self) -> Iterator[None]:
-        """Runs until every row has stopped; yields after each step. Time spent by the consumer is not counted."""
-        begin = time.perf_counter()
-        device = self.decoder.device
-        with self.decoder.target.ops.lock, _current(device), self.clock("prefill"):
-            self.decoder.target.prefill(self.request.prompts, 1, self.cache)
-            if self.cascade is not None:
-                self.cascade.prefill(self.request.prompts)
-        step = self._repeated()
-        while not self.finished:
-            with self.decoder.target.ops.lock, _current(device):  # given back before the consumer's code runs
-                self.passes.append(step())
-                self.sequences.publish()
-            self.seconds += time.perf_counter() - begin
-            yield
-            begin = time.perf_counter()
-
-    def _repeated(self) -> Callable[[], int]:
-        """`_step`, captured if the backend does that: all of it, or what lies between the parts of the host in it."""
-        repeated = self.decoder.target.ops.repeated
-        if self.decoder.mark:
-            return self._step
-        if self.walk is None and not self.request.repeats:
-            return repeated(self._step)
-        propose = self._propose if self.request.repeats else repeated(self._propose)
-        return partial(self._step, propose, repeated(self._ask))
-
-    def _step(self, propose: Callable | None = None, ask: Callable | None = None) -> int:
-        """One step: draft trees, verify them in one target pass, commit what was accepted. Returns the draft passes.
-
-        propose, ask: in place of `_propose` and `_ask`.
-        """
-        target = self.decoder.target
-        trees = (propose or self._propose)()
-        chosen, noise = (ask or self._ask)(trees)
-        if self.walk is not None:
-            with self.clock("target"):
-                chosen = self.walk(target.ops, trees, chosen, self.warping, noise)
-        with self.clock("verify"):
-            moves = trees.verify_commit(chosen)
-        with self.clock("commit"):
-            self.cache.commit(target, moves.target_rows(self.cache.tree_rows - trees.nodes))
-            if self.cascade is not None:
-                self.cascade.commit(moves)
-        return 0 if self.cascade is None else self.cascade.passes
-
-    def _propose(self):
-        """This step's trees."""
-        if self.noise is not None:
-            with self.clock("noise"):
-                self.noise.advance(self.sequences)
-        return self.decoder.target.ops.Trees.roots(self.sequences) if self.cascade is None else self.cascade.propose()
-
-    def _ask(self, trees) -> tuple[torch.Tensor, Any]:
-        """What the target chooses at every node, or its logits where tokens are chosen along the walk; the noise."""
-        target = self.decoder.target
-        with self.clock("verify"):
-            batch = trees.batch(target.kv_dtype)
-            noise = None if self.noise is None else self.noise.at(batch)
-        with self.clock("target"):
-            # The nodes lie right below the prefix, so that no unused rows are attended to.
-            first = self.cache.tree_rows - trees.nodes
-            hidden = target.forward(batch, self.cache, first, first)
-            if self.walk is None:
-                return target.choose(hidden, self.warping, noise), noise
-            return target.logits(hidden), noise
-
-    def stop(self, index: int, count: int) -> None:
-        """Ends a row after `count` new tokens; what was decoded beyond is dropped."""
-        self.sequences.stop(index, len(self.request.prompts[index]) + count)
-
-    def new_tokens(self, pad: int) -> torch.Tensor:
-        """The new tokens, LongTensor [B, most], shorter rows filled up with `pad`."""
-        new = [row.tokens[len(prompt) :] for row, prompt in zip(self.sequences.rows, self.request.prompts, strict=True)]
-        most = max(map(len, new))
-        return torch.tensor([row + [pad] * (most - len(row)) for row in new])
-
-    def stats(self) -> Stats:
-        """Of what has run so far, without the steps that ran in vain until the host knew that all rows had stopped."""
-        steps = self.sequences.steps
-        origins = [origin for row in self.sequences.rows for origin in row.origins]
-        accepted, draft = self.sequences.accepted, self.decoder.draft
-        controller = None if self.cascade is None else self.cascade.controller
-        return Stats(
-            mode=self.request.mode,
-            tree=asdict(self.config),
-            adapted={} if controller is None else controller.made,
-            steps=steps,
-            row_steps=accepted.total(),
-            new_tokens=len(origins),
-            target_passes=steps,
-            draft_passes=sum(self.passes[:steps]),
-            accepted_per_depth=[
-                sum(times for count, times in accepted.items() if count > depth) for depth in range(self.config.depth)
-            ],
-            origins={name: origins.count(index) for index, name in enumerate(ORIGINS)},
-            seconds=dict(self.clock.seconds),
-            total_seconds=self.seconds,
-            target_bytes=self.decoder.target.weight_bytes,
-            draft_bytes=0 if draft is None else draft.weight_bytes,
-        )
 
 
 # ---------------------------------------------------------------- reading arguments

@@ -40,6 +40,10 @@ class Cache:
         # Zeros, not garbage: masked rows are multiplied by zero, and zero times NaN is NaN.
         self.rows = torch.zeros(shape, dtype=model.kv_dtype, device=model.device)
 
+    def clear(self) -> None:
+        """Makes it what it was before the first pass."""
+        self.rows.zero_()
+
     def commit(self, model: "GPT2", moves: list[list[tuple[int, int]]]) -> None:
         """Moves accepted nodes into the prefix: (tree row, position) pairs of each sequence."""
         model.ops.move_rows(self.rows, self.tree_rows, moves)

@@ -466,6 +466,8 @@ def decoder_for(
 
     def make(last: Decoder | None) -> Decoder:
         _check_parameters(model)
+        if last is not None:
+            last.release()
         made = Decoder.from_pretrained(model, draft, table, device=model.device, dtype=model.dtype, backend=backend)
         if last is not None:
             made._costs, made._ladders = last._costs, last._ladders  # new weights take as long as the old

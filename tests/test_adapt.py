@@ -9,7 +9,6 @@ from conftest import left_pad, make_gpt2, random_prompts
 
 from stagedspec import Decoder, Sampling, TreeConfig
 from stagedspec.adapt import OFF, WAITS, Controller, Rung
-from stagedspec.decoder import _Run
 from stagedspec.kernels.control import Sequences, Unread
 
 SMALL = TreeConfig(nodes=2, depth=1, passes=1, width=1, children=4, prefetch=0)
@@ -169,7 +168,7 @@ def decoders(target, drafts):
 @pytest.mark.parametrize("lengths", [[5], [1], [7, 1, 12]], ids=["one", "short", "ragged"])
 @pytest.mark.parametrize("kind", ["good", "random", "adversarial", "target"])
 def test_same_tokens_as_plain_decoding(decoders, kind, lengths, controller, monkeypatch):
-    monkeypatch.setattr("stagedspec.decoder.Controller", controller)
+    monkeypatch.setattr("stagedspec.run.Controller", controller)
     ids, mask = left_pad(random_prompts(lengths, seed=21))
     eos = [int(token) for token in random_prompts([2], seed=5)[0]]
     for seed, options in enumerate(
@@ -187,14 +186,14 @@ def test_same_tokens_as_plain_decoding(decoders, kind, lengths, controller, monk
 @pytest.mark.parametrize("lengths", [[6], [1, 9, 3]], ids=["one", "ragged"])
 def test_the_drafts_cache_after_it_was_left_out(decoders, drafts, lengths, monkeypatch):
     """Whenever the draft is in step again its cache is what transformers computes for the same tokens."""
-    monkeypatch.setattr("stagedspec.decoder.Controller", Fickle)
+    monkeypatch.setattr("stagedspec.run.Controller", Fickle)
     Fickle.seed = 4
     ids, mask = left_pad(random_prompts(lengths, seed=14))
     decoder, draft = decoders["good"], drafts["good"]
-    run = _Run(decoder, decoder._validate(ids, mask, 34, "staged", None, [], 3, Sampling(do_sample=True)))
+    run = decoder._run(decoder._validate(ids, mask, 34, "staged", None, [], 3, Sampling(do_sample=True)))
     checked = 0
     for _ in run.steps():
-        cascade = run.cascade
+        cascade = run.stepper.cascade
         if cascade.controller.missed:
             continue
         for index, row in enumerate(run.sequences.rows):
@@ -238,7 +237,7 @@ def test_a_tree_that_is_given_is_kept_to(target, drafts):
 
 
 def test_drafts_of_fewer_positions_may_be_left_out_too(target, monkeypatch):
-    monkeypatch.setattr("stagedspec.decoder.Controller", Fickle)
+    monkeypatch.setattr("stagedspec.run.Controller", Fickle)
     decoder = Decoder.from_pretrained(target, make_gpt2(0, n_positions=8), device="cpu", dtype="float32")
     decoder._ladders["staged", 1, False] = ladder()
     ids = torch.tensor(random_prompts([10]))

@@ -22,10 +22,10 @@ from transformers import GPT2LMHeadModel
 
 import stagedspec
 from stagedspec import Decoder, TreeConfig
-from stagedspec.decoder import _current, _Run
 from stagedspec.kernels.control import Growth
 from stagedspec.loading import resolve_device
 from stagedspec.ngram import fit_table
+from stagedspec.run import current
 
 TREES = {
     "tiny": TreeConfig(nodes=2, depth=1, passes=1, width=1, children=1, prefetch=1, prefetch_width=1),
@@ -300,7 +300,7 @@ def test_committed_cache_is_that_of_a_fresh_prefill(decoders, place, target, dra
     ids, mask = left_pad(random_prompts([5, 1, 8][:batch], seed=14))
     decoder = decoders[kind, katz]
     sampling = stagedspec.Sampling(do_sample=True, temperature=0.7)
-    run = _Run(decoder, decoder._validate(ids, mask, 20, "staged", TREES["default"], [], 3, sampling))
+    run = decoder._run(decoder._validate(ids, mask, 20, "staged", TREES["default"], [], 3, sampling))
     jumps, missed = 0, set()
     for _ in run.steps():
         jumps = max(run.sequences.accepted) > 1
@@ -309,7 +309,8 @@ def test_committed_cache_is_that_of_a_fresh_prefill(decoders, place, target, dra
                 continue
             unread = 1 if place.backend == "torch" and row.caught_up else 2
             missed.add(unread)
-            for model, cache, missing in ((target, run.cache, 1), (drafts[kind], run.cascade.cache, unread)):
+            caches = zip((target, drafts[kind]), run.stepper.caches, (1, unread), strict=True)
+            for model, cache, missing in caches:
                 known = len(row.tokens) - missing
                 if known < 1:
                     continue
@@ -446,29 +447,30 @@ def test_a_gpu_without_an_index_is_the_current_one(monkeypatch):
 def test_a_decoders_device_is_current_while_it_works(target, drafts, monkeypatch, tmp_path):
     """Where kernels are launched: in every pass, measured ones included, and not in the code of a stream's reader."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # where pass times would be remembered from other tests
-    current = []
+    devices = []
 
     @contextmanager
     def recorded(device):
-        current.append(device)
+        devices.append(device)
         yield
-        current.pop()
+        devices.pop()
 
     decoder = Decoder.from_pretrained(target, draft=drafts["good"], device="cpu", dtype="float32")
-    monkeypatch.setattr("stagedspec.decoder._current", recorded)
+    for module in ("decoder", "run"):
+        monkeypatch.setattr(f"stagedspec.{module}.current", recorded)
     passes = []
     for model in (decoder.target, decoder.draft):
         forward = model.forward
-        monkeypatch.setattr(model, "forward", lambda *a, run=forward: (passes.append(list(current)), run(*a))[1])
+        monkeypatch.setattr(model, "forward", lambda *a, run=forward: (passes.append(list(devices)), run(*a))[1])
     stream = decoder.stream(torch.tensor([1, 2, 3]), 6, logits_processor=[lambda ids, scores: scores])
     measured = len(passes)
-    assert measured and all(current == [] for _ in stream)
-    assert len(passes) > measured and all(devices == [torch.device("cpu")] for devices in passes)
+    assert measured and all(devices == [] for _ in stream)
+    assert len(passes) > measured and all(seen == [torch.device("cpu")] for seen in passes)
 
 
 def test_a_gpu_is_made_current(monkeypatch):
     asked = []
     monkeypatch.setattr(torch.cuda, "device", asked.append)
-    _current(torch.device("cuda", 1))
-    with _current(torch.device("cpu")):
+    current(torch.device("cuda", 1))
+    with current(torch.device("cpu")):
         assert asked == [torch.device("cuda", 1)]

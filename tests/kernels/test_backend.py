@@ -1,7 +1,10 @@
 """The Triton backend end to end: the same tokens as the torch backend, in every mode; what a step may not do."""
 
+import operator
 import warnings
+import weakref
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -10,12 +13,11 @@ from conftest import make_gpt2
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
-import stagedspec
+import stagedspec.decoder
 from stagedspec import Decoder, Sampling, TreeConfig
-from stagedspec.decoder import _Run
 from stagedspec.gpt2 import GPT2
 from stagedspec.kernels import backend, lm_head, registry
-from stagedspec.kernels.triton_backend import warping_settings
+from stagedspec.kernels.triton_backend import TritonOps, _Captured, warping_settings
 from stagedspec.tune import tune
 from stagedspec.tuning import Tuning, fingerprint, pair_of
 
@@ -129,18 +131,17 @@ def test_a_step_allocates_nothing_and_reads_nothing_back(pair, prompts, device, 
     ids, mask = (tensor.to(device) for tensor in prompts)
     options = stagedspec.Sampling(**{k: v for k, v in SAMPLINGS[sampling].items() if k != "seed"})
     request = decoder._validate(ids, mask, 20, "staged", TREE, [], 3, options)
-    run = _Run(decoder, request)
+    stepper = decoder._run(request).stepper
     with torch.inference_mode():
-        decoder.target.prefill(request.prompts, 1, run.cache)
-        run.cascade.prefill(request.prompts)
-        run._step()
+        stepper.prefill(request.prompts)
+        stepper.step()
         with Calls() as calls:
             if device.type == "cuda":
                 torch.cuda.synchronize()
                 before = torch.cuda.memory_stats()["allocation.all.allocated"]
                 torch.cuda.set_sync_debug_mode("error")
             try:
-                run._step()
+                stepper.step()
             finally:
                 if device.type == "cuda":
                     torch.cuda.set_sync_debug_mode("default")
@@ -266,9 +267,166 @@ def test_buffers_are_those_of_the_longest_prompt(pair, device):
     held = set()
     for length in (7, 4, 5, 6):
         ids = torch.randint(1, 61, (1, length), generator=torch.Generator().manual_seed(length)).to(device)
-        decoder.generate(ids, max_new_tokens=4)
+        decoder.generate(ids, max_new_tokens=2)
         held.add(sum(buffer.numel() for buffer in decoder.target.ops._buffers.values()))
     assert len(held) == 1
+
+
+class Replay(TorchDispatchMode):
+    """In place of a CUDA graph, where there is none: every call after the first must launch the same operations on the
+    same addresses, whatever the backend's buffers have become since. What a part allocates for itself after the first
+    lies in its graph's own memory, wherever that is.
+    """
+
+    def __init__(self, part, ops):
+        super().__init__()
+        self.part, self.ops, self.calls, self.graph = part, ops, 0, None
+
+    def __call__(self, *given):
+        ops = self.ops
+        newest = ops._scratch, ops._buffers
+        if self.graph is not None:
+            ops._scratch, ops._buffers = self.held
+        self.launches, self.own = [], {}
+        with self:
+            value = self.part(*given)
+        self.calls += 1
+        if self.graph is not None:
+            assert self.launches == self.graph
+            ops._scratch, ops._buffers = newest
+        elif self.calls > 1:
+            self.graph, self.held = self.launches, (ops._scratch, dict(ops._buffers))
+        return value
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if str(func).startswith("stagedspec."):
+            self.launches.append((str(func), [self.named(value) for value in (*args, *kwargs.items())]))
+        elif self.calls and not str(func).startswith((*VIEWS, "aten.flatten", "aten.unflatten")):
+            assert str(func).startswith("aten.empty"), func
+            self.own[result.data_ptr()] = f"own {len(self.own)}"
+        return result
+
+    def named(self, value):
+        if not isinstance(value, torch.Tensor):
+            return repr(value)
+        address = value.data_ptr()
+        return self.own.get(address, address), value.shape, value.stride(), value.dtype
+
+
+KINDS = {
+    "autoregressive": {"mode": "autoregressive"},
+    "staged": {"do_sample": True, "top_k": 8},
+    "walk": {"do_sample": True, "repetition_penalty": 1.3},
+    "lookup": {"prompt_lookup_num_tokens": 2},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_generations_of_a_kind_share_memory_and_graphs(pair, device, monkeypatch, kind):
+    """Whatever the last one left behind: other prompts, lengths, seeds and ends."""
+    parts, repeated = [], Replay if device.type == "cpu" else _Captured
+    monkeypatch.setattr(TritonOps, "repeated", lambda ops, part: (parts.append(repeated(part, ops)), parts[-1])[1])
+    options, draft, tree = {"mode": "staged", **KINDS[kind]}, pair[1], TREE
+    if kind == "lookup":
+        draft = tree = None
+    torch_side, triton_side = (
+        Decoder.from_pretrained(pair[0], draft=draft, device=device, dtype="float32", backend=name, tree=tree)
+        for name in ("torch", "triton")
+    )
+    graphs, generator = [], torch.Generator().manual_seed(2)
+    for seed, (lengths, new) in enumerate((([4, 1], 4), ([9, 5], 5), ([2, 3], 4))):
+        ids = torch.randint(1, 61, (2, max(lengths)), generator=generator).to(device)
+        mask = torch.tensor([[0] * (max(lengths) - length) + [1] * length for length in lengths], device=device)
+        call = {"max_new_tokens": new, "seed": seed, "pad_token_id": 0, **options}
+        free = torch_side.generate(ids, mask, eos_token_id=[], **call)
+        ends = [free[0, -2].item(), *([] if seed else free[1, -2:].tolist())]  # row 0 at least ends early
+        expected = torch_side.generate(ids, mask, eos_token_id=ends, **call)
+        assert torch.equal(triton_side.generate(ids, mask, eos_token_id=ends, **call), expected)
+        theirs, ours = torch_side.last_stats, triton_side.last_stats
+        assert (ours.steps, ours.new_tokens, ours.seconds.keys()) == (theirs.steps, theirs.new_tokens, {"prefill"})
+        assert ours.seconds["prefill"] < ours.total_seconds and ours.new_tokens < 2 * new
+        assert len(triton_side._kept) == 1
+        graphs.append([part.graph for part in parts])
+    assert len(parts) == (2 if kind == "walk" else 1)
+    assert all(map(operator.is_, *graphs[1:])) and None not in graphs[1]
+
+
+def test_what_is_kept_of_generations(pair, device, monkeypatch):
+    """The last few, of those that ended by themselves, and no more memory than allowed."""
+    decoder = decoders(pair, device)[1]
+    ids = torch.tensor([[5, 6, 7]], device=device)
+
+    def kept(**options):
+        decoder.generate(ids, mode="autoregressive", **({"max_new_tokens": 1} | options))
+        return list(decoder._kept)
+
+    with torch.inference_mode():
+        (first,) = kept()
+    assert kept() == [first]
+    others = [kept(do_sample=True, temperature=value)[-1] for value in (0.5, 0.6, 0.7)]
+    assert kept(do_sample=True, temperature=0.5) == [first, *others[1:], others[0]]
+    assert kept(do_sample=True, temperature=0.8)[:-1] == [*others[1:], others[0]]
+    stream = decoder.stream(ids, 9, mode="autoregressive", temperature=0.5, do_sample=True)
+    next(stream)
+    assert others[0] not in decoder._kept
+    stream.close()
+    assert others[0] not in decoder._kept
+
+    decoder.release()
+    assert decoder._kept == []
+    (plain,) = kept()
+    decoder.mark = lambda phase: nullcontext()
+    assert kept() == [plain]
+    decoder.mark, penalty = None, SimpleNamespace(penalise=lambda ids, scores: scores)
+    walked = kept(logits_processor=[penalty.penalise])[-1]
+    penalty = weakref.ref(penalty.__dict__.pop("penalise"))
+    assert walked is not plain and penalty() is None
+    decoder.ngram = object()  # which plain decoding does not use, but a run of another table is another run
+    assert kept()[:-1] == [plain, walked]
+    decoder.ngram = None
+
+    decoder.release()
+    (small,) = kept()
+    monkeypatch.setattr("stagedspec.decoder.KEPT_BYTES", 2 * small.stepper.nbytes)
+    assert len(kept(do_sample=True)) == len(kept(do_sample=True, top_k=2)) == 2
+    before = list(decoder._kept)
+    monkeypatch.setattr("stagedspec.decoder.KEPT_BYTES", small.stepper.nbytes - 1)
+    assert kept() == before
+    torch_side = decoders(pair, device)[0]
+    torch_side.generate(ids, max_new_tokens=1)
+    assert torch_side._kept == []
+
+
+def test_the_smallest_run_that_fits_is_used(pair, device):
+    decoder = Decoder.from_pretrained(
+        make_gpt2(n_positions=300, n_layer=1), device=device, dtype="float32", backend="triton"
+    )
+    ids = torch.tensor([[5, 6, 7]], device=device)
+    end = decoder.generate(ids, max_new_tokens=1, mode="autoregressive")[0, -1].item()
+    (short,) = decoder._kept
+    decoder.generate(ids, max_new_tokens=200, mode="autoregressive", eos_token_id=end)
+    _, long = decoder._kept
+    assert (short.sequences.capacity, long.sequences.capacity) == (128, 256)
+    decoder.generate(ids, max_new_tokens=1, mode="autoregressive")
+    assert decoder._kept == [long, short]
+
+
+def test_idle_memory_makes_room(pair, device, monkeypatch):
+    decoder = decoders(pair, device)[1]
+    ids = torch.tensor([[5, 6, 7]], device=device)
+    decoder.generate(ids, max_new_tokens=1, mode="autoregressive")
+    real = stagedspec.decoder.Run
+
+    def crowded(*arguments):
+        if decoder._kept:
+            raise torch.OutOfMemoryError("no room")
+        return real(*arguments)
+
+    monkeypatch.setattr("stagedspec.decoder.Run", crowded)
+    decoder.generate(ids, max_new_tokens=1, mode="autoregressive", do_sample=True)
+    assert len(decoder._kept) == 1
 
 
 def test_refusals(pair, device, prompts):
@@ -410,10 +568,10 @@ def test_threads_take_turns(pair, device):
     """Two generations of one decoder at once: each as if it were alone."""
     decoder = Decoder.from_pretrained(*pair, device=device, dtype="float32", backend="triton", tree=TREE)
     prompts = [torch.tensor([[5, 6, 7]]), torch.tensor([[9, 8, 7, 6]])]
-    alone = [decoder.generate(ids, max_new_tokens=8, eos_token_id=[]) for ids in prompts]
+    alone = [decoder.generate(ids, max_new_tokens=6, eos_token_id=[]) for ids in prompts]
     with ThreadPoolExecutor(2) as pool:
-        together = list(pool.map(lambda ids: decoder.generate(ids, max_new_tokens=8, eos_token_id=[]), prompts * 2))
-    assert all(map(torch.equal, together, alone * 2))
+        together = list(pool.map(lambda ids: decoder.generate(ids, max_new_tokens=6, eos_token_id=[]), prompts))
+    assert all(map(torch.equal, together, alone)) and len(decoder._kept) == 2
 
 
 @pytest.mark.parametrize(
