@@ -26,7 +26,7 @@ from stagedspec.loading import (
 )
 from stagedspec.ngram import KatzTable
 from stagedspec.positions import Positions
-from stagedspec.run import Request, Run, current
+from stagedspec.run import Request, Run, current, kind_of
 from stagedspec.sampling import Sampling, counters
 from stagedspec.stats import ORIGINS, Stats, marks_wanted
 from stagedspec.tree import MODES, TreeConfig
@@ -312,7 +312,7 @@ class Decoder:
         """A run of the request, by the memory and the graphs of one that has ended where they fit."""
         wanted = self.target, self.draft, self.ngram, request, positions, self.mark
         with self.target.ops.lock:
-            fitting = [run for run in self._kept if run.fits(*wanted)]
+            fitting = [run for run in self._kept if run.fits(kind_of(*wanted), request)]
             run = min(fitting, key=lambda run: run.sequences.capacity, default=None)
             if run is not None:
                 self._kept.remove(run)

@@ -155,7 +155,7 @@ class Run:
         # Steps of fixed shape are replayed: the host does not see their phases.
         self.clock = Clock(("prefill",) if target.ops.fixed_shapes else None, mark)
         self.stepper = Stepper(target, draft, table, request, _walk(positions) is not None, self.clock)
-        self._kind = _kind(target, draft, table, request, positions, mark)
+        self.kind = kind_of(target, draft, table, request, positions, mark)
         self._begin(request, positions)
         self._step = self._repeated()
 
@@ -164,18 +164,9 @@ class Run:
         self.passes: list[int] = []  # of the draft, in each step
         self.seconds = 0.0
 
-    def fits(
-        self,
-        target: GPT2,
-        draft: GPT2 | None,
-        table: KatzTable | None,
-        request: Request,
-        positions: Positions | None = None,
-        mark: Mark | None = None,
-    ) -> bool:
-        """Whether `restart` can take the request: its steps are this one's, on tensors of the same shapes."""
-        same = self._kind == _kind(target, draft, table, request, positions, mark)
-        return same and self.sequences.fits(request.prompts, request.new_tokens, request.eos)
+    def fits(self, kind: tuple, request: Request) -> bool:
+        """Whether `restart` can take a request of this kind (`kind_of`): by the same steps, in the room there is."""
+        return self.kind == kind and self.sequences.fits(request.prompts, request.new_tokens, request.eos)
 
     def restart(self, request: Request, positions: Positions | None) -> None:
         """Begins another generation, which `fits`, where this one has ended and all that is wanted of it was read."""
@@ -250,8 +241,8 @@ class Run:
         )
 
 
-def _kind(target, draft, table, request: Request, positions: Positions | None, mark: Mark | None) -> tuple:
-    """What decides which operations a step runs, but for the room that its tensors have."""
+def kind_of(target, draft, table, request: Request, positions: Positions | None, mark: Mark | None) -> tuple:
+    """What decides, of the arguments of `Run`, which operations a step runs; but not how much room its tensors have."""
     models = id(target), id(draft), id(table)
     return *models, request.tree, request.sampling, request.repeats, _walk(positions) is not None, mark
 
