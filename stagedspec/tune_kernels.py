@@ -184,7 +184,10 @@ def shapes(models: list[str]) -> list[ModelShape]:
         elif model in ("S", "M", "L", "XL"):
             found.append(workloads.SIZES[model])
         else:
-            config = read_checkpoint(model, "model").config
+            try:
+                config = read_checkpoint(model, "model").config
+            except ValueError as error:
+                raise ValueError(f"{error}, or S, M, L, XL or embedded") from error
             inner = config.n_inner or 0
             found.append(ModelShape(config.n_layer, config.n_embd, config.n_head, config.vocab_size, inner))
     return found

@@ -196,6 +196,7 @@ def test_without_a_gpu(monkeypatch):
     [
         (["--op", "softmax"], "lm_head"),
         (["--model", "/nowhere"], "/nowhere"),
+        (["--model", "XXL"], "or S, M, L, XL or embedded"),
         (["--out", "."], "--out"),
         (["--device", "tpu"], "tpu"),
     ],
