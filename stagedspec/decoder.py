@@ -311,8 +311,9 @@ class Decoder:
     def _run(self, request: Request, positions: Positions | None = None) -> Run:
         """A run of the request, by the memory and the graphs of one that has ended where they fit."""
         wanted = self.target, self.draft, self.ngram, request, positions, self.mark
+        kind = kind_of(*wanted)
         with self.target.ops.lock:
-            fitting = [run for run in self._kept if run.fits(kind_of(*wanted), request)]
+            fitting = [run for run in self._kept if run.fits(kind, request)]
             run = min(fitting, key=lambda run: run.sequences.capacity, default=None)
             if run is not None:
                 self._kept.remove(run)
@@ -322,8 +323,9 @@ class Decoder:
         try:
             return Run(*wanted)
         except torch.OutOfMemoryError:
-            self.release()
-            return Run(*wanted)
+            pass  # inside, the error would hold on to what had been made
+        self.release()
+        return Run(*wanted)
 
     def _keep(self, run: Run) -> None:
         """Keeps a run that has come to its end and of which nothing more is wanted, if there is a use for it."""

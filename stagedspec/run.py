@@ -243,7 +243,7 @@ class Run:
 
 def kind_of(target, draft, table, request: Request, positions: Positions | None, mark: Mark | None) -> tuple:
     """What decides, of the arguments of `Run`, which operations a step runs; but not how much room its tensors have."""
-    models = id(target), id(draft), id(table)
+    models = id(target), id(draft), id(table)  # a table would be compared by its tensors
     return *models, request.tree, request.sampling, request.repeats, _walk(positions) is not None, mark
 
 

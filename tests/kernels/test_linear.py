@@ -118,13 +118,12 @@ def test_mean_far_from_zero(device):
     torch.testing.assert_close(problem.normed(), problem.plain(torch.float64).float(), rtol=2e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize("shape", [(40, 192), (40, 640), (40, 1280), (40, 1600), (72, 2600 if GPU else 200)], ids=str)
+@pytest.mark.parametrize("shape", [(40, 192), (40, 640), (40, 1280), (40, 1600), (72, 2600)], ids=str)
 def test_a_row_has_the_same_bits_in_any_batch(device, dtype, shape, fixed_order):
-    count = 150 if GPU else 70
-    problem = Problem(device, dtype, count, *shape)
+    problem = Problem(device, dtype, 150, *shape)
     normed, (added, stats) = problem.normed(), problem.added()
-    elsewhere = torch.randperm(count, generator=torch.Generator().manual_seed(0))
-    for rows in (1, 2, 7, 16, 33, 64, elsewhere, torch.tensor([66]), torch.tensor([count - 1, 3])):
+    elsewhere = torch.randperm(150, generator=torch.Generator().manual_seed(0))
+    for rows in (1, 2, 7, 16, 33, 64, elsewhere, torch.tensor([70]), torch.tensor([149, 3])):
         assert torch.equal(problem.normed(rows), *taken(rows, normed)), rows
         some, known = problem.added(rows)
         assert torch.equal(some, *taken(rows, added)) and torch.equal(known, *taken(rows, stats)), rows
