@@ -32,6 +32,7 @@ from stagedspec.kernels.registry import (
     architecture,
     check_runs,
     check_tensor,
+    launch_kernel,
     launch_options,
     most_registers,
     register,
@@ -508,7 +509,9 @@ def launch_select(
     warps = settings["select_warps"]
     members = parts.take(rows * groups, torch.int32)
     values, ids = parts.take(rows * vocab_size), parts.take(rows * vocab_size, torch.int32)
-    select_kernel[(rows,)](
+    launch_kernel(
+        select_kernel,
+        (rows,),
         logits, maxima, masses, logits if noise is None else noise, seeds, streams, positions, members, values, ids,
         out, out if logprobs is None else logprobs, positions.shape[1], scale[1], top_p, min_p, V=vocab_size,
         STRIDE=logits.stride(0), G=groups, GROUPS=triton.next_power_of_2(groups), SCALING=scale[0], NOISE=kind,
@@ -527,7 +530,9 @@ def _scan(logits, noise, seeds, streams, positions, scores, maxima, masses, best
     settings = _settings(vocab_size, logits.device)
     size = min(settings["slice"], max(GROUP, triton.next_power_of_2(vocab_size)))
     slices = -(-vocab_size // size)
-    scan_kernel[(rows, slices)](
+    launch_kernel(
+        scan_kernel,
+        (rows, slices),
         logits, logits if noise is None else noise, seeds, streams, positions, scores, maxima, masses, best, ids,
         counters, out, positions.shape[1], scale[1], V=vocab_size, G=groups_of(vocab_size), T=size, SLICES=slices,
         SLICES_UP=triton.next_power_of_2(slices), SCALING=scale[0], NOISE=kind, CHOOSE=choose, MASSES=need_masses,

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from stagedspec.kernels.configs import config
-from stagedspec.kernels.registry import CompileCase, check_runs, check_tensor, launch_options, register
+from stagedspec.kernels.registry import CompileCase, check_runs, check_tensor, launch_kernel, launch_options, register
 
 DEFAULT = {"elements": 4096, "warps": 4}  # elements of a program's tile
 
@@ -64,7 +64,9 @@ def _launch(cache: torch.Tensor, source: torch.Tensor, target: torch.Tensor, off
     columns, count = cache.shape[3:].numel(), source.shape[1]
     settings = config("compact", (columns,), cache.device, candidates)
     tiles = _tiles(count, settings["elements"])
-    _compact[(triton.cdiv(columns, tiles["WIDTH"]), batch, layers)](
+    launch_kernel(
+        _compact,
+        (triton.cdiv(columns, tiles["WIDTH"]), batch, layers),
         cache,
         source,
         target,

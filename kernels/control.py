@@ -12,6 +12,7 @@ pass, proposes that token too; a guess that is not never enters a tree: draft² 
 
 import heapq
 import math
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ import torch
 
 NEVER = float("-inf")
 CONTEXT_LOGPROB = -0.25  # worth of a match of the context n-gram: about 4 of 5 come true on code
+CHUNK = 256  # tokens of each prompt that one pass reads
 TARGET, DRAFT, NGRAM = range(3)  # who first proposed a token
 # The target's best token is the draft's more often than the draft's probability of it says: measured on the embedded
 # models, on held-out text, where 1.5 to 2 serve equally well. Sampled, softmax(log q + g) is right as it is.
@@ -63,6 +65,8 @@ class Sequences:
     def __init__(self, prompts: list[list[int]], new_tokens: int, eos: Sequence[int], device: torch.device):
         self.rows = [Row(list(prompt), len(prompt) + new_tokens) for prompt in prompts]
         self.eos, self.device = frozenset(eos), device
+        self.seconds_to_first_token: float | None = None  # from here to the end of the first step
+        self._begin = time.perf_counter()
         self.accepted: Counter[int] = Counter()  # how many row-steps took so many tokens from nodes below the root
         self.steps = 0  # in which any row ran
         self.capacity = max(row.limit for row in self.rows)  # the most tokens that a row may hold
@@ -75,8 +79,21 @@ class Sequences:
     def finished(self) -> bool:
         return not any(row.running for row in self.rows)
 
+    def chunks(self, count: int) -> list[tuple[int, int]]:
+        """(start, size) of the passes that read the first `count` tokens of every row."""
+        return [(start, min(CHUNK, count - start)) for start in range(0, count, CHUNK)]
+
+    def chunk(self, start: int, size: int, dtype: torch.dtype) -> "Batch":
+        """The pass over `size` tokens of every row after its first `start`. Rows that are shorter are filled up with
+        tokens whose values are never seen, and overwritten in time."""
+        parts = [row.tokens[start : start + size] for row in self.rows]
+        tokens = torch.tensor([part + [0] * (size - len(part)) for part in parts], device=self.device)
+        return prefill_batch(tokens, start, dtype)
+
     def publish(self) -> None:
         """Called after every step: here `finished` is always up to date."""
+        if self.seconds_to_first_token is None:
+            self.seconds_to_first_token = time.perf_counter() - self._begin
 
     def stop(self, index: int, length: int) -> None:
         """Ends a row; what was decoded beyond `length` tokens is dropped."""
@@ -97,6 +114,19 @@ class Batch:
     positions: torch.Tensor
     depths: list[list[int]]
     bias: torch.Tensor
+
+
+def prefill_batch(tokens: torch.Tensor, start: int, kv_dtype: torch.dtype) -> Batch:
+    """The pass over a chunk of prompts, tokens [B, N], after `start` committed ones."""
+    count, device = tokens.shape[1], tokens.device
+    positions = torch.arange(start, start + count, device=device).expand(tokens.shape)
+    return Batch(tokens, positions, [list(range(count))] * len(tokens), causal_bias(start, count, device, kv_dtype))
+
+
+def causal_bias(start: int, count: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """The mask of a chunk of `count` tokens after `start` committed ones: [1, 1, count, start + count]."""
+    bias = torch.full((count, start + count), NEVER, device=device, dtype=dtype)
+    return bias.triu_(start + 1)[None, None]
 
 
 def _batch(

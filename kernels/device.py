@@ -9,6 +9,8 @@ Scores are summed in fp32, where the host sums in fp64: candidates closer than f
 never changes the output.
 """
 
+import itertools
+import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -21,17 +23,35 @@ import torch
 from stagedspec.kernels import control, grow_tree
 from stagedspec.kernels.grow_tree import GrowthState, pass_size, pass_start, words
 from stagedspec.kernels.registry import check_runs
+from stagedspec.kernels.tree_attention import mask_words
 from stagedspec.kernels.verify_commit import CommitState, verify_commit
 
 # ---------------------------------------------------------------- committed sequences
 
 
 TOKENS, ENDS = 128, 8  # sequences have room for a multiple of so many tokens, and of ids that end them
+# Sizes of chunks of a prompt, in tokens of all rows: each has its CUDA graph. They divide TOKENS or are a multiple, so
+# that no chunk ends beyond a sequence's room. A pass costs as much as CHUNK_COST more tokens would.
+CHUNKS, CHUNK_COST = (16, 32, 64, 128, 256), 80
 
 
 def _whole(count: int, unit: int) -> int:
     """The least multiple of `unit`, one at least, that is not below `count`."""
     return max(-(-count // unit), 1) * unit
+
+
+def cheapest(count: int, sizes: list[int]) -> list[int]:
+    """The cheapest chunks that cover `count` tokens of a prompt, largest first. sizes: to choose from, multiples of the
+    first."""
+    unit = sizes[0]
+    best: list[tuple[int, list[int]]] = [(0, [])]
+    for units in range(1, -(-count // unit) + 1):
+        options = []
+        for size in sizes:
+            cost, taken = best[max(units - size // unit, 0)]
+            options.append((cost + size + CHUNK_COST, [*taken, size]))
+        best.append(min(options))
+    return sorted(best[-1][1], reverse=True)
 
 
 class Row(NamedTuple):
@@ -74,12 +94,14 @@ class Sequences:
             eos=integers(_whole(len(set(eos)), ENDS)),
         )
         self._counts: list[torch.Tensor] = []  # of every `Trees` made for this batch
+        self._chunks: dict[int, Batch] = {}  # by size
         self._roots: Trees | None = None
         self._chains: Trees | None = None
         # The host learns how many rows run from copies in pinned memory, and never waits for the step under way.
         pinned = device.type == "cuda"
         self._known = [torch.empty(1, dtype=torch.int32, pin_memory=pinned) for _ in range(2)]
         self._copied = [torch.cuda.Event() for _ in range(2)] if pinned else []
+        self._first_token = Stopwatch(device)
         self.restart(prompts, new_tokens, eos)
 
     def fits(self, prompts: list[list[int]], new_tokens: int, eos: Sequence[int]) -> bool:
@@ -90,6 +112,7 @@ class Sequences:
     @torch.inference_mode()
     def restart(self, prompts: list[list[int]], new_tokens: int, eos: Sequence[int]) -> None:
         """Begins a generation, in place: what was captured over the last one's tensors serves this one."""
+        self._first_token.start()
         self.prompt_lengths = [len(prompt) for prompt in prompts]
         self.limits = [length + new_tokens for length in self.prompt_lengths]
         state = self.state
@@ -123,10 +146,35 @@ class Sequences:
         self.state.running[index] = 0
         self.state.lengths[index].clamp_(max=length)
 
+    # ------------------------------------------------------------ reading prompts
+
+    @property
+    def chunk_sizes(self) -> list[int]:
+        """All sizes that chunks of these rows may have."""
+        return [size for size in CHUNKS if size * len(self) <= CHUNKS[-1] and size <= self.capacity]
+
+    def chunks(self, count: int) -> list[tuple[int, int]]:
+        """(start, size) of the passes that read the first `count` tokens of every row. The last one may reach beyond
+        them: what it reads there is never seen, and overwritten in time."""
+        sizes = cheapest(count, self.chunk_sizes)
+        return list(zip(itertools.accumulate(sizes, initial=0), sizes, strict=False))
+
+    def chunk(self, start: int, size: int, dtype: torch.dtype | None = None) -> "Batch":
+        """The pass over `size` tokens of every row after its first `start`; its tensors are those of all chunks of that
+        size, and hold until the next one."""
+        if size not in self._chunks:
+            self._chunks[size] = Batch.chain(len(self), size, self.device)
+        batch = self._chunks[size]
+        batch.tokens.copy_(self.state.tokens[:, start : start + size])
+        batch.begin(start)
+        return batch
+
     # ------------------------------------------------------------ what the host sees
 
     def publish(self) -> None:
         """Starts copying the number of running rows to the host; outside a captured step, after it was launched."""
+        if not self._published:
+            self._first_token.stop()
         turn = self._published % 2
         self._known[turn].copy_(self.state.active, non_blocking=True)
         if self._copied:
@@ -146,6 +194,11 @@ class Sequences:
         if self._copied and newest >= 0 and not self._copied[newest % 2].query():
             newest -= 1
         return newest >= 0 and self._known[newest % 2].item() == 0
+
+    @property
+    def seconds_to_first_token(self) -> float | None:
+        """From the beginning of the generation to the end of its first step, None before; waits for the device."""
+        return self._first_token.seconds if self._published else None
 
     @property
     def rows(self) -> list[Row]:
@@ -200,9 +253,52 @@ class Batch:
         masks = torch.zeros(rows, nodes, words(region), dtype=torch.int32, device=device)
         return cls(*packed.unbind(), masks, torch.zeros(rows, dtype=torch.int32, device=device), packed=packed)
 
+    @classmethod
+    def chain(cls, rows: int, nodes: int, device: torch.device) -> "Batch":
+        """Of a chunk of prompts: every token sees those before it. `begin` says where."""
+        batch = cls.of(rows, nodes, nodes, device)
+        batch.masks.copy_(mask_words(torch.ones(nodes, nodes, dtype=torch.bool, device=device).tril()))
+        return batch
+
+    def begin(self, start: int) -> None:
+        """Places the nodes of a chunk after `start` committed tokens."""
+        self.positions.copy_(torch.arange(start, start + self.nodes))
+        torch.add(self.positions, 1, out=self.noise_positions)
+        self.prefix.fill_(start)
+
     @property
     def nodes(self) -> int:
         return self.tokens.shape[1]
+
+
+class Stopwatch:
+    """Seconds between two moments, on the device's own clock where it has one."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        on_gpu = device.type == "cuda"
+        self._marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if on_gpu else [0.0, 0.0]
+
+    def start(self) -> None:
+        self._mark(0)
+
+    def stop(self) -> None:
+        self._mark(1)
+
+    def _mark(self, index: int) -> None:
+        if self.device.type == "cuda":
+            self._marks[index].record(torch.cuda.current_stream(self.device))
+        else:
+            self._marks[index] = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Waits for the second moment."""
+        begin, end = self._marks
+        if self.device.type != "cuda":
+            return end - begin
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
 
 
 # ---------------------------------------------------------------- growing trees

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from stagedspec.kernels.registry import CompileCase, check_runs, check_tensor, launch_options, register
+from stagedspec.kernels.registry import CompileCase, check_runs, check_tensor, launch_kernel, launch_options, register
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -47,7 +47,9 @@ def _launch(
     out: torch.Tensor,
 ) -> None:
     check_runs(out, "embed")
-    _embed[(out.shape[0],)](
+    launch_kernel(
+        _embed,
+        (out.shape[0],),
         tokens,
         positions,
         token_table,

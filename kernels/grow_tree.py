@@ -49,6 +49,7 @@ from stagedspec.kernels.registry import (
     architecture,
     check_runs,
     check_tensor,
+    launch_kernel,
     launch_options,
     most_registers,
     register,
@@ -603,7 +604,9 @@ def _launch_pass(
     successors_ = 0 if table_tokens is None else table_tokens.shape[1]
     blocks = _blocks(width, prefetch_width, children, size)
     settings = _settings("grow_pass", blocks["CANDIDATES"], tokens.device)
-    grow_pass_kernel[(count,)](
+    launch_kernel(
+        grow_pass_kernel,
+        (count,),
         tokens, lengths, seeds, streams, keys, rows, table_tokens, table_logprobs, names, values,
         slots, slot_masks, slot_scores, candidates, candidate_scores, batch, batch_masks, prefix,
         tokens.shape[1], vocab_size, 0 if keys is None else keys.shape[0], start, floor,
@@ -634,7 +637,9 @@ def _launch_harvest(
     children, nodes = candidates.shape[2] // size, tree.shape[2]
     nodes_block = triton.next_power_of_2(max(nodes - 1, 2))
     blocks = _blocks(width, prefetch_width, children, size, nodes)
-    harvest_tree_kernel[(count,)](
+    launch_kernel(
+        harvest_tree_kernel,
+        (count,),
         tokens, lengths, names, values, slots, slot_scores, candidates, candidate_scores,
         tree, batch, batch_masks, prefix, tokens.shape[1], start, floor,
         RECORD=record, GIVEN=0 if names is None else names.shape[2], PREFETCH=prefetch, PREFETCH_WIDTH=prefetch_width,

@@ -39,6 +39,7 @@ from stagedspec.kernels.registry import (
     architecture,
     check_runs,
     check_tensor,
+    launch_kernel,
     launch_options,
     most_registers,
     register,
@@ -360,7 +361,9 @@ def _launch(
     splits, length = _splits(outputs, inputs)
     tokens = token_tile(count, x.element_size())
     settings = config("linear", (x.element_size(), tokens, outputs, inputs), x.device, candidates)
-    _linear[(triton.cdiv(outputs, ROWS), splits, triton.cdiv(count, tokens))](
+    launch_kernel(
+        _linear,
+        (triton.cdiv(outputs, ROWS), splits, triton.cdiv(count, tokens)),
         x,
         stats,
         sums,
@@ -386,7 +389,6 @@ def _launch(
         ROWS=ROWS,
         TOKENS=tokens,
         maxnreg=most_registers(architecture(x.device), settings["num_warps"], SPILLING),
-        enable_fp_fusion=True,  # said, not left to the compiler's version: the bits depend on it
         **settings,
         **launch_options(x.device),
     )
@@ -401,7 +403,9 @@ _op = register(
 
 def _launch_stats(x: torch.Tensor, stats: torch.Tensor) -> None:
     check_runs(x, "row_stats")
-    _row_stats[(x.shape[0],)](
+    launch_kernel(
+        _row_stats,
+        (x.shape[0],),
         x,
         stats,
         K=x.shape[1],

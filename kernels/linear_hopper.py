@@ -39,7 +39,7 @@ from triton.language.extra import cuda
 
 from stagedspec.kernels.configs import config
 from stagedspec.kernels.linear import HOPPER_SPLIT, ROWS, _activate, compile_case, model_linears, stat_tiles
-from stagedspec.kernels.registry import SHARED_LIMIT, CompileCase, launch_options
+from stagedspec.kernels.registry import SHARED_LIMIT, CompileCase, launch_kernel, launch_options
 
 copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name in Triton 3.9 and in 3.6
 WHOLE = 1600  # columns that are not split
@@ -168,9 +168,9 @@ def _linear_hopper(
         gl.store(p_out + i_out, b_out, mask=there)
         if STATS:
             b_value = gl.where(real[None, :], b_out.to(gl.float32), 0.0)  # what the reader will see
-            count = gl.minimum(OUT - i_row, ROWS).to(gl.float32)
+            share = 1.0 / gl.minimum(OUT - i_row, ROWS).to(gl.float32)
             b_total = gl.sum(b_value, 1)
-            b_apart = gl.where(real[None, :], b_value - (b_total / count)[:, None], 0.0)
+            b_apart = gl.where(real[None, :], b_value - (b_total * share)[:, None], 0.0)
             p_tile = p_stats_out + (tokens * TILES + i_tile) * 2
             gl.store(p_tile, b_total, mask=ok)
             gl.store(p_tile + 1, gl.sum(b_apart * b_apart, 1), mask=ok)
@@ -198,9 +198,9 @@ def _merged_stats(
     b_sum = b_pair.to(gl.int32).to(gl.float32, bitcast=True)
     b_square = (b_pair >> 32).to(gl.int32).to(gl.float32, bitcast=True)
     b_count = gl.minimum(gl.maximum(K - i_tile * ROWS, 1), ROWS).to(gl.float32)  # columns of each tile
-    b_mean = gl.sum(b_sum, 1) / K
+    b_mean = gl.sum(b_sum, 1) * (1.0 / K)
     b_apart = gl.where(there, b_sum * (1.0 / b_count)[None, :] - b_mean[:, None], 0.0)
-    b_variance = gl.sum(b_square + b_count[None, :] * b_apart * b_apart, 1) / K
+    b_variance = gl.sum(b_square + b_count[None, :] * b_apart * b_apart, 1) * (1.0 / K)
     return b_mean, 1.0 / gl.sqrt(b_variance + epsilon)
 
 
@@ -275,7 +275,9 @@ def launch(
         raise ValueError(f"linear_hopper at {shape}: no such settings, {tuned}; run `stagedspec tune` again")
     chosen = settings(tuned["TOKENS"], inputs)
     tokens, block = chosen["TOKENS"], chosen["BLOCK_K"]
-    _linear_hopper[(triton.cdiv(outputs, ROWS), chosen["SPLITS"], triton.cdiv(count, tokens))](
+    launch_kernel(
+        _linear_hopper,
+        (triton.cdiv(outputs, ROWS), chosen["SPLITS"], triton.cdiv(count, tokens)),
         described("linear", "x", x, tokens, block),
         described("linear", "weight", weight, ROWS, block),
         stats,
@@ -299,7 +301,6 @@ def launch(
         ROWS=ROWS,
         **chosen,
         num_warps=4,
-        enable_fp_fusion=True,
         **launch_options(x.device),
     )
 

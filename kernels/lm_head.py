@@ -48,6 +48,7 @@ from stagedspec.kernels.registry import (
     architecture,
     check_runs,
     check_tensor,
+    launch_kernel,
     launch_options,
     most_registers,
     register,
@@ -204,7 +205,9 @@ def _head(x, norm_weight, norm_bias, epsilon, head, noise, seeds, streams, posit
           counters, out, normed, scale, kind, choose, store, need_masses):  # fmt: skip
     (rows, width), vocab_size = x.shape, head.shape[0]
     options = launch_options(x.device)
-    norm_kernel[(rows,)](
+    launch_kernel(
+        norm_kernel,
+        (rows,),
         x, norm_weight, norm_bias, normed, epsilon, K=width, BLOCK=triton.next_power_of_2(width), num_warps=4,
         **options,
     )  # fmt: skip
@@ -219,7 +222,9 @@ def _head(x, norm_weight, norm_bias, epsilon, head, noise, seeds, streams, posit
     tile, block = settings["tile"], min(ROWS, max(16, triton.next_power_of_2(rows)))
     programs = min(-(-vocab_size // tile), settings["programs"], PROGRAMS)
     warps = settings["warps"] * (2 if block > 32 else 1)
-    head_kernel[(programs, -(-rows // block))](
+    launch_kernel(
+        head_kernel,
+        (programs, -(-rows // block)),
         normed, head, x if noise is None else noise, seeds, streams, positions, logits, maxima, masses, best, ids,
         counters, out, rows, positions.shape[1], scale[1], V=vocab_size, STRIDE=logits.stride(0), K=width,
         G=groups_of(vocab_size), T=tile, R=block, BLOCK_K=block_k(width, head.dtype), SCALING=scale[0], NOISE=kind,

@@ -34,7 +34,7 @@ from triton.language.extra import cuda
 from stagedspec.kernels.choose import GROUP, NOISES, compile_case, groups_of, scale_logits
 from stagedspec.kernels.linear_hopper import SHARED, SPARE, copy, described, layout
 from stagedspec.kernels.philox import gumbel, key_words, philox
-from stagedspec.kernels.registry import CompileCase, launch_options
+from stagedspec.kernels.registry import CompileCase, launch_kernel, launch_options
 
 ROWS = GROUP  # of the weight, a tile: the least that the matrix instructions take, and one group of tokens
 TOKENS = 64  # most rows of x, a program
@@ -330,7 +330,9 @@ def launch(
     tokens = chosen["TOKENS"]
     chunks = triton.cdiv(rows, tokens)
     programs = min(triton.cdiv(vocab_size, ROWS), max(1, _multiprocessors(x.device) // chunks))
-    _head_hopper[(programs, chunks)](
+    launch_kernel(
+        _head_hopper,
+        (programs, chunks),
         described("lm_head", "x", x, tokens, BLOCK_K),
         described("lm_head", "head", head, ROWS, BLOCK_K),
         x if noise is None else noise,
@@ -360,7 +362,6 @@ def launch(
         MASSES=need_masses,
         **chosen,
         num_warps=4,
-        enable_fp_fusion=True,
         **launch_options(x.device),
     )
 

@@ -22,7 +22,7 @@ import triton.language as tl
 
 from stagedspec.kernels import control
 from stagedspec.kernels.configs import config
-from stagedspec.kernels.registry import CompileCase, check_runs, check_tensor, launch_options, register
+from stagedspec.kernels.registry import CompileCase, check_runs, check_tensor, launch_kernel, launch_options, register
 
 CONTEXT_LOGPROB = tl.constexpr(control.CONTEXT_LOGPROB)
 NEVER = tl.constexpr(float("-inf"))
@@ -157,7 +157,9 @@ def _launch(contexts, sequence, lengths, keys, rows, tokens, logprobs, vocab_siz
     batch, count, _ = contexts.shape
     width = 0 if tokens is None else tokens.shape[1]
     settings = config("ngram_lookup", (width,), contexts.device, candidates)
-    ngram_lookup_kernel[(batch, triton.cdiv(count, settings["tile"]))](
+    launch_kernel(
+        ngram_lookup_kernel,
+        (batch, triton.cdiv(count, settings["tile"])),
         contexts, sequence, lengths, keys, rows, tokens, logprobs, out_tokens, out_logprobs,
         count, sequence.shape[1], vocab_size, 0 if keys is None else keys.shape[0],
         SUCCESSORS=width, RANKS=ranks(width), TILE=settings["tile"], BLOCK=settings["block"],

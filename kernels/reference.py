@@ -9,7 +9,8 @@ bitwise: oneDNN's pre-packed matrix multiply uses one instruction sequence per r
 `pack_linear` finds by trying (plain `torch.addmm` switches algorithm below four rows).
 """
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
@@ -17,9 +18,33 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from stagedspec.kernels.control import GREEDY_SHARPNESS, NEVER, Batch, Growth, Moves, Sequences, Trees, Unread
+from stagedspec.kernels.control import (
+    GREEDY_SHARPNESS,
+    NEVER,
+    Batch,
+    Growth,
+    Moves,
+    Sequences,
+    Trees,
+    Unread,
+    causal_bias,
+    prefill_batch,
+)
+from stagedspec.kernels.timing import Overheads
 
-__all__ = ["Batch", "Growth", "Linear", "Moves", "Noise", "NoiseAt", "Sequences", "Trees", "Unread"]
+__all__ = [
+    "Batch",
+    "Growth",
+    "Linear",
+    "Moves",
+    "Noise",
+    "NoiseAt",
+    "Sequences",
+    "Trees",
+    "Unread",
+    "causal_bias",
+    "prefill_batch",
+]
 
 
 # oneDNN's fused epilogues: the name and the algorithm of `mkldnn::_linear_pointwise`.
@@ -36,6 +61,9 @@ name = "torch"
 max_depth = 256  # of a tree
 max_head_size = 1 << 30  # any
 lock = nullcontext()  # of a step: nothing is shared between steps here
+# Most of it is host work, by the times by phase of generations on two shared cores; it matters for small models. Draft
+# passes after the first find the caches warm, which makes up for part of their host work.
+overheads = Overheads(step=2e-4, node=1e-5, drafting=2e-4, draft_pass=0.0, row=4e-5)
 fixed_shapes = False  # a step takes as many passes, and a tree as many nodes, as it is worth
 
 
@@ -46,6 +74,26 @@ def check_tree(tree) -> None:
 def repeated(part: Callable) -> Callable:
     """What runs a step, or a part of one, again and again. A backend whose steps all have one shape may capture it."""
     return part
+
+
+def timed_batch(tokens: torch.Tensor, context: int, kv_dtype: torch.dtype) -> tuple[Batch, int]:
+    """A pass over nodes [B, N] after `context` tokens that takes as long as one of a tree, and the tree rows that it
+    needs."""
+    return prefill_batch(tokens, context, kv_dtype), 0
+
+
+def prepare(calls: Sequence[tuple[Callable, tuple]], place: torch.device) -> int:
+    """Compiles what calls (part, arguments) that are to come need: here nothing. Returns how many kernels were new."""
+    return 0
+
+
+def seconds(run: Callable[[], object], place: torch.device) -> float:
+    """What `run` takes, which ends when its results are there."""
+    begin = time.perf_counter()
+    run()
+    if place.type == "cuda":
+        torch.cuda.synchronize(place)
+    return time.perf_counter() - begin
 
 
 # ---------------------------------------------------------------- linear layers
@@ -211,24 +259,6 @@ def embed(
 
 
 # ---------------------------------------------------------------- attention
-
-
-def prefill_chunk(batch: int) -> int:
-    """The tokens of each prompt that one prefill pass takes."""
-    return 256
-
-
-def prefill_batch(tokens: torch.Tensor, start: int, kv_dtype: torch.dtype) -> Batch:
-    """The pass over a chunk of prompts, tokens [B, N], after `start` committed ones."""
-    count, device = tokens.shape[1], tokens.device
-    positions = torch.arange(start, start + count, device=device).expand(tokens.shape)
-    return Batch(tokens, positions, [list(range(count))] * len(tokens), causal_bias(start, count, device, kv_dtype))
-
-
-def causal_bias(start: int, count: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """The mask of a prefill chunk of `count` tokens after `start` committed ones: [1, 1, count, start + count]."""
-    bias = torch.full((count, start + count), NEVER, device=device, dtype=dtype)
-    return bias.triu_(start + 1)[None, None]
 
 
 def layer_views(

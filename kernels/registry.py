@@ -5,6 +5,7 @@ them write into tensors that the caller gives and return nothing: a step allocat
 """
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -50,9 +51,32 @@ def pdl(arch: int) -> bool:
     return arch >= 90
 
 
+# Products and sums stay separate. Which of them fuse is up to the compiler: it differs between releases of Triton and
+# between tiles of 8 and of 64 tokens, and with it the bits of a row.
+FUSION = False
+
+
 def launch_options(device: torch.device) -> dict[str, bool]:
-    """What `pdl` means for a launch: the kernel's PDL, and the launcher's own keyword, which the interpreter lacks."""
-    return {"PDL": True, "launch_pdl": True} if pdl(architecture(device)) else {"PDL": False}
+    """Options of every launch: the kernel's PDL (`pdl`), and the compiler's and launcher's own, which the interpreter
+    lacks."""
+    if interpreted():
+        return {"PDL": False}
+    early = pdl(architecture(device))
+    return {"PDL": early, "enable_fp_fusion": FUSION} | ({"launch_pdl": True} if early else {})
+
+
+# Takes launches (kernel, grid, arguments, options) in place of the GPU: a dry run, see compiling.py.
+collector: ContextVar[Callable[[object, tuple, tuple, dict], None] | None] = ContextVar("collector", default=None)
+
+
+def launch_kernel(kernel, grid: tuple[int, ...], *arguments, **options) -> None:
+    """Launches a Triton or Gluon kernel, or hands the launch to the collector of a dry run. All launches go through
+    here."""
+    collect = collector.get()
+    if collect is None:
+        kernel[grid](*arguments, **options)
+    else:
+        collect(kernel, grid, arguments, options)
 
 
 def most_registers(arch: int, warps: int, spilling: tuple[int, ...]) -> int | None:
@@ -135,7 +159,7 @@ class CompileCase:
 
     signature: argument name to type ("*bf16", "i32", "fp32"); constexprs: the compile-time arguments.
     matrix: the kernel is expected to use matrix instructions. aligned: arguments divisible by 16.
-    fusion: whether products and sums may be fused. maxnreg: registers a thread may have, see `most_registers`.
+    maxnreg: registers a thread may have, see `most_registers`.
     """
 
     name: str
@@ -146,5 +170,4 @@ class CompileCase:
     num_stages: int = 3
     matrix: bool = False
     aligned: tuple[str, ...] = field(default_factory=tuple)
-    fusion: bool = True
     maxnreg: int | None = None

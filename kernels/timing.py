@@ -1,4 +1,4 @@
-"""Times on a GPU: replays of CUDA graphs, which take the host out."""
+"""Times on a GPU by replays of CUDA graphs, which take the host out; what a step takes beyond its passes."""
 
 import statistics
 from collections.abc import Callable
@@ -7,6 +7,18 @@ from dataclasses import dataclass
 import torch
 
 WARMUP, REPEATS = 3, 21
+
+
+@dataclass(frozen=True)
+class Overheads:
+    """Seconds that decoding takes beyond the models' passes, for the cost model: a step, a node of its tree, its
+    drafting, a draft pass, and a row of that pass."""
+
+    step: float
+    node: float
+    drafting: float
+    draft_pass: float
+    row: float
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ from stagedspec.kernels.registry import (
     architecture,
     check_runs,
     check_tensor,
-    interpreted,
+    launch_kernel,
     launch_options,
     most_registers,
     register,
@@ -222,7 +222,7 @@ def _attend_far(
         tl.store(p_sum + part, tl.sum(b_p, axis=0), mask=ok)
 
 
-@triton.jit(do_not_specialize=(*_INTEGERS, "write"))
+@triton.jit(do_not_specialize=(*_INTEGERS, "chunk"))
 def _attend_near(
     p_qkv,
     p_cache,
@@ -238,7 +238,7 @@ def _attend_near(
     first_bit,
     tree_rows,
     splits,
-    write,
+    chunk,  # whether this is a chunk of a prompt
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
@@ -317,7 +317,9 @@ def _attend_near(
     nodes, ok = rows // GROUP, (i_row < ROWS) & (rows < queries)
     first_of_group = (ok & (rows % GROUP == 0))[:, None] & in_head
     p_own = p_pass + nodes[:, None] * QKV_STRIDE + dims[None, :]
-    p_new = p_cache + (write + nodes).to(tl.int64)[:, None] * ROW_STRIDE + dims[None, :]
+    # A chunk follows the prefix, which is on the device: one captured launch serves every chunk of its size.
+    new_rows = tl.where(chunk != 0, tree_rows + prefix, first_bit) + nodes
+    p_new = p_cache + new_rows.to(tl.int64)[:, None] * ROW_STRIDE + dims[None, :]
     tl.store(p_new, tl.load(p_own, mask=first_of_group), mask=first_of_group)
     tl.store(p_new + V_STEP, tl.load(p_own + V_STEP, mask=first_of_group), mask=first_of_group)
 
@@ -369,7 +371,7 @@ _KERNELS = {
     False: tuple(
         triton.jit(
             kernel.fn,
-            do_not_specialize=(*_INTEGERS, "write"),
+            do_not_specialize=(*_INTEGERS, "chunk"),
             do_not_specialize_on_alignment=("p_qkv", "p_cache", "p_out"),
         )
         for kernel in (_attend_far, _attend_near)
@@ -424,7 +426,7 @@ def _launch(
     masks: torch.Tensor,
     prefix: torch.Tensor,
     first_bit: int,
-    write: int,
+    chunk: bool,
     tree_rows: int,
     window: int,
     scale: float,
@@ -444,15 +446,14 @@ def _launch(
     count = batch * kv_heads * splits * queries
     acc, top, total = partials[: count * size], partials[count * size :], partials[count * (size + 1) :]
     shared = {"KV_HEADS": kv_heads, "GROUP": group, "D": size, "WORDS": words, "WINDOW": window}
-    shared |= {"CHAIN": write >= tree_rows and nodes > window, **launch_options(qkv.device)}
+    shared |= {"CHAIN": chunk and nodes > window, **launch_options(qkv.device)}
     shared |= {name: tiles[name] for name in ("D_PAD", "SPLIT")}
-    if not interpreted():
-        # Products and sums stay separate: which of them fuse could differ between the registers of two rows.
-        shared["enable_fp_fusion"] = False
     far, near = _KERNELS[whole]
     inputs, parts, sizes = (qkv, cache, masks, prefix), (acc, top, total), (nodes, rows, first_bit, tree_rows, splits)
     scale *= LOG2E
-    far[(splits, triton.cdiv(queries, tiles["FAR_ROWS"]), batch * kv_heads)](
+    launch_kernel(
+        far,
+        (splits, triton.cdiv(queries, tiles["FAR_ROWS"]), batch * kv_heads),
         *inputs,
         *parts,
         scale,
@@ -462,15 +463,17 @@ def _launch(
         **shared,
     )
     warps = _near_warps(size, qkv.element_size())
-    near[(triton.cdiv(queries, tiles["NEAR_ROWS"]), batch * kv_heads)](
-        *inputs, *parts, out, scale, *sizes, write,
+    launch_kernel(
+        near,
+        (triton.cdiv(queries, tiles["NEAR_ROWS"]), batch * kv_heads),
+        *inputs, *parts, out, scale, *sizes, int(chunk),
         ROWS=tiles["NEAR_ROWS"], FILLED=16, TOGETHER=tiles["TOGETHER"], num_warps=warps,
         maxnreg=_near_registers(architecture(qkv.device), size, warps), **shared,
     )  # fmt: skip
 
 
 _op = register(
-    "tree_attention(Tensor qkv, Tensor(a!) cache, Tensor masks, Tensor prefix, int first_bit, int write, "
+    "tree_attention(Tensor qkv, Tensor(a!) cache, Tensor masks, Tensor prefix, int first_bit, bool chunk, "
     "int tree_rows, int window, float scale, Tensor(b!) out, Tensor(c!) partials) -> ()",
     _launch,
 )
@@ -492,7 +495,7 @@ def tree_attention(
     masks: torch.Tensor,
     prefix: torch.Tensor,
     first_bit: int,
-    write: int,
+    chunk: bool,
     tree_rows: int,
     scale: float,
     out: torch.Tensor,
@@ -507,13 +510,12 @@ def tree_attention(
     are seen; below 0 counts as 0. first_bit: tree row of the pass's node 0; rows before it are read from the cache.
     out: [B*N, H*D].
 
-    write: the cache row that node 0's K and V go to. Below tree_rows the pass is part of a tree, write = first_bit, and
-    no node may have more than `window` bits set. From tree_rows on it is a chunk of a prompt: masks must be chains from
-    bit 0 and prefix = write - tree_rows.
+    chunk: False for a pass of a tree: its K and V go to the tree rows from first_bit on, and no node may have more than
+    `window` bits set. True for a chunk of a prompt: masks must be chains from bit 0, and the K and V follow the prefix.
     window: a power of two, the same for everything that must agree bitwise. Scores and sums are in fp32.
 
     What lies in masks and prefix is on the device and not checked: bits below first_bit + N only, prefix at most
-    S - tree_rows.
+    S - tree_rows, of a chunk at most S - tree_rows - N.
 
     Raises ValueError for a wrong shape, dtype, device or layout, N over 256, and rows out of range.
     """
@@ -542,16 +544,15 @@ def tree_attention(
         raise ValueError(f"{op}: window must be a power of two from 8 to 256, got {window}")
     if not 0 <= tree_rows <= rows:
         raise ValueError(f"{op}: tree_rows must be 0 to the cache's {rows} rows, got {tree_rows}")
-    if write < tree_rows:
-        if not 0 <= first_bit == write or first_bit + nodes > tree_rows:
-            raise ValueError(
-                f"{op}: a pass of a tree must write the rows from first_bit on, inside the {tree_rows} tree rows; "
-                f"got first_bit {first_bit}, write {write}, {nodes} nodes"
-            )
-    elif first_bit != 0 or write + nodes > rows:
+    if not chunk and not 0 <= first_bit <= tree_rows - nodes:
         raise ValueError(
-            f"{op}: a chunk of a prompt must have first_bit 0 and end inside the cache's {rows} rows; "
-            f"got first_bit {first_bit}, write {write}, {nodes} nodes"
+            f"{op}: a pass of a tree must lie inside the {tree_rows} tree rows, got {nodes} nodes from row {first_bit} "
+            "on"
+        )
+    if chunk and (first_bit != 0 or tree_rows + nodes > rows):
+        raise ValueError(
+            f"{op}: a chunk of a prompt must have first_bit 0 and fit into the cache's {rows - tree_rows} rows after "
+            f"the tree, got first_bit {first_bit} and {nodes} nodes"
         )
     if 32 * words < first_bit + nodes:
         raise ValueError(f"{op}: masks must have {triton.cdiv(first_bit + nodes, 32)} words a node, got {words}")
@@ -565,7 +566,7 @@ def tree_attention(
         masks,
         prefix,
         first_bit,
-        write,
+        chunk,
         tree_rows,
         window,
         scale,
@@ -578,7 +579,7 @@ def tree_attention(
 
 _TYPES = {"p_qkv": "*bf16", "p_cache": "*bf16", "p_masks": "*i32", "p_prefix": "*i32", "p_acc": "*fp32"}
 _TYPES |= {"p_max": "*fp32", "p_sum": "*fp32", "p_out": "*bf16", "scale": "fp32"}
-_TYPES |= dict.fromkeys((*_INTEGERS, "write"), "i32")
+_TYPES |= dict.fromkeys((*_INTEGERS, "chunk"), "i32")
 
 
 def compile_cases(arch: int) -> list[CompileCase]:
@@ -608,7 +609,6 @@ def compile_cases(arch: int) -> list[CompileCase]:
                         {key: value for key, value in (constants | {"ROWS": rows}).items() if key in names},
                         warps,
                         matrix=True,
-                        fusion=False,
                         maxnreg=registers,
                         aligned=tuple(key for key in names if key.startswith("p_")),
                     )

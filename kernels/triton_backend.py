@@ -5,17 +5,19 @@ operation and width: after the first step nothing is allocated, nothing is read 
 CUDA graph. Operations run in turn on one stream, so buffers of one width are shared between passes, layers and models.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from threading import RLock
 
 import torch
 
 from stagedspec.kernels import choose as choice
-from stagedspec.kernels import compact, device, embed, grow_tree, linear, lm_head, reference, registry
+from stagedspec.kernels import compact, compiling, device, embed, grow_tree, linear, lm_head, reference, registry
 from stagedspec.kernels import tree_attention as attention
 from stagedspec.kernels.backend import MAX_HEAD_SIZE
 from stagedspec.kernels.reference import GREEDY_SHARPNESS
+from stagedspec.kernels.timing import Overheads
 
 ROWS = 256  # the most rows that one launch of a linear or one pass of attention takes
 # Keys nearer than this are gathered node by node, so that it does not matter whether they are committed. A constant:
@@ -90,6 +92,8 @@ class TritonOps:
     max_head_size = MAX_HEAD_SIZE
     max_depth = WINDOW - 2  # the draft's pass begins one token above the root
     fixed_shapes = True
+    # The kernels of tree growth, verification and commit on an H200 (bench/README.md), and a graph's launch.
+    overheads = Overheads(step=2.5e-5, node=0.0, drafting=0.0, draft_pass=1e-5, row=0.0)
 
     def check_tree(self, tree) -> None:
         """Raises ValueError for a tree (a `TreeConfig`) that the kernels cannot grow or verify."""
@@ -132,8 +136,26 @@ class TritonOps:
     # ---------------------------------------------------------------- steps
 
     def repeated(self, part: Callable) -> Callable:
-        """On a GPU it becomes a CUDA graph when it runs for the second time; in the interpreter it stays."""
-        return part if registry.interpreted() else _Captured(part, self)
+        """On a GPU it becomes a CUDA graph when it first runs."""
+        return _Captured(part, self)
+
+    def prepare(self, calls: Sequence[tuple[Callable, tuple]], place: torch.device) -> int:
+        """Makes the buffers and compiles the kernels, in parallel, of calls (part, arguments) that are to come; returns
+        how many kernels were new."""
+        fresh = [(part, given) for part, given in calls if not getattr(part, "prepared", False)]
+        made = compiling.compile_ahead((partial(getattr(part, "part", part), *given) for part, given in fresh), place)
+        for part, _ in fresh:
+            if hasattr(part, "part"):
+                part.prepared = True
+        return made
+
+    def seconds(self, run: Callable[[], object], place: torch.device) -> float:
+        """What the device takes for what `run` launches."""
+        watch = device.Stopwatch(place)
+        watch.start()
+        run()
+        watch.stop()
+        return watch.seconds
 
     # ---------------------------------------------------------------- weights
 
@@ -209,41 +231,47 @@ class TritonOps:
 
     # ---------------------------------------------------------------- attention
 
-    def prefill_chunk(self, batch: int) -> int:
-        return max(1, ROWS // batch)
-
     def prefill_batch(self, tokens: torch.Tensor, start: int, kv_dtype: torch.dtype) -> device.Batch:
         """The pass over a chunk of prompts: a chain after `start` committed tokens."""
-        rows, count = tokens.shape
-        place = tokens.device
-        chain = torch.ones(count, count, dtype=torch.bool, device=place).tril()
-        masks = attention.mask_words(chain).expand(rows, -1, -1).contiguous()
-        positions = torch.arange(start, start + count, dtype=torch.int32, device=place).expand(rows, -1).contiguous()
-        prefix = torch.full((rows,), start, dtype=torch.int32, device=place)
-        return device.Batch(tokens.int().contiguous(), positions, positions + 1, masks, prefix)
+        batch = device.Batch.chain(*tokens.shape, tokens.device)
+        batch.tokens.copy_(tokens)
+        batch.begin(start)
+        return batch
+
+    def timed_batch(self, tokens: torch.Tensor, context: int, kv_dtype: torch.dtype) -> tuple[device.Batch, int]:
+        """A pass over a root and its children [B, N] after `context` tokens, and the tree rows that it needs."""
+        rows, nodes = tokens.shape
+        batch = device.Batch.of(rows, nodes, nodes, tokens.device)
+        star = torch.eye(nodes, dtype=torch.bool, device=tokens.device)
+        star[:, 0] = True
+        batch.masks.copy_(attention.mask_words(star))
+        batch.tokens.copy_(tokens)
+        batch.begin(context)
+        batch.positions.clamp_(max=context + 1)
+        return batch, nodes
 
     def layer_views(
         self, cache: torch.Tensor, tree_rows: int, batch: device.Batch, write: int, first: int
-    ) -> Iterator[tuple[torch.Tensor, int, int]]:
-        """For each layer: its part of the cache, how many rows are the tree region, and the row to write to."""
-        return ((layer, tree_rows, write) for layer in cache.unbind(0))
+    ) -> Iterator[tuple[torch.Tensor, int, bool]]:
+        """For each layer: its part of the cache, rows of the tree region, and whether this is a chunk of a prompt."""
+        return ((layer, tree_rows, write >= tree_rows) for layer in cache.unbind(0))
 
     def tree_attention(
         self,
         qkv: torch.Tensor,
-        view: tuple[torch.Tensor, int, int],
+        view: tuple[torch.Tensor, int, bool],
         batch: device.Batch,
         scale: float,
         upcast: bool,
     ) -> torch.Tensor:
-        cache, tree_rows, write = view
+        cache, tree_rows, chunk = view
         rows, _, kv_heads, size = cache.shape[1:]
         heads = qkv.shape[1] // size - 2 * kv_heads
         out = self._buffer("tree_attention", (qkv.shape[0], heads * size), qkv.dtype, qkv.device)
         need = attention.scratch_size(cache.shape[0], batch.nodes, heads, kv_heads, size, rows, tree_rows)
         scratch = self._need(need, qkv.device)
         attention.tree_attention(
-            qkv, cache, batch.masks, batch.prefix, batch.first_bit, write, tree_rows, scale, out, scratch, WINDOW
+            qkv, cache, batch.masks, batch.prefix, batch.first_bit, chunk, tree_rows, scale, out, scratch, WINDOW
         )
         return out
 
@@ -356,26 +384,32 @@ def warping_settings(warping: dict | None) -> dict:
 
 
 class _Captured:
-    """A step, or a part of one, as a CUDA graph. The first call compiles its kernels and makes its buffers, the second
-    captures it. What it is given and what it returns are the same tensors at every call."""
+    """A step, or a part of one, as a CUDA graph. The first call captures it, and before that compiles its kernels and
+    makes its buffers if `TritonOps.prepare` has not. What it is given and what it returns are the same tensors at every
+    call, and numbers that it is given change nothing that it launches. In the interpreter it just runs."""
 
     def __init__(self, part: Callable, ops: TritonOps):
         self.part, self.ops = part, ops
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.warm, self.value = False, None
+        self.prepared, self.value = False, None
 
     def __call__(self, *given):
-        if not self.warm:
-            self.warm = True
+        if registry.interpreted():
             return self.part(*given)
-        if self.graph is None:
-            graph = torch.cuda.CUDAGraph()
-            # Only this thread's calls could spoil it: others may go on decoding, or whatever they do on the GPU. What
-            # torch itself makes for its first graph is shared by all: it must not be bound to inference mode.
-            captured = torch.cuda.graph(graph, capture_error_mode="thread_local")
-            with torch.inference_mode(False), captured, torch.inference_mode():
-                self.value = self.part(*given)
-            # The graph reads and writes through addresses: what lies there must outlive it.
-            self.graph, self.held = graph, (self.ops._scratch, dict(self.ops._buffers))
+        self.capture(*given)
         self.graph.replay()
         return self.value
+
+    def capture(self, *given) -> None:
+        """Makes the graph, if there is none; nothing that it launches runs."""
+        if self.graph is not None or registry.interpreted():
+            return
+        self.ops.prepare([(self, given)], torch.device("cuda", torch.cuda.current_device()))
+        graph = torch.cuda.CUDAGraph()
+        # Only this thread's calls could spoil it: others may go on decoding, or whatever they do on the GPU. What torch
+        # itself makes for its first graph is shared by all: it must not be bound to inference mode.
+        captured = torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local")
+        with torch.inference_mode(False), captured, torch.inference_mode():
+            self.value = self.part(*given)
+        # The graph reads and writes through addresses: what lies there must outlive it.
+        self.graph, self.held = graph, (self.ops._scratch, dict(self.ops._buffers))

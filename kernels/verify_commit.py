@@ -39,7 +39,7 @@ import triton.language as tl
 
 from stagedspec.kernels.configs import config
 from stagedspec.kernels.grow_tree import TOKEN, TREE_DEPTH, TREE_ORIGIN, TREE_PARENT, TREE_SLOT, words
-from stagedspec.kernels.registry import CompileCase, check_runs, check_tensor, launch_options, register
+from stagedspec.kernels.registry import CompileCase, check_runs, check_tensor, launch_kernel, launch_options, register
 
 NEVER_ENDS = tl.constexpr(2**30)
 
@@ -179,7 +179,9 @@ def _launch(
     deepest = counts.shape[1] - 1
     up = triton.next_power_of_2
     nodes_block = max(32, up(nodes))
-    verify_commit_kernel[(batch,)](
+    launch_kernel(
+        verify_commit_kernel,
+        (batch,),
         chosen, tree, masks, tokens, origins, lengths, limits, running, active, eos,
         accepted, counts, target_moves, draft_moves, tokens.shape[1], eos.shape[0],
         NODES=nodes, DEEPEST=deepest, WORDS=words(nodes), NODES_BLOCK=nodes_block, WORDS_BLOCK=nodes_block // 32,

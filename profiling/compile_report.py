@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from stagedspec.kernels.registry import SHARED_LIMIT, CompileCase, pdl
+from stagedspec.kernels.registry import FUSION, SHARED_LIMIT, CompileCase, pdl
 
 MODULES = (
     "linear",
@@ -88,7 +88,7 @@ def compile_case(job: tuple[str, int, int]) -> Report:
     signature = {name: "constexpr" if name in case.constexprs else kind for name, kind in case.signature.items()}
     kind = GluonASTSource if case.kernel.is_gluon() else ASTSource
     source = kind(fn=case.kernel, signature=signature, constexprs=constants, attrs=attrs)
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "enable_fp_fusion": case.fusion}
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "enable_fp_fusion": FUSION}
     options["maxnreg"] = case.maxnreg
     name = label(module, case)
     try:

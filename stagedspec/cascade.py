@@ -6,10 +6,11 @@ Draft² is speculative decoding of the draft in tree form: it puts the nodes tha
 into the same pass, so that several levels grow at once. Which tree is best does not depend on it.
 """
 
+from collections.abc import Callable
 from types import ModuleType
 
 from stagedspec.adapt import WAITS, Controller
-from stagedspec.gpt2 import GPT2, Cache
+from stagedspec.gpt2 import GPT2, Cache, Reader
 from stagedspec.ngram import KatzTable
 from stagedspec.stats import Clock
 from stagedspec.tree import TreeConfig
@@ -32,6 +33,7 @@ class Cascade:
         noise,
         clock: Clock,
         controller: Controller | None = None,
+        repeated: Callable[[Callable], Callable] | None = None,
     ):
         self.draft, self.table, self.config, self.sequences = draft, table, config, sequences
         self.warping, self.noise, self.clock, self.controller = warping, noise, clock, controller
@@ -40,14 +42,15 @@ class Cascade:
         rows = max([tree.slots for tree in trees] + ([] if controller is None else [max(WAITS)]))
         self.cache = Cache(draft, len(sequences.rows), rows, sequences.capacity)
         self._growths: dict[TreeConfig, object] = {}
+        self.reader = Reader(draft, self.cache, sequences, repeated)
 
-    def prefill(self, prompts: list[list[int]]) -> None:
+    def prefill(self, lengths: list[int]) -> None:
         """Reads the prompts, but for the last two tokens, with which every step's first draft pass starts."""
-        shortest = min(map(len, prompts)) - 2
+        shortest = min(lengths) - 2
         last = 0
         if self.controller is not None:
             last = max((count for count in WAITS if count <= shortest), default=0)
-        self.draft.prefill(prompts, 2 + last, self.cache)
+        self.reader.read(max(lengths) - 2 - last)
         if last:
             self._read(last, None)  # a prompt was not chosen under any noise
 
@@ -138,7 +141,7 @@ class Repeats:
     def __init__(self, ops: ModuleType, depth: int, sequences, clock: Clock):
         self.ops, self.depth, self.sequences, self.clock = ops, depth, sequences, clock
 
-    def prefill(self, prompts: list[list[int]]) -> None:
+    def prefill(self, lengths: list[int]) -> None:
         """There is nothing to fill."""
 
     def propose(self):

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
 from pathlib import Path
@@ -100,9 +101,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instea
 NoColor = Annotated[bool, typer.Option("--no-color", help="Print without colours.")]
 
 
-def load_decoder(target, draft, ngram, device, dtype, backend, tree=None, **shape):
+def load_decoder(target, draft, ngram, device, dtype, backend, tree=None, text=True, **shape):
     """The decoder that the model options ask for: the embedded trio unless a target is named. tree: a tuning's file;
-    shape: fields of a TreeConfig."""
+    text: whether it needs a tokenizer; shape: fields of a TreeConfig."""
     quiet_transformers()
     settings = {name: value for name, value in shape.items() if value is not None}
     options = {"device": device, "dtype": dtype, "backend": backend}
@@ -119,7 +120,7 @@ def load_decoder(target, draft, ngram, device, dtype, backend, tree=None, **shap
             decoder = stagedspec.Decoder.default(**options)
         else:
             decoder = stagedspec.Decoder.from_pretrained(target, draft=draft, ngram=ngram, **options)
-    if decoder.tokenizer is None:
+    if text and decoder.tokenizer is None:
         raise ValueError(
             f"{target} has no tokenizer, so text cannot be turned into tokens; save one in the same folder"
         )
@@ -667,6 +668,71 @@ def _print_tuning(console: Console, tuning) -> None:
             f"{row['predicted_tokens_per_step']:.2f}/{row['measured_tokens_per_step']:.2f}",
         )
     console.print(grid)
+
+
+# ---- warm-up ----------------------------------------------------------------------------------------------------
+
+
+@app.command(
+    "warm-up",
+    epilog="Examples: [bold]stagedspec warm-up --target gpt2-large --draft distilgpt2[/bold] when a container image is "
+    "built; [bold]stagedspec warm-up --mode staged --batch 1 --batch 8 --tokens 512[/bold] for what a service uses.",
+)
+@clear_errors
+def warm_up(
+    mode: Annotated[
+        list[Mode] | None, typer.Option(help="Mode; may be given several times. Default: all that the models allow.")
+    ] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1, max=16, help="Batch size; may be given several times. Default: 1.")
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="The longest prompt and its new tokens together. Default: the model's room.")
+    ] = None,
+    greedy: Annotated[bool, typer.Option(help="Make greedy decoding ready.", rich_help_panel="Sampling")] = True,
+    sample: Annotated[bool, typer.Option(help="Make sampling ready.", rich_help_panel="Sampling")] = True,
+    temperature: Annotated[float | None, typer.Option(help="Above 0; default 1.", rich_help_panel="Sampling")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Keep the k likeliest tokens.", rich_help_panel="Sampling")] = 50,
+    top_p: Annotated[float | None, typer.Option(help="Nucleus sampling.", rich_help_panel="Sampling")] = None,
+    min_p: Annotated[
+        float | None, typer.Option(help="Drop tokens below this share of the likeliest.", rich_help_panel="Sampling")
+    ] = None,
+    target: Target = None,
+    draft: Draft = None,
+    ngram: Ngram = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    backend: Backend = "auto",
+    tree: Tree = None,
+) -> None:
+    """Compile what the first generations on this GPU would wait for, and measure what trees are chosen by.
+
+    What it leaves lies in Triton's cache (TRITON_CACHE_DIR, else ~/.triton/cache) and in the user's cache folder
+    (XDG_CACHE_HOME, else ~/.cache): keep both to keep it. It needs the GPU that will be used, or one of its kind.
+    Interrupted, it leaves what was compiled, and goes on from there when it is run again.
+    """
+    if not greedy and not sample:
+        raise ValueError("nothing to make ready: leave out --no-greedy or --no-sample")
+    chosen = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    sampled = {name: value for name, value in chosen.items() if value is not None}
+    decoder = load_decoder(target, draft, ngram, device, dtype, backend, tree, text=False)
+    begin = time.perf_counter()
+    with progress_bar() as progress:
+        tasks: dict = {}
+
+        def report(name: str, ready: int, total: int) -> None:
+            if name not in tasks:
+                tasks[name] = progress.add_task(name)
+            progress.update(tasks[name], completed=ready, total=total)
+
+        made = decoder.warm_up(
+            None if mode is None else [one.value for one in mode],
+            [{}] * greedy + [sampled] * sample,
+            batch or [1],
+            tokens,
+            report,
+        )
+    typer.echo(f"ready: {made} kernels compiled or loaded in {time.perf_counter() - begin:.1f} s")
 
 
 # ---- tune -------------------------------------------------------------------------------------------------------

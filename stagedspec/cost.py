@@ -17,6 +17,7 @@ from functools import cache as memoise
 import torch
 
 from stagedspec.gpt2 import GPT2, Cache
+from stagedspec.kernels import reference
 from stagedspec.tree import TreeConfig
 
 # How text lies before the embedded draft, greedy and sampled (top-k 50, T=1, shared noise): a mixture of easy, middling
@@ -40,10 +41,6 @@ STRETCHES: dict[bool, tuple[Stretch, ...]] = {
 }
 SAMPLED = {"temperature": 1.0, "top_k": 50, "top_p": None, "min_p": None}
 CHILDREN = 8
-# Seconds that a step, a node of it, a step's drafting and a row of a draft pass take beyond the passes as they are
-# measured here, most of them host work (from the times by phase of generations on two shared cores; they matter for
-# small models). Draft passes after the first find the caches warm, which makes up for part of their host work.
-STEP_SECONDS, NODE_SECONDS, DRAFT_SECONDS, ROW_SECONDS = 2e-4, 1e-5, 2e-4, 4e-5
 CONTEXT = 128  # prefix length that passes are measured at
 GRID = (1, 2, 4, 8, 16, 32, 64)  # numbers of rows that are measured; a finer grid finds what a busy moment spared
 # What is tried.
@@ -87,22 +84,23 @@ class PassTimes:
             # All sizes in turn: a moment in which the machine is busy must not fall on one of them alone.
             sizes = [size for size in GRID if size <= max(nodes, TOGETHER)]
             keys = [key for size in sizes if (key := (draft, batch, size, sampled)) not in self.seconds]
-            before = _passes(self.target, False, batch, 1, False)
+            before = _pass(self.target, False, batch, 1, False)
             model = self.draft if draft else self.target
-            least = _least_times([_passes(model, *key) for key in keys], before)
+            least = _least_times(model, [_pass(model, *key) for key in keys], before)
             # Nor do fewer rows take longer than more.
             for index, key in enumerate(keys):
                 self.seconds[key] = min(least[index:])
         return self.seconds[draft, batch, nodes, sampled]
 
 
-def _passes(model: GPT2, draft: bool, batch: int, nodes: int, sampled: bool) -> Callable[[], None]:
-    """A function that runs one pass and waits for its result."""
+def _pass(model: GPT2, draft: bool, batch: int, nodes: int, sampled: bool) -> Callable[[], object]:
+    """A pass over `nodes` nodes of each of `batch` sequences, up to the choice of its tokens."""
     ops, device = model.ops, model.device
     context = min(CONTEXT, model.positions - 1)
-    cache = Cache(model, batch, 0, context + nodes)
     tokens = torch.zeros(batch, nodes, dtype=torch.long, device=device)
-    inputs = ops.prefill_batch(tokens, context, model.kv_dtype)
+    inputs, tree_rows = ops.timed_batch(tokens, context, model.kv_dtype)
+    cache = Cache(model, batch, tree_rows, context + nodes - tree_rows)
+    write = 0 if tree_rows else context
     noise, warping = None, None
     if sampled:
         sequences = ops.Sequences([[0] * context] * batch, nodes, (), device)
@@ -112,22 +110,24 @@ def _passes(model: GPT2, draft: bool, batch: int, nodes: int, sampled: bool) -> 
         noise = maker.at(inputs)
 
     @torch.inference_mode()
-    def run() -> None:
-        hidden = model.forward(inputs, cache, context)
+    def run() -> object:
+        hidden = model.forward(inputs, cache, write)
         if draft:
-            model.children(hidden, min(CHILDREN, model.vocab_size), warping, noise)[0].tolist()
-        else:
-            model.choose(hidden, warping, noise).tolist()
+            return model.children(hidden, min(CHILDREN, model.vocab_size), warping, noise)
+        return model.choose(hidden, warping, noise)
 
     return run
 
 
-def _least_times(runs: Sequence[Callable[[], None]], before: Callable[[], None]) -> list[float]:
+def _least_times(model: GPT2, runs: Sequence[Callable], before: Callable) -> list[float]:
     """The least time of each of `runs` in up to ROUNDS rounds after a warm-up, each run after `before`; rounds end when
-    BUDGET seconds a run are spent.
+    BUDGET seconds a run are spent. They run as the backend repeats them: on a GPU they are replayed.
 
     What else runs on the machine only adds.
     """
+    ops, device = model.ops, model.device
+    runs, before = list(map(ops.repeated, runs)), ops.repeated(before)
+    ops.prepare([(run, ()) for run in (*runs, before)], device)
     for run in runs:
         run()
     least = [math.inf] * len(runs)
@@ -135,9 +135,7 @@ def _least_times(runs: Sequence[Callable[[], None]], before: Callable[[], None])
     for _ in range(ROUNDS):
         for index, run in enumerate(runs):
             before()
-            start = time.perf_counter()
-            run()
-            least[index] = min(least[index], time.perf_counter() - start)
+            least[index] = min(least[index], ops.seconds(run, device))
         if time.perf_counter() - begin > BUDGET * len(runs):
             break
     return least
@@ -216,18 +214,20 @@ class Model:
         ops=None,
     ):
         self.times, self.batch, self.sampled, self.ops = times, batch, sampled, ops
+        self.overheads = (ops or reference).overheads
         self.stretches = STRETCHES[sampled] if stretches is None else tuple(stretches)
         self._rankings: dict[str, list[TreeConfig]] = {}
 
     def verify_seconds(self, nodes: int) -> float:
         """Of a step without its draft passes."""
-        return self.times.target_pass(self.batch, nodes, self.sampled) + STEP_SECONDS + NODE_SECONDS * nodes
+        passing = self.times.target_pass(self.batch, nodes, self.sampled)
+        return passing + self.overheads.step + self.overheads.node * nodes
 
     def draft_seconds(self, config: TreeConfig, number: int) -> float:
         """Of the draft pass `number` of a step."""
         rows = (config.width if number else 2) + config.guesses
-        host = ROW_SECONDS * rows + (0.0 if number else DRAFT_SECONDS)
-        return self.times.draft_pass(self.batch, rows, self.sampled) + host
+        beyond = self.overheads.draft_pass + self.overheads.row * rows + (0.0 if number else self.overheads.drafting)
+        return self.times.draft_pass(self.batch, rows, self.sampled) + beyond
 
     def step(self, config: TreeConfig) -> tuple[float, float]:
         """Expected tokens of a row and seconds of a step. The row that grows longest sets passes and nodes for all."""

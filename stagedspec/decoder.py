@@ -1,7 +1,7 @@
 """The decoder: models, arguments of calls, and the runs that answer them."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 
-from stagedspec import cost
+from stagedspec import cost, warmup
 from stagedspec.adapt import Rung, rungs
 from stagedspec.gpt2 import GPT2
 from stagedspec.kernels import backend as kernel_backend
@@ -39,7 +39,7 @@ MAX_BATCH = 16
 NEW_TOKENS = 128  # where nobody says how many
 # Where steps have fixed shapes the last generations leave their memory and CUDA graphs to those that follow: at most so
 # many, and so many bytes of keys and values.
-KEPT, KEPT_BYTES = 4, 2**31
+KEPT, KEPT_BYTES = 8, 2**31
 # Arguments that need no reading by transformers.
 _PLAIN = {"do_sample", "temperature", "top_k", "top_p", "min_p", "eos_token_id", "pad_token_id"}
 
@@ -336,6 +336,37 @@ class Decoder:
             self._kept.append(run)
             while len(self._kept) > KEPT or sum(kept.stepper.nbytes for kept in self._kept) > KEPT_BYTES:
                 del self._kept[0]
+
+    def warm_up(
+        self,
+        modes: Sequence[str] | None = None,
+        samplings: Sequence[dict[str, Any]] = (warmup.GREEDY, warmup.SAMPLED),
+        batch: int | Sequence[int] = 1,
+        tokens: int | None = None,
+        progress: Callable[[str, int, int], None] | None = None,
+    ) -> int:
+        """Makes the first generations as fast as all others: compiles their kernels, in parallel, measures what `auto`
+        chooses trees by, and captures CUDA graphs. Returns how many kernels were not loaded before.
+
+        Without it the first generation of each kind does the same for itself. What is compiled and measured is kept on
+        disk for later processes.
+
+        modes: None for all that this decoder has. samplings: options of `generate` that choose tokens, one dict each;
+        batch: one batch size or several. tokens: of the longest prompt and its new tokens together, None for all that
+        the model has room for. progress: called with (what is being made ready, kernels that are ready, all of its
+        kernels); without it the log hears of compiling that takes long.
+
+        Raises ValueError for an unknown mode or option, without the Triton backend, and where GPU memory is too small.
+        Interrupted, it leaves what was compiled.
+        """
+        return warmup.warm_up(self, modes, samplings, batch, tokens, progress)
+
+    def _ready(self, call: Call) -> int:
+        """Compiles and captures what generations of this kind need, and keeps it for them."""
+        run = self._run(call.request, call.positions)
+        made = run.warm_up()
+        self._keep(run)
+        return made
 
     def release(self) -> None:
         """Frees the memory and the CUDA graphs that are kept of generations that have ended."""

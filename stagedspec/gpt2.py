@@ -3,7 +3,7 @@
 Everything of `GPT2Config` that changes the forward pass is honoured; what is not supported is refused by name.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -39,10 +39,6 @@ class Cache:
         shape = (len(model.layers), batch, tree_rows + positions, 2, model.heads, model.head_size)
         # Zeros, not garbage: masked rows are multiplied by zero, and zero times NaN is NaN.
         self.rows = torch.zeros(shape, dtype=model.kv_dtype, device=model.device)
-
-    def clear(self) -> None:
-        """Makes it what it was before the first pass."""
-        self.rows.zero_()
 
     def commit(self, model: "GPT2", moves: list[list[tuple[int, int]]]) -> None:
         """Moves accepted nodes into the prefix: (tree row, position) pairs of each sequence."""
@@ -151,18 +147,36 @@ class GPT2:
             return self.ops.small_children(self.small, hidden, count, warping, noise)
         return self.ops.lm_head_children(hidden, *self.final_norm, self.epsilon, self.head, count, warping, noise)
 
-    def prefill(self, prompts: list[list[int]], trailing: int, cache: Cache, chunk: int | None = None) -> None:
-        """Fills the cache with all but the last `trailing` tokens of each prompt, from position 0.
 
-        Shorter rows are filled up with values that are never visible and are overwritten in time. chunk: tokens of each
-        prompt that a pass takes, None for what the backend takes.
-        """
-        count = max(max(len(prompt) for prompt in prompts) - trailing, 0)
-        tokens = torch.tensor([prompt[:count] + [0] * (count - len(prompt)) for prompt in prompts], device=self.device)
-        chunk = chunk or self.ops.prefill_chunk(len(prompts))
-        for start in range(0, count, chunk):
-            batch = self.ops.prefill_batch(tokens[:, start : start + chunk], start, self.kv_dtype)
-            self.forward(batch, cache, cache.tree_rows + start, cache.tree_rows)
+class Reader:
+    """Fills a model's cache with the prompts, chunk by chunk.
+
+    sequences: the committed tokens, of the backend's `Sequences`. repeated: what makes a pass that runs often, the
+    backend's `repeated` or nothing; chunks of one size share the pass.
+    """
+
+    def __init__(self, model: GPT2, cache: Cache, sequences, repeated: Callable[[Callable], Callable] | None = None):
+        self.model, self.cache, self.sequences = model, cache, sequences
+        self._repeated = repeated or (lambda part: part)
+        self._passes: dict[int, Callable] = {}  # by the size of a chunk
+
+    def read(self, count: int) -> None:
+        """Reads the first `count` tokens of every row, from position 0."""
+        for start, size in self.sequences.chunks(count):
+            self._pass(size)(self.sequences.chunk(start, size, self.model.kv_dtype), start)
+
+    def calls(self, sizes: Iterable[int]) -> list[tuple[Callable, tuple]]:
+        """A call of the pass over a chunk of each size, (pass, arguments), for the backend's `prepare`."""
+        return [(self._pass(size), (self.sequences.chunk(0, size, self.model.kv_dtype), 0)) for size in sizes]
+
+    def _pass(self, size: int) -> Callable:
+        if size not in self._passes:
+            self._passes[size] = self._repeated(self._forward)
+        return self._passes[size]
+
+    def _forward(self, chunk: Batch, start: int) -> None:
+        rows = self.cache.tree_rows
+        self.model.forward(chunk, self.cache, rows + start, rows)
 
 
 def check_config(config: GPT2Config) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from stagedspec.adapt import WAITS, Controller, Rung
 from stagedspec.cascade import Cascade, Repeats
-from stagedspec.gpt2 import GPT2, Cache
+from stagedspec.gpt2 import GPT2, Cache, Reader
 from stagedspec.ngram import KatzTable
 from stagedspec.positions import Positions
 from stagedspec.sampling import Sampling
@@ -43,12 +43,20 @@ def current(device: torch.device) -> AbstractContextManager:
 class Stepper:
     """The steps of a generation, and all that they work on.
 
-    walks: tokens are chosen along the walk, by the host. Where the backend's steps have fixed shapes everything lies in
-    tensors that stay where they are, and one generation after the other can use them.
+    walks: tokens are chosen along the walk, by the host. repeated: what makes a pass that runs often, the backend's
+    `repeated` or None. Where the backend's steps have fixed shapes everything lies in tensors that stay where they are,
+    and one generation after the other can use them.
     """
 
     def __init__(
-        self, target: GPT2, draft: GPT2 | None, table: KatzTable | None, request: Request, walks: bool, clock: Clock
+        self,
+        target: GPT2,
+        draft: GPT2 | None,
+        table: KatzTable | None,
+        request: Request,
+        walks: bool,
+        clock: Clock,
+        repeated: Callable[[Callable], Callable] | None = None,
     ):
         ops, config, warping = target.ops, request.tree, request.sampling.warping
         self.target, self.draft, self.warping = target, draft, warping
@@ -66,12 +74,15 @@ class Stepper:
                 target.device,
                 past=max(WAITS) + 1 if request.ladder else 0,
             )
+        self.reader = Reader(target, self.cache, self.sequences, repeated)
         self.cascade: Cascade | Repeats | None = None
         if request.repeats:
             self.cascade = Repeats(ops, config.depth, self.sequences, clock)
         elif config.passes:
             controller = Controller(request.ladder) if request.ladder else None
-            self.cascade = Cascade(draft, table, config, self.sequences, warping, self.noise, clock, controller)
+            self.cascade = Cascade(
+                draft, table, config, self.sequences, warping, self.noise, clock, controller, repeated
+            )
 
     @torch.inference_mode()  # as whoever made the tensors may have had it
     def restart(self, request: Request) -> None:
@@ -79,8 +90,6 @@ class Stepper:
         self.sequences.restart(request.prompts, request.new_tokens, request.eos)
         if self.noise is not None:
             self.noise.restart(request.seeds, request.streams)
-        for cache in self.caches:
-            cache.clear()
 
     @property
     def nbytes(self) -> int:
@@ -94,9 +103,20 @@ class Stepper:
 
     def prefill(self, prompts: list[list[int]]) -> None:
         """Reads the prompts, but for what the first step reads."""
-        self.target.prefill(prompts, 1, self.cache)
+        lengths = list(map(len, prompts))
+        self.reader.read(max(lengths) - 1)
         if self.cascade is not None:
-            self.cascade.prefill(prompts)
+            self.cascade.prefill(lengths)
+
+    def reading(self, prompts: list[list[int]] | None = None) -> list[tuple[Callable, tuple]]:
+        """The passes of `prefill`, or those of any prompts, for the backend's `prepare`."""
+        readers = [(self.reader, 1)] + ([(self.cascade.reader, 2)] if isinstance(self.cascade, Cascade) else [])
+        if prompts is None:
+            return [call for reader, _ in readers for call in reader.calls(self.sequences.chunk_sizes)]
+        longest, calls = max(map(len, prompts)), []
+        for reader, trailing in readers:
+            calls += reader.calls({size for _, size in self.sequences.chunks(longest - trailing)})
+        return calls
 
     def step(self, walk: Callable | None = None, propose: Callable | None = None, ask: Callable | None = None) -> int:
         """One step: draft trees, verify them in one target pass, commit what was accepted. Returns the draft passes.
@@ -154,10 +174,12 @@ class Run:
     ):
         # Steps of fixed shape are replayed: the host does not see their phases.
         self.clock = Clock(("prefill",) if target.ops.fixed_shapes else None, mark)
-        self.stepper = Stepper(target, draft, table, request, _walk(positions) is not None, self.clock)
+        repeated = target.ops.repeated if mark is None else None
+        self.stepper = Stepper(target, draft, table, request, _walk(positions) is not None, self.clock, repeated)
         self.kind = kind_of(target, draft, table, request, positions, mark)
         self._begin(request, positions)
         self._step = self._repeated()
+        self._prepared = mark is not None  # whose phases nothing may interrupt
 
     def _begin(self, request: Request, positions: Positions | None) -> None:
         self.request, self.walk = request, _walk(positions)
@@ -184,8 +206,10 @@ class Run:
         """Runs until every row has stopped; yields after each step. Time spent by the consumer is not counted."""
         begin = time.perf_counter()
         target = self.stepper.target
-        with target.ops.lock, current(target.device), self.clock("prefill"):
-            self.stepper.prefill(self.request.prompts)
+        with target.ops.lock, current(target.device):
+            self.prepare()
+            with self.clock("prefill"):
+                self.stepper.prefill(self.request.prompts)
         while not self.sequences.finished:
             with target.ops.lock, current(target.device):  # given back before the consumer's code runs
                 self.passes.append(self._step(self.walk))
@@ -193,6 +217,29 @@ class Run:
             self.seconds += time.perf_counter() - begin
             yield
             begin = time.perf_counter()
+
+    def prepare(self) -> int:
+        """Compiles, in parallel, the kernels that this generation needs and no earlier one did; returns how many."""
+        stepper, calls = self.stepper, []
+        if self.clock.mark is None:
+            calls = stepper.reading(self.request.prompts)
+        if not self._prepared:
+            self._prepared = True
+            host = stepper.walks or self.request.repeats  # what it does is not known ahead
+            calls.append((lambda: stepper.ask(stepper.propose()), ()) if host else (self._step, (None,)))
+        return stepper.target.ops.prepare(calls, stepper.target.device)
+
+    @torch.inference_mode()
+    def warm_up(self) -> int:
+        """Compiles and captures what any generation of this kind needs, whatever its prompts; returns how many kernels
+        were new. For a backend of fixed shapes, and steps in which the host has no part."""
+        target, calls = self.stepper.target, [*self.stepper.reading(), (self._step, (None,))]
+        with target.ops.lock, current(target.device):
+            made = target.ops.prepare(calls, target.device)
+            for part, given in calls:
+                part.capture(*given)
+        self._prepared = True
+        return made
 
     def _repeated(self) -> Callable[..., int]:
         """A step, captured if the backend does that: all of it, or what lies between the parts of the host in it."""
@@ -236,6 +283,7 @@ class Run:
             origins={name: origins.count(index) for index, name in enumerate(ORIGINS)},
             seconds=dict(self.clock.seconds),
             total_seconds=self.seconds,
+            seconds_to_first_token=self.sequences.seconds_to_first_token,
             target_bytes=target.weight_bytes,
             draft_bytes=0 if draft is None else draft.weight_bytes,
         )

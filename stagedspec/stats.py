@@ -65,7 +65,8 @@ class Stats:
     running.
     new_tokens: tokens produced. accepted_per_depth[d]: row-steps that accepted a node of depth d + 1.
     origins: tokens by the model that first proposed them (Spector & Ré, Figure 3).
-    seconds: wall-clock seconds by phase; total_seconds: of the whole generation.
+    seconds: wall-clock seconds by phase; total_seconds: of the whole generation. seconds_to_first_token: from its
+    beginning to the end of its first step, what it measured and compiled included; None if it made no step.
     """
 
     mode: str
@@ -80,6 +81,7 @@ class Stats:
     origins: dict[str, int] = field(default_factory=lambda: dict.fromkeys(ORIGINS, 0))
     seconds: dict[str, float] = field(default_factory=dict)
     total_seconds: float = 0.0
+    seconds_to_first_token: float | None = None
     target_bytes: int = 0
     draft_bytes: int = 0
 

@@ -44,7 +44,7 @@ def _case(model: str, batch: int, count: int, context: int) -> Case:
 
     def ours() -> None:
         for layer in cache:
-            tree_attention(qkv, layer, masks, prefix, 0, 0, count, scale, out, scratch)
+            tree_attention(qkv, layer, masks, prefix, 0, False, count, scale, out, scratch)
 
     # Peers get their keys and values laid out as they like best, tree rows already in place: they append nothing.
     visible = torch.cat((seen, torch.ones(count, context, dtype=torch.bool)), 1).to(DEVICE)
@@ -56,7 +56,7 @@ def _case(model: str, batch: int, count: int, context: int) -> Case:
             F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale)
 
     def check() -> float:
-        tree_attention(qkv, cache[0], masks, prefix, 0, 0, count, scale, out, scratch)
+        tree_attention(qkv, cache[0], masks, prefix, 0, False, count, scale, out, scratch)
         k, v = (cache[0][:, :, i].transpose(1, 2) for i in (0, 1))
         plain, exact = (
             F.scaled_dot_product_attention(*(t.to(dtype) for t in (q, k, v)), attn_mask=visible, scale=scale)

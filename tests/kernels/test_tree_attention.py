@@ -30,7 +30,7 @@ class Case:
     heads: int
     tree_rows: int
     first_bit: int = 0
-    write: int = 0
+    chunk: bool = False
     window: int = WINDOW
 
     @property
@@ -52,7 +52,7 @@ class Case:
             self.masks,
             self.prefix,
             self.first_bit,
-            self.write,
+            self.chunk,
             self.tree_rows,
             size**-0.5,
             out,
@@ -142,7 +142,6 @@ def make(
         heads,
         tree_rows,
         first_bit,
-        first_bit,
     )
 
 
@@ -152,7 +151,7 @@ def check(case, error_ratio):
     assert error_ratio(out, case.plain(), case.reference()) <= 2
     expected = case.cache.clone()
     nodes = case.masks.shape[1]
-    expected[:, case.write : case.write + nodes] = torch.stack(case.split()[1:], 2)
+    expected[:, case.first_bit : case.first_bit + nodes] = torch.stack(case.split()[1:], 2)
     assert torch.equal(cache.nan_to_num(7.0), expected.nan_to_num(7.0))
 
 
@@ -296,7 +295,6 @@ def test_alone_or_beside_others(device, dtype, fixed_order, whole, count):
             cache=cache[rows].contiguous(),
             prefix=whole.prefix[rows].contiguous(),
             first_bit=first,
-            write=first,
         )
         assert torch.equal(part.run()[0], expected[rows, first:])
 
@@ -314,7 +312,7 @@ def test_prefill_is_decoding(device, dtype, fixed_order):
             qkv=case.qkv[:, start : start + nodes].contiguous(),
             masks=words_of([masks_of(range(-1, nodes - 1))] * batch, 3).to(device),
             prefix=torch.full_like(case.prefix, start),
-            write=tree_rows + start,
+            chunk=True,
         )
         out, cache = chunk.run(cache)
         chunks.append(out)
@@ -359,7 +357,9 @@ def test_kernels_that_start_early_wait_for_what_they_read(device, fixed_order, m
         for layer, cache in zip(folded, caches, strict=True):
             linear.row_stats(hidden, stats)
             linear.norm_linear(hidden, stats, 1e-5, layer, "none", qkv, scratch)
-            tree_attention(qkv, cache, case.masks, case.prefix, 0, 0, case.tree_rows, size**-0.5, out, scratch, WINDOW)
+            tree_attention(
+                qkv, cache, case.masks, case.prefix, 0, False, case.tree_rows, size**-0.5, out, scratch, WINDOW
+            )
             hidden = out
 
     def results(run):
@@ -392,7 +392,7 @@ def arguments(device):
         "masks": case.masks,
         "prefix": case.prefix,
         "first_bit": 0,
-        "write": 0,
+        "chunk": False,
         "tree_rows": case.tree_rows,
         "scale": 0.1,
         "out": torch.empty(nodes, heads * size, device=device),
@@ -430,9 +430,10 @@ def test_opcheck(device):
         ),
         ({"prefix": torch.zeros(1, dtype=torch.int64)}, "prefix must be torch.int32"),
         ({"out": torch.zeros(17, 60)}, "out must have"),
-        ({"first_bit": 1}, "must write the rows from first_bit on"),
-        ({"first_bit": 9, "write": 9}, "inside the 17 tree rows"),
-        ({"write": 61}, "end inside the cache"),
+        ({"first_bit": 1}, "inside the 17 tree rows, got 17 nodes from row 1 on"),
+        ({"first_bit": -1}, "inside the 17 tree rows, got 17 nodes from row -1 on"),
+        ({"chunk": True, "first_bit": 1}, "a chunk of a prompt must have first_bit 0"),
+        ({"chunk": True, "tree_rows": 70}, "fit into the cache's 7 rows"),
         ({"tree_rows": 400}, "tree_rows must be"),
         ({"window": 24}, "window must be a power of two"),
         ({"scratch": Scratch(torch.zeros(5), torch.zeros(5, dtype=torch.int32))}, "see scratch_size"),

@@ -1,0 +1,70 @@
+"""Everything that the first generation of a kind waits for, done before: compiling, measuring, capturing."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from stagedspec.tree import MODES
+
+GREEDY, SAMPLED = {}, {"do_sample": True, "top_k": 50}
+Progress = Callable[[str, int, int], None]  # (what is being made ready, kernels that are ready, all of its kernels)
+
+
+def warm_up(
+    decoder,
+    modes: Sequence[str] | None = None,
+    samplings: Sequence[dict] = (GREEDY, SAMPLED),
+    batch: int | Sequence[int] = 1,
+    tokens: int | None = None,
+    progress: Progress | None = None,
+) -> int:
+    """See `Decoder.warm_up`."""
+    if decoder.backend != "triton":
+        raise ValueError(
+            f"warm_up compiles the GPU kernels of backend 'triton'; this decoder runs on {decoder.device} with backend "
+            f"{decoder.backend!r}, which has none: leave it out, or use a GPU and backend='triton'"
+        )
+    room = decoder.target.positions
+    tokens = room if tokens is None else tokens
+    if type(tokens) is not int or not 2 <= tokens <= room:
+        raise ValueError(f"tokens must be a whole number from 2 to the model's {room} positions, got {tokens!r}")
+    if modes is None:
+        modes = MODES if decoder.draft is not None else MODES[:1]
+    sizes = [batch] if isinstance(batch, int) else list(batch)
+    for name, values in (("modes", modes), ("samplings", samplings), ("batch", sizes)):
+        if isinstance(values, str) or not values:
+            raise ValueError(f"warm_up needs a list of {name}, with one at least, got {values!r}")
+    wanted = [(mode, sampling, size) for size in sizes for sampling in samplings for mode in modes]
+    for mode, sampling, size in wanted:  # all is checked before any of it is made
+        if mode not in MODES:
+            raise ValueError(f"modes must be of {', '.join(MODES)}, got {mode!r}")
+        _read(decoder, "autoregressive", sampling, size, tokens)
+    from stagedspec.kernels.compiling import reporting  # which needs Triton
+
+    made = 0
+    for mode, sampling, size in wanted:
+        name = f"{mode}, {'sampled' if sampling.get('do_sample') else 'greedy'}" + (f", batch {size}" * (size > 1))
+        report = None if progress is None else lambda ready, total, name=name: progress(name, ready, total)
+        try:
+            with reporting(report):
+                made += decoder._ready(_read(decoder, mode, sampling, size, tokens))
+        except torch.OutOfMemoryError as error:
+            decoder.release()
+            raise ValueError(
+                f"too little GPU memory to make {name} ready for {tokens} tokens: free some, or ask for fewer tokens "
+                f"or a smaller batch ({str(error).splitlines()[0]})"
+            ) from None
+    return made
+
+
+def _read(decoder, mode: str, sampling: dict, batch: int, tokens: int):
+    """A call of this kind with the shortest prompt."""
+    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
+        raise ValueError(f"batch must be whole numbers of at least 1, got {batch!r}")
+    if not isinstance(sampling, dict):
+        raise ValueError(f"samplings must be dicts of options of generate, got {sampling!r}")
+    prompt = torch.zeros(batch, 1, dtype=torch.long)
+    call = decoder._read(prompt, torch.ones_like(prompt), tokens - 1, mode, 0, None, dict(sampling))
+    if call.positions is not None:
+        raise ValueError(f"samplings must choose tokens by temperature, top_k, top_p and min_p alone, got {sampling!r}")
+    return call
