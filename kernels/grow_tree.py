@@ -22,6 +22,9 @@ The inputs of a model's pass over N rows: batch int32 [3, B, N] (token, position
 [B, N, words] and prefix [B], the committed rows that the pass sees. The tree: tree int32 [5, B, N] (token, parent,
 depth, slot, origin); nodes that a row's tree lacks have the parent -1 and see the root alone.
 
+A kernel is compiled for tile sizes alone. It takes the other settings of a tree at run time, and none of its loops over
+them is unrolled. So trees share compiled kernels, and no setting makes compilation long.
+
 The best few are found by taking the greatest of int64 keys again and again: the score as an integer of the same order
 in the high word, and in the low word whatever decides a tie as control.py's heaps do (candidates: lower index first;
 guesses: higher slot, then higher token). A key also says what it stands for, so nothing is gathered to find out.
@@ -71,8 +74,16 @@ TREE_PARENT, TREE_DEPTH, TREE_SLOT, TREE_ORIGIN = (tl.constexpr(field) for field
 
 BLOCK = 512  # positions of the sequence compared at once: a block is a round trip to L2
 MAX_CANDIDATES = 16384
+# The least and most that tiles hold: smaller trees share compiled kernels, larger ones loop.
+LEAST_CANDIDATES, LEAST_NODES, LEAST_WORDS = 512, 16, 2
+MOST_RECORDED = 2048  # candidates recorded together
+MOST_RANKS = 128  # of one slot
+MOST_PLACED = 2048  # candidates put into a tree together
+MOST_COMPARED = 4096  # pairs of nodes
+MOST_SEARCHED = 8192  # contexts times positions of the sequence
 MAX_VOCAB = 2**21 - 1
-SPILLING = (100,)  # `grow_pass_kernel`'s, see `most_registers`
+# On these architectures the kernels spill without `most_registers`.
+GROW_SPILLING, HARVEST_SPILLING = (100,), (80, 89, 90, 100, 120)
 
 
 # ---------------------------------------------------------------- keys
@@ -108,11 +119,11 @@ def _low_of(b_key):
 
 
 @triton.jit
-def _best(b_keys, COUNT: tl.constexpr, LANES: tl.constexpr):
-    """The COUNT greatest of distinct keys [n], descending: [LANES], NOTHING where there are no more."""
+def _best(b_keys, count, LANES: tl.constexpr):
+    """The `count` greatest of distinct keys [n], descending: [LANES], NOTHING where there are no more."""
     i_lane = tl.arange(0, LANES)
     b_best = tl.full([LANES], NOTHING, tl.int64)
-    for i in range(COUNT):
+    for i in range(count):
         best = tl.max(b_keys, 0)
         b_best = tl.where(i_lane == i, best, b_best)
         b_keys = tl.where(b_keys == best, NOTHING, b_keys)
@@ -138,48 +149,48 @@ def _parting(b_order, count):
 def _write_slots(
     p_slots, p_masks, p_scores, p_batch, p_batch_masks,
     i_slot, i_node, b_inside, b_token, b_previous, b_depth, b_parent, b_candidate, b_score, b_mask,
-    length, count, SLOTS: tl.constexpr, WORDS: tl.constexpr, WORDS_BLOCK: tl.constexpr,
+    length, count, slots, words, WORDS_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """New slots [K] and the rows i_node of the draft's pass that evaluate them; b_mask [K, WORDS_BLOCK]."""
     i_row, rows = tl.program_id(0), tl.num_programs(0)
-    field = rows * SLOTS
-    p_slot = p_slots + i_row * SLOTS + i_slot
+    field = rows * slots
+    p_slot = p_slots + i_row * slots + i_slot
     tl.store(p_slot + TOKEN * field, b_token, mask=b_inside)
     tl.store(p_slot + PREVIOUS * field, b_previous, mask=b_inside)
     tl.store(p_slot + DEPTH * field, b_depth, mask=b_inside)
     tl.store(p_slot + PARENT * field, b_parent, mask=b_inside)
     tl.store(p_slot + CANDIDATE * field, b_candidate, mask=b_inside)
-    tl.store(p_scores + i_row * SLOTS + i_slot, b_score, mask=b_inside)
+    tl.store(p_scores + i_row * slots + i_slot, b_score, mask=b_inside)
     field = rows * count
     p_node = p_batch + i_row * count + i_node
     tl.store(p_node + TOKEN * field, tl.maximum(b_token, 0), mask=b_inside)
     tl.store(p_node + POSITION * field, tl.maximum(length - 1 + b_depth, 0), mask=b_inside)
     tl.store(p_node + NOISE * field, tl.maximum(length + b_depth, 0), mask=b_inside)
     i_word = tl.arange(0, WORDS_BLOCK)
-    b_words = b_inside[:, None] & (i_word < WORDS)[None, :]
-    tl.store(p_masks + (i_row * SLOTS + i_slot)[:, None] * WORDS + i_word[None, :], b_mask, mask=b_words)
-    tl.store(p_batch_masks + (i_row * count + i_node)[:, None] * WORDS + i_word[None, :], b_mask, mask=b_words)
+    b_words = b_inside[:, None] & (i_word < words)[None, :]
+    tl.store(p_masks + (i_row * slots + i_slot)[:, None] * words + i_word[None, :], b_mask, mask=b_words)
+    tl.store(p_batch_masks + (i_row * count + i_node)[:, None] * words + i_word[None, :], b_mask, mask=b_words)
 
 
 @triton.jit
 def _add_slots(
     p_slots, p_masks, p_scores, p_batch, p_batch_masks,
     i_slot, i_node, b_inside, b_token, b_above, b_parent, b_candidate, b_score,
-    length, count, SLOTS: tl.constexpr, WORDS: tl.constexpr, WORDS_BLOCK: tl.constexpr,
+    length, count, slots, words, WORDS_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """New slots [K] below the slots b_above [K]; returns their previous tokens and depths."""
     i_row, rows = tl.program_id(0), tl.num_programs(0)
-    p_above = p_slots + i_row * SLOTS + b_above
-    b_previous = tl.load(p_above + TOKEN * rows * SLOTS, mask=b_inside, other=0)
-    b_depth = tl.load(p_above + DEPTH * rows * SLOTS, mask=b_inside, other=0) + 1
+    p_above = p_slots + i_row * slots + b_above
+    b_previous = tl.load(p_above + TOKEN * rows * slots, mask=b_inside, other=0)
+    b_depth = tl.load(p_above + DEPTH * rows * slots, mask=b_inside, other=0) + 1
     i_word = tl.arange(0, WORDS_BLOCK)[None, :]
-    b_words = b_inside[:, None] & (i_word < WORDS)
-    b_mask = tl.load(p_masks + (i_row * SLOTS + b_above)[:, None] * WORDS + i_word, mask=b_words, other=0)
+    b_words = b_inside[:, None] & (i_word < words)
+    b_mask = tl.load(p_masks + (i_row * slots + b_above)[:, None] * words + i_word, mask=b_words, other=0)
     b_mask |= tl.where(i_word == (i_slot >> 5)[:, None], (1 << (i_slot & 31))[:, None], 0)
     _write_slots(
         p_slots, p_masks, p_scores, p_batch, p_batch_masks,
         i_slot, i_node, b_inside, b_token, b_previous, b_depth, b_parent, b_candidate, b_score, b_mask,
-        length, count, SLOTS, WORDS, WORDS_BLOCK,
+        length, count, slots, words, WORDS_BLOCK,
     )  # fmt: skip
     return b_previous, b_depth
 
@@ -189,78 +200,85 @@ def _add_slots(
 
 @triton.jit
 def _record(
-    p_names, p_values, p_slots, p_scores, p_candidates, p_candidate_scores, first, start, count, floor,
-    COUNT: tl.constexpr, IS_GUESS: tl.constexpr, GIVEN: tl.constexpr,
-    SLOTS: tl.constexpr, CHILDREN: tl.constexpr, MAX_DEPTH: tl.constexpr, LANES: tl.constexpr, RANKS: tl.constexpr,
+    p_names, p_values, p_slots, p_scores, p_candidates, p_candidate_scores, first, number, is_guess, start, count,
+    given, slots, max_depth, floor, CHILDREN: tl.constexpr, RECORDED: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
-    """Notes the candidates of slots first .. first + COUNT of the pass that began at slot `start`."""
+    """Notes the candidates of slots first .. first + number, of the pass of `count` slots that began at slot start."""
     i_row, rows = tl.program_id(0), tl.num_programs(0)
-    i_lane, i_rank = tl.arange(0, LANES), tl.arange(0, RANKS)[None, :]
-    b_inside = i_lane < COUNT
-    i_slot = first + i_lane
-    field = rows * SLOTS
-    p_slot = p_slots + i_row * SLOTS + i_slot
-    p_score = p_scores + i_row * SLOTS + i_slot
-    p_candidate = p_candidates + i_row * SLOTS * CHILDREN
-    p_candidate_score = p_candidate_scores + i_row * SLOTS * CHILDREN
-    every = rows * SLOTS * CHILDREN
-    b_depth = tl.load(p_slot + DEPTH * field, mask=b_inside, other=MAX_DEPTH)
-    b_score = tl.load(p_score, mask=b_inside, other=NEVER)
-    if IS_GUESS:
-        # A guess is confirmed where its parent, evaluated in the same pass, proposes it too.
-        b_token = tl.load(p_slot + TOKEN * field, mask=b_inside, other=-1)
-        b_parent = tl.load(p_slot + PARENT * field, mask=b_inside, other=-1)
-        i_known = b_parent[:, None] * CHILDREN + i_rank  # [K, RANKS]
-        b_known = (b_parent >= 0)[:, None] & (i_rank < CHILDREN)
-        b_known_token = tl.load(p_candidate + TOKEN * every + i_known, mask=b_known, other=-1)
-        b_known_score = tl.load(p_candidate_score + i_known, mask=b_known, other=NEVER)
-        b_same = b_known & (b_known_token == b_token[:, None]) & (b_known_score > NEVER)
-        b_match = tl.max(tl.where(b_same, i_known, -1), 1)
-        b_score = tl.max(tl.where(b_same, b_known_score, NEVER), 1)
-        b_confirmed = b_match >= 0
-        tl.store(p_candidate + SLOT * every + b_match, i_slot, mask=b_confirmed)
-        tl.store(p_slot + CANDIDATE * field, b_match, mask=b_confirmed)
-        tl.store(p_score, b_score, mask=b_confirmed)
-    b_given = b_inside[:, None] & (i_rank < GIVEN)
-    i_given = (i_row * count + i_slot - start)[:, None] * GIVEN + i_rank
-    b_name = tl.load(p_names + i_given, mask=b_given, other=0).to(tl.int32)
-    b_value = tl.load(p_values + i_given, mask=b_given, other=NEVER)
-    b_new = b_score[:, None] + b_value
-    b_end = tl.min(tl.where(b_new > floor, RANKS, i_rank), 1)  # from the first that is too unlikely on, all are
-    b_alive = b_inside & (b_score > NEVER) & (b_depth < MAX_DEPTH)
-    b_new = tl.where(b_alive[:, None] & (i_rank < b_end[:, None]), b_new, NEVER)
-    i_new = i_slot[:, None] * CHILDREN + i_rank
-    b_written = b_inside[:, None] & (i_rank < CHILDREN)
-    tl.store(p_candidate + TOKEN * every + i_new, b_name, mask=b_written)
-    tl.store(p_candidate + SLOT * every + i_new, tl.full([LANES, RANKS], -1, tl.int32), mask=b_written)
-    tl.store(p_candidate_score + i_new, b_new, mask=b_written)
-    tl.debug_barrier()
+    field = rows * slots
+    p_candidate = p_candidates + i_row * slots * CHILDREN
+    p_candidate_score = p_candidate_scores + i_row * slots * CHILDREN
+    every = rows * slots * CHILDREN
+    for i_first in range(0, number, RECORDED):
+        i_lane = i_first + tl.arange(0, RECORDED)  # [K]
+        b_inside = i_lane < number
+        i_slot = first + i_lane
+        p_slot = p_slots + i_row * slots + i_slot
+        p_score = p_scores + i_row * slots + i_slot
+        b_depth = tl.load(p_slot + DEPTH * field, mask=b_inside, other=max_depth)
+        b_score = tl.load(p_score, mask=b_inside, other=NEVER)
+        if is_guess:
+            # A guess is confirmed where its parent, evaluated in the same pass, proposes it too.
+            b_token = tl.load(p_slot + TOKEN * field, mask=b_inside, other=-1)
+            b_parent = tl.load(p_slot + PARENT * field, mask=b_inside, other=-1)
+            b_match = tl.full([RECORDED], -1, tl.int32)
+            b_score = tl.full([RECORDED], NEVER, tl.float32)
+            for i_child in range(0, CHILDREN, RANKS):
+                i_rank = i_child + tl.arange(0, RANKS)[None, :]
+                i_known = b_parent[:, None] * CHILDREN + i_rank  # [K, RANKS]
+                b_known = (b_parent >= 0)[:, None] & (i_rank < CHILDREN)
+                b_known_token = tl.load(p_candidate + TOKEN * every + i_known, mask=b_known, other=-1)
+                b_known_score = tl.load(p_candidate_score + i_known, mask=b_known, other=NEVER)
+                b_same = b_known & (b_known_token == b_token[:, None]) & (b_known_score > NEVER)
+                b_match = tl.maximum(b_match, tl.max(tl.where(b_same, i_known, -1), 1))
+                b_score = tl.maximum(b_score, tl.max(tl.where(b_same, b_known_score, NEVER), 1))
+            b_confirmed = b_match >= 0
+            tl.store(p_candidate + SLOT * every + b_match, i_slot, mask=b_confirmed)
+            tl.store(p_slot + CANDIDATE * field, b_match, mask=b_confirmed)
+            tl.store(p_score, b_score, mask=b_confirmed)
+        b_alive = b_inside & (b_score > NEVER) & (b_depth < max_depth)
+        for i_child in range(0, CHILDREN, RANKS):
+            i_rank = i_child + tl.arange(0, RANKS)[None, :]
+            b_given = b_inside[:, None] & (i_rank < given)
+            i_given = (i_row * count + i_slot - start)[:, None] * given + i_rank
+            b_name = tl.load(p_names + i_given, mask=b_given, other=0).to(tl.int32)
+            b_value = tl.load(p_values + i_given, mask=b_given, other=NEVER)
+            b_new = b_score[:, None] + b_value
+            b_end = tl.min(tl.where(b_new > floor, CHILDREN + RANKS, i_rank), 1)
+            b_new = tl.where(b_alive[:, None] & (i_rank < b_end[:, None]), b_new, NEVER)
+            b_alive &= b_end > CHILDREN + RANKS - 1  # from the first that is too unlikely on, all are
+            i_new = i_slot[:, None] * CHILDREN + i_rank
+            b_written = b_inside[:, None] & (i_rank < CHILDREN)
+            tl.store(p_candidate + TOKEN * every + i_new, b_name, mask=b_written)
+            tl.store(p_candidate + SLOT * every + i_new, tl.full([RECORDED, RANKS], -1, tl.int32), mask=b_written)
+            tl.store(p_candidate_score + i_new, b_new, mask=b_written)
 
 
 @triton.jit
 def _record_pass(
-    p_names, p_values, p_slots, p_scores, p_candidates, p_candidate_scores, start, floor,
-    RECORD: tl.constexpr, GIVEN: tl.constexpr, PREFETCH: tl.constexpr, PREFETCH_WIDTH: tl.constexpr,
-    SLOTS: tl.constexpr, CHILDREN: tl.constexpr, MAX_DEPTH: tl.constexpr, LANES: tl.constexpr, RANKS: tl.constexpr,
+    p_names, p_values, p_slots, p_scores, p_candidates, p_candidate_scores, start, record, given, prefetch,
+    prefetch_width, slots, max_depth, floor, CHILDREN: tl.constexpr, RECORDED: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
     """Level by level, so that a guess's parent has its candidates before the guess looks among them."""
-    count = RECORD + PREFETCH * PREFETCH_WIDTH
-    _record(
-        p_names, p_values, p_slots, p_scores, p_candidates, p_candidate_scores, start, start, count, floor,
-        RECORD, False, GIVEN, SLOTS, CHILDREN, MAX_DEPTH, LANES, RANKS,
-    )  # fmt: skip
-    for level in tl.static_range(PREFETCH):
-        first = start + RECORD + level * PREFETCH_WIDTH
+    count = record + prefetch * prefetch_width
+    first, number = start, record
+    for level in range(prefetch + 1):
         _record(
-            p_names, p_values, p_slots, p_scores, p_candidates, p_candidate_scores, first, start, count, floor,
-            PREFETCH_WIDTH, True, GIVEN, SLOTS, CHILDREN, MAX_DEPTH, LANES, RANKS,
+            p_names, p_values, p_slots, p_scores, p_candidates, p_candidate_scores, first, number, level > 0, start,
+            count, given, slots, max_depth, floor, CHILDREN, RECORDED, RANKS,
         )  # fmt: skip
+        tl.debug_barrier()
+        first, number = first + number, prefetch_width
 
 
 # ---------------------------------------------------------------- the kernels
 
 
-@triton.jit(do_not_specialize=["start"])
+@triton.jit(
+    do_not_specialize=(
+        "stride", "start", "record", "given", "width", "prefetch", "prefetch_width", "slots", "words", "max_depth",
+    )
+)  # fmt: skip
 def grow_pass_kernel(
     p_tokens,  # [B, S]
     p_lengths,  # [B]
@@ -270,7 +288,7 @@ def grow_pass_kernel(
     p_rows,
     p_table_tokens,
     p_table_logprobs,
-    p_names,  # [B, pass, GIVEN], what the draft proposed in the last pass
+    p_names,  # [B, pass, given], what the draft proposed in the last pass
     p_values,
     p_slots,  # state, as above
     p_masks,
@@ -284,20 +302,23 @@ def grow_pass_kernel(
     vocab_size,
     hash_slots,
     start,  # first slot of the pass to record
+    record,  # slots of that pass that are no guesses
+    given,  # children that the draft proposed for each
+    width,
+    prefetch,
+    prefetch_width,
+    slots,
+    words,
+    max_depth,
     floor,
-    RECORD: tl.constexpr,  # slots of that pass that are no guesses; 0: none was, this is the first pass
-    GIVEN: tl.constexpr,
+    FIRST: tl.constexpr,  # the first pass: there is none to record
+    GUESSES: tl.constexpr,  # whether prefetch > 0
     SAMPLED: tl.constexpr,
     SUCCESSORS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PREFETCH: tl.constexpr,
-    PREFETCH_WIDTH: tl.constexpr,
-    SLOTS: tl.constexpr,
     CHILDREN: tl.constexpr,
-    MAX_DEPTH: tl.constexpr,
-    WORDS: tl.constexpr,
     WORDS_BLOCK: tl.constexpr,
-    LANES: tl.constexpr,  # of a tile of slots
+    LANES: tl.constexpr,  # of a tile of slots that are chosen together
+    RECORDED: tl.constexpr,  # of a tile of slots that are recorded together
     RANKS: tl.constexpr,  # of a tile of children
     NGRAM_RANKS: tl.constexpr,  # of a tile of draft²'s options
     CANDIDATES: tl.constexpr,
@@ -313,10 +334,10 @@ def grow_pass_kernel(
     p_sequence = p_tokens + i_row * stride
     tl.store(p_prefix + i_row, tl.maximum(length - 2, 0))
 
-    if RECORD == 0:
+    if FIRST:
         begin = start
-        CHOSEN: tl.constexpr = 2
-        count = CHOSEN + PREFETCH * PREFETCH_WIDTH
+        chosen = 2
+        count = chosen + prefetch * prefetch_width
         b_parents = i_lane == 1  # draft² looks below the root
         b_inside = i_lane < 2
         last = tl.load(p_sequence + length - 1)
@@ -331,29 +352,29 @@ def grow_pass_kernel(
         _write_slots(
             p_slots, p_masks, p_scores, p_batch, p_batch_masks,
             i_lane, i_lane, b_inside, b_token, b_previous, b_depth, b_none, b_none, b_score, b_mask,
-            length, count, SLOTS, WORDS, WORDS_BLOCK,
+            length, count, slots, words, WORDS_BLOCK,
         )  # fmt: skip
     else:
         _record_pass(
-            p_names, p_values, p_slots, p_scores, p_candidates, p_candidate_scores, start, floor,
-            RECORD, GIVEN, PREFETCH, PREFETCH_WIDTH, SLOTS, CHILDREN, MAX_DEPTH, LANES, RANKS,
+            p_names, p_values, p_slots, p_scores, p_candidates, p_candidate_scores, start, record, given, prefetch,
+            prefetch_width, slots, max_depth, floor, CHILDREN, RECORDED, RANKS,
         )  # fmt: skip
-        begin = start + RECORD + PREFETCH * PREFETCH_WIDTH
-        CHOSEN: tl.constexpr = WIDTH
-        count = CHOSEN + PREFETCH * PREFETCH_WIDTH
-        b_parents = i_lane < WIDTH
+        begin = start + record + prefetch * prefetch_width
+        chosen = width
+        count = chosen + prefetch * prefetch_width
+        b_parents = i_lane < width
         # The best open candidates: no slot evaluates them, and their children would not be too deep.
-        every = rows * SLOTS * CHILDREN
-        p_candidate = p_candidates + i_row * SLOTS * CHILDREN
+        every = rows * slots * CHILDREN
+        p_candidate = p_candidates + i_row * slots * CHILDREN
         i_candidate = tl.arange(0, CANDIDATES)
         b_known = i_candidate < begin * CHILDREN
-        b_known_score = tl.load(p_candidate_scores + i_row * SLOTS * CHILDREN + i_candidate, mask=b_known, other=NEVER)
+        b_known_score = tl.load(p_candidate_scores + i_row * slots * CHILDREN + i_candidate, mask=b_known, other=NEVER)
         b_slot = tl.load(p_candidate + SLOT * every + i_candidate, mask=b_known, other=0)
-        p_depth = p_slots + DEPTH * rows * SLOTS + i_row * SLOTS + i_candidate // CHILDREN
-        b_above_depth = tl.load(p_depth, mask=b_known, other=MAX_DEPTH)
-        b_open = (b_known_score > NEVER) & (b_slot < 0) & (b_above_depth < MAX_DEPTH - 1)
+        p_depth = p_slots + DEPTH * rows * slots + i_row * slots + i_candidate // CHILDREN
+        b_above_depth = tl.load(p_depth, mask=b_known, other=max_depth)
+        b_open = (b_known_score > NEVER) & (b_slot < 0) & (b_above_depth < max_depth - 1)
         b_keys = tl.where(b_open, _pack(b_known_score, _reversed(i_candidate)), NOTHING)
-        b_best = _best(b_keys, WIDTH, LANES)
+        b_best = _best(b_keys, width, LANES)
         b_found = b_parents & (b_best != NOTHING)
         b_candidate = tl.where(b_found, _reversed(_low_of(b_best)), -1)
         b_score = tl.where(b_found, _score_of(b_best), NEVER)
@@ -365,49 +386,70 @@ def grow_pass_kernel(
         b_previous, b_depth = _add_slots(
             p_slots, p_masks, p_scores, p_batch, p_batch_masks,
             begin + i_lane, i_lane, b_parents, b_token, b_above, b_none, b_candidate, b_score,
-            length, count, SLOTS, WORDS, WORDS_BLOCK,
+            length, count, slots, words, WORDS_BLOCK,
         )  # fmt: skip
 
-    if PREFETCH > 0:
+    if GUESSES:
         i_slot = begin + i_lane
         if SAMPLED:
             seed = tl.load(p_seeds + i_row)
             stream = tl.load(p_streams + i_row).to(tl.int32)
-        for level in tl.static_range(PREFETCH):
+        for level in range(prefetch):
             tl.debug_barrier()
-            b_parents &= (b_depth < MAX_DEPTH - 1) & (b_token >= 0)
+            b_parents &= (b_depth < max_depth - 1) & (b_token >= 0)
             b_names, b_gains = successors(
                 p_sequence, length, b_previous, tl.where(b_parents, b_token, -1),
                 p_keys, p_rows, p_table_tokens, p_table_logprobs, vocab_size, hash_slots,
                 SUCCESSORS, NGRAM_RANKS, BLOCK,
             )  # fmt: skip
-            b_option = b_score[:, None] + b_gains  # [LANES, NGRAM_RANKS]
+            b_value = b_score[:, None] + b_gains  # [LANES, NGRAM_RANKS]
             if SAMPLED:
-                b_option += gumbel_at(tl.maximum(b_names, 0), seed, stream, (length + b_depth)[:, None])
+                b_value += gumbel_at(tl.maximum(b_names, 0), seed, stream, (length + b_depth)[:, None])
             b_low = (i_slot << TOKEN_BITS)[:, None] | tl.maximum(b_names, 0)
-            b_keys = tl.where(b_parents[:, None] & (b_names >= 0), _pack(b_option, b_low), NOTHING)
-            b_best = _best(tl.reshape(b_keys, [LANES * NGRAM_RANKS]), PREFETCH_WIDTH, LANES)
-            b_inside = i_lane < PREFETCH_WIDTH
+            b_options = tl.where(b_parents[:, None] & (b_names >= 0), _pack(b_value, b_low), NOTHING)
+            b_best = _best(tl.reshape(b_options, [LANES * NGRAM_RANKS]), prefetch_width, LANES)
+            b_inside = i_lane < prefetch_width
             b_parents = b_inside & (b_best != NOTHING)
             b_parent = tl.where(b_parents, _low_of(b_best) >> TOKEN_BITS, -1)
             b_token = tl.where(b_parents, _low_of(b_best) & TOKEN_MASK, -1)
             b_score = _score_of(b_best)
-            i_node = CHOSEN + level * PREFETCH_WIDTH + i_lane
+            i_node = chosen + level * prefetch_width + i_lane
             i_slot = begin + i_node
             b_none = tl.full([LANES], -1, tl.int32)
             b_unknown = tl.full([LANES], NEVER, tl.float32)
             b_previous, b_depth = _add_slots(
                 p_slots, p_masks, p_scores, p_batch, p_batch_masks,
                 i_slot, i_node, b_inside, b_token, tl.maximum(b_parent, 0), b_parent, b_none, b_unknown,
-                length, count, SLOTS, WORDS, WORDS_BLOCK,
+                length, count, slots, words, WORDS_BLOCK,
             )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["start"])
+@triton.jit
+def _order(p_known_score, i_candidate, known):
+    """The scores of candidates as uint32 of the same order, 0 where there is none."""
+    b_score = tl.load(p_known_score + i_candidate, mask=i_candidate < known, other=NEVER)
+    b_bits = _flip(b_score.to(tl.int32, bitcast=True)) ^ -(2**31)
+    return tl.where(b_score > NEVER, b_bits, 0).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def _taken(p_taken, p_known_score, i_place, taken):
+    """The candidates at places of the list of those taken, and their keys: NOTHING beyond its end."""
+    b_found = i_place < taken
+    b_candidate = tl.load(p_taken + i_place, mask=b_found, other=0)
+    b_score = tl.load(p_known_score + b_candidate, mask=b_found, other=NEVER)
+    return b_candidate, tl.where(b_found, _pack(b_score, _reversed(b_candidate)), NOTHING)
+
+
+@triton.jit(
+    do_not_specialize=(
+        "stride", "start", "record", "given", "prefetch", "prefetch_width", "slots", "max_depth", "nodes", "words",
+    )
+)  # fmt: skip
 def harvest_tree_kernel(
     p_tokens,  # [B, S]
     p_lengths,  # [B]
-    p_names,  # [B, pass, GIVEN]
+    p_names,  # [B, pass, given]
     p_values,
     p_slots,
     p_scores,
@@ -419,21 +461,24 @@ def harvest_tree_kernel(
     p_prefix,  # [B]
     stride,
     start,
+    record,
+    given,
+    prefetch,
+    prefetch_width,
+    slots,
+    max_depth,
+    nodes,
+    words,
     floor,
-    RECORD: tl.constexpr,
-    GIVEN: tl.constexpr,
-    PREFETCH: tl.constexpr,
-    PREFETCH_WIDTH: tl.constexpr,
-    SLOTS: tl.constexpr,
+    GROWN: tl.constexpr,  # whether nodes > 1
     CHILDREN: tl.constexpr,
-    MAX_DEPTH: tl.constexpr,
-    NODES: tl.constexpr,
-    WORDS: tl.constexpr,
     WORDS_BLOCK: tl.constexpr,
-    LANES: tl.constexpr,
+    RECORDED: tl.constexpr,
     RANKS: tl.constexpr,
     CANDIDATES: tl.constexpr,
+    PLACED: tl.constexpr,  # candidates that get their places among those taken at once
     NODES_BLOCK: tl.constexpr,
+    COMPARED: tl.constexpr,  # nodes that all are compared with at once
     PDL: tl.constexpr,
 ):
     if PDL:
@@ -444,9 +489,9 @@ def harvest_tree_kernel(
     tl.store(p_prefix + i_row, length - 1)
 
     # Node 0: the last committed token.
-    field = rows * NODES
-    p_node = p_tree + i_row * NODES
-    p_input = p_batch + i_row * NODES
+    field = rows * nodes
+    p_node = p_tree + i_row * nodes
+    p_input = p_batch + i_row * nodes
     root = tl.load(p_tokens + i_row * stride + length - 1)
     tl.store(p_node + TOKEN * field, root)
     tl.store(p_node + TREE_PARENT * field, 0)
@@ -457,50 +502,53 @@ def harvest_tree_kernel(
     tl.store(p_input + POSITION * field, length - 1)
     tl.store(p_input + NOISE * field, length)
     i_word = tl.arange(0, WORDS_BLOCK)
-    tl.store(p_batch_masks + i_row * NODES * WORDS + i_word, (i_word == 0).to(tl.int32), mask=i_word < WORDS)
+    tl.store(p_batch_masks + i_row * nodes * words + i_word, (i_word == 0).to(tl.int32), mask=i_word < words)
 
-    if NODES > 1:
+    if GROWN:
         _record_pass(
-            p_names, p_values, p_slots, p_scores, p_candidates, p_candidate_scores, start, floor,
-            RECORD, GIVEN, PREFETCH, PREFETCH_WIDTH, SLOTS, CHILDREN, MAX_DEPTH, LANES, RANKS,
+            p_names, p_values, p_slots, p_scores, p_candidates, p_candidate_scores, start, record, given, prefetch,
+            prefetch_width, slots, max_depth, floor, CHILDREN, RECORDED, RANKS,
         )  # fmt: skip
-        every = rows * SLOTS * CHILDREN
-        p_candidate = p_candidates + i_row * SLOTS * CHILDREN
-        i_candidate = tl.arange(0, CANDIDATES)
-        b_known = i_candidate < (start + RECORD + PREFETCH * PREFETCH_WIDTH) * CHILDREN
-        b_known_score = tl.load(p_candidate_scores + i_row * SLOTS * CHILDREN + i_candidate, mask=b_known, other=NEVER)
-        b_valid = b_known_score > NEVER
-        taken = tl.minimum(tl.sum(b_valid.to(tl.int32), 0), NODES - 1)
+        every = rows * slots * CHILDREN
+        p_candidate = p_candidates + i_row * slots * CHILDREN
+        p_known_score = p_candidate_scores + i_row * slots * CHILDREN
+        known = (start + record + prefetch * prefetch_width) * CHILDREN
+        b_every = _order(p_known_score, tl.arange(0, CANDIDATES), known)
+        taken = tl.minimum(tl.sum((b_every > 0).to(tl.int32), 0), nodes - 1)
         # All scores above the one that parts the best from the rest, and the first of those that equal it.
-        b_order = tl.where(b_valid, _flip(b_known_score.to(tl.int32, bitcast=True)) ^ -(2**31), 0).to(
-            tl.uint32, bitcast=True
-        )
-        part = _parting(b_order, taken)
-        b_above_part, b_at_part = b_valid & (b_order > part), b_valid & (b_order == part)
-        above = tl.sum(b_above_part.to(tl.int32), 0)
-        b_at_place = above + tl.cumsum(b_at_part.to(tl.int32), 0) - 1
-        b_place = tl.where(b_above_part, tl.cumsum(b_above_part.to(tl.int32), 0) - 1, b_at_place)
-        b_taken = b_above_part | (b_at_part & (b_at_place < taken))
-        tl.store(p_node + 1 + b_place, i_candidate, mask=b_taken)  # for a moment, in place of tokens
+        part = _parting(b_every, taken)
+        above, at = tl.zeros([], tl.int32), tl.sum((b_every > part).to(tl.int32), 0)
+        for i_first in range(0, known, PLACED):
+            i_candidate = i_first + tl.arange(0, PLACED)
+            b_order = _order(p_known_score, i_candidate, known)
+            b_above_part, b_at_part = b_order > part, (b_order == part) & (b_order > 0)
+            b_above_place = above + tl.cumsum(b_above_part.to(tl.int32), 0) - 1
+            b_at_place = at + tl.cumsum(b_at_part.to(tl.int32), 0) - 1
+            b_place = tl.where(b_above_part, b_above_place, b_at_place)
+            b_taken = b_above_part | (b_at_part & (b_at_place < taken))
+            tl.store(p_node + 1 + b_place, i_candidate, mask=b_taken)  # for a moment, in place of tokens
+            above += tl.sum(b_above_part.to(tl.int32), 0)
+            at += tl.sum(b_at_part.to(tl.int32), 0)
         tl.debug_barrier()
         i_place = tl.arange(0, NODES_BLOCK)
         b_found = i_place < taken
-        b_candidate = tl.load(p_node + 1 + i_place, mask=b_found, other=0)
-        b_score = tl.load(p_candidate_scores + i_row * SLOTS * CHILDREN + b_candidate, mask=b_found, other=NEVER)
-        b_key = tl.where(b_found, _pack(b_score, _reversed(b_candidate)), NOTHING)
-        b_before = (b_key[:, None] > b_key[None, :]) & b_found[None, :]  # [n, n]: the first goes before the second
-        b_rank = tl.sum(b_before.to(tl.int32), 0)
+        b_candidate, b_key = _taken(p_node + 1, p_known_score, i_place, taken)
+        b_rank = tl.zeros([NODES_BLOCK], tl.int32)
+        for i_first in range(0, taken, COMPARED):
+            _, b_other = _taken(p_node + 1, p_known_score, i_first + tl.arange(0, COMPARED), taken)
+            b_before = b_other[:, None] > b_key[None, :]  # [COMPARED, n]: the first goes before the second
+            b_rank += tl.sum(b_before.to(tl.int32), 0)
         i_node = 1 + tl.where(b_found, b_rank, i_place)
-        b_inside = i_node < NODES
+        b_inside = i_node < nodes
         tl.debug_barrier()
         b_above = b_candidate // CHILDREN
         tl.store(p_candidate + NODE * every + b_candidate, i_node, mask=b_found)
         b_token = tl.load(p_candidate + TOKEN * every + b_candidate, mask=b_found, other=0)
         b_slot = tl.load(p_candidate + SLOT * every + b_candidate, mask=b_found, other=-1)
-        p_slot = p_slots + i_row * SLOTS
-        b_guess = tl.load(p_slot + PARENT * rows * SLOTS + b_slot, mask=b_slot >= 0, other=-1)
-        b_depth = tl.load(p_slot + DEPTH * rows * SLOTS + b_above, mask=b_found, other=-1) + 1
-        b_proposal = tl.load(p_slot + CANDIDATE * rows * SLOTS + b_above, mask=b_found, other=-1)
+        p_slot = p_slots + i_row * slots
+        b_guess = tl.load(p_slot + PARENT * rows * slots + b_slot, mask=b_slot >= 0, other=-1)
+        b_depth = tl.load(p_slot + DEPTH * rows * slots + b_above, mask=b_found, other=-1) + 1
+        b_proposal = tl.load(p_slot + CANDIDATE * rows * slots + b_above, mask=b_found, other=-1)
         tl.debug_barrier()
         b_parent = tl.load(p_candidate + NODE * every + b_proposal, mask=b_proposal >= 0, other=0)
         b_parent = tl.where(b_found, b_parent, -1)
@@ -517,11 +565,11 @@ def harvest_tree_kernel(
         # Up the tree from every node at once, a level a turn.
         b_at = tl.where(b_found, i_node, 0)
         b_mask = tl.where(i_word[None, :] == 0, 1, 0) | tl.zeros([NODES_BLOCK, WORDS_BLOCK], tl.int32)
-        for _ in range(min(MAX_DEPTH, NODES - 1)):
+        for _ in range(tl.minimum(max_depth, nodes - 1)):
             b_mask |= tl.where(i_word[None, :] == (b_at >> 5)[:, None], (1 << (b_at & 31))[:, None], 0)
             b_at = tl.load(p_node + TREE_PARENT * field + b_at, mask=b_at > 0, other=0)
-        i_out = (i_row * NODES + i_node)[:, None] * WORDS + i_word[None, :]
-        tl.store(p_batch_masks + i_out, b_mask, mask=b_inside[:, None] & (i_word < WORDS)[None, :])
+        i_out = (i_row * nodes + i_node)[:, None] * words + i_word[None, :]
+        tl.store(p_batch_masks + i_out, b_mask, mask=b_inside[:, None] & (i_word < words)[None, :])
 
 
 # ---------------------------------------------------------------- state
@@ -561,18 +609,54 @@ def words(bits: int) -> int:
     return -(-bits // 32)
 
 
-def _blocks(width: int, prefetch_width: int, children: int, slots: int, nodes: int = 1) -> dict[str, int]:
+def _blocks(
+    width: int, prefetch: int, prefetch_width: int, children: int, slots: int, nodes: int = 1
+) -> dict[str, int]:
     """Tile sizes of a setting: powers of two. nodes: of the tree to be harvested, if one is."""
     up = triton.next_power_of_2
-    lanes = up(max(width, prefetch_width, 2))
-    tile = up(max(slots * children, lanes, nodes - 1))
-    return {"LANES": lanes, "RANKS": up(max(children, 2)), "CANDIDATES": tile}
+    lanes = up(max(width, prefetch_width if prefetch else 1, 2))
+    ranks = min(up(max(children, 2)), MOST_RANKS)
+    return {
+        "LANES": lanes,
+        "RECORDED": min(lanes, MOST_RECORDED // ranks),
+        "RANKS": ranks,
+        "CANDIDATES": up(max(slots * children, lanes, nodes - 1, LEAST_CANDIDATES)),
+    }
 
 
-def tile(op: str, config) -> int:
-    """The candidates that grow_pass or harvest_tree looks at together, by which its settings are kept."""
-    nodes = config.nodes if op == "harvest_tree" else 1
-    return _blocks(config.width, config.prefetch_width, config.children, config.slots, nodes)["CANDIDATES"]
+def _pass_constants(
+    width: int, prefetch: int, prefetch_width: int, children: int, slots: int, successors_: int, block: int
+) -> dict[str, object]:
+    """The compile-time arguments of `grow_pass_kernel` that a tree, a table and its settings decide."""
+    blocks = _blocks(width, prefetch, prefetch_width, children, slots)
+    return blocks | {
+        "GUESSES": prefetch > 0,
+        "CHILDREN": children,
+        "WORDS_BLOCK": max(triton.next_power_of_2(words(slots)), LEAST_WORDS),
+        "SUCCESSORS": successors_,
+        "NGRAM_RANKS": ranks(successors_),
+        "BLOCK": min(block, MOST_SEARCHED // blocks["LANES"]),
+    }
+
+
+def _harvest_constants(
+    width: int, prefetch: int, prefetch_width: int, children: int, slots: int, nodes: int
+) -> dict[str, object]:
+    """The compile-time arguments of `harvest_tree_kernel` that a tree decides."""
+    up = triton.next_power_of_2
+    blocks = _blocks(width, prefetch, prefetch_width, children, slots, nodes)
+    nodes_block = max(up(nodes - 1), LEAST_NODES)
+    return {
+        "GROWN": nodes > 1,
+        "CHILDREN": children,
+        "RECORDED": blocks["RECORDED"],
+        "RANKS": blocks["RANKS"],
+        "CANDIDATES": blocks["CANDIDATES"],
+        "PLACED": min(blocks["CANDIDATES"], MOST_PLACED),
+        "NODES_BLOCK": nodes_block,
+        "COMPARED": min(nodes_block, MOST_COMPARED // nodes_block),
+        "WORDS_BLOCK": max(up(words(nodes)), LEAST_WORDS),
+    }
 
 
 def _warps(size: int) -> int:
@@ -602,19 +686,19 @@ def _launch_pass(
     count, size = slots.shape[1:]
     children = candidates.shape[2] // size
     successors_ = 0 if table_tokens is None else table_tokens.shape[1]
-    blocks = _blocks(width, prefetch_width, children, size)
-    settings = _settings("grow_pass", blocks["CANDIDATES"], tokens.device)
+    tree = width, prefetch, prefetch_width, children, size
+    settings = _settings("grow_pass", _blocks(*tree)["CANDIDATES"], tokens.device)
+    constants = _pass_constants(*tree, successors_, settings["block"])
+    warps = settings["warps"]
     launch_kernel(
         grow_pass_kernel,
         (count,),
         tokens, lengths, seeds, streams, keys, rows, table_tokens, table_logprobs, names, values,
         slots, slot_masks, slot_scores, candidates, candidate_scores, batch, batch_masks, prefix,
-        tokens.shape[1], vocab_size, 0 if keys is None else keys.shape[0], start, floor,
-        RECORD=record, GIVEN=0 if names is None else names.shape[2], SAMPLED=seeds is not None, SUCCESSORS=successors_,
-        WIDTH=width, PREFETCH=prefetch, PREFETCH_WIDTH=prefetch_width, SLOTS=size, CHILDREN=children, MAX_DEPTH=depth,
-        WORDS=words(size), WORDS_BLOCK=triton.next_power_of_2(words(size)),
-        **blocks, NGRAM_RANKS=ranks(successors_), BLOCK=settings["block"],
-        num_warps=settings["warps"], maxnreg=most_registers(architecture(tokens.device), settings["warps"], SPILLING),
+        tokens.shape[1], vocab_size, 0 if keys is None else keys.shape[0], start,
+        record, 0 if names is None else names.shape[2], width, prefetch, prefetch_width, size, words(size), depth,
+        floor, FIRST=names is None, SAMPLED=seeds is not None, **constants,
+        num_warps=warps, maxnreg=most_registers(architecture(tokens.device), warps, GROW_SPILLING),
         **launch_options(tokens.device),
     )  # fmt: skip
 
@@ -635,18 +719,15 @@ def _launch_harvest(
 ) -> None:  # fmt: skip
     count, size = slots.shape[1:]
     children, nodes = candidates.shape[2] // size, tree.shape[2]
-    nodes_block = triton.next_power_of_2(max(nodes - 1, 2))
-    blocks = _blocks(width, prefetch_width, children, size, nodes)
+    constants = _harvest_constants(width, prefetch, prefetch_width, children, size, nodes)
+    warps = _settings("harvest_tree", constants["CANDIDATES"], tokens.device)["warps"]
     launch_kernel(
         harvest_tree_kernel,
         (count,),
         tokens, lengths, names, values, slots, slot_scores, candidates, candidate_scores,
-        tree, batch, batch_masks, prefix, tokens.shape[1], start, floor,
-        RECORD=record, GIVEN=0 if names is None else names.shape[2], PREFETCH=prefetch, PREFETCH_WIDTH=prefetch_width,
-        SLOTS=size, CHILDREN=children, MAX_DEPTH=depth, NODES=nodes,
-        WORDS=words(nodes), WORDS_BLOCK=triton.next_power_of_2(words(nodes)),
-        **blocks, NODES_BLOCK=nodes_block,
-        num_warps=_settings("harvest_tree", blocks["CANDIDATES"], tokens.device)["warps"],
+        tree, batch, batch_masks, prefix, tokens.shape[1], start, record, 0 if names is None else names.shape[2],
+        prefetch, prefetch_width, size, depth, nodes, words(nodes), floor, **constants,
+        num_warps=warps, maxnreg=most_registers(architecture(tokens.device), warps, HARVEST_SPILLING),
         **launch_options(tokens.device),
     )  # fmt: skip
 
@@ -790,44 +871,54 @@ def harvest_tree(
     )  # fmt: skip
 
 
+POINTERS = {
+    "p_tokens": "*i32", "p_lengths": "*i32", "p_seeds": "*i64", "p_streams": "*i32", "p_keys": "*i64",
+    "p_rows": "*i32", "p_table_tokens": "*i32", "p_table_logprobs": "*fp32", "p_names": "*i32", "p_values": "*fp32",
+    "p_slots": "*i32", "p_masks": "*i32", "p_scores": "*fp32", "p_candidates": "*i32", "p_candidate_scores": "*fp32",
+    "p_tree": "*i32", "p_batch": "*i32", "p_batch_masks": "*i32", "p_prefix": "*i32", "floor": "fp32",
+}  # fmt: skip
+
+
+def _case(
+    op: str, arch: int, name: str, nodes: int, passes: int, width: int, children: int, prefetch: int,
+    prefetch_width: int, first: bool = False, table: int = 8,
+) -> CompileCase:  # fmt: skip
+    """The kernel of `op` as it is launched for a tree, sampled. first: the first pass. table: successors, 0: none."""
+    slots = 2 + (passes - 1) * width + passes * prefetch * prefetch_width
+    tree = width, prefetch, prefetch_width, children, slots
+    if op == "grow_pass":
+        kernel = grow_pass_kernel
+        constants = _pass_constants(*tree, table, BLOCK) | {"FIRST": first, "SAMPLED": True}
+        spilling = GROW_SPILLING
+    else:
+        kernel, constants, spilling = harvest_tree_kernel, _harvest_constants(*tree, nodes), HARVEST_SPILLING
+    warps = _warps(constants["CANDIDATES"])
+    registers = most_registers(arch, warps, spilling)
+    constants["PDL"] = False
+    signature = {argument: POINTERS.get(argument, "i32") for argument in kernel.arg_names if argument not in constants}
+    return CompileCase(f"{op} {name}", kernel, signature, constants, num_warps=warps, maxnreg=registers)
+
+
 def compile_cases(arch: int) -> list[CompileCase]:
-    """Trees for a GPU: 16, 64 and 256 nodes, with the default table, sampled."""
-    pointers = {
-        "p_tokens": "*i32", "p_lengths": "*i32", "p_seeds": "*i64", "p_streams": "*i32", "p_keys": "*i64",
-        "p_rows": "*i32", "p_table_tokens": "*i32", "p_table_logprobs": "*fp32", "p_names": "*i32", "p_values": "*fp32",
-        "p_slots": "*i32", "p_masks": "*i32", "p_scores": "*fp32", "p_candidates": "*i32",
-        "p_candidate_scores": "*fp32", "p_tree": "*i32", "p_batch": "*i32", "p_batch_masks": "*i32", "p_prefix": "*i32",
-        "stride": "i32", "vocab_size": "i32", "hash_slots": "i32", "start": "i32", "floor": "fp32",
-    }  # fmt: skip
+    """Trees of 16, 64 and 256 nodes with the default table, and settings that make the largest tiles and longest loops.
 
-    def case(name: str, kernel, constexprs: dict, warps: int, maxnreg: int | None = None) -> CompileCase:
-        signature = {argument: pointers[argument] for argument in kernel.arg_names if argument in pointers}
-        return CompileCase(name, kernel, signature, constexprs, num_warps=warps, maxnreg=maxnreg)
-
-    up, cases = triton.next_power_of_2, []
-    for nodes, passes, width, children, prefetch, prefetch_width in (
-        (16, 3, 4, 4, 1, 2),
-        (64, 6, 8, 8, 2, 4),
-        (256, 8, 16, 16, 2, 8),
-    ):
-        size = 2 + (passes - 1) * width + passes * prefetch * prefetch_width
-        blocks = _blocks(width, prefetch_width, children, size)
-        warps = _warps(blocks["CANDIDATES"])
-        shared = blocks | {
-            "GIVEN": children, "PREFETCH": prefetch, "PREFETCH_WIDTH": prefetch_width, "SLOTS": size,
-            "CHILDREN": children, "MAX_DEPTH": 12, "PDL": False,
-        }  # fmt: skip
-        growing = shared | {
-            "SAMPLED": True, "SUCCESSORS": 8, "WIDTH": width, "WORDS": words(size), "WORDS_BLOCK": up(words(size)),
-            "NGRAM_RANKS": ranks(8), "BLOCK": BLOCK,
-        }  # fmt: skip
-        for record in (0, 2, width):
-            name = f"grow_pass N={nodes} after={record}"
-            registers = most_registers(arch, warps, SPILLING)
-            cases.append(case(name, grow_pass_kernel, growing | {"RECORD": record}, warps, registers))
-        harvesting = shared | {
-            "RECORD": width, "NODES": nodes, "WORDS": words(nodes), "WORDS_BLOCK": up(words(nodes)),
-            "NODES_BLOCK": up(max(nodes - 1, 2)),
-        }  # fmt: skip
-        cases.append(case(f"harvest_tree N={nodes}", harvest_tree_kernel, harvesting, warps))
+    A tree: nodes, passes, width, children, prefetch, prefetch_width.
+    """
+    trees = {
+        "N=16": (16, 3, 4, 4, 1, 2),
+        "N=64": (64, 6, 8, 8, 2, 4),
+        "N=256": (256, 8, 16, 16, 2, 8),
+        "levels=8": (64, 6, 2, 8, 8, 1),  # the largest that mode "staged" chooses by itself
+        "levels=28": (256, 2, 2, 8, 28, 9),
+        "width=256": (256, 4, 256, 8, 0, 1),
+        "guesses=126": (256, 3, 2, 8, 1, 126),
+        "children=8192": (256, 1, 1, 8192, 0, 1),
+        "candidates=16384": (256, 4, 128, 16, 2, 64),
+    }
+    cases = []
+    for name, tree in trees.items():
+        cases.append(_case("grow_pass", arch, f"{name} first", *tree, first=True))
+        cases.append(_case("grow_pass", arch, name, *tree))
+        cases.append(_case("harvest_tree", arch, name, *tree))
+    cases.append(_case("harvest_tree", arch, "root", 1, 0, 1, 1, 0, 1))
     return cases

@@ -94,7 +94,7 @@ def successors(
     return b_tokens, b_logprobs
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("contexts", "stride"))  # they vary from call to call
 def ngram_lookup_kernel(
     p_contexts,  # [B, K, 2]
     p_sequence,  # [B, S]

@@ -44,7 +44,7 @@ from stagedspec.kernels.registry import CompileCase, check_runs, check_tensor, l
 NEVER_ENDS = tl.constexpr(2**30)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("stride", "ends", "nodes", "deepest", "words"))
 def verify_commit_kernel(
     p_chosen,  # [B, N]
     p_tree,  # [5, B, N]
@@ -62,9 +62,9 @@ def verify_commit_kernel(
     p_draft_moves,  # [2, B, D + 2]
     stride,
     ends,
-    NODES: tl.constexpr,
-    DEEPEST: tl.constexpr,
-    WORDS: tl.constexpr,
+    nodes,
+    deepest,
+    words,
     NODES_BLOCK: tl.constexpr,
     WORDS_BLOCK: tl.constexpr,
     DEPTHS_BLOCK: tl.constexpr,
@@ -80,26 +80,26 @@ def verify_commit_kernel(
     running = tl.load(p_running + i_row)
     runs = running != 0
     i_node = tl.arange(0, NODES_BLOCK)
-    b_inside = i_node < tl.where(runs, NODES, 0)  # a row that has stopped has no nodes
-    field = rows * NODES
-    p_node = p_tree + i_row * NODES + i_node
+    b_inside = i_node < tl.where(runs, nodes, 0)  # a row that has stopped has no nodes
+    field = rows * nodes
+    p_node = p_tree + i_row * nodes + i_node
     b_token = tl.load(p_node + TOKEN * field, mask=b_inside, other=-1)
     b_parent = tl.load(p_node + TREE_PARENT * field, mask=b_inside, other=-1)
     b_depth = tl.load(p_node + TREE_DEPTH * field, mask=b_inside, other=0)
     b_slot = tl.load(p_node + TREE_SLOT * field, mask=b_inside, other=-1)
     b_origin = tl.load(p_node + TREE_ORIGIN * field, mask=b_inside, other=0)
-    b_chosen = tl.load(p_chosen + i_row * NODES + i_node, mask=b_inside, other=-1).to(tl.int32)
+    b_chosen = tl.load(p_chosen + i_row * nodes + i_node, mask=b_inside, other=-1).to(tl.int32)
     i_end = tl.arange(0, ENDS_BLOCK)
     b_ends = tl.load(p_eos + i_end, mask=i_end < ends, other=-1)
 
     # The accepted path.
-    b_wanted = tl.load(p_chosen + i_row * NODES + b_parent, mask=b_parent >= 0, other=-1).to(tl.int32)
+    b_wanted = tl.load(p_chosen + i_row * nodes + b_parent, mask=b_parent >= 0, other=-1).to(tl.int32)
     b_agrees = ((i_node == 0) | ((b_parent >= 0) & (b_wanted == b_token))) & (b_chosen >= 0)
     b_bits = tl.where(b_agrees, 1 << (i_node & 31), 0)
     b_agreeing = tl.sum(tl.reshape(b_bits, [WORDS_BLOCK, 32]), 1)  # distinct bits: the sum is their union
     i_word = tl.arange(0, WORDS_BLOCK)[None, :]
-    b_visible = b_inside[:, None] & (i_word < WORDS)
-    b_mask = tl.load(p_masks + (i_row * NODES + i_node)[:, None] * WORDS + i_word, mask=b_visible, other=0)
+    b_visible = b_inside[:, None] & (i_word < words)
+    b_mask = tl.load(p_masks + (i_row * nodes + i_node)[:, None] * words + i_word, mask=b_visible, other=0)
     b_broken = tl.max(((b_mask & ~b_agreeing[None, :]) != 0).to(tl.int32), 1)
     b_accepted = b_inside & b_agrees & (b_broken == 0)
     steps = tl.sum(b_accepted.to(tl.int32), 0)
@@ -121,21 +121,21 @@ def verify_commit_kernel(
     taken = tl.where(runs, tl.minimum(count, steps - 1), -1)
     tl.store(p_accepted + i_row, taken)
     i_depth = tl.arange(0, DEPTHS_BLOCK)
-    p_count = p_counts + i_row * (DEEPEST + 1) + i_depth
-    b_count = tl.load(p_count, mask=i_depth <= DEEPEST, other=0)
-    tl.store(p_count, b_count + (taken >= i_depth).to(tl.int32), mask=i_depth <= DEEPEST)
+    p_count = p_counts + i_row * (deepest + 1) + i_depth
+    b_count = tl.load(p_count, mask=i_depth <= deepest, other=0)
+    tl.store(p_count, b_count + (taken >= i_depth).to(tl.int32), mask=i_depth <= deepest)
 
     # Moves: none at first, then those of the path.
     b_none = tl.full([DEPTHS_BLOCK], -1, tl.int32)
-    target_field, draft_field = rows * (DEEPEST + 1), rows * (DEEPEST + 2)
-    p_target = p_target_moves + i_row * (DEEPEST + 1)
-    p_draft = p_draft_moves + i_row * (DEEPEST + 2)
-    tl.store(p_target + i_depth, b_none, mask=i_depth <= DEEPEST)
-    tl.store(p_target + target_field + i_depth, b_none, mask=i_depth <= DEEPEST)
-    tl.store(p_draft + i_depth, b_none, mask=i_depth <= DEEPEST + 1)
-    tl.store(p_draft + draft_field + i_depth, b_none, mask=i_depth <= DEEPEST + 1)
+    target_field, draft_field = rows * (deepest + 1), rows * (deepest + 2)
+    p_target = p_target_moves + i_row * (deepest + 1)
+    p_draft = p_draft_moves + i_row * (deepest + 2)
+    tl.store(p_target + i_depth, b_none, mask=i_depth <= deepest)
+    tl.store(p_target + target_field + i_depth, b_none, mask=i_depth <= deepest)
+    tl.store(p_draft + i_depth, b_none, mask=i_depth <= deepest + 1)
+    tl.store(p_draft + draft_field + i_depth, b_none, mask=i_depth <= deepest + 1)
     tl.debug_barrier()
-    b_moves = b_accepted & (i_node < tl.where(goes_on, NODES, 0))
+    b_moves = b_accepted & (i_node < tl.where(goes_on, nodes, 0))
     tl.store(p_target + b_depth, i_node, mask=b_moves)
     tl.store(p_target + target_field + b_depth, length - 1 + b_depth, mask=b_moves)
     b_moves &= b_slot >= 0
@@ -177,17 +177,26 @@ def _launch(
 ) -> None:  # fmt: skip
     batch, nodes = chosen.shape
     deepest = counts.shape[1] - 1
-    up = triton.next_power_of_2
-    nodes_block = max(32, up(nodes))
     launch_kernel(
         verify_commit_kernel,
         (batch,),
         chosen, tree, masks, tokens, origins, lengths, limits, running, active, eos,
-        accepted, counts, target_moves, draft_moves, tokens.shape[1], eos.shape[0],
-        NODES=nodes, DEEPEST=deepest, WORDS=words(nodes), NODES_BLOCK=nodes_block, WORDS_BLOCK=nodes_block // 32,
-        DEPTHS_BLOCK=up(deepest + 2), ENDS_BLOCK=up(eos.shape[0]),
+        accepted, counts, target_moves, draft_moves, tokens.shape[1], eos.shape[0], nodes, deepest, words(nodes),
+        **_blocks(nodes, deepest, eos.shape[0]),
         num_warps=_settings(nodes, tokens.device)["warps"], **launch_options(tokens.device),
     )  # fmt: skip
+
+
+def _blocks(nodes: int, deepest: int, ends: int) -> dict[str, int]:
+    """Tile sizes: powers of two, large enough that most trees share a compiled kernel."""
+    up = triton.next_power_of_2
+    block = max(32, up(nodes))
+    return {
+        "NODES_BLOCK": block,
+        "WORDS_BLOCK": block // 32,
+        "DEPTHS_BLOCK": max(32, up(deepest + 2)),
+        "ENDS_BLOCK": max(8, up(ends)),
+    }
 
 
 def _warps(nodes: int) -> int:
@@ -254,30 +263,20 @@ def verify_commit(
 
 
 def compile_cases(arch: int) -> list[CompileCase]:
-    """A root alone, and trees of 16, 64 and 256 nodes."""
+    """Trees of at most 32 nodes, of 64 and of 256."""
     signature = {
         "p_chosen": "*i32", "p_tree": "*i32", "p_masks": "*i32", "p_tokens": "*i32", "p_origins": "*i8",
         "p_lengths": "*i32", "p_limits": "*i32", "p_running": "*i32", "p_active": "*i32", "p_eos": "*i32",
         "p_accepted": "*i32", "p_counts": "*i32", "p_target_moves": "*i32", "p_draft_moves": "*i32",
-        "stride": "i32", "ends": "i32",
+        "stride": "i32", "ends": "i32", "nodes": "i32", "deepest": "i32", "words": "i32",
     }  # fmt: skip
-    up = triton.next_power_of_2
     return [
         CompileCase(
             f"verify_commit N={nodes}",
             verify_commit_kernel,
             signature,
-            {
-                "NODES": nodes,
-                "DEEPEST": deepest,
-                "WORDS": words(nodes),
-                "NODES_BLOCK": max(32, up(nodes)),
-                "WORDS_BLOCK": max(32, up(nodes)) // 32,
-                "DEPTHS_BLOCK": up(deepest + 2),
-                "ENDS_BLOCK": 8,
-                "PDL": False,
-            },
+            _blocks(nodes, deepest, 1) | {"PDL": False},
             num_warps=_warps(nodes),
         )
-        for nodes, deepest in ((1, 0), (16, 6), (64, 12), (256, 16))
+        for nodes, deepest in ((32, 8), (64, 12), (256, 30))
     ]

@@ -41,7 +41,7 @@ CASES = {
         "lm_head_hopper: sampled-50257x1280-r64": "HGMMA",
         "verify_commit: N=64": "",
     },
-    100: {"lm_head: head-topm-2048x96-r64": "UTCHMMA", "grow_tree: grow_pass N=256 after=0": ""},
+    100: {"lm_head: head-topm-2048x96-r64": "UTCHMMA", "grow_tree: grow_pass N=256": ""},
     120: {"lm_head: head-logits-2048x96-r16": "HMMA", "linear: m projection 16": "HMMA"},
 }
 
