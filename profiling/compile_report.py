@@ -3,10 +3,18 @@
     python profiling/compile_report.py [--arch 80 --arch 90] [--match tree_attention] [--out report.json]
 
 For each kernel at the shapes of GPT-2 S, M, L, XL and of the embedded models (`compile_cases` of the kernel files):
-registers a thread, shared memory a block, bytes spilled, matrix instructions and the width of asynchronous loads.
+
+    registers            of a thread
+    shared, bytes        shared memory of a block
+    spilled              bytes of a thread's registers that the compiler keeps in memory instead
+    matrix instructions  how many, by kind
+    128-bit loads        global loads of 128 bits
+    seconds              CPU time of the compilation, the assembler included; nothing is taken from the compile cache
+
 The exit status is 1 if a kernel spills, takes more shared memory than the chip has, is a matrix multiply without matrix
-instructions, or shows the miscompilation described at `miscompiled`. Needs Triton's own compiler, not its interpreter:
-TRITON_INTERPRET must not be set.
+instructions, takes more than 10 seconds to compile, or shows the miscompilation described at `miscompiled`. Seconds are
+CPU time because a busy machine changes it little. Needs Triton's own compiler, not its interpreter: TRITON_INTERPRET
+must not be set.
 """
 
 import argparse
@@ -43,6 +51,7 @@ MODULES = (
     "grow_tree",
     "verify_commit",
 )
+SECONDS_LIMIT = 10.0  # a user waits for every kernel that is compiled for the first time
 MATRIX = re.compile(r"\b(UTCHMMA|UTCQMMA|HGMMA|HMMA|DMMA|IMMA)\b")
 
 
@@ -57,6 +66,7 @@ class Report:
     spilled: int = 0
     matrix: str = ""
     wide_loads: int = 0
+    seconds: float = 0.0
     problem: str = ""
 
 
@@ -91,10 +101,14 @@ def compile_case(job: tuple[str, int, int]) -> Report:
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "enable_fp_fusion": FUSION}
     options["maxnreg"] = case.maxnreg
     name = label(module, case)
+    start = cpu_seconds()
     try:
-        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+        with triton.knobs.compilation.scope():
+            triton.knobs.compilation.always_compile = True  # the time of an empty cache
+            compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     except Exception as error:  # the compiler raises its own and MLIR's kinds
         return Report(name, arch, problem=f"does not compile: {str(error).strip().splitlines()[-1][:100]}")
+    seconds = cpu_seconds() - start
     usage, code = _dump(compiled.asm["cubin"])
     registers, stack = (int(re.search(rf"{what}:(\d+)", usage).group(1)) for what in ("REG", "STACK"))
     # A cubin of Blackwell's addresses its tensor memory by UTC... instructions; their operands are not in registers.
@@ -109,8 +123,14 @@ def compile_case(job: tuple[str, int, int]) -> Report:
         spilled,
         " ".join(f"{count} {kind}" for kind, count in matrix.most_common()),
         len(re.findall(r"(?:LDGSTS|LDG)\.[\w.]*128", code)),
+        round(seconds, 2),
     )
     return Report(**asdict(report) | {"problem": _problem(case, report, code)})
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process and of its children that have ended: the assembler is one."""
+    return sum(os.times()[:4])
 
 
 def miscompiled(code: str) -> bool:
@@ -146,6 +166,8 @@ def _problem(case: CompileCase, report: Report, code: str) -> str:
         return f"takes {report.shared} bytes of shared memory, the chip has {SHARED_LIMIT[report.arch]}"
     if case.matrix and not report.matrix:
         return "has no matrix instructions"
+    if report.seconds > SECONDS_LIMIT:
+        return f"takes {report.seconds:.0f} s to compile, at most {SECONDS_LIMIT:.0f} are allowed"
     return ""
 
 
@@ -163,10 +185,11 @@ def _dump(cubin: bytes) -> tuple[str, str]:
 
 def table(reports: list[Report]) -> str:
     """Markdown."""
-    lines = ["| kernel | sm | registers | shared, bytes | spilled | matrix instructions | 128-bit loads | |"]
-    lines.append("|---|---|---|---|---|---|---|---|")
+    lines = ["| kernel | sm | registers | shared, bytes | spilled | matrix instructions | 128-bit loads | seconds | |"]
+    lines.append("|---|---|---|---|---|---|---|---|---|")
     for r in reports:
-        cells = (r.name, r.arch, r.registers, r.shared, r.spilled, r.matrix or "-", r.wide_loads, r.problem or "ok")
+        found = (r.registers, r.shared, r.spilled, r.matrix or "-", r.wide_loads, f"{r.seconds:.2f}")
+        cells = (r.name, r.arch, *found, r.problem or "ok")
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
