@@ -67,7 +67,7 @@ class Sequences:
     """The committed tokens of a batch, and when each row stops; lives on the device.
 
     prompts: one list of ids a row; new_tokens: at most so many more; eos: ids that end a row. capacity: the most tokens
-    that a row may hold, in this generation or another one.
+    that a row may hold, in this generation or another one. most: tokens that a row may gain in one step.
 
     Raises ValueError for an empty prompt or no new tokens, and where no kernel can run on the device.
     """
@@ -77,7 +77,7 @@ class Sequences:
             raise ValueError(f"every prompt needs at least one token, got {[len(prompt) for prompt in prompts]}")
         if new_tokens < 1:
             raise ValueError(f"new_tokens must be at least 1, got {new_tokens}")
-        rows = len(prompts)
+        rows, self.most = len(prompts), 1
         self.device, self.capacity = device, _whole(max(map(len, prompts)) + new_tokens, TOKENS)
         check_runs(torch.empty(0, device=device), "Sequences")
 
@@ -97,9 +97,9 @@ class Sequences:
         self._chunks: dict[int, Batch] = {}  # by size
         self._roots: Trees | None = None
         self._chains: Trees | None = None
-        # The host learns how many rows run from copies in pinned memory, and never waits for the step under way.
+        # The host learns how many rows run, and how long all are, from copies in pinned memory.
         pinned = device.type == "cuda"
-        self._known = [torch.empty(1, dtype=torch.int32, pin_memory=pinned) for _ in range(2)]
+        self._known = [torch.empty(1 + rows, dtype=torch.int32, pin_memory=pinned) for _ in range(2)]
         self._copied = [torch.cuda.Event() for _ in range(2)] if pinned else []
         self._first_token = Stopwatch(device)
         self.restart(prompts, new_tokens, eos)
@@ -172,28 +172,39 @@ class Sequences:
     # ------------------------------------------------------------ what the host sees
 
     def publish(self) -> None:
-        """Starts copying the number of running rows to the host; outside a captured step, after it was launched."""
+        """Starts copying the rows' state to the host; outside a captured step, after it was launched."""
         if not self._published:
             self._first_token.stop()
         turn = self._published % 2
-        self._known[turn].copy_(self.state.active, non_blocking=True)
+        self._known[turn][:1].copy_(self.state.active, non_blocking=True)
+        self._known[turn][1:].copy_(self.state.lengths, non_blocking=True)
         if self._copied:
             self._copied[turn].record()
         self._published += 1
 
     @property
     def finished(self) -> bool:
-        """Whether all rows have stopped, as far as the host knows without waiting for the last step.
+        """Whether all rows have stopped, as far as the host knows.
 
-        Waits for the step before the last one: the host is at most one step ahead, so at most one step runs in vain. It
-        changes nothing. Without a `publish` after each step this stays False.
+        The host is at most one step ahead: it waits for the step before the last one, and for the last one where by its
+        length every row may end in it. So a step runs in vain only after an end-of-sequence token that nobody could
+        foresee; it changes nothing. Without a `publish` after each step this stays False.
         """
-        if self._copied and self._published > 1:
-            self._copied[self._published % 2].synchronize()
+        if not self._published:
+            return False
         newest = self._published - 1
-        if self._copied and newest >= 0 and not self._copied[newest % 2].query():
-            newest -= 1
-        return newest >= 0 and self._known[newest % 2].item() == 0
+        if self._copied and not self._copied[newest % 2].query():
+            lengths = self.prompt_lengths
+            if newest:
+                self._copied[(newest - 1) % 2].synchronize()
+                lengths = self._known[(newest - 1) % 2][1:].tolist()
+            if all(limit - length <= self.most for limit, length in zip(self.limits, lengths, strict=True)):
+                self._copied[newest % 2].synchronize()
+            elif newest:
+                newest -= 1
+            else:
+                return False
+        return self._known[newest % 2][0].item() == 0
 
     @property
     def seconds_to_first_token(self) -> float | None:
@@ -245,6 +256,7 @@ class Batch:
     prefix: torch.Tensor
     first_bit: int = 0
     packed: torch.Tensor | None = None
+    steps: torch.Tensor | None = None  # of a chunk: 0, 1, ... in every row
 
     @classmethod
     def of(cls, rows: int, nodes: int, region: int, device: torch.device) -> "Batch":
@@ -258,11 +270,12 @@ class Batch:
         """Of a chunk of prompts: every token sees those before it. `begin` says where."""
         batch = cls.of(rows, nodes, nodes, device)
         batch.masks.copy_(mask_words(torch.ones(nodes, nodes, dtype=torch.bool, device=device).tril()))
-        return batch
+        steps = torch.arange(nodes, dtype=torch.int32, device=device).expand(rows, -1)
+        return replace(batch, steps=steps.contiguous())
 
     def begin(self, start: int) -> None:
         """Places the nodes of a chunk after `start` committed tokens."""
-        self.positions.copy_(torch.arange(start, start + self.nodes))
+        torch.add(self.steps, start, out=self.positions)
         torch.add(self.positions, 1, out=self.noise_positions)
         self.prefix.fill_(start)
 

@@ -222,15 +222,20 @@ def candidates(shape: tuple[int, ...], device: torch.device) -> list[dict[str, i
     """Settings to try at the shape (`padded` rows of x, outputs, inputs), the default first: tokens a program takes.
     With fewer there are more programs, each waits for less of x, and L2 gives the weights more often. A token's bits
     are the same. Counters are there for programs of 16 tokens (`linear.scratch_size`)."""
-    most = min(64, shape[0])
-    return [{"TOKENS": tokens} for tokens in (64, 32, 16) if tokens <= most] or [{"TOKENS": most}]
+    most, _, inputs = shape
+    found = [tokens for tokens in (64, 32, 16) if tokens <= most] or [most]
+    # Scratch for parts is made for programs of 64 tokens, and so many more have to leave room for the weights.
+    if most >= 128 and splits_of(inputs)[0] == 1 and settings(128, inputs)["SLOTS"] >= 3:
+        found.append(128)
+    return [{"TOKENS": tokens} for tokens in found]
 
 
-def settings(count: int, inputs: int) -> dict[str, int]:
-    """Splits, tokens a program takes, columns a block, and how many blocks of x are in shared memory: all, or as many
-    as fit, three at least. Large blocks are faster: they may go a little beyond the last column, where zeros are."""
-    (splits, part), tokens = splits_of(inputs), min(64, max(8, triton.next_power_of_2(count)))
-    for block in (256, 128, 64) if tokens < 64 else (128, 64):
+def settings(tokens: int, inputs: int) -> dict[str, int]:
+    """Of a program that takes `tokens` tokens, a power of two: splits, columns a block, and how many blocks of x are in
+    shared memory: all, or as many as fit, three at least up to 64 tokens. Large blocks are faster: they may go a little
+    beyond the last column, where zeros are."""
+    splits, part = splits_of(inputs)
+    for block in (256, 128, 64) if tokens < 64 else (128, 64) if tokens == 64 else (64, 32):
         blocks = triton.cdiv(part, block)
         length = blocks * block
         slots = (SHARED - SPARE - length * ROWS * 2) // (tokens * block * 2)

@@ -64,6 +64,7 @@ lock = nullcontext()  # of a step: nothing is shared between steps here
 # Most of it is host work, by the times by phase of generations on two shared cores; it matters for small models. Draft
 # passes after the first find the caches warm, which makes up for part of their host work.
 overheads = Overheads(step=2e-4, node=1e-5, drafting=2e-4, draft_pass=0.0, row=4e-5)
+timed_rows = (1, 2, 4, 8, 16, 32, 64)  # of the passes that the cost model measures; more find what a busy moment spared
 fixed_shapes = False  # a step takes as many passes, and a tree as many nodes, as it is worth
 
 

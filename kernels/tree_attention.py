@@ -283,22 +283,27 @@ def _attend_near(
     index = tl.arange(0, ROWS * WINDOW)  # [KEYS]
     query = i_tile * ROWS + index // WINDOW  # node * GROUP + head in the group
     node, known = query // GROUP, query < N * GROUP
-    position = _positions(p_masks, node, prefix, known, WORDS)
+    if CHAIN:  # which bit is a key's is known without the masks
+        position = tl.where(known, prefix + node, -1)
+    else:
+        position = _positions(p_masks, node, prefix, known, WORDS)
     keys = position - (WINDOW - 1) + index % WINDOW  # [KEYS], positions
     rank = keys - prefix
-    bits = tl.full([ROWS * WINDOW], 0, tl.uint32)  # the word that holds the key's bit,
-    bit = tl.full([ROWS * WINDOW], 0, tl.int32)  # the first bit of that word,
-    rest = tl.full([ROWS * WINDOW], 0, tl.int32)  # and the set bits of that word below the key's
-    below = tl.full([ROWS * WINDOW], 0, tl.int32)
-    for i_word in tl.static_range(WORDS):
-        word = _word(p_masks, node, i_word, known, WORDS)
-        above = below + _popcount(word)
-        here = (rank >= below) & (rank < above)
-        bits = tl.where(here, word, bits)
-        bit = tl.where(here, 32 * i_word, bit)
-        rest = tl.where(here, rank - below, rest)
-        below = above
-    bit += _select(bits, rest)
+    bit = rank
+    if not CHAIN:
+        bits = tl.full([ROWS * WINDOW], 0, tl.uint32)  # the word that holds the key's bit,
+        bit = tl.full([ROWS * WINDOW], 0, tl.int32)  # the first bit of that word,
+        rest = tl.full([ROWS * WINDOW], 0, tl.int32)  # and the set bits of that word below the key's
+        below = tl.full([ROWS * WINDOW], 0, tl.int32)
+        for i_word in tl.static_range(WORDS):
+            word = _word(p_masks, node, i_word, known, WORDS)
+            above = below + _popcount(word)
+            here = (rank >= below) & (rank < above)
+            bits = tl.where(here, word, bits)
+            bit = tl.where(here, 32 * i_word, bit)
+            rest = tl.where(here, rank - below, rest)
+            below = above
+        bit += _select(bits, rest)
     inside = rank >= 0
     fresh = inside & (bit >= first_bit)
     row = tl.where(inside, tl.where(fresh, bit - first_bit, bit), tree_rows + keys)

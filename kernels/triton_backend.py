@@ -5,10 +5,12 @@ operation and width: after the first step nothing is allocated, nothing is read 
 CUDA graph. Operations run in turn on one stream, so buffers of one width are shared between passes, layers and models.
 """
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from threading import RLock
+from threading import Lock, RLock
 
 import torch
 
@@ -92,6 +94,7 @@ class TritonOps:
     max_head_size = MAX_HEAD_SIZE
     max_depth = WINDOW - 2  # the draft's pass begins one token above the root
     fixed_shapes = True
+    timed_rows = (1, 16, 64)  # of the passes that the cost model measures: each has kernels of its own to compile
     # The kernels of tree growth, verification and commit on an H200 (bench/README.md), and a graph's launch.
     overheads = Overheads(step=2.5e-5, node=0.0, drafting=0.0, draft_pass=1e-5, row=0.0)
 
@@ -383,6 +386,22 @@ def warping_settings(warping: dict | None) -> dict:
     }
 
 
+_CAPTURING = Lock()  # torch allows one capture at a time in a process
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Keeps Python from collecting garbage meanwhile: a CUDA graph that is destroyed would spoil the capture."""
+    with _CAPTURING:
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if collects:
+                gc.enable()
+
+
 class _Captured:
     """A step, or a part of one, as a CUDA graph. The first call captures it, and before that compiles its kernels and
     makes its buffers if `TritonOps.prepare` has not. What it is given and what it returns are the same tensors at every
@@ -409,7 +428,7 @@ class _Captured:
         # Only this thread's calls could spoil it: others may go on decoding, or whatever they do on the GPU. What torch
         # itself makes for its first graph is shared by all: it must not be bound to inference mode.
         captured = torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local")
-        with torch.inference_mode(False), captured, torch.inference_mode():
+        with _alone(), torch.inference_mode(False), captured, torch.inference_mode():
             self.value = self.part(*given)
         # The graph reads and writes through addresses: what lies there must outlive it.
         self.graph, self.held = graph, (self.ops._scratch, dict(self.ops._buffers))

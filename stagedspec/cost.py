@@ -42,7 +42,6 @@ STRETCHES: dict[bool, tuple[Stretch, ...]] = {
 SAMPLED = {"temperature": 1.0, "top_k": 50, "top_p": None, "min_p": None}
 CHILDREN = 8
 CONTEXT = 128  # prefix length that passes are measured at
-GRID = (1, 2, 4, 8, 16, 32, 64)  # numbers of rows that are measured; a finer grid finds what a busy moment spared
 # What is tried.
 SIZES = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 PASSES = (1, 2, 3, 4, 6)
@@ -63,7 +62,9 @@ class PassTimes:
     def __init__(self, target: GPT2, draft: GPT2, known: dict[tuple[bool, int, int, bool], float] | None = None):
         """known: measured before, by (whether of the draft, batch, rows, sampled)."""
         self.target, self.draft = target, draft
+        self.rows = target.ops.timed_rows
         self.seconds = dict(known or {})
+        self._passes: dict[tuple[bool, int, int, bool], Callable] = {}  # that are ready to be measured
 
     def target_pass(self, batch: int, nodes: int, sampled: bool) -> float:
         return self._interpolate(False, batch, nodes, sampled)
@@ -72,8 +73,8 @@ class PassTimes:
         return self._interpolate(True, batch, nodes, sampled)
 
     def _interpolate(self, draft: bool, batch: int, nodes: int, sampled: bool) -> float:
-        above = next((size for size in GRID if size >= nodes), GRID[-1])
-        below = max((size for size in GRID if size <= nodes), default=above)
+        above = next((size for size in self.rows if size >= nodes), self.rows[-1])
+        below = max((size for size in self.rows if size <= nodes), default=above)
         low, high = self._measure(draft, batch, below, sampled), self._measure(draft, batch, above, sampled)
         if above == below:
             return high * max(1.0, nodes / above)
@@ -82,15 +83,37 @@ class PassTimes:
     def _measure(self, draft: bool, batch: int, nodes: int, sampled: bool) -> float:
         if (draft, batch, nodes, sampled) not in self.seconds:
             # All sizes in turn: a moment in which the machine is busy must not fall on one of them alone.
-            sizes = [size for size in GRID if size <= max(nodes, TOGETHER)]
-            keys = [key for size in sizes if (key := (draft, batch, size, sampled)) not in self.seconds]
-            before = _pass(self.target, False, batch, 1, False)
-            model = self.draft if draft else self.target
-            least = _least_times(model, [_pass(model, *key) for key in keys], before)
+            keys = self._unknown(draft, batch, max(nodes, TOGETHER), sampled)
+            before = False, batch, 1, False
+            self._make([*keys, before])
+            least = _least_times(self.target, [self._passes[key] for key in keys], self._passes[before])
             # Nor do fewer rows take longer than more.
             for index, key in enumerate(keys):
                 self.seconds[key] = min(least[index:])
+                self._passes.pop(key, None)
         return self.seconds[draft, batch, nodes, sampled]
+
+    def prepare(self, batch: int, sampled: bool) -> None:
+        """Compiles the passes of both models that choosing a tree will measure, all in parallel."""
+        keys = self._unknown(False, batch, self.rows[-1], sampled) + self._unknown(True, batch, TOGETHER, sampled)
+        if keys:
+            self._make([*keys, (False, batch, 1, False)])
+
+    def release(self) -> None:
+        """Frees what was made ready and not measured."""
+        self._passes.clear()
+
+    def _unknown(self, draft: bool, batch: int, most: int, sampled: bool) -> list[tuple[bool, int, int, bool]]:
+        keys = [(draft, batch, size, sampled) for size in self.rows if size <= most]
+        return [key for key in keys if key not in self.seconds]
+
+    def _make(self, keys: Sequence[tuple[bool, int, int, bool]]) -> None:
+        ops = self.target.ops
+        for key in keys:
+            if key not in self._passes:
+                model = self.draft if key[0] else self.target
+                self._passes[key] = ops.repeated(_pass(model, *key))
+        ops.prepare([(self._passes[key], ()) for key in keys], self.target.device)
 
 
 def _pass(model: GPT2, draft: bool, batch: int, nodes: int, sampled: bool) -> Callable[[], object]:
@@ -121,13 +144,11 @@ def _pass(model: GPT2, draft: bool, batch: int, nodes: int, sampled: bool) -> Ca
 
 def _least_times(model: GPT2, runs: Sequence[Callable], before: Callable) -> list[float]:
     """The least time of each of `runs` in up to ROUNDS rounds after a warm-up, each run after `before`; rounds end when
-    BUDGET seconds a run are spent. They run as the backend repeats them: on a GPU they are replayed.
+    BUDGET seconds a run are spent.
 
     What else runs on the machine only adds.
     """
     ops, device = model.ops, model.device
-    runs, before = list(map(ops.repeated, runs)), ops.repeated(before)
-    ops.prepare([(run, ()) for run in (*runs, before)], device)
     for run in runs:
         run()
     least = [math.inf] * len(runs)

@@ -445,10 +445,12 @@ class Decoder:
             trees = tuning.trees.get(key)
             with self.target.ops.lock, current(self.device):  # what was not measured before is measured here
                 if trees is None:
+                    self._costs.prepare(batch, do_sample)
                     trees = tuning.trees[key] = model.ladder(mode)
                 for tree in trees:
                     self.target.ops.check_tree(tree)
                 self._ladders[key] = tuple(rungs(model, trees))
+                self._costs.release()
             if self._own and self._costs.seconds != tuning.seconds:
                 tuning.seconds = dict(self._costs.seconds)
                 keep(self, tuning)

@@ -62,6 +62,7 @@ class Stepper:
         self.target, self.draft, self.warping = target, draft, warping
         self.walks, self.clock = walks, clock
         self.sequences = ops.Sequences(request.prompts, request.new_tokens, request.eos, target.device)
+        self.sequences.most = config.depth + 1
         self.cache = Cache(target, len(request.prompts), config.nodes, self.sequences.capacity)
         self.noise = None
         if request.sampling.do_sample:

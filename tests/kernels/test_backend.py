@@ -326,7 +326,7 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_generations_of_a_kind_share_memory_and_graphs(pair, device, monkeypatch, kind):
     """Whatever the last one left behind: other prompts, lengths, chunks, seeds and ends."""
-    monkeypatch.setattr("stagedspec.kernels.device.CHUNKS", (2, 4))
+    monkeypatch.setattr("stagedspec.kernels.device.CHUNKS", (2, 4, 8))
     monkeypatch.setattr("stagedspec.kernels.device.CHUNK_COST", 1)
     parts, repeated = [], Replay if device.type == "cpu" else _Captured
     monkeypatch.setattr(TritonOps, "repeated", lambda ops, part: (parts.append(repeated(part, ops)), parts[-1])[1])

@@ -9,7 +9,7 @@ from conftest import DTYPES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stagedspec.kernels import linear
+from stagedspec.kernels import linear, registry
 from stagedspec.kernels import tree_attention as module
 from stagedspec.kernels.registry import Scratch
 from stagedspec.kernels.timing import graph_of
@@ -373,8 +373,7 @@ def test_kernels_that_start_early_wait_for_what_they_read(device, fixed_order, m
         return found
 
     early = results(graph_of(step).replay if device.type == "cuda" else step)
-    for module_ in (linear, module):
-        monkeypatch.setattr(module_, "launch_options", lambda device: {"PDL": False})
+    monkeypatch.setattr(registry, "pdl", lambda arch: False)
     for (got, appended), (expected, cached) in zip(early, results(step), strict=True):
         assert torch.equal(got, expected) and all(map(torch.equal, appended, cached))
 
