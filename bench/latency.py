@@ -330,13 +330,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--tokens", nargs=2, type=int, default=(16, 80), metavar=("FEW", "MANY"), help="new tokens (default 16 80)"
     )
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, help="(default 5; on a CPU 3)")
     parser.add_argument("--transformers", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument(
         "--compiled", action=argparse.BooleanOptionalAction, default=None,
         help="transformers with a static cache and torch.compile (default: on a GPU)",
     )  # fmt: skip
-    parser.add_argument("--limit-seconds", type=float, help="no case starts later (default 240; on a CPU 150)")
+    parser.add_argument("--limit-seconds", type=float, help="no case starts later (default 240; on a CPU 120)")
     parser.add_argument("--out", type=Path, help="write results as JSON, after every case")
     parser.add_argument("--update-readme", action="store_true", help="also write bench/README.md")
     options = parser.parse_args(arguments)
@@ -358,7 +358,9 @@ def check(options: argparse.Namespace) -> None:
         raise ValueError(f"--out: the folder {options.out.parent} does not exist")
     on_cpu = device.type == "cpu"
     if options.limit_seconds is None:
-        options.limit_seconds = 150 if on_cpu else 240
+        options.limit_seconds = 120 if on_cpu else 240
+    if options.repeats is None:
+        options.repeats = 3 if on_cpu else 5
     if options.compiled is None:
         options.compiled = options.transformers and not on_cpu
 
