@@ -14,13 +14,14 @@ MAX_HEAD_SIZE = 256  # that tree_attention.py takes
 TRIED, TRIED_HEAD_SIZE = (9, 0), 128
 
 
-def resolve(backend: str, device: torch.device, head_size: int = 64):
+def resolve(backend: str, device: torch.device, head_size: int | None = None, dtype: torch.dtype | None = None):
     """Returns what implements the operations on `device`: reference.py, or a `TritonOps` of its own.
 
-    "auto" is triton on a GPU of the kind that the kernels have been tried on, if it can run there, else torch; on a GPU
-    a warning says why. "triton" needs an NVIDIA GPU of compute capability 8.0 or later and what Triton builds its
-    launchers with; on the CPU it runs in Triton's interpreter, for checking, and only if TRITON_INTERPRET=1 was set
-    before Python started. head_size: the largest of the models'.
+    "auto" is triton on a GPU of the kind that the kernels have been tried on, and on one where `stagedspec check` has
+    passed (trusted.py), if it can run there, else torch; on a GPU a warning says why. "triton" needs an NVIDIA GPU of
+    compute capability 8.0 or later and what Triton builds its launchers with; on the CPU it runs in Triton's
+    interpreter, for checking, and only if TRITON_INTERPRET=1 was set before Python started. head_size: the largest of
+    the models'; dtype: theirs; None: not known yet.
 
     Raises ValueError for an unknown backend and for a forced one that cannot run.
     """
@@ -31,7 +32,7 @@ def resolve(backend: str, device: torch.device, head_size: int = 64):
     if backend == "triton" and problem:
         raise ValueError(f"backend 'triton' cannot run on {device}: {problem}; use 'auto' or 'torch'")
     if backend == "auto" and wanted:
-        problem = problem or _untried(device, head_size)
+        problem = problem or _untried(device, head_size, dtype)
         if problem:
             warnings.warn(f"backend 'auto' is torch on {device}, which is slower: {problem}", stacklevel=3)
     if wanted and not problem:
@@ -43,13 +44,13 @@ def resolve(backend: str, device: torch.device, head_size: int = 64):
     return reference
 
 
-def _triton_problem(device: torch.device, head_size: int) -> str:
+def _triton_problem(device: torch.device, head_size: int | None) -> str:
     """Why kernels cannot run on the device, or nothing."""
     try:
         import triton
     except ImportError as error:
         return f"triton cannot be imported ({error})"
-    if head_size > MAX_HEAD_SIZE:
+    if (head_size or 0) > MAX_HEAD_SIZE:
         return f"attention heads can be at most {MAX_HEAD_SIZE} wide, the model's are {head_size}"
     interpreted = triton.knobs.runtime.interpret
     if device.type != "cuda":
@@ -76,15 +77,22 @@ def _cannot_build() -> str:
     return ""
 
 
-def _untried(device: torch.device, head_size: int) -> str:
+def _untried(device: torch.device, head_size: int | None, dtype: torch.dtype | None) -> str:
     """Why "auto" leaves kernels alone that could run on the GPU, or nothing."""
     import triton
+
+    from stagedspec.kernels import trusted
 
     if triton.knobs.runtime.interpret:
         return "TRITON_INTERPRET is set"
     capability = torch.cuda.get_device_capability(device)
     if capability != TRIED:
-        return f"the kernels have been tried on compute capability {TRIED} alone, it has {capability}; try 'triton'"
-    if head_size > TRIED_HEAD_SIZE:
-        return f"the kernels have been tried with heads up to {TRIED_HEAD_SIZE}, not {head_size}; try 'triton'"
-    return ""
+        tried = f"the kernels have been tried on compute capability {TRIED} alone, it has {capability}"
+    elif (head_size or 0) > TRIED_HEAD_SIZE:
+        tried = f"the kernels have been tried with heads up to {TRIED_HEAD_SIZE}, not {head_size}"
+    else:
+        return ""
+    unchecked = trusted.why_not(device, head_size, dtype)
+    if not unchecked:
+        return ""
+    return f"{tried}, and {unchecked}; `stagedspec check` with your models makes 'auto' trust this GPU"
