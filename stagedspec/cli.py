@@ -824,6 +824,89 @@ def _print_tuned(console: Console, found: list) -> None:
     console.print(grid)
 
 
+# ---- check ------------------------------------------------------------------------------------------------------
+
+
+@app.command(
+    epilog="Examples: [bold]stagedspec check[/bold] checks the kernels at the shapes of the embedded models; "
+    "[bold]stagedspec check --target gpt2-large --draft distilgpt2[/bold] at those of the models that you use."
+)
+@clear_errors
+def check(
+    mode: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Mode to compare with plain decoding; may be given several times. Default: all, which backend auto "
+            "needs to trust the GPU."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the record. Default: in the user's cache, where backend auto looks.")
+    ] = None,
+    target: Target = None,
+    draft: Draft = None,
+    ngram: Ngram = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+    no_color: NoColor = False,
+) -> None:
+    """Check the GPU kernels on this GPU: each against plain torch, and every mode against plain decoding, bit by bit.
+
+    If everything passes, backend auto uses the kernels on this GPU from then on, for models with such heads in this
+    dtype, until the driver, torch, Triton or the kernels change. Exit status 1 if anything fails.
+    """
+    from stagedspec import check as checks
+    from stagedspec.kernels import configs
+
+    modes = checks.check_modes(mode or [])
+    if out is not None and out.exists() and not out.is_dir():
+        raise ValueError(f"--out must be a folder, but {out} is a file")
+    where = checks.check_device(device)
+    with checks.memory_errors():
+        decoder = load_decoder(target, draft, ngram, where, dtype, "triton")
+    with progress_bar() as progress:
+        task = progress.add_task("checking", total=None)
+        results = checks.check(
+            decoder,
+            modes,
+            report=lambda name, done, total: progress.update(task, description=name, completed=done, total=total),
+        )
+    failed = sum(not result.passed for result in results)
+    saved = checks.record(decoder, results, out) if failed or not mode else None
+    name = configs.device_name(where)
+    if as_json:
+        shown = {"device": name, "passed": not failed, "saved": None if saved is None else str(saved)}
+        typer.echo(as_lines(shown | {"checks": [result.as_dict() for result in results]}))
+    else:
+        console = wide_console(no_color)
+        _print_checks(console, results)
+        if failed:
+            console.print(
+                f"{failed} of {len(results)} checks FAILED on {name}: use --backend torch there, and please report it.",
+                style="bold red",
+            )
+        else:
+            trust = "nothing was recorded" if saved is None else f"backend auto trusts {name} from now on ({saved})"
+            console.print(f"All {len(results)} checks passed; {trust}.", soft_wrap=True)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _print_checks(console: Console, results: list) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table(box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    for name in ("check", "shape", "passed", "remark"):
+        grid.add_column(name)
+    for result in results:
+        passed = Text("yes") if result.passed else Text("NO", style="bold red")
+        grid.add_row(Text(result.name), result.shape, passed, Text(result.remark))
+    console.print(grid)
+
+
 # ---- train ------------------------------------------------------------------------------------------------------
 
 
