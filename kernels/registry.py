@@ -4,6 +4,7 @@ Operations are registered with `torch.library` define/impl (a call costs 2 micro
 them write into tensors that the caller gives and return nothing: a step allocates nothing and can be captured.
 """
 
+import sys
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -65,6 +66,24 @@ def launch_options(device: torch.device) -> dict[str, bool]:
     return {"PDL": early, "enable_fp_fusion": FUSION} | ({"launch_pdl": True} if early else {})
 
 
+_keyed: set[str] = set()  # modules
+
+
+def key_functions(module: str) -> None:
+    """Computes the cache keys of a module's jitted functions, in the order in which they are defined.
+
+    In Triton 3.6 a kernel's key leaves out the constants of functions that have no key yet when its own is computed. So
+    keys depended on which kernels a process had launched before, and a second process compiled again what the first
+    one had left in the cache. Defined first are the functions that others call.
+    """
+    _keyed.add(module)
+    for function in list(vars(sys.modules[module]).values()):
+        if isinstance(function, triton.JITFunction):
+            if function.__module__ not in _keyed and function.__module__.startswith("stagedspec."):
+                key_functions(function.__module__)
+            function.cache_key  # noqa: B018 (the property computes it)
+
+
 # Takes launches (kernel, grid, arguments, options) in place of the GPU: a dry run, see compiling.py.
 collector: ContextVar[Callable[[object, tuple, tuple, dict], None] | None] = ContextVar("collector", default=None)
 
@@ -72,6 +91,8 @@ collector: ContextVar[Callable[[object, tuple, tuple, dict], None] | None] = Con
 def launch_kernel(kernel, grid: tuple[int, ...], *arguments, **options) -> None:
     """Launches a Triton or Gluon kernel, or hands the launch to the collector of a dry run. All launches go through
     here."""
+    if kernel.__module__ not in _keyed and not interpreted():
+        key_functions(kernel.__module__)
     collect = collector.get()
     if collect is None:
         kernel[grid](*arguments, **options)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache, partial
+from itertools import chain, cycle, islice
 from pathlib import Path
 
 import torch
@@ -212,13 +213,14 @@ def _kernel_cases(target: GPT2, draft: GPT2 | None, table: KatzTable, tree: Tree
 
 
 def _prompts(decoder: Decoder) -> list[list[int]]:
-    """Of different lengths, at most half of the model's positions."""
+    """Of different lengths, at most half of the model's positions; the last is longer than attention's window."""
     most = max(2, decoder.target.positions // 2)
     if decoder.tokenizer is None:
         generator = torch.Generator().manual_seed(0)
-        sizes = [min(size, most) for size in (24, 9, 40)]
+        sizes = [min(size, most) for size in (24, 9, 150)]
         return [torch.randint(decoder.target.vocab_size, (size,), generator=generator).tolist() for size in sizes]
-    return [decoder.tokenizer(text, add_special_tokens=False).input_ids[:most] for text in PROMPTS[:3]]
+    prompts = [decoder.tokenizer(text, add_special_tokens=False).input_ids[:most] for text in PROMPTS[:3]]
+    return [*prompts[:2], list(islice(cycle(chain(*prompts)), min(150, most)))]
 
 
 def _logits_case(decoder: Decoder, prompts: list[list[int]]) -> Case:

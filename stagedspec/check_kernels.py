@@ -175,7 +175,7 @@ def check_attention(model: GPT2) -> str:
         need = attention.scratch_size(sequences, count, heads, heads, size, cache.shape[1], nodes)
         attention.tree_attention(
             some.flatten(0, 1), cache[:sequences], masks[:sequences, rows].contiguous(), prefix[:sequences], first,
-            first, nodes, scale, out, draw.scratch(need), WINDOW,
+            False, nodes, scale, out, draw.scratch(need), WINDOW,
         )  # fmt: skip
         return out.view(sequences, count, -1)
 

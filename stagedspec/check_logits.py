@@ -13,6 +13,7 @@ from transformers import DynamicCache, GPT2LMHeadModel
 
 from stagedspec.decoder import Decoder
 from stagedspec.gpt2 import Cache
+from stagedspec.kernels.control import CHUNK
 from stagedspec.run import current
 
 LogitsFunction = Callable[[list[int], list[int]], torch.Tensor]
@@ -152,10 +153,9 @@ class _DecoderLogits:
     def __call__(self, prefix: list[int], new: list[int]) -> torch.Tensor:
         both = min(len(self.read), len(prefix))
         known = both if self.read[:both] == prefix[:both] else 0
-        chunk = self.model.ops.prefill_chunk(1)
         with self.model.ops.lock, current(self.model.device):
-            for start in range(known, len(prefix), chunk):
-                self._forward(prefix[start : start + chunk], start)
+            for start in range(known, len(prefix), CHUNK):
+                self._forward(prefix[start : min(start + CHUNK, len(prefix))], start)
             logits = self.model.logits(self._forward(new, len(prefix)))[0]
         self.read = prefix + new
         return logits

@@ -864,7 +864,7 @@ def check(
         raise ValueError(f"--out must be a folder, but {out} is a file")
     where = checks.check_device(device)
     with checks.memory_errors():
-        decoder = load_decoder(target, draft, ngram, where, dtype, "triton")
+        decoder = load_decoder(target, draft, ngram, where, dtype, "triton", text=False)
     with progress_bar() as progress:
         task = progress.add_task("checking", total=None)
         results = checks.check(

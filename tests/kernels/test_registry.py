@@ -5,6 +5,10 @@ from dataclasses import fields, is_dataclass, replace
 from importlib import import_module
 from pkgutil import iter_modules
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -173,3 +177,26 @@ def test_tensors_elsewhere_are_refused(name, known):
                 pytest.fail(f"{path} was taken")
             tried += 1
     assert tried > 1
+
+
+KEYS = """
+import sys
+import triton
+from stagedspec.kernels import choose, grow_tree, lm_head, ngram_lookup, registry
+
+kernels = [choose.select_kernel, grow_tree.grow_pass_kernel, lm_head.head_kernel, ngram_lookup.ngram_lookup_kernel]
+for kernel in kernels[:: int(sys.argv[1])]:
+    registry.key_functions(kernel.__module__)
+    kernel.cache_key
+print(*(kernel.cache_key for kernel in kernels))
+"""
+
+
+def test_cache_keys_do_not_depend_on_what_ran_before():
+    """Else a second process compiles again, with Triton 3.6, what the first one left in the cache."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    keys = [
+        subprocess.run([sys.executable, "-c", KEYS, step], env=environment, capture_output=True, text=True, check=True)
+        for step in ("1", "-1")
+    ]
+    assert keys[0].stdout == keys[1].stdout and len(keys[0].stdout.split()) == 4
