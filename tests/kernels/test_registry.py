@@ -1,13 +1,12 @@
 """What holds for every operation that is registered: opcheck accepts it, and tensors on another device are refused."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
 from importlib import import_module
 from pkgutil import iter_modules
-
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -68,7 +67,7 @@ def calls(device) -> dict[str, tuple]:
         "tree_attention": (
             attention.tree_attention,
             {"qkv": floats(M, 3 * 16), "cache": floats(1, 9, 2, 1, 16), "masks": ints(1, M, 1) + 1, "prefix": ints(1)}
-            | {"first_bit": 0, "write": 0, "tree_rows": 4, "scale": 0.25, "out": floats(M, 16), "scratch": scratch},
+            | {"first_bit": 0, "chunk": False, "tree_rows": 4, "scale": 0.25, "out": floats(M, 16), "scratch": scratch},
         ),
         "compact": (compact.compact, moves),
         "embed": (embed.embed, tables | {"out": floats(M, K)}),
