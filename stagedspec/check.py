@@ -35,7 +35,7 @@ TREE = tree_config(16)
 NEW_TOKENS = 64
 SAMPLINGS = {
     "greedy": {"do_sample": False},
-    "sampled, top-k 50": {"do_sample": True, "temperature": 1.0, "top_k": 50, "top_p": 1.0},
+    "top-k 50": {"do_sample": True, "temperature": 1.0, "top_k": 50, "top_p": 1.0},
 }
 SEED = 7
 
@@ -279,16 +279,17 @@ def record(decoder: Decoder, results: Sequence[Result], folder: Path | None = No
     folder: in place of the user's cache, where "auto" looks. Returns the file; None where nothing was written: after a
     failure, and on a CPU unless a folder is named.
     """
-    if folder is None and decoder.device.type != "cuda":
+    on_gpu, passed = decoder.device.type == "cuda", bool(results) and all(result.passed for result in results)
+    if folder is None and not on_gpu:
         return None
     setup = trusted.Setup.of(decoder.device)
     try:
-        if not results or not all(result.passed for result in results):
-            trusted.forget(setup, folder)
-            return None
-        heads = sorted({model.head_size for model in (decoder.target, decoder.draft) if model is not None})
-        return trusted.write(setup, heads, decoder.target.dtype, folder)
+        if passed:
+            heads = sorted({model.head_size for model in (decoder.target, decoder.draft) if model is not None})
+            return trusted.write(setup, heads, decoder.target.dtype, folder)
+        trusted.forget(setup, folder)
+        if on_gpu:  # whatever folder is named
+            trusted.forget(setup)
     except RuntimeError as error:  # no home folder
-        raise ValueError(
-            f"the result cannot be kept: {error}; name a folder with --out, or set XDG_CACHE_HOME"
-        ) from None
+        raise ValueError(f"the result cannot be kept: {error}; name a folder with --out") from None
+    return None

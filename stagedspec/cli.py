@@ -887,7 +887,8 @@ def check(
                 style="bold red",
             )
         else:
-            trust = "nothing was recorded" if saved is None else f"backend auto trusts {name} from now on ({saved})"
+            trust = f"backend auto trusts {name} from now on ({saved})" if out is None else f"recorded in {saved}"
+            trust = "nothing was recorded" if saved is None else trust
             console.print(f"All {len(results)} checks passed; {trust}.", soft_wrap=True)
     if failed:
         raise typer.Exit(1)
@@ -899,8 +900,9 @@ def _print_checks(console: Console, results: list) -> None:
     from rich.text import Text
 
     grid = Table(box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
-    for name in ("check", "shape", "passed", "remark"):
-        grid.add_column(name)
+    for name in ("check", "shape", "passed"):
+        grid.add_column(name, no_wrap=True)
+    grid.add_column("remark")
     for result in results:
         passed = Text("yes") if result.passed else Text("NO", style="bold red")
         grid.add_row(Text(result.name), result.shape, passed, Text(result.remark))

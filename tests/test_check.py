@@ -72,7 +72,7 @@ def test_the_command_checks_everything_and_records_it(decoder, fixed_order, monk
     names = {result["name"] for result in report["checks"]}
     assert len(names) == len(report["checks"]) == 26 + 1 + 4
     assert {"target: tree attention", "draft: head, children, top-p", "verification and commit"} < names
-    assert {"target: logits of passes", "decoding: staged, sampled, top-k 50"} < names
+    assert {"target: logits of passes", "decoding: staged, top-k 50"} < names
     setup = trusted.Setup.of(decoder.device)
     assert report["saved"] == str(trusted.file_of(setup, tmp_path / "records"))
     assert trusted.missing(setup, 12, torch.float32, tmp_path / "records") == ""
