@@ -6,7 +6,7 @@ token by token. Where all of it passes, `record` makes backend "auto" trust the 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from itertools import chain, cycle, islice
@@ -22,6 +22,7 @@ from stagedspec.compare import PROMPTS
 from stagedspec.decoder import Decoder
 from stagedspec.gpt2 import GPT2
 from stagedspec.kernels import registry, trusted
+from stagedspec.kernels.compiling import compile_ahead
 from stagedspec.loading import resolve_device
 from stagedspec.ngram import KatzTable
 from stagedspec.run import current
@@ -90,11 +91,15 @@ def check(
         )
     with memory_errors(), current(decoder.device):
         table = katz_table(decoder.target.vocab_size, decoder.device) if decoder.ngram is None else decoder.ngram
+        kernels = list(_kernel_cases(decoder.target, decoder.draft, table, TREE))
         work = [
-            *_kernel_cases(decoder.target, decoder.draft, table, TREE),
+            *kernels,
             _logits_case(decoder, prompts),
             *_decoding_cases(decoder, modes, prompts),
         ]
+        report("compiling", 0, len(work))
+        with suppress(TritonError, RuntimeError, ValueError):  # of which the check of the kernel will tell
+            compile_ahead([partial(_run, case) for case in kernels], decoder.device)
         results = []
         for case in work:
             report(case.name, len(results), len(work))

@@ -155,7 +155,7 @@ class _DecoderLogits:
         known = both if self.read[:both] == prefix[:both] else 0
         with self.model.ops.lock, current(self.model.device):
             for start in range(known, len(prefix), CHUNK):
-                self._forward(prefix[start : min(start + CHUNK, len(prefix))], start)
+                self._forward(prefix[start : start + CHUNK], start)
             logits = self.model.logits(self._forward(new, len(prefix)))[0]
         self.read = prefix + new
         return logits

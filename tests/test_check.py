@@ -3,6 +3,7 @@
 import json
 import re
 import warnings
+from contextvars import copy_context
 from types import SimpleNamespace
 
 import pytest
@@ -22,6 +23,7 @@ from stagedspec.kernels import (
     grow_tree,
     linear,
     lm_head,
+    registry,
     trusted,
 )
 from stagedspec.kernels import tree_attention as attention
@@ -233,6 +235,31 @@ def test_nothing_runs_after_an_error_of_the_gpu(decoder, monkeypatch):
 
     monkeypatch.setattr(check, "_kernel_cases", lambda *_: [check.Case(name, "", run) for name in "ab"])
     assert [result.name for result in check.check(decoder)] == ["a"]
+
+
+@pytest.mark.parametrize(
+    "name", ["target: down + residual", "draft: tree attention", "target: head, choice, top-k", "n-gram look-up"]
+)
+def test_a_dry_run_meets_all_kernels(decoder, name):
+    """So that they are compiled in parallel before the first check."""
+    case = kernel_cases(decoder)[name]
+
+    def launched(dry: bool) -> set:
+        found = set()
+
+        def collect(kernel, grid, arguments, options):
+            found.add((kernel.__name__, *sorted(options.items())))
+            if not dry:
+                kernel[grid](*arguments, **options)
+
+        def run():
+            registry.collector.set(collect)
+            return check._run(case).passed
+
+        assert copy_context().run(run) != dry
+        return found
+
+    assert launched(True) == launched(False) != set()
 
 
 def test_other_tokens_are_found():
