@@ -88,7 +88,11 @@ Ngram = Annotated[Path | None, typer.Option(help="N-gram table written by fit-ng
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...", rich_help_panel="Models")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.", rich_help_panel="Models")]
 Backend = Annotated[
-    str, typer.Option(help="auto (triton on Hopper, else torch), triton, torch.", rich_help_panel="Models")
+    str,
+    typer.Option(
+        help="auto (triton on Hopper and on GPUs that passed `stagedspec check`, else torch), triton, torch.",
+        rich_help_panel="Models",
+    ),
 ]
 Nodes = Annotated[int | None, typer.Option(help="Nodes of the verified tree.", rich_help_panel="Token tree")]
 Depth = Annotated[int | None, typer.Option(help="Depth of the tree.", rich_help_panel="Token tree")]

@@ -149,7 +149,7 @@ class Decoder:
         """
         device = resolve_device(device)
         dtype = resolve_dtype(dtype, device)
-        kernel_backend.resolve(backend, device)  # one that cannot run is refused before anything is loaded
+        kernel_backend.resolve(backend, device, dtype=dtype)  # one that cannot run is refused before anything is loaded
         if tree is not None and not isinstance(tree, (TreeConfig, str, Path)):
             raise ValueError(f"tree must be a TreeConfig, 'auto' or a tuning's file, got {type(tree).__name__}")
         tuning = None
@@ -158,7 +158,8 @@ class Decoder:
         target_model = read_checkpoint(target, "target")
         draft_model = None if draft is None else read_checkpoint(draft, "draft")
         configs = [model.config for model in (target_model, draft_model) if model is not None]
-        ops = kernel_backend.resolve(backend, device, max(config.n_embd // config.n_head for config in configs))
+        head_size = max(config.n_embd // config.n_head for config in configs)
+        ops = kernel_backend.resolve(backend, device, head_size, dtype)
         loaded = load_tokenizer(tokenizer if tokenizer is not None else target)
         if isinstance(draft, (str, Path)):
             check_same_tokens(loaded, load_tokenizer(draft))
