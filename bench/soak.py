@@ -7,8 +7,16 @@ look-up, kept memory released and, on a GPU, memory nearly full. Exit status 1: 
 was not planned, a call that never ends, or memory that grows. See bench/README.md.
 """
 
+import os
+
+if __name__ == "__main__":
+    # oneDNN keeps compiled code for every number of rows that it multiplies, up to 1024 kinds: hundreds of MiB, which
+    # fill up for as long as new shapes come. With fewer kinds that growth ends within the warm-up.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+
 import argparse
 import faulthandler
+import gc
 import json
 import random
 import sys
@@ -191,6 +199,16 @@ def stopping(soak: Soak):
         soak.ended.set()
 
 
+def at_rest(soak: Soak, device: torch.device) -> dict[str, int]:
+    """Memory by name once nothing is kept of earlier calls."""
+    for decoder in (soak.plain, *soak.decoders.values()):
+        decoder.release()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return memory.sample(device)
+
+
 def repeat(soak: Soak, index: int) -> None:
     """One call in every mode of every decoder, in one thread."""
     print(soak.call(index).describe())
@@ -221,6 +239,7 @@ def results(soak: Soak, sampler: memory.Sampler, seconds: float, warm_up: float)
 
 
 def summary(report: dict) -> str:
+    loaded = report["memory_when_loaded"]
     planned = ", ".join(f"{count} {name}" for name, count in report["planned_errors"].items()) or "none"
     lines = [
         f"{report['seconds']:.0f} s: {report['generations']} generations, {report['tokens']} tokens compared, "
@@ -229,6 +248,11 @@ def summary(report: dict) -> str:
         f"problems: {len(report['problems'])}",
         f"memory after the first {report['warm_up_seconds']:.0f} s: " + "; ".join(report["lines"]),
         report["memory_rule"],
+        "memory at rest, MiB, when loaded and at the end: "
+        + "; ".join(
+            f"{name.replace('_', ' ')} {before / memory.MIB:.0f} and {after / memory.MIB:.0f}"
+            for (name, before), after in zip(loaded.items(), report["memory_at_the_end"].values(), strict=True)
+        ),
         f"{report['command']}",
         where(report),
     ]
@@ -279,8 +303,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 1 if soak.problems else 0
     seconds = 60 * options.minutes
     warm_up = min(60.0, seconds / 5)
+    loaded = at_rest(soak, device)
     sampler = soak_for(soak, seconds, warm_up, options.workers, device)
     report = header("soak.py", arguments, device) | results(soak, sampler, seconds, warm_up)
+    report |= {"memory_when_loaded": loaded, "memory_at_the_end": at_rest(soak, device)}
     if options.out is not None:
         options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if options.plot is not None:
