@@ -38,7 +38,7 @@ def flat_memory(monkeypatch):
 
 def run(folder, *arguments: str) -> int:
     models = ["--target", str(folder / "target"), "--draft", str(folder / "draft"), "--device", "cpu"]
-    return soak.main([*models, "--threads", "1", "--calls", "40", *arguments])
+    return soak.main([*models, "--threads", "1", "--calls", "12", *arguments])
 
 
 def calls(count: int = 400) -> list[soak_calls.Call]:
@@ -125,7 +125,7 @@ def test_a_short_run(folder, tmp_path, capsys, flat_memory):
     code = run(folder, "--minutes", "0.05", "--workers", "2", "--out", str(out), "--plot", str(plot))
     report = json.loads(out.read_text(encoding="utf-8"))
     assert (code, report["problems"], report["grows"]) == (0, [], [])
-    assert report["generations"] > 5 and report["tokens"] > report["generations"]
+    assert report["tokens"] > report["generations"] > 0
     assert report["memory"]["host"]["first"] == 100 * MIB
     assert "<svg" in plot.read_text(encoding="utf-8")
     assert "generations" in capsys.readouterr().out
@@ -144,7 +144,7 @@ def test_memory_that_grows_fails_a_run(folder, tmp_path, capsys, monkeypatch):
 
 
 def kind_index(kind: str) -> int:
-    """The first of the calls of `run` that is of this kind."""
+    """The first call of the seed 0 that is of this kind."""
     return next(i for i in range(40) if soak_calls.draw(0, i, TEXT, 61, 48).kind == kind)
 
 
