@@ -125,7 +125,7 @@ def test_a_short_run(folder, tmp_path, capsys, flat_memory):
     code = run(folder, "--minutes", "0.05", "--workers", "2", "--out", str(out), "--plot", str(plot))
     report = json.loads(out.read_text(encoding="utf-8"))
     assert (code, report["problems"], report["grows"]) == (0, [], [])
-    assert report["tokens"] > report["generations"] > 0
+    assert report["tokens"] >= report["generations"] > 0
     assert report["memory"]["host"]["first"] == 100 * MIB
     assert "<svg" in plot.read_text(encoding="utf-8")
     assert "generations" in capsys.readouterr().out
