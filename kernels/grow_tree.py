@@ -76,6 +76,7 @@ BLOCK = 512  # positions of the sequence compared at once: a block is a round tr
 MAX_CANDIDATES = 16384
 # The least and most that tiles hold: smaller trees share compiled kernels, larger ones loop.
 LEAST_CANDIDATES, LEAST_NODES, LEAST_WORDS = 512, 16, 2
+MOST_OPTIONS = 8192  # of draft², for a level of guesses
 MOST_RECORDED = 2048  # candidates recorded together
 MOST_RANKS = 128  # of one slot
 MOST_PLACED = 2048  # candidates put into a tree together
@@ -246,7 +247,7 @@ def _record(
             b_new = b_score[:, None] + b_value
             b_end = tl.min(tl.where(b_new > floor, CHILDREN + RANKS, i_rank), 1)
             b_new = tl.where(b_alive[:, None] & (i_rank < b_end[:, None]), b_new, NEVER)
-            b_alive &= b_end > CHILDREN + RANKS - 1  # from the first that is too unlikely on, all are
+            b_alive &= b_end == CHILDREN + RANKS  # from the first that is too unlikely on, all are
             i_new = i_slot[:, None] * CHILDREN + i_rank
             b_written = b_inside[:, None] & (i_rank < CHILDREN)
             tl.store(p_candidate + TOKEN * every + i_new, b_name, mask=b_written)
@@ -819,6 +820,12 @@ def grow_pass(
     *tensors, vocab_size = check_table(name, table, device)
     if vocab_size > MAX_VOCAB:
         raise ValueError(f"{name}: the vocabulary may have at most {MAX_VOCAB} tokens, got {vocab_size}")
+    lanes = _blocks(config.width, config.prefetch, config.prefetch_width, config.children, config.slots)["LANES"]
+    if config.prefetch and lanes * ranks(0 if table is None else table.successors) > MOST_OPTIONS:
+        raise ValueError(
+            f"{name}: draft² may have at most {MOST_OPTIONS} options a level on a GPU, got a table of "
+            f"{table.successors} successors, width {config.width} and prefetch_width {config.prefetch_width}; lower one"
+        )
     seeds, streams = noise or (None, None)
     if noise is not None:
         check_tensor(name, "seeds", seeds, (rows,), torch.int64, device)
@@ -917,7 +924,7 @@ def compile_cases(arch: int) -> list[CompileCase]:
     }
     cases = []
     for name, tree in trees.items():
-        cases.append(_case("grow_pass", arch, f"{name} first", *tree, first=True))
+        cases.append(_case("grow_pass", arch, f"first {name}", *tree, first=True))
         cases.append(_case("grow_pass", arch, name, *tree))
         cases.append(_case("harvest_tree", arch, name, *tree))
     cases.append(_case("harvest_tree", arch, "root", 1, 0, 1, 1, 0, 1))

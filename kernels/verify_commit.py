@@ -105,8 +105,11 @@ def verify_commit_kernel(
     steps = tl.sum(b_accepted.to(tl.int32), 0)
 
     # How much of it, and whether the row goes on.
-    b_stops = tl.max((b_chosen[:, None] == b_ends[None, :]).to(tl.int32), 1) != 0
-    until = tl.min(tl.where(b_accepted & b_stops & (b_chosen >= 0), b_depth + 1, NEVER_ENDS), 0)
+    b_stops = tl.max((b_chosen[:, None] == b_ends[None, :]).to(tl.int32), 1)
+    for i_first in range(ENDS_BLOCK, ends, ENDS_BLOCK):  # hardly ever
+        b_ends = tl.load(p_eos + i_first + i_end, mask=i_first + i_end < ends, other=-1)
+        b_stops = tl.maximum(b_stops, tl.max((b_chosen[:, None] == b_ends[None, :]).to(tl.int32), 1))
+    until = tl.min(tl.where(b_accepted & (b_stops != 0) & (b_chosen >= 0), b_depth + 1, NEVER_ENDS), 0)
     count = tl.minimum(tl.minimum(steps, until), tl.maximum(limit - length, 0))
     ended = runs & ((until <= count) | (length + count >= limit))
     goes_on = runs & (until > count) & (length + count < limit)
@@ -182,12 +185,12 @@ def _launch(
         (batch,),
         chosen, tree, masks, tokens, origins, lengths, limits, running, active, eos,
         accepted, counts, target_moves, draft_moves, tokens.shape[1], eos.shape[0], nodes, deepest, words(nodes),
-        **_blocks(nodes, deepest, eos.shape[0]),
+        **_blocks(nodes, deepest),
         num_warps=_settings(nodes, tokens.device)["warps"], **launch_options(tokens.device),
     )  # fmt: skip
 
 
-def _blocks(nodes: int, deepest: int, ends: int) -> dict[str, int]:
+def _blocks(nodes: int, deepest: int) -> dict[str, int]:
     """Tile sizes: powers of two, large enough that most trees share a compiled kernel."""
     up = triton.next_power_of_2
     block = max(32, up(nodes))
@@ -195,7 +198,7 @@ def _blocks(nodes: int, deepest: int, ends: int) -> dict[str, int]:
         "NODES_BLOCK": block,
         "WORDS_BLOCK": block // 32,
         "DEPTHS_BLOCK": max(32, up(deepest + 2)),
-        "ENDS_BLOCK": max(8, up(ends)),
+        "ENDS_BLOCK": 8,
     }
 
 
@@ -275,7 +278,7 @@ def compile_cases(arch: int) -> list[CompileCase]:
             f"verify_commit N={nodes}",
             verify_commit_kernel,
             signature,
-            _blocks(nodes, deepest, 1) | {"PDL": False},
+            _blocks(nodes, deepest) | {"PDL": False},
             num_warps=_warps(nodes),
         )
         for nodes, deepest in ((32, 8), (64, 12), (256, 30))

@@ -125,7 +125,7 @@ def compile_case(job: tuple[str, int, int]) -> Report:
         len(re.findall(r"(?:LDGSTS|LDG)\.[\w.]*128", code)),
         round(seconds, 2),
     )
-    return Report(**asdict(report) | {"problem": _problem(case, report, code)})
+    return Report(**asdict(report) | {"problem": find_problem(case, report, code)})
 
 
 def cpu_seconds() -> float:
@@ -157,7 +157,8 @@ def miscompiled(code: str) -> bool:
     return False
 
 
-def _problem(case: CompileCase, report: Report, code: str) -> str:
+def find_problem(case: CompileCase, report: Report, code: str) -> str:
+    """What is wrong with a case that compiled, empty if nothing is."""
     if miscompiled(code):
         return "is miscompiled: wrong addresses in shared memory"
     if report.spilled:

@@ -1,4 +1,5 @@
-"""Kernels compiled for real GPUs without one: no spills, within the chip's shared memory, with matrix instructions."""
+"""Kernels compiled for real GPUs without one: no spills, within the chip's shared memory, with matrix instructions, and
+quickly."""
 
 import importlib.util
 import json
@@ -40,6 +41,10 @@ CASES = {
         "lm_head: head-greedy-50257x1280-r16": "HGMMA",
         "lm_head_hopper: sampled-50257x1280-r64": "HGMMA",
         "verify_commit: N=64": "",
+        # Compilation took over 10 s where it unrolled what a tree's settings say.
+        "grow_tree: grow_pass levels=8": "",
+        "grow_tree: grow_pass levels=28": "",
+        "grow_tree: harvest_tree candidates=16384": "",
     },
     100: {"lm_head: head-topm-2048x96-r64": "UTCHMMA", "grow_tree: grow_pass N=256": ""},
     120: {"lm_head: head-logits-2048x96-r16": "HMMA", "linear: m projection 16": "HMMA"},
@@ -54,6 +59,17 @@ def test_compiles_clean(tmp_path, arch):
     for entry in reports:
         assert CASES[arch][entry["name"]] in entry["matrix"], entry
         assert entry["spilled"] == 0 and 0 < entry["registers"] <= 255, entry
+        # The exit status says that none took over 10 s; the slowest needs about 2.
+        assert entry["seconds"] > 0 and entry["problem"] == "", entry
+
+
+def compile_report():
+    """The script as a module."""
+    specification = importlib.util.spec_from_file_location("compile_report", SCRIPT)
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[module.__name__] = module  # dataclasses look their module up
+    specification.loader.exec_module(module)
+    return module
 
 
 SUM = """
@@ -76,13 +92,17 @@ SUM = """
 )
 def test_wrong_addresses_are_seen(lower, between, upper, expected):
     """What ptxas made of two products that shared a buffer, and sums that only look like it."""
-    specification = importlib.util.spec_from_file_location("compile_report", SCRIPT)
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[module.__name__] = module  # dataclasses look their module up
-    specification.loader.exec_module(module)
+    module = compile_report()
     code = SUM.format(lower=lower, between=between, upper=upper)
     assert module.miscompiled(code) is expected
     assert module.miscompiled(code.replace("UP1, UR4, 0x20", "UP1, UP2, UR4, 0x20")) is expected  # on Blackwell
+
+
+@pytest.mark.parametrize(("seconds", "problem"), [(9.9, ""), (12.3, "takes 12 s to compile, at most 10 are allowed")])
+def test_a_slow_compilation_is_a_problem(seconds, problem):
+    module = compile_report()
+    case = module.CompileCase("slow", None, {}, {})
+    assert module.find_problem(case, module.Report("slow", 90, registers=32, seconds=seconds), "") == problem
 
 
 def test_nothing_matches(tmp_path):

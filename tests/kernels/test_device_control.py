@@ -189,8 +189,21 @@ def test_the_same_as_on_the_host(
         TreeConfig(nodes=40, depth=6, passes=4, width=6, children=4, prefetch=2, prefetch_width=3),
         TreeConfig(nodes=5, depth=4, passes=4, width=1, children=1, prefetch=0),
         TreeConfig(nodes=30, depth=2, passes=2, width=4, children=16, prefetch=1, prefetch_width=5),
+        TreeConfig(nodes=13, depth=10, passes=2, width=2, children=4, prefetch=8, prefetch_width=1),
+        TreeConfig(nodes=4, depth=30, passes=1, width=1, children=3, prefetch=28, prefetch_width=1),
+        TreeConfig(nodes=6, depth=3, passes=1, width=200, children=8, prefetch=0, prefetch_width=10**6),
+        TreeConfig(nodes=150, depth=6, passes=3, width=20, children=130, prefetch=1, prefetch_width=18),
     ],
-    ids=["autoregressive", "two-words", "chain", "more-children-than-tokens"],
+    ids=[
+        "autoregressive",
+        "two-words",
+        "chain",
+        "more-children-than-tokens",
+        "8-levels",
+        "28-levels",
+        "widths-of-no-use",
+        "in-several-tiles",
+    ],
 )
 def test_shapes_of_their_own(table, config):
     generator = random.Random(3)
@@ -238,7 +251,7 @@ def load(trees: on_device.Trees, host: list[control._Tree]) -> None:
 @pytest.mark.parametrize("nodes", [2, 33, 64])
 def test_walks(kind, nodes):
     generator = random.Random(nodes)
-    for eos, new_tokens in (([], 100), ([3, 1], 100), ([], 3)):
+    for eos, new_tokens in (([], 100), ([3, 1], 100), ([*range(-12, -2), 3], 100), ([], 3)):
         prompts = [[7] * (row + 1) for row in range(4)]
         ours = on_device.Sequences(prompts, new_tokens, eos, DEVICE)
         host = control.Sequences(prompts, new_tokens, eos, torch.device("cpu"))
@@ -374,6 +387,9 @@ def test_errors(table):
     noise = SimpleNamespace(seeds=torch.zeros(2, device=DEVICE), streams=torch.zeros(2, device=DEVICE))
     with pytest.raises(ValueError, match=r"seeds must be torch\.int64"):
         on_device.Growth(sequences, config, None, noise).batch()
+    guessing = TreeConfig(nodes=2, depth=2, passes=1, width=5000, children=1, prefetch=1)
+    with pytest.raises(ValueError, match="at most 8192 options a level on a GPU, got a table of 3 successors"):
+        on_device.Growth(sequences, guessing, table.to(DEVICE), None).batch()
     large = TreeConfig(nodes=2, depth=2, passes=100, width=10, children=17, prefetch=0)
     with pytest.raises(ValueError, match="at most 16384 candidates on a GPU, got 992 draft evaluations"):
         on_device.Growth(sequences, large, None, None).batch()
