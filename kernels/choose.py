@@ -135,7 +135,7 @@ def store_groups(
 # ---------------------------------------------------------------- scan
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("N",))
 def scan_kernel(
     p_logits, p_noise, p_seeds, p_streams, p_positions, p_scores, p_maxima, p_masses, p_best, p_ids, p_counters, p_out,
     N, scale, V: tl.constexpr, G: tl.constexpr, T: tl.constexpr, SLICES: tl.constexpr, SLICES_UP: tl.constexpr,
@@ -285,7 +285,7 @@ def _mass(p_values, count, top, least, BLOCK: tl.constexpr):
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("N",))
 def select_kernel(
     p_logits, p_maxima, p_masses, p_noise, p_seeds, p_streams, p_positions, p_groups, p_values, p_ids, p_out,
     p_logprobs,

@@ -91,7 +91,7 @@ def _watch(futures: list[Future]) -> None:
     """Waits for all, and tells of it whoever wants to know."""
     progress, total = _progress.get(), len(futures)
     if progress is None and wait(futures, PATIENCE).not_done:
-        log.warning("compiling %d kernels for this model and GPU; later processes find them in Triton's cache", total)
+        log.warning("compiling GPU kernels, %d in all; later processes find them in Triton's cache", total)
     for ready, _ in enumerate(as_completed(futures), 1):
         if progress is not None:
             progress(ready, total)

@@ -917,9 +917,9 @@ def compile_cases(arch: int) -> list[CompileCase]:
         "N=256": (256, 8, 16, 16, 2, 8),
         "levels=8": (64, 6, 2, 8, 8, 1),  # the largest that mode "staged" chooses by itself
         "levels=28": (256, 2, 2, 8, 28, 9),
-        "width=256": (256, 4, 256, 8, 0, 1),
+        "width=128": (256, 4, 128, 8, 0, 1),
         "guesses=126": (256, 3, 2, 8, 1, 126),
-        "children=8192": (256, 1, 1, 8192, 0, 1),
+        "children=4096": (256, 1, 1, 4096, 0, 1),
         "candidates=16384": (256, 4, 128, 16, 2, 64),
     }
     cases = []

@@ -75,7 +75,7 @@ def norm_kernel(p_x, p_weight, p_bias, p_out, epsilon, K: tl.constexpr, BLOCK: t
     tl.store(p_out + row + at, (centred * scale * weight + bias).to(p_out.dtype.element_ty), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("M", "N"))
 def head_kernel(
     p_x, p_head, p_noise, p_seeds, p_streams, p_positions, p_logits, p_maxima, p_masses, p_best, p_ids, p_counters,
     p_out,

@@ -244,7 +244,7 @@ class TritonOps:
     def timed_batch(self, tokens: torch.Tensor, context: int, kv_dtype: torch.dtype) -> tuple[device.Batch, int]:
         """A pass over a root and its children [B, N] after `context` tokens, and the tree rows that it needs."""
         rows, nodes = tokens.shape
-        batch = device.Batch.of(rows, nodes, nodes, tokens.device)
+        batch = device.Batch.chain(rows, nodes, tokens.device)
         star = torch.eye(nodes, dtype=torch.bool, device=tokens.device)
         star[:, 0] = True
         batch.masks.copy_(attention.mask_words(star))

@@ -173,8 +173,8 @@ def find_problem(case: CompileCase, report: Report, code: str) -> str:
 
 
 def _dump(cubin: bytes) -> tuple[str, str]:
-    """Resource usage and machine code, by the disassembler that comes with Triton."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    """Resource usage and machine code, by the disassembler that Triton uses (TRITON_CUOBJDUMP_PATH, else its own)."""
+    tool = triton.knobs.nvidia.cuobjdump.path
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
