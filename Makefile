@@ -3,7 +3,7 @@
 # make lint      ruff check and format check
 # make bench     what makes sense on a CPU: the reference's operations one by one (bench/ops.py, pytest-benchmark), then the
 #                modes side by side (bench/decode.py), whose options are ARGS="..."
-# make compile-report   compile every kernel for real GPUs, without one: registers, memory, spills, instructions
+# make compile-report   compile every kernel for real GPUs, without one: registers, memory, spills, instructions, seconds
 # make test-gpu  whole generations and the kernels' tests on a GPU, with the Python that has torch for it: PYTHON=python3,
 #                nothing is installed
 # make bench-gpu the kernels beside their peers on a GPU, likewise, into bench/results/: what has a goal first, then what
@@ -57,7 +57,7 @@ GPU_PYTHON = PYTHONPATH=$(CURDIR)/$(GPU_PATH) $(PYTHON)
 $(GPU_PATH): $(shell find kernels stagedspec -type f ! -path '*/__pycache__/*')
 	rm -rf $@ && mkdir -p $@ && cp -r stagedspec $@/ && cp -r kernels $@/stagedspec/kernels
 
-GPU_TESTS = test_decoder.py test_hf.py test_inputs.py kernels
+GPU_TESTS = test_decoder.py test_hf.py test_inputs.py test_warm_up.py kernels
 
 test-gpu: $(GPU_PATH)
 	cd $(GPU_PATH) && $(GPU_PYTHON) -m pytest -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) \

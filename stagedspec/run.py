@@ -232,12 +232,12 @@ class Run:
 
     @torch.inference_mode()
     def warm_up(self) -> int:
-        """Compiles and captures what any generation of this kind needs, whatever its prompts; returns how many kernels
-        were new. For a backend of fixed shapes, and steps in which the host has no part."""
+        """Compiles, and captures unless phases are marked, what generations of this kind need, whatever their prompts;
+        returns how many kernels were new. For a backend of fixed shapes, and steps in which the host has no part."""
         target, calls = self.stepper.target, [*self.stepper.reading(), (self._step, (None,))]
         with target.ops.lock, current(target.device):
             made = target.ops.prepare(calls, target.device)
-            for part, given in calls:
+            for part, given in calls if self.clock.mark is None else ():
                 part.capture(*given)
         self._prepared = True
         return made

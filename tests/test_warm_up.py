@@ -1,0 +1,208 @@
+"""What a first generation waits for: compiling in parallel, chunks of prompts, warm_up, the time to the first token."""
+
+import itertools
+import logging
+from concurrent.futures import Future
+from contextvars import copy_context
+
+import pytest
+import torch
+from conftest import GPU, make_draft, make_gpt2
+
+from stagedspec import Decoder, TreeConfig
+from stagedspec.kernels import compiling, device, registry
+
+PLACE = "cuda" if GPU else "cpu"
+TREE = TreeConfig(nodes=4, depth=2, passes=2, width=1, children=2, prefetch=1, prefetch_width=1)
+
+
+@pytest.fixture
+def decoder() -> Decoder:
+    target = make_gpt2(n_layer=1)
+    draft = make_draft("good", target)
+    return Decoder.from_pretrained(target, draft, device=PLACE, dtype="float32", backend="triton", tree=TREE)
+
+
+# ---------------------------------------------------------------- a dry run finds what will be launched
+
+
+SAMPLINGS = {
+    "greedy": {},
+    "top-k": {"do_sample": True, "top_k": 8},
+    "all-warpers": {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.9, "min_p": 0.02},
+    "penalty": {"repetition_penalty": 1.3},
+}
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("mode", ["autoregressive", "staged"])
+def test_everything_is_compiled_ahead(decoder, monkeypatch, mode, sampling):
+    """Every kernel that a generation launches, with all that it is compiled for, was launched by the dry run before."""
+    ahead, later, real = set(), set(), registry.launch_kernel
+    monkeypatch.setattr(compiling, "compile_ahead", lambda parts, place: recorded(parts, ahead))
+
+    def recorded(parts, found) -> int:
+        def collect(kernel, grid, arguments, options):
+            found.add((kernel.fn.__name__, *sorted((name, str(value)) for name, value in options.items())))
+
+        def run():
+            registry.collector.set(collect)
+            for part in parts:
+                part()
+
+        copy_context().run(run)
+        return 0
+
+    def launched(kernel, grid, arguments, options):
+        later.add((kernel.fn.__name__, *sorted((name, str(value)) for name, value in options.items())))
+        kernel[grid](*arguments, **options)
+
+    ids = torch.randint(1, 61, (1, 20), generator=torch.Generator().manual_seed(0)).to(PLACE)
+    call = decoder._read(ids, None, 5, mode, 3, None, dict(SAMPLINGS[sampling]))
+    run = decoder._run(call.request, call.positions)
+
+    def generate():
+        registry.collector.set(launched)
+        for _ in run.steps():
+            pass
+
+    copy_context().run(generate)
+    host = {"verify_commit_kernel", "_compact", "scan_kernel", "select_kernel"} if sampling == "penalty" else set()
+    assert later and {one for one in later - ahead if one[0] not in host} == set()
+    assert real is registry.launch_kernel
+
+
+def test_waiting_is_reported(caplog, monkeypatch):
+    monkeypatch.setattr(compiling, "PATIENCE", 0.0)
+    done, seen = [Future(), Future()], []
+    with compiling.reporting(lambda ready, total: seen.append((ready, total))):
+        for future in done:
+            future.set_result(None)
+        compiling._watch(done)
+    assert seen == [(1, 2), (2, 2)] and not caplog.records
+    slow = Future()
+    monkeypatch.setattr(compiling, "as_completed", lambda futures: iter(futures))
+    with caplog.at_level(logging.WARNING, "stagedspec"):
+        compiling._watch([slow])
+    assert [record.getMessage() for record in caplog.records] == [
+        "compiling GPU kernels, 1 in all; later processes find them in Triton's cache"
+    ]
+
+
+# ---------------------------------------------------------------- chunks of prompts
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 16])
+def test_chunks_cover_prompts_and_fit(rows):
+    sizes = [size for size in device.CHUNKS if size * rows <= device.CHUNKS[-1]]
+    for count in range(1100):
+        chunks = device.cheapest(count, sizes)
+        assert chunks == sorted(chunks, reverse=True) and set(chunks) <= set(sizes)
+        assert sum(chunks) >= count and (not chunks or sum(chunks[:-1]) < count)
+        # A sequence has room for a multiple of TOKENS tokens, and for one more than are read.
+        assert sum(chunks) <= -(-(count + 1) // device.TOKENS) * device.TOKENS
+
+
+def test_chunks_are_the_cheapest():
+    sizes = [16, 32, 64]
+
+    def cost(chunks):
+        return sum(chunks) + device.CHUNK_COST * len(chunks)
+
+    for count in range(1, 150):
+        every = (
+            chunks
+            for number in range(1, 6)
+            for chunks in itertools.combinations_with_replacement(sizes, number)
+            if sum(chunks) >= count
+        )
+        assert cost(device.cheapest(count, sizes)) == min(map(cost, every))
+
+
+# ---------------------------------------------------------------- warm_up
+
+
+def test_warm_up_serves_the_first_generation(decoder):
+    ids = torch.tensor([[5, 6, 7, 8]], device=PLACE)
+    expected = decoder.generate(ids, max_new_tokens=6, mode="autoregressive")
+    decoder.release()
+    steps = []
+    decoder.warm_up(["staged"], [{}], progress=lambda *step: steps.append(step))
+    (run,) = decoder._kept
+    assert run.sequences.capacity == 128  # all of the model's 48 positions
+    assert torch.equal(decoder.generate(ids, max_new_tokens=6, mode="staged"), expected)
+    assert decoder._kept == [run]
+    if GPU:
+        assert steps and all(name == "staged, greedy" and 0 < ready <= total for name, ready, total in steps)
+
+
+def test_warm_up_of_all_that_a_decoder_has(decoder):
+    decoder.warm_up(tokens=8)
+    kinds = {(run.request.mode, run.request.sampling.do_sample) for run in decoder._kept}
+    assert kinds == set(itertools.product(("autoregressive", "chain", "tree", "staged"), (False, True)))
+    alone = Decoder.from_pretrained(make_gpt2(n_layer=1), device=PLACE, dtype="float32", backend="triton")
+    alone.warm_up(samplings=[{"do_sample": True, "top_p": 0.9}], batch=[1, 2], tokens=8)
+    assert [(run.request.mode, len(run.sequences)) for run in alone._kept] == [
+        ("autoregressive", 1),
+        ("autoregressive", 2),
+    ]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"modes": ["stagged"]}, "modes must be of autoregressive, chain, tree, staged, got 'stagged'"),
+        ({"modes": "staged"}, "warm_up needs a list of modes"),
+        ({"modes": []}, "warm_up needs a list of modes"),
+        ({"samplings": []}, "warm_up needs a list of samplings"),
+        ({"samplings": ["greedy"]}, "samplings must be dicts of options of generate, got 'greedy'"),
+        ({"samplings": [{"do_sample": True, "temperature": -1.0}]}, "temperature"),
+        ({"samplings": [{"repetition_penalty": 1.3}]}, "by temperature, top_k, top_p and min_p alone"),
+        ({"batch": 0}, "batch must be whole numbers of at least 1, got 0"),
+        ({"batch": [1, True]}, "batch must be whole numbers of at least 1, got True"),
+        ({"batch": 17}, "1 to 16 prompts, got 17"),
+        ({"batch": []}, "warm_up needs a list of batch"),
+        ({"tokens": 1}, "tokens must be a whole number from 2 to the model's 48 positions, got 1"),
+        ({"tokens": 49}, "to the model's 48 positions, got 49"),
+        ({"tokens": 8.0}, "tokens must be a whole number"),
+    ],
+)
+def test_warm_up_refuses(decoder, change, message):
+    with pytest.raises(ValueError, match=message):
+        decoder.warm_up(**change)
+    assert decoder._kept == []
+
+
+def test_warm_up_needs_kernels():
+    plain = Decoder.from_pretrained(make_gpt2(n_layer=1), device="cpu", backend="torch")
+    with pytest.raises(ValueError, match="this decoder runs on cpu with backend 'torch', which has none"):
+        plain.warm_up()
+
+
+def test_warm_up_without_memory(decoder, monkeypatch):
+    def full(call):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB.\nmore")
+
+    monkeypatch.setattr(decoder, "_ready", full)
+    with pytest.raises(
+        ValueError, match=r"too little GPU memory to make staged, greedy ready .*Tried to allocate 3 GiB"
+    ):
+        decoder.warm_up(["staged"])
+    assert decoder._kept == []
+
+
+# ---------------------------------------------------------------- the first token
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_seconds_to_the_first_token(backend):
+    target = make_gpt2(n_layer=1)
+    decoder = Decoder.from_pretrained(target, device=PLACE, dtype="float32", backend=backend)
+    ids = torch.tensor([[5, 6, 7]], device=PLACE)
+    for _ in range(2):  # the second one uses the first one's memory
+        decoder.generate(ids, max_new_tokens=3, mode="autoregressive", eos_token_id=[])
+        stats = decoder.last_stats
+        assert 0 < stats.seconds_to_first_token < 1.1 * stats.total_seconds + 0.01
+        assert stats.as_dict()["seconds_to_first_token"] == stats.seconds_to_first_token
+    call = decoder._read(ids, None, 3, "autoregressive", 0, None, {})
+    assert decoder._run(call.request).stats().seconds_to_first_token is None
