@@ -5,6 +5,7 @@ Everything of `GPT2Config` that changes the forward pass is honoured; what is no
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 
 import torch
@@ -171,12 +172,14 @@ class Reader:
 
     def _pass(self, size: int) -> Callable:
         if size not in self._passes:
-            self._passes[size] = self._repeated(self._forward)
+            # No method of this reader: a cycle of references would keep the cache until Python collects garbage.
+            self._passes[size] = self._repeated(partial(read_chunk, self.model, self.cache))
         return self._passes[size]
 
-    def _forward(self, chunk: Batch, start: int) -> None:
-        rows = self.cache.tree_rows
-        self.model.forward(chunk, self.cache, rows + start, rows)
+
+def read_chunk(model: GPT2, cache: Cache, chunk: Batch, start: int) -> None:
+    """The pass over a chunk of prompts, of `Sequences.chunk`, after their first `start` tokens."""
+    model.forward(chunk, cache, cache.tree_rows + start, cache.tree_rows)
 
 
 def check_config(config: GPT2Config) -> None:

@@ -1,6 +1,8 @@
 """Whole generations: greedy against transformers `generate`, sampled against plain decoding, and what they report."""
 
+import gc
 import json
+import weakref
 from contextlib import contextmanager
 from itertools import cycle
 from pathlib import Path
@@ -474,3 +476,22 @@ def test_a_gpu_is_made_current(monkeypatch):
     current(torch.device("cuda", 1))
     with current(torch.device("cpu")):
         assert asked == [torch.device("cuda", 1)]
+
+
+@pytest.mark.parametrize("mode", ["autoregressive", "staged"])
+@pytest.mark.parametrize("options", [{}, {"repetition_penalty": 1.3}], ids=str)
+def test_memory_is_freed_without_collecting_garbage(make_decoder, target, drafts, mode, options):
+    """Keys and values go with the last reference to a generation: in a cycle they would wait for Python's collector."""
+    decoder = make_decoder(target, drafts["good"])
+    call = decoder._read(torch.tensor([[5, 6, 7]]), None, 4, mode, 0, None, dict(options))
+    gc.collect()
+    gc.disable()
+    try:
+        run = decoder._run(call.request, call.positions)
+        for _ in run.steps():
+            pass
+        held = [weakref.ref(cache) for cache in run.stepper.caches]
+        del run
+        assert [cache() for cache in held] == [None] * len(held)
+    finally:
+        gc.enable()

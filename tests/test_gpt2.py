@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import GPT2LMHeadModel
 
-from stagedspec.gpt2 import GPT2, Cache, Reader, check_config
+from stagedspec.gpt2 import GPT2, Cache, Reader, check_config, read_chunk
 from stagedspec.kernels import reference as ops
 from stagedspec.kernels.control import Sequences, Trees, _Tree
 from stagedspec.loading import read_checkpoint
@@ -40,10 +40,9 @@ def tree_logits(model: GPT2, prompts, trees, nodes: int, chunk: int = 256) -> to
     sequences = Sequences(prompts, 9, [], CPU)
     cache = Cache(model, len(prompts), nodes, max(map(len, prompts)) + 9)
     with torch.inference_mode():
-        reader = Reader(model, cache, sequences)
         for start in range(0, max(map(len, prompts)) - 1, chunk):
             size = min(chunk, max(map(len, prompts)) - 1 - start)
-            reader._forward(sequences.chunk(start, size, model.kv_dtype), start)
+            read_chunk(model, cache, sequences.chunk(start, size, model.kv_dtype), start)
         return model.logits(model.forward(Trees(sequences, trees, nodes).batch(model.kv_dtype), cache, 0))
 
 

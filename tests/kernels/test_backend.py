@@ -9,13 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_gpt2
+from conftest import DTYPES, make_gpt2
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import stagedspec.decoder
 from stagedspec import Decoder, Sampling, TreeConfig
-from stagedspec.gpt2 import GPT2
+from stagedspec.gpt2 import GPT2, Cache, Reader
 from stagedspec.kernels import backend, lm_head, registry
 from stagedspec.kernels.triton_backend import TritonOps, _Captured, warping_settings
 from stagedspec.tune import tune
@@ -356,6 +356,25 @@ def test_generations_of_a_kind_share_memory_and_graphs(pair, device, monkeypatch
     for before, after in pairwise(graphs):
         assert all(one is None or one is other for one, other in zip(before, after, strict=False))
     assert sum(graph is None for graph in graphs[-1]) <= 2  # chunks that were read once, which Replay does not hold
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)  # fp32 takes the interpreter twice as long
+def test_prompts_in_any_chunks(pair, device, dtype, monkeypatch, fixed_order):
+    """The same keys and values bit by bit, a prompt alone, beside a longer one, and in chunks of any sizes."""
+    ops = backend.resolve("triton", device)
+    model = GPT2(pair[0], ops, device, dtype)
+    prompts, found = [list(range(1, 36)), list(range(20, 36))], []
+    for sizes, rows in (((16,), [0]), ((16, 32), [0, 1]), ((64,), [0])):
+        monkeypatch.setattr("stagedspec.kernels.device.CHUNKS", (*sizes, 256))
+        sequences = ops.Sequences([prompts[row] for row in rows], 5, (), device)
+        cache = Cache(model, len(rows), 4, sequences.capacity)
+        cache.rows.fill_(torch.nan)
+        with torch.inference_mode():
+            Reader(model, cache, sequences, ops.repeated).read(34)
+        found.append({row: cache.rows[:, place, 4 : 4 + len(prompts[row]) - 1] for place, row in enumerate(rows)})
+    for other in found[1:]:
+        for row, values in other.items():
+            assert torch.equal(values, found[row][row]) and not values.isnan().any()
 
 
 def test_what_is_kept_of_generations(pair, device, monkeypatch):
