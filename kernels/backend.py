@@ -4,6 +4,7 @@ import os
 import shutil
 import sysconfig
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -14,25 +15,25 @@ MAX_HEAD_SIZE = 256  # that tree_attention.py takes
 TRIED, TRIED_HEAD_SIZE = (9, 0), 128
 
 
-def resolve(backend: str, device: torch.device, head_size: int | None = None, dtype: torch.dtype | None = None):
+def resolve(backend: str, device: torch.device, head_sizes: Collection[int] = (), dtype: torch.dtype | None = None):
     """Returns what implements the operations on `device`: reference.py, or a `TritonOps` of its own.
 
     "auto" is triton on a GPU of the kind that the kernels have been tried on, and on one where `stagedspec check` has
     passed (trusted.py), if it can run there, else torch; on a GPU a warning says why. "triton" needs an NVIDIA GPU of
     compute capability 8.0 or later and what Triton builds its launchers with; on the CPU it runs in Triton's
-    interpreter, for checking, and only if TRITON_INTERPRET=1 was set before Python started. head_size: the largest of
-    the models'; dtype: theirs; None: not known yet.
+    interpreter, for checking, and only if TRITON_INTERPRET=1 was set before Python started. head_sizes: the models',
+    none if they are not known yet; dtype: theirs, or None.
 
     Raises ValueError for an unknown backend and for a forced one that cannot run.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     wanted = backend == "triton" or (backend == "auto" and device.type == "cuda")
-    problem = _triton_problem(device, head_size) if wanted else ""
+    problem = _triton_problem(device, max(head_sizes, default=0)) if wanted else ""
     if backend == "triton" and problem:
         raise ValueError(f"backend 'triton' cannot run on {device}: {problem}; use 'auto' or 'torch'")
     if backend == "auto" and wanted:
-        problem = problem or _untried(device, head_size, dtype)
+        problem = problem or _untried(device, head_sizes, dtype)
         if problem:
             warnings.warn(f"backend 'auto' is torch on {device}, which is slower: {problem}", stacklevel=3)
     if wanted and not problem:
@@ -44,13 +45,13 @@ def resolve(backend: str, device: torch.device, head_size: int | None = None, dt
     return reference
 
 
-def _triton_problem(device: torch.device, head_size: int | None) -> str:
+def _triton_problem(device: torch.device, head_size: int) -> str:
     """Why kernels cannot run on the device, or nothing."""
     try:
         import triton
     except ImportError as error:
         return f"triton cannot be imported ({error})"
-    if (head_size or 0) > MAX_HEAD_SIZE:
+    if head_size > MAX_HEAD_SIZE:
         return f"attention heads can be at most {MAX_HEAD_SIZE} wide, the model's are {head_size}"
     interpreted = triton.knobs.runtime.interpret
     if device.type != "cuda":
@@ -77,7 +78,7 @@ def _cannot_build() -> str:
     return ""
 
 
-def _untried(device: torch.device, head_size: int | None, dtype: torch.dtype | None) -> str:
+def _untried(device: torch.device, head_sizes: Collection[int], dtype: torch.dtype | None) -> str:
     """Why "auto" leaves kernels alone that could run on the GPU, or nothing."""
     import triton
 
@@ -88,11 +89,12 @@ def _untried(device: torch.device, head_size: int | None, dtype: torch.dtype | N
     capability = torch.cuda.get_device_capability(device)
     if capability != TRIED:
         tried = f"the kernels have been tried on compute capability {TRIED} alone, it has {capability}"
-    elif (head_size or 0) > TRIED_HEAD_SIZE:
-        tried = f"the kernels have been tried with heads up to {TRIED_HEAD_SIZE}, not {head_size}"
+    elif max(head_sizes, default=0) > TRIED_HEAD_SIZE:
+        tried = f"the kernels have been tried with heads up to {TRIED_HEAD_SIZE}, not {max(head_sizes)}"
     else:
         return ""
-    unchecked = trusted.why_not(device, head_size, dtype)
+    every = (trusted.why_not(device, size, dtype) for size in (sorted(head_sizes) or [None]))
+    unchecked = next(filter(None, every), "")
     if not unchecked:
         return ""
     return f"{tried}, and {unchecked}; `stagedspec check` with your models makes 'auto' trust this GPU"

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
+from threading import RLock
 
 import torch
 from triton import AsyncCompileMode
@@ -21,6 +22,10 @@ log = logging.getLogger("stagedspec")
 Progress = Callable[[int, int], None]  # (kernels that are ready, all kernels)
 _progress: ContextVar[Progress | None] = ContextVar("progress", default=None)
 PATIENCE = 1.0  # seconds of compiling after which the log hears of it
+# One dry run at a time: two would compile the same kernel, and Triton 3.9 unloads the one that it then forgets. What a
+# CUDA graph launches must stay loaded, so what was loaded is never let go.
+_compiling = RLock()
+_all_loaded: list[object] = []
 
 
 @contextmanager
@@ -39,17 +44,18 @@ def compile_ahead(parts: Iterable[Callable[[], object]], device: torch.device) -
     parts: functions that launch kernels. They are called once, in turn, and nothing that they launch runs; what they do
     by torch's own operations is done. In the interpreter there is nothing to compile.
 
-    Raises what Triton raises for a kernel that cannot be compiled. Interrupted, it leaves what was compiled in Triton's
-    cache.
+    Raises what Triton raises for a kernel that cannot be compiled. Interrupted, it ends with the kernels under way, and
+    leaves what was compiled in Triton's cache.
     """
     if registry.interpreted():
         return copy_context().run(_collect, parts, lambda *launch: None)
-    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)), "compile", torch.cuda.set_device, (device,))
-    try:
-        # In a context of its own: an error would leave Triton in its asynchronous mode.
-        return copy_context().run(_compile, parts, _Loading(pool))
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+    with _compiling:
+        pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)), "compile", torch.cuda.set_device, (device,))
+        try:
+            # In a context of its own: an error would leave Triton in its asynchronous mode.
+            return copy_context().run(_compile, parts, _Loading(pool))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _collect(parts: Iterable[Callable[[], object]], collect: Callable) -> int:
@@ -74,16 +80,32 @@ class _Loading:
 def _loaded(compile_kernel: Callable[[], object]):
     kernel = compile_kernel()
     kernel.run  # noqa: B018 (the property loads the kernel and makes its launcher)
+    _all_loaded.append(kernel)
     return kernel
 
 
 def _compile(parts: Iterable[Callable[[], object]], loading: _Loading) -> int:
-    def collect(kernel, grid: tuple, arguments: tuple, options: dict) -> None:
-        kernel.warmup(*arguments, grid=grid, **options)
+    promised = []  # kernels, or what Triton puts in its cache in their place until they are compiled
 
-    with AsyncCompileMode(loading):
-        _collect(parts, collect)
-        _watch(loading.futures)
+    def collect(kernel, grid: tuple, arguments: tuple, options: dict) -> None:
+        promised.append(kernel.warmup(*arguments, grid=grid, **options))
+
+    try:
+        # Errors are raised below: Triton would first wait for all others, and keep what has failed in its cache.
+        with AsyncCompileMode(loading, ignore_errors=True):
+            try:
+                _collect(parts, collect)
+                _watch(loading.futures)
+            except BaseException:
+                for future in loading.futures:
+                    future.cancel()
+                raise
+    finally:
+        for kernel in promised:
+            if getattr(kernel, "future", None) is not None and kernel.future.done():
+                kernel.result(ignore_errors=True)
+    for future in loading.futures:
+        future.result()
     return len(loading.futures)
 
 

@@ -99,7 +99,7 @@ class Sequences:
         self._chains: Trees | None = None
         # The host learns how many rows run, and how long all are, from copies in pinned memory.
         pinned = device.type == "cuda"
-        self._known = [torch.empty(1 + rows, dtype=torch.int32, pin_memory=pinned) for _ in range(2)]
+        self._known = [torch.empty(1 + 2 * rows, dtype=torch.int32, pin_memory=pinned) for _ in range(2)]
         self._copied = [torch.cuda.Event() for _ in range(2)] if pinned else []
         self._first_token = Stopwatch(device)
         self.restart(prompts, new_tokens, eos)
@@ -171,13 +171,20 @@ class Sequences:
 
     # ------------------------------------------------------------ what the host sees
 
+    def _parts(self, turn: int) -> tuple[torch.Tensor, ...]:
+        """What the host was told: how many rows run, all lengths, and which rows run."""
+        rows = len(self)
+        return self._known[turn % 2].split((1, rows, rows))
+
     def publish(self) -> None:
         """Starts copying the rows' state to the host; outside a captured step, after it was launched."""
         if not self._published:
             self._first_token.stop()
         turn = self._published % 2
-        self._known[turn][:1].copy_(self.state.active, non_blocking=True)
-        self._known[turn][1:].copy_(self.state.lengths, non_blocking=True)
+        active, lengths, running = self._parts(turn)
+        active.copy_(self.state.active, non_blocking=True)
+        lengths.copy_(self.state.lengths, non_blocking=True)
+        running.copy_(self.state.running, non_blocking=True)
         if self._copied:
             self._copied[turn].record()
         self._published += 1
@@ -194,11 +201,13 @@ class Sequences:
             return False
         newest = self._published - 1
         if self._copied and not self._copied[newest % 2].query():
-            lengths = self.prompt_lengths
+            left = [limit - length for limit, length in zip(self.limits, self.prompt_lengths, strict=True)]
             if newest:
                 self._copied[(newest - 1) % 2].synchronize()
-                lengths = self._known[(newest - 1) % 2][1:].tolist()
-            if all(limit - length <= self.most for limit, length in zip(self.limits, lengths, strict=True)):
+                _, lengths, running = (part.tolist() for part in self._parts(newest - 1))
+                rows = zip(self.limits, lengths, running, strict=True)
+                left = [limit - length for limit, length, runs in rows if runs]
+            if all(count <= self.most for count in left):
                 self._copied[newest % 2].synchronize()
             elif newest:
                 newest -= 1

@@ -76,7 +76,7 @@ BLOCK = 512  # positions of the sequence compared at once: a block is a round tr
 MAX_CANDIDATES = 16384
 # The least and most that tiles hold: smaller trees share compiled kernels, larger ones loop.
 LEAST_CANDIDATES, LEAST_NODES, LEAST_WORDS = 512, 16, 2
-MOST_OPTIONS = 8192  # of draft², for a level of guesses
+MOST_OPTIONS = 4096  # of draft², for a level of guesses
 MOST_RECORDED = 2048  # candidates recorded together
 MOST_RANKS = 128  # of one slot
 MOST_PLACED = 2048  # candidates put into a tree together
@@ -664,6 +664,12 @@ def _warps(size: int) -> int:
     return 4 if size <= 2048 else 8 if size <= 4096 else 16
 
 
+def _pass_warps(warps: int, constants: dict[str, int]) -> int:
+    """Of grow_pass: more than are set where draft²'s options would not fit into their registers."""
+    options = constants["LANES"] * constants["NGRAM_RANKS"]
+    return warps if options < 2048 else max(warps, 16 if options >= 4096 else 8)
+
+
 def candidates(op: str, shape: tuple[int], device: torch.device) -> list[dict[str, int]]:
     """Settings of grow_pass or harvest_tree to try at the shape (tile of candidates,), the default first."""
     every = [{"warps": warps} for warps in (_warps(*shape), 1, 2, 4, 8, 16)]
@@ -690,7 +696,7 @@ def _launch_pass(
     tree = width, prefetch, prefetch_width, children, size
     settings = _settings("grow_pass", _blocks(*tree)["CANDIDATES"], tokens.device)
     constants = _pass_constants(*tree, successors_, settings["block"])
-    warps = settings["warps"]
+    warps = _pass_warps(settings["warps"], constants)
     launch_kernel(
         grow_pass_kernel,
         (count,),
@@ -750,6 +756,21 @@ def check_candidates(name: str, config) -> None:
             f"{name}: a tree may have at most {MAX_CANDIDATES} candidates on a GPU, got {size} draft evaluations with "
             f"{children} children each; use fewer passes, guesses or children"
         )
+
+
+def check_options(name: str, config, table) -> None:
+    """Raises ValueError for a `TreeConfig` and a table (or None) that give draft² too many options to choose from."""
+    if config.prefetch and _options(config, 0 if table is None else table.successors) > MOST_OPTIONS:
+        raise ValueError(
+            f"{name}: draft² may have at most {MOST_OPTIONS} options a level on a GPU, got a table of "
+            f"{0 if table is None else table.successors} successors, width {config.width} and prefetch_width "
+            f"{config.prefetch_width}; lower one"
+        )
+
+
+def _options(config, successors: int) -> int:
+    blocks = _blocks(config.width, config.prefetch, config.prefetch_width, config.children, config.slots)
+    return blocks["LANES"] * ranks(successors)
 
 
 def _check_state(name: str, state: GrowthState, batch: int, config, device: torch.device) -> None:
@@ -820,12 +841,7 @@ def grow_pass(
     *tensors, vocab_size = check_table(name, table, device)
     if vocab_size > MAX_VOCAB:
         raise ValueError(f"{name}: the vocabulary may have at most {MAX_VOCAB} tokens, got {vocab_size}")
-    lanes = _blocks(config.width, config.prefetch, config.prefetch_width, config.children, config.slots)["LANES"]
-    if config.prefetch and lanes * ranks(0 if table is None else table.successors) > MOST_OPTIONS:
-        raise ValueError(
-            f"{name}: draft² may have at most {MOST_OPTIONS} options a level on a GPU, got a table of "
-            f"{table.successors} successors, width {config.width} and prefetch_width {config.prefetch_width}; lower one"
-        )
+    check_options(name, config, table)
     seeds, streams = noise or (None, None)
     if noise is not None:
         check_tensor(name, "seeds", seeds, (rows,), torch.int64, device)
@@ -900,6 +916,8 @@ def _case(
     else:
         kernel, constants, spilling = harvest_tree_kernel, _harvest_constants(*tree, nodes), HARVEST_SPILLING
     warps = _warps(constants["CANDIDATES"])
+    if op == "grow_pass":
+        warps = _pass_warps(warps, constants)
     registers = most_registers(arch, warps, spilling)
     constants["PDL"] = False
     signature = {argument: POINTERS.get(argument, "i32") for argument in kernel.arg_names if argument not in constants}
@@ -921,6 +939,7 @@ def compile_cases(arch: int) -> list[CompileCase]:
         "guesses=126": (256, 3, 2, 8, 1, 126),
         "children=4096": (256, 1, 1, 4096, 0, 1),
         "candidates=16384": (256, 4, 128, 16, 2, 64),
+        "options=4096": (17, 1, 250, 16, 1, 6),
     }
     cases = []
     for name, tree in trees.items():

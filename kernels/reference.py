@@ -10,7 +10,7 @@ bitwise: oneDNN's pre-packed matrix multiply uses one instruction sequence per r
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
@@ -68,7 +68,7 @@ timed_rows = (1, 2, 4, 8, 16, 32, 64)  # of the passes that the cost model measu
 fixed_shapes = False  # a step takes as many passes, and a tree as many nodes, as it is worth
 
 
-def check_tree(tree) -> None:
+def check_tree(tree, table=None) -> None:
     """Every `TreeConfig` can be grown and verified here."""
 
 
@@ -83,7 +83,7 @@ def timed_batch(tokens: torch.Tensor, context: int, kv_dtype: torch.dtype) -> tu
     return prefill_batch(tokens, context, kv_dtype), 0
 
 
-def prepare(calls: Sequence[tuple[Callable, tuple]], place: torch.device) -> int:
+def prepare(calls: Iterable[tuple[Callable, tuple]], place: torch.device) -> int:
     """Compiles what calls (part, arguments) that are to come need: here nothing. Returns how many kernels were new."""
     return 0
 

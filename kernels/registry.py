@@ -76,12 +76,12 @@ def key_functions(module: str) -> None:
     keys depended on which kernels a process had launched before, and a second process compiled again what the first
     one had left in the cache. Defined first are the functions that others call.
     """
-    _keyed.add(module)
     for function in list(vars(sys.modules[module]).values()):
         if isinstance(function, triton.JITFunction):
             if function.__module__ not in _keyed and function.__module__.startswith("stagedspec."):
                 key_functions(function.__module__)
             function.cache_key  # noqa: B018 (the property computes it)
+    _keyed.add(module)
 
 
 # Takes launches (kernel, grid, arguments, options) in place of the GPU: a dry run, see compiling.py.

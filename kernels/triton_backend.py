@@ -6,10 +6,10 @@ CUDA graph. Operations run in turn on one stream, so buffers of one width are sh
 """
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from threading import Lock, RLock
 
 import torch
@@ -98,8 +98,8 @@ class TritonOps:
     # The kernels of tree growth, verification and commit on an H200 (bench/README.md), and a graph's launch.
     overheads = Overheads(step=2.5e-5, node=0.0, drafting=0.0, draft_pass=1e-5, row=0.0)
 
-    def check_tree(self, tree) -> None:
-        """Raises ValueError for a tree (a `TreeConfig`) that the kernels cannot grow or verify."""
+    def check_tree(self, tree, table=None) -> None:
+        """Raises ValueError for a `TreeConfig` that the kernels cannot grow, with the n-gram table, or verify."""
         if tree.depth > self.max_depth:
             raise ValueError(
                 f"a tree of this backend can be at most {self.max_depth} deep, got depth {tree.depth}; lower it, or "
@@ -112,6 +112,7 @@ class TritonOps:
                 f"{tree.width} and {tree.guesses} guesses; lower them, or use backend='torch'"
             )
         grow_tree.check_candidates("tree", tree)
+        grow_tree.check_options("tree", tree, table)
 
     def __init__(self) -> None:
         self._buffers: dict[tuple, torch.Tensor] = {}
@@ -142,10 +143,12 @@ class TritonOps:
         """On a GPU it becomes a CUDA graph when it first runs."""
         return _Captured(part, self)
 
-    def prepare(self, calls: Sequence[tuple[Callable, tuple]], place: torch.device) -> int:
+    def prepare(self, calls: Iterable[tuple[Callable, tuple]], place: torch.device) -> int:
         """Makes the buffers and compiles the kernels, in parallel, of calls (part, arguments) that are to come; returns
         how many kernels were new."""
         fresh = [(part, given) for part, given in calls if not getattr(part, "prepared", False)]
+        if not fresh:
+            return 0
         made = compiling.compile_ahead((partial(getattr(part, "part", part), *given) for part, given in fresh), place)
         for part, _ in fresh:
             if hasattr(part, "part"):
@@ -389,6 +392,13 @@ def warping_settings(warping: dict | None) -> dict:
 _CAPTURING = Lock()  # torch allows one capture at a time in a process
 
 
+@cache
+def _capture_stream(index: int) -> torch.cuda.Stream:
+    """The stream of a GPU that steps are captured on. torch hands out streams in turn, and a launch by whoever else has
+    the same one would end up in the graph: this one is of those with priority, which are seldom asked for."""
+    return torch.cuda.Stream(index, priority=-1)
+
+
 @contextmanager
 def _alone() -> Iterator[None]:
     """Keeps Python from collecting garbage meanwhile: a CUDA graph that is destroyed would spoil the capture."""
@@ -427,7 +437,8 @@ class _Captured:
         graph = torch.cuda.CUDAGraph()
         # Only this thread's calls could spoil it: others may go on decoding, or whatever they do on the GPU. What torch
         # itself makes for its first graph is shared by all: it must not be bound to inference mode.
-        captured = torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local")
+        stream = _capture_stream(torch.cuda.current_device())
+        captured = torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local")
         with _alone(), torch.inference_mode(False), captured, torch.inference_mode():
             self.value = self.part(*given)
         # The graph reads and writes through addresses: what lies there must outlive it.

@@ -8,7 +8,9 @@ the trust. A damaged record is ignored with a warning.
 import json
 import os
 import re
+import tempfile
 import warnings
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from hashlib import sha256
@@ -16,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from stagedspec.kernels.configs import cache_folder, device_name, slug
+from stagedspec.kernels.configs import PACKAGED, cache_folder, device_name, slug
 
 FORMAT = "stagedspec trusted GPU 1"
 
@@ -38,7 +40,8 @@ class Setup:
         """The setup here. In the interpreter the GPU is called "interpreter"."""
         import triton
 
-        return cls(device_name(device), _driver(), torch.__version__, triton.__version__, _kernels())
+        name = device_name(device)
+        return cls(name, _driver(), torch.__version__, triton.__version__, _kernels(name))
 
 
 def _driver() -> str:
@@ -53,12 +56,21 @@ def _driver() -> str:
     return "none" if supported is None else f"CUDA {supported()}"
 
 
-@cache
-def _kernels() -> str:
-    digest = sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
+def _kernels(gpu: str) -> str:
+    """A digest of the kernels, and of the launch settings that were tuned for the GPU."""
+    digest = sha256(_sources())
+    folders = [PACKAGED]
+    with suppress(RuntimeError):  # no home folder
+        folders.append(default_folder().parent)
+    for path in (folder / f"{slug(gpu)}.json" for folder in folders):
+        if path.is_file():
+            digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+@cache
+def _sources() -> bytes:
+    return b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
 
 
 def default_folder() -> Path:
@@ -111,15 +123,20 @@ def _read(path: Path) -> tuple[Setup, Checked] | None:
         if content["format"] != FORMAT:
             raise ValueError(f"its format must be {FORMAT!r}, got {content['format']!r}")
         setup, checked = Setup(**content["setup"]), content["checked"]
-        good = all(isinstance(value, str) for value in asdict(setup).values()) and all(
-            isinstance(dtypes, list) and all(isinstance(name, str) for name in dtypes) for dtypes in checked.values()
+        good = (
+            bool(checked)
+            and all(isinstance(value, str) for value in asdict(setup).values())
+            and all(
+                isinstance(dtypes, list) and dtypes and all(isinstance(name, str) for name in dtypes)
+                for dtypes in checked.values()
+            )
         )
         if not good:
             raise ValueError("a value has the wrong type")
         return setup, checked
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         warnings.warn(
             f"{path} is damaged and ignored ({type(error).__name__}: {error}); `stagedspec check` writes it anew",
             stacklevel=2,
@@ -142,13 +159,14 @@ def write(setup: Setup, head_sizes: list[int], dtype: torch.dtype, folder: Path 
     for size in head_sizes:
         checked[str(size)] = sorted({*checked.get(str(size), []), _name(dtype)})
     content = {"format": FORMAT, "setup": asdict(setup), "checked": checked}
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
+    handle, part = tempfile.mkstemp(prefix=f"{path.name}.", suffix=".part", dir=path.parent)
     try:
-        part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        with open(handle, "w", encoding="utf-8") as file:
+            file.write(json.dumps(content, indent=1) + "\n")
         os.replace(part, path)
     finally:
-        part.unlink(missing_ok=True)
+        Path(part).unlink(missing_ok=True)
     return path
 
 

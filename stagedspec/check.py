@@ -13,11 +13,10 @@ from itertools import chain, cycle, islice
 from pathlib import Path
 
 import torch
-from triton.errors import TritonError
 
 from stagedspec import check_kernels, check_trees
 from stagedspec.check_kernels import Wrong, expect
-from stagedspec.check_logits import Comparison, compare_logits
+from stagedspec.check_logits import Comparison, check_tokens, compare_logits
 from stagedspec.compare import PROMPTS
 from stagedspec.decoder import Decoder
 from stagedspec.gpt2 import GPT2
@@ -71,14 +70,14 @@ def check(
 ) -> list[Result]:
     """Runs all checks on a decoder of the Triton backend.
 
-    modes: of decoding, to compare with plain decoding; default: chain, tree and staged. prompts: token ids, by default
-    a few beginnings of Python, or random ones where there is no tokenizer. report: called before each check with its
-    name, the number of checks done, and of all.
+    modes: of decoding, to compare with plain decoding; default: all that the decoder has. prompts: token ids, by
+    default a few beginnings of Python, or random ones where there is no tokenizer. report: called before each check
+    with its name, the number of checks done, and of all.
 
     A kernel that does not compile or run has failed like one that computes something else. Raises ValueError for an
     unknown mode, another backend, prompts that do not fit, and where memory runs out.
     """
-    modes = check_modes(modes)
+    modes = check_modes(modes) if modes or decoder.draft is not None else []
     if decoder.backend != "triton":
         raise ValueError(f"the kernels of backend 'triton' are checked, got a decoder of backend {decoder.backend!r}")
     for mode in modes:
@@ -89,6 +88,7 @@ def check(
         raise ValueError(
             f"prompts must have from 2 to {decoder.target.positions - 1} tokens, n_positions - 1, got {sizes}"
         )
+    check_tokens(prompts, decoder.target.vocab_size)
     with memory_errors(), current(decoder.device):
         table = katz_table(decoder.target.vocab_size, decoder.device) if decoder.ngram is None else decoder.ngram
         kernels = list(_kernel_cases(decoder.target, decoder.draft, table, TREE))
@@ -98,7 +98,7 @@ def check(
             *_decoding_cases(decoder, modes, prompts),
         ]
         report("compiling", 0, len(work))
-        with suppress(TritonError, RuntimeError, ValueError):  # of which the check of the kernel will tell
+        with suppress(Exception):  # of which the check of the kernel will tell
             compile_ahead([partial(_run, case) for case in kernels], decoder.device)
         results = []
         for case in work:
@@ -122,7 +122,7 @@ def _run(case: Case) -> Result:
         raise
     except torch.AcceleratorError as error:
         remark = f"{BROKEN}: {_line(error)}"
-    except (TritonError, RuntimeError, ValueError) as error:
+    except Exception as error:  # whatever Triton, torch or a launcher raise: the kernel does not run
         remark = f"does not run: {_line(error)}"
     return Result(case.name, case.shape, False, remark)
 
@@ -187,6 +187,7 @@ def _kernel_cases(target: GPT2, draft: GPT2 | None, table: KatzTable, tree: Tree
                 partial(check_kernels.check_linear_add, model, outputs, inputs),
             )
         yield Case(f"{role}: tree attention", heads, partial(check_kernels.check_attention, model))
+        yield Case(f"{role}: prompt attention", heads, partial(check_kernels.check_prompts, model))
         head = f"{model.vocab_size}x{width}"
         yield Case(f"{role}: head, logits", head, partial(check_kernels.check_head_logits, model))
         for sampling in WARPINGS:

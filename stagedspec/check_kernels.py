@@ -6,7 +6,7 @@ that verifies k+1 tokens must not differ from passes of one token. Outputs start
 write is noticed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from stagedspec.kernels.triton_backend import WINDOW, warping_settings
 from stagedspec.workloads import CHILDREN, SAMPLINGS, Counters
 
 ROWS = (1, 5, 16, 64)  # of a pass; the largest is the pass that the others are part of
+WIDE_ROWS = (*ROWS, 256)  # the same of linears, which also read prompts
 CONTEXT = 300  # tokens, fewer where the model has fewer positions
 ALLOWED = 2.0  # error, over that of plain torch
 
@@ -51,10 +52,10 @@ Run = Callable[[slice], tuple[torch.Tensor, ...]]  # the results of some of the 
 Parts = list[tuple[slice, tuple[torch.Tensor, ...]]]
 
 
-def in_parts(run: Run, total: int) -> Parts:
+def in_parts(run: Run, total: int, rows: Sequence[int] | None = None) -> Parts:
     """The results of the first and of the last few of `total` rows. Everything is launched before a result is looked
     at, so that a dry run meets all kernels."""
-    starts = [(first, count) for count in ROWS if count < total for first in (0, total - count)]
+    starts = [(first, count) for count in rows or ROWS if count < total for first in (0, total - count)]
     return [(slice(first, first + count), run(slice(first, first + count))) for first, count in starts]
 
 
@@ -107,7 +108,7 @@ def check_embed(model: GPT2) -> str:
 
 def check_norm_linear(model: GPT2, outputs: int, inputs: int, activation: str | Callable) -> str:
     draw = Draw(model)
-    x, norm = draw(ROWS[-1], inputs, scale=3.0, shift=1.0), (draw(inputs, shift=1.0), draw(inputs))
+    x, norm = draw(WIDE_ROWS[-1], inputs, scale=3.0, shift=1.0), (draw(inputs, shift=1.0), draw(inputs))
     weight, bias = draw(outputs, inputs, scale=inputs**-0.5), draw(outputs)
     layer = linear.Folded.of(*norm, weight, bias)
     name = activation if isinstance(activation, str) else "none"  # others run in torch, after the kernel
@@ -127,7 +128,7 @@ def check_norm_linear(model: GPT2, outputs: int, inputs: int, activation: str | 
         return y if name == "none" else ACT2FN[name](y)
 
     given = x, *norm, weight, bias
-    whole, parts = run(slice(None)), in_parts(run, len(x))
+    whole, parts = run(slice(None)), in_parts(run, len(x), WIDE_ROWS)
     remark = expect_close(whole[0], torch_s(*given), torch_s(*(tensor.double() for tensor in given)))
     expect_same_rows(parts, whole)
     return remark
@@ -135,7 +136,7 @@ def check_norm_linear(model: GPT2, outputs: int, inputs: int, activation: str | 
 
 def check_linear_add(model: GPT2, outputs: int, inputs: int) -> str:
     draw = Draw(model)
-    x, residual = draw(ROWS[-1], inputs), draw(ROWS[-1], outputs)
+    x, residual = draw(WIDE_ROWS[-1], inputs), draw(WIDE_ROWS[-1], outputs)
     weight, bias = draw(outputs, inputs, scale=inputs**-0.5), draw(outputs)
 
     def run(rows: slice) -> tuple[torch.Tensor, ...]:
@@ -147,7 +148,7 @@ def check_linear_add(model: GPT2, outputs: int, inputs: int) -> str:
         return out, stats
 
     given = x, weight, bias
-    (out, stats), parts = run(slice(None)), in_parts(run, len(x))
+    (out, stats), parts = run(slice(None)), in_parts(run, len(x), WIDE_ROWS)
     exact = residual.double() + F.linear(*(tensor.double() for tensor in given))
     remark = expect_close(out, residual + F.linear(*given), exact)
     tiles = out.double().split(64, 1)
@@ -209,6 +210,45 @@ def check_attention(model: GPT2) -> str:
     for sequences, count, some in parts:
         same = torch.equal(some, whole[:sequences, nodes - count :])
         expect(same, f"a node's bits differ between passes of {count} and {nodes} nodes, {sequences} sequences")
+    return remark
+
+
+def check_prompts(model: GPT2) -> str:
+    """Attention of a chunk of a prompt after others, whole and in chunks of 16; rows that nobody may read are NaN."""
+    draw, heads, size = Draw(model), model.heads, model.head_size
+    start = min(9, model.positions // 5)
+    count = min(256, model.positions - start)
+    qkv = draw(count, 3 * heads * size)
+    cache = draw(1, 4 + model.positions, 2, heads, size)
+    cache[:, :4], cache[:, 4 + start :] = torch.nan, torch.nan
+    scale = model.layers[0].scale
+
+    def run(first: int, last: int, cache: torch.Tensor) -> torch.Tensor:
+        nodes = last - first
+        chain = torch.ones(nodes, nodes, dtype=torch.bool, device=model.device).tril()
+        prefix = torch.full((1,), start + first, dtype=torch.int32, device=model.device)
+        out = draw.unset(nodes, heads * size)
+        need = attention.scratch_size(1, nodes, heads, heads, size, cache.shape[1], 4)
+        attention.tree_attention(
+            qkv[first:last].contiguous(), cache, attention.mask_words(chain)[None].contiguous(), prefix, 0, True, 4,
+            scale, out, draw.scratch(need), WINDOW,
+        )  # fmt: skip
+        return out
+
+    after, pieces = cache.clone(), cache.clone()
+    whole = run(0, count, after)
+    parts = [run(first, min(first + 16, count), pieces) for first in range(0, count, 16)]
+    q, k, v = qkv.view(count, 3, heads, size).unbind(1)
+    expected = cache.clone()
+    expected[0, 4 + start : 4 + start + count] = torch.stack((k, v), 1)
+    expect(torch.equal(after.nan_to_num(7.0), expected.nan_to_num(7.0)), "the KV rows that it wrote differ")
+    seen = torch.ones(count, start + count, dtype=torch.bool, device=model.device).tril(start)
+    q, k, v = (t.transpose(0, 1) for t in (q, *expected[0, 4 : 4 + start + count].unbind(1)))
+    plain = F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=seen, scale=scale)[0]
+    scores = (q.double() @ k.double().mT * scale).masked_fill(~seen, -torch.inf)
+    flat = [t.transpose(0, 1).flatten(1) for t in (plain, scores.softmax(-1) @ v.double())]
+    remark = expect_close(whole, *flat)
+    expect(torch.equal(torch.cat(parts), whole), f"a token's bits differ between chunks of 16 and {count} tokens")
     return remark
 
 

@@ -5,6 +5,7 @@ both give a position the same bits. `compare_logits` checks that for any engine:
 """
 
 import inspect
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -75,10 +76,20 @@ def compare_logits(
     Logits of the same dtype are compared by their bits, others by their values. Raises ValueError for bad input and for
     logits of a wrong shape.
     """
-    rows = [[int(token) for token in prompt] for prompt in prompts]
+    try:
+        rows = [[operator.index(token) for token in prompt] for prompt in prompts]
+    except TypeError:
+        raise ValueError(f"prompts must be lists of token ids, one a prompt, got {prompts!r}"[:300]) from None
     if not rows or any(len(row) < 2 for row in rows):
         raise ValueError(f"prompts must be of at least 2 tokens each, got the lengths {[len(row) for row in rows]}")
-    if len(tokens_per_pass) != 2 or any(type(size) is not int or size < 1 for size in tokens_per_pass):
+    for side in (first, second):
+        if isinstance(side, (Decoder, GPT2LMHeadModel)):
+            check_tokens(rows, side.target.vocab_size if isinstance(side, Decoder) else side.config.vocab_size)
+    if (
+        not isinstance(tokens_per_pass, (tuple, list))
+        or len(tokens_per_pass) != 2
+        or any(type(size) is not int or size < 1 for size in tokens_per_pass)
+    ):
         raise ValueError(f"tokens_per_pass must be two whole numbers of at least 1, got {tokens_per_pass!r}")
     if type(positions) is not int or positions < 1:
         raise ValueError(f"positions must be a whole number of at least 1, got {positions!r}")
@@ -102,6 +113,13 @@ def compare_logits(
     )
 
 
+def check_tokens(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
+    """Raises ValueError for token ids that are not in the vocabulary."""
+    bad = [token for prompt in prompts for token in prompt if not 0 <= token < vocab_size]
+    if bad:
+        raise ValueError(f"token ids must be in [0, {vocab_size}), the vocabulary, got {bad[0]}")
+
+
 def logits_function(model: "Decoder | GPT2LMHeadModel | LogitsFunction") -> LogitsFunction:
     """The model as a function of `compare_logits`, with a KV cache of its own. Raises ValueError for anything else."""
     if isinstance(model, Decoder):
@@ -122,9 +140,17 @@ def _read(logits: LogitsFunction, row: list[int], start: int, size: int) -> torc
     for at in range(start, len(row), size):
         new = row[at : at + size]
         part = logits(row[:at], new)
-        if not isinstance(part, torch.Tensor) or part.dim() != 2 or len(part) != len(new):
-            got = list(part.shape) if isinstance(part, torch.Tensor) else type(part).__name__
-            raise ValueError(f"logits of {len(new)} new tokens must be a tensor [{len(new)}, V], got {got}")
+        wanted = (len(new), parts[0].shape[1] if parts else None)
+        if (
+            not isinstance(part, torch.Tensor)
+            or part.dim() != 2
+            or not part.numel()
+            or part.is_meta
+            or any(want not in (None, size) for want, size in zip(wanted, part.shape, strict=True))
+        ):
+            got = f"{list(part.shape)} on {part.device}" if isinstance(part, torch.Tensor) else type(part).__name__
+            width = wanted[1] or "V"
+            raise ValueError(f"logits of {len(new)} new tokens must be a tensor [{len(new)}, {width}], got {got}")
         parts.append(part.detach().cpu())
     return torch.cat(parts)
 

@@ -863,7 +863,7 @@ def check(
     from stagedspec import check as checks
     from stagedspec.kernels import configs
 
-    modes = checks.check_modes(mode or [])
+    checks.check_modes(mode or [])
     if out is not None and out.exists() and not out.is_dir():
         raise ValueError(f"--out must be a folder, but {out} is a file")
     where = checks.check_device(device)
@@ -873,7 +873,7 @@ def check(
         task = progress.add_task("checking", total=None)
         results = checks.check(
             decoder,
-            modes,
+            mode or (),
             report=lambda name, done, total: progress.update(task, description=name, completed=done, total=total),
         )
     failed = sum(not result.passed for result in results)

@@ -1,8 +1,9 @@
 """The decoder: models, arguments of calls, and the runs that answer them."""
 
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,7 +71,8 @@ class Chunk:
 class Call:
     """Everything that the arguments of `generate` come to.
 
-    pad: what rows that stop early are filled up with; positions: what is called at every position, if anything.
+    pad: what rows that stop early are filled up with; positions: what is called at every position, if anything; began:
+    when the call began, of `time.perf_counter`.
     """
 
     input_ids: torch.Tensor
@@ -78,6 +80,7 @@ class Call:
     pad: int
     positions: Positions | None = None
     return_dict: bool = False
+    began: float = field(default_factory=time.perf_counter)
 
 
 class Decoder:
@@ -158,8 +161,8 @@ class Decoder:
         target_model = read_checkpoint(target, "target")
         draft_model = None if draft is None else read_checkpoint(draft, "draft")
         configs = [model.config for model in (target_model, draft_model) if model is not None]
-        head_size = max(config.n_embd // config.n_head for config in configs)
-        ops = kernel_backend.resolve(backend, device, head_size, dtype)
+        head_sizes = {config.n_embd // config.n_head for config in configs}
+        ops = kernel_backend.resolve(backend, device, head_sizes, dtype)
         loaded = load_tokenizer(tokenizer if tokenizer is not None else target)
         if isinstance(draft, (str, Path)):
             check_same_tokens(loaded, load_tokenizer(draft))
@@ -246,7 +249,7 @@ class Decoder:
 
     def decode(self, call: Call) -> "torch.Tensor | StagedOutput":
         """Runs a call to its end: what `generate` does once its arguments are read."""
-        run = self._run(call.request, call.positions)
+        run = self._run(call.request, call.positions, call.began)
         for _ in run.steps():
             if call.positions is not None:
                 call.positions.settle(run)
@@ -285,7 +288,7 @@ class Decoder:
         return self._stream(self._read(input_ids, None, max_new_tokens, mode, seed, tree, options))
 
     def _stream(self, call: Call) -> Iterator[Chunk]:
-        run = self._run(call.request, call.positions)
+        run = self._run(call.request, call.positions, call.began)
         start, shown, text = len(call.request.prompts[0]), 0, ""
         try:
             for _ in run.steps():
@@ -303,30 +306,33 @@ class Decoder:
                     [ORIGINS[origin] for origin in row.origins[shown:]],
                 )
                 shown, text = len(row.origins), ready
+        except GeneratorExit:  # closed between two steps
+            self._keep(run)
+            raise
         finally:
             self.last_stats = run.stats()
         self._keep(run)
 
     # ------------------------------------------------------------ runs
 
-    def _run(self, request: Request, positions: Positions | None = None) -> Run:
+    def _run(self, request: Request, positions: Positions | None = None, began: float | None = None) -> Run:
         """A run of the request, by the memory and the graphs of one that has ended where they fit."""
         wanted = self.target, self.draft, self.ngram, request, positions, self.mark
-        kind = kind_of(*wanted)
+        kind, began = kind_of(*wanted), time.perf_counter() if began is None else began
         with self.target.ops.lock:
             fitting = [run for run in self._kept if run.fits(kind, request)]
             run = min(fitting, key=lambda run: run.sequences.capacity, default=None)
             if run is not None:
                 self._kept.remove(run)
         if run is not None:
-            run.restart(request, positions)
+            run.restart(request, positions, began)
             return run
         try:
-            return Run(*wanted)
+            return Run(*wanted, began)
         except torch.OutOfMemoryError:
             pass  # inside, the error would hold on to what had been made
         self.release()
-        return Run(*wanted)
+        return Run(*wanted, began)
 
     def _keep(self, run: Run) -> None:
         """Keeps a run that has come to its end and of which nothing more is wanted, if there is a use for it."""
@@ -350,7 +356,8 @@ class Decoder:
         chooses trees by, and captures CUDA graphs. Returns how many kernels were not loaded before.
 
         Without it the first generation of each kind does the same for itself. What is compiled and measured is kept on
-        disk for later processes.
+        disk for later processes. CUDA graphs live as long as a decoder keeps the generation: the last eight kinds (a
+        mode, sampling and batch size each), with 2 GiB of keys and values at most.
 
         modes: None for all that this decoder has. samplings: options of `generate` that choose tokens, one dict each;
         batch: one batch size or several. tokens: of the longest prompt and its new tokens together, None for all that
@@ -378,12 +385,14 @@ class Decoder:
 
     def _read(self, input_ids, attention_mask, max_new_tokens, mode, seed, tree, options: dict) -> Call:
         """The arguments of `generate`, read and checked."""
+        began = time.perf_counter()
         seed = int(torch.randint(2**63 - 1, ())) if seed is None else seed
         if options.keys() <= _PLAIN and not self.defaults and input_ids is not None:
-            return self._read_plain(input_ids, attention_mask, max_new_tokens, mode, seed, tree, **options)
+            call = self._read_plain(input_ids, attention_mask, max_new_tokens, mode, seed, tree, **options)
+            return replace(call, began=began)
         from stagedspec import hf  # which imports this module
 
-        return hf.read(self, input_ids, attention_mask, max_new_tokens, mode, seed, tree, options)
+        return replace(hf.read(self, input_ids, attention_mask, max_new_tokens, mode, seed, tree, options), began=began)
 
     def _read_plain(
         self,
@@ -431,7 +440,7 @@ class Decoder:
             )
         if chosen is not None:
             chosen = chosen.for_mode(mode)
-            self.target.ops.check_tree(chosen)
+            self.target.ops.check_tree(chosen, self.ngram)
             return chosen
         return self._ladder(mode, batch, do_sample)[-1].tree
 
@@ -445,13 +454,15 @@ class Decoder:
             model = cost.Model(self._costs, batch, do_sample, tuning.text_of(do_sample), self.target.ops)
             trees = tuning.trees.get(key)
             with self.target.ops.lock, current(self.device):  # what was not measured before is measured here
-                if trees is None:
-                    self._costs.prepare(batch, do_sample)
-                    trees = tuning.trees[key] = model.ladder(mode)
-                for tree in trees:
-                    self.target.ops.check_tree(tree)
-                self._ladders[key] = tuple(rungs(model, trees))
-                self._costs.release()
+                try:
+                    if trees is None:
+                        self._costs.prepare(batch, do_sample)
+                        trees = tuning.trees[key] = model.ladder(mode)
+                    for tree in trees:
+                        self.target.ops.check_tree(tree, self.ngram)
+                    self._ladders[key] = tuple(rungs(model, trees))
+                finally:
+                    self._costs.release()
             if self._own and self._costs.seconds != tuning.seconds:
                 tuning.seconds = dict(self._costs.seconds)
                 keep(self, tuning)

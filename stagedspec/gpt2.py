@@ -3,7 +3,7 @@
 Everything of `GPT2Config` that changes the forward pass is honoured; what is not supported is refused by name.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
@@ -166,9 +166,12 @@ class Reader:
         for start, size in self.sequences.chunks(count):
             self._pass(size)(self.sequences.chunk(start, size, self.model.kv_dtype), start)
 
-    def calls(self, sizes: Iterable[int]) -> list[tuple[Callable, tuple]]:
-        """A call of the pass over a chunk of each size, (pass, arguments), for the backend's `prepare`."""
-        return [(self._pass(size), (self.sequences.chunk(0, size, self.model.kv_dtype), 0)) for size in sizes]
+    def calls(self, sizes: Iterable[int]) -> Iterator[tuple[Callable, tuple]]:
+        """A call of the pass over a chunk of each size, (pass, arguments), for the backend's `prepare`; without those
+        that are prepared."""
+        for size in sizes:
+            if not getattr(self._pass(size), "prepared", False):
+                yield self._pass(size), (self.sequences.chunk(0, size, self.model.kv_dtype), 0)
 
     def _pass(self, size: int) -> Callable:
         if size not in self._passes:

@@ -109,15 +109,15 @@ class Stepper:
         if self.cascade is not None:
             self.cascade.prefill(lengths)
 
-    def reading(self, prompts: list[list[int]] | None = None) -> list[tuple[Callable, tuple]]:
+    def reading(self, prompts: list[list[int]] | None = None) -> Iterator[tuple[Callable, tuple]]:
         """The passes of `prefill`, or those of any prompts, for the backend's `prepare`."""
         readers = [(self.reader, 1)] + ([(self.cascade.reader, 2)] if isinstance(self.cascade, Cascade) else [])
-        if prompts is None:
-            return [call for reader, _ in readers for call in reader.calls(self.sequences.chunk_sizes)]
-        longest, calls = max(map(len, prompts)), []
         for reader, trailing in readers:
-            calls += reader.calls({size for _, size in self.sequences.chunks(longest - trailing)})
-        return calls
+            if prompts is None:
+                yield from reader.calls(self.sequences.chunk_sizes)
+            else:
+                chunks = self.sequences.chunks(max(map(len, prompts)) - trailing)
+                yield from reader.calls({size for _, size in chunks})
 
     def step(self, walk: Callable | None = None, propose: Callable | None = None, ask: Callable | None = None) -> int:
         """One step: draft trees, verify them in one target pass, commit what was accepted. Returns the draft passes.
@@ -161,7 +161,8 @@ class Stepper:
 class Run:
     """One generation; with `restart` another one of its kind, by the same CUDA graphs.
 
-    positions: what is called at every position, if anything; mark: what phases are marked with for a profiler.
+    positions: what is called at every position, if anything; mark: what phases are marked with for a profiler; began:
+    when the call began, of `time.perf_counter`, None for now.
     """
 
     def __init__(
@@ -172,7 +173,9 @@ class Run:
         request: Request,
         positions: Positions | None = None,
         mark: Mark | None = None,
+        began: float | None = None,
     ):
+        self._arrive(began)
         # Steps of fixed shape are replayed: the host does not see their phases.
         self.clock = Clock(("prefill",) if target.ops.fixed_shapes else None, mark)
         repeated = target.ops.repeated if mark is None else None
@@ -180,7 +183,11 @@ class Run:
         self.kind = kind_of(target, draft, table, request, positions, mark)
         self._begin(request, positions)
         self._step = self._repeated()
-        self._prepared = mark is not None  # whose phases nothing may interrupt
+        self._prepared = False
+
+    def _arrive(self, began: float | None) -> None:
+        now = time.perf_counter()
+        self._before = now - (now if began is None else began)  # seconds of the call that are gone
 
     def _begin(self, request: Request, positions: Positions | None) -> None:
         self.request, self.walk = request, _walk(positions)
@@ -191,8 +198,9 @@ class Run:
         """Whether `restart` can take a request of this kind (`kind_of`): by the same steps, in the room there is."""
         return self.kind == kind and self.sequences.fits(request.prompts, request.new_tokens, request.eos)
 
-    def restart(self, request: Request, positions: Positions | None) -> None:
+    def restart(self, request: Request, positions: Positions | None, began: float | None = None) -> None:
         """Begins another generation, which `fits`, where this one has ended and all that is wanted of it was read."""
+        self._arrive(began)
         self._begin(request, positions)
         self.clock.seconds.clear()
         self.stepper.restart(request)
@@ -221,25 +229,29 @@ class Run:
 
     def prepare(self) -> int:
         """Compiles, in parallel, the kernels that this generation needs and no earlier one did; returns how many."""
-        stepper, calls = self.stepper, []
-        if self.clock.mark is None:
-            calls = stepper.reading(self.request.prompts)
+        if self.clock.mark is not None:  # a profiler would see the dry run's phases
+            return 0
+        return self.stepper.target.ops.prepare(self._unprepared(), self.stepper.target.device)
+
+    def _unprepared(self) -> Iterator[tuple[Callable, tuple]]:
+        stepper = self.stepper
+        yield from stepper.reading(self.request.prompts)
         if not self._prepared:
             self._prepared = True
             host = stepper.walks or self.request.repeats  # what it does is not known ahead
-            calls.append((lambda: stepper.ask(stepper.propose()), ()) if host else (self._step, (None,)))
-        return stepper.target.ops.prepare(calls, stepper.target.device)
+            yield (lambda: stepper.ask(stepper.propose()), ()) if host else (self._step, (None,))
 
     @torch.inference_mode()
     def warm_up(self) -> int:
-        """Compiles, and captures unless phases are marked, what generations of this kind need, whatever their prompts;
-        returns how many kernels were new. For a backend of fixed shapes, and steps in which the host has no part."""
-        target, calls = self.stepper.target, [*self.stepper.reading(), (self._step, (None,))]
+        """Compiles, and captures where nothing stands against it, what generations of this kind need, whatever their
+        prompts; returns how many kernels were new."""
+        stepper, target = self.stepper, self.stepper.target
         with target.ops.lock, current(target.device):
+            calls = [*stepper.reading(), *self._unprepared()]
             made = target.ops.prepare(calls, target.device)
-            for part, given in calls if self.clock.mark is None else ():
-                part.capture(*given)
-        self._prepared = True
+            for part, given in calls:
+                if hasattr(part, "capture"):
+                    part.capture(*given)
         return made
 
     def _repeated(self) -> Callable[..., int]:
@@ -269,6 +281,7 @@ class Run:
         accepted, target, draft = self.sequences.accepted, self.stepper.target, self.stepper.draft
         cascade = self.stepper.cascade
         controller = None if cascade is None else cascade.controller
+        first = self.sequences.seconds_to_first_token
         return Stats(
             mode=self.request.mode,
             tree=asdict(config),
@@ -284,7 +297,7 @@ class Run:
             origins={name: origins.count(index) for index, name in enumerate(ORIGINS)},
             seconds=dict(self.clock.seconds),
             total_seconds=self.seconds,
-            seconds_to_first_token=self.sequences.seconds_to_first_token,
+            seconds_to_first_token=None if first is None else self._before + first,
             target_bytes=target.weight_bytes,
             draft_bytes=0 if draft is None else draft.weight_bytes,
         )

@@ -65,8 +65,8 @@ class Stats:
     running.
     new_tokens: tokens produced. accepted_per_depth[d]: row-steps that accepted a node of depth d + 1.
     origins: tokens by the model that first proposed them (Spector & Ré, Figure 3).
-    seconds: wall-clock seconds by phase; total_seconds: of the whole generation. seconds_to_first_token: from its
-    beginning to the end of its first step, what it measured and compiled included; None if it made no step.
+    seconds: wall-clock seconds by phase; total_seconds: of the whole generation. seconds_to_first_token: from the
+    beginning of the call to the end of its first step, what it measured and compiled included; None without a step.
     """
 
     mode: str

@@ -10,6 +10,7 @@ import json
 import os
 import platform
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -160,6 +161,8 @@ def pair_of(decoder) -> dict:
 def fingerprint(decoder) -> str:
     """A name for the pair, down to its weights, on this machine with these threads, this torch and this cost model."""
     setup = pair_of(decoder) | {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    if decoder.backend == "triton":
+        setup["triton"] = version("triton")
     found = hashlib.sha256(json.dumps(setup).encode())
     found.update(Path(cost.__file__).read_bytes())
     for model in (decoder.target, decoder.draft):

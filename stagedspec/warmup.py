@@ -1,12 +1,13 @@
 """Everything that the first generation of a kind waits for, done before: compiling, measuring, capturing."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from stagedspec.tree import MODES
+from stagedspec.tree import MODES, TreeConfig
 
 GREEDY, SAMPLED = {}, {"do_sample": True, "top_k": 50}
+CHOICES = {"do_sample", "temperature", "top_k", "top_p", "min_p"}
 Progress = Callable[[str, int, int], None]  # (what is being made ready, kernels that are ready, all of its kernels)
 
 
@@ -30,14 +31,18 @@ def warm_up(
         raise ValueError(f"tokens must be a whole number from 2 to the model's {room} positions, got {tokens!r}")
     if modes is None:
         modes = MODES if decoder.draft is not None else MODES[:1]
-    sizes = [batch] if isinstance(batch, int) else list(batch)
-    for name, values in (("modes", modes), ("samplings", samplings), ("batch", sizes)):
-        if isinstance(values, str) or not values:
-            raise ValueError(f"warm_up needs a list of {name}, with one at least, got {values!r}")
+    sizes = batch if isinstance(batch, Iterable) else [batch]
+    given = {"modes": modes, "samplings": samplings, "batch": sizes}
+    for name, values in given.items():
+        if isinstance(values, str) or not isinstance(values, Iterable) or not (values := list(values)):
+            raise ValueError(f"warm_up needs a list of {name}, with one at least, got {given[name]!r}")
+        given[name] = values
+    modes, samplings, sizes = given.values()
     wanted = [(mode, sampling, size) for size in sizes for sampling in samplings for mode in modes]
     for mode, sampling, size in wanted:  # all is checked before any of it is made
         if mode not in MODES:
             raise ValueError(f"modes must be of {', '.join(MODES)}, got {mode!r}")
+        decoder.tree_for(mode, tree=decoder._tree or TreeConfig())  # one is there, and measures nothing
         _read(decoder, "autoregressive", sampling, size, tokens)
     from stagedspec.kernels.compiling import reporting  # which needs Triton
 
@@ -63,8 +68,7 @@ def _read(decoder, mode: str, sampling: dict, batch: int, tokens: int):
         raise ValueError(f"batch must be whole numbers of at least 1, got {batch!r}")
     if not isinstance(sampling, dict):
         raise ValueError(f"samplings must be dicts of options of generate, got {sampling!r}")
+    if not sampling.keys() <= CHOICES:
+        raise ValueError(f"samplings may hold {', '.join(sorted(CHOICES))}, got {sampling!r}")
     prompt = torch.zeros(batch, 1, dtype=torch.long)
-    call = decoder._read(prompt, torch.ones_like(prompt), tokens - 1, mode, 0, None, dict(sampling))
-    if call.positions is not None:
-        raise ValueError(f"samplings must choose tokens by temperature, top_k, top_p and min_p alone, got {sampling!r}")
-    return call
+    return decoder._read(prompt, torch.ones_like(prompt), tokens - 1, mode, 0, None, dict(sampling))

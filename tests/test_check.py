@@ -37,7 +37,7 @@ def small(monkeypatch, tmp_path):
     """Few rows, a small tree and few tokens: the interpreter is slow. A cache folder without records."""
     for module, values in (
         (check, {"TREE": TREE, "NEW_TOKENS": 3, "_prompts": lambda decoder: PROMPTS}),
-        (check_kernels, {"ROWS": (1, 3), "CONTEXT": 20}),
+        (check_kernels, {"ROWS": (1, 3), "WIDE_ROWS": (1, 3, 17), "CONTEXT": 20}),
         (check_trees, {"CONTEXT": 20, "LENGTHS": (5, 3)}),
     ):
         for name, value in values.items():
@@ -61,7 +61,7 @@ def command(*arguments: str):
 
 
 def test_the_command_checks_everything_and_records_it(decoder, fixed_order, monkeypatch, tmp_path):
-    monkeypatch.setattr(cli, "load_decoder", lambda *_: decoder)
+    monkeypatch.setattr(cli, "load_decoder", lambda *_, **__: decoder)
     # Some of the samplings: the interpreter takes a minute for all of them.
     monkeypatch.setattr(
         check, "SAMPLINGS", {name: check.SAMPLINGS[name] for name in check.SAMPLINGS if "top-k" in name}
@@ -85,7 +85,7 @@ def canned(passed: bool):
 
 
 def test_a_failure_ends_the_trust(decoder, monkeypatch, tmp_path):
-    monkeypatch.setattr(cli, "load_decoder", lambda *_: decoder)
+    monkeypatch.setattr(cli, "load_decoder", lambda *_, **__: decoder)
     folder, options = tmp_path / "records", ["--out", str(tmp_path / "records"), "--device", str(decoder.device)]
     monkeypatch.setattr(check, "check", canned(True))
     shown = command(*options)
@@ -97,7 +97,7 @@ def test_a_failure_ends_the_trust(decoder, monkeypatch, tmp_path):
 
 
 def test_nothing_is_recorded_of_some_modes_nor_of_the_interpreter(decoder, monkeypatch, tmp_path):
-    monkeypatch.setattr(cli, "load_decoder", lambda *_: decoder)
+    monkeypatch.setattr(cli, "load_decoder", lambda *_, **__: decoder)
     monkeypatch.setattr(check, "check", canned(True))
     shown = command("--out", str(tmp_path / "records"), "--device", str(decoder.device), "--mode", "chain")
     assert shown.exit_code == 0 and "nothing was recorded" in shown.output and not (tmp_path / "records").exists()
@@ -125,7 +125,7 @@ def test_errors_are_one_line_and_leave_nothing_behind(decoder, monkeypatch, tmp_
     }
     monkeypatch.setattr(cli, "load_decoder", crowded)
     shown["too little GPU memory for the check: OutOfMemoryError: no room"] = command("--device", place)
-    monkeypatch.setattr(cli, "load_decoder", lambda *_: decoder)
+    monkeypatch.setattr(cli, "load_decoder", lambda *_, **__: decoder)
     monkeypatch.setattr(check_kernels, "check_embed", crowded)
     shown["too little GPU memory for the check"] = command("--device", place)
     for message, result in shown.items():
@@ -394,18 +394,22 @@ def test_auto_trusts_a_gpu_that_has_been_checked(gpu, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert backend.resolve("auto", gpu).name == "triton"  # before the models are loaded
-        assert backend.resolve("auto", gpu, 64).name == "triton"
-        assert backend.resolve("auto", gpu, 64, torch.bfloat16).name == "triton"
-    for arguments, problem in (((80,), "heads of 64, not 80"), ((64, torch.float32), "in bfloat16, not float32")):
+        assert backend.resolve("auto", gpu, [64]).name == "triton"
+        assert backend.resolve("auto", gpu, [64], torch.bfloat16).name == "triton"
+    for arguments, problem in (
+        (([80],), "heads of 64, not 80"),
+        (([64, 48],), "heads of 64, not 48"),
+        (([64], torch.float32), "in bfloat16, not float32"),
+    ):
         with pytest.warns(UserWarning, match=problem):
             assert backend.resolve("auto", gpu, *arguments).name == "torch"
     newer = trusted.Setup(**(vars(SETUP) | {"driver": "560.1"}))
     monkeypatch.setattr(trusted.Setup, "of", lambda device: newer)
     with pytest.warns(UserWarning, match=r"checked with driver 550.54, now 560.1; `stagedspec check`"):
-        assert backend.resolve("auto", gpu, 64).name == "torch"
+        assert backend.resolve("auto", gpu, [64]).name == "torch"
     trusted.file_of(SETUP).write_text("{")
     with pytest.warns(UserWarning) as shown:
-        assert backend.resolve("auto", gpu, 64).name == "torch"
+        assert backend.resolve("auto", gpu, [64]).name == "torch"
     damaged, untrusted = (str(warning.message) for warning in shown)
     assert "is damaged and ignored" in damaged and "it has not been checked" in untrusted
 

@@ -157,7 +157,11 @@ def test_warm_up_of_all_that_a_decoder_has(decoder):
         ({"samplings": []}, "warm_up needs a list of samplings"),
         ({"samplings": ["greedy"]}, "samplings must be dicts of options of generate, got 'greedy'"),
         ({"samplings": [{"do_sample": True, "temperature": -1.0}]}, "temperature"),
-        ({"samplings": [{"repetition_penalty": 1.3}]}, "by temperature, top_k, top_p and min_p alone"),
+        (
+            {"samplings": [{"repetition_penalty": 1.3}]},
+            "samplings may hold do_sample, min_p, temperature, top_k, top_p, got",
+        ),
+        ({"samplings": [{"prompt_lookup_num_tokens": 3}]}, "samplings may hold"),
         ({"batch": 0}, "batch must be whole numbers of at least 1, got 0"),
         ({"batch": [1, True]}, "batch must be whole numbers of at least 1, got True"),
         ({"batch": 17}, "1 to 16 prompts, got 17"),
