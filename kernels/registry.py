@@ -78,8 +78,9 @@ def key_functions(module: str) -> None:
     """
     for function in list(vars(sys.modules[module]).values()):
         if isinstance(function, triton.JITFunction):
-            if function.__module__ not in _keyed and function.__module__.startswith("stagedspec."):
-                key_functions(function.__module__)
+            home = function.__module__
+            if home != module and home not in _keyed and home.startswith("stagedspec."):
+                key_functions(home)
             function.cache_key  # noqa: B018 (the property computes it)
     _keyed.add(module)
 

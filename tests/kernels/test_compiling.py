@@ -1,0 +1,92 @@
+"""Compiling ahead, by Triton's real compiler for a GPU that is not there: the stand-in for its driver loads nothing."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+COMMON = """
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+class Driver:
+    def get_current_device(self): return 0
+    def get_current_stream(self, device): return 0
+    def get_current_target(self): return GPUTarget("cuda", 90, 32)
+
+driver.set_active(Driver())
+torch.cuda.set_device = lambda device: None
+
+from stagedspec.kernels import compiling, registry
+from stagedspec.kernels.embed import _embed
+
+compiling._loaded = lambda compile_kernel: compile_kernel()
+gpu = torch.device("cuda", 0)
+
+def part(width):
+    tokens, table = torch.zeros(1, dtype=torch.int32), torch.zeros(4, width)
+    def launch():
+        registry.launch_kernel(
+            _embed, (1,), tokens, tokens, table, table, table,
+            V=4, P=4, D=width, WIDE=triton.next_power_of_2(width), num_warps=4, PDL=False, enable_fp_fusion=False,
+        )
+    return launch
+
+def fail():
+    raise ValueError("on purpose")
+
+def cached():
+    return [type(kernel).__name__ for kernel in _embed.device_caches[0][0].values()]
+
+parts = [part(width) for width in range(64, 76)]
+"""
+PROGRAMS = {
+    "once": """
+assert compiling.compile_ahead(parts, gpu) == 12
+assert compiling.compile_ahead(parts, gpu) == 0
+assert cached() == ["CompiledKernel"] * 12
+""",
+    "interrupted": """
+def progress(ready, total):
+    assert total == 12
+    raise KeyboardInterrupt
+
+try:
+    with compiling.reporting(progress):
+        compiling.compile_ahead(parts, gpu)
+    raise AssertionError("was not interrupted")
+except KeyboardInterrupt:
+    pass
+done = len(cached())
+assert 0 < done <= 12 and set(cached()) == {"CompiledKernel"}, cached()
+assert compiling.compile_ahead(parts, gpu) == 12 - done
+assert cached() == ["CompiledKernel"] * 12
+""",
+    "failed": """
+try:
+    compiling.compile_ahead([*parts[:3], fail], gpu)
+    raise AssertionError("did not fail")
+except ValueError as error:
+    assert str(error) == "on purpose"
+assert compiling.compile_ahead(parts, gpu) + len(cached()) >= 12
+assert cached() == ["CompiledKernel"] * 12
+""",
+    "threads": """
+from concurrent.futures import ThreadPoolExecutor
+with ThreadPoolExecutor(3) as pool:
+    made = list(pool.map(lambda _: compiling.compile_ahead(parts, gpu), range(3)))
+assert sorted(made) == [0, 0, 12], made  # none is compiled by two
+""",
+}
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_compiling_ahead(program, tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    command = [sys.executable, "-c", COMMON + PROGRAMS[program]]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
