@@ -41,8 +41,8 @@ def reporting(progress: Progress | None) -> Iterator[None]:
 def compile_ahead(parts: Iterable[Callable[[], object]], device: torch.device) -> int:
     """Compiles and loads all kernels that the parts would launch; returns how many were not loaded before.
 
-    parts: functions that launch kernels. They are called once, in turn, and nothing that they launch runs; what they do
-    by torch's own operations is done. In the interpreter there is nothing to compile.
+    parts: functions that launch kernels. They are called once, in turn. Triton launches are recorded and not run;
+    torch's own operations do run. In the interpreter there is nothing to compile.
 
     Raises what Triton raises for a kernel that cannot be compiled. Interrupted, it ends with the kernels under way, and
     leaves what was compiled in Triton's cache.

@@ -61,12 +61,13 @@ def compare_logits(
 ) -> Comparison:
     """Feeds both sides the last tokens of each prompt, in passes of different sizes, and compares their logits.
 
-    first, second: a `Decoder` (its target is asked), a transformers GPT2LMHeadModel, or a function
+    first, second: a `Decoder` (its target model is used), a transformers GPT2LMHeadModel, or a function
 
         logits(prefix_tokens: list[int], new_tokens: list[int]) -> tensor [len(new_tokens), V]
 
-    that returns, at every new token, the logits of the token after it. It must read all new tokens in one pass; the
-    prefix is for its KV cache: in a sequence of calls each prefix is the one before with its new tokens. Give the same
+    that returns, at every new token, the logits of the token after it. It must read all new tokens in one pass. The
+    prefix is for its KV cache: it starts anew with every prompt, and successive calls extend it by the previous new
+    tokens. Give the same
     engine twice to learn whether its logits depend on how many tokens a pass takes; two engines and equal sizes to
     compare these.
     prompts: token ids, at least 2 each. tokens_per_pass: M of the first side and of the second: (1, k + 1) compares
@@ -84,7 +85,10 @@ def compare_logits(
         raise ValueError(f"prompts must be of at least 2 tokens each, got the lengths {[len(row) for row in rows]}")
     for side in (first, second):
         if isinstance(side, (Decoder, GPT2LMHeadModel)):
-            check_tokens(rows, side.target.vocab_size if isinstance(side, Decoder) else side.config.vocab_size)
+            config = side.target.config if isinstance(side, Decoder) else side.config
+            check_tokens(rows, config.vocab_size)
+            if max(map(len, rows)) > config.n_positions:
+                raise ValueError(f"a prompt may have at most {config.n_positions} tokens, got {max(map(len, rows))}")
     if (
         not isinstance(tokens_per_pass, (tuple, list))
         or len(tokens_per_pass) != 2

@@ -1,4 +1,4 @@
-"""The command line: demo, generate, fit-ngram, tune-tree, tune, train. Thin: the work is done by the library.
+"""The command line: demo, generate, fit-ngram, tune-tree, warm-up, tune, check, train. The library does the work.
 
 torch and transformers are imported inside the commands, so that --help answers at once.
 """
@@ -857,7 +857,7 @@ def check(
 ) -> None:
     """Check the GPU kernels on this GPU: each against plain torch, and every mode against plain decoding, bit by bit.
 
-    If everything passes, backend auto uses the kernels on this GPU from then on, for models with such heads in this
+    If everything passes, backend auto uses the kernels on this GPU from then on, for models with these head sizes in this
     dtype, until the driver, torch, Triton or the kernels change. Exit status 1 if anything fails.
     """
     from stagedspec import check as checks

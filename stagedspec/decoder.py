@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -126,6 +127,7 @@ class Decoder:
         self._own = True  # whether what is measured is kept there
         self._costs: cost.PassTimes | None = None
         self._ladders: dict[tuple[str, int, bool], tuple[Rung, ...]] = {}  # chosen by the cost model
+        self._measuring = Lock()
         self._kept: list[Run] = []  # that have ended, and can be used again
 
     @classmethod
@@ -352,17 +354,18 @@ class Decoder:
         tokens: int | None = None,
         progress: Callable[[str, int, int], None] | None = None,
     ) -> int:
-        """Makes the first generations as fast as all others: compiles their kernels, in parallel, measures what `auto`
-        chooses trees by, and captures CUDA graphs. Returns how many kernels were not loaded before.
+        """Compiles kernels, in parallel, measures the pass times that choose trees, and captures CUDA graphs, ahead of
+        the first generation. Returns how many kernels were not loaded before.
 
-        Without it the first generation of each kind does the same for itself. What is compiled and measured is kept on
-        disk for later processes. CUDA graphs live as long as a decoder keeps the generation: the last eight kinds (a
+        Without it the first generation with each mode, sampling and batch size does the same for itself. What is
+        compiled and measured is kept on disk for later processes. CUDA graphs live as long as a decoder keeps the generation: the last eight kinds (a
         mode, sampling and batch size each), with 2 GiB of keys and values at most.
 
-        modes: None for all that this decoder has. samplings: options of `generate` that choose tokens, one dict each;
-        batch: one batch size or several. tokens: of the longest prompt and its new tokens together, None for all that
-        the model has room for. progress: called with (what is being made ready, kernels that are ready, all of its
-        kernels); without it the log hears of compiling that takes long.
+        modes: None for all that this decoder has. samplings: options of `generate` that choose tokens, one dict each
+        (do_sample, temperature, top_k, top_p, min_p); by default greedy and top-k 50. batch: one batch size or several.
+        tokens: the most prompt and new tokens of one sequence, None for n_positions. progress: called with (what is
+        being made ready, kernels that are ready, all of its kernels); without it compiling that takes long is logged.
+        Prompt lookup and logits processors are not covered.
 
         Raises ValueError for an unknown mode or option, without the Triton backend, and where GPU memory is too small.
         Interrupted, it leaves what was compiled.
@@ -447,26 +450,32 @@ class Decoder:
     def _ladder(self, mode: str, batch: int, do_sample: bool) -> tuple[Rung, ...]:
         """The trees that a generation adapts between, plain decoding first, the cost model's best one last."""
         key = mode, batch, do_sample
-        if key not in self._ladders:
-            tuning = self._tuning = self._tuning or recall(self)
-            if self._costs is None:
-                self._costs = cost.PassTimes(self.target, self.draft, tuning.seconds)
-            model = cost.Model(self._costs, batch, do_sample, tuning.text_of(do_sample), self.target.ops)
-            trees = tuning.trees.get(key)
-            with self.target.ops.lock, current(self.device):  # what was not measured before is measured here
-                try:
-                    if trees is None:
-                        self._costs.prepare(batch, do_sample)
-                        trees = tuning.trees[key] = model.ladder(mode)
-                    for tree in trees:
-                        self.target.ops.check_tree(tree, self.ngram)
-                    self._ladders[key] = tuple(rungs(model, trees))
-                finally:
-                    self._costs.release()
-            if self._own and self._costs.seconds != tuning.seconds:
-                tuning.seconds = dict(self._costs.seconds)
-                keep(self, tuning)
+        with self._measuring:  # two threads' measurements would disturb each other
+            if key not in self._ladders:
+                self._measure(key)
         return self._ladders[key]
+
+    def _measure(self, key: tuple[str, int, bool]) -> None:
+        """Chooses trees for (mode, batch, sampled) on what was measured before, or is measured here."""
+        mode, batch, do_sample = key
+        tuning = self._tuning = self._tuning or recall(self)
+        if self._costs is None:
+            self._costs = cost.PassTimes(self.target, self.draft, tuning.seconds)
+        model = cost.Model(self._costs, batch, do_sample, tuning.text_of(do_sample), self.target.ops)
+        trees = tuning.trees.get(key)
+        with self.target.ops.lock, current(self.device):  # what was not measured before is measured here
+            try:
+                if trees is None:
+                    self._costs.prepare(batch, do_sample)
+                    trees = tuning.trees[key] = model.ladder(mode)
+                for tree in trees:
+                    self.target.ops.check_tree(tree, self.ngram)
+                self._ladders[key] = tuple(rungs(model, trees))
+            finally:
+                self._costs.release()
+        if self._own and self._costs.seconds != tuning.seconds:
+            tuning.seconds = dict(self._costs.seconds)
+            keep(self, tuning)
 
     def _validate(
         self,

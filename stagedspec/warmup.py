@@ -22,8 +22,9 @@ def warm_up(
     """See `Decoder.warm_up`."""
     if decoder.backend != "triton":
         raise ValueError(
-            f"warm_up compiles the GPU kernels of backend 'triton'; this decoder runs on {decoder.device} with backend "
-            f"{decoder.backend!r}, which has none: leave it out, or use a GPU and backend='triton'"
+            f"warm_up prepares GPU kernels, but this decoder runs on {decoder.device} with backend "
+            f"{decoder.backend!r}, which has none to compile. On a GPU choose backend 'triton', or run `stagedspec check` "
+            "so that 'auto' does"
         )
     room = decoder.target.positions
     tokens = room if tokens is None else tokens
@@ -41,7 +42,7 @@ def warm_up(
     wanted = [(mode, sampling, size) for size in sizes for sampling in samplings for mode in modes]
     for mode, sampling, size in wanted:  # all is checked before any of it is made
         if mode not in MODES:
-            raise ValueError(f"modes must be of {', '.join(MODES)}, got {mode!r}")
+            raise ValueError(f"modes must be among {', '.join(MODES)}, got {mode!r}")
         decoder.tree_for(mode, tree=decoder._tree or TreeConfig())  # one is there, and measures nothing
         _read(decoder, "autoregressive", sampling, size, tokens)
     from stagedspec.kernels.compiling import reporting  # which needs Triton

@@ -27,6 +27,7 @@ from stagedspec.kernels import (
     trusted,
 )
 from stagedspec.kernels import tree_attention as attention
+from stagedspec.kernels.triton_backend import WINDOW
 
 TREE = TreeConfig(nodes=4, depth=2, passes=2, width=1, children=3, prefetch=1, prefetch_width=1)
 PROMPTS = [[1, 2, 3], [5, 6]]
@@ -72,7 +73,7 @@ def test_the_command_checks_everything_and_records_it(decoder, fixed_order, monk
     report = json.loads(shown.stdout)
     assert report["passed"] and all(result["passed"] for result in report["checks"])
     names = {result["name"] for result in report["checks"]}
-    assert len(names) == len(report["checks"]) == 26 + 1 + 4
+    assert len(names) == len(report["checks"]) == 28 + 1 + 4
     assert {"target: tree attention", "draft: head, children, top-p", "verification and commit"} < names
     assert {"target: logits of passes", "decoding: staged, top-k 50"} < names
     setup = trusted.Setup.of(decoder.device)
@@ -137,7 +138,7 @@ def test_a_decoder_that_cannot_be_checked(decoder, device):
     with pytest.raises(ValueError, match="got a decoder of backend 'torch'"):
         check.check(Decoder.from_pretrained(make_gpt2(0), backend="torch", device=device))
     with pytest.raises(ValueError, match="mode 'chain' needs a draft model"):
-        check.check(Decoder.from_pretrained(make_gpt2(0), backend="triton", device=device))
+        check.check(Decoder.from_pretrained(make_gpt2(0), backend="triton", device=device), ["chain"])
     for prompts in ([], [[1]], [[1, 2], [3] * 48]):
         with pytest.raises(ValueError, match="prompts must have from 2 to 47 tokens"):
             check.check(decoder, prompts=prompts)
@@ -172,14 +173,32 @@ def one_node(args, kwargs):
         args[8].mul_(1 + 1e-6)
 
 
+def wide_chunk(args, kwargs):
+    if args[5] and args[2].shape[1] > WINDOW:
+        args[8].mul_(-3)
+
+
+def short_chunk(args, kwargs):
+    if args[5] and args[2].shape[1] <= WINDOW:
+        args[8].mul_(1 + 1e-6)
+
+
 BROKEN = {
     "embed": (embed, "embed", last(None, 4), "target: embedding", "sum of both embeddings"),
     "qkv": (linear, "norm_linear", last(None, 5), "target: norm + qkv", "error .* times that of plain torch"),
     "up": (linear, "norm_linear", last(None, 5), "draft: norm + up + activation", "times that of plain torch"),
     "projection": (linear, "linear_add", last(None, 4), "draft: projection + residual", "times that of plain torch"),
     "sums": (linear, "linear_add", last(None, 5), "target: down + residual", "statistics of the rows"),
-    "row": (linear, "linear_add", one_row, "target: down + residual", "bits differ between passes of 1 and 3 rows"),
+    "row": (linear, "linear_add", one_row, "target: down + residual", "bits differ between passes of 1 and 17 rows"),
     "attention": (attention, "tree_attention", last(None, 8), "target: tree attention", "times that of plain torch"),
+    "prompt": (attention, "tree_attention", wide_chunk, "target: prompt attention", "times that of plain torch"),
+    "chunk": (
+        attention,
+        "tree_attention",
+        short_chunk,
+        "draft: prompt attention",
+        "chunks of 16 and 39 tokens",
+    ),
     "append": (attention, "tree_attention", lambda args, _: args[1][:, 0].add_(1), "target: tree attention", "KV rows"),
     "node": (attention, "tree_attention", one_node, "draft: tree attention", "between passes of 1 and 3 nodes"),
     "logits": (lm_head, "lm_head_choose", last("logits", 0), "target: head, logits", "times that of plain torch"),

@@ -151,7 +151,7 @@ def test_warm_up_of_all_that_a_decoder_has(decoder):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"modes": ["stagged"]}, "modes must be of autoregressive, chain, tree, staged, got 'stagged'"),
+        ({"modes": ["stagged"]}, "modes must be among autoregressive, chain, tree, staged, got 'stagged'"),
         ({"modes": "staged"}, "warm_up needs a list of modes"),
         ({"modes": []}, "warm_up needs a list of modes"),
         ({"samplings": []}, "warm_up needs a list of samplings"),
@@ -166,6 +166,9 @@ def test_warm_up_of_all_that_a_decoder_has(decoder):
         ({"batch": [1, True]}, "batch must be whole numbers of at least 1, got True"),
         ({"batch": 17}, "1 to 16 prompts, got 17"),
         ({"batch": []}, "warm_up needs a list of batch"),
+        ({"batch": 1.5}, "batch must be whole numbers of at least 1, got 1.5"),
+        ({"batch": None}, "batch must be whole numbers of at least 1, got None"),
+        ({"modes": 5}, "warm_up needs a list of modes, with one at least, got 5"),
         ({"tokens": 1}, "tokens must be a whole number from 2 to the model's 48 positions, got 1"),
         ({"tokens": 49}, "to the model's 48 positions, got 49"),
         ({"tokens": 8.0}, "tokens must be a whole number"),
@@ -179,8 +182,15 @@ def test_warm_up_refuses(decoder, change, message):
 
 def test_warm_up_needs_kernels():
     plain = Decoder.from_pretrained(make_gpt2(n_layer=1), device="cpu", backend="torch")
-    with pytest.raises(ValueError, match="this decoder runs on cpu with backend 'torch', which has none"):
+    with pytest.raises(ValueError, match="this decoder runs on cpu with backend 'torch', which has none to compile"):
         plain.warm_up()
+
+
+def test_all_is_checked_before_any_of_it_is_made():
+    alone = Decoder.from_pretrained(make_gpt2(n_layer=1), device=PLACE, dtype="float32", backend="triton")
+    with pytest.raises(ValueError, match="mode 'staged' needs a draft model"):
+        alone.warm_up(["autoregressive", "staged"], tokens=8)
+    assert alone._kept == []
 
 
 def test_warm_up_without_memory(decoder, monkeypatch):

@@ -509,7 +509,7 @@ def gpu(monkeypatch, tmp_path):
 def test_auto_is_triton_on_a_gpu(gpu, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert gpu.name() == gpu.name(head_size=128) == "triton"
+        assert gpu.name() == gpu.name(head_sizes=[64, 128]) == "triton"
         gpu.programs = {"clang"}
         assert gpu.name() == "triton"
         gpu.programs = {"my-cc"}
@@ -526,13 +526,13 @@ def test_auto_is_triton_on_a_gpu(gpu, monkeypatch):
         ({"CC": "ccache gcc"}, "now 'ccache gcc'"),
         ({"headers": "nowhere"}, "nowhere has no Python.h"),
         ({"hip": "6.0"}, "for NVIDIA GPUs"),
-        ({"head_size": 257}, "at most 256 wide"),
+        ({"head_sizes": [64, 257]}, "at most 256 wide"),
     ],
     ids=str,
 )
 def test_what_a_gpu_may_lack(gpu, monkeypatch, change, problem):
     """Forced it is refused; auto is torch, with a warning that says why."""
-    options = {key: value for key, value in change.items() if key == "head_size"}
+    options = {key: value for key, value in change.items() if key == "head_sizes"}
     if "CC" in change:
         monkeypatch.setenv("CC", change["CC"])
     if "hip" in change:
@@ -545,10 +545,11 @@ def test_what_a_gpu_may_lack(gpu, monkeypatch, change, problem):
 
 
 @pytest.mark.parametrize(
-    ("change", "problem"), [({"capability": (8, 0)}, "it has .8, 0."), ({"head_size": 160}, "heads up to 128, not 160")]
+    ("change", "problem"),
+    [({"capability": (8, 0)}, "it has .8, 0."), ({"head_sizes": [160, 64]}, "heads up to 128, not 160")],
 )
 def test_auto_leaves_alone_what_was_not_tried(gpu, change, problem):
-    options = {key: value for key, value in change.items() if key == "head_size"}
+    options = {key: value for key, value in change.items() if key == "head_sizes"}
     vars(gpu).update({key: value for key, value in change.items() if hasattr(gpu, key)})
     assert gpu.name("triton", **options) == "triton"
     with pytest.warns(UserWarning, match=problem):

@@ -388,7 +388,7 @@ def test_errors(table):
     with pytest.raises(ValueError, match=r"seeds must be torch\.int64"):
         on_device.Growth(sequences, config, None, noise).batch()
     guessing = TreeConfig(nodes=2, depth=2, passes=1, width=5000, children=1, prefetch=1)
-    with pytest.raises(ValueError, match="at most 8192 options a level on a GPU, got a table of 3 successors"):
+    with pytest.raises(ValueError, match="at most 4096 options a level on a GPU, got a table of 3 successors"):
         on_device.Growth(sequences, guessing, table.to(DEVICE), None).batch()
     large = TreeConfig(nodes=2, depth=2, passes=100, width=10, children=17, prefetch=0)
     with pytest.raises(ValueError, match="at most 16384 candidates on a GPU, got 992 draft evaluations"):
