@@ -857,8 +857,8 @@ def check(
 ) -> None:
     """Check the GPU kernels on this GPU: each against plain torch, and every mode against plain decoding, bit by bit.
 
-    If everything passes, backend auto uses the kernels on this GPU from then on, for models with these head sizes in this
-    dtype, until the driver, torch, Triton or the kernels change. Exit status 1 if anything fails.
+    If everything passes, backend auto uses the kernels on this GPU from then on, for models with these head sizes in
+    this dtype, until the driver, torch, Triton or the kernels change. Exit status 1 if anything fails.
     """
     from stagedspec import check as checks
     from stagedspec.kernels import configs

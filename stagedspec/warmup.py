@@ -23,8 +23,8 @@ def warm_up(
     if decoder.backend != "triton":
         raise ValueError(
             f"warm_up prepares GPU kernels, but this decoder runs on {decoder.device} with backend "
-            f"{decoder.backend!r}, which has none to compile. On a GPU choose backend 'triton', or run `stagedspec check` "
-            "so that 'auto' does"
+            f"{decoder.backend!r}, which has none to compile. On a GPU choose backend 'triton', or run `stagedspec "
+            "check` so that 'auto' does"
         )
     room = decoder.target.positions
     tokens = room if tokens is None else tokens
