@@ -660,6 +660,13 @@ def _harvest_constants(
     }
 
 
+def tile(op: str, config) -> int:
+    """The candidates that grow_pass or harvest_tree looks at together, by which its settings are kept."""
+    nodes = config.nodes if op == "harvest_tree" else 1
+    tree = config.width, config.prefetch, config.prefetch_width, config.children, config.slots
+    return _blocks(*tree, nodes)["CANDIDATES"]
+
+
 def _warps(size: int) -> int:
     return 4 if size <= 2048 else 8 if size <= 4096 else 16
 
