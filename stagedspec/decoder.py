@@ -292,6 +292,7 @@ class Decoder:
     def _stream(self, call: Call) -> Iterator[Chunk]:
         run = self._run(call.request, call.positions, call.began)
         start, shown, text = len(call.request.prompts[0]), 0, ""
+        whole = False  # whether all steps that began have ended
         try:
             for _ in run.steps():
                 if call.positions is not None:
@@ -308,12 +309,14 @@ class Decoder:
                     [ORIGINS[origin] for origin in row.origins[shown:]],
                 )
                 shown, text = len(row.origins), ready
+            whole = True
         except GeneratorExit:  # closed between two steps
-            self._keep(run)
+            whole = True
             raise
         finally:
-            self.last_stats = run.stats()
-        self._keep(run)
+            self.last_stats = run.stats()  # before another generation may use the run
+            if whole:
+                self._keep(run)
 
     # ------------------------------------------------------------ runs
 
