@@ -32,7 +32,7 @@ from stagedspec.kernels.verify_commit import CommitState, verify_commit
 TOKENS, ENDS = 128, 8  # sequences have room for a multiple of so many tokens, and of ids that end them
 # Sizes of chunks of a prompt, in tokens of all rows: each has its CUDA graph. They divide TOKENS or are a multiple, so
 # that no chunk ends beyond a sequence's room. A pass costs as much as CHUNK_COST more tokens would.
-CHUNKS, CHUNK_COST = (16, 32, 64, 128, 256), 80
+CHUNKS, CHUNK_COST = (16, 32, 64, 128, 256, 512, 1024), 80
 
 
 def _whole(count: int, unit: int) -> int:

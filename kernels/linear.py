@@ -48,7 +48,7 @@ from stagedspec.kernels.registry import (
 # Rows of the weight, a program: the least that Hopper's matrix instructions take. Columns of the residual stream that
 # have statistics of their own: who writes a tile has all of it.
 ROWS = 64
-MAX_TOKENS = 256
+MAX_TOKENS = 1024
 # Splits: a weight of WIDE tiles of rows has enough programs without them; a narrower one is cut for PROGRAMS.
 WIDE = 48
 PROGRAMS = 100

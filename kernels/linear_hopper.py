@@ -45,6 +45,8 @@ copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # it
 WHOLE = 1600  # columns that are not split
 SHARED = SHARED_LIMIT[90]
 SPARE = 2048  # of them for barriers
+MANY = 60  # programs of 128 tokens and 128 outputs
+RING = 64  # columns a block where the weight's blocks take turns
 
 
 @gluon.jit(do_not_specialize=("M", "epsilon"))
@@ -72,39 +74,47 @@ def _linear_hopper(
     SPLITS: gl.constexpr,
     SPLIT_K: gl.constexpr,
     ROWS: gl.constexpr,
+    GROUPS: gl.constexpr,
     BLOCK_K: gl.constexpr,
     TOKENS: gl.constexpr,
+    WEIGHT_SLOTS: gl.constexpr,
     SLOTS: gl.constexpr,
     PDL: gl.constexpr,
 ):
     TILES: gl.constexpr = (OUT + ROWS - 1) // ROWS
     BLOCKS: gl.constexpr = SPLIT_K // BLOCK_K
     WIDE: gl.constexpr = triton.next_power_of_2(STAT_TILES)
-    # A row of the output, and one of tiles' statistics, each in eight lanes.
-    ROW: gl.constexpr = gl.BlockedLayout([1, ROWS // 8], [4, 8], [4, 1], [1, 0])
-    TILE: gl.constexpr = gl.BlockedLayout([1, max(1, WIDE // 8)], [4, 8], [4, 1], [1, 0])
-    SUM: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])
-    i_tile, i_split, i_block = gl.program_id(0), gl.program_id(1), gl.program_id(2)
-    i_row, i_token, i_start = i_tile * ROWS, i_block * TOKENS, i_split * SPLIT_K
+    # ROWS of a token's outputs, and its tiles' statistics, each in eight lanes; a group of warps has a tile.
+    FLAT: gl.constexpr = gl.BlockedLayout([1, ROWS // 8], [4, 8], [4, GROUPS], [1, 0])
+    ROW: gl.constexpr = gl.BlockedLayout([1, 1, ROWS // 8], [4, 1, 8], [4, GROUPS, 1], [2, 1, 0])
+    OF_TOKEN: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, ROW))
+    OF_ROW: gl.constexpr = gl.SliceLayout(0, ROW)
+    TILE: gl.constexpr = gl.BlockedLayout([1, max(1, WIDE // 8)], [4, 8], [4 * GROUPS, 1], [1, 0])
+    SUM: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4 * GROUPS, 1], [16, TOKENS, 16])
+    i_split, i_block = gl.program_id(1), gl.program_id(2)
+    i_tile, i_token, i_start = gl.program_id(0) * GROUPS, i_block * TOKENS, i_split * SPLIT_K
+    i_row = i_tile * ROWS
 
     # Before the kernel ahead has ended: what does not change.
-    s_weight = gl.allocate_shared_memory(weight.dtype, [BLOCKS, ROWS, BLOCK_K], weight.layout)
+    s_weight = gl.allocate_shared_memory(weight.dtype, [WEIGHT_SLOTS, GROUPS * ROWS, BLOCK_K], weight.layout)
     s_x = gl.allocate_shared_memory(x.dtype, [SLOTS, TOKENS, BLOCK_K], x.layout)
-    weight_there = gl.allocate_shared_memory(gl.int64, [BLOCKS, 1], mbarrier.MBarrierLayout())
+    weight_there = gl.allocate_shared_memory(gl.int64, [WEIGHT_SLOTS, 1], mbarrier.MBarrierLayout())
     x_there = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
-    for i in range(BLOCKS):
+    for i in range(WEIGHT_SLOTS):
         mbarrier.init(weight_there.index(i), count=1)
     for i in range(SLOTS):
         mbarrier.init(x_there.index(i), count=1)
     fence_async_shared()  # the copies' unit sees the barriers as they are now
     if PDL:
         cuda.gdc_launch_dependents()
-    for i in range(BLOCKS):
-        mbarrier.expect(weight_there.index(i), ROWS * BLOCK_K * 2)
+    for i in range(WEIGHT_SLOTS):
+        mbarrier.expect(weight_there.index(i), GROUPS * ROWS * BLOCK_K * 2)
         copy(weight, [i_row, i_start + i * BLOCK_K], weight_there.index(i), s_weight.index(i))
     for i in range(SLOTS):
         mbarrier.expect(x_there.index(i), TOKENS * BLOCK_K * 2)
-    rows = i_row + gl.arange(0, ROWS, gl.SliceLayout(0, ROW))
+    # [GROUPS, ROWS]
+    tiles = i_tile + gl.arange(0, GROUPS, gl.SliceLayout(1, OF_ROW))
+    rows = tiles[:, None] * ROWS + gl.arange(0, ROWS, gl.SliceLayout(0, OF_ROW))[None, :]
     real = rows < OUT
     if BIAS:
         b_bias = gl.load(p_bias + rows, mask=real, other=0.0)
@@ -115,65 +125,81 @@ def _linear_hopper(
         cuda.gdc_wait()
     for i in range(SLOTS):
         copy(x, [i_token, i_start + i * BLOCK_K], x_there.index(i), s_x.index(i))
-    tokens = i_token + gl.arange(0, TOKENS, gl.SliceLayout(1, ROW))
+    tokens = i_token + gl.arange(0, TOKENS, OF_TOKEN)
     ok = tokens < M
-    there = ok[:, None] & real[None, :]
-    i_out = tokens.to(gl.int64)[:, None] * OUT + rows[None, :]
+    there = ok[:, None, None] & real[None, :, :]  # [TOKENS, GROUPS, ROWS]
+    i_out = tokens.to(gl.int64)[:, None, None] * OUT + rows[None, :, :]
     if RESIDUAL:
         b_residual = gl.load(p_residual + i_out, mask=there, other=0.0)
     if NORM:
         b_mean, b_scale = _merged_stats(p_stats, i_token, M, epsilon, K, ROWS, STAT_TILES, TOKENS, TILE)
-        b_mean = gl.convert_layout(b_mean, gl.SliceLayout(1, ROW))
-        b_scale = gl.convert_layout(b_scale, gl.SliceLayout(1, ROW))
-    b_acc = gl.zeros((ROWS, TOKENS), gl.float32, SUM)
+        b_mean = gl.convert_layout(b_mean, OF_TOKEN)
+        b_scale = gl.convert_layout(b_scale, OF_TOKEN)
+    b_acc = gl.zeros((GROUPS * ROWS, TOKENS), gl.float32, SUM)
     for i in range(BLOCKS):
-        i_slot = i % SLOTS
+        i_slot, i_weight = i % SLOTS, i % WEIGHT_SLOTS
         mbarrier.wait(x_there.index(i_slot), (i // SLOTS) & 1)
-        mbarrier.wait(weight_there.index(i), 0)
-        b_acc = warpgroup_mma(s_weight.index(i), s_x.index(i_slot).permute((1, 0)), b_acc, is_async=True)
+        mbarrier.wait(weight_there.index(i_weight), (i // WEIGHT_SLOTS) & 1)
+        b_acc = warpgroup_mma(s_weight.index(i_weight), s_x.index(i_slot).permute((1, 0)), b_acc, is_async=True)
         b_acc = warpgroup_mma_wait(1, deps=(b_acc,))
         if SLOTS < BLOCKS:
-            # The block before this one is done with: its slot takes the next.
+            # The block before this one is done with: its slots take the next ones.
             i_next = i - 1 + SLOTS
             wanted = (i > 0) & (i_next < BLOCKS)
             free = x_there.index(i_next % SLOTS)
             tl.debug_barrier()
             mbarrier.expect(free, TOKENS * BLOCK_K * 2, pred=wanted)
             copy(x, [i_token, i_start + i_next * BLOCK_K], free, s_x.index(i_next % SLOTS), pred=wanted)
+            if WEIGHT_SLOTS < BLOCKS:
+                i_next = i - 1 + WEIGHT_SLOTS
+                wanted = (i > 0) & (i_next < BLOCKS)
+                free = weight_there.index(i_next % WEIGHT_SLOTS)
+                mbarrier.expect(free, GROUPS * ROWS * BLOCK_K * 2, pred=wanted)
+                copy(
+                    weight,
+                    [i_row, i_start + i_next * BLOCK_K],
+                    free,
+                    s_weight.index(i_next % WEIGHT_SLOTS),
+                    pred=wanted,
+                )
     b_acc = warpgroup_mma_wait(0, deps=(b_acc,))
-    b_sum = gl.convert_layout(gl.permute(b_acc, (1, 0)), ROW)  # [TOKENS, ROWS]
+    b_sum = gl.convert_layout(gl.permute(b_acc, (1, 0)), FLAT)
+    b_sum = gl.convert_layout(gl.reshape(b_sum, (TOKENS, GROUPS, ROWS)), ROW)
     last = True
     if SPLITS > 1:
-        i_part = i_block * TILES + i_tile
-        p_part = p_partials + i_part.to(gl.int64) * (SPLITS * TOKENS * ROWS)
-        p_part += (tokens - i_token)[:, None] * ROWS + (rows - i_row)[None, :]
-        gl.store(p_part + i_split * (TOKENS * ROWS), b_sum, mask=there)
+        p_part = p_partials + i_out  # [SPLITS, M, OUT]
+        part = M.to(gl.int64) * OUT
+        gl.store(p_part + i_split * part, b_sum, mask=there)
+        i_count = i_block * gl.num_programs(0) + gl.program_id(0)
         tl.debug_barrier()
-        last = gl.atomic_add(p_counters + i_part, 1, sem="acq_rel") == SPLITS - 1
+        last = gl.atomic_add(p_counters + i_count, 1, sem="acq_rel") == SPLITS - 1
         tl.debug_barrier()
         if last:
             b_sum = gl.load(p_part, mask=there, other=0.0)
-            for part in gl.static_range(1, SPLITS):
-                b_sum += gl.load(p_part + part * (TOKENS * ROWS), mask=there, other=0.0)
-            gl.store(p_counters + i_part, 0)
+            for i_part in gl.static_range(1, SPLITS):
+                b_sum += gl.load(p_part + i_part * part, mask=there, other=0.0)
+            gl.store(p_counters + i_count, 0)
     if last:
         if NORM:
-            b_sum = (b_sum - b_mean[:, None] * b_sums[None, :]) * b_scale[:, None]
+            b_sum = (b_sum - b_mean[:, None, None] * b_sums[None, :, :]) * b_scale[:, None, None]
         if BIAS:
-            b_sum += b_bias.to(gl.float32)[None, :]
+            b_sum += b_bias.to(gl.float32)[None, :, :]
         b_sum = _activate(b_sum, ACTIVATION)
         if RESIDUAL:
             b_sum += b_residual.to(gl.float32)
         b_out = b_sum.to(p_out.dtype.element_ty)
         gl.store(p_out + i_out, b_out, mask=there)
         if STATS:
-            b_value = gl.where(real[None, :], b_out.to(gl.float32), 0.0)  # what the reader will see
-            share = 1.0 / gl.minimum(OUT - i_row, ROWS).to(gl.float32)
-            b_total = gl.sum(b_value, 1)
-            b_apart = gl.where(real[None, :], b_value - (b_total * share)[:, None], 0.0)
-            p_tile = p_stats_out + (tokens * TILES + i_tile) * 2
-            gl.store(p_tile, b_total, mask=ok)
-            gl.store(p_tile + 1, gl.sum(b_apart * b_apart, 1), mask=ok)
+            b_value = gl.where(real[None, :, :], b_out.to(gl.float32), 0.0)  # what the reader will see
+            b_total = gl.sum(b_value, 2)  # [TOKENS, GROUPS]
+            share = 1.0 / gl.minimum(OUT - tiles * ROWS, ROWS).to(gl.float32)
+            share = gl.convert_layout(share, gl.SliceLayout(0, gl.SliceLayout(2, ROW)))
+            b_apart = gl.where(real[None, :, :], b_value - (b_total * share[None, :])[:, :, None], 0.0)
+            i_stat = gl.convert_layout(tiles, gl.SliceLayout(0, gl.SliceLayout(2, ROW)))[None, :]
+            p_tile = p_stats_out + (tokens[:, None] * TILES + i_stat) * 2
+            known = ok[:, None] & (i_stat < TILES)
+            gl.store(p_tile, b_total, mask=known)
+            gl.store(p_tile + 1, gl.sum(b_apart * b_apart, 2), mask=known)
 
 
 @gluon.jit
@@ -219,30 +245,43 @@ def padded(count: int) -> int:
 
 
 def candidates(shape: tuple[int, ...], device: torch.device) -> list[dict[str, int]]:
-    """Settings to try at the shape (`padded` rows of x, outputs, inputs), the default first: tokens a program takes.
-    With fewer there are more programs, each waits for less of x, and L2 gives the weights more often. A token's bits
-    are the same. Counters are there for programs of 16 tokens (`linear.scratch_size`)."""
-    most, _, inputs = shape
-    found = [tokens for tokens in (64, 32, 16) if tokens <= most] or [most]
-    # Scratch for parts is made for programs of 64 tokens, and so many more have to leave room for the weights.
-    if most >= 128 and splits_of(inputs)[0] == 1 and settings(128, inputs)["SLOTS"] >= 3:
-        found.append(128)
-    return [{"TOKENS": tokens} for tokens in found]
+    """Settings to try at the shape (`padded` rows of x, outputs, inputs), the default first: tokens and groups of 64
+    weight rows that a program takes. A token's bits are the same for all of them.
+
+    With fewer tokens there are more programs, each waits for less of x, and L2 gives the weights more often. At 128
+    rows and more, programs of two groups read both operands less often than their products take. Counters are there
+    for programs of 16 tokens (`linear.scratch_size`)."""
+    most, outputs, inputs = shape
+    found = [(tokens, 1) for tokens in (64, 32, 16) if tokens <= most] or [(most, 1)]
+    if most >= 128:
+        rings = [(128, 2), (128, 1), (64, 2)]
+        # Larger programs pay where they are many.
+        many = triton.cdiv(outputs, 2 * ROWS) * splits_of(inputs)[0] * (most // 128) >= MANY
+        found = [*rings, *found] if many else [*found, *rings]
+    return [{"TOKENS": tokens, "GROUPS": groups} for tokens, groups in found]
 
 
-def settings(tokens: int, inputs: int) -> dict[str, int]:
-    """Of a program that takes `tokens` tokens, a power of two: splits, columns a block, and how many blocks of x are in
-    shared memory: all, or as many as fit, three at least up to 64 tokens. Large blocks are faster: they may go a little
-    beyond the last column, where zeros are."""
+def settings(tokens: int, inputs: int, groups: int = 1) -> dict[str, int]:
+    """Of a program that takes `tokens` tokens, a power of two, and `groups` times 64 rows of the weight: splits, columns
+    a block, and how many blocks of the weight and of x are in shared memory: all, or as many as fit.
+
+    Up to 64 tokens all of a group's weights are, and three blocks of x at least. Large blocks are faster: they may go a
+    little beyond the last column, where zeros are. With more tokens or groups both operands go through rings.
+    """
     splits, part = splits_of(inputs)
-    for block in (256, 128, 64) if tokens < 64 else (128, 64) if tokens == 64 else (64, 32):
+    chosen = {"SPLITS": splits, "TOKENS": tokens, "GROUPS": groups}
+    if tokens > 64 or groups > 1:
+        slots = (SHARED - SPARE) // ((tokens + groups * ROWS) * RING * 2)
+        slots = min(slots, part // RING)
+        return chosen | {"SPLIT_K": part, "BLOCK_K": RING, "WEIGHT_SLOTS": slots, "SLOTS": slots}
+    for block in (256, 128, 64) if tokens < 64 else (128, 64):
         blocks = triton.cdiv(part, block)
         length = blocks * block
         slots = (SHARED - SPARE - length * ROWS * 2) // (tokens * block * 2)
         fits = length == part or (splits == 1 and length - part <= part // 16)
         if fits and slots >= min(3, blocks):
             break
-    return {"SPLITS": splits, "SPLIT_K": length, "TOKENS": tokens, "BLOCK_K": block, "SLOTS": min(blocks, slots)}
+    return chosen | {"SPLIT_K": length, "BLOCK_K": block, "WEIGHT_SLOTS": blocks, "SLOTS": min(blocks, slots)}
 
 
 @cache
@@ -278,13 +317,13 @@ def launch(
     tuned = config("linear_hopper", shape, x.device, candidates)
     if tuned not in candidates(shape, x.device):  # others would count beyond the counters
         raise ValueError(f"linear_hopper at {shape}: no such settings, {tuned}; run `stagedspec tune` again")
-    chosen = settings(tuned["TOKENS"], inputs)
-    tokens, block = chosen["TOKENS"], chosen["BLOCK_K"]
+    chosen = settings(tuned["TOKENS"], inputs, tuned["GROUPS"])
+    tokens, rows, block = chosen["TOKENS"], chosen["GROUPS"] * ROWS, chosen["BLOCK_K"]
     launch_kernel(
         _linear_hopper,
-        (triton.cdiv(outputs, ROWS), chosen["SPLITS"], triton.cdiv(count, tokens)),
+        (triton.cdiv(outputs, rows), chosen["SPLITS"], triton.cdiv(count, tokens)),
         described("linear", "x", x, tokens, block),
-        described("linear", "weight", weight, ROWS, block),
+        described("linear", "weight", weight, rows, block),
         stats,
         sums,
         bias,
@@ -305,7 +344,7 @@ def launch(
         STATS=stats_out is not None,
         ROWS=ROWS,
         **chosen,
-        num_warps=4,
+        num_warps=4 * chosen["GROUPS"],
         **launch_options(x.device),
     )
 
@@ -314,17 +353,22 @@ def launch(
 
 
 def compile_cases(arch: int) -> list[CompileCase]:
-    """`model_linears` in bf16, at 8 to 64 tokens, for Hopper alone."""
+    """`model_linears` in bf16, at 8 to 64 tokens, and chunks of prompts, for Hopper alone."""
     if arch != 90:
         return []
-    return [_case(f"{name} {tokens}", *rest, tokens) for name, *rest in model_linears() for tokens in (8, 16, 32, 64)]
+    programs = [(tokens, 1) for tokens in (8, 16, 32, 64)] + [(128, 2)]
+    return [
+        _case(f"{name} {tokens}", *rest, tokens, groups)
+        for name, *rest in model_linears()
+        for tokens, groups in programs
+    ]
 
 
-def _case(name: str, outputs: int, inputs: int, norm: bool, activation: int, tokens: int) -> CompileCase:
-    chosen = settings(tokens, inputs)
+def _case(name: str, outputs: int, inputs: int, norm: bool, activation: int, tokens: int, groups: int) -> CompileCase:
+    chosen = settings(tokens, inputs, groups)
     block = chosen["BLOCK_K"]
     kinds = {
         key: f"tensordesc<bf16[{rows}, {block}],{layout(rows, block)!r}>"
-        for key, rows in (("x", tokens), ("weight", ROWS))
+        for key, rows in (("x", tokens), ("weight", groups * ROWS))
     }
-    return compile_case(_linear_hopper, name, outputs, inputs, norm, activation, kinds, chosen, num_warps=4)
+    return compile_case(_linear_hopper, name, outputs, inputs, norm, activation, kinds, chosen, num_warps=4 * groups)

@@ -27,6 +27,11 @@ as much only to the grid that waited.
 Bytes: the keys and values of the prefix once, 2*L*H_kv*D elements a sequence (and a tile of queries), the qkv
 and the appended rows; through L2 also the gathered near rows, 2*window*D a query, and the partial results,
 8*(L/SPLIT)*D a query.
+
+Chunks of a prompt have a kernel of their own, `_attend_prompt`: no node has ancestors that may still be dropped, so a
+query meets blocks of keys at absolute multiples of their size, in ascending order, as in FlashAttention 2 (arXiv
+2307.08691). Its bits are the same in any chunks and any batch, but not those of a pass of a tree. Every mode reads a
+prompt the same way, so all modes start from the same keys and values.
 """
 
 import torch
@@ -49,6 +54,7 @@ from stagedspec.kernels.registry import (
 
 WINDOW = 32  # near keys; more than the depth of any tree
 MAX_NODES = 256
+MAX_CHUNK = 1024
 WARPS = 4
 SPILLING = (80,)  # the near part's, see `most_registers`; heads wider than 64 spill everywhere
 LOG2E = 1.4426950408889634
@@ -126,10 +132,9 @@ def _rescaled(b_sum, b_acc, b_max, top):
 
 
 @triton.jit
-def _far_end(prefix, first_bit, N, WINDOW: tl.constexpr, CHAIN: tl.constexpr):
+def _far_end(prefix, first_bit, N, WINDOW: tl.constexpr):
     """The position from which on no node of the pass sees a far key."""
-    bound = tl.maximum(prefix + first_bit + N - WINDOW, 0)
-    return bound if CHAIN else tl.minimum(bound, prefix)
+    return tl.minimum(tl.maximum(prefix + first_bit + N - WINDOW, 0), prefix)
 
 
 _INTEGERS = ("N", "S", "first_bit", "tree_rows", "splits")
@@ -158,7 +163,6 @@ def _attend_far(
     WINDOW: tl.constexpr,
     SPLIT: tl.constexpr,
     ROWS: tl.constexpr,
-    CHAIN: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One split of keys for one tile of queries. Grid: splits, tiles, B*H_kv."""
@@ -185,10 +189,9 @@ def _attend_far(
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     prefix = tl.maximum(tl.load(p_prefix + i_b), 0)
-    bound = _far_end(prefix, first_bit, N, WINDOW, CHAIN)
+    bound = _far_end(prefix, first_bit, N, WINDOW)
     if i_split * SPLIT < bound:
         p_q = p_qkv + i_b.to(tl.int64) * N * QKV_STRIDE + i_kv * (GROUP * D)
-        p_pass = p_qkv + i_b.to(tl.int64) * N * QKV_STRIDE + (HEADS + i_kv) * D
         p_masks += i_b * N * WORDS
         queries = N * GROUP
         first_part = i_head.to(tl.int64) * splits * queries
@@ -198,18 +201,13 @@ def _attend_far(
         seen = (keys < bound)[:, None] & in_head[None, :]
         p_k = p_rows + keys.to(tl.int64)[:, None] * ROW_STRIDE + dims[None, :]
         p_v = p_k + V_STEP
-        if CHAIN:  # keys of this very pass, which are not in the cache yet
-            fresh = (keys >= prefix)[:, None]
-            p_own = p_pass + (keys - prefix)[:, None] * QKV_STRIDE + dims[None, :]
-            p_k = tl.where(fresh, p_own, p_k)
-            p_v = tl.where(fresh, p_own + V_STEP, p_v)
         b_k = tl.load(p_k, mask=seen, other=0.0)  # [SPLIT, D]
         b_v = tl.load(p_v, mask=seen, other=0.0)  # [SPLIT, D]
         rows = i_tile * ROWS + tl.arange(0, ROWS)  # [ROWS], node * GROUP + head in the group
         ok = rows < N * GROUP
         b_q = _queries(p_q, rows, ok, dims, GROUP, D, QKV_STRIDE)  # [ROWS, D]
-        # The last far position of each query [ROWS]; of a chunk of a prompt no mask needs to be read for it.
-        last = (prefix + rows // GROUP if CHAIN else _positions(p_masks, rows // GROUP, prefix, ok, WORDS)) - WINDOW
+        # The last far position of each query [ROWS].
+        last = _positions(p_masks, rows // GROUP, prefix, ok, WORDS) - WINDOW
         b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee") * scale  # [SPLIT, ROWS]
         b_s = tl.where(keys[:, None] <= last[None, :], b_s, float("-inf"))
         b_max = tl.max(b_s, axis=0)
@@ -222,7 +220,7 @@ def _attend_far(
         tl.store(p_sum + part, tl.sum(b_p, axis=0), mask=ok)
 
 
-@triton.jit(do_not_specialize=(*_INTEGERS, "chunk"))
+@triton.jit(do_not_specialize=_INTEGERS)
 def _attend_near(
     p_qkv,
     p_cache,
@@ -238,7 +236,6 @@ def _attend_near(
     first_bit,
     tree_rows,
     splits,
-    chunk,  # whether this is a chunk of a prompt
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
@@ -249,7 +246,6 @@ def _attend_near(
     ROWS: tl.constexpr,
     FILLED: tl.constexpr,
     TOGETHER: tl.constexpr,
-    CHAIN: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """The near keys of a tile of queries, and the end: adds the far part, writes the result. Appends K and V.
@@ -269,7 +265,7 @@ def _attend_near(
     queries = N * GROUP
     first_part = i_head.to(tl.int64) * splits * queries
     p_max, p_sum, p_acc = p_max + first_part, p_sum + first_part, p_acc + first_part * D
-    splits = tl.cdiv(_far_end(prefix, first_bit, N, WINDOW, CHAIN), SPLIT)  # of use
+    splits = tl.cdiv(_far_end(prefix, first_bit, N, WINDOW), SPLIT)  # of use
     p_cache += i_b.to(tl.int64) * S * ROW_STRIDE + i_kv * D
     p_pass = p_qkv + i_b.to(tl.int64) * N * QKV_STRIDE  # [N, QKV_STRIDE]
     p_q = p_pass + i_kv * (GROUP * D)
@@ -283,27 +279,22 @@ def _attend_near(
     index = tl.arange(0, ROWS * WINDOW)  # [KEYS]
     query = i_tile * ROWS + index // WINDOW  # node * GROUP + head in the group
     node, known = query // GROUP, query < N * GROUP
-    if CHAIN:  # which bit is a key's is known without the masks
-        position = tl.where(known, prefix + node, -1)
-    else:
-        position = _positions(p_masks, node, prefix, known, WORDS)
+    position = _positions(p_masks, node, prefix, known, WORDS)
     keys = position - (WINDOW - 1) + index % WINDOW  # [KEYS], positions
     rank = keys - prefix
-    bit = rank
-    if not CHAIN:
-        bits = tl.full([ROWS * WINDOW], 0, tl.uint32)  # the word that holds the key's bit,
-        bit = tl.full([ROWS * WINDOW], 0, tl.int32)  # the first bit of that word,
-        rest = tl.full([ROWS * WINDOW], 0, tl.int32)  # and the set bits of that word below the key's
-        below = tl.full([ROWS * WINDOW], 0, tl.int32)
-        for i_word in tl.static_range(WORDS):
-            word = _word(p_masks, node, i_word, known, WORDS)
-            above = below + _popcount(word)
-            here = (rank >= below) & (rank < above)
-            bits = tl.where(here, word, bits)
-            bit = tl.where(here, 32 * i_word, bit)
-            rest = tl.where(here, rank - below, rest)
-            below = above
-        bit += _select(bits, rest)
+    bits = tl.full([ROWS * WINDOW], 0, tl.uint32)  # the word that holds the key's bit,
+    bit = tl.full([ROWS * WINDOW], 0, tl.int32)  # the first bit of that word,
+    rest = tl.full([ROWS * WINDOW], 0, tl.int32)  # and the set bits of that word below the key's
+    below = tl.full([ROWS * WINDOW], 0, tl.int32)
+    for i_word in tl.static_range(WORDS):
+        word = _word(p_masks, node, i_word, known, WORDS)
+        above = below + _popcount(word)
+        here = (rank >= below) & (rank < above)
+        bits = tl.where(here, word, bits)
+        bit = tl.where(here, 32 * i_word, bit)
+        rest = tl.where(here, rank - below, rest)
+        below = above
+    bit += _select(bits, rest)
     inside = rank >= 0
     fresh = inside & (bit >= first_bit)
     row = tl.where(inside, tl.where(fresh, bit - first_bit, bit), tree_rows + keys)
@@ -322,9 +313,7 @@ def _attend_near(
     nodes, ok = rows // GROUP, (i_row < ROWS) & (rows < queries)
     first_of_group = (ok & (rows % GROUP == 0))[:, None] & in_head
     p_own = p_pass + nodes[:, None] * QKV_STRIDE + dims[None, :]
-    # A chunk follows the prefix, which is on the device: one captured launch serves every chunk of its size.
-    new_rows = tl.where(chunk != 0, tree_rows + prefix, first_bit) + nodes
-    p_new = p_cache + new_rows.to(tl.int64)[:, None] * ROW_STRIDE + dims[None, :]
+    p_new = p_cache + (first_bit + nodes).to(tl.int64)[:, None] * ROW_STRIDE + dims[None, :]
     tl.store(p_new, tl.load(p_own, mask=first_of_group), mask=first_of_group)
     tl.store(p_new + V_STEP, tl.load(p_own + V_STEP, mask=first_of_group), mask=first_of_group)
 
@@ -369,17 +358,93 @@ def _attend_near(
     tl.store(p_result, b_out.to(p_out.dtype.element_ty), mask=ok[:, None] & in_head)
 
 
+@triton.jit(do_not_specialize=_INTEGERS)
+def _attend_prompt(
+    p_qkv,
+    p_cache,
+    p_prefix,
+    p_out,
+    scale,
+    N,
+    S,
+    tree_rows,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """A tile of queries of a chunk of a prompt, over all keys before and among them. Appends the tile's K and V.
+
+    Grid: tiles, B*H_kv. Arguments as in `_attend_near`.
+    """
+    HEADS: tl.constexpr = KV_HEADS * GROUP
+    QKV_STRIDE: tl.constexpr = (HEADS + 2 * KV_HEADS) * D
+    ROW_STRIDE: tl.constexpr = 2 * KV_HEADS * D
+    V_STEP: tl.constexpr = KV_HEADS * D
+    OUT_STRIDE: tl.constexpr = HEADS * D
+    # The last tiles see most keys and take longest: they come first.
+    i_tile, i_head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
+    i_b, i_kv = i_head // KV_HEADS, i_head % KV_HEADS
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    prefix = tl.maximum(tl.load(p_prefix + i_b), 0)
+    p_cache += (i_b.to(tl.int64) * S + tree_rows) * ROW_STRIDE + i_kv * D
+    p_pass = p_qkv + i_b.to(tl.int64) * N * QKV_STRIDE
+    p_q = p_pass + i_kv * (GROUP * D)
+    p_pass += (HEADS + i_kv) * D
+    p_out += i_b.to(tl.int64) * N * OUT_STRIDE + i_kv * (GROUP * D)
+    dims = tl.arange(0, D_PAD)
+    in_head = (dims < D)[None, :]
+    rows = i_tile * ROWS + tl.arange(0, ROWS)  # [ROWS], node * GROUP + head in the group
+    nodes, ok = rows // GROUP, rows < N * GROUP
+
+    # What is appended here is read by other launches alone: keys of this pass come from the qkv.
+    first_of_group = (ok & (rows % GROUP == 0))[:, None] & in_head
+    p_own = p_pass + nodes[:, None] * QKV_STRIDE + dims[None, :]
+    p_new = p_cache + (prefix + nodes).to(tl.int64)[:, None] * ROW_STRIDE + dims[None, :]
+    tl.store(p_new, tl.load(p_own, mask=first_of_group), mask=first_of_group)
+    tl.store(p_new + V_STEP, tl.load(p_own + V_STEP, mask=first_of_group), mask=first_of_group)
+
+    b_q = _queries(p_q, rows, ok, dims, GROUP, D, QKV_STRIDE)  # [ROWS, D]
+    b_max = tl.full([ROWS], float("-inf"), tl.float32)
+    b_sum, b_acc = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, D_PAD], tl.float32)
+    end = prefix + tl.minimum((i_tile * ROWS + ROWS - 1) // GROUP + 1, N)
+    for start in range(0, end, KEYS):
+        keys = start + tl.arange(0, KEYS)  # positions
+        fresh = (keys >= prefix)[:, None]
+        p_known = p_cache + keys.to(tl.int64)[:, None] * ROW_STRIDE + dims[None, :]
+        p_fresh = p_pass + (keys - prefix)[:, None] * QKV_STRIDE + dims[None, :]
+        seen = (keys < end)[:, None] & in_head
+        b_k = tl.load(tl.where(fresh, p_fresh, p_known), mask=seen, other=0.0)  # [KEYS, D]
+        b_v = tl.load(tl.where(fresh, p_fresh, p_known) + V_STEP, mask=seen, other=0.0)  # [KEYS, D]
+        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * scale  # [ROWS, KEYS]
+        b_s = tl.where(keys[None, :] <= (prefix + nodes)[:, None], b_s, float("-inf"))
+        top = tl.maximum(b_max, tl.max(b_s, axis=1))  # finite from the first block on: every query sees key 0
+        b_p = tl.exp2(b_s - top[:, None])
+        b_sum, b_acc = _rescaled(b_sum, b_acc, b_max, top)
+        b_sum += tl.sum(b_p, axis=1)
+        b_acc += tl.dot(b_p.to(b_v.dtype), b_v, input_precision="ieee")
+        b_max = top
+    b_out = b_acc / b_sum[:, None]
+    p_result = p_out + nodes[:, None] * OUT_STRIDE + (rows % GROUP)[:, None] * D + dims[None, :]
+    tl.store(p_result, b_out.to(p_out.dtype.element_ty), mask=ok[:, None] & in_head)
+
+
 # Alignment decides layouts, and layouts the order of sums. Where heads are no multiple of 16 bytes, a layer's rows can
 # start aligned in one batch size and not in another.
 _KERNELS = {
-    True: (_attend_far, _attend_near),
+    True: (_attend_far, _attend_near, _attend_prompt),
     False: tuple(
         triton.jit(
             kernel.fn,
-            do_not_specialize=(*_INTEGERS, "chunk"),
+            do_not_specialize=_INTEGERS,
             do_not_specialize_on_alignment=("p_qkv", "p_cache", "p_out"),
         )
-        for kernel in (_attend_far, _attend_near)
+        for kernel in (_attend_far, _attend_near, _attend_prompt)
     ),
 }
 
@@ -396,6 +461,13 @@ def _tiles(head_size: int, itemsize: int, window: int) -> dict[str, int]:
     # swizzled otherwise than their keys, and the ptxas of CUDA 12.8 gives them wrong addresses in shared memory.
     far = 16 if itemsize == 4 else 64
     return {"D_PAD": padded, "SPLIT": split, "FAR_ROWS": far, "NEAR_ROWS": near, "TOGETHER": 8}
+
+
+def _prompt_tiles(head_size: int, itemsize: int) -> dict[str, int]:
+    """Of `_attend_prompt`, by the head and the dtype only, for the same reason."""
+    padded = max(triton.next_power_of_2(head_size), 16)
+    rows, keys = (64, 64) if itemsize == 2 and padded <= 128 else (16, 32)
+    return {"D_PAD": padded, "ROWS": rows, "KEYS": keys}
 
 
 def _far_warps(arch: int, head_size: int) -> int:
@@ -445,17 +517,24 @@ def _launch(
     whole = size * qkv.element_size() % 16 == 0  # heads begin where wide loads can
     if whole and (qkv.data_ptr() | cache.data_ptr()) % 16:
         raise ValueError("tree_attention: qkv and cache must start at a multiple of 16 bytes, got views: copy them")
+    far, near, prompt = _KERNELS[whole]
+    shared = {"KV_HEADS": kv_heads, "GROUP": group, "D": size, **launch_options(qkv.device)}
+    scale *= LOG2E
+    queries = nodes * group
+    if chunk:
+        tiles = _prompt_tiles(size, qkv.element_size())
+        grid = triton.cdiv(queries, tiles["ROWS"]), batch * kv_heads
+        launch_kernel(
+            prompt, grid, qkv, cache, prefix, out, scale, nodes, rows, tree_rows,
+            num_warps=_far_warps(architecture(qkv.device), size), **tiles, **shared,
+        )  # fmt: skip
+        return
     tiles = _tiles(size, qkv.element_size(), window)
     splits = _splits(rows, tree_rows, tiles["SPLIT"])
-    queries = nodes * group
     count = batch * kv_heads * splits * queries
     acc, top, total = partials[: count * size], partials[count * size :], partials[count * (size + 1) :]
-    shared = {"KV_HEADS": kv_heads, "GROUP": group, "D": size, "WORDS": words, "WINDOW": window}
-    shared |= {"CHAIN": chunk and nodes > window, **launch_options(qkv.device)}
-    shared |= {name: tiles[name] for name in ("D_PAD", "SPLIT")}
-    far, near = _KERNELS[whole]
+    shared |= {"WORDS": words, "WINDOW": window} | {name: tiles[name] for name in ("D_PAD", "SPLIT")}
     inputs, parts, sizes = (qkv, cache, masks, prefix), (acc, top, total), (nodes, rows, first_bit, tree_rows, splits)
-    scale *= LOG2E
     launch_kernel(
         far,
         (splits, triton.cdiv(queries, tiles["FAR_ROWS"]), batch * kv_heads),
@@ -471,7 +550,7 @@ def _launch(
     launch_kernel(
         near,
         (triton.cdiv(queries, tiles["NEAR_ROWS"]), batch * kv_heads),
-        *inputs, *parts, out, scale, *sizes, int(chunk),
+        *inputs, *parts, out, scale, *sizes,
         ROWS=tiles["NEAR_ROWS"], FILLED=16, TOGETHER=tiles["TOGETHER"], num_warps=warps,
         maxnreg=_near_registers(architecture(qkv.device), size, warps), **shared,
     )  # fmt: skip
@@ -516,13 +595,14 @@ def tree_attention(
     out: [B*N, H*D].
 
     chunk: False for a pass of a tree: its K and V go to the tree rows from first_bit on, and no node may have more than
-    `window` bits set. True for a chunk of a prompt: masks must be chains from bit 0, and the K and V follow the prefix.
-    window: a power of two, the same for everything that must agree bitwise. Scores and sums are in fp32.
+    `window` bits set. True for a chunk of a prompt: every node sees those before it, masks and scratch are not read,
+    and the K and V follow the prefix. window: a power of two, the same for everything that must agree bitwise. Scores
+    and sums are in fp32.
 
     What lies in masks and prefix is on the device and not checked: bits below first_bit + N only, prefix at most
     S - tree_rows, of a chunk at most S - tree_rows - N.
 
-    Raises ValueError for a wrong shape, dtype, device or layout, N over 256, and rows out of range.
+    Raises ValueError for a wrong shape, dtype, device or layout, N over 256 (of a chunk 1024), and rows out of range.
     """
     op = "tree_attention"
     check_runs(qkv, op)
@@ -535,8 +615,9 @@ def tree_attention(
     check_tensor(op, "prefix", prefix, (batch,), torch.int32, device)
     check_tensor(op, "out", out, (batch * nodes, None), qkv.dtype, device)
     check_tensor(op, "scratch.partials", scratch.partials, (None,), torch.float32, device)
-    if not 1 <= nodes <= MAX_NODES:
-        raise ValueError(f"{op}: a pass must have 1 to {MAX_NODES} nodes, got masks for {nodes}")
+    most = MAX_CHUNK if chunk else MAX_NODES
+    if not 1 <= nodes <= most:
+        raise ValueError(f"{op}: a pass must have 1 to {most} nodes, got masks for {nodes}")
     if not 1 <= size <= MAX_HEAD_SIZE:
         raise ValueError(f"{op}: the head size must be 1 to {MAX_HEAD_SIZE}, got a cache of {size}")
     heads = out.shape[1] // size
@@ -561,7 +642,7 @@ def tree_attention(
         )
     if 32 * words < first_bit + nodes:
         raise ValueError(f"{op}: masks must have {triton.cdiv(first_bit + nodes, 32)} words a node, got {words}")
-    need = scratch_size(batch, nodes, heads, kv_heads, size, rows, tree_rows)
+    need = (0, 0) if chunk else scratch_size(batch, nodes, heads, kv_heads, size, rows, tree_rows)
     if scratch.partials.numel() < need[0]:
         have = scratch.partials.numel()
         raise ValueError(f"{op}: scratch must hold {need[0]} partials, got {have}; see scratch_size")
@@ -584,7 +665,7 @@ def tree_attention(
 
 _TYPES = {"p_qkv": "*bf16", "p_cache": "*bf16", "p_masks": "*i32", "p_prefix": "*i32", "p_acc": "*fp32"}
 _TYPES |= {"p_max": "*fp32", "p_sum": "*fp32", "p_out": "*bf16", "scale": "fp32"}
-_TYPES |= dict.fromkeys((*_INTEGERS, "chunk"), "i32")
+_TYPES |= dict.fromkeys(_INTEGERS, "i32")
 
 
 def compile_cases(arch: int) -> list[CompileCase]:
@@ -592,26 +673,29 @@ def compile_cases(arch: int) -> list[CompileCase]:
     and heads that share keys."""
     models = {"s": (12, 64), "m": (16, 64), "l": (20, 64), "xl": (25, 64), "target": (6, 64), "draft": (3, 32)}
     models |= {"wide": (8, 128), "grouped": (5, 64)}
-    passes = {"n1": (1, False), "n64": (2, False), "chunk256": (8, True)}
+    passes = {"n1": 1, "n64": 2, "prompt": 0}
     cases = []
     for model, (heads, size) in models.items():
         tiles = _tiles(size, 2, WINDOW)
-        for name, (words, chain) in passes.items():
+        for name, words in passes.items():
             group = 4 if model == "grouped" else 1
-            constants = {"KV_HEADS": heads, "GROUP": group, "D": size, "WORDS": words, "WINDOW": WINDOW, "CHAIN": chain}
+            constants = {"KV_HEADS": heads, "GROUP": group, "D": size, "WORDS": words, "WINDOW": WINDOW}
             constants |= {"PDL": False, "FILLED": 16} | tiles
-            near = _near_warps(size, 2)
-            for kernel, rows, warps, registers in (
-                (_attend_far, tiles["FAR_ROWS"], _far_warps(arch, size), None),
-                (_attend_near, tiles["NEAR_ROWS"], near, _near_registers(arch, size, near)),
-            ):
+            warps, near = _far_warps(arch, size), _near_warps(size, 2)
+            kernels = [
+                (_attend_far, {"ROWS": tiles["FAR_ROWS"]}, warps, None),
+                (_attend_near, {"ROWS": tiles["NEAR_ROWS"]}, near, _near_registers(arch, size, near)),
+            ]
+            if name == "prompt":
+                kernels = [(_attend_prompt, _prompt_tiles(size, 2), warps, None)]
+            for kernel, own, warps, registers in kernels:
                 names = kernel.arg_names
                 cases.append(
                     CompileCase(
                         f"tree_attention-{kernel.__name__.removeprefix('_attend_')}-{model}-{name}",
                         kernel,
                         {key: _TYPES[key] for key in names if key in _TYPES},
-                        {key: value for key, value in (constants | {"ROWS": rows}).items() if key in names},
+                        {key: value for key, value in (constants | own).items() if key in names},
                         warps,
                         matrix=True,
                         maxnreg=registers,

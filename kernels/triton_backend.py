@@ -21,7 +21,7 @@ from stagedspec.kernels.backend import MAX_HEAD_SIZE
 from stagedspec.kernels.reference import GREEDY_SHARPNESS
 from stagedspec.kernels.timing import Overheads
 
-ROWS = 256  # the most rows that one launch of a linear or one pass of attention takes
+ROWS = linear.MAX_TOKENS  # the most rows that one launch of a linear takes
 # Keys nearer than this are gathered node by node, so that it does not matter whether they are committed. A constant:
 # it fixes the order of every sum, so it must be the same for every tree that a decoder may use.
 WINDOW = 32
@@ -274,7 +274,11 @@ class TritonOps:
         rows, _, kv_heads, size = cache.shape[1:]
         heads = qkv.shape[1] // size - 2 * kv_heads
         out = self._buffer("tree_attention", (qkv.shape[0], heads * size), qkv.dtype, qkv.device)
-        need = attention.scratch_size(cache.shape[0], batch.nodes, heads, kv_heads, size, rows, tree_rows)
+        need = (
+            (0, 0)
+            if chunk
+            else attention.scratch_size(cache.shape[0], batch.nodes, heads, kv_heads, size, rows, tree_rows)
+        )
         scratch = self._need(need, qkv.device)
         attention.tree_attention(
             qkv, cache, batch.masks, batch.prefix, batch.first_bit, chunk, tree_rows, scale, out, scratch, WINDOW
