@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 
 from stagedspec.kernels.configs import config
+from stagedspec.kernels.control import INVALID
 from stagedspec.kernels.philox import gumbel_at, gumbel_tile
 from stagedspec.kernels.registry import (
     CompileCase,
@@ -48,6 +49,7 @@ WARPS = {"scan_warps": 4, "select_warps": 8}
 SPILLING = (80, 89, 90, 100, 120)  # `select_kernel`'s, see `most_registers`
 
 _GROUP = tl.constexpr(GROUP)
+_INVALID = tl.constexpr(INVALID)
 _UNIT = tl.constexpr(float(2**40))  # fixed point of probabilities relative to the largest
 _GROUP_UNIT = tl.constexpr(float(2**24))  # the same within a group, where 64 of them fit 31 bits
 
@@ -94,9 +96,23 @@ def scale_logits(values, scale, SCALING: tl.constexpr):
 
 @triton.jit
 def best_of(scores, tokens, V):
-    """The best score of every column and the lowest token that has it: scores [T, R], tokens [T] -> [R], [R]."""
+    """The best score of every column and the lowest token that has it: scores [T, R], tokens [T] -> [R], [R].
+
+    NaN beats every score and its token is INVALID, so that whatever is best of it is INVALID too."""
+    broken = scores != scores
+    scores = tl.where(broken, float("inf"), scores)
+    names = tl.where(broken, _INVALID, tokens[:, None])
     best = tl.max(scores, 0)
-    return best, tl.min(tl.where(scores == best[None, :], tokens[:, None], V), 0)
+    return best, tl.min(tl.where(scores == best[None, :], names, V), 0)
+
+
+@triton.jit
+def decided(token, best, NOISE: tl.constexpr):
+    """The token of the best score, INVALID where that is no choice: NaN, -inf or, when sampling, +inf."""
+    wrong = (token < 0) | (best == float("-inf"))
+    if NOISE != 0:
+        wrong = wrong | (best == float("inf"))
+    return tl.where(wrong, _INVALID, token)
 
 
 @triton.jit
@@ -119,8 +135,9 @@ def add_noise(
 def store_groups(
     scores, first, rows, kept, p_maxima, p_masses, G, MASSES: tl.constexpr, T: tl.constexpr, R: tl.constexpr
 ):
-    """Largest score [M, G] of each group, and its mass relative to that in fixed point; absent tokens are -inf."""
-    grouped = tl.reshape(scores, (T // _GROUP, _GROUP, R))
+    """Largest score [M, G] of each group, and its mass relative to that in fixed point; absent tokens are -inf, and
+    NaN counts as +inf."""
+    grouped = tl.reshape(tl.where(scores != scores, float("inf"), scores), (T // _GROUP, _GROUP, R))
     maxima = tl.max(grouped, 1)  # [T / 64, R]
     groups = first // _GROUP + tl.arange(0, T // _GROUP)
     at = rows[None, :] * G + groups[:, None]
@@ -167,8 +184,9 @@ def scan_kernel(
             inside = slices < SLICES
             all_best = tl.load(p_best + i_row * SLICES + slices, inside, float("-inf"), cache_modifier=".cg")
             all_ids = tl.load(p_ids + i_row * SLICES + slices, inside, V, cache_modifier=".cg")
-            chosen = tl.min(tl.where(all_best == tl.max(all_best, 0), all_ids, V), 0)
-            tl.store(p_out + i_row, tl.minimum(chosen, V - 1))
+            top = tl.max(all_best, 0)
+            chosen = tl.min(tl.where(all_best == top, all_ids, V), 0)
+            tl.store(p_out + i_row, decided(tl.minimum(chosen, V - 1), top, NOISE))
             tl.store(p_counters + i_row, 0)
     else:
         store_groups(scores, first, rows, rows >= 0, p_maxima, p_masses, G, MASSES, T, 1)
@@ -319,6 +337,9 @@ def select_kernel(
     inside = groups < G
     maxima = tl.load(p_maxima + groups, inside, float("-inf"))  # [GROUPS]
     top = tl.max(maxima, 0)
+    valid = (top > float("-inf")) & (top < float("inf"))  # else the row has no candidates
+    maxima = tl.where(valid, maxima, float("-inf"))
+    top = tl.where(valid, top, 0.0)
     floor = tl.full((), float("-inf"), tl.float32)
     least: tl.constexpr = CHILDREN if WHOLE else TOP_K
     COUNTED: tl.constexpr = least > 0 and least <= G
@@ -398,7 +419,7 @@ def select_kernel(
         keys = order_key(values)
         stays = (at < count) & ((keys > least_key) | ((keys == least_key) & (tokens.to(tl.uint32) >= least_id)))
         if MIN_P:
-            stays = stays & ((values == top) | (tl.exp(values - top) >= min_p))  # the best stays, infinite too
+            stays = stays & ((values == top) | (tl.exp(values - top) >= min_p))  # the best stays
         if NOISE == 1:
             values = values + gumbel_at(tokens, seed, stream, position)
         elif NOISE == 2:
@@ -410,7 +431,7 @@ def select_kernel(
         winner = tl.maximum(winner, tl.max(tl.where(stays, _ranked(values, tokens), nothing), 0))
     best, chosen = _value_and_id(winner)
     if CHILDREN == 0:
-        tl.store(p_out + i_row, tl.where(chosen < V, chosen, 0))
+        tl.store(p_out + i_row, tl.where(valid & (chosen < V), chosen, _INVALID))
     else:
         tl.debug_barrier()
         if WHOLE:
@@ -645,7 +666,8 @@ def choose(
 
     seeds [B] int64, streams [B] int32, positions [B, N] int32, the absolute position of the token each row chooses,
     M = B*N. top_k 0, top_p 1, min_p 0 leave a warper out; greedy leaves out all of them and the noise. noise: [M, V]
-    fp32 in place of the counters' noise. Logits must not be NaN or +inf; -inf is never chosen beside a finite one.
+    fp32 in place of the counters' noise. -inf is never chosen. out is INVALID, -2, for a row with a NaN, without a
+    finite logit or, when sampling, with +inf.
 
     Raises ValueError for a wrong shape, dtype, device or layout, a setting out of range, or too little scratch memory.
     """

@@ -21,10 +21,14 @@ from itertools import pairwise
 import numpy as np
 import torch
 
+from stagedspec.kernels.invalid_logits import raise_invalid
+
 NEVER = float("-inf")
 CONTEXT_LOGPROB = -0.25  # worth of a match of the context n-gram: about 4 of 5 come true on code
 CHUNK = 256  # tokens of each prompt that one pass reads
 TARGET, DRAFT, NGRAM = range(3)  # who first proposed a token
+# In place of a chosen token: at a node that is not to be stepped to, and at one whose logits allow no choice.
+UNCHOSEN, INVALID = -1, -2
 # The target's best token is the draft's more often than the draft's probability of it says: measured on the embedded
 # models, on held-out text, where 1.5 to 2 serve equally well. Sampled, softmax(log q + g) is right as it is.
 GREEDY_SHARPNESS = 1.7
@@ -36,12 +40,14 @@ GREEDY_SHARPNESS = 1.7
 @dataclass
 class Row:
     """One sequence of the batch. `follower` is the context n-gram: (a, b) -> what followed its latest occurrence;
-    caught_up: whether the draft has read all tokens but the last, not all but the last two."""
+    caught_up: whether the draft has read all tokens but the last, not all but the last two; invalid: whether it ended
+    because no next token can be chosen."""
 
     tokens: list[int]
     limit: int
     origins: list[int] = field(default_factory=list)
     running: bool = True
+    invalid: bool = False
     caught_up: bool = False
     follower: dict[tuple[int, int], int] = field(default_factory=dict)
 
@@ -69,6 +75,7 @@ class Sequences:
         self._begin = time.perf_counter()
         self.accepted: Counter[int] = Counter()  # how many row-steps took so many tokens from nodes below the root
         self.steps = 0  # in which any row ran
+        self.doubted = False  # whether the next step's trees must be a root each
         self.capacity = max(row.limit for row in self.rows)  # the most tokens that a row may hold
 
     @property
@@ -77,7 +84,12 @@ class Sequences:
 
     @property
     def finished(self) -> bool:
-        return not any(row.running for row in self.rows)
+        """Whether all rows have stopped, or one cannot go on (`check`)."""
+        return any(row.invalid for row in self.rows) or not any(row.running for row in self.rows)
+
+    def check(self) -> None:
+        """Raises InvalidLogitsError if a row ended because no next token can be chosen."""
+        raise_invalid([(index, len(row.tokens)) for index, row in enumerate(self.rows) if row.invalid])
 
     def chunks(self, count: int) -> list[tuple[int, int]]:
         """(start, size) of the passes that read the first `count` tokens of every row."""
@@ -100,7 +112,7 @@ class Sequences:
         row = self.rows[index]
         if (beyond := len(row.tokens) - length) > 0:
             del row.tokens[-beyond:], row.origins[-beyond:]
-        row.running = False
+        row.running = row.invalid = False  # it ends before what could not be chosen
 
 
 # ---------------------------------------------------------------- one pass's inputs
@@ -374,7 +386,7 @@ class Growth:
 
     def harvest(self) -> "Trees":
         """The best candidates. Scores only fall along a path, so the best always form a tree."""
-        nodes = self.config.nodes
+        nodes = 1 if self.sequences.doubted else self.config.nodes
         trees = []
         for row in self.rows:
             found = [candidate for candidates in row.candidates for candidate in candidates]
@@ -467,7 +479,7 @@ class Trees:
         trees = []
         for row in sequences.rows:
             tree, pair, node = _Tree.root(row.tokens[-1]), tuple(row.tokens[-2:]), 0
-            while len(tree.tokens) <= depth and (token := row.follower.get(pair)) is not None:
+            while not sequences.doubted and len(tree.tokens) <= depth and (token := row.follower.get(pair)) is not None:
                 node = tree.add(token, node, -1, NGRAM)
                 pair = pair[1], token
             trees.append(tree)
@@ -476,30 +488,40 @@ class Trees:
     def verify_commit(self, chosen: torch.Tensor) -> "Moves":
         """Walks each tree while the chosen token is among the node's children, and appends what was chosen.
 
-        chosen [B, N]: `choose` at every node, -1 where nothing was chosen, at the nodes that are not to be stepped to.
-        The token chosen at the last node of the walk is the bonus token. A row ends with an end-of-sequence token or at
-        its limit.
+        chosen [B, N]: `choose` at every node, UNCHOSEN at the nodes that are not to be stepped to. The token chosen at
+        the last node of the walk is the bonus token. A row ends with an end-of-sequence token or at its limit.
+
+        A walk ends before an INVALID node. In a larger tree that may come from a node which this one does not see, as 0
+        times NaN is NaN: the next step verifies roots alone, and there the row ends.
         """
         moves = Moves([], [], [], [], self.caught_up)
         self.sequences.steps += not self.sequences.finished
+        self.sequences.doubted = False
         for row, tree, picks in zip(self.sequences.rows, self.trees, chosen.tolist(), strict=True):
-            length, path, node = len(row.tokens), [0], 0
-            while (node := tree.children.get((node, picks[node]), -1)) >= 0 and picks[node] >= 0:
+            length, ran, path, node = len(row.tokens), row.running, [], 0
+            while node >= 0 and picks[node] >= 0:
                 path.append(node)
+                node = tree.children.get((node, picks[node]), -1)
             moves.lengths.append(length)
+            last = node  # that the walk does not take
             origins = [tree.origins[node] for node in path[1:]] + [TARGET]
-            if not row.running:
+            if not ran:
                 path = []
             for node, origin in zip(path, origins, strict=False):
                 row.append(picks[node], origin)
                 if picks[node] in self.sequences.eos or len(row.tokens) == row.limit:
                     row.running = False
                     break
-            moves.accepted.append(min(len(row.tokens) - length, len(path) - 1))
+            if row.running and last >= 0 and picks[last] == INVALID:
+                self.sequences.doubted = self.nodes > 1
+                row.invalid = not self.sequences.doubted
+                row.running = not row.invalid
+            moves.accepted.append(max(min(len(row.tokens) - length, len(path) - 1), 0) if ran else -1)
             # A row that has stopped needs no keys and values any more, and could have run past the end of the cache.
             moves.nodes.append(path if row.running else [])
             moves.slots.append([tree.slots[node] for node in path] if row.running else [])
-            row.caught_up = row.running and tree.slots[path[-1]] >= 0
+            if path:
+                row.caught_up = row.running and tree.slots[path[-1]] >= 0
         self.sequences.accepted.update(count for count in moves.accepted if count >= 0)
         return moves
 

@@ -22,6 +22,7 @@ import torch
 
 from stagedspec.kernels import control, grow_tree
 from stagedspec.kernels.grow_tree import GrowthState, pass_size, pass_start, words
+from stagedspec.kernels.invalid_logits import raise_invalid
 from stagedspec.kernels.registry import check_runs
 from stagedspec.kernels.tree_attention import mask_words
 from stagedspec.kernels.verify_commit import CommitState, verify_commit
@@ -142,7 +143,7 @@ class Sequences:
     @torch.inference_mode()
     def stop(self, index: int, length: int) -> None:
         """Ends a row; what was decoded beyond `length` tokens is dropped."""
-        self.state.active.sub_(self.state.running[index])
+        self.state.active.sub_(self.state.running[index].clamp(min=0))
         self.state.running[index] = 0
         self.state.lengths[index].clamp_(max=length)
 
@@ -191,7 +192,7 @@ class Sequences:
 
     @property
     def finished(self) -> bool:
-        """Whether all rows have stopped, as far as the host knows.
+        """Whether all rows have stopped, or one cannot go on (`check`), as far as the host knows.
 
         The host is at most one step ahead: it waits for the step before the last one, and for the last one where by its
         length every row may end in it. So a step runs in vain only after an end-of-sequence token that nobody could
@@ -206,14 +207,20 @@ class Sequences:
                 self._copied[(newest - 1) % 2].synchronize()
                 _, lengths, running = (part.tolist() for part in self._parts(newest - 1))
                 rows = zip(self.limits, lengths, running, strict=True)
-                left = [limit - length for limit, length, runs in rows if runs]
+                left = [limit - length for limit, length, runs in rows if runs > 0]
             if all(count <= self.most for count in left):
                 self._copied[newest % 2].synchronize()
             elif newest:
                 newest -= 1
             else:
                 return False
-        return self._known[newest % 2][0].item() == 0
+        active, _, running = self._parts(newest)
+        return active.item() == 0 or running.min().item() < 0
+
+    def check(self) -> None:
+        """Raises InvalidLogitsError if a row ended because no next token can be chosen; waits for the device."""
+        ends = zip(self.state.running.tolist(), self.state.lengths.tolist(), strict=True)
+        raise_invalid([(index, length) for index, (runs, length) in enumerate(ends) if runs < 0])
 
     @property
     def seconds_to_first_token(self) -> float | None:
@@ -226,7 +233,7 @@ class Sequences:
         lengths, running = self.state.lengths.tolist(), self.state.running.tolist()
         tokens, origins = self.state.tokens.cpu(), self.state.origins.cpu()
         return [
-            Row(tokens[row, :length].tolist(), origins[row, start:length].tolist(), limit, bool(runs))
+            Row(tokens[row, :length].tolist(), origins[row, start:length].tolist(), limit, runs > 0)
             for row, (start, length, limit, runs) in enumerate(
                 zip(self.prompt_lengths, lengths, self.limits, running, strict=True)
             )
@@ -430,7 +437,7 @@ class Trees:
         if sequences._chains is None:
             sequences._chains = cls(sequences, SimpleNamespace(nodes=depth + 1, depth=depth), None)
         rows = [control.Row(row.tokens, row.limit) for row in sequences.rows]
-        sequences._chains.load(control.Trees.repeats(SimpleNamespace(rows=rows), depth).trees)
+        sequences._chains.load(control.Trees.repeats(SimpleNamespace(rows=rows, doubted=False), depth).trees)
         return sequences._chains
 
     def load(self, trees: list) -> None:

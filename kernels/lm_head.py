@@ -32,6 +32,7 @@ from stagedspec.kernels.choose import (
     check_children,
     check_sampling,
     compile_case,
+    decided,
     groups_of,
     launch_select,
     noise_kind,
@@ -144,7 +145,7 @@ def head_kernel(
                 ids = tl.min(tl.where(parts == best[None, :], numbers, V), 0)
                 chosen = tl.where(best > top, ids, tl.where(best == top, tl.minimum(ids, chosen), chosen))
                 top = tl.maximum(best, top)
-            tl.store(p_out + rows, tl.minimum(chosen, V - 1), kept)
+            tl.store(p_out + rows, decided(tl.minimum(chosen, V - 1), top, NOISE), kept)
             tl.store(p_counters + i_chunk, 0)
 
 

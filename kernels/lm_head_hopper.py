@@ -31,7 +31,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra import cuda
 
-from stagedspec.kernels.choose import GROUP, NOISES, compile_case, groups_of, scale_logits
+from stagedspec.kernels.choose import GROUP, NOISES, compile_case, decided, groups_of, scale_logits
 from stagedspec.kernels.linear_hopper import SHARED, SPARE, copy, described, layout
 from stagedspec.kernels.philox import gumbel, key_words, philox
 from stagedspec.kernels.registry import CompileCase, launch_kernel, launch_options
@@ -41,6 +41,7 @@ TOKENS = 64  # most rows of x, a program
 BLOCK_K = 128  # columns of a block: half as many take turns too often at 64 tokens
 RING = 6  # slots; a shorter ring runs empty while a tile is looked at, and costs more than x from L2 does
 _UNIT = gl.constexpr(float(2**24))  # of masses, see choose.py
+_BROKEN = gl.constexpr(-(2**20))  # below the first token of any tile: where the best is NaN
 
 
 @gluon.jit(do_not_specialize=("M", "N"))
@@ -146,10 +147,12 @@ def _head_hopper(
         if STORE == 2:
             gl.store(p_logits + i_at, b_score, mask=there_too)
         b_score = gl.where(real[:, None], b_score, float("-inf"))
+        broken = b_score != b_score
+        b_score = gl.where(broken, float("inf"), b_score)
         if CHOOSE:
-            better = b_score > b_top
+            better = (b_score > b_top) | broken
             b_top = gl.where(better, b_score, b_top)
-            b_from = gl.where(better, i_first, b_from)
+            b_from = gl.where(better, gl.where(broken, _BROKEN, i_first), b_from)
         else:
             b_most = gl.max(b_score, 0)
             if not SCALED:
@@ -168,7 +171,7 @@ def _head_hopper(
         tl.debug_barrier()
         if gl.atomic_add(p_counters + gl.program_id(1), 1, sem="acq_rel") == programs - 1:
             tl.debug_barrier()
-            _choose_of_all(p_best, p_ids, p_out, i_token, M, programs, V, TOKENS)
+            _choose_of_all(p_best, p_ids, p_out, i_token, M, programs, V, TOKENS, NOISE)
             gl.store(p_counters + gl.program_id(1), 0)
 
 
@@ -262,7 +265,9 @@ def _noise(
 
 
 @gluon.jit
-def _choose_of_all(p_best, p_ids, p_out, i_token, M, programs, V: gl.constexpr, TOKENS: gl.constexpr):
+def _choose_of_all(
+    p_best, p_ids, p_out, i_token, M, programs, V: gl.constexpr, TOKENS: gl.constexpr, NOISE: gl.constexpr
+):  # fmt: skip
     """The best of all programs: the lowest id of the largest score."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 1], [32 // min(TOKENS, 32), min(TOKENS, 32)], [4, 1], [1, 0])
     tokens = i_token + gl.arange(0, TOKENS, gl.SliceLayout(0, LAYOUT))
@@ -279,7 +284,7 @@ def _choose_of_all(p_best, p_ids, p_out, i_token, M, programs, V: gl.constexpr, 
         b_name = gl.min(gl.where(b_part == b_best[None, :], b_name, V), 0)
         b_id = gl.where(b_best > b_top, b_name, gl.where(b_best == b_top, gl.minimum(b_name, b_id), b_id))
         b_top = gl.maximum(b_best, b_top)
-    gl.store(p_out + tokens, b_id, mask=kept)
+    gl.store(p_out + tokens, decided(b_id, b_top, NOISE), mask=kept)
 
 
 # ---------------------------------------------------------------- launching

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 from stagedspec.kernels.control import (
     GREEDY_SHARPNESS,
+    INVALID,
     NEVER,
     Batch,
     Growth,
@@ -520,8 +521,23 @@ def choose(logits: torch.Tensor, warping: dict | None, noise: NoiseAt | None) ->
     """The one token-choice rule: logits [B, N, V], noise or None (greedy) -> tokens [B, N].
 
     Gumbel-max: an exact sample of the warped distribution, fixed by the logits and the noise. Lowest id on ties.
-    On a CPU with top-k the rest of the vocabulary is neither warped nor sorted.
+    INVALID where no token can be chosen: a logit is NaN, all are -inf or, when sampling, one is +inf.
     """
+    return _best_token(logits, warping, noise).masked_fill_(_undecided(logits, warping), INVALID)
+
+
+def _undecided(logits: torch.Tensor, warping: dict | None) -> torch.Tensor:
+    """Where logits [B, N, V] allow no choice: bool [B, N]. The largest is NaN if any is."""
+    # numpy takes a fifth of torch's time for it.
+    top = torch.from_numpy(logits.numpy().max(-1)) if logits.device.type == "cpu" else logits.amax(-1)
+    if warping is None:
+        return ~(top > NEVER)
+    return ~(top / warping["temperature"]).isfinite()
+
+
+def _best_token(logits: torch.Tensor, warping: dict | None, noise: NoiseAt | None) -> torch.Tensor:
+    """`choose` where a token can be chosen. On a CPU with top-k the rest of the vocabulary is neither warped nor
+    sorted."""
     cpu, tokens = logits.device.type == "cpu", None
     if noise is not None:
         k = warping["top_k"]

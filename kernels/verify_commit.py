@@ -4,12 +4,13 @@
 parent; siblings have different tokens, so the nodes all of whose ancestors agree are one path from the root, the
 accepted one, and a node's depth is its place in it:
 
-    agrees[n]   = (n == 0 or chosen[parent[n]] == token[n]) and chosen[n] >= 0
+    agrees[n]   = (n == 0 or chosen[parent[n]] == token[n]) and chosen[n] != UNCHOSEN
     accepted[n] = agrees[n] and not (mask[n] & ~agrees)           words of bits
     steps       = sum(accepted)                                   the bonus token included
-    count       = min(steps, first end of sequence + 1, limit - length)
+    count       = min(steps, first end of sequence + 1, limit - length, depth of the accepted INVALID)
 
-A chosen[n] below 0 says that n is not to be stepped to. chosen[n] of the accepted nodes of depth d < count becomes the
+UNCHOSEN, -1, says that n is not to be stepped to; INVALID, -2, that no token can be chosen there: the row ends before
+it, with running -1, unless it ends earlier. chosen[n] of the accepted nodes of depth d < count becomes the
 token at position length + d. It was first proposed by whoever proposed the accepted node of depth d + 1, by the target
 where there is none.
 
@@ -19,6 +20,8 @@ Shapes, for N nodes and W = ceil(N / 32) words: chosen int32 or int64 [B, N]; tr
     tokens int32 [B, S]    committed tokens          lengths, limits, running int32 [B]
     origins int8 [B, S]    who proposed each         active int32 [1]: rows that still run
     eos int32 [E]          ids that end a row, E >= 1, filled up with -1
+
+running is 1 while a row runs, 0 once it has stopped, -1 if it had to.
 
 Out, for D = the deepest path:
 
@@ -38,10 +41,12 @@ import triton
 import triton.language as tl
 
 from stagedspec.kernels.configs import config
+from stagedspec.kernels.control import INVALID, UNCHOSEN
 from stagedspec.kernels.grow_tree import TOKEN, TREE_DEPTH, TREE_ORIGIN, TREE_PARENT, TREE_SLOT, words
 from stagedspec.kernels.registry import CompileCase, check_runs, check_tensor, launch_kernel, launch_options, register
 
 NEVER_ENDS = tl.constexpr(2**30)
+_UNCHOSEN, _INVALID = tl.constexpr(UNCHOSEN), tl.constexpr(INVALID)
 
 
 @triton.jit(do_not_specialize=("stride", "ends", "nodes", "deepest", "words"))
@@ -78,7 +83,7 @@ def verify_commit_kernel(
     length = tl.load(p_lengths + i_row)
     limit = tl.load(p_limits + i_row)
     running = tl.load(p_running + i_row)
-    runs = running != 0
+    runs = running > 0
     i_node = tl.arange(0, NODES_BLOCK)
     b_inside = i_node < tl.where(runs, nodes, 0)  # a row that has stopped has no nodes
     field = rows * nodes
@@ -94,7 +99,7 @@ def verify_commit_kernel(
 
     # The accepted path.
     b_wanted = tl.load(p_chosen + i_row * nodes + b_parent, mask=b_parent >= 0, other=-1).to(tl.int32)
-    b_agrees = ((i_node == 0) | ((b_parent >= 0) & (b_wanted == b_token))) & (b_chosen >= 0)
+    b_agrees = ((i_node == 0) | ((b_parent >= 0) & (b_wanted == b_token))) & (b_chosen != _UNCHOSEN)
     b_bits = tl.where(b_agrees, 1 << (i_node & 31), 0)
     b_agreeing = tl.sum(tl.reshape(b_bits, [WORDS_BLOCK, 32]), 1)  # distinct bits: the sum is their union
     i_word = tl.arange(0, WORDS_BLOCK)[None, :]
@@ -110,9 +115,11 @@ def verify_commit_kernel(
         b_ends = tl.load(p_eos + i_first + i_end, mask=i_first + i_end < ends, other=-1)
         b_stops = tl.maximum(b_stops, tl.max((b_chosen[:, None] == b_ends[None, :]).to(tl.int32), 1))
     until = tl.min(tl.where(b_accepted & (b_stops != 0) & (b_chosen >= 0), b_depth + 1, NEVER_ENDS), 0)
-    count = tl.minimum(tl.minimum(steps, until), tl.maximum(limit - length, 0))
-    ended = runs & ((until <= count) | (length + count >= limit))
-    goes_on = runs & (until > count) & (length + count < limit)
+    wrong = tl.min(tl.where(b_accepted & (b_chosen == _INVALID), b_depth, NEVER_ENDS), 0)
+    count = tl.minimum(tl.minimum(tl.minimum(steps, until), wrong), tl.maximum(limit - length, 0))
+    ended = (until <= count) | (length + count >= limit)
+    fails = ~ended & (wrong <= count)
+    goes_on = runs & ~ended & ~fails
 
     i_at = i_row * stride + length + b_depth
     tl.store(p_tokens + i_at, b_chosen, mask=b_accepted & (b_depth < count))
@@ -150,8 +157,8 @@ def verify_commit_kernel(
 
     # Every thread has read these before the barrier.
     tl.store(p_lengths + i_row, length + count)
-    tl.store(p_running + i_row, goes_on.to(tl.int32))
-    tl.atomic_add(p_active, -1, mask=ended)
+    tl.store(p_running + i_row, tl.where(runs, goes_on.to(tl.int32) - fails.to(tl.int32), running))
+    tl.atomic_add(p_active, -1, mask=runs & (ended | fails))
 
 
 # ---------------------------------------------------------------- the operation
@@ -237,7 +244,7 @@ def verify_commit(
 ) -> None:
     """Walks the trees and commits what was chosen (the module's docstring has shapes and dtypes).
 
-    chosen: `choose` at every node, -1 at nodes not to be stepped to. The tree's paths may be at most
+    chosen: `choose` at every node, UNCHOSEN at nodes not to be stepped to. The tree's paths may be at most
     counts.shape[1] - 1 deep, which is not read back to be checked. Raises ValueError for a wrong shape, dtype, device
     or layout.
     """

@@ -22,6 +22,7 @@ from rich.style import Style
 
 import stagedspec
 from stagedspec.compare import PROMPTS, Run, compare, table
+from stagedspec.kernels.invalid_logits import InvalidLogitsError
 from stagedspec.origins import VISIBLE, Shown, check_path, pieces, save
 from stagedspec.tree import MODES
 
@@ -54,7 +55,7 @@ app = typer.Typer(
 
 
 def clear_errors(command: Callable) -> Callable:
-    """Turns ValueError and OSError into one red line on stderr and exit status 2; Ctrl-C into status 130."""
+    """Turns errors that users can cause into one red line on stderr and exit status 2; Ctrl-C into status 130."""
 
     @functools.wraps(command)
     def wrapped(*args, **kwargs):
@@ -65,7 +66,7 @@ def clear_errors(command: Callable) -> Callable:
             with contextlib.suppress(OSError):  # a stdout without a file descriptor
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(1) from None
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, InvalidLogitsError) as error:
             message = " ".join(str(error).split()) or type(error).__name__
             console = Console(stderr=True)
             console.print(f"error: {message}", style="bold red", markup=False, highlight=False, soft_wrap=True)

@@ -238,7 +238,8 @@ class Decoder:
         For a given seed every mode, draft and tree gives the same tokens (None: drawn from torch's global generator);
         `last_stats` tells what they cost. Logits processors are applied at every accepted position: exact, and slower.
 
-        Raises ValueError for bad input and for what is not supported, before any work.
+        Raises ValueError for bad input and for what is not supported, before any work; RuntimeError where no token can
+        be chosen, as its logits, after processors, are NaN, all -inf or, when sampling, +inf.
         """
         decoder = self
         if options.get("assistant_model") is not None:

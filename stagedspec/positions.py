@@ -19,6 +19,7 @@ from types import ModuleType
 
 import torch
 
+from stagedspec.kernels.control import INVALID, UNCHOSEN
 from stagedspec.kernels.reference import NoiseAt
 
 
@@ -65,10 +66,10 @@ class Positions:
     def walk(
         self, ops: ModuleType, trees, logits: torch.Tensor, warping: dict | None, noise: NoiseAt | None
     ) -> torch.Tensor:
-        """Chooses along the walk: logits [B, N, V] -> tokens [B, N], -1 off the walk."""
+        """Chooses along the walk: logits [B, N, V] -> tokens [B, N], UNCHOSEN off the walk."""
         rows, device = trees.sequences.rows, logits.device
         live = [row.running for row in rows]
-        chosen = torch.full(logits.shape[:2], -1)
+        chosen = torch.full(logits.shape[:2], UNCHOSEN)
         if not any(live):  # a host that learns late that all rows have stopped
             return chosen.to(device)
         children = trees.children
@@ -85,16 +86,17 @@ class Positions:
             own = None if noise is None else noise.at_nodes(at)
             tokens = ops.choose(scores[:, None], warping, own)[:, 0].tolist()
             self._keep(ops, picked, scores, warping)
+            shown = [
+                token if alive and token != INVALID else self.pad for alive, token in zip(live, tokens, strict=True)
+            ]
             for row, (node, token) in enumerate(zip(nodes, tokens, strict=True)):
                 if live[row]:
                     chosen[row, node] = token
                     live[row] = token not in self.eos
-                else:
-                    tokens[row] = self.pad
-            self.ids[:, self.width + self.walked] = torch.tensor(tokens)
+            self.ids[:, self.width + self.walked] = torch.tensor(shown)
             self.walked, taken = self.walked + 1, taken + 1
             below = zip(children, nodes, tokens, strict=True)
-            nodes = [known.get((node, token), -1) for known, node, token in below]
+            nodes = [found.get((node, token), -1) for found, node, token in below]
             nodes = [node if alive else 0 for node, alive in zip(nodes, live, strict=True)]
             if taken == left or not any(live) or min(nodes) < 0:
                 return chosen.to(device)

@@ -212,7 +212,11 @@ class Run:
 
     @torch.inference_mode()
     def steps(self) -> Iterator[None]:
-        """Runs until every row has stopped; yields after each step. Time spent by the consumer is not counted."""
+        """Runs until every row has stopped; yields after each step. Time spent by the consumer is not counted.
+
+        Raises InvalidLogitsError, a RuntimeError, where no next token of a row can be chosen, once all tokens before it
+        were yielded.
+        """
         begin = time.perf_counter()
         target = self.stepper.target
         with target.ops.lock, current(target.device):
@@ -226,6 +230,7 @@ class Run:
             self.seconds += time.perf_counter() - begin
             yield
             begin = time.perf_counter()
+        self.sequences.check()
 
     def prepare(self) -> int:
         """Compiles, in parallel, the kernels that this generation needs and no earlier one did; returns how many."""
