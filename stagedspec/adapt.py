@@ -1,9 +1,14 @@
 """Trees that follow the text: a generation climbs a short ladder of trees, from none at all to the largest.
 
-The controller sees what every step proposed and what was accepted, and estimates for each rung the tokens and, from
-measured pass times, the seconds of a step. Where drafting does not pay it stops: the target then decodes plainly, and
-now and then the draft reads what was written without it, all in one pass, which shows how much of it it would have
-guessed. So a hopeless draft costs next to nothing. All this changes which nodes are verified, never the tokens.
+The controller sees what every step proposed, what was accepted and how long it took, and estimates for each rung the
+tokens and the seconds of a step. A batch is done when its last row is: what a step brings is by how much less is left
+of the row that has most left to write. Where drafting does not pay it stops: the target then decodes plainly, and now
+and then the draft reads what was written without it, all in one pass, which shows how much of it it would have guessed.
+
+Estimates can be wrong, so there is an account beside them: drafting may fall behind plain decoding by no more than a
+few steps, and by a small share of the plain steps made since. The next generation starts from what this one has
+learned, account included. So a hopeless draft, or one too slow for a batch of this size, costs next to nothing. All
+this changes which nodes are verified, never the tokens.
 """
 
 import math
@@ -16,13 +21,20 @@ from stagedspec.tree import TreeConfig
 OFF = TreeConfig().for_mode("autoregressive")
 # Weights are counted in steps. A memory of 1 / (1 - KEEP) steps follows the text, and does not start at every miss.
 KEEP = 0.9
-PRIOR = 3.0  # of the cost model's expectation
+PRIOR = 3.0  # of what was known before: the cost model's expectation, or what the last generation learned
+LASTING = 0.98  # KEEP of what the next generation starts from
+TRIAL = 2  # plain steps with which the first generation begins, to learn what they take
+REFRESH = 64  # drafted steps, over all generations, after which one plain step learns it again
+# How far an estimate of time goes towards a shorter and a longer one: what else the machine does only adds to it.
+DOWN, UP = 0.4, 0.1
 READ = 0.25  # of one token that the draft has read
 READS = 8.0  # at most, of one reading
 RESUME = 1.05  # how fast a tree must seem, beside plain decoding, before drafting starts again
 # The share of its own time that drafting must bring back, or else it ends. Ten steps of sampled text say little, and to
 # leave a draft that pays costs more than to keep one that just does not.
-LEAVE = 0.5
+LEAVE = 0.7
+# Plain steps by which drafting and reading may fall behind plain decoding, and what each plain step adds to that.
+CREDIT, SHARE = 8.0, 0.02
 SMALLER = 1.15  # how much faster a smaller tree must seem than the largest
 WAITS = (4, 8, 16, 32)  # plain steps between two readings, longer each time that the draft fails; the first goes for
 # the prompt's end too, backwards
@@ -33,7 +45,8 @@ class Rung:
     """One tree of the ladder, and what the cost model knows of it.
 
     tokens, seconds: expected of a step. verify[n]: seconds of a step that verifies n nodes, drafting left out.
-    first, later: seconds of its first and of every later draft pass. name: for statistics.
+    first, later: seconds of its first and of every later draft pass. read: seconds in which the draft reads one more
+    token of every row. name: for statistics.
     """
 
     name: str
@@ -43,6 +56,7 @@ class Rung:
     verify: tuple[float, ...]
     first: float = 0.0
     later: float = 0.0
+    read: float = 0.0
 
     @property
     def reach(self) -> int:
@@ -64,22 +78,22 @@ def rungs(model: Model, trees: Sequence[TreeConfig]) -> list[Rung]:
     for index, tree in enumerate(trees):
         draft = [model.draft_seconds(tree, number) for number in (0, 1)]
         name = ("small", "medium", "full")[index - len(trees)]
-        found.append(Rung(name, tree, *model.step(tree), verify, *draft))
+        found.append(Rung(name, tree, *model.step(tree), verify, *draft, model.read_seconds()))
     return found
 
 
 class _Mean:
-    """A mean that forgets: what came n steps ago counts KEEP**n."""
+    """A mean that forgets: what came n steps ago counts keep**n."""
 
-    def __init__(self, value: float, weight: float):
-        self.total, self.weight = value * weight, weight
+    def __init__(self, value: float, weight: float, keep: float = KEEP):
+        self.total, self.weight, self.keep = value * weight, weight, keep
 
     @property
     def value(self) -> float:
         return self.total / self.weight
 
     def add(self, value: float, weight: float = 1.0) -> None:
-        kept = KEEP**weight
+        kept = self.keep**weight
         self.total = self.total * kept + value * weight
         self.weight = self.weight * kept + weight
 
@@ -87,23 +101,48 @@ class _Mean:
 class Controller:
     """Chooses the rung of every step of one generation; a batch has one.
 
-    ladder: of `rungs`, plain decoding first. A step goes: if `due`, the draft reads what it has missed and `read` is
-    told; then the step is made with the tree of `rung`, and `step` is told.
+    ladder: of `rungs`, plain decoding first. last: of the generation before with this ladder, None for the first one.
+    `begin` says whether the draft reads the prompts. A step goes: if `due`, the draft reads what it has missed and
+    `read` is told; then the step is made with the tree of `rung`, and `step` is told.
     """
 
-    def __init__(self, ladder: Sequence[Rung]):
+    def __init__(self, ladder: Sequence[Rung], last: "Controller | None" = None):
         self.ladder = list(ladder)
-        self.tokens = [_Mean(rung.tokens, PRIOR) for rung in ladder]
-        self.seconds = [_Mean(rung.seconds, PRIOR) for rung in ladder]
+        tokens = [rung.tokens for rung in ladder] if last is None else [mean.value for mean in last.lasting]
+        seconds = [rung.seconds for rung in ladder] if last is None else [mean.value for mean in last.seconds]
+        self.tokens = [_Mean(value, PRIOR) for value in tokens]
+        self.lasting = [_Mean(value, PRIOR, LASTING) for value in tokens]
+        self.seconds = [_Mean(value, PRIOR) for value in seconds]
+        # Seconds measured over seconds expected: of plain steps, and of steps that draft; None: not measured yet.
+        self.pace: list[float | None] = [None, None] if last is None else list(last.pace)
+        self._drafted = 0 if last is None else last._drafted  # steps since the last plain one
         self.onward = _Mean(0.5, PRIOR)  # how often a walk along the tree goes on by one more node
         self.missed = 0  # tokens of each row that the draft has not read
+        self.unread = 0  # tokens of the longest prompt, while the draft has read none of it
         self.steps = [0] * len(self.ladder)  # made, of each rung
-        self.chosen, self._wait, self._since = 0, 0, 0
+        self.trial = TRIAL if last is None else 0  # plain steps that are to be made now, whatever pays
+        self.credit = CREDIT if last is None else max(0.0, last.credit)  # plain steps
+        self.most = math.inf  # of it that reading may take in this generation while the draft is left out
+        self.chosen, self._since = (0, 0) if last is None else (last.chosen, 0)
+        self._wait = 0 if last is None else last._wait
         self._choose()
+
+    def begin(self, prompt: int, new_tokens: int) -> bool:
+        """Whether the draft is to read the prompts before the first step: where drafting pays, and enough is left to
+        write. prompt: tokens of the longest."""
+        self.most = SHARE * new_tokens
+        if self.chosen and new_tokens * (1 - self.rate(0) / self.rate(self.chosen)) <= self._reading(prompt):
+            self.chosen = 0
+        self.unread = 0 if self.chosen else prompt
+        return self.chosen > 0
+
+    def _reading(self, count: int) -> float:
+        """Plain steps in whose time the draft reads so many tokens of every row."""
+        return (self.ladder[-1].first + count * self.ladder[-1].read) * self._pace(True) / self._takes(0)
 
     @property
     def rung(self) -> Rung:
-        return self.ladder[self.chosen]
+        return self.ladder[0 if self.trial else self.chosen]
 
     @property
     def made(self) -> dict[str, int]:
@@ -113,19 +152,37 @@ class Controller:
     @property
     def due(self) -> bool:
         """Whether the draft should read before this step."""
-        return self.missed > 0 and self.missed >= WAITS[self._wait]
+        if not self.missed or self.trial:
+            return False
+        affordable = self._reading(self.unread + self.missed) <= min(self.credit, self.most)
+        return self.chosen > 0 or (affordable and self.missed >= WAITS[self._wait])
 
     def rate(self, index: int) -> float:
         """Tokens a second of each row that the rung promises."""
-        return self.tokens[index].value / self.seconds[index].value
+        return self.tokens[index].value / self._takes(index)
+
+    def _takes(self, index: int) -> float:
+        """Seconds of a step with the rung."""
+        return self.seconds[index].value * self._pace(index > 0)
+
+    def _pace(self, drafts: bool) -> float:
+        """What was measured of such steps, else of the others: a busy machine slows both."""
+        return next((pace for pace in (self.pace[drafts], self.pace[not drafts]) if pace is not None), 1.0)
+
+    def _time(self, drafts: bool, pace: float) -> None:
+        known = self.pace[drafts]
+        self.pace[drafts] = pace if known is None else known + (DOWN if pace < known else UP) * (pace - known)
 
     def read(self, rows: Sequence[Sequence[tuple[int, float]]]) -> None:
-        """What the draft made of tokens written without it.
+        """What the draft made of tokens written without it. In a batch the row that it knows least of counts.
 
         rows: for each row that is running, of each token in turn: its rank among the draft's children, -1 for none, and
         the log-probability that the draft gave it.
         """
-        self.missed = 0
+        if not self.chosen:
+            cost = self._reading(self.unread + self.missed)
+            self.credit, self.most = self.credit - cost, self.most - cost
+        self.missed = self.unread = 0
         rows = [row for row in rows if row]
         count = sum(map(len, rows))
         if not count:
@@ -134,50 +191,80 @@ class Controller:
         known = sum(rank >= 0 for row in rows for rank, _ in row) / count
         self.onward.add(known, weight)
         for index, rung in enumerate(self.ladder[1:], 1):
-            self.tokens[index].add(1.0 + _walks(rung.tree, rung.reach, rows, known), weight)
+            self._gained(index, 1.0 + min(_walks(rung.tree, rung.reach, [row], known) for row in rows), weight)
         if self.chosen == 0:
             self._wait = min(self._wait + 1, len(WAITS) - 1)
         self._choose()
 
-    def step(self, nodes: int, passes: int, accepted: Sequence[int], depths: Sequence[int]) -> None:
+    def _gained(self, index: int, tokens: float, weight: float = 1.0) -> None:
+        self.tokens[index].add(tokens, weight)
+        self.lasting[index].add(tokens, weight)
+
+    def step(
+        self,
+        nodes: int,
+        passes: int,
+        accepted: Sequence[int],
+        depths: Sequence[int],
+        left: Sequence[int] | None = None,
+        seconds: float | None = None,
+    ) -> None:
         """What a step took and brought.
 
         nodes, passes: that were run. Of each row: accepted, tokens taken from nodes below the root, -1 for a row that
-        had stopped; depths, of its deepest node.
+        had stopped; depths, of its deepest node; left, tokens to write before the step, None if as many for all.
+        seconds: that it took, None if as many as expected.
         """
-        self.steps[self.chosen] += 1
+        rung = self.rung
+        self.steps[self.ladder.index(rung)] += 1
         self._since += 1
-        if self.chosen == 0:
+        drafts = rung.tree.passes > 0
+        if seconds is not None:
+            self._time(drafts, seconds / rung.cost(nodes, passes))
+        if not drafts:
             self.missed += 1
+            self.trial, self._drafted = max(0, self.trial - 1), 0
+            self._account(SHARE)
             return
-        walks = [(taken, depth) for taken, depth in zip(accepted, depths, strict=True) if taken >= 0]
+        self._drafted += 1
+        if self._drafted >= REFRESH:
+            self.trial = 1
+        rows = zip(accepted, depths, left or [0] * len(depths), strict=True)
+        walks = [(taken, depth, more) for taken, depth, more in rows if taken >= 0]
         if not walks:
             return
         tree = self.rung.tree
-        taken = sum(taken for taken, _ in walks)
-        tried = sum(taken + (taken < depth) for taken, depth in walks)
+        walked = sum(taken for taken, _, _ in walks)
+        tried = sum(taken + (taken < depth) for taken, depth, _ in walks)
         if tried:
-            self.onward.add(taken / tried)
+            self.onward.add(walked / tried)
         # Whether this rung was too small to show what a larger one would have brought.
         bound = nodes >= tree.nodes or passes >= tree.passes
-        deepest = max(depth for _, depth in walks)
+        deepest, most = max(depth for _, depth, _ in walks), max(more for _, _, more in walks)
+        took = rung.cost(nodes, passes) * self._pace(True) if seconds is None else seconds
+        self._account(1.0 + most - max(more - taken for taken, _, more in walks) - took / self._takes(0))
         for index, rung in enumerate(self.ladder[1:], 1):
             # A tree grows at an even pace: with fewer passes it is as much shallower.
             pace = min(1.0, rung.tree.passes / passes)
-            total = further = 0.0
-            for taken, depth in walks:
-                total += min(taken, rung.reach, depth * pace)
+            still, further = [], 0.0
+            for taken, depth, more in walks:
+                gained = min(taken, rung.reach, depth * pace)
                 if bound and index > self.chosen and taken >= depth:
-                    more = _geometric(self.onward.value, rung.reach - taken)
-                    total, further = total + more, max(further, more)
+                    beyond = _geometric(self.onward.value, rung.reach - taken)
+                    gained, further = gained + beyond, max(further, beyond)
+                still.append(more - gained)
             grown = (deepest + further) / deepest if deepest else 1.0
-            self.tokens[index].add(1.0 + total / len(walks))
+            self._gained(index, 1.0 + most - max(still))
             self.seconds[index].add(rung.cost(round(1 + (nodes - 1) * pace * grown), math.ceil(passes * grown)))
         self._choose()
 
+    def _account(self, won: float) -> None:
+        """Plain steps that a step has won beside plain decoding."""
+        self.credit = min(CREDIT, self.credit + won)
+
     def _pays(self, index: int) -> bool:
         """Whether the rung's tokens beyond the first are worth their time, or nearly so."""
-        bought, spent = self.tokens[index].value - 1.0, self.seconds[index].value / self.seconds[0].value - 1.0
+        bought, spent = self.tokens[index].value - 1.0, self._takes(index) / self._takes(0) - 1.0
         return bought > LEAVE * spent
 
     def _choose(self) -> None:
@@ -186,7 +273,7 @@ class Controller:
         # What other rungs would have brought is a guess, and floors keep the largest small where that pays.
         if rates[best] < rates[last] * SMALLER:
             best = last
-        if not (self._pays(best) if self.chosen else rates[best] > rates[0] * RESUME):
+        if self.credit < 0 or not (self._pays(best) if self.chosen else rates[best] > rates[0] * RESUME):
             best = 0
         if (best == 0) != (self.chosen == 0):
             # A stretch of drafting that did not last is no reason to hope again soon.

@@ -6,6 +6,7 @@ Draft² is speculative decoding of the draft in tree form: it puts the nodes tha
 into the same pass, so that several levels grow at once. Which tree is best does not depend on it.
 """
 
+import time
 from collections.abc import Callable
 from types import ModuleType
 
@@ -21,7 +22,10 @@ class Cascade:
 
     sequences: the committed tokens, of the backend's `Sequences`; noise: its `Noise`, or None when greedy.
     controller: chooses every step's tree, at most as large as config; None: every step's is config.
+    timer: the seconds that the controller goes by.
     """
+
+    timer = staticmethod(time.perf_counter)
 
     def __init__(
         self,
@@ -45,14 +49,23 @@ class Cascade:
         self.reader = Reader(draft, self.cache, sequences, repeated)
 
     def prefill(self, lengths: list[int]) -> None:
-        """Reads the prompts, but for the last two tokens, with which every step's first draft pass starts."""
-        shortest = min(lengths) - 2
-        last = 0
-        if self.controller is not None:
-            last = max((count for count in WAITS if count <= shortest), default=0)
+        """Reads the prompts, but for the last two tokens, with which every step's first draft pass starts; or leaves
+        that for later where the controller expects little of it."""
+        if self.controller is None:
+            self.reader.read(max(lengths) - 2)
+            return
+        left = max(row.limit - len(row.tokens) for row in self.sequences.rows)
+        if self.controller.begin(max(lengths), left):
+            last = max((count for count in WAITS if count <= min(lengths) - 2), default=0)
+            self._read_all(lengths, last, None)  # a prompt was not chosen under any noise
+
+    def _read_all(self, lengths: list[int], last: int, noise) -> None:
+        """The draft reads all tokens of all rows but two; the controller hears of the last ones of these."""
         self.reader.read(max(lengths) - 2 - last)
         if last:
-            self._read(last, None)  # a prompt was not chosen under any noise
+            self._read(last, noise)
+        else:
+            self.controller.read([])
 
     def _growth(self, config: TreeConfig):
         """The backend's `Growth` of a tree's settings, ready for a step."""
@@ -70,8 +83,9 @@ class Cascade:
         if controller is not None:
             if controller.due:
                 with clock("draft"):
-                    self._read(controller.missed, self.noise)
+                    self._catch_up()
             self.config = controller.rung.tree
+            self._begin = self.timer()
         config, before = self.config, self.passes
         if not config.passes:
             self._seen = draft.ops.Trees.roots(self.sequences), 0
@@ -107,7 +121,19 @@ class Cascade:
             self.cache.commit(self.draft, moves.draft_rows(self.cache.tree_rows - self.config.slots))
         if self.controller is not None:
             trees, passes = self._seen
-            self.controller.step(trees.nodes, passes, moves.accepted, trees.depths)
+            rows = zip(self.sequences.rows, moves.lengths, strict=True)
+            left = [row.limit - length for row, length in rows]
+            seconds = self.timer() - self._begin
+            self.controller.step(trees.nodes, passes, moves.accepted, trees.depths, left, seconds)
+
+    def _catch_up(self) -> None:
+        """The draft reads what was written without it, and before that the prompts if it has not read them."""
+        controller, most = self.controller, max(WAITS)
+        if controller.unread or controller.missed > most:
+            lengths = self.sequences.lengths
+            self._read_all(lengths, max(0, min(controller.missed, most, min(lengths) - 2)), self.noise)
+        else:
+            self._read(controller.missed, self.noise)
 
     def _read(self, count: int, noise) -> None:
         """The draft reads `count` tokens that were written without it, and the controller hears what it thinks of them.

@@ -250,6 +250,10 @@ class Model:
         beyond = self.overheads.draft_pass + self.overheads.row * rows + (0.0 if number else self.overheads.drafting)
         return self.times.draft_pass(self.batch, rows, self.sampled) + beyond
 
+    def read_seconds(self) -> float:
+        """Of one more token of every row that the draft reads."""
+        return self.times.draft_pass(self.batch, TOGETHER, self.sampled) / TOGETHER
+
     def step(self, config: TreeConfig) -> tuple[float, float]:
         """Expected tokens of a row and seconds of a step. The row that grows longest sets passes and nodes for all."""
         tokens, seconds, below = 0.0, 0.0, 0.0

@@ -13,7 +13,7 @@ import torch
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from stagedspec import cost, warmup
-from stagedspec.adapt import Rung, rungs
+from stagedspec.adapt import Controller, Rung, rungs
 from stagedspec.gpt2 import GPT2
 from stagedspec.kernels import backend as kernel_backend
 from stagedspec.loading import (
@@ -127,6 +127,7 @@ class Decoder:
         self._own = True  # whether what is measured is kept there
         self._costs: cost.PassTimes | None = None
         self._ladders: dict[tuple[str, int, bool], tuple[Rung, ...]] = {}  # chosen by the cost model
+        self._learned: dict[tuple[str, int, bool], list[Controller]] = {}  # the last of each ladder, by generations
         self._measuring = Lock()
         self._kept: list[Run] = []  # that have ended, and can be used again
 
@@ -207,6 +208,7 @@ class Decoder:
         tuning.check(self, "the tuning")
         self._tuning, self._own, self._costs = tuning, False, None
         self._ladders.clear()
+        self._learned.clear()
 
     # ------------------------------------------------------------ the three ways to decode
 
@@ -513,6 +515,7 @@ class Decoder:
             raise ValueError(f"prompt_lookup_num_tokens must be a whole number from 1 to 255, got {lookup!r}")
         repeats = lookup is not None and self.draft is None and mode != "autoregressive"
         ladder: tuple[Rung, ...] = ()
+        learned: list[Controller] = []
         if repeats:
             chain = min(lookup, self.target.ops.max_depth)
             settings = TreeConfig(chain + 1, chain, chain, width=1, children=1, prefetch=0)
@@ -520,8 +523,9 @@ class Decoder:
             settings = self.tree_for(mode, len(prompts), tree, sampling.do_sample)
             if settings.passes and tree is None and self._tree is None and not self.target.ops.fixed_shapes:
                 ladder = self._ladder(mode, len(prompts), sampling.do_sample)
+                learned = self._learned.setdefault((mode, len(prompts), sampling.do_sample), [])
         mode = "lookup" if repeats else mode
-        return Request(prompts, max_new_tokens, mode, settings, sampling, seeds, streams, eos, ladder, repeats)
+        return Request(prompts, max_new_tokens, mode, settings, sampling, seeds, streams, eos, ladder, learned, repeats)
 
     def check_host_trees(self, what: str) -> None:
         """Raises ValueError where trees live on a device: `what` works on trees on the host."""

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
@@ -32,6 +32,7 @@ class Request:
     streams: list[int]
     eos: list[int]
     ladder: tuple[Rung, ...] = ()  # what the trees may adapt to; `tree` is the largest
+    learned: "list[Controller]" = field(default_factory=list)  # the last generation's with this ladder, if any
     repeats: bool = False  # proposed by the context n-gram alone
 
 
@@ -80,7 +81,10 @@ class Stepper:
         if request.repeats:
             self.cascade = Repeats(ops, config.depth, self.sequences, clock)
         elif config.passes:
-            controller = Controller(request.ladder) if request.ladder else None
+            controller = None
+            if request.ladder:
+                controller = Controller(request.ladder, *request.learned)
+                request.learned[:] = [controller]
             self.cascade = Cascade(
                 draft, table, config, self.sequences, warping, self.noise, clock, controller, repeated
             )

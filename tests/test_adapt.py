@@ -63,7 +63,7 @@ def test_a_draft_that_hardly_pays():
         plain, _, medium, _ = ladder()
         return 3600 / sum(play(Controller((plain, medium)), [rate] * 600, seed) for seed in range(6))
 
-    assert speed(0.37) > 0.97 and speed(0.55) > 1.1
+    assert speed(0.37) > 0.97 and speed(0.55) > 1.08
 
 
 def test_where_a_small_tree_is_enough():
@@ -119,6 +119,83 @@ def test_stopped_rows_say_nothing():
     assert [mean.value for mean in one.tokens] == [mean.value for mean in two.tokens]
 
 
+# ---------------------------------------------------------------- what drafting may cost
+
+
+def batch(controller: Controller, rates: list[float], new_tokens: int, slower: float = 1.0, prompt: int = 8) -> float:
+    """Writes as many tokens in every row, whose draft is right that often; returns the seconds, at ladder()'s prices
+    where drafting takes `slower` times as long as the controller expects."""
+    generator, left, seconds = random.Random(len(rates)), [new_tokens] * len(rates), 0.0
+    first = controller.ladder[-1].first
+    if controller.begin(prompt, new_tokens):
+        seconds += first
+    while max(left) > 0:
+        if controller.due:
+            seconds += first * slower
+            missed = [[(0, -0.05) if generator.random() < rate else (-1, -9.0) for _ in range(4)] for rate in rates]
+            controller.read([row for row, more in zip(missed, left, strict=True) if more > 0])
+        tree, taken = controller.rung.tree, []
+        for rate, more in zip(rates, left, strict=True):
+            walk = 0
+            while walk < min(controller.rung.reach, more - 1) and generator.random() < rate:
+                walk += 1
+            taken.append(walk if more > 0 else -1)
+        took = controller.rung.cost(tree.nodes, tree.passes) * (slower if tree.passes else 1.0)
+        controller.step(tree.nodes, tree.passes, taken, [controller.rung.reach] * len(rates), left, took)
+        left = [more - walk - 1 for more, walk in zip(left, taken, strict=True)]
+        seconds += took
+    return seconds
+
+
+@pytest.mark.parametrize("slower", [1.0, 2.0, 5.0])
+@pytest.mark.parametrize(
+    "rates", [[0.0], [0.5], [0.9], [0.0] * 4, [0.9, 0.1], [0.6] * 16, [0.95] * 15 + [0.2]], ids=str
+)
+def test_never_far_behind_plain_decoding(rates, slower):
+    """However wrong the expected times are, and however well some rows of the batch do: from the second generation on
+    the worst of ten takes a little more than plain decoding would, and all together hardly any more."""
+    last, took = None, []
+    for _ in range(11):
+        last = Controller(ladder(), last)
+        took.append(batch(last, rates, 96, slower))
+    assert max(took[1:]) < 96 / 0.9 and sum(took[1:]) < 10 * 96 / 0.95
+
+
+def test_what_pays_is_kept_from_one_generation_to_the_next():
+    last = Controller(ladder())
+    batch(last, [0.95], 96)
+    hard = Controller(ladder(), last)
+    assert hard.rung.name == "full"
+    batch(hard, [0.0], 12)  # a short one that the draft does not know
+    assert Controller(ladder(), hard).rung.name == "full"
+
+
+def test_a_prompt_too_long_for_what_is_to_be_written():
+    """The draft would read longer than its guesses save."""
+    rungs = tuple(replace(rung, read=0.02) for rung in ladder())
+    for prompt, new_tokens, reads in ((10, 96, True), (1000, 96, True), (1000, 8, False), (10, 8, True)):
+        last = Controller(rungs)
+        for _ in range(3):
+            batch(last, [0.95], 96)
+            last = Controller(rungs, last)
+        assert last.begin(prompt, new_tokens) == reads
+        assert last.unread == (0 if reads else prompt)
+        if not reads:
+            assert batch(last, [0.95], new_tokens, prompt=prompt) == new_tokens and last.made["full"] == 0
+
+
+def test_a_busy_moment_is_forgotten():
+    """A plain step that took ten times as long does not make drafting seem to pay for ever."""
+    last = Controller(ladder())
+    batch(last, [0.3] * 8, 96)
+    assert last.rung.name == "off"
+    last.pace[0] = 10.0
+    for _ in range(3):
+        last = Controller(ladder(), last)
+        took = batch(last, [0.3] * 8, 96)
+    assert took < 96 / 0.92
+
+
 # ---------------------------------------------------------------- whole generations
 
 
@@ -127,19 +204,24 @@ class Fickle(Controller):
 
     seed = 0
 
-    def __init__(self, rungs):
+    def __init__(self, rungs, last=None):
         self.random, self.reads = random.Random(Fickle.seed), 0
         super().__init__(rungs)
+        self.trial = 0
+
+    def begin(self, prompt, new_tokens) -> bool:
+        self.unread = 0 if self.random.random() < 0.5 else prompt
+        return not self.unread
 
     @property
     def due(self) -> bool:
-        return self.missed > 0 and self.chosen > 0
+        return (self.missed > 0 or self.unread > 0) and self.chosen > 0
 
     def read(self, rows) -> None:
-        self.missed = 0
+        self.missed = self.unread = 0
         self.reads += 1
 
-    def step(self, nodes, passes, accepted, depths) -> None:
+    def step(self, nodes, passes, accepted, depths, left, seconds) -> None:
         self.steps[self.chosen] += 1
         self.missed += self.chosen == 0
         self.chosen = 0 if 0 < self.missed < self.random.choice((1, 3, 9)) else self.random.randrange(len(self.ladder))
