@@ -1,12 +1,14 @@
-"""Times the decoding modes side by side, beside transformers `generate`, at batch 1.
+"""Times the decoding modes side by side, beside transformers `generate`, prompt by prompt or in batches.
 
     python bench/decode.py [--prompts FILE.jsonl[.gz]] [--limit 32] [--max-new-tokens 128] [--sampling both]
+                           [--batch 1 4 8 16]
 
 The sides alternate on every prompt; all have the same weights and dtype. Every output is compared token by token with
 the autoregressive mode's, and a side whose output differs gets no ratio. See bench/README.md.
 """
 
 import argparse
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -19,6 +21,7 @@ from sides import (
     BASELINE,
     PLAIN,
     add_options,
+    batches,
     check_options,
     clear_errors,
     encode,
@@ -29,6 +32,7 @@ from sides import (
     transformers_side,
 )
 from stagedspec.compare import summarise, table
+from stagedspec.decoder import MAX_BATCH
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -37,6 +41,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--modes", nargs="+", choices=stagedspec.MODES, default=list(stagedspec.MODES))
     parser.add_argument("--sampling", choices=("greedy", "sample", "both"), default="both")
     parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1], help="prompts decoded together (default 1)")
     parser.add_argument("--repeats", type=int, default=1, help="runs of every side on every prompt")
     parser.add_argument("--transformers", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument(
@@ -45,6 +50,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="write results as JSON")
     options = parser.parse_args(arguments)
     check_options(parser, options)
+    if max(options.batch) > MAX_BATCH:
+        parser.error(f"--batch can be at most {MAX_BATCH}, got {max(options.batch)}")
     return options
 
 
@@ -63,22 +70,24 @@ def bench(options: argparse.Namespace, console: Console) -> dict:
     chosen = list(samplings) if options.sampling == "both" else [options.sampling]
     modes = [BASELINE, *(mode for mode in options.modes if mode != BASELINE)]
     results, same = {}, True
-    for name in chosen:
+    for name, size in itertools.product(chosen, options.batch):
         settings = {"max_new_tokens": options.max_new_tokens, "seed": options.seed, **samplings[name]}
-        sides = {mode: our_side(models.decoder, mode, settings) for mode in modes}
+        made = {mode: our_side(models.decoder, mode, settings) for mode in modes}
         if options.transformers:
-            sides[PLAIN] = transformers_side(models, settings)
-        runs = measure(sides, encoded, options.repeats, name)
+            made[PLAIN] = transformers_side(models, settings)
+        sides = {side: lambda batch, run=run: run(*batch) for side, run in made.items()}
+        runs = measure(sides, batches(encoded, size), options.repeats, name)
         # Sampled, transformers draws other random numbers: its tokens are not expected to be ours.
         rows = summarise(runs, list(sides), frozenset({PLAIN} if name == "sample" else ()))
         same = same and all(row.identical is not False for row in rows)
         warped = f"top-k {options.top_k}, T={options.temperature:g}" if name == "sample" else ""
         title = f"{name} {warped}".rstrip()
-        console.print(table(rows, f"{title}, {options.max_new_tokens} new tokens, batch 1, {options.dtype}"))
+        console.print(table(rows, f"{title}, {options.max_new_tokens} new tokens, batch {size}, {options.dtype}"))
         least = {side: ratio for side, ratio in _least(runs).items() if not (side == PLAIN and warped)}
         worst = ", ".join(f"{side} {ratio:.2f}x" for side, ratio in least.items())
         console.print(f"least speed-up of a run: {worst}\n", highlight=False)
-        results[name] = {
+        results[name if size == 1 else f"{name}, batch {size}"] = {
+            "batch": size,
             "least_speedup": least,
             "settings": settings,
             "sides": [row.as_dict() for row in rows],

@@ -50,8 +50,9 @@ def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) 
     """Exits with a message where a number that must be positive is not."""
     for name in ("limit", "max_new_tokens", "repeats", "threads", "batch", "prompt_tokens", "warm_up", "steps"):
         value = getattr(options, name, None)
-        if value is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')} must be positive, got {value}")
+        for number in value if isinstance(value, list) else [value]:
+            if number is not None and number < 1:
+                parser.error(f"--{name.replace('_', '-')} must be positive, got {number}")
 
 
 def clear_errors(main: Callable[..., int]) -> Callable[..., int]:
@@ -116,6 +117,26 @@ def encode(prompts: list[str], tokenizer, room: int, limit: int) -> tuple[list[t
     if not encoded:
         raise ValueError(f"none of the {len(prompts)} prompts has 1 to {room} tokens; lower --max-new-tokens")
     return encoded, skipped
+
+
+def batches(encoded: list[torch.Tensor], size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Prompts [1, L], so many together: ids [size, longest] padded on the left and their mask. What is left over is
+    left out.
+
+    Raises ValueError for fewer prompts than one batch takes.
+    """
+    if len(encoded) < size:
+        raise ValueError(f"a batch of {size} needs as many prompts, got {len(encoded)}; raise --limit")
+    found = []
+    for start in range(0, len(encoded) - size + 1, size):
+        prompts = encoded[start : start + size]
+        width = max(ids.shape[1] for ids in prompts)
+        ids, mask = (torch.zeros(size, width, dtype=torch.long) for _ in range(2))
+        for row, prompt in enumerate(prompts):
+            ids[row, width - prompt.shape[1] :] = prompt
+            mask[row, width - prompt.shape[1] :] = 1
+        found.append((ids, mask))
+    return found
 
 
 # ---------------------------------------------------------------- models
@@ -205,18 +226,19 @@ def _count(passes: dict[str, int], name: str, *_: object) -> None:
 
 
 def our_side(decoder: stagedspec.Decoder, mode: str, settings: dict):
-    """Our decoder in one mode, as a side of `compare`."""
+    """Our decoder in one mode, as a side of `compare`. Its steps are those of all rows."""
 
-    def run(ids: torch.Tensor) -> Run:
-        output = decoder.generate(ids, mode=mode, eos_token_id=[], **settings)
-        return Run(output[0, ids.shape[1] :].tolist(), decoder.last_stats.as_dict())
+    def run(ids: torch.Tensor, mask: torch.Tensor | None = None) -> Run:
+        output = decoder.generate(ids, mask, mode=mode, eos_token_id=[], **settings)
+        stats = decoder.last_stats.as_dict()
+        return Run(output[:, ids.shape[1] :].flatten().tolist(), stats | {"steps": stats["row_steps"]})
 
     return run
 
 
 def transformers_side(models: Models, settings: dict, kind: str = PLAIN):
     """transformers `generate` with its key-value cache, alone, with the draft as its assistant, or with its prompt
-    lookup, as a side of `compare`. Its steps are the target's forward passes."""
+    lookup, as a side of `compare`. Its steps are the target's forward passes, once for each row."""
     settings = dict(settings)
     seed = settings.pop("seed")
     if settings["do_sample"]:
@@ -226,17 +248,18 @@ def transformers_side(models: Models, settings: dict, kind: str = PLAIN):
     target, draft = models.decoder.target, models.decoder.draft
     ratio = 0.0 if draft is None else draft.weight_bytes / target.weight_bytes
 
-    def run(ids: torch.Tensor) -> Run:
+    def run(ids: torch.Tensor, mask: torch.Tensor | None = None) -> Run:
         ids = ids.to(models.target.device)
+        mask = torch.ones_like(ids) if mask is None else mask.to(ids.device)
         torch.manual_seed(seed)
         models.passes.update(target=0, draft=0)
         with torch.inference_mode():
-            mask = torch.ones_like(ids)
             output = models.target.generate(ids, attention_mask=mask, generation_config=config, **more)
-        tokens = output[0, ids.shape[1] :].tolist()
-        steps, drafted = models.passes["target"], models.passes["draft"]
-        stats = {"steps": steps, "target_passes": steps, "draft_passes": drafted}
-        return Run(tokens, stats | {"weight_bytes_per_token": (steps + drafted * ratio) / max(1, len(tokens))})
+        tokens = output[:, ids.shape[1] :].flatten().tolist()
+        passes, drafted, rows = models.passes["target"], models.passes["draft"], len(ids)
+        stats = {"steps": passes * rows, "target_passes": passes, "draft_passes": drafted}
+        bytes_read = (passes + drafted * ratio) * rows / max(1, len(tokens))
+        return Run(tokens, stats | {"weight_bytes_per_token": bytes_read})
 
     return run
 

@@ -197,3 +197,25 @@ def test_entrance_on_the_embedded_models(capsys):
     printed = capsys.readouterr().out
     assert "2 pairs of 4 new tokens" in printed and "custom_generate" in printed and "the bound is 3%" in printed
     assert entrance.main(["--prompts", "/none/such"]) == 2
+
+
+def test_batches(folder, tmp_path, capsys):
+    out, prompts = tmp_path / "results.json", tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("abc", "x", "import os", "de", "fgh")))
+    options = "--prompts", str(prompts), "--batch", "1", "2", "4", "--modes", "staged"
+    assert run(folder, *options, "--out", str(out)) == 0
+    results = json.loads(out.read_text(encoding="utf-8"))["results"]
+    assert list(results) == [
+        f"{name}{size}" for name in ("greedy", "sample") for size in ("", ", batch 2", ", batch 4")
+    ]
+    for result in results.values():
+        for side in result["sides"]:
+            assert side["new_tokens"] == 12 * result["batch"] * (5 // result["batch"])
+            assert side["steps"] == side["new_tokens"] or side["name"] == "staged"
+    assert results["greedy, batch 4"]["sides"][-1]["identical"]  # transformers, with the same padding
+    assert run(folder, "--prompts", str(prompts), "--batch", "8") == 2
+    assert "raise --limit" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run(folder, "--batch", "1", "0")
+    with pytest.raises(SystemExit):
+        run(folder, "--batch", "17")
