@@ -1,22 +1,17 @@
 """Where models come from and where they run: checkpoints, tokenizers, devices, dtypes."""
 
 import copy
-import json
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
-from urllib.request import getproxies
 
 import torch
-from huggingface_hub import constants, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from transformers import AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
 
+from stagedspec import checkpoints
 from stagedspec.gpt2 import check_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -80,35 +75,30 @@ def read_checkpoint(source: "str | Path | GPT2LMHeadModel", role: str) -> GPT2LM
         return source
     if not isinstance(source, (str, Path)):
         raise ValueError(f"{role} must be a hub id, a folder or a GPT2LMHeadModel, got {type(source).__name__}")
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        _check_folder(folder, role)
-    elif folder.exists() or isinstance(source, Path) or str(source).startswith((".", "/", "~")):
-        raise ValueError(f"{role}: no checkpoint folder at {source}")
-    else:
-        _check_hub(str(source), role)
-    location = str(folder if folder.is_dir() else source)
+    local = checkpoints.local_folder(source, role)
     try:
-        with no_bars() if folder.is_dir() else nullcontext():  # a download shows how far it is
+        _check_config(checkpoints.find(source, role) or _fetch_config(str(source)), source, role)
+        with no_bars() if local else nullcontext():  # a download shows how far it is
             model, notes = GPT2LMHeadModel.from_pretrained(
-                location, use_safetensors=True, trust_remote_code=False, output_loading_info=True, dtype="auto"
+                str(local or source),
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                dtype="auto",
             )
     except ValueError:
         raise
     except Exception as error:  # the hub client, safetensors and transformers each raise their own kinds
-        if folder.is_dir():
-            raise ValueError(f"{role}: the checkpoint in {source} cannot be loaded: {error}") from error
-        raise ValueError(
-            f"{role}: {source!r} is no local folder and could not be fetched from the model hub "
-            f"({type(error).__name__}). "
-            "Check the name and the network, or give a folder written by save_pretrained"
-        ) from error
+        raise ValueError(f"{role}: {_why_not_loaded(source, local, error)}") from error
     missing = sorted(notes["missing_keys"])
     if missing or notes.get("mismatched_keys"):
         raise ValueError(
-            f"{role}: the checkpoint in {source} does not fit its config: "
+            f"{role}: the checkpoint in {source} does not fit its config.json: "
             f"missing {missing[:3]}, mismatched {list(notes.get('mismatched_keys', ()))[:3]}"
         )
+    folder = local or checkpoints.cached_folder(str(source))
+    for path in [] if folder is None else checkpoints.weight_files(folder):
+        _check_kinds(path, model, role)
     for name, parameter in model.named_parameters():
         if not _finite(parameter):
             raise ValueError(f"{role}: the checkpoint in {source} is damaged: {name} holds values that are not finite")
@@ -122,62 +112,46 @@ def _finite(parameter: torch.Tensor) -> bool:
     return not parameter.numel() or all(bool(extreme.isfinite()) for extreme in parameter.detach().aminmax())
 
 
-def _check_hub(name: str, role: str) -> None:
-    """Fails at once where the model hub's name does not even resolve, instead of after minutes of retries."""
-    try:
-        if isinstance(try_to_load_from_cache(name, "config.json"), str):
-            return
-    except HFValidationError as error:
-        raise ValueError(f"{role}: {name!r} is neither a local folder nor a hub id such as 'openai/gpt2'") from error
-    reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else None
-    if reason is None and not getproxies():
-        try:
-            socket.getaddrinfo(urlparse(constants.ENDPOINT).hostname, 443)
-        except OSError as error:
-            reason = str(error)
-    if reason is not None:
-        raise ValueError(
-            f"{role}: {name!r} is no local folder, is not in the local cache, and the model hub cannot be reached "
-            f"({reason}). Connect to the network, or give a folder written by save_pretrained"
-        )
+def _fetch_config(name: str) -> Path:
+    """Fetches config.json alone from the hub, so that a model that is no GPT-2 is not downloaded; its folder."""
+    return Path(cached_file(name, checkpoints.CONFIG)).parent
 
 
-def _check_folder(folder: Path, role: str) -> None:
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{role}: {folder} has no config.json; expected a folder written by save_pretrained")
-    try:
-        values = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{role}: {path} is not valid JSON: {error}") from error
-    if not isinstance(values, dict) or values.get("model_type") != "gpt2":
-        kind = values.get("model_type") if isinstance(values, dict) else type(values).__name__
-        raise ValueError(f"{role}: {folder} holds a {kind!r} model; expected model_type 'gpt2'")
-    shards = sorted(folder.glob("*.safetensors"))
-    if not shards:
-        raise ValueError(
-            f"{role}: {folder} has no .safetensors file. Pickled weights are never loaded: "
-            "convert them with save_pretrained(..., safe_serialization=True)"
-        )
-    for shard in shards:
-        _check_shard(shard, role)
+def _check_config(folder: Path, source: str | Path, role: str) -> None:
+    values = checkpoints.read_config(folder, role, str(source))
     try:
         config = GPT2Config(**{name: value for name, value in values.items() if name != "model_type"})
     except Exception as error:  # transformers checks types with an error class of its own
-        raise ValueError(f"{role}: {path} is damaged: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{role}: {folder / checkpoints.CONFIG} is damaged: {reason}") from error
     check_config(config)
 
 
-def _check_shard(path: Path, role: str) -> None:
-    """transformers would convert whole numbers to floats without a word."""
-    try:
-        with safe_open(path, "pt") as file:
-            kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{role}: the checkpoint in {path.parent} cannot be loaded: {error}") from error
+def _why_not_loaded(source: str | Path, local: Path | None, error: Exception) -> str:
+    """What to say when transformers could not load a checkpoint."""
+    reason = " ".join(str(error).split()) or type(error).__name__
+    folder = local or checkpoints.cached_folder(str(source))
+    if folder is not None and checkpoints.weight_files(folder):
+        return f"the checkpoint in {folder} cannot be loaded: {reason}"
+    if folder is not None and (checkpoints.pickled(folder) or checkpoints.known_to_lack_weights(str(source))):
+        return checkpoints.without_weights(folder, str(source))
+    return (
+        f"{source!r} is no local folder and could not be fetched from the model hub: {reason}. "
+        "Check the name and the network, or give a folder written by save_pretrained"
+    )
+
+
+def _check_kinds(path: Path, model: GPT2LMHeadModel, role: str) -> None:
+    """Raises ValueError for weights of whole numbers, which transformers converts to floats without a word.
+
+    A file may hold more tensors than the model, such as the causal masks of old checkpoints: those do not matter.
+    """
+    with safe_open(path, "pt") as file:
+        kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    prefix = f"{model.base_model_prefix}."
+    loaded = {name.removeprefix(prefix) for name, _ in model.named_parameters(remove_duplicate=False)}
     for name, kind in kinds.items():
-        mask = name.endswith((".attn.bias", ".attn.masked_bias"))  # causal masks that old checkpoints carry
-        if not mask and kind not in ("F64", "F32", "F16", "BF16"):
+        if name.removeprefix(prefix) in loaded and kind not in ("F64", "F32", "F16", "BF16"):
             raise ValueError(f"{role}: {path} is damaged: {name} must be floating-point, it is {kind}")
 
 
@@ -211,7 +185,10 @@ def generation_defaults(model: GPT2LMHeadModel) -> dict[str, Any]:
 
 
 def load_tokenizer(source: object) -> PreTrainedTokenizerBase | None:
-    """The tokenizer beside a checkpoint, or None if there is none."""
+    """The tokenizer beside a checkpoint, or None if there is none.
+
+    Raises ValueError for a source that cannot have one, and for a tokenizer that cannot be loaded.
+    """
     if isinstance(source, PreTrainedTokenizerBase):
         return source
     if isinstance(source, GPT2LMHeadModel):
@@ -219,12 +196,14 @@ def load_tokenizer(source: object) -> PreTrainedTokenizerBase | None:
     if not isinstance(source, (str, Path)):
         raise ValueError(f"tokenizer must be a hub id, a folder or a tokenizer, got {type(source).__name__}")
     folder = Path(source).expanduser()
-    if folder.is_dir() and not (folder / "tokenizer.json").exists() and not (folder / "vocab.json").exists():
-        return None
+    location = str(folder if folder.is_dir() else source)
     try:
-        return AutoTokenizer.from_pretrained(str(folder if folder.is_dir() else source), trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=False)
     except Exception as error:  # tokenizers raises a bare Exception for a damaged file
-        raise ValueError(f"the tokenizer of {source} cannot be loaded: {error}") from error
+        raise ValueError(f"the tokenizer of {source} cannot be loaded: {' '.join(str(error).split())}") from error
+    # Without files transformers makes a tokenizer of the model's kind that knows its special tokens alone.
+    added = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}
+    return None if tokenizer.get_vocab().keys() <= added else tokenizer
 
 
 def check_same_tokens(target: PreTrainedTokenizerBase | None, draft: PreTrainedTokenizerBase | None) -> None:

@@ -238,7 +238,7 @@ def test_missing_checkpoints(tmp_path):
         with pytest.raises(ValueError, match="draft: no checkpoint folder at"):
             read_checkpoint(source, "draft")
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="no checkpoint folder at"):
+    with pytest.raises(ValueError, match=r"draft: .*file is a file; expected a folder written by save_pretrained"):
         read_checkpoint(tmp_path / "file", "draft")
     with pytest.raises(ValueError, match="target must be a hub id, a folder or a GPT2LMHeadModel, got int"):
         read_checkpoint(5, "target")
