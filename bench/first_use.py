@@ -22,7 +22,8 @@ from transformers import AutoConfig, CompileConfig, GenerationConfig, GPT2LMHead
 from transformers.utils import logging
 
 import stagedspec
-from stagedspec.loading import no_bars, resolve_device, resolve_dtype
+from stagedspec.devices import resolve_device, resolve_dtype
+from stagedspec.loading import no_bars
 
 PLAIN, COMPILED = "transformers", "transformers compiled"
 SIDES = (*stagedspec.MODES, PLAIN, COMPILED)

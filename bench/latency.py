@@ -30,7 +30,7 @@ from report import markdown, update_readme
 from sides import check_options, clear_errors
 from stagedspec import MODES
 from stagedspec.cli import quiet_transformers
-from stagedspec.loading import resolve_device, resolve_dtype
+from stagedspec.devices import resolve_device, resolve_dtype
 
 LENGTHS = (128, 16, 900)  # the most usual prompt first
 TIMED = [mode for mode in ("staged", "autoregressive", "tree", "chain") if mode in MODES]  # in order of interest

@@ -38,7 +38,7 @@ from sides import check_options, clear_errors
 from soak_calls import Call
 from stagedspec import Decoder, TreeConfig
 from stagedspec.cli import quiet_transformers
-from stagedspec.loading import resolve_device
+from stagedspec.devices import resolve_device
 
 TREE = TreeConfig(8, 4, 2, 2, 3, 1, 2)  # of the decoder whose trees do not adapt
 RELEASE_EVERY = 40  # about so many calls of a worker between releases of kept memory

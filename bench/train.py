@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from stagedspec.loading import resolve_device
+from stagedspec.devices import resolve_device
 from stagedspec.training import recipe
 from stagedspec.training.fit import cross_entropy, fit, sample_blocks
 

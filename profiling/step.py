@@ -18,7 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import stagedspec
 from stagedspec.cli import quiet_transformers
-from stagedspec.loading import resolve_device, resolve_dtype
+from stagedspec.devices import resolve_device, resolve_dtype
 from stagedspec.run import Run
 from stagedspec.stats import Mark
 from stagedspec.workloads import SIZES, ModelShape

@@ -19,10 +19,10 @@ from stagedspec.check_kernels import Wrong, expect
 from stagedspec.check_logits import Comparison, check_tokens, compare_logits
 from stagedspec.compare import PROMPTS
 from stagedspec.decoder import Decoder
+from stagedspec.devices import resolve_device
 from stagedspec.gpt2 import GPT2
 from stagedspec.kernels import registry, trusted
 from stagedspec.kernels.compiling import compile_ahead
-from stagedspec.loading import resolve_device
 from stagedspec.ngram import KatzTable
 from stagedspec.run import current
 from stagedspec.tree import MODES, TreeConfig

@@ -35,12 +35,14 @@ def find(source: str | Path, role: str) -> Path | None:
 
 def local_folder(source: str | Path, role: str) -> Path | None:
     """The local folder that source names, or None if it can only be a hub id."""
+    if not str(source):
+        raise ValueError(f"{role}: the name is empty; expected a hub id or a folder written by save_pretrained")
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
     if folder.exists():
         raise ValueError(f"{role}: {source} is a file; expected a folder written by save_pretrained, or a hub id")
-    if isinstance(source, Path) or source.startswith((".", "/", "~")) or not source:
+    if isinstance(source, Path) or source.startswith((".", "/", "~")):
         raise ValueError(
             f"{role}: no checkpoint folder at {str(source)!r}; expected one written by save_pretrained, or a hub id"
         )

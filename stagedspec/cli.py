@@ -4,10 +4,12 @@ torch and transformers are imported inside the commands, so that --help answers 
 """
 
 import contextlib
+import difflib
 import functools
 import json
 import os
 import re
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,14 +18,16 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+import typer.core
 from rich.console import Console
 from rich.segment import Segment, Segments
 from rich.style import Style
 
 import stagedspec
+from stagedspec import checkpoints, early
 from stagedspec.compare import PROMPTS, Run, compare, table
 from stagedspec.kernels.invalid_logits import InvalidLogitsError
-from stagedspec.origins import VISIBLE, Shown, check_path, pieces, save
+from stagedspec.origins import VISIBLE, Shown, pieces, save
 from stagedspec.tree import MODES
 
 Mode = Enum("Mode", {name: name for name in MODES}, type=str)
@@ -39,8 +43,22 @@ TABLE_WIDTH = 80
 
 DEMO_PROMPTS = PROMPTS[:4]
 
+
+class Commands(typer.core.TyperGroup):
+    """The commands; a text in a command's place is answered with the command that completes texts."""
+
+    def resolve_command(self, ctx, args):
+        known = args[0] in self.commands or difflib.get_close_matches(args[0], self.commands)
+        if not known:
+            text = " ".join(args)
+            text = shlex.quote(text if len(text) <= 60 else "...")
+            ctx.fail(f"There is no command {args[0]!r}. To complete a text: stagedspec generate {text}")
+        return super().resolve_command(ctx, args)
+
+
 app = typer.Typer(
     name="stagedspec",
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
@@ -106,20 +124,20 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instea
 NoColor = Annotated[bool, typer.Option("--no-color", help="Print without colours.")]
 
 
-def load_decoder(target, draft, ngram, device, dtype, backend, tree=None, text=True, **shape):
+def load_decoder(target, draft, ngram, device, dtype, backend, tree=None, modes=(), text=True, **shape):
     """The decoder that the model options ask for: the embedded trio unless a target is named. tree: a tuning's file;
-    text: whether it needs a tokenizer; shape: fields of a TreeConfig."""
-    quiet_transformers()
+    modes: those that will be used; text: whether it needs a tokenizer; shape: fields of a TreeConfig.
+
+    What is wrong with the options is said before anything is imported or loaded.
+    """
     settings = {name: value for name, value in shape.items() if value is not None}
+    early.check_models(target, draft, ngram, device, dtype, backend, tree, settings, modes)
+    quiet_transformers()
     options = {"device": device, "dtype": dtype, "backend": backend}
     if tree is not None:
-        if settings:
-            raise ValueError(f"--tree chooses whole trees: leave out --{', --'.join(settings)}, or --tree")
         options["tree"] = tree
     elif settings:
         options["tree"] = stagedspec.TreeConfig(**settings)
-    if target is None and (draft is not None or ngram is not None):
-        raise ValueError("--draft and --ngram belong to a target: add --target")
     with preparing():
         if target is None:
             decoder = stagedspec.Decoder.default(**options)
@@ -249,12 +267,12 @@ def demo(
     Each token is coloured by the model that first proposed it. Exit status 1 if any output differs from plain
     (autoregressive) decoding.
     """
+    early.check_at_least(1, max_new_tokens=max_new_tokens)
+    early.check_sampling(seed)
     console = wide_console(no_color, quiet=as_json)
-    decoder = load_decoder(target, draft, ngram, device, dtype, backend, tree)
-    prompts, most = _that_fit(DEMO_PROMPTS, decoder)
-    max_new_tokens = min(96, most) if max_new_tokens is None else max_new_tokens
-    if max_new_tokens > most:
-        raise ValueError(f"after these prompts the model has room for {most} new tokens, got {max_new_tokens}")
+    decoder = load_decoder(target, draft, ngram, device, dtype, backend, tree, modes=MODES)
+    rows, max_new_tokens = _that_fit(DEMO_PROMPTS, decoder, max_new_tokens, 96)
+    prompts = [decoder.tokenizer.decode(row, clean_up_tokenization_spaces=False) for row in rows]
     samplings = {
         "greedy": {"do_sample": False},
         "sampled, top-k 50, T=1": {"do_sample": True, "top_k": 50, "seed": seed},
@@ -286,12 +304,21 @@ def demo(
         raise typer.Exit(1)
 
 
-def _that_fit(prompts: Sequence[str], decoder) -> tuple[list[str], int]:
-    """Prompts cut to half of the model's positions, and the new tokens there is room for after the longest of them."""
-    tokenizer, positions = decoder.tokenizer, decoder.target.positions
-    rows = [tokenizer(prompt, add_special_tokens=False).input_ids[: max(1, positions // 2)] for prompt in prompts]
-    cut = [tokenizer.decode(row, clean_up_tokenization_spaces=False) for row in rows]
-    return cut, positions - max(len(tokenizer(prompt, add_special_tokens=False).input_ids) for prompt in cut)
+def _that_fit(texts: Sequence[str], decoder, wanted: int | None, usual: int) -> tuple[list[list[int]], int]:
+    """The tokens of texts, and how many new tokens follow each: `wanted`, or as many of `usual` as there is room for.
+
+    Texts that leave too little room are cut, to half of the model's positions at most. Raises ValueError where there is
+    no room for `wanted`.
+    """
+    positions = decoder.target.positions
+    keep = max(1, positions // 2, positions - (wanted or usual))
+    rows = [decoder.tokenizer(text, add_special_tokens=False).input_ids[:keep] for text in texts]
+    room = positions - max(map(len, rows))
+    if wanted is not None and wanted > room:
+        raise ValueError(
+            f"after these prompts the model has room for {room} new tokens, got {wanted}; lower --max-new-tokens"
+        )
+    return rows, min(usual, room) if wanted is None else wanted
 
 
 def _measure(decoder, prompts: list[str], settings: dict, repeats: int) -> tuple[list, list[dict]]:
@@ -352,7 +379,12 @@ def progress_bar(*columns, auto_refresh: bool = True, transient: bool = True):
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="Text to complete; - reads it from stdin.")] = None,
     file: Annotated[Path | None, typer.Option(help="Read the prompt from a file instead; - is stdin.")] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="New tokens at most.")] = 128,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--max-new-tokens", "-n", help="New tokens at most. Default: 128, or what the model has room for."
+        ),
+    ] = None,
     mode: Annotated[Mode, typer.Option(help="How to decode; the output is the same in every mode.")] = Mode.staged,
     sample: Annotated[
         bool, typer.Option("--sample", help="Sample; without it, greedy.", rich_help_panel="Sampling")
@@ -383,19 +415,22 @@ def generate(
     no_color: NoColor = False,
 ) -> None:
     """Complete a prompt, streaming to the terminal; each token is coloured by the model that first proposed it."""
-    text = _prompt_text(prompt, file)
-    settings = {"max_new_tokens": max_new_tokens, "mode": mode.value, "do_sample": sample, "seed": seed}
-    warpers = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-    warpers = {name: value for name, value in warpers.items() if value is not None}
+    early.check_at_least(1, max_new_tokens=max_new_tokens)
+    warpers = early.check_sampling(seed, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     if warpers and not sample:
         options = ", ".join("--" + name.replace("_", "-") for name in warpers)
         raise ValueError(f"{options} given without --sample: greedy decoding would ignore it; add --sample")
-    settings |= warpers
     if save_html is not None:
-        check_path(save_html)
+        early.check_output(save_html, "--save-html")
+    text = _prompt_text(prompt, file)
     decoder = load_decoder(
-        target, draft, ngram, device, dtype, backend, tree, nodes=nodes, depth=depth, width=width, passes=passes
-    )
+        target, draft, ngram, device, dtype, backend, tree, (mode.value,),
+        nodes=nodes, depth=depth, width=width, passes=passes,
+    )  # fmt: skip
+    if max_new_tokens is None:
+        length = len(decoder.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+        max_new_tokens = max(1, min(128, decoder.target.positions - length))
+    settings = {"max_new_tokens": max_new_tokens, "mode": mode.value, "do_sample": sample, "seed": seed, **warpers}
     with preparing():
         decoder.tree_for(mode.value, do_sample=sample)
     if as_json:
@@ -424,7 +459,7 @@ def _prompt_text(prompt: str | None, file: Path | None) -> str:
         raise ValueError("there is no prompt: give a text, - to read stdin, or --file")
     if prompt is not None and file is not None:
         raise ValueError("there is both a prompt and --file: leave one of them out")
-    if file is not None and str(file) != "-" and not file.is_file():
+    if file is not None and str(file) != "-" and (file.is_dir() or not file.exists()):  # it may be a pipe
         raise ValueError(f"{file} is a folder: name a file" if file.is_dir() else f"no such file: {file}")
     try:
         if "-" in (prompt, str(file)):
@@ -446,15 +481,18 @@ def _print_stats(values: dict) -> None:
         if isinstance(value, dict):
             shown = ", ".join(f"{key} {_number(part)}" for key, part in value.items())
         elif isinstance(value, list):
+            while value and not value[-1]:  # depths that no step reached
+                value = value[:-1]
             shown = ", ".join(_number(part) for part in value)
         else:
             shown = _number(value)
-        grid.add_row(name.replace("_", " "), shown)
+        if shown:
+            grid.add_row(name.replace("_", " "), shown)
     Console(stderr=True).print(grid)
 
 
 def _number(value) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 # ---- fit-ngram --------------------------------------------------------------------------------------------------
@@ -495,21 +533,29 @@ def fit_ngram(
 
     By default on samples of the draft, as the paper did; interrupted, the same command goes on. With --text, on files.
     """
-    from rich.progress import TextColumn
-
-    from stagedspec.loading import load_tokenizer, read_checkpoint, resolve_device
-    from stagedspec.ngram import fit_from_text, fit_table
-    from stagedspec.training.sample import sample_shards
-
-    if out.is_dir():
-        raise ValueError(f"--out must be a file, but {out} is a folder")
+    early.check_output(out, "--out", make_folder=True)
+    if work_dir is not None:
+        early.check_folder(work_dir, "--work-dir")
+    early.check_at_least(1, tokens=tokens, batch=batch)
+    early.check_sampling(seed, temperature=temperature)
+    files = _text_files(text) if text else []
+    if tokenizer is not None and not files:
+        raise ValueError("--tokenizer reads the files of --text: add --text, or leave out --tokenizer")
     if draft is None:
         assets = Path(stagedspec.__file__).parent / "assets"
         if not (assets / "draft").is_dir():
             raise ValueError("this installation has no embedded models; name a draft with --draft")
         draft, tokenizer = str(assets / "draft"), tokenizer or str(assets / "target")
+    early.check_device(device)
+    checkpoints.find(draft, "draft")
+    from rich.progress import TextColumn
+
+    from stagedspec.devices import resolve_device
+    from stagedspec.loading import load_tokenizer, read_checkpoint
+    from stagedspec.ngram import fit_from_text, fit_table
+    from stagedspec.training.sample import sample_shards
+
     where = resolve_device(device)
-    files = _text_files(text) if text else []
     quiet_transformers()
     model = read_checkpoint(draft, "draft")
     vocab_size, end_of_text = model.config.vocab_size, model.config.eos_token_id
@@ -561,6 +607,8 @@ def _text_files(paths: list[Path]) -> list[Path]:
         found = sorted(path.rglob("*.py")) if path.is_dir() else [path]
         if not found:
             raise ValueError(f"the folder {path} holds no .py file")
+        for file in found:
+            early.check_input(file, "--text", "or a folder")
         files += found
     return files
 
@@ -581,7 +629,12 @@ def tune_tree(
         Path | None, typer.Option(help="JSON lines with a `prompt` field. Default: a few beginnings of Python.")
     ] = None,
     limit: Annotated[int, typer.Option(min=1, help="Prompts at most.")] = 16,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=8, help="New tokens of each.")] = 96,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--max-new-tokens", "-n", min=8, help="New tokens of each. Default: 96, or what the model has room for."
+        ),
+    ] = None,
     batch: Annotated[
         list[int] | None, typer.Option(min=1, max=16, help="Batch size; may be given several times. Default: 1.")
     ] = None,
@@ -602,14 +655,18 @@ def tune_tree(
     Prints the cost model's predicted speed beside the measured one. Exit status 1 if any output differs from plain
     (autoregressive) decoding. The launch settings of GPU kernels are another matter: `stagedspec tune`.
     """
+    if out is not None:
+        early.check_output(out, "--out")
+    texts = list(PROMPTS) if prompts is None else _prompt_lines(prompts)
+    if backend == "triton":
+        raise ValueError("tuning trees is not supported by backend 'triton': choose --backend torch, or leave it out")
+    backend = "torch" if backend == "auto" else backend
+    decoder = load_decoder(target, draft, ngram, device, dtype, backend, modes=MODES)
+    encoded, max_new_tokens = _that_fit(texts[:limit], decoder, max_new_tokens, 96)
+
     from stagedspec.tune import tune
     from stagedspec.tuning import keep
 
-    if out is not None and (out.is_dir() or not out.expanduser().resolve().parent.is_dir()):
-        raise ValueError(f"--out must be a file in a folder that exists, got {out}")
-    texts = list(PROMPTS) if prompts is None else _prompt_lines(prompts)
-    decoder = load_decoder(target, draft, ngram, device, dtype, "torch" if backend == "auto" else backend)
-    encoded = [decoder.tokenizer(text, add_special_tokens=False).input_ids for text in texts[:limit]]
     with progress_bar(auto_refresh=False) as progress:
         task = progress.add_task("measuring", total=None)
 
@@ -635,20 +692,46 @@ def tune_tree(
         typer.echo("The cache folder cannot be written; use --out." if saved is None else f"Saved in {saved}")
         if decoder.device.type == "cuda":
             typer.echo("It holds for --backend torch.")
+    if far := _far_from_predicted(tuning.measured):
+        typer.echo(
+            f"warning: the speed-up was predicted badly ({'; '.join(far)}). If the machine was busy, tune again when "
+            "it is not; else give prompts of the kind that you complete (--prompts)",
+            err=True,
+        )
     if not same:
         raise typer.Exit(1)
+
+
+def _far_from_predicted(measured: list[dict]) -> list[str]:
+    """What was measured at less than half or more than twice what was predicted."""
+    found = []
+    for row in measured:
+        predicted, speedup = row["predicted_speedup"], row["measured_speedup"]
+        if speedup is not None and not 0.5 <= predicted / speedup <= 2:
+            name = row["mode"] + (", sampled" if row["sampled"] else "")
+            found.append(f"{name}, {row['batch']} rows: {predicted:.2f}x predicted, {speedup:.2f}x measured")
+    return found
 
 
 def _prompt_lines(path: Path) -> list[str]:
     import gzip
 
+    early.check_input(path, "--prompts", "JSON lines with a `prompt` text")
+    texts: list[str] = []
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
-            texts = [json.loads(line)["prompt"] for line in file if line.strip()]
-    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"cannot read prompts from {path}, JSON lines with a `prompt` text: {error}") from None
-    if not texts or not all(isinstance(text, str) and text for text in texts):
-        raise ValueError(f"{path} must hold JSON lines, each with a text in its `prompt` field")
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                value = json.loads(line)
+                text = value.get("prompt") if isinstance(value, dict) else None
+                if not isinstance(text, str) or not text:
+                    raise ValueError(f"line {number} has none")
+                texts.append(text)
+    except (OSError, EOFError, ValueError) as error:
+        raise ValueError(f"--prompts {path} must hold JSON lines, each with a `prompt` text: {error}") from None
+    if not texts:
+        raise ValueError(f"--prompts {path} must hold JSON lines, each with a `prompt` text, but it is empty")
     return texts
 
 
@@ -718,9 +801,17 @@ def warm_up(
     """
     if not greedy and not sample:
         raise ValueError("nothing to make ready: leave out --no-greedy or --no-sample")
-    chosen = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-    sampled = {name: value for name, value in chosen.items() if value is not None}
-    decoder = load_decoder(target, draft, ngram, device, dtype, backend, tree, text=False)
+    early.check_at_least(2, tokens=tokens)
+    sampled = early.check_sampling(do_sample=True, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    early.check_device(device)
+    if backend != "triton":
+        from stagedspec.devices import resolve_device
+
+        if backend == "torch" or resolve_device(device).type != "cuda":
+            why = "backend torch compiles none" if backend == "torch" else "there is no GPU, or none was chosen"
+            raise ValueError(f"warm-up prepares GPU kernels, but {why}; choose --device cuda, and leave out --backend")
+    wanted = () if mode is None else tuple(one.value for one in mode)
+    decoder = load_decoder(target, draft, ngram, device, dtype, backend, tree, wanted, text=False)
     begin = time.perf_counter()
     with progress_bar() as progress:
         tasks: dict = {}
@@ -772,20 +863,33 @@ def tune(
     Settings whose results differ in any bit from the default's are refused. Which token trees to grow is another
     matter: `stagedspec tune-tree`.
     """
+    if out is not None:
+        early.check_output(out, "--out")
+    early.check_device(device)
+    for name in op or ():
+        if name not in early.OPERATIONS:
+            raise ValueError(f"--op must be one of {', '.join(early.OPERATIONS)}, got {name!r}")
+    for name in model or ():
+        if name not in ("embedded", "S", "M", "L", "XL"):
+            try:
+                checkpoints.find(name, "--model")
+            except ValueError as error:
+                raise ValueError(f"{error}, or S, M, L, XL or embedded") from None
+
     import torch
 
-    from stagedspec import tune_kernels
-    from stagedspec.kernels import configs
-    from stagedspec.loading import resolve_device
+    from stagedspec.devices import resolve_device
 
-    if out is not None and (out.is_dir() or not out.expanduser().resolve().parent.is_dir()):
-        raise ValueError(f"--out must be a file in a folder that exists, got {out}")
-    shapes = tune_kernels.shapes(model or ["embedded"])
-    ops = tune_kernels.check_ops(op or list(tune_kernels.PROBLEMS))
     where = resolve_device(device)
     if where.type != "cuda":
         why = "torch sees no CUDA GPU" if device == "auto" else f"the device is {where}"
         raise ValueError(f"kernels are tuned on a GPU, but {why}; on a CPU there is nothing to tune")
+
+    from stagedspec import tune_kernels
+    from stagedspec.kernels import configs
+
+    ops = op or list(tune_kernels.PROBLEMS)
+    shapes = tune_kernels.shapes(model or ["embedded"])
     name = configs.device_name(where)
     saved = (configs.user_file(name) if out is None else out).expanduser()
     if saved.is_file():  # what it says of other shapes stays: better damaged now than after the tuning
@@ -861,12 +965,16 @@ def check(
     If everything passes, backend auto uses the kernels on this GPU from then on, for models with these head sizes in
     this dtype, until the driver, torch, Triton or the kernels change. Exit status 1 if anything fails.
     """
+    for one in mode or ():
+        if one not in MODES:
+            raise ValueError(f"--mode must be one of {', '.join(MODES)}, got {one!r}")
+    if out is not None:
+        early.check_folder(out, "--out")
+    early.check_models(target, draft, ngram, device, dtype, "auto")
+
     from stagedspec import check as checks
     from stagedspec.kernels import configs
 
-    checks.check_modes(mode or [])
-    if out is not None and out.exists() and not out.is_dir():
-        raise ValueError(f"--out must be a folder, but {out} is a file")
     where = checks.check_device(device)
     with checks.memory_errors():
         decoder = load_decoder(target, draft, ngram, where, dtype, "triton", text=False)
@@ -959,6 +1067,17 @@ def train(
 
     Interrupted, the same command goes on where it was. The models then serve in --target, --draft and --ngram.
     """
+    early.check_at_least(257, vocab_size=vocab_size)  # 256 bytes and the end of text
+    early.check_at_least(
+        1, target_tokens=target_tokens, draft_tokens=draft_tokens, target_samples=target_samples,
+        draft_samples=draft_samples, target_micro_batch=target_micro_batch, draft_micro_batch=draft_micro_batch,
+        evaluate_every=evaluate_every,
+    )  # fmt: skip
+    if preset not in early.PRESETS:
+        raise ValueError(f"--preset must be one of {', '.join(early.PRESETS)}, got {preset!r}")
+    early.check_folder(out, "--out")
+    early.check_device(device)
+
     from dataclasses import replace
 
     from rich.progress import TextColumn
@@ -979,8 +1098,6 @@ def train(
     config = recipe.preset(preset, device=device)
     for name, budget in (("target_fit", target_tokens), ("draft_fit", draft_tokens)):
         if budget is not None:
-            if budget < 1:
-                raise ValueError(f"--{name.removesuffix('_fit')}-tokens must be at least 1, got {budget}")
             settings[name] = replace(getattr(config, name), tokens=budget)
     config = replace(config, **settings)
     quiet_transformers()

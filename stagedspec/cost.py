@@ -93,6 +93,10 @@ class PassTimes:
                 self._passes.pop(key, None)
         return self.seconds[draft, batch, nodes, sampled]
 
+    def knows(self, batch: int, sampled: bool) -> bool:
+        """Whether passes of this kind were measured before."""
+        return (False, batch, 1, sampled) in self.seconds
+
     def prepare(self, batch: int, sampled: bool) -> None:
         """Compiles the passes of both models that choosing a tree will measure, all in parallel."""
         keys = self._unknown(False, batch, self.rows[-1], sampled) + self._unknown(True, batch, TOGETHER, sampled)

@@ -1,5 +1,6 @@
 """The decoder: models, arguments of calls, and the runs that answer them."""
 
+import logging
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +15,7 @@ from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from stagedspec import cost, warmup
 from stagedspec.adapt import Controller, Rung, rungs
+from stagedspec.devices import resolve_device, resolve_dtype
 from stagedspec.gpt2 import GPT2
 from stagedspec.kernels import backend as kernel_backend
 from stagedspec.loading import (
@@ -23,8 +25,6 @@ from stagedspec.loading import (
     load_tokenizer,
     padding,
     read_checkpoint,
-    resolve_device,
-    resolve_dtype,
 )
 from stagedspec.ngram import KatzTable
 from stagedspec.positions import Positions
@@ -36,6 +36,8 @@ from stagedspec.tuning import Tuning, keep, recall
 
 if TYPE_CHECKING:
     from stagedspec.hf import StagedOutput
+
+log = logging.getLogger("stagedspec")
 
 MAX_BATCH = 16
 NEW_TOKENS = 128  # where nobody says how many
@@ -471,6 +473,9 @@ class Decoder:
         trees = tuning.trees.get(key)
         with self.target.ops.lock, current(self.device):  # what was not measured before is measured here
             try:
+                if not self._costs.knows(batch, do_sample):
+                    kind = "sampled" if do_sample else "greedy"
+                    log.warning("measuring passes of these models to choose token trees (%s, batch %d): once", kind, batch)
                 if trees is None:
                     self._costs.prepare(batch, do_sample)
                     trees = tuning.trees[key] = model.ladder(mode)

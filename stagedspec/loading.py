@@ -1,4 +1,4 @@
-"""Where models come from and where they run: checkpoints, tokenizers, devices, dtypes."""
+"""Where models come from: checkpoints and tokenizers."""
 
 import copy
 from collections.abc import Iterator
@@ -13,43 +13,6 @@ from transformers.utils import cached_file, logging
 
 from stagedspec import checkpoints
 from stagedspec.gpt2 import check_config
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def resolve_device(device: str | torch.device) -> torch.device:
-    """ "auto" is the GPU if there is one; a GPU without an index is the one that is current now, with its index.
-
-    Raises ValueError for a device that cannot be used.
-    """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device must be 'auto', 'cpu' or a GPU such as 'cuda:0', got {device!r}") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device must be a CPU or a CUDA GPU, got {device}")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {device} was asked for, but torch sees no CUDA GPU; use device='cpu'")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {device} was asked for, but there are {torch.cuda.device_count()} GPUs")
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
-
-
-def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """ "auto" is bfloat16 on a GPU that has it, else float32. Raises ValueError for an unknown dtype."""
-    if dtype == "auto":
-        # On a CPU always fp32: half precision there is computed wider, so that the tokens of all modes agree
-        # (kernels/reference.py), and gains nothing.
-        half = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        return torch.bfloat16 if half else torch.float32
-    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if found not in DTYPES.values():
-        raise ValueError(f"dtype must be 'auto', {', '.join(DTYPES)} or the torch dtype of that name, got {dtype!r}")
-    return found
 
 
 @contextmanager

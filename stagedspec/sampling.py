@@ -3,8 +3,10 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch  # the command line checks its options without waiting for it
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ def counters(seed: "int | Sequence[int] | torch.Tensor", batch: int) -> tuple[li
 
     Raises ValueError unless seed is one integer or `batch` integers, each of 64 bits.
     """
-    if isinstance(seed, torch.Tensor):
+    if hasattr(seed, "tolist"):  # a tensor
         seed = seed.tolist()
     single = not isinstance(seed, Sequence)
     seeds = [seed] * batch if single else list(seed)

@@ -168,14 +168,6 @@ def table(found: list[Tuned]) -> configs.Table:
     return result
 
 
-def check_ops(ops: list[str]) -> list[str]:
-    """Raises ValueError for an operation that cannot be tuned."""
-    for op in ops:
-        if op not in PROBLEMS:
-            raise ValueError(f"--op must be one of {', '.join(PROBLEMS)}, got {op!r}")
-    return ops
-
-
 def shapes(models: list[str]) -> list[ModelShape]:
     """Of GPT-2's sizes, "embedded", hub ids and folders. Raises ValueError for a model that cannot be read."""
     found = []

@@ -24,8 +24,8 @@ from transformers import GPT2LMHeadModel
 
 import stagedspec
 from stagedspec import Decoder, TreeConfig
+from stagedspec.devices import resolve_device
 from stagedspec.kernels.control import Growth
-from stagedspec.loading import resolve_device
 from stagedspec.ngram import fit_table
 from stagedspec.run import current
 

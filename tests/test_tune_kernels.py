@@ -220,7 +220,7 @@ def test_sizes_and_models(tmp_path):
 
 
 def test_nothing_to_tune(tmp_path, monkeypatch):
-    monkeypatch.setattr("stagedspec.loading.resolve_device", lambda device: torch.device("cuda", 0))
+    monkeypatch.setattr("stagedspec.devices.resolve_device", lambda device: torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(configs, "device_name", lambda device: GPU)
     monkeypatch.setitem(tune_kernels.PROBLEMS, "linear", lambda shape, device: iter(()))
@@ -238,7 +238,7 @@ def test_what_was_found_before_an_interruption_is_kept(tmp_path, monkeypatch):
     def interrupted():
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("stagedspec.loading.resolve_device", lambda device: torch.device("cuda", 0))
+    monkeypatch.setattr("stagedspec.devices.resolve_device", lambda device: torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(configs, "device_name", lambda device: GPU)
     monkeypatch.setitem(tune_kernels.PROBLEMS, "compact", problems)

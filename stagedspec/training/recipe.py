@@ -25,7 +25,8 @@ from pathlib import Path
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from stagedspec.loading import no_bars, resolve_device
+from stagedspec.devices import resolve_device
+from stagedspec.loading import no_bars
 from stagedspec.ngram import fit_table
 from stagedspec.training import card, distil, sample
 from stagedspec.training.corpus import Corpus, build, check_sources

@@ -1,0 +1,136 @@
+"""Options of the command line, checked before torch and transformers are imported: what is wrong is said at once.
+
+The library checks again what it is given; here is what can be known without a model.
+"""
+
+import re
+from pathlib import Path
+
+from stagedspec import checkpoints
+from stagedspec.sampling import Sampling, counters
+from stagedspec.stats import marks_wanted
+from stagedspec.tree import TreeConfig
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+BACKENDS = ("auto", "torch", "triton")
+OPERATIONS = (
+    "linear", "lm_head", "choose", "compact", "ngram_lookup", "grow_pass", "harvest_tree", "verify_commit"
+)  # fmt: skip
+PRESETS = ("embedded", "embedded-cpu", "tiny", "gpt2-large")
+
+
+def check_models(
+    target: str | None,
+    draft: str | None,
+    ngram: Path | None,
+    device: str,
+    dtype: str,
+    backend: str,
+    tree: Path | None = None,
+    shape: dict[str, int] | None = None,
+    modes: tuple[str, ...] = (),
+) -> None:
+    """Checks the options that name models, and where and how they run.
+
+    shape: fields of a TreeConfig. modes: those that will be used. Raises ValueError for what cannot be.
+    """
+    marks_wanted()
+    if shape and tree is not None:
+        raise ValueError(f"--tree chooses whole trees: leave out --{', --'.join(shape)}, or --tree")
+    if shape:
+        TreeConfig(**shape)
+    if target is None and (draft is not None or ngram is not None):
+        raise ValueError("--draft and --ngram belong to a target: add --target")
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if backend not in BACKENDS:
+        raise ValueError(f"--backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    for option, path, written_by in (("--ngram", ngram, "fit-ngram"), ("--tree", tree, "tune-tree")):
+        if path is not None:
+            check_input(path, option, f"one that `stagedspec {written_by}` wrote")
+    for source, role in ((target, "target"), (draft, "draft")):
+        if source is not None:
+            checkpoints.find(source, role)
+    drafting = [mode for mode in modes if mode != "autoregressive"]
+    if target is not None and draft is None and drafting:
+        or_else = ", or choose --mode autoregressive" if len(modes) == 1 else ""
+        raise ValueError(f"{', '.join(drafting)}: a mode that drafts needs a draft model: add --draft{or_else}")
+    check_device(device, backend)
+
+
+def check_device(device: str, backend: str = "auto") -> None:
+    """Imports torch only to look for a GPU, or for a backend that must run."""
+    if not re.fullmatch(r"auto|cpu(:0)?|cuda(:\d+)?", device):
+        raise ValueError(f"--device must be auto, cpu, or a GPU such as cuda or cuda:1, got {device!r}")
+    if device.startswith("cuda") or backend == "triton":
+        from stagedspec.devices import resolve_device
+
+        where = resolve_device(device)
+        if backend == "triton":
+            from stagedspec.kernels.backend import resolve
+
+            resolve(backend, where)
+
+
+def check_sampling(seed: int = 0, **settings) -> dict:
+    """The settings that were given (others are None). Raises ValueError for values out of range."""
+    given = {name: value for name, value in settings.items() if value is not None}
+    try:
+        Sampling(**given)
+        counters(seed, 1)
+    except ValueError as error:
+        raise ValueError(f"--{str(error).replace('_', '-', 1)}") from None
+    return given
+
+
+def check_at_least(least: float, **options: float | None) -> None:
+    """Raises ValueError for an option below `least`; None is left out."""
+    for name, value in options.items():
+        if value is not None and not value >= least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+
+
+def check_folder(path: Path, option: str) -> None:
+    """Raises ValueError unless path is a folder or can become one."""
+    there = path.expanduser().resolve()
+    while not there.exists():
+        there = there.parent
+    if not there.is_dir():
+        raise ValueError(f"{option} must be a folder, but {there} is a file")
+
+
+def check_input(path: Path, option: str, expected: str) -> None:
+    """Raises ValueError unless path is a file that can be opened."""
+    path = path.expanduser()
+    if path.is_dir():
+        raise ValueError(f"{option} must be a file, {expected}, but {path} is a folder")
+    if path.exists() and not path.is_file():
+        return  # a pipe: to open it would take what it holds
+    try:
+        with path.open("rb"):
+            pass
+    except OSError as error:
+        raise ValueError(f"{option} must be a file, {expected}: cannot read {path} ({error.strerror})") from None
+
+
+def check_output(path: Path, option: str, make_folder: bool = False) -> None:
+    """Raises ValueError unless a file can be written at path. make_folder: its folder need not exist yet."""
+    path = path.expanduser()
+    folder = path.resolve().parent
+    if path.is_dir():
+        raise ValueError(f"{option} must be a file, but {path} is a folder")
+    while make_folder and not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir():
+        raise ValueError(f"{option}: cannot write {path}: the folder {folder} does not exist")
+    if path.exists() and not path.is_file():
+        return  # a pipe or a device: nothing to try
+    there = path.exists()
+    trial = path if there or folder == path.resolve().parent else folder / path.name
+    try:
+        with trial.open("ab"):
+            pass
+        if not there:
+            trial.unlink()
+    except OSError as error:
+        raise ValueError(f"{option}: cannot write {path}: {error.strerror}") from None

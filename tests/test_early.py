@@ -1,0 +1,213 @@
+"""Wrong options are refused before torch, transformers or a model is loaded."""
+
+import subprocess
+import sys
+
+import pytest
+import typer
+from test_cli import assert_error, models, one_thread, run, run_json  # noqa: F401 (fixtures)
+
+from stagedspec import cli, decoder, early
+from stagedspec.devices import DTYPES
+from stagedspec.kernels import backend
+from stagedspec.training import recipe
+from stagedspec.tree import MODES
+
+TARGET = str(decoder.files("stagedspec") / "assets" / "target")
+FILE, FOLDER = __file__, str(decoder.files("stagedspec"))
+
+REFUSED = [
+    ("generate x -n -3", "--max-new-tokens must be at least 1, got -3"),
+    ("generate x --temperature 0", "--temperature must be a finite number above 0"),
+    ("generate x --sample --temperature nan", "--temperature must be"),
+    ("generate x --sample --top-k -1", "--top-k must be"),
+    ("generate x --sample --top-p 2", "--top-p must be"),
+    ("generate x --sample --min-p -0.5", "--min-p must be"),
+    ("generate x --top-k 5", "add --sample"),
+    ("generate x --seed 99999999999999999999", "--seed must be an integer of 64 bits"),
+    ("generate x --tree banana", "--tree must be a file, one that `stagedspec tune-tree` wrote: cannot read banana"),
+    (f"generate x --tree {FOLDER}", "is a folder"),
+    (f"generate x --tree {FILE} --nodes 3", "leave out --nodes, or --tree"),
+    ("generate x --nodes 0", "tree nodes must be a whole number of at least 1, got 0"),
+    ("generate x --nodes 40 --passes 1", "propose at most"),
+    ("generate x --target /nowhere", "target: no checkpoint folder at '/nowhere'"),
+    (f"generate x --target {FILE}", "is a file; expected a folder"),
+    (f"generate x --target {FOLDER}", "has no config.json"),
+    ("generate x --target none/such", "the model hub cannot be reached"),
+    ("generate x --target", None),
+    (f"generate x --target {TARGET} --draft /nowhere", "draft: no checkpoint folder at '/nowhere'"),
+    (f"generate x --target {TARGET}", "staged: a mode that drafts needs a draft model: add --draft, or choose"),
+    (f"demo --target {TARGET}", "chain, tree, staged: a mode that drafts needs a draft model: add --draft"),
+    (f"tune-tree --target {TARGET}", "needs a draft model"),
+    ("generate x --draft some", "add --target"),
+    (f"generate x --target {TARGET} --ngram /nowhere", "--ngram must be a file"),
+    ("generate x --device tpu", "--device must be auto, cpu, or a GPU such as cuda or cuda:1, got 'tpu'"),
+    ("generate x --device cpu:7", "--device must be"),
+    ("generate x --dtype int8", "--dtype must be one of auto, float32, bfloat16, float16, got 'int8'"),
+    ("generate x --backend jax", "--backend must be one of auto, torch, triton, got 'jax'"),
+    ("generate x --mode fast", None),
+    ("generate x --save-html /nowhere/x.html", "the folder /nowhere does not exist"),
+    (f"generate x --save-html {FOLDER}", "is a folder"),
+    ("generate x --save-html /proc/x.html", "cannot write /proc/x.html"),
+    ("generate --file /nowhere", "no such file: /nowhere"),
+    ("demo --max-new-tokens 0", "--max-new-tokens must be at least 1, got 0"),
+    ("demo --seed 99999999999999999999", "--seed must be"),
+    ("demo --device x", "--device must be"),
+    ("fit-ngram --out /proc/x", "cannot write /proc/x"),
+    (f"fit-ngram --out {FOLDER}", "is a folder"),
+    ("fit-ngram --out x --tokens 0", "--tokens must be at least 1, got 0"),
+    ("fit-ngram --out x --batch -1", "--batch must be at least 1, got -1"),
+    ("fit-ngram --out x --temperature 0", "--temperature must be"),
+    ("fit-ngram --out x --text /nowhere", "cannot read /nowhere"),
+    ("fit-ngram --out x --draft /nowhere", "draft: no checkpoint folder at '/nowhere'"),
+    ("fit-ngram --out x --tokenizer y", "add --text"),
+    (f"fit-ngram --out x --work-dir {FILE}", "--work-dir must be a folder"),
+    ("tune-tree --out /nowhere/x", "the folder /nowhere does not exist"),
+    ("tune-tree --prompts /nowhere", "cannot read /nowhere"),
+    (f"tune-tree --prompts {FILE}", "must hold JSON lines"),
+    ("tune-tree --backend triton", "choose --backend torch"),
+    ("tune-tree -n 3", None),
+    ("warm-up --tokens 1", "--tokens must be at least 2, got 1"),
+    ("warm-up --no-greedy --no-sample", "nothing to make ready"),
+    ("warm-up --top-p 3", "--top-p must be"),
+    ("tune --op softmax", "--op must be one of linear, lm_head"),
+    ("tune --model /nowhere", "/nowhere"),
+    ("tune --device x", "--device must be"),
+    ("check --mode x", "--mode must be one of"),
+    (f"check --out {FILE}", "--out must be a folder"),
+    ("train --out x --preset huge", "--preset must be one of embedded, embedded-cpu, tiny, gpt2-large, got 'huge'"),
+    (f"train --out {FILE}", "--out must be a folder"),
+    ("train --out x --vocab-size 5", "--vocab-size must be at least 257, got 5"),
+    ("train --out x --evaluate-every 0", "--evaluate-every must be at least 1, got 0"),
+    ("'def f'", "stagedspec generate 'def f'"),
+    ("def f", "stagedspec generate 'def f'"),
+    ("genrate x", "Did you mean 'generate'"),
+]
+
+ALL = """
+import json, shlex, sys
+from typer.testing import CliRunner
+from stagedspec import cli
+for line in json.load(sys.stdin):
+    result = CliRunner().invoke(cli.app, shlex.split(line))
+    heavy = {"torch", "triton", "transformers"} & set(sys.modules)
+    print(json.dumps([result.exit_code, result.stderr, sorted(heavy)]))
+"""
+
+
+def test_wrong_options_are_refused_before_anything_is_imported(tmp_path):
+    import json
+
+    given = json.dumps([line for line, _ in REFUSED])
+    done = subprocess.run(
+        [sys.executable, "-c", ALL], input=given, capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    for (line, part), answer in zip(REFUSED, done.stdout.splitlines(), strict=True):
+        status, said, heavy = json.loads(answer)
+        assert (status, heavy) == (2, []), line
+        assert part is None or part in " ".join(said.replace("│", " ").split()), (line, said)
+        assert not said.startswith("error: ") or len(said.splitlines()) == 1, line
+    assert not list(tmp_path.iterdir())  # trying whether a file can be written leaves none
+
+
+@pytest.mark.parametrize("arguments", ["generate x --backend triton", "warm-up", "warm-up --backend torch"])
+def test_no_model_is_loaded_for_a_backend_that_cannot_run(monkeypatch, arguments):
+    monkeypatch.setattr(decoder.Decoder, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(backend, "_triton_problem", lambda *_: "no GPU here")
+    assert_error(run(*arguments.split(), "--device", "cpu"), "GPU")
+
+
+def test_the_words_are_the_library_s():
+    from stagedspec import tune_kernels
+
+    assert set(early.DTYPES) == {"auto", *DTYPES} and set(early.BACKENDS) == set(backend.BACKENDS)
+    assert set(early.PRESETS) == set(recipe.PRESETS) and list(early.OPERATIONS) == list(tune_kernels.PROBLEMS)
+    assert set(cli.Mode.__members__) == set(MODES) and isinstance(cli.app, typer.Typer)
+
+
+def test_outputs_that_can_be_written(tmp_path):
+    (tmp_path / "old").write_text("old")
+    for name in ("old", "new", "/dev/null"):
+        early.check_output(tmp_path / name, "--out")
+    early.check_output(tmp_path / "a" / "b" / "new", "--out", make_folder=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["old"] and (tmp_path / "old").read_text() == "old"
+
+
+# ---------------------------------------------------------------- lengths that the model has room for
+
+
+def test_generate_makes_as_many_tokens_as_there_is_room_for(models):  # noqa: F811
+    prompt = "import os\n" * 30
+    out = run_json("generate", prompt, *models)
+    assert 1 <= out["settings"]["max_new_tokens"] < 128
+    assert_error(run("generate", prompt, "-n", "128", *models), "n_positions", "at most")
+    assert_error(run("generate", prompt * 9, *models), "n_positions", "shorten the prompt")
+    assert run_json("generate", "x", *models)["settings"]["max_new_tokens"] == 128
+
+
+class Row(dict):
+    def __init__(self, predicted, measured, mode="tree", sampled=False):
+        super().__init__(predicted_speedup=predicted, measured_speedup=measured, mode=mode, sampled=sampled, batch=1)
+
+
+def test_predictions_that_are_far_off_are_told():
+    fine = [Row(2.0, 1.5), Row(1.0, 1.0), Row(3.0, None), Row(1.2, 2.0)]
+    assert cli._far_from_predicted(fine) == []
+    found = cli._far_from_predicted([*fine, Row(3.91, 1.11, "staged"), Row(1.0, 2.5, "chain", True)])
+    assert found == ["staged, 1 rows: 3.91x predicted, 1.11x measured", "chain, sampled, 1 rows: 1.00x predicted, 2.50x measured"]  # fmt: skip  # noqa: E501
+
+
+def test_statistics_end_at_the_last_depth_that_was_reached(capsys):
+    cli._print_stats({"accepted_per_depth": [5, 0, 2] + [0] * 30, "adapted": {}, "overhead": None, "steps": 0})
+    said = " ".join(capsys.readouterr().err.split())
+    assert said == "accepted per depth 5, 0, 2 steps 0"
+
+
+@pytest.mark.parametrize(
+    ("given", "longest", "new"), [([], 20, 20), (["-n", "8"], 32, 8), (["-n", "20"], 20, 20)], ids=["usual", "8", "20"]
+)
+def test_tune_tree_cuts_prompts_to_make_room(tmp_path, monkeypatch, given, longest, new):
+    folder = small_model(tmp_path)
+    seen = []
+    monkeypatch.setattr("stagedspec.tune.tune", lambda *arguments: seen.append(arguments) or refuse())
+    assert_error(run("tune-tree", "--target", folder, "--draft", folder, "--device", "cpu", *given), "seen")
+    _, prompts, new_tokens, *_ = seen[0]
+    assert (max(map(len, prompts)), new_tokens) == (longest, new)
+
+
+def test_tune_tree_without_room(tmp_path):
+    folder = small_model(tmp_path)
+    refused = run("tune-tree", "--target", folder, "--draft", folder, "--device", "cpu", "-n", "21")
+    assert_error(refused, "room for 20 new tokens, got 21; lower --max-new-tokens")
+
+
+def refuse():
+    raise ValueError("seen")
+
+
+def small_model(folder) -> str:
+    """A model of 40 positions with a tokenizer of bytes."""
+    from conftest import byte_tokenizer, make_gpt2
+    from tokenizers import pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    make_gpt2(0, n_layer=1, n_positions=40, vocab_size=len(alphabet)).save_pretrained(folder)
+    byte_tokenizer(alphabet).save_pretrained(folder)
+    return str(folder)
+
+
+def test_measuring_says_so_in_one_line(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("stagedspec.cost.BUDGET", 0.001)
+    folder = small_model(tmp_path / "model")
+
+    def said(batch: int, do_sample: bool = False) -> list[str]:
+        caplog.clear()
+        made = decoder.Decoder.from_pretrained(folder, draft=folder, device="cpu")
+        for mode in ("chain", "staged", "staged"):
+            made.tree_for(mode, batch, do_sample=do_sample)
+        return [record.message for record in caplog.records]
+
+    line = "measuring passes of these models to choose token trees"
+    assert said(1) == [f"{line} (greedy, batch 1): once"] and said(1) == []
+    assert said(3) == [f"{line} (greedy, batch 3): once"] and said(1, True) == [f"{line} (sampled, batch 1): once"]
