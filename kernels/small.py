@@ -13,6 +13,7 @@ Bytes: the weights once. One thread; what another could add is less than waking 
 order than torch's, and change with the number of rows: nothing here may decide a token of the output.
 """
 
+import logging
 import signal
 import threading
 import warnings
@@ -32,6 +33,8 @@ from stagedspec.kernels.control import GREEDY_SHARPNESS
 ROWS = 16  # of a pass; more are faster as tensor operations on all cores
 PARAMETERS = 1 << 21  # of a model; a larger one too
 ACTIVATIONS = {"relu": 0, "gelu_new": 1, "gelu_pytorch_tanh": 1}
+PATIENCE = 1.0  # seconds of compiling before it is told
+log = logging.getLogger("stagedspec")
 f32 = np.float32
 NEVER = f32(np.finfo(f32).min)
 COMPILED = []  # the functions below
@@ -337,7 +340,7 @@ def ready() -> bool:
 
     An interrupt is held back meanwhile: in the middle of it Numba would stay broken.
     """
-    with _held_back(signal.SIGINT):
+    with _held_back(signal.SIGINT), _told():
         try:
             _try_out()
         except Exception:  # a cache that is damaged or full; what Numba raises then has no common type
@@ -371,6 +374,18 @@ def _try_out() -> None:
     x, cache_rows = zeros(1, 1), zeros(1, 1, 1, 2, 1, 1)
     _forward(one, one, zeros(1, 1, 1), cache_rows, 0, 0, tiny.tables, layers, tiny.scales, tiny.epsilon, 0, x)
     _children(x, tiny.norm, tiny.head, tiny.epsilon, f32(1), 1, zeros(1, 1), one[0], one.copy(), zeros(1, 1))
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Says in the log what takes long: compiling does, and loading from the cache does not."""
+    telling = threading.Timer(PATIENCE, log.warning, ["compiling the draft's pass with Numba, once on this machine"])
+    telling.daemon = True
+    telling.start()
+    try:
+        yield
+    finally:
+        telling.cancel()
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """The decoder: models, arguments of calls, and the runs that answer them."""
 
 import logging
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +33,7 @@ from stagedspec.run import Request, Run, current, kind_of
 from stagedspec.sampling import Sampling, counters
 from stagedspec.stats import ORIGINS, Stats, marks_wanted
 from stagedspec.tree import MODES, TreeConfig
-from stagedspec.tuning import Tuning, keep, recall
+from stagedspec.tuning import Tuning, keep, pair_of, recall
 
 if TYPE_CHECKING:
     from stagedspec.hf import StagedOutput
@@ -127,6 +128,7 @@ class Decoder:
         self._tree = tree
         self._tuning: Tuning | None = None  # read from the user's cache when a tree is first chosen
         self._own = True  # whether what is measured is kept there
+        self._doubted = False  # whether what was kept there has been forgotten once, as measured on a busy machine
         self._costs: cost.PassTimes | None = None
         self._ladders: dict[tuple[str, int, bool], tuple[Rung, ...]] = {}  # chosen by the cost model
         self._learned: dict[tuple[str, int, bool], list[Controller]] = {}  # the last of each ladder, by generations
@@ -347,12 +349,29 @@ class Decoder:
     def _keep(self, run: Run) -> None:
         """Keeps a run that has come to its end and of which nothing more is wanted, if there is a use for it."""
         run.walk = None  # whose processors are the caller's
+        self._doubt(run)
         if not self.target.ops.fixed_shapes or run.clock.mark is not None or run.stepper.nbytes > KEPT_BYTES:
             return
         with self.target.ops.lock:
             self._kept.append(run)
             while len(self._kept) > KEPT or sum(kept.stepper.nbytes for kept in self._kept) > KEPT_BYTES:
                 del self._kept[0]
+
+    def _doubt(self, run: Run) -> None:
+        """Forgets the measured pass times if the target passes of one row took less than half of the shortest one:
+        the machine was busy when they were measured. Once in a decoder; the next call measures again.
+
+        On a CPU alone: on a GPU the phases' times say when passes were launched.
+        """
+        request, costs = run.request, self._costs
+        if self._doubted or not self._own or costs is None or self.device.type != "cpu" or len(request.prompts) > 1:
+            return
+        stats, known = run.stats(), costs.seconds.get((False, 1, 1, request.sampling.do_sample), 0.0)
+        if stats.steps >= 4 and stats.seconds.get("target", math.inf) / stats.steps < known / 2:
+            log.warning("token trees were chosen while this machine was busy: the next call measures passes again")
+            with self._measuring:
+                self._doubted, self._costs, self._tuning = True, None, Tuning(pair_of(self))
+                self._ladders.clear()
 
     def warm_up(
         self,
@@ -475,7 +494,7 @@ class Decoder:
             try:
                 if not self._costs.knows(batch, do_sample):
                     kind = "sampled" if do_sample else "greedy"
-                    log.warning("measuring passes of these models to choose token trees (%s, batch %d): once", kind, batch)
+                    log.warning("measuring model passes to choose token trees (%s, batch %d): once", kind, batch)
                 if trees is None:
                     self._costs.prepare(batch, do_sample)
                     trees = tuning.trees[key] = model.ladder(mode)

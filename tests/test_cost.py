@@ -268,6 +268,31 @@ def test_what_a_decoder_measures_is_kept(target, drafts, tmp_path, monkeypatch):
     assert recall(make()).trees == {}
 
 
+def test_what_a_busy_machine_measured_is_forgotten(target, drafts, tmp_path, monkeypatch, caplog):
+    """Once a generation's passes take less than half of the time that was measured; once in a decoder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def make():
+        return Decoder.from_pretrained(target, drafts["good"], device="cpu", dtype="float32")
+
+    def run(decoder):
+        caplog.clear()
+        tokens = decoder.generate(torch.tensor([[1, 2]]), max_new_tokens=30, eos_token_id=[])
+        return tokens.tolist(), [record.message.split(":")[0] for record in caplog.records]
+
+    first = make()
+    expected, _ = run(first)
+    slow = recall(first)
+    slow.seconds = {key: 1000 * seconds for key, seconds in slow.seconds.items()}
+    keep(first, slow)
+    second = make()
+    assert run(second) == (expected, ["token trees were chosen while this machine was busy"])
+    assert run(second) == (expected, ["measuring model passes to choose token trees (greedy, batch 1)"])
+    assert max(recall(first).seconds.values()) < min(slow.seconds.values())
+    second._costs.seconds = slow.seconds
+    assert run(second) == (expected, [])
+
+
 def test_a_cache_that_cannot_be_written(decoder, tuned, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))

@@ -208,6 +208,6 @@ def test_measuring_says_so_in_one_line(tmp_path, monkeypatch, caplog):
             made.tree_for(mode, batch, do_sample=do_sample)
         return [record.message for record in caplog.records]
 
-    line = "measuring passes of these models to choose token trees"
+    line = "measuring model passes to choose token trees"
     assert said(1) == [f"{line} (greedy, batch 1): once"] and said(1) == []
     assert said(3) == [f"{line} (greedy, batch 3): once"] and said(1, True) == [f"{line} (sampled, batch 1): once"]
