@@ -42,16 +42,19 @@ def cache_environment(compiled: Path, tuning: Path) -> dict[str, str]:
 
 
 def parse_tree(text: str) -> "stagedspec.TreeConfig | str":
-    """ "auto", or the fields of TreeConfig as numbers: "32,8,4,4,4,1,2". Raises ValueError for other words."""
+    """ "auto", or all fields of a TreeConfig that drafts: "32,8,4,4,4,1,2". Raises ValueError for other words."""
     if text == "auto":
         return text
     try:
         values = [int(value) for value in text.split(",")]
     except ValueError:
         values = []
-    if not 1 <= len(values) <= len(TREE_FIELDS):
-        raise ValueError(f"--tree must be auto or the numbers {','.join(TREE_FIELDS)}, got {text!r}")
-    return stagedspec.TreeConfig(**dict(zip(TREE_FIELDS, values, strict=False)))
+    if len(values) != len(TREE_FIELDS) or values[0] < 2:
+        raise ValueError(
+            f"--tree must be auto or {len(TREE_FIELDS)} numbers, {','.join(TREE_FIELDS)}, with at least 2 nodes, got "
+            f"{text!r}"
+        )
+    return stagedspec.TreeConfig(**dict(zip(TREE_FIELDS, values, strict=True)))
 
 
 def load_decoder(options: argparse.Namespace) -> stagedspec.Decoder:

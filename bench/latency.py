@@ -28,7 +28,7 @@ from machine import arguments_of, header, where
 from random_models import add_model_options, checkpoints
 from report import markdown, update_readme
 from sides import check_options, clear_errors
-from stagedspec import MODES
+from stagedspec import MODES, early
 from stagedspec.cli import quiet_transformers
 from stagedspec.devices import resolve_device, resolve_dtype
 
@@ -311,7 +311,7 @@ def summary(report: dict) -> str:
         if any(line["sampling"] == sampling for line in report["calls"]):
             parts.append(calls_table(report["calls"], sampling))
     if report["left_out"]:
-        parts.append("Left out: " + "; ".join(report["left_out"]) + ".")
+        parts.append("Left out:\n\n" + "\n".join(f"- {name}" for name in report["left_out"]))
     return "\n\n".join(parts)
 
 
@@ -346,16 +346,18 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def check(options: argparse.Namespace) -> None:
     """Fills in defaults. Raises ValueError for options that do not fit together."""
+    named = (options.target, options.draft, options.ngram) if options.random is None else (None, None, None)
+    early.check_models(*named, options.device, options.dtype, options.backend)
     device = resolve_device(options.device)
-    resolve_dtype(options.dtype, device)
     first_use.parse_tree(options.tree)
+    early.check_at_least(0, limit_seconds=options.limit_seconds)
     few, many = options.tokens
     if not 1 <= few < many:
         raise ValueError(f"--tokens must be a small and a larger number of new tokens, got {few} {many}")
     if min(options.lengths) < 1:
         raise ValueError(f"--lengths must be positive, got {min(options.lengths)}")
-    if options.out is not None and not options.out.resolve().parent.is_dir():
-        raise ValueError(f"--out: the folder {options.out.parent} does not exist")
+    if options.out is not None:
+        early.check_output(options.out, "--out")
     on_cpu = device.type == "cpu"
     if options.limit_seconds is None:
         options.limit_seconds = 120 if on_cpu else 240

@@ -906,7 +906,10 @@ def tune(
 
         found = tune_kernels.tune_all(ops, shapes, where, report, keep=keep)
     if not found:
-        raise ValueError(f"nothing to tune: on {name} {', '.join(ops)} of these shapes has no settings to choose from")
+        raise ValueError(
+            f"nothing to tune: on {name} there are no settings to choose from for {', '.join(ops)} at these shapes; "
+            "name other operations (--op) or models (--model)"
+        )
     if as_json:
         result = {"saved": str(saved), "device": name, "tuned": [one.as_dict() for one in found]}
         typer.echo(as_lines(result))

@@ -602,7 +602,9 @@ def _unpad(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, vocab_s
         raise ValueError(f"input_ids must be a LongTensor [batch, prompt], got {got}")
     batch, width = input_ids.shape
     if not 1 <= batch <= MAX_BATCH:
-        raise ValueError(f"the batch must have 1 to {MAX_BATCH} prompts, got {batch}")
+        raise ValueError(
+            f"the batch must have 1 to {MAX_BATCH} prompts, got {batch}; call generate for a part at a time"
+        )
     if width == 0:
         raise ValueError("the prompt is empty: give at least one token (the end-of-text token starts from nothing)")
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -616,7 +618,9 @@ def _unpad(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, vocab_s
         if not any(kept):
             raise ValueError(f"prompt {row} is empty: its attention_mask is all 0")
         if not kept[-1]:
-            raise ValueError("prompts must be padded on the left: the last column of attention_mask must be 1")
+            raise ValueError(
+                f"prompts must be padded on the left (padding_side='left'), but attention_mask ends prompt {row} with 0"
+            )
         prompt = [token for token, keep in zip(ids, kept, strict=True) if keep]
         bad = [token for token in prompt if not 0 <= token < vocab_size]
         if bad:

@@ -21,7 +21,9 @@ def resolve_device(device: str | torch.device) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {device} was asked for, but torch sees no CUDA GPU; use device='cpu' (--device cpu)")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {device} was asked for, but there are {torch.cuda.device_count()} GPUs")
+        raise ValueError(
+            f"device {device} was asked for, but torch sees {torch.cuda.device_count()}: the first is cuda:0"
+        )
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device

@@ -57,14 +57,18 @@ def read_checkpoint(source: "str | Path | GPT2LMHeadModel", role: str) -> GPT2LM
     if missing or notes.get("mismatched_keys"):
         raise ValueError(
             f"{role}: the checkpoint in {source} does not fit its config.json: "
-            f"missing {missing[:3]}, mismatched {list(notes.get('mismatched_keys', ()))[:3]}"
+            f"missing {missing[:3]}, mismatched {list(notes.get('mismatched_keys', ()))[:3]}; save the "
+            "model again with save_pretrained"
         )
     folder = local or checkpoints.cached_folder(str(source))
     for path in [] if folder is None else checkpoints.weight_files(folder):
         _check_kinds(path, model, role)
     for name, parameter in model.named_parameters():
         if not _finite(parameter):
-            raise ValueError(f"{role}: the checkpoint in {source} is damaged: {name} holds values that are not finite")
+            raise ValueError(
+                f"{role}: the checkpoint in {source} is damaged: {name} holds values that are not finite; "
+                "download or save it again"
+            )
     check_config(model.config)
     return model
 
@@ -115,7 +119,10 @@ def _check_kinds(path: Path, model: GPT2LMHeadModel, role: str) -> None:
     loaded = {name.removeprefix(prefix) for name, _ in model.named_parameters(remove_duplicate=False)}
     for name, kind in kinds.items():
         if name.removeprefix(prefix) in loaded and kind not in ("F64", "F32", "F16", "BF16"):
-            raise ValueError(f"{role}: {path} is damaged: {name} must be floating-point, it is {kind}")
+            raise ValueError(
+                f"{role}: {path} is damaged: {name} must be floating-point, it is {kind}; save the model in a "
+                "floating-point dtype"
+            )
 
 
 def padding(model: GPT2LMHeadModel) -> int | None:

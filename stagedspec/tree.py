@@ -49,11 +49,15 @@ class TreeConfig:
                 f"got depth {self.depth} and {self.slots} evaluations"
             )
         if self.nodes > 1 and (self.passes == 0 or self.depth == 0):
-            raise ValueError(f"a tree of {self.nodes} nodes needs at least one draft pass and a depth of 1")
+            raise ValueError(
+                f"a tree of {self.nodes} nodes needs at least one draft pass and a depth of 1, got {self.passes} "
+                f"passes and depth {self.depth}"
+            )
         if self.nodes - 1 > self.evaluations * self.children:
             raise ValueError(
                 f"{self.passes} passes of width {self.width} with {self.children} children each propose at most "
-                f"{self.evaluations * self.children} nodes, fewer than nodes - 1 = {self.nodes - 1}"
+                f"{self.evaluations * self.children} nodes, fewer than nodes - 1 = {self.nodes - 1}; "
+                "lower nodes, or raise one of the others"
             )
 
     @property

@@ -118,13 +118,19 @@ def tune(
     room for new_tokens.
     """
     if decoder.draft is None:
-        raise ValueError("trees are tuned for a pair of models: give a draft")
+        raise ValueError("trees are tuned for a target and its draft, and there is no draft: give a draft (--draft)")
     decoder.check_host_trees("tuning trees")
     room = decoder.target.positions - new_tokens
+    if room < 1:
+        raise ValueError(
+            f"new_tokens must leave room for a prompt, so at most {decoder.target.positions - 1}, got {new_tokens}"
+        )
+    lengths = [len(prompt) for prompt in prompts]
     prompts = [list(prompt) for prompt in prompts if 0 < len(prompt) <= room]
     if not prompts:
         raise ValueError(
-            f"expected at least one prompt of 1 to {room} tokens; lower the new tokens, or give shorter ones"
+            f"expected at least one prompt of 1 to {room} tokens, got {len(lengths)} of {min(lengths, default=0)} to "
+            f"{max(lengths, default=0)}; lower new_tokens, or give shorter ones"
         )
     modes = [mode for mode in MODES if mode != "autoregressive"]
     total, done = 2 * len(prompts) + 2 * len(batches) * (1 + len(modes) + len(MODES)), 0

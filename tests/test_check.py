@@ -121,7 +121,7 @@ def test_errors_are_one_line_and_leave_nothing_behind(decoder, monkeypatch, tmp_
     shown = {
         "kernels are checked on a GPU, but the device is cpu": cpu,
         "mode must be one of autoregressive, chain, tree, staged, got 'trees'": command("--mode", "trees"),
-        "device must be 'auto', 'cpu' or a GPU": command("--device", "gpu"),
+        "--device must be auto, cpu, or a GPU": command("--device", "gpu"),
         "--out must be a folder": command("--out", str(tmp_path / "file"), "--device", place),
     }
     monkeypatch.setattr(cli, "load_decoder", crowded)

@@ -132,7 +132,7 @@ def test_a_whole_run(folder, tmp_path, capsys, in_this_process):
     assert report["first_use"][0]["tree"]["nodes"] == 5
     assert report["left_out"] == ["prompts of 900 tokens: the target has room for 43"]
     printed = capsys.readouterr().out
-    assert "| staged" in printed and "Left out: prompts of 900 tokens" in printed
+    assert "| staged" in printed and "Left out:\n\n- prompts of 900 tokens" in printed
     assert "| transformers" in replace_between(README.read_text(encoding="utf-8"), "latency", printed)
     # Cold and warm share their folders; another mode or sampling has its own.
     folders = [(env["TRITON_CACHE_DIR"], env["NUMBA_CACHE_DIR"], env["XDG_CACHE_HOME"]) for env in in_this_process]
@@ -192,6 +192,13 @@ def test_first_use_in_a_process_of_its_own(folder, tmp_path):
     [
         (["--tokens", "5", "5"], "--tokens"),
         (["--tree", "big"], "--tree"),
+        (["--tree", "1,2"], "--tree must be auto or 7 numbers"),
+        (["--tree", "1,2,3,1,4,1,1"], "at least 2 nodes"),
+        (["--backend", "jax"], "--backend must be one of"),
+        (["--dtype", "int8"], "--dtype must be one of"),
+        (["--device", "tpu"], "--device must be"),
+        (["--target", "/nowhere"], "target: no checkpoint folder at '/nowhere'"),
+        (["--limit-seconds", "nan"], "--limit-seconds must be at least 0"),
         (["--lengths", "0"], "--lengths"),
         (["--out", "/none/such/file.json"], "--out"),
         (["--random", "L", "--target", "x"], "--random"),
@@ -212,8 +219,9 @@ def test_options_that_cannot_be(capsys, arguments, part):
 def test_trees_by_numbers():
     assert first_use.parse_tree("auto") == "auto"
     assert first_use.parse_tree("32,8,4,4,4,1,2") == TreeConfig(32, 8, 4, 4, 4, 1, 2)
-    with pytest.raises(ValueError, match="--tree"):
-        first_use.parse_tree("1,2,3,4,5,6,7,8")
+    for text in ("1,2,3,4,5,6,7,8", "32", "32,8,4,4,4,1", "", "32,8,4,4,4,1,x"):
+        with pytest.raises(ValueError, match="--tree must be auto or 7 numbers"):
+            first_use.parse_tree(text)
 
 
 def test_random_models(tmp_path):

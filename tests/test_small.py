@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -264,3 +265,14 @@ def test_generations_compile_nothing(target, drafts):
         for mode in ("chain", "staged"):
             decoder.generate(ids, mask, 12, mode=mode, **options)
     assert compiled() == [1, 1]
+
+
+@pytest.mark.parametrize("long", [True, False])
+def test_what_takes_long_is_told(monkeypatch, long):
+    """Once, while it goes on; not where compiled code is loaded at once."""
+    told, said = threading.Event(), []
+    monkeypatch.setattr(small, "PATIENCE", 0.0 if long else 3600.0)
+    monkeypatch.setattr(small.log, "warning", lambda message: (said.append(message), told.set()))
+    with small._told():
+        assert not long or told.wait(60)
+    assert said == ["compiling the draft's pass with Numba, once on this machine"] * long

@@ -234,7 +234,7 @@ def preset(name: str, **settings) -> TrainConfig:
         raise ValueError(f"unknown preset {name!r}: expected one of {', '.join(PRESETS)}")
     unknown = settings.keys() - asdict(PRESETS[name]).keys()
     if unknown:
-        raise ValueError(f"unknown settings: {', '.join(sorted(unknown))}")
+        raise ValueError(f"unknown settings: {', '.join(sorted(unknown))}; TrainConfig lists what there is")
     return replace(PRESETS[name], **settings)
 
 

@@ -123,7 +123,8 @@ def sample_shards(
         raise ValueError(f"tokens_wanted and batch must be at least 1, got {tokens_wanted} and {batch}")
     if not 1 <= longest_prompt < length <= limit:
         raise ValueError(
-            f"need 1 <= longest_prompt < length <= n_positions, got {longest_prompt}, {length} and {limit}"
+            f"length must be above longest_prompt and at most n_positions = {limit}, and longest_prompt at least "
+            f"1; got length {length} and longest_prompt {longest_prompt}"
         )
     if not temperatures or not all(0 < t < float("inf") for t in temperatures):
         raise ValueError(f"temperatures must be positive numbers, got {temperatures}")
