@@ -28,6 +28,7 @@ from stagedspec import checkpoints, early
 from stagedspec.compare import PROMPTS, Run, compare, table
 from stagedspec.kernels.invalid_logits import InvalidLogitsError
 from stagedspec.origins import VISIBLE, Shown, pieces, save
+from stagedspec.training.sources import check_sources
 from stagedspec.tree import MODES
 
 Mode = Enum("Mode", {name: name for name in MODES}, type=str)
@@ -1080,6 +1081,8 @@ def train(
         raise ValueError(f"--preset must be one of {', '.join(early.PRESETS)}, got {preset!r}")
     early.check_folder(out, "--out")
     early.check_device(device)
+    if source and not (out / "corpus.safetensors").exists():
+        check_sources(source)
 
     from dataclasses import replace
 

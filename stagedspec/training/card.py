@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from stagedspec.training.corpus import source_folder
+from stagedspec.training.sources import source_folder
 
 
 def source_line(source: str) -> str:

@@ -5,9 +5,6 @@ give the same corpus.
 """
 
 import hashlib
-import importlib.util
-import sysconfig
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+from stagedspec.training.sources import source_folder
 
 END_OF_TEXT = "<|endoftext|>"
 _SKIPPED_FOLDERS = {"test", "tests", "testing", "idlelib", "lib2to3", "site-packages", "_vendor", "__pycache__"}
@@ -47,39 +46,6 @@ class Corpus:
             return cls(tensors["train"].long(), tensors["heldout"].long(), heldout_bytes)
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged or no corpus ({error}); remove it to build it again") from error
-
-
-def source_folder(source: str) -> Path:
-    """Resolves "stdlib", an installed package's name or a path to a folder of Python source.
-
-    Raises ValueError if there is no such folder.
-    """
-    if source == "stdlib":
-        return Path(sysconfig.get_path("stdlib"))
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return path
-    if source.isidentifier():
-        spec = importlib.util.find_spec(source)
-        if spec is not None and spec.submodule_search_locations:
-            return Path(next(iter(spec.submodule_search_locations)))
-    raise ValueError(f"source {source!r} is neither 'stdlib', a folder, nor an installed package")
-
-
-def check_sources(sources: Iterable[str]) -> None:
-    """Raises ValueError that names all of the sources that are not there, not only the first."""
-    missing = []
-    for source in sources:
-        try:
-            source_folder(source)
-        except ValueError:
-            missing.append(repr(source))
-    if missing:
-        verb = "are" if len(missing) > 1 else "is"
-        raise ValueError(
-            f"source {', '.join(missing)} {verb} neither 'stdlib', a folder, nor an installed package: install what is "
-            "missing, or name other sources (--source stdlib)"
-        )
 
 
 def read_documents(sources: list[str]) -> tuple[list[str], list[str]]:

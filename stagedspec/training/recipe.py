@@ -29,7 +29,7 @@ from stagedspec.devices import resolve_device
 from stagedspec.loading import no_bars
 from stagedspec.ngram import fit_table
 from stagedspec.training import card, distil, sample
-from stagedspec.training.corpus import Corpus, build, check_sources
+from stagedspec.training.corpus import Corpus, build
 from stagedspec.training.fit import (
     FitConfig,
     cross_entropy,
@@ -40,6 +40,7 @@ from stagedspec.training.fit import (
     load_weights,
     sample_blocks,
 )
+from stagedspec.training.sources import check_sources
 
 STAGES = ("corpus", "target", "target-samples", "draft", "draft-samples", "ngram", "assets")
 Progress = Callable[[dict], None]
@@ -83,7 +84,7 @@ _DRAFT_FIT = FitConfig(tokens=1_000_000_000, batch=64, block=512, learning_rate=
 class TrainConfig:
     """All settings of a run. The defaults train the embedded models on one GPU.
 
-    sources:            what corpus.source_folder takes: "stdlib", installed packages, folders.
+    sources:            what sources.source_folder takes: "stdlib", installed packages, folders.
     target, draft:      sizes; target_fit, draft_fit: their training.
     sample_share:       part of the draft's training batches that is the target's own text.
     overlap_weight, choice_weight: in the draft's loss, see distil.distillation_loss.
