@@ -12,8 +12,9 @@ never changes the output.
 import itertools
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -41,18 +42,22 @@ def _whole(count: int, unit: int) -> int:
     return max(-(-count // unit), 1) * unit
 
 
-def cheapest(count: int, sizes: list[int]) -> list[int]:
-    """The cheapest chunks that cover `count` tokens of a prompt, largest first. sizes: to choose from, multiples of the
-    first."""
-    unit = sizes[0]
+def cheapest(count: int, sizes: Sequence[int], room: int) -> list[int]:
+    """The cheapest chunks that cover `count` tokens of a prompt and at most `room`, largest first. sizes: to choose
+    from; they and the room are multiples of the first."""
+    return min(_cheapest(tuple(sizes), room)[-(-count // sizes[0]) :])[1]
+
+
+@cache
+def _cheapest(sizes: tuple[int, ...], room: int) -> list[tuple[int, list[int]]]:
+    """For each multiple of the first size, the room the last: the cost and the sizes of its cheapest chunks."""
     best: list[tuple[int, list[int]]] = [(0, [])]
-    for units in range(1, -(-count // unit) + 1):
-        options = []
-        for size in sizes:
-            cost, taken = best[max(units - size // unit, 0)]
-            options.append((cost + size + CHUNK_COST, [*taken, size]))
-        best.append(min(options))
-    return sorted(best[-1][1], reverse=True)
+    for total in range(sizes[0], room + 1, sizes[0]):
+        before = [(size, *best[(total - size) // sizes[0]]) for size in sizes if size <= total]
+        best.append(
+            min((cost + size + CHUNK_COST, sorted([*taken, size], reverse=True)) for size, cost, taken in before)
+        )
+    return best
 
 
 class Row(NamedTuple):
@@ -82,28 +87,36 @@ class Sequences:
         self.device, self.capacity = device, _whole(max(map(len, prompts)) + new_tokens, TOKENS)
         check_runs(torch.empty(0, device=device), "Sequences")
 
-        def integers(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-            return torch.empty(shape, dtype=dtype, device=device)
-
-        self.state = CommitState(
-            tokens=integers(rows, self.capacity),
-            origins=integers(rows, self.capacity, dtype=torch.int8),
-            lengths=integers(rows),
-            limits=integers(rows),
-            running=integers(rows),
-            active=integers(1),
-            eos=integers(_whole(len(set(eos)), ENDS)),
-        )
+        # One block of memory: a generation begins with one copy to the device, and is read with one.
+        sizes = {
+            "tokens": rows * self.capacity, "eos": _whole(len(set(eos)), ENDS), "limits": rows,
+            "lengths": rows, "running": rows, "active": 1,
+        }  # fmt: skip
+        places, total = {}, 0
+        for name, size in sizes.items():
+            places[name] = slice(total, total + size)
+            total += _whole(size, 4)  # where kernels' loads begin is the same for every number of rows
+        self._places, self._block = places, torch.zeros(total, dtype=torch.int32, device=device)
+        self._progress = slice(places["lengths"].start, total)
+        state = self._fields(self._block)
+        self.state = CommitState(origins=torch.zeros(rows, self.capacity, dtype=torch.int8, device=device), **state)
         self._counts: list[torch.Tensor] = []  # of every `Trees` made for this batch
         self._chunks: dict[int, Batch] = {}  # by size
         self._roots: Trees | None = None
         self._chains: Trees | None = None
-        # The host learns how many rows run, and how long all are, from copies in pinned memory.
+        # What goes to the device, and the progress that comes back after each step, lie in pinned memory.
         pinned = device.type == "cuda"
-        self._known = [torch.empty(1 + 2 * rows, dtype=torch.int32, pin_memory=pinned) for _ in range(2)]
+        self._initial = torch.zeros(total, dtype=torch.int32, pin_memory=pinned)
+        self._known = [torch.zeros(total, dtype=torch.int32, pin_memory=pinned) for _ in range(2)]
         self._copied = [torch.cuda.Event() for _ in range(2)] if pinned else []
+        self._sent = torch.cuda.Event() if pinned else None
         self._first_token = Stopwatch(device)
         self.restart(prompts, new_tokens, eos)
+
+    def _fields(self, block: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The tensors of `CommitState` that lie in a block, by name."""
+        fields = {name: block[place] for name, place in self._places.items()}
+        return fields | {"tokens": fields["tokens"].view(-1, self.capacity)}
 
     def fits(self, prompts: list[list[int]], new_tokens: int, eos: Sequence[int]) -> bool:
         """Whether there is room for another generation of these arguments."""
@@ -116,18 +129,21 @@ class Sequences:
         self._first_token.start()
         self.prompt_lengths = [len(prompt) for prompt in prompts]
         self.limits = [length + new_tokens for length in self.prompt_lengths]
-        state = self.state
-
-        def filled(rows: Iterable[Sequence[int]], width: int, value: int) -> torch.Tensor:
-            return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows], dtype=torch.int32)
-
-        state.tokens.copy_(filled(prompts, self.capacity, 0))
-        state.origins.zero_()
-        state.lengths.copy_(torch.tensor(self.prompt_lengths))
-        state.limits.copy_(torch.tensor(self.limits))
-        state.running.fill_(1)
-        state.active.fill_(len(prompts))
-        state.eos.copy_(filled([sorted(set(eos))], len(state.eos), -1)[0])
+        self._lengths, self._gained = self.prompt_lengths, 1
+        if self._sent is not None:
+            self._sent.synchronize()  # the last generation's copy has read what is overwritten here
+        initial = self._fields(self._initial.zero_())
+        for row, prompt in zip(initial["tokens"], prompts, strict=True):
+            row[: len(prompt)] = torch.tensor(prompt, dtype=torch.int32)
+        ends = sorted(set(eos))
+        initial["eos"].fill_(-1)[: len(ends)] = torch.tensor(ends, dtype=torch.int32)
+        initial["limits"].copy_(torch.tensor(self.limits))
+        initial["lengths"].copy_(torch.tensor(self.prompt_lengths))
+        initial["running"].fill_(1)
+        initial["active"].fill_(len(prompts))
+        self._block.copy_(self._initial, non_blocking=True)
+        if self._sent is not None:
+            self._sent.record(torch.cuda.current_stream(self.device))
         for counts in self._counts:
             counts.zero_()
         self._published = 0
@@ -157,7 +173,7 @@ class Sequences:
     def chunks(self, count: int) -> list[tuple[int, int]]:
         """(start, size) of the passes that read the first `count` tokens of every row. The last one may reach beyond
         them: what it reads there is never seen, and overwritten in time."""
-        sizes = cheapest(count, self.chunk_sizes)
+        sizes = cheapest(count, self.chunk_sizes, self.capacity)
         return list(zip(itertools.accumulate(sizes, initial=0), sizes, strict=False))
 
     def chunk(self, start: int, size: int, dtype: torch.dtype | None = None) -> "Batch":
@@ -172,20 +188,16 @@ class Sequences:
 
     # ------------------------------------------------------------ what the host sees
 
-    def _parts(self, turn: int) -> tuple[torch.Tensor, ...]:
-        """What the host was told: how many rows run, all lengths, and which rows run."""
-        rows = len(self)
-        return self._known[turn % 2].split((1, rows, rows))
+    def _told(self, turn: int) -> dict[str, torch.Tensor]:
+        """What the host was told after a step: all lengths, which rows run and how many."""
+        return self._fields(self._known[turn % 2])
 
     def publish(self) -> None:
-        """Starts copying the rows' state to the host; outside a captured step, after it was launched."""
+        """Starts copying the rows' progress to the host; outside a captured step, after it was launched."""
         if not self._published:
             self._first_token.stop()
         turn = self._published % 2
-        active, lengths, running = self._parts(turn)
-        active.copy_(self.state.active, non_blocking=True)
-        lengths.copy_(self.state.lengths, non_blocking=True)
-        running.copy_(self.state.running, non_blocking=True)
+        self._known[turn][self._progress].copy_(self._block[self._progress], non_blocking=True)
         if self._copied:
             self._copied[turn].record()
         self._published += 1
@@ -194,32 +206,36 @@ class Sequences:
     def finished(self) -> bool:
         """Whether all rows have stopped, or one cannot go on (`check`), as far as the host knows.
 
-        The host is at most one step ahead: it waits for the step before the last one, and for the last one where by its
-        length every row may end in it. So a step runs in vain only after an end-of-sequence token that nobody could
-        foresee; it changes nothing. Without a `publish` after each step this stays False.
+        The host is at most one step ahead: it waits for the step before the last one. For the last one it waits where
+        every row would end in it by writing as many tokens as the best step did so far; a step in vain costs more than
+        a wait, and changes nothing. Without a `publish` after each step this stays False.
         """
         if not self._published:
             return False
         newest = self._published - 1
         if self._copied and not self._copied[newest % 2].query():
-            left = [limit - length for limit, length in zip(self.limits, self.prompt_lengths, strict=True)]
+            left, most = [limit - length for limit, length in zip(self.limits, self._lengths, strict=True)], self.most
             if newest:
                 self._copied[(newest - 1) % 2].synchronize()
-                _, lengths, running = (part.tolist() for part in self._parts(newest - 1))
-                rows = zip(self.limits, lengths, running, strict=True)
+                told = self._told(newest - 1)
+                lengths, running = told["lengths"].tolist(), told["running"].tolist()
+                gains = [now - before for now, before in zip(lengths, self._lengths, strict=True)]
+                self._lengths, self._gained = lengths, max(self._gained, *gains)
+                rows, most = zip(self.limits, lengths, running, strict=True), self._gained
                 left = [limit - length for limit, length, runs in rows if runs > 0]
-            if all(count <= self.most for count in left):
+            if all(count <= most for count in left):
                 self._copied[newest % 2].synchronize()
             elif newest:
                 newest -= 1
             else:
                 return False
-        active, _, running = self._parts(newest)
-        return active.item() == 0 or running.min().item() < 0
+        told = self._told(newest)
+        return told["active"].item() == 0 or told["running"].min().item() < 0
 
     def check(self) -> None:
         """Raises InvalidLogitsError if a row ended because no next token can be chosen; waits for the device."""
-        ends = zip(self.state.running.tolist(), self.state.lengths.tolist(), strict=True)
+        state = self._fields(self._block.cpu())
+        ends = zip(state["running"].tolist(), state["lengths"].tolist(), strict=True)
         raise_invalid([(index, length) for index, (runs, length) in enumerate(ends) if runs < 0])
 
     @property
@@ -230,10 +246,10 @@ class Sequences:
     @property
     def rows(self) -> list[Row]:
         """Snapshots of the rows; waits for the device."""
-        lengths, running = self.state.lengths.tolist(), self.state.running.tolist()
-        tokens, origins = self.state.tokens.cpu(), self.state.origins.cpu()
+        state, origins = self._fields(self._block.cpu()), self.state.origins.cpu()
+        lengths, running = state["lengths"].tolist(), state["running"].tolist()
         return [
-            Row(tokens[row, :length].tolist(), origins[row, start:length].tolist(), limit, runs > 0)
+            Row(state["tokens"][row, :length].tolist(), origins[row, start:length].tolist(), limit, runs > 0)
             for row, (start, length, limit, runs) in enumerate(
                 zip(self.prompt_lengths, lengths, self.limits, running, strict=True)
             )
@@ -244,14 +260,14 @@ class Sequences:
         """How many row-steps took so many tokens from nodes below the root; waits for the device."""
         result: Counter[int] = Counter()
         for counts in self._counts:
-            more = [*counts.sum(0).tolist(), 0]  # row-steps that accepted at least d tokens
+            more = [*counts.cpu().sum(0).tolist(), 0]  # row-steps that accepted at least d tokens
             result.update({depth: more[depth] - more[depth + 1] for depth in range(len(more) - 1)})
         return +result
 
     @property
     def steps(self) -> int:
         """In how many steps any row ran; waits for the device. A row runs from the first step until it stops."""
-        return int(sum(counts[:, 0] for counts in self._counts).max()) if self._counts else 0
+        return int(sum(counts[:, 0].cpu() for counts in self._counts).max()) if self._counts else 0
 
 
 # ---------------------------------------------------------------- one pass's inputs

@@ -262,8 +262,8 @@ def candidates(shape: tuple[int, ...], device: torch.device) -> list[dict[str, i
 
 
 def settings(tokens: int, inputs: int, groups: int = 1) -> dict[str, int]:
-    """Of a program that takes `tokens` tokens, a power of two, and `groups` times 64 rows of the weight: splits, columns
-    a block, and how many blocks of the weight and of x are in shared memory: all, or as many as fit.
+    """Of a program that takes `tokens` tokens, a power of two, and `groups` times 64 rows of the weight: splits,
+    columns a block, and how many blocks of the weight and of x are in shared memory: all, or as many as fit.
 
     Up to 64 tokens all of a group's weights are, and three blocks of x at least. Large blocks are faster: they may go a
     little beyond the last column, where zeros are. With more tokens or groups both operands go through rings.

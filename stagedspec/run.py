@@ -279,7 +279,8 @@ class Run:
 
     def new_tokens(self, pad: int) -> torch.Tensor:
         """The new tokens, LongTensor [B, most], shorter rows filled up with `pad`."""
-        new = [row.tokens[len(prompt) :] for row, prompt in zip(self.sequences.rows, self.request.prompts, strict=True)]
+        rows = zip(self.sequences.rows, self.request.prompts, strict=True)
+        new = [row.tokens[len(prompt) :] for row, prompt in rows]
         most = max(map(len, new))
         return torch.tensor([row + [pad] * (most - len(row)) for row in new])
 

@@ -36,7 +36,7 @@ from stagedspec.workloads import Growing, Head, ModelShape, Moving
 GAIN = 0.02  # a candidate must be faster by more than this to take the default's place: less is noise
 NODES = (1, 16, 64)
 LINEAR_NODES = (16, 32, 64, 128)
-CHUNK = 256  # the largest pass over a prompt
+CHUNKS = (256, 512, 1024)  # passes over a prompt
 CACHE = 128 << 20  # bytes, more than any GPU's L2
 CONTEXT = 512
 Timer = Callable[[Callable[[], None]], float]
@@ -213,7 +213,7 @@ def _linear(shape: ModelShape, device: torch.device) -> Iterator[Problem]:
     for outputs, inputs in ((3 * width, width), (width, width), (mlp, width), (width, mlp)):
         if linear.by_hopper(dtype.itemsize, inputs, device):
             op, module = "linear_hopper", linear_hopper
-            counts = {linear_hopper.padded(count): count for count in (*LINEAR_NODES, CHUNK)}
+            counts = {linear_hopper.padded(count): count for count in (*LINEAR_NODES, *CHUNKS)}
             keys = {(rows, outputs, inputs): count for rows, count in counts.items()}
         else:
             op, module, size = "linear", linear, dtype.itemsize

@@ -94,13 +94,14 @@ def test_waiting_is_reported(caplog, monkeypatch):
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 16])
 def test_chunks_cover_prompts_and_fit(rows):
-    sizes = [size for size in device.CHUNKS if size * rows <= device.CHUNKS[-1]]
-    for count in range(1100):
-        chunks = device.cheapest(count, sizes)
+    for count in range(2100):
+        # A sequence has room for a multiple of TOKENS tokens, and for one more than are read.
+        room = -(-(count + 1) // device.TOKENS) * device.TOKENS
+        sizes = [size for size in device.CHUNKS if size * rows <= device.CHUNKS[-1] and size <= room]
+        chunks = device.cheapest(count, sizes, room)
         assert chunks == sorted(chunks, reverse=True) and set(chunks) <= set(sizes)
         assert sum(chunks) >= count and (not chunks or sum(chunks[:-1]) < count)
-        # A sequence has room for a multiple of TOKENS tokens, and for one more than are read.
-        assert sum(chunks) <= -(-(count + 1) // device.TOKENS) * device.TOKENS
+        assert sum(chunks) <= room
 
 
 def test_chunks_are_the_cheapest():
@@ -116,7 +117,7 @@ def test_chunks_are_the_cheapest():
             for chunks in itertools.combinations_with_replacement(sizes, number)
             if sum(chunks) >= count
         )
-        assert cost(device.cheapest(count, sizes)) == min(map(cost, every))
+        assert cost(device.cheapest(count, sizes, 192)) == min(map(cost, every))
 
 
 # ---------------------------------------------------------------- warm_up

@@ -199,9 +199,9 @@ def test_errors(device):
 
     wrong = {
         r"x must have the shape \[any, any\], got \[390\]": {"x": x.flatten()},
-        r"1 to 256 rows, got 0": {"x": x[:0], "stats": known[:0], "out": out[:0]},
-        r"1 to 256 rows, got 257; split it": {
-            name: torch.zeros(257, *shape, device=device)
+        r"1 to 1024 rows, got 0": {"x": x[:0], "stats": known[:0], "out": out[:0]},
+        r"1 to 1024 rows, got 1025; split it": {
+            name: torch.zeros(1025, *shape, device=device)
             for name, shape in (("x", (130,)), ("stats", (3, 2)), ("out", (40,)))
         },
         r"weight must have the shape \[any, 130\], got \[130, 40\]": {"layer": replace(layer, weight=layer.weight.t())},
@@ -244,20 +244,34 @@ def test_hopper_s_parts_have_room_with_any_settings(inputs):
     outputs, (splits, _) = 200, linear_hopper.splits_of(inputs)
     for count in range(1, linear.MAX_TOKENS + 1):
         partials, counters = linear.scratch_size(count, outputs, inputs)
-        default, *others = linear_hopper.candidates((linear_hopper.padded(count), outputs, inputs), torch.device("cpu"))
-        assert default["TOKENS"] == min(64, linear_hopper.padded(count))
-        for tokens in (default["TOKENS"], *(other["TOKENS"] for other in others)):
-            tiles = triton.cdiv(outputs, linear.ROWS) * triton.cdiv(count, tokens)
-            assert linear_hopper.settings(tokens, inputs)["TOKENS"] == tokens
+        shape = linear_hopper.padded(count), outputs, inputs
+        for tried in linear_hopper.candidates(shape, torch.device("cpu")):
+            tokens, groups = tried["TOKENS"], tried["GROUPS"]
+            chosen = linear_hopper.settings(tokens, inputs, groups)
+            assert (chosen["TOKENS"], chosen["GROUPS"], chosen["SPLITS"]) == (tokens, groups, splits)
             if splits > 1:
-                assert tiles <= counters and tiles * splits * tokens * linear.ROWS <= partials
+                tiles = triton.cdiv(outputs, groups * linear.ROWS) * triton.cdiv(count, tokens)
+                assert tiles <= counters and splits * count * outputs <= partials
+
+
+@pytest.mark.parametrize(("tokens", "groups"), [(128, 2), (128, 1), (64, 2)])
+def test_hopper_s_rings_have_room(tokens, groups):
+    """Operands that take turns: at least two blocks of each, parts as long as those of any other program."""
+    for inputs in range(8, linear.HOPPER_SPLIT * linear.MOST_SPLITS + 1, 8):
+        splits, part = linear_hopper.splits_of(inputs)
+        chosen = linear_hopper.settings(tokens, inputs, groups)
+        assert chosen["SPLITS"] == splits and chosen["SPLIT_K"] == part and part % chosen["BLOCK_K"] == 0
+        slots = chosen["SLOTS"]
+        assert chosen["WEIGHT_SLOTS"] == slots >= min(2, part // chosen["BLOCK_K"])
+        elements = slots * chosen["BLOCK_K"] * (tokens + groups * linear.ROWS)
+        assert elements * 2 + slots * 16 <= linear_hopper.SHARED
 
 
 def test_hopper_refuses_settings_that_it_has_no_scratch_for():
     x, weight = torch.zeros(20, 64, dtype=torch.bfloat16), torch.zeros(16, 64, dtype=torch.bfloat16)
     part, out = torch.zeros(16), torch.zeros(20, 16, dtype=torch.bfloat16)
     with (
-        configs.trying("linear_hopper", (32, 16, 64), {"TOKENS": 8}),
+        configs.trying("linear_hopper", (32, 16, 64), {"TOKENS": 8, "GROUPS": 1}),
         pytest.raises(ValueError, match="no such settings"),
     ):
         linear_hopper.launch(x, None, None, 1e-5, weight, None, 0, None, out, None, part, part)

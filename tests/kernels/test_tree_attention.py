@@ -299,34 +299,47 @@ def test_alone_or_beside_others(device, dtype, fixed_order, whole, count):
         assert torch.equal(part.run()[0], expected[rows, first:])
 
 
-def test_prefill_is_decoding(device, dtype, fixed_order):
-    """A prompt in chunks longer than the window, and token by token: the same bits."""
-    length, tree_rows, batch, heads, kv_heads, size = 120, 4, 1, 2, 1, 40
+def test_prompts_in_any_chunks(device, dtype, fixed_order):
+    """A prompt in chunks of any sizes, down to single tokens: the same bits and the same keys and values, which are
+    those of plain attention as far as the dtype goes. What lies beyond the prompt is NaN."""
+    length, tree_rows, batch, heads, kv_heads, size = 150, 4, 2, 4, 2, 40
     case = make(device, dtype, [[0] * length] * batch, [0] * batch, length, tree_rows, heads, kv_heads, size)
     case.cache[:] = torch.nan
-    chunks, cache = [], case.cache.clone()
-    for start in range(0, length, 70):
-        nodes = min(70, length - start)
-        chunk = replace(
-            case,
-            qkv=case.qkv[:, start : start + nodes].contiguous(),
-            masks=words_of([masks_of(range(-1, nodes - 1))] * batch, 3).to(device),
-            prefix=torch.full_like(case.prefix, start),
-            chunk=True,
-        )
-        out, cache = chunk.run(cache)
-        chunks.append(out)
-    whole = torch.cat(chunks, 1)
-    one = words_of([[1]] * batch, 1).to(device)
-    for t in (0, 15, 16, 69, 70, 80, 119):
-        step = replace(
-            case,
-            qkv=case.qkv[:, t : t + 1].contiguous(),
-            masks=one,
-            cache=cache,
-            prefix=torch.full_like(case.prefix, t),
-        )
-        assert torch.equal(step.run()[0][:, 0], whole[:, t]), t
+
+    def read(sizes):
+        outs, cache, start = [], case.cache.clone(), 0
+        for nodes in sizes:
+            chunk = replace(
+                case,
+                qkv=case.qkv[:, start : start + nodes].contiguous(),
+                masks=torch.zeros(batch, nodes, -(-nodes // 32), dtype=torch.int32, device=device),  # not read
+                prefix=torch.full_like(case.prefix, start),
+                chunk=True,
+            )
+            out, cache = chunk.run(cache)
+            outs.append(out)
+            start += nodes
+        assert start == length
+        return torch.cat(outs, 1), cache
+
+    whole, cache = read([length])
+    for sizes in ([70, 70, 10], [1] * 20 + [64, 66], [33, 16, 101], [128, 22]):
+        out, rows = read(sizes)
+        assert torch.equal(out, whole), sizes
+        assert torch.equal(rows[:, tree_rows:], cache[:, tree_rows:]), sizes
+    q, k, v = case.qkv.view(batch, length, -1, size).split((heads, kv_heads, kv_heads), 2)
+    assert torch.equal(cache[:, tree_rows:, 0], k) and torch.equal(cache[:, tree_rows:, 1], v)
+
+    def plain(kind):
+        parts = [part.to(kind).transpose(1, 2) for part in (q, k, v)]
+        parts[1:] = [part.repeat_interleave(heads // kv_heads, 1) for part in parts[1:]]
+        scores = (parts[0] @ parts[1].mT) * size**-0.5
+        scores = scores.masked_fill(torch.ones(length, length, device=device).triu(1).bool(), float("-inf"))
+        return (scores.softmax(-1) @ parts[2]).transpose(1, 2).flatten(2).double()
+
+    exact, same = plain(torch.float64), plain(dtype)
+    ours = whole.view(exact.shape).double()
+    assert (ours - exact).abs().max() <= 2 * (same - exact).abs().max() + 1e-6
 
 
 def test_kernels_that_start_early_wait_for_what_they_read(device, fixed_order, monkeypatch):
