@@ -58,8 +58,9 @@ def check_models(
     check_device(device, backend)
 
 
-def check_device(device: str, backend: str = "auto") -> None:
-    """Imports torch only to look for a GPU, or for a backend that must run."""
+def check_device(device: object, backend: str = "auto") -> None:
+    """device: a name, or a torch.device. Imports torch only to look for a GPU, or for a backend that must run."""
+    device = str(device)
     if not re.fullmatch(r"auto|cpu(:0)?|cuda(:\d+)?", device):
         raise ValueError(f"--device must be auto, cpu, or a GPU such as cuda or cuda:1, got {device!r}")
     if device.startswith("cuda") or backend == "triton":

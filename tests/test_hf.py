@@ -658,7 +658,7 @@ def test_models_that_would_be_decoded_wrongly(draft):
     adapted.transformer.h[0].mlp.c_fc.lora_A = torch.nn.Parameter(torch.zeros(2, 2))
     with pytest.raises(ValueError, match=r"has a parameter 'transformer.h.0.mlp.c_fc.lora_A'.*merge adapters"):
         adapted.generate(ids, **call)
-    with pytest.raises(ValueError, match="no checkpoint folder at /none/such"):
+    with pytest.raises(ValueError, match="no checkpoint folder at '/none/such'"):
         make_gpt2(0).generate(ids, custom_generate=custom_generate("/none/such"))
     with pytest.raises(ValueError, match=r"mode 'staged' needs a draft model: .*prompt_lookup_num_tokens"):
         make_gpt2(0).generate(ids, custom_generate=custom_generate())
