@@ -17,7 +17,8 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from stagedspec.gpt2 import check_config
+from stagedspec.gpt2 import check_config, finite
+from stagedspec.plain import check_plain
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -69,17 +70,28 @@ def no_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+# What wraps a model, by an attribute that tells it, and how to come to the model inside.
+_WRAPPERS = {
+    "_orig_mod": ": give the model inside the compiled one, ._orig_mod",
+    "merge_and_unload": ": merge the adapter and give what model.merge_and_unload() returns",
+    "module": ": give the model inside, .module",
+}
+
+
 def read_checkpoint(source: "str | Path | GPT2LMHeadModel", role: str) -> GPT2LMHeadModel:
     """A hub id, a local folder as `save_pretrained` writes it, or a GPT2LMHeadModel, to a GPT2LMHeadModel.
 
     Only safetensors are read, nothing is unpickled and no remote code runs. role ("target", "draft") is for messages.
-    Raises ValueError for a missing, foreign or damaged checkpoint and for a hub id that cannot be reached.
+    Raises ValueError for a missing, foreign or damaged checkpoint, for a hub id that cannot be reached, and for a model
+    object that is no plain GPT-2 (`check_plain`).
     """
     if isinstance(source, GPT2LMHeadModel):
         check_config(source.config)
+        check_plain(source, role)
         return source
     if not isinstance(source, (str, Path)):
-        raise ValueError(f"{role} must be a hub id, a folder or a GPT2LMHeadModel, got {type(source).__name__}")
+        inside = next((way for mark, way in _WRAPPERS.items() if hasattr(source, mark)), "")
+        raise ValueError(f"{role} must be a hub id, a folder or a GPT2LMHeadModel, got {type(source).__name__}{inside}")
     folder = Path(source).expanduser()
     if folder.is_dir():
         _check_folder(folder, role)
@@ -110,16 +122,10 @@ def read_checkpoint(source: "str | Path | GPT2LMHeadModel", role: str) -> GPT2LM
             f"missing {missing[:3]}, mismatched {list(notes.get('mismatched_keys', ()))[:3]}"
         )
     for name, parameter in model.named_parameters():
-        if not _finite(parameter):
+        if not finite(parameter):
             raise ValueError(f"{role}: the checkpoint in {source} is damaged: {name} holds values that are not finite")
     check_config(model.config)
     return model
-
-
-def _finite(parameter: torch.Tensor) -> bool:
-    """Whether no value is infinite or NaN. Both pass through the extremes, which torch finds ten times faster than it
-    looks at every value."""
-    return not parameter.numel() or all(bool(extreme.isfinite()) for extreme in parameter.detach().aminmax())
 
 
 def _check_hub(name: str, role: str) -> None:
@@ -181,6 +187,27 @@ def _check_shard(path: Path, role: str) -> None:
             raise ValueError(f"{role}: {path} is damaged: {name} must be floating-point, it is {kind}")
 
 
+def same_but_padding(first: int, second: int, tokenizer: PreTrainedTokenizerBase | None) -> bool:
+    """Whether two sizes of a vocabulary may differ by rows that pad it, or by a few added tokens.
+
+    They may where the tokenizer, if known, has no id beyond the smaller one. Else where the larger one is the smaller
+    one rounded up, to a multiple of at most 128, or larger by no more than a sixteenth.
+    """
+    small, large = sorted((first, second))
+    if tokenizer is not None and max(tokenizer.get_vocab().values(), default=small) < small:
+        return True
+    return large - small <= small // 16 or large in [-(-small // unit) * unit for unit in (8, 16, 32, 64, 128)]
+
+
+def check_vocabularies(target: int, draft: int, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Raises ValueError unless the sizes of two vocabularies differ by padding alone."""
+    if not same_but_padding(target, draft, tokenizer):
+        raise ValueError(
+            f"target and draft must share the vocabulary: the target has {target} tokens, the draft {draft}; use a "
+            "draft with the target's tokenizer, or give from_pretrained tokenizer=... if the rest are rows of padding"
+        )
+
+
 def padding(model: GPT2LMHeadModel) -> int | None:
     """The model's own padding token, or None."""
     pad = model.generation_config.pad_token_id
@@ -227,11 +254,16 @@ def load_tokenizer(source: object) -> PreTrainedTokenizerBase | None:
         raise ValueError(f"the tokenizer of {source} cannot be loaded: {error}") from error
 
 
-def check_same_tokens(target: PreTrainedTokenizerBase | None, draft: PreTrainedTokenizerBase | None) -> None:
-    """Raises ValueError, naming the first token that differs, unless two tokenizers are the same."""
+def check_same_tokens(
+    target: PreTrainedTokenizerBase | None, draft: PreTrainedTokenizerBase | None, size: int | None = None
+) -> None:
+    """Raises ValueError, naming the first token that differs, unless two tokenizers are the same for ids below size."""
     if target is None or draft is None:
         return
-    theirs, ours = draft.get_vocab(), target.get_vocab()
+    theirs, ours = (
+        {token: index for token, index in one.get_vocab().items() if size is None or index < size}
+        for one in (draft, target)
+    )
     if theirs == ours:
         return
     by_id = sorted((index, token) for token, index in ours.items())
