@@ -31,7 +31,8 @@ _IDLE = {
     "training", "gradient_checkpointing", "p", "inplace", "name_or_path", "loss_type", "padding_idx", "sparse",
     "scale_grad_by_freq", "num_embeddings", "embedding_dim", "in_features", "out_features", "nx",
 }  # fmt: skip
-_VALUES = (int, float, bool, str, tuple, type(None))
+_VALUES = frozenset((int, float, bool, str, tuple, type(None)))
+_REPLACEABLE = frozenset(("act", *_METHODS))
 
 _OWN = "or use transformers' own generate, without stagedspec"
 _MERGE = f"merge adapters into the weights (merge_and_unload), load without quantisation, {_OWN}"
@@ -192,7 +193,7 @@ def _way_out(module: nn.Module) -> str:
 
 
 def _comparable(value: object) -> bool:
-    return isinstance(value, _VALUES) or (callable(value) and not isinstance(value, (type, nn.Module)))
+    return type(value) in _VALUES or (callable(value) and not isinstance(value, (type, nn.Module)))
 
 
 def _content(value: object) -> object:
@@ -217,9 +218,9 @@ def fingerprint(model: GPT2LMHeadModel, sampled: bool) -> tuple:
     parts = [model.config._attn_implementation, everywhere]
     for module in model.modules():
         own = vars(module)
-        replaced = [id(own[name]) for name in ("act", *_METHODS) if name in own]
-        hooks = [*module._forward_hooks, *module._forward_pre_hooks]
-        values = [value for value in own.values() if isinstance(value, _VALUES)]
+        replaced = [id(own[name]) for name in own.keys() & _REPLACEABLE]
+        hooks = [*own["_forward_hooks"], *own["_forward_pre_hooks"]]
+        values = [value for value in own.values() if type(value) in _VALUES]
         parts.append((id(module), type(module), values, hooks, replaced))
     parameters = list(model.parameters())
     parts += [(one.data_ptr(), one.dtype, 0 if one.is_inference() else one._version) for one in parameters]
