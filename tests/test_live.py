@@ -4,6 +4,7 @@ import copy
 import gc
 import pickle
 import weakref
+from functools import partial
 from pathlib import Path
 
 import numpy
@@ -17,6 +18,7 @@ from stagedspec import Decoder, TreeConfig, hf
 from stagedspec.hf import custom_generate
 from stagedspec.ngram import fit_table
 
+on_cpu = partial(Decoder.from_pretrained, device="cpu")
 IDS = torch.tensor(random_prompts([5], seed=4))
 NEW, TREE = 25, TreeConfig()
 
@@ -33,7 +35,7 @@ def draft():
 
 def entrances(model, draft):
     """generate(ids) through both, each by what was made for the model as it is now."""
-    decoder, through = Decoder.from_pretrained(model, draft), custom_generate(draft, tree=TREE)
+    decoder, through = on_cpu(model, draft), custom_generate(draft, tree=TREE)
     model.generate(IDS, max_new_tokens=2, custom_generate=through)
     return {
         "decoder": lambda: decoder.generate(IDS, max_new_tokens=NEW, tree=TREE),
@@ -139,7 +141,7 @@ def test_a_model_that_can_no_longer_be_decoded(model, draft, way):
 
 
 def test_a_running_generation_keeps_its_weights(model, draft):
-    decoder = Decoder.from_pretrained(model, draft)
+    decoder = on_cpu(model, draft)
     before = decoder.complete(IDS, NEW, tree=TREE).tokens
     stream = decoder.stream(IDS, NEW, tree=TREE)
     tokens = list(next(stream).tokens)
@@ -151,7 +153,7 @@ def test_a_running_generation_keeps_its_weights(model, draft):
 def test_a_draft_that_changes(model):
     """Changes no token, and is followed."""
     draft = make_gpt2(51)
-    decoder = Decoder.from_pretrained(model, draft)
+    decoder = on_cpu(model, draft)
     before, read = decoder.generate(IDS, max_new_tokens=NEW, tree=TREE), decoder.draft
     draft.load_state_dict(model.state_dict())
     assert torch.equal(decoder.generate(IDS, max_new_tokens=NEW, tree=TREE), before)
@@ -160,7 +162,7 @@ def test_a_draft_that_changes(model):
 
 def test_a_model_that_is_gone(draft):
     model = make_gpt2(50)
-    before, decoder = model.generate(IDS, max_new_tokens=NEW, do_sample=False), Decoder.from_pretrained(model, draft)
+    before, decoder = model.generate(IDS, max_new_tokens=NEW, do_sample=False), on_cpu(model, draft)
     table, gone = model.transformer.wte.weight, weakref.ref(model)
     del model
     gc.collect()
@@ -171,7 +173,7 @@ def test_a_model_that_is_gone(draft):
 
 
 def test_a_vocabulary_that_grows(model):
-    decoder = Decoder.from_pretrained(model)
+    decoder = on_cpu(model)
     model.generate(IDS, max_new_tokens=2, custom_generate=custom_generate(mode="autoregressive"))
     model.resize_token_embeddings(VOCAB + 3, mean_resizing=False)
     with pytest.raises(
@@ -209,7 +211,7 @@ def test_few_decoders_are_kept_of_many_drafts(model):
 
 def test_no_weight_is_shared_with_the_model(model, draft):
     """So that no change of the model can reach a decoder before it is read again."""
-    decoder = Decoder.from_pretrained(model, draft)
+    decoder = on_cpu(model, draft)
     lent = {one.untyped_storage().data_ptr() for source in (model, draft) for one in source.parameters()}
 
     def tensors(part):
@@ -230,7 +232,7 @@ def test_no_weight_is_shared_with_the_model(model, draft):
 
 @pytest.mark.parametrize("way", [copy.deepcopy, copy.copy])
 def test_copies_of_a_decoder(model, draft, way):
-    decoder = Decoder.from_pretrained(model, draft, tree=TREE)
+    decoder = on_cpu(model, draft, tree=TREE)
     other = way(decoder)
     options = {"max_new_tokens": NEW, "do_sample": True, "seed": 5}
     assert torch.equal(other.generate(IDS, **options), decoder.generate(IDS, **options))
@@ -243,7 +245,7 @@ def test_copies_of_a_decoder(model, draft, way):
 
 def test_a_decoder_is_not_pickled(model):
     with pytest.raises(ValueError, match=r"cannot be pickled: make one in every process, by Decoder.from_pretrained"):
-        pickle.dumps(Decoder.from_pretrained(model))
+        pickle.dumps(on_cpu(model))
 
 
 # ---------------------------------------------------------------- vocabularies that differ by padding
@@ -269,7 +271,7 @@ def test_padded_vocabularies(sizes, katz, draft):
     ids[0, 2] = sizes[0] - 1
     expected = model.generate(ids, max_new_tokens=NEW, do_sample=False)
     assert sizes[0] <= sizes[1] or (expected >= sizes[1]).any()
-    decoder = Decoder.from_pretrained(model, draft, table)
+    decoder = on_cpu(model, draft, table)
     for mode in stagedspec.MODES:
         assert torch.equal(decoder.generate(ids, max_new_tokens=NEW, mode=mode, tree=TREE), expected), mode
         through = custom_generate(draft, table, mode=mode, tree=TREE)
@@ -290,7 +292,7 @@ def test_the_draft_of_a_padded_target_is_as_good(draft):
     options = {"max_new_tokens": NEW, "tree": TREE}
     steps = []
     for target in (model, padded):
-        decoder = Decoder.from_pretrained(target, good)
+        decoder = on_cpu(target, good)
         decoder.generate(IDS, **options)
         steps.append(decoder.last_stats.steps)
     assert steps[0] == steps[1]
@@ -301,10 +303,10 @@ def test_a_tokenizer_that_fits_both_allows_more_padding():
     model, draft = resized(52, 700), make_gpt2(51)
     table = fit_table([torch.randint(VOCAB, (2000,))], VOCAB)
     with pytest.raises(ValueError, match=r"target has 700 tokens, the draft 61; use a draft .*tokenizer="):
-        Decoder.from_pretrained(model, draft)
+        on_cpu(model, draft)
     with pytest.raises(ValueError, match=r"fitted for 61 tokens, the target has 700; .*tokenizer="):
-        Decoder.from_pretrained(model, ngram=table)
-    decoder = Decoder.from_pretrained(model, draft, table, tokenizer=byte_tokenizer(alphabet))
+        on_cpu(model, ngram=table)
+    decoder = on_cpu(model, draft, table, tokenizer=byte_tokenizer(alphabet))
     expected = model.generate(IDS, max_new_tokens=NEW, do_sample=False)
     assert torch.equal(decoder.generate(IDS, max_new_tokens=NEW, tree=TREE), expected)
 
@@ -333,7 +335,7 @@ def test_padded_models_with_the_embedded_draft_and_table():
     target = stagedspec.loading.read_checkpoint(assets / "target", "target").float()
     target.resize_token_embeddings(2048, pad_to_multiple_of=100, mean_resizing=False)
     known = assets / "draft", assets / "ngram.safetensors"
-    decoder = Decoder.from_pretrained(target, *known, tokenizer=assets / "target", device="cpu")
+    decoder = on_cpu(target, *known, tokenizer=assets / "target")
     ids = torch.tensor([decoder.tokenizer("import os\n").input_ids])
     expected = target.generate(ids, max_new_tokens=24, do_sample=False)
     assert torch.equal(decoder.generate(ids, max_new_tokens=24, tree=TREE), expected)
@@ -350,7 +352,7 @@ def test_the_last_token_needs_no_position(model, new, positions):
     draft = make_gpt2(51, n_positions=positions)
     ids = torch.tensor(random_prompts([POSITIONS + 1 - new] * 2, seed=6))
     expected = model.generate(ids, max_new_tokens=new, do_sample=False)
-    decoder = Decoder.from_pretrained(model, draft)
+    decoder = on_cpu(model, draft)
     for mode in stagedspec.MODES:
         assert torch.equal(decoder.generate(ids, max_new_tokens=new, mode=mode, tree=TREE), expected), mode
         through = custom_generate(draft, mode=mode, tree=TREE)
@@ -370,7 +372,7 @@ def test_token_types_name_the_way_out(model, draft):
     """A tokenizer may return them unasked."""
     inputs = {"input_ids": IDS, "token_type_ids": torch.zeros_like(IDS), "max_new_tokens": 4}
     for call in (
-        lambda: Decoder.from_pretrained(model, draft).generate(**inputs),
+        lambda: on_cpu(model, draft).generate(**inputs),
         lambda: model.generate(**inputs, custom_generate=custom_generate(draft)),
     ):
         with pytest.raises(

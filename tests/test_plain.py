@@ -4,6 +4,7 @@ import copy
 import functools
 import re
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from stagedspec import Decoder, TreeConfig
 from stagedspec.hf import custom_generate
 from stagedspec.plain import check_plain
 
+on_cpu = partial(Decoder.from_pretrained, device="cpu")
 IDS = torch.tensor(random_prompts([5], seed=3))
 NEW, TREE = 12, TreeConfig()
 
@@ -170,12 +172,12 @@ def test_refused_by_name(name):
     change(model)
     ways = {
         "target": [
-            lambda: Decoder.from_pretrained(model, good),
+            lambda: on_cpu(model, good),
             lambda: good.__class__.generate(model, IDS, max_new_tokens=2, custom_generate=custom_generate(good)),
         ],
         "draft": [
-            lambda: Decoder.from_pretrained(good, model),
-            lambda: Decoder.from_pretrained(good).generate(IDS, max_new_tokens=2, assistant_model=model),
+            lambda: on_cpu(good, model),
+            lambda: on_cpu(good).generate(IDS, max_new_tokens=2, assistant_model=model),
             lambda: good.generate(IDS, max_new_tokens=2, custom_generate=custom_generate(model)),
             lambda: good.generate(IDS, max_new_tokens=2, assistant_model=model, custom_generate=custom_generate()),
         ],
@@ -219,7 +221,7 @@ def test_harmless_changes_are_let_through(name):
     for tree in ({"mode": "autoregressive"}, {"tree": TREE}):
         ours = model.generate(IDS, max_new_tokens=NEW, custom_generate=custom_generate(draft, **tree))
         assert torch.equal(ours, expected)
-        assert torch.equal(Decoder.from_pretrained(model, draft).generate(IDS, max_new_tokens=NEW, **tree), expected)
+        assert torch.equal(on_cpu(model, draft).generate(IDS, max_new_tokens=NEW, **tree), expected)
 
 
 def test_autocast_is_told():
@@ -228,7 +230,7 @@ def test_autocast_is_told():
     expected = model.generate(IDS, max_new_tokens=NEW)
     model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
     with pytest.warns(UserWarning, match="target: the forward at the model itself runs under autocast"):
-        decoder = Decoder.from_pretrained(model)
+        decoder = on_cpu(model)
     assert torch.equal(decoder.generate(IDS, max_new_tokens=NEW, mode="autoregressive"), expected)
 
 
@@ -247,7 +249,7 @@ def test_global_hooks(register):
     handle = register(lambda *_: None)
     try:
         with pytest.raises(ValueError, match=r"global forward hook .*remove"):
-            Decoder.from_pretrained(model)
+            on_cpu(model)
     finally:
         handle.remove()
     check_plain(model, "target")
@@ -287,9 +289,9 @@ def test_wrapped_models_name_the_way_out():
     }
     for message, wrapper in wrappers.items():
         calls = [
-            lambda wrapper=wrapper: Decoder.from_pretrained(wrapper),
-            lambda wrapper=wrapper: Decoder.from_pretrained(model, wrapper),
-            lambda wrapper=wrapper: Decoder.from_pretrained(model).generate(IDS, assistant_model=wrapper),
+            lambda wrapper=wrapper: on_cpu(wrapper),
+            lambda wrapper=wrapper: on_cpu(model, wrapper),
+            lambda wrapper=wrapper: on_cpu(model).generate(IDS, assistant_model=wrapper),
             lambda wrapper=wrapper: model.generate(IDS, custom_generate=custom_generate(wrapper)),
             lambda wrapper=wrapper: model.generate(IDS, assistant_model=wrapper, custom_generate=custom_generate()),
         ]
@@ -307,5 +309,5 @@ def test_values_beyond_a_dtype(role):
     with pytest.raises(
         ValueError, match=f"{role}: .*c_fc.weight' holds values beyond the range of float16, 65504: use"
     ):
-        Decoder.from_pretrained(**models, dtype="float16")
-    Decoder.from_pretrained(**models, dtype="bfloat16")
+        on_cpu(**models, dtype="float16")
+    on_cpu(**models, dtype="bfloat16")
