@@ -1,6 +1,7 @@
 """What the benchmarks share: options, prompts, models, and the sides of a comparison."""
 
 import argparse
+import copy
 import functools
 import gzip
 import hashlib
@@ -201,9 +202,11 @@ def load(options: argparse.Namespace) -> Models:
             torch.manual_seed(0)
             draft = GPT2LMHeadModel(draft.config).to(draft.dtype).eval()
             draft.generation_config.eos_token_id = None
+    # Of copies that are gone at once: a decoder looks at model objects at every call, and refuses those with hooks.
     decoder = stagedspec.Decoder.from_pretrained(
-        target, draft, sources[2], tokenizer, device=options.device, dtype=options.dtype, backend=options.backend
-    )
+        *copy.deepcopy((target, draft)), sources[2], tokenizer, device=options.device, dtype=options.dtype,
+        backend=options.backend,
+    )  # fmt: skip
     passes = {"target": 0, "draft": 0}
     for name, model in (("target", target), ("draft", draft)):
         if model is not None:

@@ -571,7 +571,8 @@ def choose_children(
         if k is not None and k < logits.shape[-1]:
             # Before temperature, and without the ties: the draft's numerics are free.
             (logits, tokens), warping = logits.topk(k, -1), warping | {"top_k": None}
-        scores = warp(logits, **warping) + noise.of(tokens)
+        # A draft may have fewer tokens than the target, whose noise it is.
+        scores = warp(logits, **warping) + noise.of(tokens)[..., : logits.shape[-1]]
     top, best = scores.softmax(-1).topk(min(count, scores.shape[-1]), -1)
     return best if tokens is None else tokens.gather(-1, best), top.log_().clamp_(max=-1e-4)
 

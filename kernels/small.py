@@ -272,24 +272,25 @@ class Small:
 
     @classmethod
     def of(cls, config, weights: dict[str, torch.Tensor], scales: list[float]) -> "Small | None":
-        """weights: by their names in a `GPT2LMHeadModel`; scales: of each layer's attention scores. None for a model
-        that tensor operations serve better, or one that this file does not know."""
+        """weights: by their names in a `GPT2LMHeadModel`, all of them copied; scales: of each layer's attention scores.
+        None for a model that tensor operations serve better, or one that this file does not know."""
         tensors = weights.values()
         known = config.activation_function in ACTIVATIONS
         plain = all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors)
-        if not known or not plain or sum(tensor.numel() for tensor in tensors) > PARAMETERS or not ready():
+        size = sum({tensor.data_ptr(): tensor.numel() for tensor in tensors}.values())  # a tied head once
+        if not known or not plain or size > PARAMETERS or not ready():
             return None
 
         def stacked(name: str) -> np.ndarray:
             parts = [weights[f"transformer.h.{index}.{name}"] for index in range(config.n_layer)]
-            return torch.stack(parts).contiguous().numpy()
+            return torch.stack(parts).numpy()
 
         names = ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj")
-        head = weights.get("lm_head.weight", weights["transformer.wte.weight"]).t().contiguous().numpy()
+        head = weights.get("lm_head.weight", weights["transformer.wte.weight"]).numpy().T.copy()
         return cls(
-            tables=tuple(weights[f"transformer.{name}.weight"].contiguous().numpy() for name in ("wte", "wpe")),
+            tables=tuple(weights[f"transformer.{name}.weight"].numpy().copy() for name in ("wte", "wpe")),
             layers=tuple(stacked(f"{name}.{part}") for name in names for part in ("weight", "bias")),
-            norm=tuple(weights[f"transformer.ln_f.{part}"].contiguous().numpy() for part in ("weight", "bias")),
+            norm=tuple(weights[f"transformer.ln_f.{part}"].numpy().copy() for part in ("weight", "bias")),
             head=(head, np.zeros(head.shape[1], f32)),
             scales=np.array(scales, f32),
             epsilon=f32(config.layer_norm_epsilon),

@@ -1,11 +1,13 @@
 """The decoder: models, arguments of calls, and the runs that answer them."""
 
+import copy
 import logging
 import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partialmethod
 from importlib.resources import files
 from pathlib import Path
 from threading import Lock
@@ -19,13 +21,16 @@ from stagedspec.adapt import Controller, Rung, rungs
 from stagedspec.devices import resolve_device, resolve_dtype
 from stagedspec.gpt2 import GPT2
 from stagedspec.kernels import backend as kernel_backend
+from stagedspec.live import LiveModel, read_model
 from stagedspec.loading import (
     check_same_tokens,
+    check_vocabularies,
     end_of_sequence,
     generation_defaults,
     load_tokenizer,
     padding,
     read_checkpoint,
+    same_but_padding,
 )
 from stagedspec.ngram import KatzTable
 from stagedspec.positions import Positions
@@ -92,7 +97,10 @@ class Decoder:
 
     Make one with `from_pretrained` or `default`. Several threads may use it, in turn by steps. Between calls it keeps
     buffers, and with the Triton backend the memory and CUDA graphs of its last generations (`release` frees them);
-    no result depends on them.
+    no result depends on them. `copy.deepcopy` gives a decoder with buffers of its own and the same weights; a pickle of
+    one is refused.
+    live: target and draft as the caller's model objects, where they are such: each call begins with their weights as
+    they are then.
     defaults: what the model's own generation config sets; it holds where a call says nothing else.
     mark: what the phases of its steps are marked with for a profiler; NVTX ranges if STAGEDSPEC_NVTX=1, else None.
     Steps that are marked are not captured as CUDA graphs, whose replays have no phases.
@@ -108,18 +116,22 @@ class Decoder:
         eos_token_ids: Sequence[int] = (),
         pad_token_id: int | None = None,
         defaults: dict[str, Any] | None = None,
+        live: tuple[LiveModel | None, LiveModel | None] = (None, None),
     ):
-        if draft is not None and draft.vocab_size != target.vocab_size:
+        if draft is not None and len(draft.token_table) != target.vocab_size:
             raise ValueError(
-                f"target and draft must share the vocabulary: the target has {target.vocab_size} tokens, "
-                f"the draft {draft.vocab_size}"
+                f"a draft must be laid out for the target's vocabulary of {target.vocab_size} tokens, got one for "
+                f"{len(draft.token_table)}: give GPT2 vocabulary={target.vocab_size}"
             )
-        if ngram is not None and ngram.vocab_size != target.vocab_size:
-            raise ValueError(
-                f"the n-gram table was fitted for {ngram.vocab_size} tokens, the target has {target.vocab_size}; "
-                "fit one with this tokenizer"
-            )
+        if ngram is not None:
+            if not same_but_padding(ngram.vocab_size, target.vocab_size, tokenizer):
+                raise ValueError(
+                    f"the n-gram table was fitted for {ngram.vocab_size} tokens, the target has {target.vocab_size}; "
+                    "fit one with this tokenizer, or give tokenizer=... if the rest are rows of padding"
+                )
+            ngram = ngram.resized(target.vocab_size)
         self.target, self.draft, self.ngram, self.tokenizer = target, draft, ngram, tokenizer
+        self._live = live
         self.device = target.device
         self.eos_token_ids, self.pad_token_id = tuple(eos_token_ids), pad_token_id
         self.defaults = {} if defaults is None else defaults
@@ -155,7 +167,17 @@ class Decoder:
         before on this machine or is measured at first use, and with the torch backend the trees adapt to the text; a
         file written by `stagedspec tune-tree` is used in its place; a TreeConfig is kept to.
 
-        Raises ValueError for whatever is missing, damaged or does not fit together.
+        Weights are copied. A model object that changes later (an optimizer's step, `load_state_dict`, a hook) is
+        checked and read again at the start of the next call, so that every call decodes with all of its weights as they
+        were then: never with some old and some new ones. Only single values that are written through `.data` or
+        outside of torch can go unnoticed: all weights then stay those read before, so make a new decoder.
+        `hf.custom_generate` does the same.
+        A vocabulary of draft or table may differ from the target's by rows of padding or a few added tokens: ids that
+        the draft does not have are never proposed.
+
+        Raises ValueError for whatever is missing, damaged or does not fit together, and for a model object that is no
+        plain GPT-2 in eval mode: hooks, adapters, replaced modules or methods, quantised, offloaded or non-finite
+        weights.
         """
         device = resolve_device(device)
         dtype = resolve_dtype(dtype, device)
@@ -171,22 +193,32 @@ class Decoder:
         head_sizes = {config.n_embd // config.n_head for config in configs}
         ops = kernel_backend.resolve(backend, device, head_sizes, dtype)
         loaded = load_tokenizer(tokenizer if tokenizer is not None else target)
-        if isinstance(draft, (str, Path)):
-            check_same_tokens(loaded, load_tokenizer(draft))
+        if draft_model is not None:
+            sizes = [target_model.config.vocab_size, draft_model.config.vocab_size]
+            check_vocabularies(*sizes, loaded)
+            if isinstance(draft, (str, Path)):
+                check_same_tokens(loaded, load_tokenizer(draft), min(sizes))
         table = ngram
         if isinstance(ngram, (str, Path)):
-            table = KatzTable.load(ngram, vocab_size=target_model.config.vocab_size)
+            table = KatzTable.load(ngram)
         elif ngram is not None and not isinstance(ngram, KatzTable):
             raise ValueError(f"ngram must be a path or a KatzTable, got {type(ngram).__name__}")
+        layout = {"ops": ops, "device": device, "dtype": dtype}
+        weights, live = read_model(target_model, "target", target is target_model, **layout)
+        draft_weights, draft_live = None, None
+        if draft_model is not None:
+            layout |= {"invariant": False, "vocabulary": weights.vocab_size}
+            draft_weights, draft_live = read_model(draft_model, "draft", draft is draft_model, **layout)
         decoder = cls(
-            GPT2(target_model, ops, device, dtype),
-            None if draft_model is None else GPT2(draft_model, ops, device, dtype, invariant=False),
+            weights,
+            draft_weights,
             None if table is None else table.to(device),
             loaded,
             tree,
             end_of_sequence(target_model),
             padding(target_model),
             generation_defaults(target_model),
+            (live, draft_live),
         )
         if tuning is not None:
             tuning.check(decoder, "the tree file")
@@ -213,6 +245,42 @@ class Decoder:
         self._tuning, self._own, self._costs = tuning, False, None
         self._ladders.clear()
         self._learned.clear()
+
+    def __deepcopy__(self, memo: dict) -> "Decoder":
+        """Weights are never written to, so the copy shares them; it has its own buffers."""
+        made = Decoder(
+            self.target, self.draft, self.ngram, self.tokenizer, self._tree, self.eos_token_ids, self.pad_token_id,
+            copy.deepcopy(self.defaults, memo), self._live,
+        )  # fmt: skip
+        made._tuning, made._own = copy.deepcopy((self._tuning, self._own), memo)
+        return made
+
+    __copy__ = partialmethod(__deepcopy__, {})
+
+    def __reduce_ex__(self, protocol: object):
+        raise ValueError("a Decoder cannot be pickled: make one in every process, by Decoder.from_pretrained(...)")
+
+    def follow(self) -> None:
+        """Reads model objects of the caller's again if they have changed; every call begins with it.
+
+        Raises ValueError if they can no longer be decoded.
+        """
+        target, draft = (
+            weights if live is None else live.now()
+            for weights, live in zip((self.target, self.draft), self._live, strict=True)
+        )
+        if target is self.target and draft is self.draft:
+            return
+        if target.vocab_size != self.target.vocab_size:
+            raise ValueError(
+                f"the target's vocabulary has changed from {self.target.vocab_size} to {target.vocab_size} tokens: "
+                "make a new decoder"
+            )
+        self.target, self.draft = target, draft
+        self._learned.clear()
+        if self._costs is not None:  # new weights take as long as the old
+            self._costs = cost.PassTimes(target, draft, self._costs.seconds)
+        self.release()
 
     # ------------------------------------------------------------ the three ways to decode
 
@@ -350,6 +418,8 @@ class Decoder:
         """Keeps a run that has come to its end and of which nothing more is wanted, if there is a use for it."""
         run.walk = None  # whose processors are the caller's
         self._doubt(run)
+        if run.stepper.target is not self.target or run.stepper.draft is not self.draft:
+            return  # their models have changed meanwhile
         if not self.target.ops.fixed_shapes or run.clock.mark is not None or run.stepper.nbytes > KEPT_BYTES:
             return
         with self.target.ops.lock:
@@ -416,6 +486,7 @@ class Decoder:
     def _read(self, input_ids, attention_mask, max_new_tokens, mode, seed, tree, options: dict) -> Call:
         """The arguments of `generate`, read and checked."""
         began = time.perf_counter()
+        self.follow()
         seed = int(torch.randint(2**63 - 1, ())) if seed is None else seed
         if options.keys() <= _PLAIN and not self.defaults and input_ids is not None:
             call = self._read_plain(input_ids, attention_mask, max_new_tokens, mode, seed, tree, **options)
@@ -528,11 +599,12 @@ class Decoder:
         if not isinstance(max_new_tokens, int) or isinstance(max_new_tokens, bool) or max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be a whole number of at least 1, got {max_new_tokens!r}")
         longest = max(map(len, prompts))
-        if longest + max_new_tokens > self.target.positions:
-            room = self.target.positions - longest
+        room = self.target.positions + 1 - longest  # the last token is not read, and needs no position
+        if max_new_tokens > room:
             raise ValueError(
-                f"prompt + new tokens must be at most n_positions = {self.target.positions}, got {longest} + "
-                f"{max_new_tokens}; shorten the prompt" + (f" or ask for at most {room} new tokens" if room > 0 else "")
+                f"prompt + new tokens, not counting the last, must be at most n_positions = {self.target.positions}, "
+                f"got {longest} + {max_new_tokens}; shorten the prompt"
+                + (f" or ask for at most {room} new tokens" if room > 0 else "")
             )
         seeds, streams = counters(seed, len(prompts))
         if lookup is not None and (type(lookup) is not int or not 1 <= lookup <= 255):

@@ -71,7 +71,10 @@ REFUSED: dict[str, tuple[tuple, str]] = {
 REFUSED_ARGUMENTS = {
     "inputs_embeds": "give input_ids",
     **dict.fromkeys(_CACHE, "give the whole sequence as input_ids: the prefix is computed again"),
-    "token_type_ids": _OWN,
+    "token_type_ids": (
+        "leave it out (call the tokenizer with return_token_type_ids=False): GPT-2 would add the embedding of a token "
+        f"to every position. If your model was trained so, {_OWN}"
+    ),
     "encoder_hidden_states": _OWN,
     "encoder_attention_mask": _OWN,
     "negative_prompt_ids": _OWN,

@@ -3,12 +3,14 @@
 Everything of `GPT2Config` that changes the forward pass is honoured; what is not supported is refused by name.
 """
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
 
 import torch
+import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.activations import ACT2FN
 
@@ -47,23 +49,33 @@ class Cache:
 
 
 class GPT2:
-    """Weights of one model, laid out for a backend.
+    """Weights of one model, copied and laid out for a backend: what later happens to the model does not matter here.
 
     ops: the backend, of `stagedspec.kernels.backend.resolve`. invariant: whether a node's result must not
     depend on the rest of the batch: always for a target; a draft cannot change the output and takes what is fastest.
+    vocabulary: of the target, for a draft with more or fewer rows of padding: token ids below it can be read, and those
+    that the draft has too can be proposed (`vocab_size`).
 
-    Raises ValueError for a config that cannot be decoded, and for heads too wide for the backend.
+    Raises ValueError for a config that cannot be decoded, for heads too wide for the backend, and for weights that are
+    not finite in `dtype`.
     """
 
     def __init__(
-        self, model: GPT2LMHeadModel, ops: ModuleType, device: torch.device, dtype: torch.dtype, invariant: bool = True
+        self,
+        model: GPT2LMHeadModel,
+        ops: ModuleType,
+        device: torch.device,
+        dtype: torch.dtype,
+        invariant: bool = True,
+        vocabulary: int | None = None,
     ):
-        config = model.config
+        config = copy.deepcopy(model.config)
         check_config(config)
         self.ops, self.device, self.dtype = ops, device, dtype
         self.kv_dtype = ops.kv_dtype(dtype, device, invariant)
         self.config = config
-        self.vocab_size, self.positions = config.vocab_size, config.n_positions
+        vocabulary = config.vocab_size if vocabulary is None else vocabulary
+        self.vocab_size, self.positions = min(config.vocab_size, vocabulary), config.n_positions
         self.heads, self.head_size = config.n_head, config.n_embd // config.n_head
         if self.head_size > ops.max_head_size:
             raise ValueError(
@@ -73,22 +85,26 @@ class GPT2:
         self.epsilon, self.upcast = config.layer_norm_epsilon, bool(config.reorder_and_upcast_attn)
         name = config.activation_function
         self.activation: str | Callable = name if ops.fused_activation(name) else ACT2FN[name]
-        weights = {key: value.detach().to(device=device, dtype=dtype) for key, value in model.named_parameters()}
-        # A tied head is absent from named_parameters.
-        head = weights.get("lm_head.weight", weights["transformer.wte.weight"])
-        self.token_table = weights["transformer.wte.weight"]
+        weights = _Weights(model, "target" if invariant else "draft", device, dtype)
+        table = weights["transformer.wte.weight"]
+        head = table if model.lm_head.weight is model.transformer.wte.weight else weights["lm_head.weight"]
+        head = head[: self.vocab_size]
+        beyond = vocabulary - len(table)  # ids that a draft can only read
+        self.token_table = F.pad(table, (0, 0, 0, beyond)) if beyond > 0 else table[:vocabulary]
         self.position_table = weights["transformer.wpe.weight"]
-        self.final_norm = (weights["transformer.ln_f.weight"], weights["transformer.ln_f.bias"])
+        self.final_norm = weights.pair("transformer.ln_f")
         self.invariant = invariant
         self.head = ops.pack_linear(head, None, invariant)
         self.layers = [self._layer(weights, index) for index in range(config.n_layer)]
-        scales = [layer.scale for layer in self.layers]
-        self.small = None if invariant else ops.small_model(config, weights, scales)
+        self.small = None
+        if not invariant:
+            own = weights.shared | {"transformer.wte.weight": self.token_table, "lm_head.weight": head}
+            self.small = ops.small_model(config, own, [layer.scale for layer in self.layers])
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
 
-    def _layer(self, weights: dict[str, torch.Tensor], index: int) -> Layer:
+    def _layer(self, weights: "_Weights", index: int) -> Layer:
         def pair(name: str) -> tuple[torch.Tensor, torch.Tensor]:
-            return weights[f"transformer.h.{index}.{name}.weight"], weights[f"transformer.h.{index}.{name}.bias"]
+            return weights.pair(f"transformer.h.{index}.{name}")
 
         def linear(name: str, norm: str | None = None) -> Linear:
             weight, bias = pair(name)
@@ -114,7 +130,7 @@ class GPT2:
         config = self.config
         inner = config.n_inner or 4 * config.n_embd
         layer = 4 * config.n_embd**2 + 2 * config.n_embd * inner
-        return (config.n_layer * layer + config.vocab_size * config.n_embd) * self.dtype.itemsize
+        return (config.n_layer * layer + self.vocab_size * config.n_embd) * self.dtype.itemsize
 
     def forward(self, batch: Batch, cache: Cache, write: int, first: int = 0) -> torch.Tensor:
         """One pass over the B*N tokens of batch; returns the hidden states [B, N, d] before the last norm.
@@ -147,6 +163,43 @@ class GPT2:
         if self.small is not None and self.small.knows(hidden.shape[:-1].numel(), warping):
             return self.ops.small_children(self.small, hidden, count, warping, noise)
         return self.ops.lm_head_children(hidden, *self.final_norm, self.epsilon, self.head, count, warping, noise)
+
+
+class _Weights:
+    """The weights of a model object by name, each copied when it is asked for, so that no two copies of all exist.
+
+    role ("target", "draft") is for messages. shared: the weights themselves, copied only for another device or dtype.
+    """
+
+    def __init__(self, model: GPT2LMHeadModel, role: str, device: torch.device, dtype: torch.dtype):
+        self._role, self._place = role, {"device": device, "dtype": dtype}
+        self._parameters = {name: one.detach() for name, one in model.named_parameters(remove_duplicate=False)}
+
+    @property
+    def shared(self) -> dict[str, torch.Tensor]:
+        return {name: one.to(**self._place) for name, one in self._parameters.items()}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        own = self._parameters[name].to(**self._place, copy=True)
+        if finite(own):
+            return own
+        if not finite(self._parameters[name]):
+            raise ValueError(f"{self._role}: {name!r} holds values that are not finite: load a sound checkpoint")
+        dtype = str(own.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"{self._role}: {name!r} holds values beyond the range of {dtype}, "
+            f"{torch.finfo(own.dtype).max:g}: use dtype='float32' or 'bfloat16'"
+        )
+
+    def pair(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """The weight and the bias of a module."""
+        return self[f"{name}.weight"], self[f"{name}.bias"]
+
+
+def finite(tensor: torch.Tensor) -> bool:
+    """Whether no value is infinite or NaN. Both pass through the extremes, which torch finds ten times faster than it
+    looks at every value."""
+    return not tensor.numel() or all(bool(extreme.isfinite()) for extreme in tensor.detach().aminmax())
 
 
 class Reader:

@@ -46,7 +46,8 @@ from transformers.generation import (
 from stagedspec.decoder import NEW_TOKENS, Call, Decoder, _unpad
 from stagedspec.fields import REFUSED_ARGUMENTS, refuse_arguments, refuse_passed_on, refuse_settings
 from stagedspec.gpt2 import GPT2
-from stagedspec.loading import read_checkpoint
+from stagedspec.live import read_model
+from stagedspec.loading import check_vocabularies, read_checkpoint
 from stagedspec.ngram import KatzTable
 from stagedspec.positions import Positions
 from stagedspec.sampling import Sampling
@@ -183,12 +184,12 @@ def _options() -> frozenset[str]:
     return frozenset(names | vars(GenerationConfig()).keys() | REFUSED_ARGUMENTS.keys() | {"tokenizer"})
 
 
-_skeletons: "weakref.WeakKeyDictionary[Decoder, GPT2LMHeadModel]" = weakref.WeakKeyDictionary()
+_skeletons: "weakref.WeakKeyDictionary[GPT2, GPT2LMHeadModel]" = weakref.WeakKeyDictionary()  # by the target
 
 
 def _skeleton(decoder: Decoder) -> GPT2LMHeadModel:
     """A model of the target's config without weights, whose `generate` reads arguments."""
-    if decoder not in _skeletons:
+    if decoder.target not in _skeletons:
         with torch.device("meta"):
             model = GPT2LMHeadModel(decoder.target.config)
         model.generation_config = GenerationConfig(
@@ -196,23 +197,37 @@ def _skeleton(decoder: Decoder) -> GPT2LMHeadModel:
             eos_token_id=list(decoder.eos_token_ids) or None,
             pad_token_id=decoder.pad_token_id,
         )
-        _skeletons[decoder] = model
-    return _skeletons[decoder]
+        _skeletons[decoder.target] = model
+    return _skeletons[decoder.target]
 
 
-def assisted(decoder: Decoder, assistant: GPT2LMHeadModel) -> Decoder:
-    """The decoder with another draft, made once for every pair."""
-    assistant = read_checkpoint(assistant, "assistant_model")
-    target = decoder.target
+def assisted(
+    decoder: Decoder, assistant: GPT2LMHeadModel | str, table: KatzTable | None = None, role: str = "assistant_model"
+) -> Decoder:
+    """The decoder with another draft, made once for every pair and kept for as long as both live.
 
-    def make(_: Decoder | None) -> Decoder:
-        draft = GPT2(assistant, target.ops, target.device, target.dtype, invariant=False)
+    assistant: a model object or the place of a checkpoint; table: in place of the decoder's own, if given.
+    """
+
+    def make() -> Decoder:
+        draft = read_checkpoint(assistant, role)
+        target, held = decoder.target, draft is assistant
+        check_vocabularies(target.vocab_size, draft.config.vocab_size, decoder.tokenizer)
+        weights, live = read_model(
+            draft, role, held, ops=target.ops, device=target.device, dtype=target.dtype, invariant=False,
+            vocabulary=target.vocab_size,
+        )  # fmt: skip
         return Decoder(
-            target, draft, decoder.ngram, decoder.tokenizer, decoder._tree, decoder.eos_token_ids, decoder.pad_token_id,
-            decoder.defaults,
+            target, weights, decoder.ngram if table is None else table, decoder.tokenizer, decoder._tree,
+            decoder.eos_token_ids, decoder.pad_token_id, decoder.defaults, (decoder._live[0], live),
         )  # fmt: skip
 
-    return _made(decoder, weakref.ref(assistant), _print(assistant), make)
+    if not isinstance(assistant, (str, GPT2LMHeadModel)):
+        read_checkpoint(assistant, role)  # for its message
+    with _making:
+        known = _made_for.setdefault(decoder, _Kept())
+    name = assistant if isinstance(assistant, str) else _name(assistant, known)
+    return _made(decoder, (name, None if table is None else id(table)), None, make, table)
 
 
 # ---------------------------------------------------------------- what transformers prepared, to a call
@@ -355,11 +370,11 @@ class custom_generate:
     streamer: an alternative to generate's own.
 
     Everything is made at the first call and kept for as long as the model lives, whether this object is kept or made
-    anew for every call; when the model's weights have changed, in place or not, they are read again (but for single
-    values written through `.data`: then call `forget(model)`). Decoding runs on
-    the model's device in its dtype. Weights are shared with the model where the layout allows: by the torch backend on
-    a GPU all of them. On a CPU the linear layers and the head are packed for oneDNN in fp32, which takes their size
-    once more, and the Triton backend lays out the linear layers anew; embeddings and norms are shared.
+    anew for every call. Decoding runs on the model's device in its dtype, with a copy of its weights. As with
+    `Decoder.from_pretrained`, a model that has changed since (weights, in place or not; hooks, modules, modes) is
+    checked and read again, so that every call decodes with all weights as they are then. Only single values that are
+    written through `.data` or outside of torch can go unnoticed: then call `forget(model)`; until then all weights stay
+    those read before.
 
     Not honoured by transformers itself on this way: `stop_strings`, because `generate` does not hand on its
     `tokenizer`; give `stopping_criteria=[StopStringCriteria(tokenizer, strings)]`.
@@ -450,61 +465,63 @@ def decoder_for(
     ngram: str | Path | KatzTable | None = None,
     backend: str = "auto",
 ) -> Decoder:
-    """The decoder of a model as it is now: made at the first call, made anew when the weights have changed.
+    """The decoder of a model as it is now: made at the first call, its weights read again when they have changed.
+
+    Decoders with different drafts share the target's weights; those of the last KEPT_DRAFTS drafts are kept, each for
+    as long as its draft lives.
 
     Raises ValueError for a model that this package would decode differently from transformers.
     """
-    _check_model(model)
-    if isinstance(draft, (str, Path)):
-        draft = _load_draft(str(draft))
-    elif draft is not None:
-        draft = read_checkpoint(draft, "draft")
-    table = _load_table(str(ngram), model.config.vocab_size) if isinstance(ngram, (str, Path)) else ngram
+    table = _load_table(str(ngram)) if isinstance(ngram, (str, Path)) else ngram
     if table is not None and not isinstance(table, KatzTable):
         raise ValueError(f"ngram must be a path or a KatzTable, got {type(table).__name__}")
-    prints = _print(model, sampled=True), None if draft is None else _print(draft)
 
-    def make(last: Decoder | None) -> Decoder:
-        _check_parameters(model)
-        if last is not None:
-            last.release()
-        made = Decoder.from_pretrained(model, draft, table, device=model.device, dtype=model.dtype, backend=backend)
-        if last is not None:
-            made._costs, made._ladders = last._costs, last._ladders  # new weights take as long as the old
-        return made
+    def make() -> Decoder:
+        read_checkpoint(model, "target")  # for its messages, before those about the device
+        return Decoder.from_pretrained(model, device=model.device, dtype=model.dtype, backend=backend)
 
-    key = (None if draft is None else weakref.ref(draft), None if table is None else id(table), backend)
-    return _made(model, key, prints, make, table)
+    setup = getattr(model, "device", None), getattr(model, "dtype", None), model.config.vocab_size
+    decoder = _made(model, backend, setup, make)
+    if draft is not None:
+        decoder = assisted(decoder, str(draft) if isinstance(draft, Path) else draft, table, "draft")
+    decoder.follow()
+    return decoder
 
 
-_made_for: "weakref.WeakKeyDictionary[Any, dict]" = weakref.WeakKeyDictionary()
+class _Kept(dict):
+    """What is kept for one owner, the latest last: (setup, decoder, what must outlive the key) by key."""
+
+
+KEPT_DRAFTS = 4
+_made_for: "weakref.WeakKeyDictionary[Any, _Kept]" = weakref.WeakKeyDictionary()
 _making = threading.RLock()
 
 
-def _made(owner: Any, key: Any, prints: Any, make: Callable[[Decoder | None], Decoder], keep: Any = None) -> Decoder:
-    """The decoder kept for owner under key, made anew where prints differ. keep: what must outlive key."""
+def _made(owner: Any, key: Any, setup: Any, make: Callable[[], Decoder], keep: Any = None) -> Decoder:
+    """The decoder kept for owner under key, made anew where setup differs."""
     with _making:
-        known = _made_for.setdefault(owner, {})
-        last = known.get(key)
-        if last is None or last[0] != prints:
-            known[key] = prints, make(None if last is None else last[1]), keep
-        return known[key][1]
+        known = _made_for.setdefault(owner, _Kept())
+        found = known.pop(key, None)
+        if found is None or found[0] != setup:
+            if found is not None:
+                found[1].release()
+            found = setup, make(), keep
+        known[key] = found
+        while len(known) > KEPT_DRAFTS:
+            del known[next(iter(known))]
+        return found[1]
 
 
-def _print(model: GPT2LMHeadModel, sampled: bool = False) -> tuple:
-    """Changes when a parameter is replaced, moved, or written to in place: an optimizer's step, `load_state_dict`.
+def _name(draft: GPT2LMHeadModel, known: _Kept) -> weakref.ref:
+    """A key that drops what is kept under it when the draft goes."""
+    kept = weakref.ref(known)
 
-    Writing through `.data` leaves versions as they are; sampled adds a row and a column of every matrix and the whole
-    of every vector, which whatever writes to all of a parameter, to rows or to columns changes. To read all weights
-    would cost as much as a token.
-    """
-    parameters = list(model.parameters())
-    versions = tuple((one.data_ptr(), one.dtype, 0 if one.is_inference() else one._version) for one in parameters)
-    if not sampled:
-        return versions
-    with torch.no_grad():
-        parts = [part for one in parameters for part in ((one[0], one[:, 0]) if one.dim() > 1 else (one,))]
-        return versions, torch.cat(parts).view(torch.uint8).cpu().numpy().tobytes()
+    def gone(name: weakref.ref) -> None:
+        for key in list(kept() or ()):
+            if key[0] is name:
+                kept().pop(key, None)
+
+    return weakref.ref(draft, gone)
 
 
 def forget(model: GPT2LMHeadModel) -> None:
@@ -514,33 +531,5 @@ def forget(model: GPT2LMHeadModel) -> None:
 
 
 @lru_cache(maxsize=8)
-def _load_draft(location: str) -> GPT2LMHeadModel:
-    return read_checkpoint(location, "draft")
-
-
-@lru_cache(maxsize=8)
-def _load_table(location: str, vocab_size: int) -> KatzTable:
-    return KatzTable.load(location, vocab_size=vocab_size)
-
-
-def _check_model(model: Any) -> None:
-    read_checkpoint(model, "the model")
-    config = model.config
-    if model.training and max(config.attn_pdrop, config.embd_pdrop, config.resid_pdrop) > 0:
-        raise ValueError("the model is in training mode, where dropout changes what it says: call model.eval() first")
-
-
-def _check_parameters(model: GPT2LMHeadModel) -> None:
-    """Adapters and quantised layers add or rename parameters; their models would be decoded wrongly or not at all."""
-    with torch.device("meta"):
-        plain = dict(GPT2LMHeadModel(model.config).named_parameters())
-    found = dict(model.named_parameters())
-    for name in sorted(plain.keys() ^ found.keys()):
-        kind = "has no" if name in plain else "has a"
-        raise ValueError(
-            f"the model {kind} parameter {name!r}, unlike a plain GPT-2: merge adapters into the weights "
-            "(merge_and_unload), load without quantisation, or use transformers' own generate"
-        )
-    devices = {str(one.device) for one in found.values()}
-    if len(devices) > 1:
-        raise ValueError(f"the model is spread over {', '.join(sorted(devices))}: it must be on one device")
+def _load_table(location: str) -> KatzTable:
+    return KatzTable.load(location)

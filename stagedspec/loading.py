@@ -6,13 +6,13 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from transformers import AutoTokenizer, GenerationConfig, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file, logging
 
 from stagedspec import checkpoints
-from stagedspec.gpt2 import check_config
+from stagedspec.gpt2 import check_config, finite
+from stagedspec.plain import check_plain
 
 
 @contextmanager
@@ -27,17 +27,28 @@ def no_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+# What wraps a model, by an attribute that tells it, and how to come to the model inside.
+_WRAPPERS = {
+    "_orig_mod": ": give the model inside the compiled one, ._orig_mod",
+    "merge_and_unload": ": merge the adapter and give what model.merge_and_unload() returns",
+    "module": ": give the model inside, .module",
+}
+
+
 def read_checkpoint(source: "str | Path | GPT2LMHeadModel", role: str) -> GPT2LMHeadModel:
     """A hub id, a local folder as `save_pretrained` writes it, or a GPT2LMHeadModel, to a GPT2LMHeadModel.
 
     Only safetensors are read, nothing is unpickled and no remote code runs. role ("target", "draft") is for messages.
-    Raises ValueError for a missing, foreign or damaged checkpoint and for a hub id that cannot be reached.
+    Raises ValueError for a missing, foreign or damaged checkpoint, for a hub id that cannot be reached, and for a model
+    object that is no plain GPT-2 (`check_plain`).
     """
     if isinstance(source, GPT2LMHeadModel):
         check_config(source.config)
+        check_plain(source, role)
         return source
     if not isinstance(source, (str, Path)):
-        raise ValueError(f"{role} must be a hub id, a folder or a GPT2LMHeadModel, got {type(source).__name__}")
+        inside = next((way for mark, way in _WRAPPERS.items() if hasattr(source, mark)), "")
+        raise ValueError(f"{role} must be a hub id, a folder or a GPT2LMHeadModel, got {type(source).__name__}{inside}")
     local = checkpoints.local_folder(source, role)
     try:
         _check_config(checkpoints.find(source, role) or _fetch_config(str(source)), source, role)
@@ -64,19 +75,13 @@ def read_checkpoint(source: "str | Path | GPT2LMHeadModel", role: str) -> GPT2LM
     for path in [] if folder is None else checkpoints.weight_files(folder):
         _check_kinds(path, model, role)
     for name, parameter in model.named_parameters():
-        if not _finite(parameter):
+        if not finite(parameter):
             raise ValueError(
                 f"{role}: the checkpoint in {source} is damaged: {name} holds values that are not finite; "
                 "download or save it again"
             )
     check_config(model.config)
     return model
-
-
-def _finite(parameter: torch.Tensor) -> bool:
-    """Whether no value is infinite or NaN. Both pass through the extremes, which torch finds ten times faster than it
-    looks at every value."""
-    return not parameter.numel() or all(bool(extreme.isfinite()) for extreme in parameter.detach().aminmax())
 
 
 def _fetch_config(name: str) -> Path:
@@ -123,6 +128,27 @@ def _check_kinds(path: Path, model: GPT2LMHeadModel, role: str) -> None:
                 f"{role}: {path} is damaged: {name} must be floating-point, it is {kind}; save the model in a "
                 "floating-point dtype"
             )
+
+
+def same_but_padding(first: int, second: int, tokenizer: PreTrainedTokenizerBase | None) -> bool:
+    """Whether two sizes of a vocabulary may differ by rows that pad it, or by a few added tokens.
+
+    They may where the tokenizer, if known, has no id beyond the smaller one. Else where the larger one is the smaller
+    one rounded up, to a multiple of at most 128, or larger by no more than a sixteenth.
+    """
+    small, large = sorted((first, second))
+    if tokenizer is not None and max(tokenizer.get_vocab().values(), default=small) < small:
+        return True
+    return large - small <= small // 16 or large in [-(-small // unit) * unit for unit in (8, 16, 32, 64, 128)]
+
+
+def check_vocabularies(target: int, draft: int, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Raises ValueError unless the sizes of two vocabularies differ by padding alone."""
+    if not same_but_padding(target, draft, tokenizer):
+        raise ValueError(
+            f"target and draft must share the vocabulary: the target has {target} tokens, the draft {draft}; use a "
+            "draft with the target's tokenizer, or give from_pretrained tokenizer=... if the rest are rows of padding"
+        )
 
 
 def padding(model: GPT2LMHeadModel) -> int | None:
@@ -176,11 +202,16 @@ def load_tokenizer(source: object) -> PreTrainedTokenizerBase | None:
     return None if tokenizer.get_vocab().keys() <= added else tokenizer
 
 
-def check_same_tokens(target: PreTrainedTokenizerBase | None, draft: PreTrainedTokenizerBase | None) -> None:
-    """Raises ValueError, naming the first token that differs, unless two tokenizers are the same."""
+def check_same_tokens(
+    target: PreTrainedTokenizerBase | None, draft: PreTrainedTokenizerBase | None, size: int | None = None
+) -> None:
+    """Raises ValueError, naming the first token that differs, unless two tokenizers are the same for ids below size."""
     if target is None or draft is None:
         return
-    theirs, ours = draft.get_vocab(), target.get_vocab()
+    theirs, ours = (
+        {token: index for token, index in one.get_vocab().items() if size is None or index < size}
+        for one in (draft, target)
+    )
     if theirs == ours:
         return
     by_id = sorted((index, token) for token, index in ours.items())

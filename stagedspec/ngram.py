@@ -449,6 +449,30 @@ class KatzTable:
         names = ("keys", "slots", "rows", "tokens", "logprobs")
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
+    def resized(self, vocab_size: int) -> "KatzTable":
+        """The same table for a vocabulary with more or fewer rows of padding, about which it says nothing.
+
+        Raises ValueError if it speaks of tokens beyond vocab_size.
+        """
+        old = self.vocab_size
+        if vocab_size == old:
+            return self
+        keys = self.keys[:-1]
+        first, last = keys // old, keys % old
+        if len(keys) and max(int(first.max()), int(last.max())) >= vocab_size:
+            raise ValueError(f"the n-gram table knows contexts beyond a vocabulary of {vocab_size} tokens: fit another")
+        kept = [torch.arange(min(old, vocab_size)), torch.arange(old, len(self.tokens))]
+        tokens, logprobs = self.tokens.cpu(), self.logprobs.cpu()
+        if int(tokens[torch.cat(kept)].max()) >= vocab_size:
+            raise ValueError(f"the n-gram table proposes tokens beyond a vocabulary of {vocab_size}: fit another")
+        # After padding nothing is likely: the tokens of some row, with the least log-probability that float16 holds.
+        nothing = max(0, vocab_size - old)
+        tokens = torch.cat([tokens[kept[0]], tokens[:1].expand(nothing, -1), tokens[kept[1]]])
+        unlikely = torch.full((nothing, self.successors), torch.finfo(torch.float16).min)
+        logprobs = torch.cat([logprobs[kept[0]], unlikely, logprobs[kept[1]]])
+        keys = (first * vocab_size + last).cpu()
+        return KatzTable.build(vocab_size, keys, tokens, logprobs, self.fitted_tokens).to(self.device)
+
     def lookup(self, contexts: Tensor) -> tuple[Tensor, Tensor]:
         """The most probable successors of contexts.
 

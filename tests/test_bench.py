@@ -192,6 +192,12 @@ def test_entrances_must_agree():
         entrance.measure(sides, [torch.tensor([[1]])], repeats=1)
 
 
+def test_cost_of_noticing(capsys):
+    assert script("live").main(["--layers", "1", "--width", "16", "--vocabulary", "50", "--repeats", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines[1:]] == ["target", "draft", "check", "all values"]
+
+
 def test_entrance_on_the_embedded_models(capsys):
     assert entrance.main(["--limit", "2", "--max-new-tokens", "4", "--repeats", "1"]) == 0
     printed = capsys.readouterr().out

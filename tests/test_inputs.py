@@ -56,8 +56,8 @@ BAD_CALLS = {
     "half-a-token": ({"max_new_tokens": 2.5}, "max_new_tokens.*got 2.5"),
     "true-tokens": ({"max_new_tokens": True}, "max_new_tokens.*got True"),
     "too-long": (
-        {"max_new_tokens": POSITIONS - 2},
-        rf"n_positions = {POSITIONS}, got 3 \+ {POSITIONS - 2}.*at most {POSITIONS - 3} new",
+        {"max_new_tokens": POSITIONS - 1},
+        rf"n_positions = {POSITIONS}, got 3 \+ {POSITIONS - 1}.*at most {POSITIONS - 2} new",
     ),
     "mode": ({"mode": "fast"}, "mode must be one of autoregressive, chain, tree, staged, got 'fast'"),
     "mode-none": ({"mode": None}, "mode must be one of .*, got None"),

@@ -136,7 +136,7 @@ def test_step(folders, mode, capsys):
         (["--tree", "nodes"], "expected fields of TreeConfig"),
         (["--tree", "nodes=0"], "nodes must be"),
         (["--shape", "S"], "leave out --target"),
-        (["--prompt-tokens", "48"], "n_positions"),
+        (["--prompt-tokens", "49"], "n_positions"),
     ],
 )
 def test_step_refuses(folders, capsys, arguments, message):
