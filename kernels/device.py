@@ -99,7 +99,7 @@ class Sequences:
         self._chains: Trees | None = None
         # The host learns how many rows run, and how long all are, from copies in pinned memory.
         pinned = device.type == "cuda"
-        self._known = [torch.empty(1 + 2 * rows, dtype=torch.int32, pin_memory=pinned) for _ in range(2)]
+        self._known = [torch.empty(1 + 2 * rows, dtype=torch.int32, device="cpu", pin_memory=pinned) for _ in range(2)]
         self._copied = [torch.cuda.Event() for _ in range(2)] if pinned else []
         self._first_token = Stopwatch(device)
         self.restart(prompts, new_tokens, eos)
@@ -118,12 +118,14 @@ class Sequences:
         state = self.state
 
         def filled(rows: Iterable[Sequence[int]], width: int, value: int) -> torch.Tensor:
-            return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows], dtype=torch.int32)
+            return torch.tensor(
+                [[*row, *[value] * (width - len(row))] for row in rows], dtype=torch.int32, device="cpu"
+            )
 
         state.tokens.copy_(filled(prompts, self.capacity, 0))
         state.origins.zero_()
-        state.lengths.copy_(torch.tensor(self.prompt_lengths))
-        state.limits.copy_(torch.tensor(self.limits))
+        state.lengths.copy_(torch.tensor(self.prompt_lengths, device="cpu"))
+        state.limits.copy_(torch.tensor(self.limits, device="cpu"))
         state.running.fill_(1)
         state.active.fill_(len(prompts))
         state.eos.copy_(filled([sorted(set(eos))], len(state.eos), -1)[0])

@@ -3,7 +3,7 @@
 import gc
 import json
 import weakref
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import cycle
 from pathlib import Path
 
@@ -472,9 +472,8 @@ def test_a_decoders_device_is_current_while_it_works(target, drafts, monkeypatch
 
 def test_a_gpu_is_made_current(monkeypatch):
     asked = []
-    monkeypatch.setattr(torch.cuda, "device", asked.append)
-    current(torch.device("cuda", 1))
-    with current(torch.device("cpu")):
+    monkeypatch.setattr(torch.cuda, "device", lambda device: asked.append(device) or nullcontext())
+    with current(torch.device("cuda", 1)), current(torch.device("cpu")):
         assert asked == [torch.device("cuda", 1)]
 
 
