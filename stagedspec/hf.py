@@ -430,7 +430,8 @@ class custom_generate:
     draft: a GPT2LMHeadModel, folder or hub id of the same vocabulary; left out, generate's `assistant_model`, and with
     neither `mode="autoregressive"` or `prompt_lookup_num_tokens` must be given. ngram: a KatzTable or its path.
     mode, tree, seed: as in `Decoder.generate`. A single `generate` takes mode, tree and seed too.
-    streamer: an alternative to generate's own.
+    streamer: an alternative to generate's own. Functions of your own may lie between generate and this object, and may
+    call it from another thread.
 
     Everything is made at the first call and kept for as long as the model lives, whether this object is kept or made
     anew for every call; when the model's weights have changed, in place or not, they are read again (but for single
