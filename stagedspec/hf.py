@@ -55,7 +55,7 @@ from stagedspec.positions import Positions, ended
 from stagedspec.sampling import Sampling
 from stagedspec.stats import Stats
 from stagedspec.tree import TreeConfig
-from stagedspec.values import at_least, plain
+from stagedspec.values import at_least, plain, whole
 
 
 @dataclass
@@ -190,7 +190,10 @@ class Settings:
         self.sampling = Sampling(self.of("do_sample"), *map(self.of, _WARPING))
         self.eos, self.pad = token_ids("eos_token_id", self.of("eos_token_id")), self.of("pad_token_id")
         if self.pad is not None:
-            self.pad = at_least("pad_token_id", self.pad, -(2**63))
+            number = whole(self.pad)
+            if number is None or not -(2**63) <= number < 2**63:
+                raise ValueError(f"pad_token_id must be a token id or None, got {self.pad!r}")
+            self.pad = number
         self._replace("do_sample", self.sampling.do_sample)
         for name in _WARPING:
             self._replace(name, getattr(self.sampling, name))

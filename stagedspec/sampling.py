@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from stagedspec.values import plain, real, truth, whole
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,7 @@
-"""Numbers in arguments: those of NumPy and torch are taken as Python's own."""
+"""Numbers in arguments: those of NumPy and torch are taken as Python's own. Imports neither, for the command line."""
 
 import operator
 from typing import Any
-
-import numpy as np
-import torch
 
 
 def whole(value: object) -> int | None:
@@ -46,7 +43,7 @@ def truth(name: str, value: object) -> bool:
 
 def plain(value: Any) -> Any:
     """NumPy's and torch's numbers and arrays as Python's own, also in lists and tuples; anything else as it is."""
-    if isinstance(value, (np.generic, np.ndarray, torch.Tensor)):
+    if hasattr(value, "tolist"):
         return value.tolist()
     if type(value) in (list, tuple):
         return type(value)(map(plain, value))
@@ -54,6 +51,4 @@ def plain(value: Any) -> Any:
 
 
 def _is_truth(value: object) -> bool:
-    if isinstance(value, torch.Tensor):
-        return value.dtype == torch.bool
-    return isinstance(value, (bool, np.bool_))
+    return isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool")

@@ -83,6 +83,8 @@ BAD_CALLS = {
     "eos-float": ({"eos_token_id": 1.5}, "eos_token_id.*got 1.5"),
     "pad-text": ({"pad_token_id": "x"}, "pad_token_id.*got 'x'"),
     "pad-float": ({"pad_token_id": 1.5}, "pad_token_id.*got 1.5"),
+    "pad-list": ({"pad_token_id": [3]}, r"pad_token_id must be a token id or None, got \[3\]"),
+    "pad-beyond-64-bits": ({"pad_token_id": 2**63}, f"pad_token_id must be a token id or None, got {2**63}"),
 }
 
 
