@@ -106,8 +106,8 @@ class Sequences:
         self._chains: Trees | None = None
         # What goes to the device, and the progress that comes back after each step, lie in pinned memory.
         pinned = device.type == "cuda"
-        self._initial = torch.zeros(total, dtype=torch.int32, pin_memory=pinned)
-        self._known = [torch.zeros(total, dtype=torch.int32, pin_memory=pinned) for _ in range(2)]
+        self._initial = torch.zeros(total, dtype=torch.int32, device="cpu", pin_memory=pinned)
+        self._known = [torch.zeros(total, dtype=torch.int32, device="cpu", pin_memory=pinned) for _ in range(2)]
         self._copied = [torch.cuda.Event() for _ in range(2)] if pinned else []
         self._sent = torch.cuda.Event() if pinned else None
         self._first_token = Stopwatch(device)
@@ -134,11 +134,11 @@ class Sequences:
             self._sent.synchronize()  # the last generation's copy has read what is overwritten here
         initial = self._fields(self._initial.zero_())
         for row, prompt in zip(initial["tokens"], prompts, strict=True):
-            row[: len(prompt)] = torch.tensor(prompt, dtype=torch.int32)
+            row[: len(prompt)] = torch.tensor(prompt, dtype=torch.int32, device="cpu")
         ends = sorted(set(eos))
-        initial["eos"].fill_(-1)[: len(ends)] = torch.tensor(ends, dtype=torch.int32)
-        initial["limits"].copy_(torch.tensor(self.limits))
-        initial["lengths"].copy_(torch.tensor(self.prompt_lengths))
+        initial["eos"].fill_(-1)[: len(ends)] = torch.tensor(ends, dtype=torch.int32, device="cpu")
+        initial["limits"].copy_(torch.tensor(self.limits, device="cpu"))
+        initial["lengths"].copy_(torch.tensor(self.prompt_lengths, device="cpu"))
         initial["running"].fill_(1)
         initial["active"].fill_(len(prompts))
         self._block.copy_(self._initial, non_blocking=True)

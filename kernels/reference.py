@@ -155,8 +155,8 @@ def _invariant_rows(layer: Linear) -> int:
     """
     key = (*layer.weight.shape, layer.packed)
     if key not in _known_rows:
-        generator = torch.Generator().manual_seed(0)
-        distinct = torch.randn(4, layer.weight.shape[1], generator=generator)
+        generator = torch.Generator("cpu").manual_seed(0)
+        distinct = torch.randn(4, layer.weight.shape[1], generator=generator, device="cpu", dtype=torch.float32)
         results = {count: _linear(distinct.repeat(16, 1)[:count], layer, "none") for count in _TRIED}
 
         def agree(least: int) -> bool:
@@ -445,7 +445,7 @@ class Noise:
         self.streams = torch.tensor(streams, device=device)
         self.block = max(1, min(self.BLOCK, self.MEMORY // (vocab_size * len(seeds))))
         self.window, self.past = past + reach + self.block, past
-        self.values = torch.zeros(len(seeds), self.window, vocab_size, device=device)
+        self.values = torch.zeros(len(seeds), self.window, vocab_size, dtype=torch.float32, device=device)
         self.host = self.values.cpu().numpy()  # on a CPU the same memory
         self.lengths: list[int] = []
         self.made: list[int] = []  # the first position of each row that is not made yet

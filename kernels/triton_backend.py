@@ -69,8 +69,8 @@ class Noise:
     @torch.inference_mode()
     def restart(self, seeds: list[int], streams: list[int]) -> None:
         """Another generation's noise, in place."""
-        self.seeds.copy_(torch.tensor(seeds, dtype=torch.int64))
-        self.streams.copy_(torch.tensor(streams, dtype=torch.int32))
+        self.seeds.copy_(torch.tensor(seeds, dtype=torch.int64, device="cpu"))
+        self.streams.copy_(torch.tensor(streams, dtype=torch.int32, device="cpu"))
 
     def advance(self, sequences) -> None:
         """Nothing is made ahead."""

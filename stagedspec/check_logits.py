@@ -16,6 +16,7 @@ from stagedspec.decoder import Decoder
 from stagedspec.gpt2 import Cache
 from stagedspec.kernels.control import CHUNK
 from stagedspec.run import current
+from stagedspec.values import whole
 
 LogitsFunction = Callable[[list[int], list[int]], torch.Tensor]
 
@@ -92,10 +93,10 @@ def compare_logits(
     if (
         not isinstance(tokens_per_pass, (tuple, list))
         or len(tokens_per_pass) != 2
-        or any(type(size) is not int or size < 1 for size in tokens_per_pass)
+        or any((whole(size) or 0) < 1 for size in tokens_per_pass)
     ):
         raise ValueError(f"tokens_per_pass must be two whole numbers of at least 1, got {tokens_per_pass!r}")
-    if type(positions) is not int or positions < 1:
+    if (whole(positions) or 0) < 1:
         raise ValueError(f"positions must be a whole number of at least 1, got {positions!r}")
     sides = [logits_function(side) for side in (first, second)]
     found = []

@@ -396,7 +396,12 @@ def generate(
     min_p: Annotated[
         float | None, typer.Option(help="Drop tokens below this share of the likeliest.", rich_help_panel="Sampling")
     ] = None,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same text.", rich_help_panel="Sampling")] = 0,
+    seed: Annotated[
+        int,
+        typer.Option(
+            help="The same seed gives the same text, so runs repeat unless it is changed.", rich_help_panel="Sampling"
+        ),
+    ] = 0,
     target: Target = None,
     draft: Draft = None,
     ngram: Ngram = None,

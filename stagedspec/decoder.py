@@ -33,12 +33,13 @@ from stagedspec.loading import (
     same_but_padding,
 )
 from stagedspec.ngram import KatzTable
-from stagedspec.positions import Positions
+from stagedspec.positions import Positions, ended
 from stagedspec.run import Request, Run, current, kind_of
 from stagedspec.sampling import Sampling, counters
 from stagedspec.stats import ORIGINS, Stats, marks_wanted
 from stagedspec.tree import MODES, TreeConfig
 from stagedspec.tuning import Tuning, keep, pair_of, recall
+from stagedspec.values import at_least, plain, whole
 
 if TYPE_CHECKING:
     from stagedspec.hf import StagedOutput
@@ -50,8 +51,6 @@ NEW_TOKENS = 128  # where nobody says how many
 # Where steps have fixed shapes the last generations leave their memory and CUDA graphs to those that follow: at most so
 # many, and so many bytes of keys and values.
 KEPT, KEPT_BYTES = 8, 2**31
-# Arguments that need no reading by transformers.
-_PLAIN = {"do_sample", "temperature", "top_k", "top_p", "min_p", "eos_token_id", "pad_token_id"}
 
 
 @dataclass(frozen=True)
@@ -291,17 +290,16 @@ class Decoder:
         max_new_tokens: int | None = None,
         mode: str = "staged",
         *,
-        seed: int | Sequence[int] | torch.Tensor | None = 0,
+        seed: int | Sequence[int] | torch.Tensor | None = None,
         tree: TreeConfig | None = None,
         **options,
     ) -> "torch.Tensor | StagedOutput":
         """Continues input_ids, LongTensor [B, prompt], and returns LongTensor [B, prompt + new].
 
         Prompts of different lengths are padded on the left and marked in attention_mask [B, prompt], as
-        transformers does; rows that stop early are filled up with pad_token_id (None: the model's own, else the first
-        eos id).
-        options: whatever transformers' `generate` takes: do_sample, temperature, top_k, top_p, min_p,
-        eos_token_id (None: the model's own; an empty list never stops), pad_token_id, max_length, generation_config,
+        transformers does; rows that stop early are filled up with pad_token_id (None: with the first eos id).
+        options: whatever transformers' `generate` takes, with its meanings: do_sample, temperature, top_k, top_p,
+        min_p, eos_token_id (None or an empty list never stops), pad_token_id, max_length, generation_config,
         logits_processor, stopping_criteria, streamer, return_dict_in_generate (then a `hf.StagedOutput`, with
         `stats`), output_scores, repetition_penalty and the rest; assistant_model is a draft for this call, and
         prompt_lookup_num_tokens proposes by the context n-gram where there is no draft (a draft takes precedence).
@@ -309,18 +307,24 @@ class Decoder:
         the model's own, else 128 new tokens, greedy, nothing warped (with a generation_config: transformers' defaults,
         such as top_k=50).
 
-        For a given seed every mode, draft and tree gives the same tokens (None: drawn from torch's global generator);
-        `last_stats` tells what they cost. Logits processors are applied at every accepted position: exact, and slower.
+        seed: of the sampled tokens, an integer of 64 bits or one a row (then a row can be reproduced alone). None draws
+        it from torch's generator of the CPU: two calls differ, and `torch.manual_seed` repeats them. For a given seed
+        every mode, draft and tree gives the same tokens; `last_stats` tells what they cost. Logits processors are
+        applied at every accepted position: exact, and slower.
+
+        Everything is computed in the decoder's own dtype and on its own device, whatever torch's default dtype and
+        default device are; an autocast around the call has no effect, and a warning says so.
 
         Raises ValueError for bad input and for what is not supported, before any work; RuntimeError where no token can
         be chosen, as its logits, after processors, are NaN, all -inf or, when sampling, +inf.
         """
         decoder = self
-        if options.get("assistant_model") is not None:
-            from stagedspec import hf
+        with ended(options.get("streamer")):
+            if options.get("assistant_model") is not None:
+                from stagedspec import hf
 
-            decoder = hf.assisted(self, options.pop("assistant_model"))
-        output = decoder.decode(decoder._read(input_ids, attention_mask, max_new_tokens, mode, seed, tree, options))
+                decoder = hf.assisted(self, options.pop("assistant_model"))
+            output = decoder.decode(decoder._read(input_ids, attention_mask, max_new_tokens, mode, seed, tree, options))
         self.last_stats = decoder.last_stats
         return output
 
@@ -361,7 +365,7 @@ class Decoder:
         lengths = {"generation_config", "max_new_tokens", "max_length"}
         if max_new_tokens is None and not lengths & (options.keys() | self.defaults.keys()):
             max_new_tokens = 64
-        mode, seed, tree = options.pop("mode", "staged"), options.pop("seed", 0), options.pop("tree", None)
+        mode, seed, tree = options.pop("mode", "staged"), options.pop("seed", None), options.pop("tree", None)
         return self._stream(self._read(input_ids, None, max_new_tokens, mode, seed, tree, options))
 
     def _stream(self, call: Call) -> Iterator[Chunk]:
@@ -487,40 +491,9 @@ class Decoder:
         """The arguments of `generate`, read and checked."""
         began = time.perf_counter()
         self.follow()
-        seed = int(torch.randint(2**63 - 1, ())) if seed is None else seed
-        if options.keys() <= _PLAIN and not self.defaults and input_ids is not None:
-            call = self._read_plain(input_ids, attention_mask, max_new_tokens, mode, seed, tree, **options)
-            return replace(call, began=began)
         from stagedspec import hf  # which imports this module
 
         return replace(hf.read(self, input_ids, attention_mask, max_new_tokens, mode, seed, tree, options), began=began)
-
-    def _read_plain(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        max_new_tokens: int | None,
-        mode: str,
-        seed: int | Sequence[int] | torch.Tensor,
-        tree: TreeConfig | None,
-        eos_token_id: int | Sequence[int] | None = None,
-        pad_token_id: int | None = None,
-        **sampling,
-    ) -> Call:
-        """The short way for arguments that say nothing more than how long and how to sample."""
-        pad_token_id = self.pad_token_id if pad_token_id is None else pad_token_id
-        if pad_token_id is not None and (type(pad_token_id) is not int or not 0 <= pad_token_id < 2**63):
-            raise ValueError(f"pad_token_id must be a token id or None, got {pad_token_id!r}")
-        chosen = Sampling(**sampling)
-        idle = [name for name, value in sampling.items() if value not in (None, getattr(Sampling, name))]
-        if idle and not chosen.do_sample:
-            warnings.warn(f"greedy decoding ignores {', '.join(idle)}: add do_sample=True", stacklevel=4)
-        new_tokens = NEW_TOKENS if max_new_tokens is None else max_new_tokens
-        eos = self.eos_token_ids if eos_token_id is None else eos_token_id
-        request = self._validate(input_ids, attention_mask, new_tokens, mode, tree, eos, seed, chosen, pad_token_id)
-        if pad_token_id is None:
-            pad_token_id = request.eos[0] if request.eos else 0
-        return Call(input_ids, request, pad_token_id)
 
     def tree_for(
         self, mode: str, batch: int = 1, tree: TreeConfig | None = None, do_sample: bool = False
@@ -586,18 +559,19 @@ class Decoder:
         mode: str,
         tree: TreeConfig | None,
         eos_token_id: int | Sequence[int] | None,
-        seed: int | Sequence[int] | torch.Tensor,
+        seed: int | Sequence[int] | torch.Tensor | None,
         sampling: Sampling,
         pad_token_id: int | None = None,
         lookup: int | None = None,
     ) -> Request:
-        """lookup: propose chains so long by the context n-gram, where there is no draft."""
-        eos = _eos(self.eos_token_ids if eos_token_id is None else eos_token_id, self.target.vocab_size)
+        """seed: None draws one if it is needed. lookup: propose chains so long by the context n-gram, where there is no
+        draft."""
+        # Other ids can never come up.
+        eos = [token for token in token_ids("eos_token_id", eos_token_id) if 0 <= token < self.target.vocab_size]
         if attention_mask is None and pad_token_id is not None and pad_token_id not in eos:
             attention_mask = _mask_of_padding(input_ids, pad_token_id)
         prompts = _unpad(input_ids, attention_mask, self.target.vocab_size)
-        if not isinstance(max_new_tokens, int) or isinstance(max_new_tokens, bool) or max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be a whole number of at least 1, got {max_new_tokens!r}")
+        max_new_tokens = at_least("max_new_tokens", max_new_tokens)
         longest = max(map(len, prompts))
         room = self.target.positions + 1 - longest  # the last token is not read, and needs no position
         if max_new_tokens > room:
@@ -606,14 +580,14 @@ class Decoder:
                 f"got {longest} + {max_new_tokens}; shorten the prompt"
                 + (f" or ask for at most {room} new tokens" if room > 0 else "")
             )
-        seeds, streams = counters(seed, len(prompts))
-        if lookup is not None and (type(lookup) is not int or not 1 <= lookup <= 255):
+        seeds, streams = counters(0 if seed is None else seed, len(prompts))
+        if lookup is not None and not 1 <= (whole(lookup) or 0) <= 255:
             raise ValueError(f"prompt_lookup_num_tokens must be a whole number from 1 to 255, got {lookup!r}")
         repeats = lookup is not None and self.draft is None and mode != "autoregressive"
         ladder: tuple[Rung, ...] = ()
         learned: list[Controller] = []
         if repeats:
-            chain = min(lookup, self.target.ops.max_depth)
+            chain = min(whole(lookup), self.target.ops.max_depth)
             settings = TreeConfig(chain + 1, chain, chain, width=1, children=1, prefetch=0)
         else:
             settings = self.tree_for(mode, len(prompts), tree, sampling.do_sample)
@@ -621,6 +595,13 @@ class Decoder:
                 ladder = self._ladder(mode, len(prompts), sampling.do_sample)
                 learned = self._learned.setdefault((mode, len(prompts), sampling.do_sample), [])
         mode = "lookup" if repeats else mode
+        if torch.is_autocast_enabled(self.device.type) and (
+            torch.get_autocast_dtype(self.device.type) != self.target.dtype
+        ):
+            warnings.warn(f"autocast has no effect here: decoding computes in {self.target.dtype}", stacklevel=2)
+        if seed is None and sampling.do_sample:
+            # Last: a call that is refused, or that samples nothing, leaves torch's generator as it was.
+            seeds, streams = counters(int(torch.randint(2**63 - 1, (), device="cpu")), len(prompts))
         return Request(prompts, max_new_tokens, mode, settings, sampling, seeds, streams, eos, ladder, learned, repeats)
 
     def check_host_trees(self, what: str) -> None:
@@ -643,7 +624,7 @@ class Decoder:
         if self.tokenizer is None:
             raise ValueError("this decoder has no tokenizer: give tokenizer=..., or a prompt of token ids")
         ids = self.tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
-        return torch.tensor([ids], dtype=torch.long)
+        return torch.tensor([ids], dtype=torch.long, device="cpu")
 
     def _decode(self, tokens: list[int]) -> str:
         if self.tokenizer is None:
@@ -701,11 +682,12 @@ def _unpad(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, vocab_s
     return prompts
 
 
-def _eos(eos: int | Sequence[int], vocab_size: int) -> list[int]:
-    if isinstance(eos, torch.Tensor):
-        eos = eos.tolist()
-    ids = list(eos) if isinstance(eos, Sequence) else [eos]
-    for token in ids:
-        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < vocab_size:
-            raise ValueError(f"eos_token_id must be in [0, {vocab_size}), got {token!r}; [] never stops")
-    return ids
+def token_ids(name: str, value: object) -> list[int]:
+    """Token ids of any kind as a list; None is none. Raises ValueError for anything else."""
+    value = plain(value)
+    ids = [] if value is None else list(value) if isinstance(value, Sequence) else [value]
+    numbers = list(map(whole, ids))
+    for token, number in zip(ids, numbers, strict=True):
+        if number is None or not -(2**63) <= number < 2**63:
+            raise ValueError(f"{name} must be a token id, a list of them, or None, got {token!r}")
+    return numbers

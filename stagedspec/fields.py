@@ -4,6 +4,7 @@ A setting that changes the output is never ignored. One that a later transformer
 these tables (tests/test_hf.py holds them against the installed `GenerationConfig`).
 """
 
+from functools import lru_cache
 from typing import Any
 
 from transformers import GenerationConfig
@@ -98,12 +99,17 @@ def refuse_settings(settings: dict[str, Any]) -> None:
         value = settings.get(name)
         if not any(value is known or (type(value) is type(known) and value == known) for known in neutral):
             raise ValueError(f"{name}={value!r} is not supported: {instead}")
-    fields, defaults = vars(GenerationConfig()), GenerationConfig._get_default_generation_params()
+    fields, defaults = _fields_and_defaults()
     for name, value in settings.items():
         if name in _KNOWN or name not in fields or name.startswith("_"):
             continue
         if value is not None and value is not False and value != defaults.get(name):
             raise ValueError(f"{name}={value!r} is not supported: this release does not know the setting; leave it out")
+
+
+@lru_cache(maxsize=1)
+def _fields_and_defaults() -> tuple[dict[str, Any], dict[str, Any]]:
+    return vars(GenerationConfig()), GenerationConfig._get_default_generation_params()
 
 
 def refuse_arguments(arguments: dict[str, Any]) -> None:

@@ -2,25 +2,29 @@
 
     out = hf_model.generate(**inputs, custom_generate=stagedspec.hf.custom_generate(draft="distilgpt2"))
 
-Either way it is transformers that reads the arguments: which of keyword, generation config and model's default holds,
-which logits processors and stopping criteria they come to, what is warned about. What comes out of that is translated
-here. `stagedspec.fields` has the table of all settings.
+Arguments mean what they mean to transformers. Through `custom_generate` transformers reads them. `Decoder.generate`
+makes numbers Python's own and checks them; where they say no more than how long and how to sample, that is all. Else
+transformers makes logits processors and stopping criteria of them, which are translated here.
+`stagedspec.fields` has the table of all settings.
 
 Three things are refused or different, always by name: settings of other algorithms (beams, ...); what only the model's
 own forward pass could give (attentions, hidden states, the cache); and sampled tokens, which are drawn from the
 same distribution as transformers' by other random numbers.
 """
 
+import copy
 import difflib
 import inspect
 import sys
 import threading
 import time
+import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -38,21 +42,21 @@ from transformers import (
 from transformers.generation import (
     EosTokenCriteria,
     GenerateDecoderOnlyOutput,
-    GenerationMixin,
     MaxLengthCriteria,
     MaxTimeCriteria,
 )
 
-from stagedspec.decoder import NEW_TOKENS, Call, Decoder, _unpad
+from stagedspec.decoder import NEW_TOKENS, Call, Decoder, _unpad, token_ids
 from stagedspec.fields import REFUSED_ARGUMENTS, refuse_arguments, refuse_passed_on, refuse_settings
 from stagedspec.gpt2 import GPT2
 from stagedspec.live import read_model
 from stagedspec.loading import check_vocabularies, read_checkpoint
 from stagedspec.ngram import KatzTable
-from stagedspec.positions import Positions
+from stagedspec.positions import Positions, ended
 from stagedspec.sampling import Sampling
 from stagedspec.stats import Stats
 from stagedspec.tree import TreeConfig
+from stagedspec.values import at_least, plain, whole
 
 
 @dataclass
@@ -76,52 +80,46 @@ def read(
     attention_mask: torch.Tensor | None,
     max_new_tokens: int | None,
     mode: str,
-    seed: int | Sequence[int] | torch.Tensor,
+    seed: int | Sequence[int] | torch.Tensor | None,
     tree: TreeConfig | None,
     options: dict[str, Any],
 ) -> Call:
     """Reads arguments of `Decoder.generate` as transformers reads those of its own."""
-    options = dict(options)
-    if input_ids is None:
-        input_ids = options.pop("inputs", None)
     if unknown := options.keys() - _options():
         name = min(unknown)
         alike = difflib.get_close_matches(name, _options(), n=1)
         raise ValueError(f"unknown option {name!r}" + (f"; did you mean {alike[0]!r}?" if alike else ""))
     refuse_arguments(options)
+    given = _copy_of_config(options.get("generation_config"))
+    own = _own_settings(decoder)
+    settings = Settings(options, {} if given is None else vars(given), own)
+    options = settings.options
+    if input_ids is None:
+        input_ids = options.pop("inputs", None)
+    if max_new_tokens is not None:
+        options["max_new_tokens"] = at_least("max_new_tokens", max_new_tokens)
+    if input_ids is not None and given is None and options.keys() | decoder.defaults.keys() <= _PLAIN:
+        return _plain_call(decoder, input_ids, attention_mask, mode, seed, tree, settings)
+
     _check_callables(options)
-    given: GenerationConfig | None = options.get("generation_config")
-    if given is not None and not isinstance(given, GenerationConfig):
-        raise ValueError(f"generation_config must be a GenerationConfig or None, got {type(given).__name__}")
-    for source in (decoder.defaults, {} if given is None else vars(given), options):
+    for source in (own, settings.given, options):
         refuse_settings(source)
     if input_ids is None:
-        own_begin = decoder.target.config.bos_token_id
-        begin = _first(options.get("bos_token_id"), getattr(given, "bos_token_id", None), own_begin)
+        begin = settings.of("bos_token_id")
         if begin is None:
             raise ValueError("give input_ids: this model has no begin-of-sequence token to start from")
-        input_ids = torch.tensor([[begin]])
+        input_ids = torch.tensor([[begin]], device="cpu")
     _unpad(input_ids, attention_mask, decoder.target.vocab_size)  # for its messages, before transformers' own
-    if max_new_tokens is not None:
-        if type(max_new_tokens) is not int or max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be a whole number of at least 1, got {max_new_tokens!r}")
-        options["max_new_tokens"] = max_new_tokens
-
-    own = decoder.defaults
     if given is None:
         options.setdefault("top_k", own.get("top_k"))
-        if not any(source.get(name) for name in ("max_new_tokens", "max_length") for source in (options, own)):
+        if all(settings.of(name) is None for name in ("max_new_tokens", "max_length")):
             options["max_new_tokens"] = NEW_TOKENS
-    for name in ("eos_token_id", "pad_token_id"):
-        value = options.get(name)
-        if value is None:
-            options.pop(name, None)  # the model's own; transformers would take it for none
-        elif name == "eos_token_id" and isinstance(value, (list, tuple)) and not value:
-            options[name] = None
+    else:
+        options["generation_config"] = given
 
     # transformers drops the tokenizer on the way to a custom generate, and then misses it.
     tokenizer = options.pop("tokenizer", None) or decoder.tokenizer
-    strings = _first(options.get("stop_strings"), getattr(given, "stop_strings", None), own.get("stop_strings"))
+    strings = settings.of("stop_strings")
     if strings is not None:
         if tokenizer is None:
             raise ValueError("stop_strings need a tokenizer: this decoder has none, give tokenizer=...")
@@ -171,9 +169,101 @@ def _check_callables(options: dict[str, Any]) -> None:
         raise ValueError(f"stop_strings must be text or a list of texts, none of them empty, got {strings!r}")
 
 
-def _first(*values: Any) -> Any:
-    """The first that is not None."""
-    return next((value for value in values if value is not None), None)
+# Settings that say no more than how long and how to sample.
+_WARPING = ("temperature", "top_k", "top_p", "min_p")
+_PLAIN = {"max_new_tokens", "do_sample", *_WARPING, "eos_token_id", "pad_token_id"}
+
+
+class Settings:
+    """The settings of a call, with numbers made Python's own and checked: options of the call go before the given
+    generation config, and that before the model's own settings. An option that is None takes away what those say.
+
+    Raises ValueError for special tokens and sampling settings that cannot be.
+    """
+
+    def __init__(self, options: dict[str, Any], given: dict[str, Any], own: dict[str, Any]):
+        self.given, self.own = given, own
+        self.options = {
+            name: plain(value) if name in _settings() else value
+            for name, value in options.items()
+            if value is not None or given.get(name) is not None or own.get(name) is not None
+        }
+        self.sampling = Sampling(self.of("do_sample"), *map(self.of, _WARPING))
+        self.eos, self.pad = token_ids("eos_token_id", self.of("eos_token_id")), self.of("pad_token_id")
+        if self.pad is not None:
+            number = whole(self.pad)
+            if number is None or not -(2**63) <= number < 2**63:
+                raise ValueError(f"pad_token_id must be a token id or None, got {self.pad!r}")
+            self.pad = number
+        self._replace("do_sample", self.sampling.do_sample)
+        for name in _WARPING:
+            self._replace(name, getattr(self.sampling, name))
+        self._replace("eos_token_id", self.eos or None)  # of an empty list transformers would take the first
+        self._replace("pad_token_id", self.pad)
+        if not self.sampling.do_sample:
+            self._ignore_warping()
+
+    def of(self, name: str) -> Any:
+        """What holds for a setting."""
+        if name in self.options:
+            return self.options[name]
+        value = self.given.get(name)
+        return self.own.get(name) if value is None else value
+
+    def _replace(self, name: str, value: Any) -> None:
+        """Puts what was read of a setting where it came from."""
+        for source in (self.options, self.given):
+            if source.get(name) is not None:
+                source[name] = value
+
+    def _ignore_warping(self) -> None:
+        names = [name for name in _WARPING if self.options.pop(name, None) not in (None, getattr(Sampling, name))]
+        if names:
+            warnings.warn(f"greedy decoding ignores {', '.join(names)}: add do_sample=True", stacklevel=6)
+        self.sampling = Sampling()
+
+
+def _copy_of_config(config: Any) -> GenerationConfig | None:
+    """With NumPy's and torch's numbers made Python's own."""
+    if config is None:
+        return None
+    if not isinstance(config, GenerationConfig):
+        raise ValueError(f"generation_config must be a GenerationConfig or None, got {type(config).__name__}")
+    config = copy.copy(config)
+    vars(config).update({name: plain(value) for name, value in vars(config).items() if name in _settings()})
+    return config
+
+
+def _own_settings(decoder: Decoder) -> dict[str, Any]:
+    """What the model's own generation config sets."""
+    return decoder.defaults | {
+        "eos_token_id": list(decoder.eos_token_ids) or None,
+        "pad_token_id": decoder.pad_token_id,
+        "bos_token_id": decoder.target.config.bos_token_id,
+    }
+
+
+def _plain_call(
+    decoder: Decoder,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    mode: str,
+    seed: int | Sequence[int] | torch.Tensor | None,
+    tree: TreeConfig | None,
+    settings: Settings,
+) -> Call:
+    """The call of plain settings, of which transformers has nothing to make."""
+    new_tokens, eos, pad = settings.of("max_new_tokens"), settings.eos, settings.pad
+    request = decoder._validate(
+        input_ids, attention_mask, NEW_TOKENS if new_tokens is None else new_tokens, mode, tree, eos, seed,
+        settings.sampling, pad,
+    )  # fmt: skip
+    return Call(input_ids, request, (eos or [0])[0] if pad is None else pad)
+
+
+@lru_cache(maxsize=1)
+def _settings() -> frozenset[str]:
+    return frozenset(name for name in vars(GenerationConfig()) if name[0] != "_")
 
 
 @lru_cache(maxsize=1)
@@ -181,7 +271,7 @@ def _options() -> frozenset[str]:
     """What `generate` of a GPT-2 can be given by name."""
     functions = (GPT2LMHeadModel.generate, GPT2LMHeadModel.forward)
     names = {name for function in functions for name in inspect.signature(function).parameters}
-    return frozenset(names | vars(GenerationConfig()).keys() | REFUSED_ARGUMENTS.keys() | {"tokenizer"})
+    return frozenset(names | _settings() | REFUSED_ARGUMENTS.keys() | {"tokenizer"})
 
 
 _skeletons: "weakref.WeakKeyDictionary[GPT2, GPT2LMHeadModel]" = weakref.WeakKeyDictionary()  # by the target
@@ -192,11 +282,7 @@ def _skeleton(decoder: Decoder) -> GPT2LMHeadModel:
     if decoder.target not in _skeletons:
         with torch.device("meta"):
             model = GPT2LMHeadModel(decoder.target.config)
-        model.generation_config = GenerationConfig(
-            **decoder.defaults,
-            eos_token_id=list(decoder.eos_token_ids) or None,
-            pad_token_id=decoder.pad_token_id,
-        )
+        model.generation_config = GenerationConfig(**_own_settings(decoder))
         _skeletons[decoder.target] = model
     return _skeletons[decoder.target]
 
@@ -241,7 +327,7 @@ def _call(
     config: GenerationConfig,
     passed_on: dict[str, Any],
     mode: str,
-    seed: int | Sequence[int] | torch.Tensor,
+    seed: int | Sequence[int] | torch.Tensor | None,
     tree: TreeConfig | None,
     streamer,
     began: float,
@@ -314,19 +400,15 @@ def _split_processors(processors: LogitsProcessorList, do_sample: bool) -> tuple
     noise is then added as it is.
     """
     rest, order, settings = list(processors), list(_WARPERS), {}
-    while do_sample and rest and type(rest[-1]) in order and _is_built_in(rest[-1]):
+    while do_sample and rest and type(rest[-1]) in order and _keeps_one(rest[-1]):
         kind = type(rest[-1])
         settings[_WARPERS[kind]] = getattr(rest.pop(), _WARPERS[kind])
         order = order[: order.index(kind)]
     return rest, Sampling(do_sample, **settings)
 
 
-def _is_built_in(warper: Callable) -> bool:
-    name = _WARPERS[type(warper)]
-    try:
-        Sampling(True, **{name: getattr(warper, name)})
-    except ValueError:  # transformers allows a little more, such as top_p=0
-        return False
+def _keeps_one(warper: Callable) -> bool:
+    """Whether at least one token is kept, and the others are excluded: what `Sampling` does."""
     return getattr(warper, "filter_value", -torch.inf) == -torch.inf and getattr(warper, "min_tokens_to_keep", 1) == 1
 
 
@@ -350,7 +432,7 @@ def _check_positions(position_ids: torch.Tensor | None, mask: torch.Tensor | Non
         return
     width = input_ids.shape[1]
     if mask is None:
-        good = position_ids.shape[-1] == width and bool((position_ids.cpu() == torch.arange(width)).all())
+        good = position_ids.shape[-1] == width and bool((position_ids.cpu() == torch.arange(width, device="cpu")).all())
     else:
         good = position_ids.shape == mask.shape and torch.equal(position_ids * mask, (mask.cumsum(-1) - 1) * mask)
     if not good:
@@ -365,9 +447,9 @@ class custom_generate:
 
     draft: a GPT2LMHeadModel, folder or hub id of the same vocabulary; left out, generate's `assistant_model`, and with
     neither `mode="autoregressive"` or `prompt_lookup_num_tokens` must be given. ngram: a KatzTable or its path.
-    mode, tree: as in `Decoder.generate`. seed: None draws it from torch's global generator, so that
-    `torch.manual_seed` and `transformers.set_seed` decide. A single `generate` takes mode, tree and seed too.
-    streamer: an alternative to generate's own.
+    mode, tree, seed: as in `Decoder.generate`. A single `generate` takes mode, tree and seed too.
+    streamer: an alternative to generate's own. Functions of your own may lie between generate and this object, and may
+    call it from another thread.
 
     Everything is made at the first call and kept for as long as the model lives, whether this object is kept or made
     anew for every call. Decoding runs on the model's device in its dtype, with a copy of its weights. As with
@@ -409,30 +491,31 @@ class custom_generate:
         **model_kwargs: Any,
     ) -> torch.Tensor | StagedOutput:
         began = time.time()
-        refuse_settings(vars(generation_config))
-        dropped = _dropped_arguments()
-        streamer = dropped.get("streamer")
+        dropped = _dropped_arguments(generation_config)
+        streamer = dropped["streamer"]
         if streamer is None and self.streamer is not None:
             streamer = self.streamer
             streamer.put(input_ids.cpu())
-        refuse_arguments(dropped)
-        draft, assistant = self.draft, dropped.get("assistant_model")
-        if draft is None:
-            draft = assistant
-        elif assistant is not None and assistant is not draft:
-            raise ValueError(
-                "custom_generate has draft= and generate has another assistant_model=: give one of the two"
-            )
-        decoder = decoder_for(model, draft, self.ngram, self.backend)
-        seed = self.seed if seed is None else seed
-        call = _call(
-            decoder, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs,
-            self.mode if mode is None else mode,
-            int(torch.randint(2**63 - 1, ())) if seed is None else seed,
-            self.tree if tree is None else tree,
-            streamer, began,
-        )  # fmt: skip
-        output = decoder.decode(call)
+        with ended(streamer):
+            refuse_settings(vars(generation_config))
+            refuse_arguments(dropped)
+            draft, assistant = self.draft, dropped["assistant_model"]
+            if draft is None:
+                draft = assistant
+            elif assistant is not None and assistant is not draft:
+                raise ValueError(
+                    "custom_generate has draft= and generate has another assistant_model=: give one of the two"
+                )
+            decoder = decoder_for(model, draft, self.ngram, self.backend)
+            seed = self.seed if seed is None else seed
+            call = _call(
+                decoder, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs,
+                self.mode if mode is None else mode,
+                seed,
+                self.tree if tree is None else tree,
+                streamer, began,
+            )  # fmt: skip
+            output = decoder.decode(call)
         self.last_stats = decoder.last_stats
         return output
 
@@ -447,16 +530,37 @@ _DROPPED = (
 )
 
 
-def _dropped_arguments() -> dict[str, Any]:
+def _dropped_arguments(config: GenerationConfig) -> dict[str, Any]:
     """What transformers' `generate` was given and does not hand on: the streamer, the assistant model, what is refused.
 
     Without a look at its frame a streamer given to `generate` would see the prompt and then nothing, and whoever reads
-    from it would wait forever.
+    from it would wait forever. Any functions may lie between the two, and a function may call from another thread.
+
+    Raises ValueError where no `generate` is found.
     """
-    frame = sys._getframe(2)
-    if frame.f_code is not inspect.unwrap(GenerationMixin.generate).__code__:
-        return {}
-    return {name: frame.f_locals.get(name) for name in _DROPPED}
+    known = next(_calls_of_generate(sys._getframe(2)), None)
+    if known is None:
+        others = (call for frame in sys._current_frames().values() for call in _calls_of_generate(frame))
+        known = next((call for call in others if call.get("generation_config") is config), None)
+    if known is None:
+        raise ValueError(
+            "custom_generate was called, but not by the generate of a transformers model, so that a streamer or an "
+            "assistant_model given there would be lost: give it to generate(..., custom_generate=...), or call "
+            "Decoder.generate"
+        )
+    return {name: known.get(name) for name in _DROPPED}
+
+
+def _calls_of_generate(frame: FrameType | None) -> Iterator[dict[str, Any]]:
+    """The variables of the calls of transformers' `generate` in a stack that were given a custom_generate, the
+    innermost first."""
+    while frame is not None:
+        code = frame.f_code
+        if {"streamer", "assistant_model", "custom_generate"} <= set(code.co_varnames[: code.co_argcount]):
+            known = frame.f_locals
+            if known["custom_generate"] is not None:
+                yield known
+        frame = frame.f_back
 
 
 def decoder_for(

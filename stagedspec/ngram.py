@@ -62,7 +62,7 @@ class NgramCounts:
             raise ValueError(f"separator must be a token id from 0 to {vocab_size - 1}, got {separator}")
         self.separator = separator
         self.num_tokens = 0
-        self.unigrams = torch.zeros(vocab_size, dtype=torch.int64)
+        self.unigrams = torch.zeros(vocab_size, dtype=torch.int64, device="cpu")
         self._bigrams: list[tuple[Tensor, Tensor]] = []
         self._trigrams: list[tuple[Tensor, Tensor]] = []
 
@@ -120,7 +120,11 @@ def _collapse(runs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Merges all runs into one, in place, and returns it."""
     while len(runs) > 1:
         runs.append(_merge(runs.pop(), runs.pop()))
-    return runs[0] if runs else (torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
+    return (
+        runs[0]
+        if runs
+        else (torch.empty(0, dtype=torch.int64, device="cpu"), torch.empty(0, dtype=torch.int64, device="cpu"))
+    )
 
 
 def _merge(one: tuple[Tensor, Tensor], two: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -181,15 +185,17 @@ class KatzModel:
         size = counts.vocab_size
 
         seen = counts.unigrams.nonzero().squeeze(1)
-        uniform = torch.full((len(seen),), 1 / size, dtype=torch.float64)
+        uniform = torch.full((len(seen),), 1 / size, dtype=torch.float64, device="cpu")
         level = _fit_level(
-            seen, counts.unigrams[seen], torch.zeros(1, dtype=torch.int64), uniform, size, discount_limit
+            seen, counts.unigrams[seen], torch.zeros(1, dtype=torch.int64, device="cpu"), uniform, size, discount_limit
         )
         unigram = (level.backoff / size).repeat(size)
         unigram[seen] = level.probs
 
         keys, seen_counts = counts.bigrams()
-        bigram = _fit_level(keys, seen_counts, torch.arange(size), unigram[keys % size], size, discount_limit)
+        bigram = _fit_level(
+            keys, seen_counts, torch.arange(size, device="cpu"), unigram[keys % size], size, discount_limit
+        )
 
         keys, seen_counts = counts.trigrams()
         contexts = torch.unique_consecutive(keys // size)
@@ -315,13 +321,13 @@ def _discounts(counts: Tensor, limit: int) -> Tensor:
     (r - D) / r, with D = n_1 / (n_1 + 2 n_2), or a half where n_1 or n_2 is zero.
     """
     of = torch.bincount(counts.clamp(max=limit + 2), minlength=limit + 3).double()
-    r = torch.arange(1, limit + 1, dtype=torch.float64)
+    r = torch.arange(1, limit + 1, dtype=torch.float64, device="cpu")
     shift = (limit + 1) * of[limit + 1] / of[1]
     factors = ((r + 1) * of[2 : limit + 2] / (r * of[1 : limit + 1]) - shift) / (1 - shift)
     if not (shift < 1 and ((factors > 0) & (factors < 1)).all()):  # also where a division by zero made it NaN
         absolute = of[1] / (of[1] + 2 * of[2]) if of[1] > 0 and of[2] > 0 else 0.5
         factors = (r - absolute) / r
-    edge = torch.ones(1, dtype=torch.float64)
+    edge = torch.ones(1, dtype=torch.float64, device="cpu")
     return torch.cat([edge, factors, edge])
 
 
@@ -351,8 +357,8 @@ def _rank(level: _Level) -> Tensor:
 
 def _ranges(starts: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     """For ranges [m] of a list: the row and the position in the list of every element, both int64 [sum of lengths]."""
-    rows = torch.repeat_interleave(torch.arange(len(starts)), lengths)
-    return rows, torch.arange(len(rows)) + (starts - (lengths.cumsum(0) - lengths))[rows]
+    rows = torch.repeat_interleave(torch.arange(len(starts), device="cpu"), lengths)
+    return rows, torch.arange(len(rows), device="cpu") + (starts - (lengths.cumsum(0) - lengths))[rows]
 
 
 def _leading(
@@ -367,9 +373,9 @@ def _leading(
         keep = ~drop(rows, at)
         rows, at = rows[keep], at[keep]
     held = torch.bincount(rows, minlength=len(starts))
-    place = torch.arange(len(rows)) - (held.cumsum(0) - held)[rows]
+    place = torch.arange(len(rows), device="cpu") - (held.cumsum(0) - held)[rows]
     keep = place < width
-    leading = torch.full((len(starts), width), -1)
+    leading = torch.full((len(starts), width), -1, device="cpu")
     leading[rows[keep], place[keep]] = at[keep]
     return leading
 
@@ -594,8 +600,8 @@ def _hash_keys(keys: Tensor) -> tuple[Tensor, Tensor]:
     """
     slots = 1 << max(4, (2 * len(keys)).bit_length())
     while slots <= 1 << 31 and slots <= 1024 * max(len(keys), 16):
-        held = torch.full((slots,), len(keys))  # len(keys): empty
-        waiting = torch.arange(len(keys))
+        held = torch.full((slots,), len(keys), device="cpu")  # len(keys): empty
+        waiting = torch.arange(len(keys), device="cpu")
         for probe in range(PROBES):
             asked = (hash_slot(keys[waiting], slots) + probe) & (slots - 1)
             free = held[asked] == len(keys)
@@ -686,7 +692,7 @@ def fit_from_text(
                 with path.open(encoding="utf-8") as file:
                     for lines in iter(lambda file=file: file.readlines(TEXT_CHUNK), []):
                         ids = tokenizer("".join(lines), add_special_tokens=False, verbose=False)["input_ids"]
-                        yield torch.tensor(ids, dtype=torch.int64)
+                        yield torch.tensor(ids, dtype=torch.int64, device="cpu")
             except UnicodeDecodeError as error:
                 raise ValueError(f"{path} is not UTF-8 text ({error}): convert it or leave it out") from None
             if progress is not None:

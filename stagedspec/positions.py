@@ -14,7 +14,8 @@ callables exactly the calls that transformers would give it:
   rows have reached; what a row decoded beyond its end is dropped.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from types import ModuleType
 
 import torch
@@ -48,7 +49,8 @@ class Positions:
         keep: Sequence[str] = (),
     ):
         self.batch, self.width = input_ids.shape
-        self.ids = torch.cat((input_ids, input_ids.new_full((self.batch, new_tokens), pad)), 1)
+        with torch.inference_mode(False):  # whatever the caller's: it is written to outside
+            self.ids = torch.cat((input_ids, input_ids.new_full((self.batch, new_tokens), pad)), 1)
         self.pad, self.eos, self.pads = pad, frozenset(eos), pads
         self.processors, self.criteria, self.streamer = processors, criteria, streamer
         self.kept: dict[str, list[torch.Tensor]] = {name: [] for name in keep}
@@ -69,7 +71,7 @@ class Positions:
         """Chooses along the walk: logits [B, N, V] -> tokens [B, N], UNCHOSEN off the walk."""
         rows, device = trees.sequences.rows, logits.device
         live = [row.running for row in rows]
-        chosen = torch.full(logits.shape[:2], UNCHOSEN)
+        chosen = torch.full(logits.shape[:2], UNCHOSEN, device="cpu")
         if not any(live):  # a host that learns late that all rows have stopped
             return chosen.to(device)
         children = trees.children
@@ -93,7 +95,7 @@ class Positions:
                 if live[row]:
                     chosen[row, node] = token
                     live[row] = token not in self.eos
-            self.ids[:, self.width + self.walked] = torch.tensor(shown)
+            self.ids[:, self.width + self.walked] = torch.tensor(shown, device="cpu")
             self.walked, taken = self.walked + 1, taken + 1
             below = zip(children, nodes, tokens, strict=True)
             nodes = [found.get((node, token), -1) for found, node, token in below]
@@ -125,10 +127,10 @@ class Positions:
                 row.tokens[start + at] if count > at else self.pad
                 for row, start, count in zip(rows, starts, new, strict=True)
             ]
-            self.ids[:, self.width + at] = torch.tensor(tokens)
+            self.ids[:, self.width + at] = torch.tensor(tokens, device="cpu")
             self.settled += 1
             if self.streamer is not None:
-                self.streamer.put(torch.tensor(tokens))
+                self.streamer.put(torch.tensor(tokens, device="cpu"))
             if self._stop(run, tokens):
                 rows = run.sequences.rows
 
@@ -148,3 +150,15 @@ class Positions:
             for row in range(self.batch):
                 run.stop(row, self.settled)
         return before != self.unfinished
+
+
+@contextmanager
+def ended(streamer) -> Iterator[None]:
+    """Ends the stream where the generation fails: whoever reads from it would wait forever."""
+    try:
+        yield
+    except BaseException:
+        if streamer is not None:
+            with suppress(Exception):  # its own error may be what failed
+                streamer.end()
+        raise

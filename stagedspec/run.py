@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -36,9 +36,14 @@ class Request:
     repeats: bool = False  # proposed by the context n-gram alone
 
 
-def current(device: torch.device) -> AbstractContextManager:
-    """Makes a GPU the current one, where Triton launches its kernels and torch captures graphs."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+@contextmanager
+def current(device: torch.device) -> Iterator[None]:
+    """Makes a GPU the current one, where Triton launches its kernels and torch captures graphs. The caller's autocast
+    is off: it would compute a part of every pass in another dtype."""
+    gpu = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    mixed = torch.is_autocast_enabled(device.type)
+    with gpu, torch.autocast(device.type, enabled=False) if mixed else nullcontext():
+        yield
 
 
 class Stepper:
@@ -282,7 +287,7 @@ class Run:
         rows = zip(self.sequences.rows, self.request.prompts, strict=True)
         new = [row.tokens[len(prompt) :] for row, prompt in rows]
         most = max(map(len, new))
-        return torch.tensor([row + [pad] * (most - len(row)) for row in new])
+        return torch.tensor([row + [pad] * (most - len(row)) for row in new], device="cpu")
 
     def stats(self) -> Stats:
         """Of what has run so far, without the steps that ran in vain until the host knew that all rows had stopped."""

@@ -1,19 +1,21 @@
 """What `choose` needs to know of a request: how to warp the logits, and the counters of the noise."""
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from stagedspec.values import plain, real, truth, whole
+
 if TYPE_CHECKING:
-    import torch  # the command line checks its options without waiting for it
+    import torch
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Greedy, or sampling with transformers' warpers in transformers' order. None leaves a warper out.
+    """Greedy, or sampling with transformers' warpers in transformers' order. None leaves a warper out, and so do
+    temperature 1, top_k 0, top_p of 1 or more and min_p 0, as in transformers.
 
-    Raises ValueError for values out of range.
+    Raises ValueError for what is no number, and, when sampling, for values out of range: greedy decoding warps nothing.
     """
 
     do_sample: bool = False
@@ -23,24 +25,29 @@ class Sampling:
     min_p: float | None = None
 
     def __post_init__(self):
-        def check(name: str, good: bool, expected: str) -> None:
-            if not good:
-                raise ValueError(f"{name} must be {expected}, got {getattr(self, name)!r}")
-
-        def number(value: object) -> bool:
-            return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
-
-        check("do_sample", isinstance(self.do_sample, bool), "True or False")
+        object.__setattr__(self, "do_sample", truth("do_sample", self.do_sample))
+        if self.temperature is None:
+            object.__setattr__(self, "temperature", 1.0)
         # Below 1e-6 logits / temperature can leave fp32; above 1e6 every distribution is flat.
-        good = number(self.temperature) and 1e-6 <= self.temperature <= 1e6
-        check("temperature", good, "a finite number above 0 (from 1e-6 to 1e6)")
-        whole = isinstance(self.top_k, int) and not isinstance(self.top_k, bool)
-        check("top_k", self.top_k is None or (whole and self.top_k >= 0), "a whole number (0 or None turns it off)")
-        for name in ("top_p", "min_p"):
-            value = getattr(self, name)
-            low_ok = value is not None and number(value) and (value > 0 if name == "top_p" else value >= 0)
-            expected = "in (0, 1]" if name == "top_p" else "in [0, 1]"
-            check(name, value is None or (low_ok and value <= 1), f"{expected} or None")
+        self._read(
+            "temperature",
+            real,
+            lambda value: 1e-6 <= value <= 1e6,
+            "a finite number above 0 (from 1e-6 to 1e6); for greedy decoding use do_sample=False",
+        )
+        self._read("top_k", whole, lambda value: value >= 0, "a whole number of at least 0 (0 or None turns it off)")
+        self._read("top_p", real, lambda value: value >= 0, "a number of at least 0 (1 or None turns it off)")
+        self._read("min_p", real, lambda value: 0 <= value <= 1, "in [0, 1] or None")
+
+    def _read(self, name: str, kind: Callable, good: Callable, expected: str) -> None:
+        """Makes the number called `name` Python's own and checks it."""
+        given = getattr(self, name)
+        if given is None:
+            return
+        value = kind(given)
+        if value is None or (self.do_sample and not good(value)):
+            raise ValueError(f"{name} must be {expected}, got {given!r}")
+        object.__setattr__(self, name, value)
 
     @property
     def warping(self) -> dict | None:
@@ -48,9 +55,10 @@ class Sampling:
         if not self.do_sample:
             return None
         return {
-            "temperature": float(self.temperature),
+            "temperature": self.temperature,
             "top_k": self.top_k or None,
-            "top_p": self.top_p,
+            # The kernels want it above 0: fp32 does not tell 1 - 1e-9 from 1.
+            "top_p": None if self.top_p is None else min(max(self.top_p, 1e-9), 1.0),
             "min_p": self.min_p,
         }
 
@@ -61,14 +69,14 @@ def counters(seed: "int | Sequence[int] | torch.Tensor", batch: int) -> tuple[li
 
     Raises ValueError unless seed is one integer or `batch` integers, each of 64 bits.
     """
-    if hasattr(seed, "tolist"):  # a tensor
-        seed = seed.tolist()
-    single = not isinstance(seed, Sequence)
+    seed = plain(seed)
+    single = not isinstance(seed, Sequence) or isinstance(seed, str)
     seeds = [seed] * batch if single else list(seed)
     if len(seeds) != batch:
         raise ValueError(f"seed must be one integer or one a row: expected {batch}, got {len(seeds)}")
-    for value in seeds:
-        if not isinstance(value, int) or isinstance(value, bool) or not -(2**63) <= value < 2**64:
+    numbers = list(map(whole, seeds))
+    for value, number in zip(seeds, numbers, strict=True):
+        if number is None or not -(2**63) <= number < 2**64:
             raise ValueError(f"seed must be an integer of 64 bits, got {value!r}")
-    signed = [value - 2**64 if value >= 2**63 else value for value in seeds]
+    signed = [number - 2**64 if number >= 2**63 else number for number in numbers]
     return signed, list(range(batch)) if single else [0] * batch

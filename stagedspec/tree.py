@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, replace
 
+from stagedspec.values import at_least, real
+
 MODES = ("autoregressive", "chain", "tree", "staged")
 
 
@@ -34,13 +36,12 @@ class TreeConfig:
     def __post_init__(self):
         low = {"nodes": 1, "depth": 0, "passes": 0, "width": 1, "children": 1, "prefetch": 0, "prefetch_width": 1}
         for name, least in low.items():
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"tree {name} must be a whole number of at least {least}, got {value!r}")
+            object.__setattr__(self, name, at_least(f"tree {name}", getattr(self, name), least))
         for name in ("node_floor", "pass_floor"):
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < 1:
-                raise ValueError(f"tree {name} must be a probability in [0, 1), got {value!r}")
+            value = real(getattr(self, name))
+            if value is None or not 0 <= value < 1:
+                raise ValueError(f"tree {name} must be a probability in [0, 1), got {getattr(self, name)!r}")
+            object.__setattr__(self, name, value)
         if self.nodes > 256:
             raise ValueError(f"tree nodes must be at most 256, got {self.nodes}")
         if self.depth > 256 or self.slots > 1024:

@@ -176,6 +176,7 @@ class _Side:
     def __init__(self, decoder: Decoder, model: Model, mode: str, new_tokens: int):
         self.decoder = decoder
         self.options = {"max_new_tokens": new_tokens, "mode": mode, "eos_token_id": [], "do_sample": model.sampled}
+        self.options["seed"] = 0  # all sides write the same
         self.options |= SAMPLED if model.sampled else {}
         self.reset()
 

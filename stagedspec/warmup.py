@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 
 from stagedspec.tree import MODES, TreeConfig
+from stagedspec.values import plain, whole
 
 GREEDY, SAMPLED = {}, {"do_sample": True, "top_k": 50}
 CHOICES = {"do_sample", "temperature", "top_k", "top_p", "min_p"}
@@ -27,12 +28,13 @@ def warm_up(
             "check` so that 'auto' does"
         )
     room = decoder.target.positions
-    tokens = room if tokens is None else tokens
-    if type(tokens) is not int or not 2 <= tokens <= room:
-        raise ValueError(f"tokens must be a whole number from 2 to the model's {room} positions, got {tokens!r}")
+    given_tokens, tokens = tokens, room if tokens is None else whole(tokens)
+    if tokens is None or not 2 <= tokens <= room:
+        raise ValueError(f"tokens must be a whole number from 2 to the model's {room} positions, got {given_tokens!r}")
     if modes is None:
         modes = MODES if decoder.draft is not None else MODES[:1]
-    sizes = batch if isinstance(batch, Iterable) else [batch]
+    sizes = plain(batch)
+    sizes = sizes if isinstance(sizes, Iterable) else [sizes]
     given = {"modes": modes, "samplings": samplings, "batch": sizes}
     for name, values in given.items():
         if isinstance(values, str) or not isinstance(values, Iterable) or not (values := list(values)):
@@ -65,11 +67,12 @@ def warm_up(
 
 def _read(decoder, mode: str, sampling: dict, batch: int, tokens: int):
     """A call of this kind with the shortest prompt."""
-    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
+    size = whole(batch)
+    if size is None or size < 1:
         raise ValueError(f"batch must be whole numbers of at least 1, got {batch!r}")
     if not isinstance(sampling, dict):
         raise ValueError(f"samplings must be dicts of options of generate, got {sampling!r}")
     if not sampling.keys() <= CHOICES:
         raise ValueError(f"samplings may hold {', '.join(sorted(CHOICES))}, got {sampling!r}")
-    prompt = torch.zeros(batch, 1, dtype=torch.long)
+    prompt = torch.zeros(size, 1, dtype=torch.long, device="cpu")
     return decoder._read(prompt, torch.ones_like(prompt), tokens - 1, mode, 0, None, dict(sampling))

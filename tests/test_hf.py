@@ -481,10 +481,9 @@ def test_seeds_of_a_decoder(decoder):
     ids = torch.tensor(random_prompts([5], seed=45))
     options = {"do_sample": True, "max_new_tokens": 30}
     torch.manual_seed(3)
-    first, second = (decoder.generate(ids, seed=None, **options).tolist() for _ in range(2))
+    first, second = (decoder.generate(ids, **options).tolist() for _ in range(2))
     torch.manual_seed(3)
     assert first == decoder.generate(ids, seed=None, **options).tolist() != second
-    assert decoder.generate(ids, **options).tolist() == decoder.generate(ids, seed=0, **options).tolist()
 
 
 # ---------------------------------------------------------------- other proposals
