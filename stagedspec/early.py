@@ -77,7 +77,7 @@ def check_sampling(seed: int = 0, **settings) -> dict:
     """The settings that were given (others are None). Raises ValueError for values out of range."""
     given = {name: value for name, value in settings.items() if value is not None}
     try:
-        Sampling(**given)
+        Sampling(**given | {"do_sample": True})
         counters(seed, 1)
     except ValueError as error:
         raise ValueError(f"--{str(error).replace('_', '-', 1)}") from None

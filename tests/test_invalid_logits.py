@@ -27,6 +27,12 @@ SAMPLINGS = {
 BROKEN = {"one NaN": [NAN], "all NaN": [NAN] * VOCAB, "many NaN": [NAN] * 30, "all -inf": [-INF] * VOCAB, "+inf": [INF]}
 
 
+@pytest.fixture(autouse=True)
+def unchecked_weights(monkeypatch):
+    """Models of NaN weights are refused when they are read; here they stand for sound ones whose passes overflow."""
+    monkeypatch.setattr("stagedspec.gpt2.finite", lambda tensor: True)
+
+
 def broken_logits(kind: str) -> torch.Tensor:
     logits = torch.randn(VOCAB, generator=torch.Generator().manual_seed(2))
     logits[7 : 7 + len(BROKEN[kind])] = torch.tensor(BROKEN[kind])[: VOCAB - 7]
@@ -180,10 +186,10 @@ def test_a_node_that_would_not_be_seen(target, drafts, mode):
     prompt = torch.tensor(random_prompts([6]))
     plain = Decoder.from_pretrained(target, device="cpu", dtype="float32")
     for options in SAMPLINGS.values():
-        expected = plain.generate(prompt, max_new_tokens=8, mode="autoregressive", **options)
-        assert torch.equal(decoder.generate(prompt, max_new_tokens=8, mode=mode, **options), expected)
+        expected = plain.generate(prompt, max_new_tokens=8, mode="autoregressive", **{"seed": 0} | options)
+        assert torch.equal(decoder.generate(prompt, max_new_tokens=8, mode=mode, **{"seed": 0} | options), expected)
         with pytest.raises(RuntimeError, match="position 14 of row 0"):
-            decoder.generate(prompt, max_new_tokens=9, mode=mode, **options)
+            decoder.generate(prompt, max_new_tokens=9, mode=mode, **{"seed": 0} | options)
 
 
 def test_a_draft_that_gives_nan(target, drafts, make_decoder):
@@ -194,9 +200,9 @@ def test_a_draft_that_gives_nan(target, drafts, make_decoder):
     decoder = make_decoder(target, draft)
     ids, mask = left_pad(random_prompts([5, 9]))
     for options in SAMPLINGS.values():
-        expected = decoder.generate(ids, mask, 16, mode="autoregressive", **options)
+        expected = decoder.generate(ids, mask, 16, mode="autoregressive", **{"seed": 0} | options)
         for mode in MODES:
-            assert torch.equal(decoder.generate(ids, mask, 16, mode=mode, **options), expected)
+            assert torch.equal(decoder.generate(ids, mask, 16, mode=mode, **{"seed": 0} | options), expected)
 
 
 def test_a_decoder_goes_on_after_an_error(target, drafts, make_decoder):

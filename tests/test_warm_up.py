@@ -128,13 +128,14 @@ def test_warm_up_serves_the_first_generation(decoder):
     expected = decoder.generate(ids, max_new_tokens=6, mode="autoregressive")
     decoder.release()
     steps = []
-    decoder.warm_up(["staged"], [{}], progress=lambda *step: steps.append(step))
+    made = decoder.warm_up(["staged"], [{}], progress=lambda *step: steps.append(step))
     (run,) = decoder._kept
     assert run.sequences.capacity == 128  # all of the model's 48 positions
     assert torch.equal(decoder.generate(ids, max_new_tokens=6, mode="staged"), expected)
     assert decoder._kept == [run]
     if GPU:
-        assert steps and all(name == "staged, greedy" and 0 < ready <= total for name, ready, total in steps)
+        assert bool(steps) == bool(made)  # an earlier test of this process may have compiled all
+        assert all(name == "staged, greedy" and 0 < ready <= total for name, ready, total in steps)
 
 
 def test_warm_up_of_all_that_a_decoder_has(decoder):

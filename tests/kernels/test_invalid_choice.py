@@ -20,6 +20,12 @@ RULES = {"greedy": {"greedy": True}} | WARPERS
 TREE = TreeConfig(nodes=4, depth=2, passes=2, width=1, children=3, prefetch=0)
 
 
+@pytest.fixture(autouse=True)
+def unchecked_weights(monkeypatch):
+    """Models of NaN weights are refused when they are read; here they stand for sound ones whose passes overflow."""
+    monkeypatch.setattr("stagedspec.gpt2.finite", lambda tensor: True)
+
+
 def broken(logits: torch.Tensor) -> torch.Tensor:
     """Every second row is made invalid, each in another way."""
     last = logits.shape[1] - 1
@@ -153,7 +159,7 @@ def test_generations(pair, mode, options, device):
     def make(model, other) -> Decoder:
         return Decoder.from_pretrained(model, other, device=device, dtype="float32", backend="triton", tree=TREE)
 
-    prompt = random_prompts([5])[0]
+    prompt, options = random_prompts([5])[0], {"seed": 0} | options
     with pytest.raises(RuntimeError, match="position 5 of row 0"):
         make(broken, draft).generate(torch.tensor([prompt, prompt]), max_new_tokens=4, mode=mode, **options)
     decoder = make(target, broken)
