@@ -25,15 +25,14 @@ from stagedspec.kernels import control, grow_tree
 from stagedspec.kernels.grow_tree import GrowthState, pass_size, pass_start, words
 from stagedspec.kernels.invalid_logits import raise_invalid
 from stagedspec.kernels.registry import check_runs
-from stagedspec.kernels.tree_attention import mask_words
 from stagedspec.kernels.verify_commit import CommitState, verify_commit
 
 # ---------------------------------------------------------------- committed sequences
 
 
 TOKENS, ENDS = 128, 8  # sequences have room for a multiple of so many tokens, and of ids that end them
-# Sizes of chunks of a prompt, in tokens of all rows: each has its CUDA graph. They divide TOKENS or are a multiple, so
-# that no chunk ends beyond a sequence's room. A pass costs as much as CHUNK_COST more tokens would.
+# Sizes of chunks of a prompt, in tokens of all rows: each has its CUDA graph. A pass costs as much as CHUNK_COST more
+# tokens would.
 CHUNKS, CHUNK_COST = (16, 32, 64, 128, 256, 512, 1024), 80
 
 
@@ -299,9 +298,8 @@ class Batch:
 
     @classmethod
     def chain(cls, rows: int, nodes: int, device: torch.device) -> "Batch":
-        """Of a chunk of prompts: every token sees those before it. `begin` says where."""
+        """Of a chunk of prompts: every token sees those before it, without masks. `begin` says where."""
         batch = cls.of(rows, nodes, nodes, device)
-        batch.masks.copy_(mask_words(torch.ones(nodes, nodes, dtype=torch.bool, device=device).tril()))
         steps = torch.arange(nodes, dtype=torch.int32, device=device).expand(rows, -1)
         return replace(batch, steps=steps.contiguous())
 

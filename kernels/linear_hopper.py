@@ -13,6 +13,9 @@ epilogue. This needs a say in what is in flight and when: it is Gluon, Triton's 
 - Weights and x come by bulk tensor copies, a barrier for each block of columns; the matrix instructions read both from
   shared memory. Where x has no room beside the weights its blocks take turns in a ring of slots.
 - As few splits as shared memory allows: adding up parts costs more than longer programs do.
+- Passes over many tokens, such as chunks of a prompt, wait for L2 instead, which every program asks for both operands.
+  There a program takes up to 128 tokens and two groups of 64 weight rows, each for four warps, and the weights' blocks
+  take turns in a ring too (`settings`).
 - The next kernel may start at once, not only after this one's wait: it finds out itself when to read, and it cannot end
   before the one ahead of it has. So several kernels ahead are already fetching while one computes.
 

@@ -14,7 +14,8 @@ class LiveModel:
     """The weights of a model object as it is now.
 
     What is read is a copy, so that weights are never a mixture of old and new ones, not even in a generation during
-    which the model changes. The model itself is not kept alive; once it is gone, the last copy stays.
+    which the model changes; but another thread must not write to the model while a call begins. The model itself is not
+    kept alive; once it is gone, the last copy stays.
 
     model: checked already, by `read_checkpoint`. layout: the other arguments of `GPT2`. Changes through `.data` are
     looked for in a target alone (`plain.fingerprint`): a draft cannot change the output.

@@ -31,6 +31,11 @@ _IDLE = {
     "training", "gradient_checkpointing", "p", "inplace", "name_or_path", "loss_type", "padding_idx", "sparse",
     "scale_grad_by_freq", "num_embeddings", "embedding_dim", "in_features", "out_features", "nx",
 }  # fmt: skip
+# Names that a subclass may define again without a change of the output; `_METHODS` are checked apart.
+_OF_A_CLASS = frozenset(
+    ("__module__", "__qualname__", "__doc__", "__dict__", "__weakref__", "__annotations__", "__init__", "__repr__",
+     "__firstlineno__", "__static_attributes__", "extra_repr", *_METHODS)
+)  # fmt: skip
 _VALUES = frozenset((int, float, bool, str, tuple, type(None)))
 _REPLACEABLE = frozenset(("act", *_METHODS))
 
@@ -73,12 +78,11 @@ def _refuse(role: str, what: str, instead: str) -> None:
 
 
 def _check_attention(model: GPT2LMHeadModel, role: str) -> None:
-    name = model.config._attn_implementation
-    if name in (None, "eager"):
-        return
+    configs = [model.config, *(vars(module).get("config") for module in model.modules())]  # a layer may have its own
     tables = (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS)
-    if not all(_of_libraries(table[name]) for table in tables if name in table):
-        _refuse(role, f"has an attention of its own, {name!r}", "use model.set_attn_implementation('sdpa')")
+    for name in {getattr(config, "_attn_implementation", None) for config in configs} - {None, "eager"}:
+        if not all(_of_libraries(table[name]) for table in tables if name in table):
+            _refuse(role, f"has an attention of its own, {name!r}", "use model.set_attn_implementation('sdpa')")
 
 
 def _check_module(module: nn.Module, plain: nn.Module, name: str, role: str) -> None:
@@ -94,6 +98,8 @@ def _check_module(module: nn.Module, plain: nn.Module, name: str, role: str) -> 
             _refuse(role, f"has a forward hook ({hook}) at {place}", _HOOK)
     for method in _METHODS:
         _check_method(module, plain, method, place, role)
+    if changed := _redefined(module, plain, bool(name)):
+        _refuse(role, f"has a {changed} of its own at {place}", f"use the model as transformers makes it, {_OWN}")
     for key, value in vars(plain).items():
         if key[0] != "_" and key not in _IDLE and _comparable(value):
             own = vars(module).get(key, value)
@@ -143,6 +149,17 @@ def _check_method(module: nn.Module, plain: nn.Module, method: str, place: str, 
             "that tokens whose logits nearly tie may differ",
             stacklevel=2,
         )
+
+
+def _redefined(module: nn.Module, plain: nn.Module, part: bool) -> str | None:
+    """The first name that a subclass defines again: in a part anything that an unchanged part has, such as `__iter__`
+    or `weight`; in the whole model only its modules, because methods such as save_pretrained compute nothing."""
+    tables = plain._parameters.keys() | plain._buffers.keys() | plain._modules.keys()
+    for cls in type(module).__mro__[: type(module).__mro__.index(type(plain))]:
+        for name in vars(cls).keys() - _OF_A_CLASS:
+            if name in tables or (part and hasattr(type(plain), name)):
+                return name
+    return None
 
 
 def _unwrapped(function: Callable, module: nn.Module) -> tuple[Callable | None, bool]:

@@ -97,9 +97,17 @@ def become(path, kind):
     return lambda model: setattr(model.get_submodule(path), "__class__", kind)
 
 
-def own_attention(model):
+def derive(path, **members):
+    """A subclass of a module's class that defines members."""
+    return at(path, lambda one: setattr(one, "__class__", type("Own", (type(one),), members)))
+
+
+def own_attention(model, layer=None):
     AttentionInterface.register("of-a-test", lambda *args, **kwargs: None)
-    model.config._attn_implementation_internal = "of-a-test"
+    config = model.config
+    if layer is not None:
+        config = model.transformer.h[layer].attn.config = copy.deepcopy(config)
+    config._attn_implementation_internal = "of-a-test"
 
 
 def to_nan(model):
@@ -152,11 +160,20 @@ REFUSED = {
     "layer-gone": (put("transformer.h", lambda h: nn.ModuleList([h[0]])), "no module 'transformer.h.1'"),
     "another-module": (lambda m: m.add_module("value_head", nn.Linear(2, 2)), "has a module 'value_head'"),
     "attention": (own_attention, "attention of its own, 'of-a-test'.*set_attn_implementation"),
+    "attention-of-one-layer": (lambda m: own_attention(m, 1), "attention of its own, 'of-a-test'"),
     "positions": (
         put("transformer.wpe", lambda _: nn.Embedding(80, 24)),
         r"wpe.weight' of shape \[80, 24\], not \[48,",
     ),
     "vocabulary": (put("config.vocab_size", 50), r"wte.weight' of shape \[61, 24\], not \[50, 24\]"),
+    "weight-as-a-property": (
+        derive(f"{MLP}.c_fc", weight=property(lambda one: -one._parameters["weight"])),
+        f"a weight of its own at '{MLP}.c_fc'",
+    ),
+    "layers-in-another-order": (
+        derive("transformer.h", __iter__=lambda one: reversed([*one._modules.values()])),
+        "a __iter__ of its own at 'transformer.h'",
+    ),
     "meta": (lambda m: m.to("meta"), "wte.weight' is on the meta device.*folder"),
     "offloaded": (at(MLP, lambda one: one.to("meta")), f"'{MLP}.c_fc.weight' is on the meta device"),
     "dtypes": (at("transformer.ln_f", nn.Module.double), r"several dtypes, float32, float64: use model.to\(dtype\)"),
