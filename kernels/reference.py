@@ -73,6 +73,10 @@ def check_tree(tree, table=None) -> None:
     """Every `TreeConfig` can be grown and verified here."""
 
 
+def release() -> None:
+    """Frees buffers that are kept between calls: here there are none."""
+
+
 def repeated(part: Callable) -> Callable:
     """What runs a step, or a part of one, again and again. A backend whose steps all have one shape may capture it."""
     return part

@@ -137,6 +137,11 @@ class TritonOps:
             self._scratch = registry.Scratch.of(sizes, place)
         return self._scratch
 
+    def release(self) -> None:
+        """Lets go of all of it. Graphs that use it hold on to it; what comes next makes its own."""
+        with self.lock:
+            self._buffers, self._scratch = {}, None
+
     # ---------------------------------------------------------------- steps
 
     def repeated(self, part: Callable) -> Callable:
@@ -152,7 +157,7 @@ class TritonOps:
         made = compiling.compile_ahead((partial(getattr(part, "part", part), *given) for part, given in fresh), place)
         for part, _ in fresh:
             if hasattr(part, "part"):
-                part.prepared = True
+                part.buffers = self._buffers
         return made
 
     def seconds(self, run: Callable[[], object], place: torch.device) -> float:
@@ -424,7 +429,13 @@ class _Captured:
     def __init__(self, part: Callable, ops: TritonOps):
         self.part, self.ops = part, ops
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.prepared, self.value = False, None
+        self.buffers: dict | None = None  # the backend's, when it was prepared
+        self.value = None
+
+    @property
+    def prepared(self) -> bool:
+        """Whether its kernels are compiled and its buffers are there: none may be made while it is captured."""
+        return self.graph is not None or self.buffers is self.ops._buffers
 
     def __call__(self, *given):
         if registry.interpreted():

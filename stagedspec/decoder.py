@@ -128,7 +128,7 @@ class Decoder:
                     f"the n-gram table was fitted for {ngram.vocab_size} tokens, the target has {target.vocab_size}; "
                     "fit one with this tokenizer, or give tokenizer=... if the rest are rows of padding"
                 )
-            ngram = ngram.resized(target.vocab_size)
+            ngram = ngram.resized(target.vocab_size).to(target.device)
         self.target, self.draft, self.ngram, self.tokenizer = target, draft, ngram, tokenizer
         self._live = live
         self.device = target.device
@@ -211,7 +211,7 @@ class Decoder:
         decoder = cls(
             weights,
             draft_weights,
-            None if table is None else table.to(device),
+            table,
             loaded,
             tree,
             end_of_sequence(target_model),
@@ -481,9 +481,11 @@ class Decoder:
         return made
 
     def release(self) -> None:
-        """Frees the memory and the CUDA graphs that are kept of generations that have ended."""
+        """Frees the memory and the CUDA graphs that are kept of generations that have ended, and the backend's buffers.
+        A generation that is under way keeps its own."""
         with self.target.ops.lock:
             self._kept.clear()
+            self.target.ops.release()
 
     # ------------------------------------------------------------ requests
 

@@ -451,7 +451,9 @@ class KatzTable:
         return cls(vocab_size, keys, slots, rows, tokens.int().contiguous(), logprobs.float(), fitted_tokens)
 
     def to(self, device: torch.device | str) -> "KatzTable":
-        """The same table on a device."""
+        """The same table on a device; itself where it is there already."""
+        if self.device == torch.device(device):
+            return self
         names = ("keys", "slots", "rows", "tokens", "logprobs")
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 

@@ -153,15 +153,16 @@ def test_custom_generate_and_streams(models, name):
     "name", ["float64", "bfloat16", "device-meta", "autocast-bfloat16", "deterministic", "inference"]
 )
 def test_the_kernels(name):
-    """In their interpreter, which is slow: a very small model, and two steps."""
+    """Without a GPU in their interpreter, which is slow: a very small model, and two steps."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     target = make_gpt2(0, n_layer=1, n_embd=16, n_head=1, vocab_size=16)
     tree = TreeConfig(3, 2, 1, prefetch=0)
     options = {"do_sample": True, "seed": 3, "top_p": 0.9, "stopping_criteria": [lambda ids, scores: ids[:, -1] == 5]}
     ids = torch.tensor([[1, 2, 3]])
-    plain = Decoder.from_pretrained(target, target, device="cpu", tree=tree)
+    plain = Decoder.from_pretrained(target, target, device=device, dtype="float32", backend="torch", tree=tree)
     expected = plain.generate(ids, None, 4, **options)
     with STATES[name]():
-        decoder = Decoder.from_pretrained(target, target, device="cpu", backend="triton", tree=tree)
+        decoder = Decoder.from_pretrained(target, target, device=device, dtype="float32", backend="triton", tree=tree)
         assert torch.equal(decoder.generate(ids, None, 4, **options), expected)
     assert torch.equal(decoder.generate(ids, None, 4, **options), expected)  # on what that generation left
 

@@ -424,6 +424,34 @@ def test_what_is_kept_of_generations(pair, device, monkeypatch):
     assert torch_side._kept == []
 
 
+def test_release_frees_the_buffers(pair, device):
+    """Also while a stream is under way, whose next steps make their own."""
+    decoder = decoders(pair, device)[1]
+    ids = torch.tensor([[5, 6, 7]], device=device)
+    expected = decoder.generate(ids, max_new_tokens=9)[0, 3:].tolist()
+    assert decoder.target.ops._buffers and decoder.target.ops._scratch is not None
+    decoder.release()
+    assert not decoder.target.ops._buffers and decoder.target.ops._scratch is None
+    found = []
+    for chunk in decoder.stream(ids, 9):
+        found += chunk.tokens
+        decoder.release()
+    assert found == expected
+    assert decoder.generate(ids, max_new_tokens=9)[0, 3:].tolist() == expected
+
+
+def test_a_part_is_prepared_again_after_a_release(pair, device):
+    """Buffers made during a capture would lie in that graph's own memory, and be zeroed at each of its replays."""
+    ops = decoders(pair, device)[1].target.ops
+    part = ops.repeated(lambda: ops._need((64, 8), torch.device(device)))
+    ops.prepare([(part, ())], torch.device(device))
+    assert part.prepared and ops._scratch is not None
+    ops.release()
+    assert not part.prepared
+    ops.prepare([(part, ())], torch.device(device))
+    assert part.prepared and ops._scratch is not None
+
+
 def test_the_smallest_run_that_fits_is_used(pair, device):
     decoder = Decoder.from_pretrained(
         make_gpt2(n_positions=300, n_layer=1), device=device, dtype="float32", backend="triton"
