@@ -12,8 +12,10 @@ this changes which nodes are verified, never the tokens.
 """
 
 import math
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median_low
 
 from stagedspec.cost import Model
 from stagedspec.tree import TreeConfig
@@ -23,18 +25,22 @@ OFF = TreeConfig().for_mode("autoregressive")
 KEEP = 0.9
 PRIOR = 3.0  # of what was known before: the cost model's expectation, or what the last generation learned
 LASTING = 0.98  # KEEP of what the next generation starts from
-TRIAL = 2  # plain steps with which the first generation begins, to learn what they take
-REFRESH = 64  # drafted steps, over all generations, after which one plain step learns it again
-# How far an estimate of time goes towards a shorter and a longer one: what else the machine does only adds to it.
-DOWN, UP = 0.4, 0.1
+# Plain steps made in a row to learn what they take. The first of them comes after other work, and is not counted.
+TRIAL = 3
+# Drafted steps, over all generations, after which that is learned again, by how fast drafting seems beside plain
+# decoding: where the gain is small an error could be larger. (at most so fast, drafted steps)
+REFRESH = ((1.5, 32), (math.inf, 64))
+TIMES = 9  # of the last steps whose median counts: what else the machine does makes some of them much longer
 READ = 0.25  # of one token that the draft has read
 READS = 8.0  # at most, of one reading
 RESUME = 1.05  # how fast a tree must seem, beside plain decoding, before drafting starts again
 # The share of its own time that drafting must bring back, or else it ends. Ten steps of sampled text say little, and to
 # leave a draft that pays costs more than to keep one that just does not.
 LEAVE = 0.7
-# Plain steps by which drafting and reading may fall behind plain decoding, and what each plain step adds to that.
-CREDIT, SHARE = 8.0, 0.02
+# Plain steps by which drafting and reading may fall behind plain decoding, and what each plain step adds to that; how
+# much of what drafting has won may be lost again, as in a batch a few steps that bring the last row nothing cost much;
+# and how much more the first generation may lose, which knows nothing yet.
+CREDIT, SHARE, WON, FIRST = 8.0, 0.02, 24.0, 6.0
 SMALLER = 1.15  # how much faster a smaller tree must seem than the largest
 WAITS = (4, 8, 16, 32)  # plain steps between two readings, longer each time that the draft fails; the first goes for
 # the prompt's end too, backwards
@@ -111,17 +117,22 @@ class Controller:
         tokens = [rung.tokens for rung in ladder] if last is None else [mean.value for mean in last.lasting]
         seconds = [rung.seconds for rung in ladder] if last is None else [mean.value for mean in last.seconds]
         self.tokens = [_Mean(value, PRIOR) for value in tokens]
-        self.lasting = [_Mean(value, PRIOR, LASTING) for value in tokens]
+        weights = [PRIOR] * len(tokens) if last is None else [mean.weight for mean in last.lasting]
+        self.lasting = [_Mean(value, weight, LASTING) for value, weight in zip(tokens, weights, strict=True)]
         self.seconds = [_Mean(value, PRIOR) for value in seconds]
-        # Seconds measured over seconds expected: of plain steps, and of steps that draft; None: not measured yet.
-        self.pace: list[float | None] = [None, None] if last is None else list(last.pace)
+        # Seconds measured over seconds expected of the last plain steps; and how much larger that was for the last
+        # steps that drafted. So a machine that gets slower while nothing is drafted says nothing about drafting.
+        self.pace = deque(() if last is None else last.pace, TIMES)
+        self.slower = deque([1.0] if last is None else last.slower, TIMES)
         self._drafted = 0 if last is None else last._drafted  # steps since the last plain one
+        self._drafts: bool | None = None  # whether the last step drafted
         self.onward = _Mean(0.5, PRIOR)  # how often a walk along the tree goes on by one more node
         self.missed = 0  # tokens of each row that the draft has not read
         self.unread = 0  # tokens of the longest prompt, while the draft has read none of it
         self.steps = [0] * len(self.ladder)  # made, of each rung
         self.trial = TRIAL if last is None else 0  # plain steps that are to be made now, whatever pays
         self.credit = CREDIT if last is None else max(0.0, last.credit)  # plain steps
+        self._floor = -FIRST if last is None else 0.0
         self.most = math.inf  # of it that reading may take in this generation while the draft is left out
         self.chosen, self._since = (0, 0) if last is None else (last.chosen, 0)
         self._wait = 0 if last is None else last._wait
@@ -130,10 +141,13 @@ class Controller:
     def begin(self, prompt: int, new_tokens: int) -> bool:
         """Whether the draft is to read the prompts before the first step: where drafting pays, and enough is left to
         write. prompt: tokens of the longest."""
-        self.most = SHARE * new_tokens
-        if self.chosen and new_tokens * (1 - self.rate(0) / self.rate(self.chosen)) <= self._reading(prompt):
+        self.most = self.credit / 4
+        cost = self._reading(prompt)
+        if cost >= min(self.credit, new_tokens * (1 - self.rate(0) / self.rate(self.chosen))):
             self.chosen = 0
         self.unread = 0 if self.chosen else prompt
+        if self.chosen:
+            self._account(-cost)
         return self.chosen > 0
 
     def _reading(self, count: int) -> float:
@@ -166,12 +180,9 @@ class Controller:
         return self.seconds[index].value * self._pace(index > 0)
 
     def _pace(self, drafts: bool) -> float:
-        """What was measured of such steps, else of the others: a busy machine slows both."""
-        return next((pace for pace in (self.pace[drafts], self.pace[not drafts]) if pace is not None), 1.0)
-
-    def _time(self, drafts: bool, pace: float) -> None:
-        known = self.pace[drafts]
-        self.pace[drafts] = pace if known is None else known + (DOWN if pace < known else UP) * (pace - known)
+        """Seconds of such steps over the seconds that were expected of them."""
+        plain = median_low(self.pace) if self.pace else 1.0
+        return plain * median_low(self.slower) if drafts else plain
 
     def read(self, rows: Sequence[Sequence[tuple[int, float]]]) -> None:
         """What the draft made of tokens written without it. In a batch the row that it knows least of counts.
@@ -219,16 +230,23 @@ class Controller:
         self.steps[self.ladder.index(rung)] += 1
         self._since += 1
         drafts = rung.tree.passes > 0
-        if seconds is not None:
-            self._time(drafts, seconds / rung.cost(nodes, passes))
+        # The first of its kind comes on cold caches, and says something only where little is known.
+        if seconds is not None and (self._drafts == drafts or (drafts and len(self.slower) < 3)):
+            pace = seconds / rung.cost(nodes, passes)
+            if drafts:
+                self.slower.append(pace / self._pace(False))
+            else:
+                self.pace.append(pace)
+        self._drafts = drafts
         if not drafts:
             self.missed += 1
             self.trial, self._drafted = max(0, self.trial - 1), 0
-            self._account(SHARE)
+            self._account(SHARE, CREDIT)
             return
         self._drafted += 1
-        if self._drafted >= REFRESH:
-            self.trial = 1
+        faster = self.rate(self.chosen) / self.rate(0)
+        if self._drafted >= next(steps for bound, steps in REFRESH if faster <= bound):
+            self.trial = TRIAL
         rows = zip(accepted, depths, left or [0] * len(depths), strict=True)
         walks = [(taken, depth, more) for taken, depth, more in rows if taken >= 0]
         if not walks:
@@ -258,9 +276,9 @@ class Controller:
             self.seconds[index].add(rung.cost(round(1 + (nodes - 1) * pace * grown), math.ceil(passes * grown)))
         self._choose()
 
-    def _account(self, won: float) -> None:
-        """Plain steps that a step has won beside plain decoding."""
-        self.credit = min(CREDIT, self.credit + won)
+    def _account(self, won: float, most: float = WON) -> None:
+        """Plain steps that were won beside plain decoding; most: that are kept of them."""
+        self.credit = min(max(most, self.credit), self.credit + won)
 
     def _pays(self, index: int) -> bool:
         """Whether the rung's tokens beyond the first are worth their time, or nearly so."""
@@ -273,7 +291,7 @@ class Controller:
         # What other rungs would have brought is a guess, and floors keep the largest small where that pays.
         if rates[best] < rates[last] * SMALLER:
             best = last
-        if self.credit < 0 or not (self._pays(best) if self.chosen else rates[best] > rates[0] * RESUME):
+        if self.credit < self._floor or not (self._pays(best) if self.chosen else rates[best] > rates[0] * RESUME):
             best = 0
         if (best == 0) != (self.chosen == 0):
             # A stretch of drafting that did not last is no reason to hope again soon.

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from stagedspec import check_kernels, check_trees
+from stagedspec import check_kernels, check_trees, early
 from stagedspec.check_kernels import Wrong, expect
 from stagedspec.check_logits import Comparison, check_tokens, compare_logits
 from stagedspec.compare import PROMPTS
@@ -143,12 +143,8 @@ def check_modes(modes: Sequence[str]) -> list[str]:
 def check_device(device: str | torch.device) -> torch.device:
     """Where to check. Raises ValueError for a device that does not exist, and where no kernel can run."""
     where = resolve_device(device)
-    if where.type != "cuda" and not registry.interpreted():
-        why = "torch sees no CUDA GPU" if device == "auto" else f"the device is {where}"
-        raise ValueError(
-            f"kernels are checked on a GPU, but {why}; with TRITON_INTERPRET=1 set before Python starts, tiny models "
-            "can be checked on a CPU"
-        )
+    if not registry.interpreted():
+        early.check_gpu("check", device)
     return where
 
 

@@ -270,6 +270,7 @@ def demo(
     """
     early.check_at_least(1, max_new_tokens=max_new_tokens)
     early.check_sampling(seed)
+    early.check_room(target, max_new_tokens)
     console = wide_console(no_color, quiet=as_json)
     decoder = load_decoder(target, draft, ngram, device, dtype, backend, tree, modes=MODES)
     rows, max_new_tokens = _that_fit(DEMO_PROMPTS, decoder, max_new_tokens, 96)
@@ -428,6 +429,7 @@ def generate(
         raise ValueError(f"{options} given without --sample: greedy decoding would ignore it; add --sample")
     if save_html is not None:
         early.check_output(save_html, "--save-html")
+    early.check_room(target, max_new_tokens)
     text = _prompt_text(prompt, file)
     decoder = load_decoder(
         target, draft, ngram, device, dtype, backend, tree, (mode.value,),
@@ -667,6 +669,7 @@ def tune_tree(
     if backend == "triton":
         raise ValueError("tuning trees is not supported by backend 'triton': choose --backend torch, or leave it out")
     backend = "torch" if backend == "auto" else backend
+    early.check_room(target, max_new_tokens)
     decoder = load_decoder(target, draft, ngram, device, dtype, backend, modes=MODES)
     encoded, max_new_tokens = _that_fit(texts[:limit], decoder, max_new_tokens, 96)
 
@@ -809,13 +812,11 @@ def warm_up(
         raise ValueError("nothing to make ready: leave out --no-greedy or --no-sample")
     early.check_at_least(2, tokens=tokens)
     sampled = early.check_sampling(do_sample=True, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    early.check_device(device)
+    early.check_device(device, backend)
+    if backend == "torch":
+        raise ValueError("warm-up prepares GPU kernels, but backend torch has none; leave out --backend")
     if backend != "triton":
-        from stagedspec.devices import resolve_device
-
-        if backend == "torch" or resolve_device(device).type != "cuda":
-            why = "backend torch compiles none" if backend == "torch" else "there is no GPU, or none was chosen"
-            raise ValueError(f"warm-up prepares GPU kernels, but {why}; choose --device cuda, and leave out --backend")
+        early.check_gpu("warm-up", device)
     wanted = () if mode is None else tuple(one.value for one in mode)
     decoder = load_decoder(target, draft, ngram, device, dtype, backend, tree, wanted, text=False)
     begin = time.perf_counter()
@@ -882,18 +883,15 @@ def tune(
             except ValueError as error:
                 raise ValueError(f"{error}, or S, M, L, XL or embedded") from None
 
+    early.check_gpu("tune", device)
+
     import torch
 
-    from stagedspec.devices import resolve_device
-
-    where = resolve_device(device)
-    if where.type != "cuda":
-        why = "torch sees no CUDA GPU" if device == "auto" else f"the device is {where}"
-        raise ValueError(f"kernels are tuned on a GPU, but {why}; on a CPU there is nothing to tune")
-
     from stagedspec import tune_kernels
+    from stagedspec.devices import resolve_device
     from stagedspec.kernels import configs
 
+    where = resolve_device(device)
     ops = op or list(tune_kernels.PROBLEMS)
     shapes = tune_kernels.shapes(model or ["embedded"])
     name = configs.device_name(where)
@@ -980,6 +978,8 @@ def check(
     if out is not None:
         early.check_folder(out, "--out")
     early.check_models(target, draft, ngram, device, dtype, "auto")
+    if not os.environ.get("TRITON_INTERPRET"):
+        early.check_gpu("check", device)
 
     from stagedspec import check as checks
     from stagedspec.kernels import configs

@@ -3,7 +3,12 @@
 The library checks again what it is given; here is what can be known without a model.
 """
 
+import ctypes
+import os
 import re
+import sys
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 from stagedspec import checkpoints
@@ -16,6 +21,7 @@ BACKENDS = ("auto", "torch", "triton")
 OPERATIONS = (
     "linear", "lm_head", "choose", "compact", "ngram_lookup", "grow_pass", "harvest_tree", "verify_commit"
 )  # fmt: skip
+EMBEDDED = Path(__file__).with_name("assets") / "target"
 PRESETS = ("embedded", "embedded-cpu", "tiny", "gpt2-large")
 
 
@@ -59,18 +65,81 @@ def check_models(
 
 
 def check_device(device: object, backend: str = "auto") -> None:
-    """device: a name, or a torch.device. Imports torch only to look for a GPU, or for a backend that must run."""
+    """device: a name, or a torch.device. Imports torch only where there may be a GPU, or to interpret kernels."""
     device = str(device)
     if not re.fullmatch(r"auto|cpu(:0)?|cuda(:\d+)?", device):
         raise ValueError(f"--device must be auto, cpu, or a GPU such as cuda or cuda:1, got {device!r}")
-    if device.startswith("cuda") or backend == "triton":
+    if not device.startswith("cuda") and backend != "triton":
+        return
+    if no_gpu():
+        if device.startswith("cuda"):
+            raise ValueError(f"--device {device}: torch sees no CUDA GPU here; use --device cpu")
+        if not os.environ.get("TRITON_INTERPRET"):
+            raise ValueError(
+                "backend 'triton' cannot run on cpu: kernels need a GPU, or TRITON_INTERPRET=1 set before Python "
+                "starts to interpret them; use 'auto' or 'torch'"
+            )
+    from stagedspec.devices import resolve_device
+    from stagedspec.kernels.backend import resolve
+
+    where = resolve_device(device)
+    if backend == "triton":
+        resolve(backend, where)
+
+
+# What only a GPU can do, and what to do where there is none.
+GPU_TASKS = {
+    "warm-up": ("warm-up prepares GPU kernels", "choose --device cuda on a machine with a GPU"),
+    "tune": ("kernels are tuned on a GPU", "on a CPU there is nothing to tune"),
+    "check": (
+        "kernels are checked on a GPU",
+        "with TRITON_INTERPRET=1 set before Python starts, tiny models can be checked on a CPU",
+    ),
+}
+
+
+def check_gpu(task: str, device: object) -> None:
+    """Raises ValueError where a task of GPU_TASKS has no GPU, or is to run on a CPU."""
+    device = str(device)
+    there = not device.startswith("cpu") and not no_gpu()
+    if there and device == "auto":
         from stagedspec.devices import resolve_device
 
-        where = resolve_device(device)
-        if backend == "triton":
-            from stagedspec.kernels.backend import resolve
+        there = resolve_device(device).type == "cuda"
+    if not there:
+        what, instead = GPU_TASKS[task]
+        why = "the device is cpu" if device.startswith("cpu") else "torch sees no CUDA GPU"
+        raise ValueError(f"{what}, but {why}; {instead}")
 
-            resolve(backend, where)
+
+@cache
+def no_gpu() -> bool:
+    """Whether torch can see no GPU: it was built for none, or there is no driver. False where it has to look itself.
+    Imports it not, which takes a second."""
+    try:
+        version = Path(find_spec("torch").origin).with_name("version.py").read_text(encoding="utf-8")
+    except (AttributeError, OSError, ValueError):
+        return False
+    cuda, hip = (re.search(rf"^{name}\b.*=\s*['\"]", version, re.MULTILINE) for name in ("cuda", "hip"))
+    if hip or not cuda:
+        return not hip
+    if sys.platform != "linux":
+        return False
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return True
+    return False
+
+
+def check_room(target: str | None, new_tokens: int | None) -> None:
+    """Raises ValueError for more new tokens than the target has positions, where its config is at hand."""
+    folder = EMBEDDED if target is None else checkpoints.find(target, "target")
+    if new_tokens is None or folder is None:
+        return
+    positions = checkpoints.read_config(folder, "target").get("n_positions", 1024)
+    if isinstance(positions, int) and new_tokens > positions:
+        raise ValueError(f"--max-new-tokens can be at most {positions}, the target's n_positions, got {new_tokens}")
 
 
 def check_sampling(seed: int = 0, **settings) -> dict:
@@ -80,7 +149,9 @@ def check_sampling(seed: int = 0, **settings) -> dict:
         Sampling(**given | {"do_sample": True})
         counters(seed, 1)
     except ValueError as error:
-        raise ValueError(f"--{str(error).replace('_', '-', 1)}") from None
+        name, _, rest = str(error).partition(" ")
+        rest = rest.replace("use do_sample=False", "leave out --sample")
+        raise ValueError(f"--{name.replace('_', '-')} {rest}") from None
     return given
 
 

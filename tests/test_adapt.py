@@ -8,7 +8,7 @@ import torch
 from conftest import left_pad, make_gpt2, random_prompts
 
 from stagedspec import Decoder, Sampling, TreeConfig
-from stagedspec.adapt import OFF, WAITS, Controller, Rung
+from stagedspec.adapt import CREDIT, OFF, WAITS, WON, Controller, Rung
 from stagedspec.kernels.control import Sequences, Unread
 
 SMALL = TreeConfig(nodes=2, depth=1, passes=1, width=1, children=4, prefetch=0)
@@ -189,11 +189,56 @@ def test_a_busy_moment_is_forgotten():
     last = Controller(ladder())
     batch(last, [0.3] * 8, 96)
     assert last.rung.name == "off"
-    last.pace[0] = 10.0
+    last.pace.extend([10.0] * 9)
     for _ in range(3):
         last = Controller(ladder(), last)
         took = batch(last, [0.3] * 8, 96)
     assert took < 96 / 0.92
+
+
+def plain_steps(controller: Controller, seconds: list[float]) -> None:
+    controller.chosen = controller.trial = 0
+    for taken in seconds:
+        controller.step(1, 0, [0], [0], seconds=taken)
+        controller.chosen = 0
+
+
+def test_a_machine_that_slows_down_while_nothing_is_drafted_says_nothing_about_drafting():
+    """Else plain steps of a busy moment would make drafting seem to pay."""
+    controller = Controller(ladder())
+    batch(controller, [0.3] * 8, 96)
+    before = [controller.rate(index) / controller.rate(0) for index in range(4)]
+    plain_steps(controller, [3.0] * 20)
+    assert [controller.rate(index) / controller.rate(0) for index in range(4)] == pytest.approx(before)
+    assert controller.rate(0) == pytest.approx(1 / 3)
+
+
+def test_the_first_plain_step_after_other_work_is_not_counted():
+    controller = Controller(ladder())
+    plain_steps(controller, [9.0, 1.1, 1.1])
+    assert 1 / controller.rate(0) == pytest.approx(1.1)
+    controller.chosen = 3
+    controller.step(12, 4, [8], [8], seconds=controller.ladder[3].cost(12, 4))
+    plain_steps(controller, [9.0, 1.1])
+    assert list(controller.pace) == pytest.approx([1.1] * 3)
+
+
+def test_what_drafting_has_won_may_be_lost_again():
+    """A few steps of a batch in which the last row gets nothing do not end drafting that has long paid; without what
+    was won they do, and plain steps earn no more than the little that drafting may fall behind."""
+    controller = Controller(ladder(), Controller(ladder()))
+    plain_steps(controller, [1.0] * 2000)
+    assert controller.credit == pytest.approx(CREDIT)
+    batch(controller, [0.95], 96)
+    before = controller.credit
+    assert CREDIT < before <= WON and controller.chosen
+    controller.trial = 0
+    controller.step(12, 4, [0], [8], seconds=1 + CREDIT)
+    assert before - CREDIT <= controller.credit < before - CREDIT / 2
+    poor = Controller(ladder(), Controller(ladder()))
+    poor.chosen, poor.trial, poor.credit = 3, 0, CREDIT
+    poor.step(12, 4, [0], [8], seconds=2 + CREDIT)
+    assert poor.credit < 0 and poor.rung.name == "off"
 
 
 # ---------------------------------------------------------------- whole generations

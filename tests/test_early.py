@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import typer
@@ -80,6 +81,13 @@ REFUSED = [
     ("train --out x --source nowhere", "source 'nowhere' is neither 'stdlib', a folder, nor an installed package"),
     ("train --out x --vocab-size 5", "--vocab-size must be at least 257, got 5"),
     ("train --out x --evaluate-every 0", "--evaluate-every must be at least 1, got 0"),
+    ("generate x -n 513", "--max-new-tokens can be at most 512, the target's n_positions, got 513"),
+    ("demo --max-new-tokens 100000", "--max-new-tokens can be at most 512"),
+    (f"tune-tree -n 100000 --target {TARGET} --draft {TARGET}", "--max-new-tokens can be at most 512"),
+    ("warm-up --device cpu", "prepares GPU kernels, but the device is cpu"),
+    ("warm-up --backend torch", "backend torch has none"),
+    ("tune --device cpu", "tuned on a GPU, but the device is cpu"),
+    ("generate x --sample --temperature 0", "for greedy decoding leave out --sample, got 0"),
     ("'def f'", "stagedspec generate 'def f'"),
     ("def f", "stagedspec generate 'def f'"),
     ("genrate x", "Did you mean 'generate'"),
@@ -212,3 +220,34 @@ def test_measuring_says_so_in_one_line(tmp_path, monkeypatch, caplog):
     line = "measuring model passes to choose token trees"
     assert said(1) == [f"{line} (greedy, batch 1): once"] and said(1) == []
     assert said(3) == [f"{line} (greedy, batch 3): once"] and said(1, True) == [f"{line} (sampled, batch 1): once"]
+
+
+def test_no_gpu_by_torchs_version_alone(tmp_path, monkeypatch):
+    """What torch was built for stands in a file that can be read in no time; a driver may be missing all the same."""
+    seen = []
+
+    def there(version: str, driver: bool) -> bool:
+        (tmp_path / "version.py").write_text(version, encoding="utf-8")
+        monkeypatch.setattr(early, "find_spec", lambda name: SimpleNamespace(origin=str(tmp_path / "__init__.py")))
+
+        def load(name):
+            seen.append(name)
+            if not driver:
+                raise OSError(name)
+
+        monkeypatch.setattr(early.ctypes, "CDLL", load)
+        early.no_gpu.cache_clear()
+        return early.no_gpu()
+
+    none = "__version__ = '2.13.0+cpu'\ncuda: Optional[str] = None\nhip: Optional[str] = None\n"
+    cuda = none.replace("cuda: Optional[str] = None", "cuda: Optional[str] = '13.0'")
+    try:
+        assert there(none, driver=True) and not seen
+        assert there(cuda, driver=False) == (sys.platform == "linux")
+        assert not there(cuda, driver=True)
+        assert not there(none.replace("hip: Optional[str] = None", "hip = '6.4'"), driver=False)  # torch looks itself
+        monkeypatch.setattr(early, "find_spec", lambda name: None)
+        early.no_gpu.cache_clear()
+        assert not early.no_gpu()
+    finally:
+        early.no_gpu.cache_clear()

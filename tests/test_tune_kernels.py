@@ -220,6 +220,7 @@ def test_sizes_and_models(tmp_path):
 
 
 def test_nothing_to_tune(tmp_path, monkeypatch):
+    monkeypatch.setattr("stagedspec.early.no_gpu", lambda: False)
     monkeypatch.setattr("stagedspec.devices.resolve_device", lambda device: torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(configs, "device_name", lambda device: GPU)
@@ -238,6 +239,7 @@ def test_what_was_found_before_an_interruption_is_kept(tmp_path, monkeypatch):
     def interrupted():
         raise KeyboardInterrupt
 
+    monkeypatch.setattr("stagedspec.early.no_gpu", lambda: False)
     monkeypatch.setattr("stagedspec.devices.resolve_device", lambda device: torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(configs, "device_name", lambda device: GPU)
@@ -252,6 +254,7 @@ def test_what_was_found_before_an_interruption_is_kept(tmp_path, monkeypatch):
 def test_the_command(tmp_path, monkeypatch, to_file):
     """What was found is shown and lies where the kernels look for it, or in the file that was named."""
     problem, clock = problem_of({64: 10.0, 32: 8.0})
+    monkeypatch.setattr("stagedspec.early.no_gpu", lambda: False)
     for name, value in (("is_available", True), ("device_count", 2), ("current_device", 1)):
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     made_current = []
