@@ -47,6 +47,7 @@ from transformers.generation import (
 )
 
 from stagedspec.decoder import NEW_TOKENS, Call, Decoder, _unpad, token_ids
+from stagedspec.devices import DTYPES
 from stagedspec.fields import REFUSED_ARGUMENTS, refuse_arguments, refuse_passed_on, refuse_settings
 from stagedspec.gpt2 import GPT2
 from stagedspec.live import read_model
@@ -339,6 +340,10 @@ def _call(
     _check_positions(passed_on.get("position_ids"), mask, input_ids)
     rest, sampling = _split_processors(processors, bool(config.do_sample))
     width, vocab_size = input_ids.shape[1], decoder.target.vocab_size
+    for name in ("forced_bos_token_id", "forced_eos_token_id"):
+        for token in token_ids(name, getattr(config, name, None)):
+            if not 0 <= token < vocab_size:
+                raise ValueError(f"{name} must be below {vocab_size}, the target's vocabulary, got {token}")
     eos, longest, others = _split_criteria(criteria, vocab_size)
     pad = 0 if config._pad_token_tensor is None else int(config._pad_token_tensor)
     request = decoder._validate(
@@ -582,6 +587,11 @@ def decoder_for(
 
     def make() -> Decoder:
         read_checkpoint(model, "target")  # for its messages, before those about the device
+        if model.dtype not in DTYPES.values():
+            raise ValueError(
+                f"target: the model computes in {str(model.dtype).removeprefix('torch.')}, expected "
+                f"{', '.join(DTYPES)}: call model.float()"
+            )
         return Decoder.from_pretrained(model, device=model.device, dtype=model.dtype, backend=backend)
 
     setup = getattr(model, "device", None), getattr(model, "dtype", None), model.config.vocab_size

@@ -797,3 +797,29 @@ def test_arguments_of_the_wrong_kind(options, message):
     decoder = Decoder.from_pretrained(make_gpt2(), device="cpu")
     with pytest.raises(ValueError, match=message):
         decoder.generate(torch.tensor([[1, 2]]), max_new_tokens=2, mode="autoregressive", **options)
+
+
+@pytest.mark.parametrize("name", ["forced_bos_token_id", "forced_eos_token_id"])
+@pytest.mark.parametrize("token", [-1, VOCAB, 10**9])
+def test_forced_tokens_beyond_the_vocabulary_are_refused(target, draft, name, token):
+    """transformers' processors would find out at the position where they force it, with an IndexError."""
+    ids, message = torch.tensor([[1, 2, 3]]), f"{name} must be below {VOCAB}, the target's vocabulary, got {token}"
+    decoder = Decoder.from_pretrained(target, draft, device="cpu", tree=TREE)
+    with pytest.raises(ValueError, match=message):
+        decoder.generate(ids, max_new_tokens=4, **{name: token})
+    with pytest.raises(ValueError, match=message):
+        target.generate(ids, max_new_tokens=4, custom_generate=custom_generate(draft, tree=TREE), **{name: token})
+
+
+@pytest.mark.parametrize("name", ["forced_bos_token_id", "forced_eos_token_id"])
+def test_the_last_token_of_the_vocabulary_can_be_forced(target, draft, name):
+    ids = torch.tensor([[1]])
+    options = {"max_new_tokens": 4, "do_sample": False, name: VOCAB - 1, "pad_token_id": 0}
+    found = target.generate(ids, custom_generate=custom_generate(draft, tree=TREE), **options)
+    assert torch.equal(found, target.generate(ids, **options)) and VOCAB - 1 in found
+
+
+def test_a_model_in_float64_says_what_to_do(draft):
+    model = make_gpt2(3).double()
+    with pytest.raises(ValueError, match=r"computes in float64, expected float32, bfloat16, float16: call model.float"):
+        model.generate(torch.tensor([[1]]), max_new_tokens=2, custom_generate=custom_generate(draft, tree=TREE))
