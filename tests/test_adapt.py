@@ -337,6 +337,13 @@ def test_the_drafts_cache_after_it_was_left_out(decoders, drafts, lengths, monke
     assert checked > 3 and cascade.controller.reads > 1
 
 
+def test_the_drafts_cache_has_room_for_the_longest_reading(decoders):
+    ids, mask = left_pad(random_prompts([6], seed=14))
+    decoder = decoders["good"]
+    run = decoder._run(decoder._validate(ids, mask, 34, "staged", None, [], 3, Sampling()))
+    assert run.stepper.cascade.cache.tree_rows >= max(WAITS) > FULL.slots
+
+
 def test_what_is_unread():
     sequences = Sequences([[1, 2, 3, 4, 5, 6], [7]], 9, [], torch.device("cpu"))
     unread = Unread.before_last(sequences, 3, 4, torch.float32)

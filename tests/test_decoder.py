@@ -136,6 +136,19 @@ def test_the_models_own_end_of_sequence(target, make_decoder):
     assert torch.equal(make_decoder(model).generate(ids, mask, 20, mode="autoregressive"), expected)
 
 
+@pytest.mark.parametrize("beyond", [61, 62, 10**9, -1])
+def test_ends_of_sequence_beyond_the_vocabulary_are_dropped(make_decoder, beyond):
+    """They can never come up; the kernels' tables of ends have no place for them."""
+    model = make_gpt2(0)
+    model.generation_config.eos_token_id = [3, beyond]
+    decoder = make_decoder(model)
+    assert decoder.eos_token_ids == (3,)
+    ids = torch.tensor([[3, 5, 7]])
+    model.generation_config.eos_token_id = 3
+    expected = oracle_generate(model, ids, None, 20, pad_token_id=3)
+    assert torch.equal(decoder.generate(ids, max_new_tokens=20, mode="autoregressive"), expected)
+
+
 def test_drafts_of_fewer_positions(target, make_decoder):
     """A draft may have fewer positions than the target; beyond them it only guesses worse."""
     draft = make_gpt2(0, n_positions=8)

@@ -202,6 +202,14 @@ DAMAGE = {
     "size-not-a-number": (lambda f: edit_config(f, n_embd="wide"), "n_embd"),
     "other-vocabulary": (lambda f: edit_config(f, vocab_size=77), "target"),
     "not-finite": (lambda f: change(f, lambda weight: weight * math.nan), "damaged: .* finite"),
+    "infinite": (
+        lambda f: change(f, lambda weight: weight.clone().index_fill_(0, torch.tensor([0]), math.inf)),
+        "damaged: .* finite",
+    ),
+    "minus-infinite": (
+        lambda f: change(f, lambda weight: weight.clone().index_fill_(0, torch.tensor([0]), -math.inf)),
+        "damaged: .* finite",
+    ),
     "whole-numbers": (
         lambda f: change(f, lambda weight: weight.long()),
         "must be floating-point, it is I64",

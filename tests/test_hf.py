@@ -16,11 +16,14 @@ from transformers import (
     GenerationConfig,
     GPT2LMHeadModel,
     LogitsProcessor,
+    LogitsProcessorList,
     MaxLengthCriteria,
     StoppingCriteria,
     StopStringCriteria,
+    TemperatureLogitsWarper,
     TextIteratorStreamer,
     TextStreamer,
+    TopKLogitsWarper,
     TopPLogitsWarper,
     WatermarkingConfig,
 )
@@ -28,7 +31,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
 import stagedspec.live
-from stagedspec import Decoder, TreeConfig, fields, hf
+from stagedspec import Decoder, Sampling, TreeConfig, fields, hf
 from stagedspec.hf import custom_generate
 
 TREE = TreeConfig()
@@ -453,6 +456,32 @@ def test_built_in_warping_chooses_as_transformers_warpers_do(decoder, monkeypatc
     built_in = decoder.generate(ids, mask, **options)
     monkeypatch.setattr(hf, "_WARPERS", {})
     assert torch.equal(decoder.generate(ids, mask, **options), built_in)
+
+
+def test_warpers_that_are_not_the_plain_ones_stay_processors():
+    """Only the last of a kind is taken off, and none that does what `Sampling` cannot."""
+    split = hf._split_processors
+    for odd in (TopPLogitsWarper(0.6, min_tokens_to_keep=3), TopPLogitsWarper(0.6, filter_value=-99.0)):
+        assert split(LogitsProcessorList([odd]), True) == ([odd], Sampling(True))
+    first, last = TopPLogitsWarper(0.3), TopPLogitsWarper(0.7)
+    assert split(LogitsProcessorList([first, last]), True) == ([first], Sampling(True, top_p=0.7))
+    assert split(LogitsProcessorList([first, last]), False) == ([first, last], Sampling(False))
+    below = [TemperatureLogitsWarper(0.5), TopKLogitsWarper(9)]
+    assert split(LogitsProcessorList([first, *below, last]), True) == (
+        [first],
+        Sampling(True, temperature=0.5, top_k=9, top_p=0.7),
+    )
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_tokens_that_top_p_must_keep(decoder, keep):
+    """As transformers' warper chooses, on the same noise: of a flat distribution three tokens differ from one."""
+    ids = torch.tensor(random_prompts([6], seed=46))
+    warper = TopPLogitsWarper(1e-6, min_tokens_to_keep=keep)
+    options = {"do_sample": True, "max_new_tokens": 30, "seed": 5}
+    found = decoder.generate(ids, logits_processor=[warper], **options)
+    greedy = decoder.generate(ids, max_new_tokens=30)
+    assert torch.equal(found, greedy) == (keep == 1)
 
 
 def test_seeds(target, draft, decoder, custom, place):

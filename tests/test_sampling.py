@@ -139,6 +139,14 @@ def test_counters(seed, batch):
     assert counters((seed,) * batch, batch) == (seeds, [0] * batch)
 
 
+@pytest.mark.parametrize(
+    ("seed", "signed"),
+    [(2**63 - 1, 2**63 - 1), (2**63, -(2**63)), (2**63 + 1, -(2**63) + 1), (2**64 - 1, -1), (-(2**63), -(2**63))],
+)
+def test_counters_at_the_ends_of_64_bits(seed, signed):
+    assert counters(seed, 1) == ([signed], [0])
+
+
 def test_counters_of_tensors():
     assert counters(torch.tensor(7), 3) == ([7, 7, 7], [0, 1, 2])
     assert counters(torch.tensor([7, 8]), 2) == ([7, 8], [0, 0])

@@ -136,6 +136,27 @@ def test_thresholds_of_few_and_of_many(name, ties, monkeypatch):
         monkeypatch.setattr(kernels, "FEW", few)
         found.append(choose(logits, noise=noise, **WARPERS[name]))
     assert all(torch.equal(found[0], other) for other in found[1:])
+    kept, close = exact_warp(logits, **WARPERS[name])
+    scores = logits / WARPERS[name].get("temperature", 1.0) + noise
+    expected = scores.masked_fill(~kept, float("-inf")).argmax(-1)
+    assert torch.equal(found[0][~close].long(), expected[~close]) and (~close).sum() >= 3
+
+
+@pytest.mark.parametrize(("size", "kept"), [(5, 3), (7, 4), (333, 167)])
+@pytest.mark.parametrize("better", [False, True])
+def test_of_tied_tokens_top_p_drops_the_lowest_ids_first(size, kept, better):
+    """With and without a better token among them, which is the last that would be dropped."""
+    logits, left = torch.zeros(1, size), list(range(size - kept, size))
+    if better:
+        best = size // 2 - 1
+        logits[0, best] = 1e-3
+        left = sorted({best, *left[1:]} if best < left[0] else left)
+    for wanted in (left[0], left[-1]):
+        noise = torch.full((1, size), 9.0)  # for those that must have gone
+        noise[0, left] = 0.0
+        noise[0, wanted] = 5.0
+        assert choose(logits.to(DEVICE), noise=noise.to(DEVICE), top_p=0.5).tolist() == [wanted]
+        assert (reference.warp(logits, 1.0, None, 0.5, None) + noise).argmax().item() == wanted
 
 
 @pytest.mark.parametrize("name", ["top_k", "top_p", "top_k-top_p", "min_p"])

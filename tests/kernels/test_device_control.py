@@ -212,6 +212,23 @@ def test_shapes_of_their_own(table, config):
     assert all(len(row.origins) >= 2 for row in host.rows)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_nodes_exactly_as_likely_as_the_floor_are_left_out(table, seed):
+    """Scores are multiples of 1/16, and so is the floor's logarithm: there are ties."""
+    floor = math.exp(-1.5)
+    assert math.log(floor) == -1.5
+    config = TreeConfig(
+        nodes=20, depth=4, passes=3, width=3, children=4, prefetch=1, prefetch_width=2, node_floor=floor
+    )
+    host, _ = replay([[1, 2, 1, 2, 1], [3]], 30, [], config, table, None, random.Random(seed), steps=2)
+    growth = control.Growth(host, TreeConfig(4, 1, 1, 1, 3, 0, node_floor=floor), None, None, torch.float32)
+    growth.prefetch(growth.select(0))
+    batch = growth.batch()
+    values = torch.tensor([-1.0, -1.5, -1.5625]).expand(*batch.tokens.shape, -1)
+    growth.record(torch.tensor([4, 5, 6]).expand_as(values), values)
+    assert all(len(tree.tokens) == 2 for tree in growth.harvest().trees)
+
+
 def test_no_step_after_the_last_changes_anything(table):
     config = TreeConfig(nodes=4, depth=2, passes=1, width=1, children=3, prefetch=1, prefetch_width=1)
     host, ours = replay([[1, 2, 3], [4, 5]], 2, [], config, table, None, random.Random(1), steps=4)

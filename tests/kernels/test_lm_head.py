@@ -103,6 +103,19 @@ def test_choice(name, shape, device, dtype):
     assert torch.equal(again, out)
 
 
+@pytest.mark.parametrize("shape", [(5, 257, 40), (17, 1000, 64), *LARGE], ids=str)
+@pytest.mark.parametrize("period", [1, 64])
+def test_of_equal_logits_the_lowest_id_wins(shape, period, device, dtype):
+    """Also where they are of different programs: the rows of the head repeat."""
+    case = Case(device, dtype, *shape)
+    case.head = case.head[torch.arange(shape[1], device=device) % period].contiguous()
+    noise = torch.zeros_like(case.noise)
+    for options in ({"greedy": True}, {"noise": noise}, {"noise": noise, "top_k": 200}):
+        out, logits = case.choose(**options)
+        assert torch.equal(logits[:, :period], logits[:, period : 2 * period])
+        assert torch.equal(out.long(), logits[:, :period].argmax(-1)), options
+
+
 @pytest.mark.parametrize("shape", [(6, 257, 40), *LARGE], ids=str)
 @pytest.mark.parametrize("name", ["plain", "top_k", "top_p"])
 def test_choice_by_counters(name, shape, device, dtype):
