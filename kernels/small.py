@@ -380,7 +380,9 @@ def _try_out() -> None:
 @contextmanager
 def _told() -> Iterator[None]:
     """Says in the log what takes long: compiling does, and loading from the cache does not."""
-    telling = threading.Timer(PATIENCE, log.warning, ["compiling the draft's pass with Numba, once on this machine"])
+    telling = threading.Timer(
+        PATIENCE, log.warning, ["making the draft's pass ready: Numba compiles it once on this machine"]
+    )
     telling.daemon = True
     telling.start()
     try:

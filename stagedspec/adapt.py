@@ -114,6 +114,8 @@ class Controller:
 
     def __init__(self, ladder: Sequence[Rung], last: "Controller | None" = None):
         self.ladder = list(ladder)
+        if last is not None and last.ladder != self.ladder:
+            last = None  # the trees were chosen anew meanwhile
         tokens = [rung.tokens for rung in ladder] if last is None else [mean.value for mean in last.lasting]
         seconds = [rung.seconds for rung in ladder] if last is None else [mean.value for mean in last.seconds]
         self.tokens = [_Mean(value, PRIOR) for value in tokens]
@@ -133,7 +135,6 @@ class Controller:
         self.trial = TRIAL if last is None else 0  # plain steps that are to be made now, whatever pays
         self.credit = CREDIT if last is None else max(0.0, last.credit)  # plain steps
         self._floor = -FIRST if last is None else 0.0
-        self.most = math.inf  # of it that reading may take in this generation while the draft is left out
         self.chosen, self._since = (0, 0) if last is None else (last.chosen, 0)
         self._wait = 0 if last is None else last._wait
         self._choose()
@@ -141,7 +142,6 @@ class Controller:
     def begin(self, prompt: int, new_tokens: int) -> bool:
         """Whether the draft is to read the prompts before the first step: where drafting pays, and enough is left to
         write. prompt: tokens of the longest."""
-        self.most = self.credit / 4
         cost = self._reading(prompt)
         if cost >= min(self.credit, new_tokens * (1 - self.rate(0) / self.rate(self.chosen))):
             self.chosen = 0
@@ -168,7 +168,7 @@ class Controller:
         """Whether the draft should read before this step."""
         if not self.missed or self.trial:
             return False
-        affordable = self._reading(self.unread + self.missed) <= min(self.credit, self.most)
+        affordable = self._reading(self.unread + self.missed) <= self.credit / 4
         return self.chosen > 0 or (affordable and self.missed >= WAITS[self._wait])
 
     def rate(self, index: int) -> float:
@@ -191,8 +191,7 @@ class Controller:
         the log-probability that the draft gave it.
         """
         if not self.chosen:
-            cost = self._reading(self.unread + self.missed)
-            self.credit, self.most = self.credit - cost, self.most - cost
+            self._account(-self._reading(self.unread + self.missed))
         self.missed = self.unread = 0
         rows = [row for row in rows if row]
         count = sum(map(len, rows))

@@ -100,7 +100,8 @@ class Decoder:
     one is refused.
     live: target and draft as the caller's model objects, where they are such: each call begins with their weights as
     they are then.
-    defaults: what the model's own generation config sets; it holds where a call says nothing else.
+    defaults: what the model's own generation config set when the decoder was made; it holds where a call says nothing else
+    (through `hf.custom_generate` transformers reads that config at every call).
     mark: what the phases of its steps are marked with for a profiler; NVTX ranges if STAGEDSPEC_NVTX=1, else None.
     Steps that are marked are not captured as CUDA graphs, whose replays have no phases.
     """
@@ -143,7 +144,7 @@ class Decoder:
         self._costs: cost.PassTimes | None = None
         self._ladders: dict[tuple[str, int, bool], tuple[Rung, ...]] = {}  # chosen by the cost model
         self._learned: dict[tuple[str, int, bool], list[Controller]] = {}  # the last of each ladder, by generations
-        self._measuring = Lock()
+        self._measuring, self._following = Lock(), Lock()
         self._kept: list[Run] = []  # that have ended, and can be used again
 
     @classmethod
@@ -168,8 +169,9 @@ class Decoder:
 
         Weights are copied. A model object that changes later (an optimizer's step, `load_state_dict`, a hook) is
         checked and read again at the start of the next call, so that every call decodes with all of its weights as they
-        were then: never with some old and some new ones. Only single values that are written through `.data` or
-        outside of torch can go unnoticed: all weights then stay those read before, so make a new decoder.
+        were then: never with some old and some new ones. torch keeps no trace of what is written through `.data` or
+        outside of torch: that is noticed where it changes a whole parameter, row or column (one row, one column and the
+        diagonal of every matrix are compared), else all weights stay those read before, so make a new decoder.
         `hf.custom_generate` does the same.
         A vocabulary of draft or table may differ from the target's by rows of padding or a few added tokens: ids that
         the draft does not have are never proposed.
@@ -259,26 +261,31 @@ class Decoder:
     def __reduce_ex__(self, protocol: object):
         raise ValueError("a Decoder cannot be pickled: make one in every process, by Decoder.from_pretrained(...)")
 
+    @property
+    def live_target(self) -> "GPT2LMHeadModel | None":
+        """The caller's model object that the target was made of, if it was and is still there."""
+        return None if self._live[0] is None else self._live[0].model
+
     def follow(self) -> None:
         """Reads model objects of the caller's again if they have changed; every call begins with it.
 
         Raises ValueError if they can no longer be decoded.
         """
-        target, draft = (
-            weights if live is None else live.now()
-            for weights, live in zip((self.target, self.draft), self._live, strict=True)
-        )
-        if target is self.target and draft is self.draft:
-            return
-        if target.vocab_size != self.target.vocab_size:
-            raise ValueError(
-                f"the target's vocabulary has changed from {self.target.vocab_size} to {target.vocab_size} tokens: "
-                "make a new decoder"
+        with self._following:  # else a call that is slow could put back weights older than another's
+            target, draft = (
+                weights if live is None else live.now()
+                for weights, live in zip((self.target, self.draft), self._live, strict=True)
             )
-        self.target, self.draft = target, draft
-        self._learned.clear()
-        if self._costs is not None:  # new weights take as long as the old
-            self._costs = cost.PassTimes(target, draft, self._costs.seconds)
+            if target is self.target and draft is self.draft:
+                return
+            if target.vocab_size != self.target.vocab_size:
+                raise ValueError(
+                    f"the target's vocabulary has changed from {self.target.vocab_size} to {target.vocab_size} tokens: "
+                    "make a new decoder"
+                )
+            self.target, self.draft = target, draft
+            if self._costs is not None:  # new weights take as long as the old
+                self._costs = cost.PassTimes(target, draft, self._costs.seconds)
         self.release()
 
     # ------------------------------------------------------------ the three ways to decode
@@ -442,10 +449,11 @@ class Decoder:
             return
         stats, known = run.stats(), costs.seconds.get((False, 1, 1, request.sampling.do_sample), 0.0)
         if stats.steps >= 4 and stats.seconds.get("target", math.inf) / stats.steps < known / 2:
-            log.warning("token trees were chosen while this machine was busy: the next call measures passes again")
+            log.info("token trees were chosen while this machine was busy: the next call measures passes again")
             with self._measuring:
                 self._doubted, self._costs, self._tuning = True, None, Tuning(pair_of(self))
                 self._ladders.clear()
+                self._learned.clear()
 
     def warm_up(
         self,

@@ -4,6 +4,7 @@ The library checks again what it is given; here is what can be known without a m
 """
 
 import ctypes
+import json
 import os
 import re
 import sys
@@ -54,6 +55,8 @@ def check_models(
     for option, path, written_by in (("--ngram", ngram, "fit-ngram"), ("--tree", tree, "tune-tree")):
         if path is not None:
             check_input(path, option, f"one that `stagedspec {written_by}` wrote")
+            if option == "--tree" and path.expanduser().is_file():
+                check_json(path.expanduser(), option, written_by)
     for source, role in ((target, "target"), (draft, "draft")):
         if source is not None:
             checkpoints.find(source, role)
@@ -137,7 +140,8 @@ def check_room(target: str | None, new_tokens: int | None) -> None:
     folder = EMBEDDED if target is None else checkpoints.find(target, "target")
     if new_tokens is None or folder is None:
         return
-    positions = checkpoints.read_config(folder, "target").get("n_positions", 1024)
+    values = checkpoints.read_config(folder, "target")
+    positions = values.get("n_positions", values.get("max_position_embeddings", 1024))  # two names of one field
     if isinstance(positions, int) and new_tokens > positions:
         raise ValueError(f"--max-new-tokens can be at most {positions}, the target's n_positions, got {new_tokens}")
 
@@ -183,6 +187,16 @@ def check_input(path: Path, option: str, expected: str) -> None:
             pass
     except OSError as error:
         raise ValueError(f"{option} must be a file, {expected}: cannot read {path} ({error.strerror})") from None
+
+
+def check_json(path: Path, option: str, written_by: str) -> None:
+    """Raises ValueError unless path holds JSON."""
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{option} must be a file that `stagedspec {written_by}` wrote: {path} is no JSON ({error})"
+        ) from None
 
 
 def check_output(path: Path, option: str, make_folder: bool = False) -> None:

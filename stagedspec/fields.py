@@ -9,6 +9,8 @@ from typing import Any
 
 from transformers import GenerationConfig
 
+from stagedspec.values import plain
+
 HONOURED = {
     "length": ("max_length", "max_new_tokens"),
     "choice": ("do_sample", "temperature", "top_k", "top_p", "min_p"),
@@ -96,7 +98,7 @@ def refuse_settings(settings: dict[str, Any]) -> None:
     Names that the installed `GenerationConfig` does not have are ignored, as transformers does.
     """
     for name, (neutral, instead) in REFUSED.items():
-        value = settings.get(name)
+        value = plain(settings.get(name))
         if not any(value is known or (type(value) is type(known) and value == known) for known in neutral):
             raise ValueError(f"{name}={value!r} is not supported: {instead}")
     fields, defaults = _fields_and_defaults()

@@ -91,6 +91,7 @@ def read(
         alike = difflib.get_close_matches(name, _options(), n=1)
         raise ValueError(f"unknown option {name!r}" + (f"; did you mean {alike[0]!r}?" if alike else ""))
     refuse_arguments(options)
+    _refuse_own_reading(decoder)
     given = _copy_of_config(options.get("generation_config"))
     own = _own_settings(decoder)
     settings = Settings(options, {} if given is None else vars(given), own)
@@ -148,6 +149,24 @@ def read(
             raise
         raise ValueError(f"transformers cannot read these arguments: {error}") from error
     return calls[0]
+
+
+# Methods of a model in which its `generate` reads arguments. `Decoder.generate` goes through those of a plain GPT-2.
+_READING = (
+    "_get_logits_processor", "_get_stopping_criteria", "_prepare_generation_config", "_prepare_special_tokens",
+    "_merge_criteria_processor_list", "_prepare_generated_length", "generate",
+)  # fmt: skip
+
+
+def _refuse_own_reading(decoder: Decoder) -> None:
+    model = decoder.live_target
+    for name in _READING if model is not None else ():
+        used = vars(model).get(name, getattr(type(model), name, None))
+        if used is not getattr(GPT2LMHeadModel, name, None):
+            raise ValueError(
+                f"target: the model has a {name} of its own, which only its own generate calls: use "
+                "model.generate(..., custom_generate=stagedspec.hf.custom_generate(...))"
+            )
 
 
 def _check_callables(options: dict[str, Any]) -> None:
@@ -340,9 +359,12 @@ def _call(
     _check_positions(passed_on.get("position_ids"), mask, input_ids)
     rest, sampling = _split_processors(processors, bool(config.do_sample))
     width, vocab_size = input_ids.shape[1], decoder.target.vocab_size
-    for name in ("forced_bos_token_id", "forced_eos_token_id"):
+    names = ["forced_bos_token_id", "forced_eos_token_id"]
+    if config.exponential_decay_length_penalty is not None:
+        names.append("eos_token_id")
+    for name in names:  # transformers' processors index the logits with them
         for token in token_ids(name, getattr(config, name, None)):
-            if not 0 <= token < vocab_size:
+            if not -vocab_size <= token < vocab_size:
                 raise ValueError(f"{name} must be below {vocab_size}, the target's vocabulary, got {token}")
     eos, longest, others = _split_criteria(criteria, vocab_size)
     pad = 0 if config._pad_token_tensor is None else int(config._pad_token_tensor)

@@ -28,6 +28,10 @@ class LiveModel:
         self._seen = fingerprint(model, self._sampled)
         self.weights = GPT2(model, **layout)
 
+    @property
+    def model(self) -> GPT2LMHeadModel | None:
+        return self._model()
+
     def now(self) -> GPT2:
         """The weights, read again if the model has changed. Raises ValueError if it can no longer be decoded."""
         with self._lock:

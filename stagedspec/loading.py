@@ -13,6 +13,7 @@ from transformers.utils import cached_file, logging
 from stagedspec import checkpoints
 from stagedspec.gpt2 import check_config, finite
 from stagedspec.plain import check_plain
+from stagedspec.values import plain, whole
 
 
 @contextmanager
@@ -161,8 +162,12 @@ def end_of_sequence(model: GPT2LMHeadModel) -> list[int]:
     """The model's own end-of-sequence ids; ids outside its vocabulary can never come up and are dropped."""
     eos = model.generation_config.eos_token_id
     eos = model.config.eos_token_id if eos is None else eos
-    ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-    return [token for token in ids if 0 <= token < model.config.vocab_size]
+    eos = plain(eos)
+    ids = [] if eos is None else eos if isinstance(eos, (list, tuple)) else [eos]
+    numbers = list(map(whole, ids))
+    if None in numbers:
+        raise ValueError(f"the model's eos_token_id must be a token id or a list of them, got {eos!r}: mend its config")
+    return [token for token in numbers if 0 <= token < model.config.vocab_size]
 
 
 def generation_defaults(model: GPT2LMHeadModel) -> dict[str, Any]:

@@ -469,14 +469,18 @@ class KatzTable:
         first, last = keys // old, keys % old
         if len(keys) and max(int(first.max()), int(last.max())) >= vocab_size:
             raise ValueError(f"the n-gram table knows contexts beyond a vocabulary of {vocab_size} tokens: fit another")
-        kept = [torch.arange(min(old, vocab_size)), torch.arange(old, len(self.tokens))]
+        kept = [
+            torch.arange(min(old, vocab_size), device="cpu"),
+            torch.arange(old, len(self.tokens), device="cpu"),
+        ]
         tokens, logprobs = self.tokens.cpu(), self.logprobs.cpu()
         if int(tokens[torch.cat(kept)].max()) >= vocab_size:
             raise ValueError(f"the n-gram table proposes tokens beyond a vocabulary of {vocab_size}: fit another")
         # After padding nothing is likely: the tokens of some row, with the least log-probability that float16 holds.
         nothing = max(0, vocab_size - old)
         tokens = torch.cat([tokens[kept[0]], tokens[:1].expand(nothing, -1), tokens[kept[1]]])
-        unlikely = torch.full((nothing, self.successors), torch.finfo(torch.float16).min)
+        least = torch.finfo(torch.float16).min
+        unlikely = torch.full((nothing, self.successors), least, dtype=torch.float32, device="cpu")
         logprobs = torch.cat([logprobs[kept[0]], unlikely, logprobs[kept[1]]])
         keys = (first * vocab_size + last).cpu()
         return KatzTable.build(vocab_size, keys, tokens, logprobs, self.fitted_tokens).to(self.device)

@@ -15,11 +15,13 @@ from torch.nn.modules import module as torch_module
 from transformers import GPT2LMHeadModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.gpt2 import modeling_gpt2
 
 # What a forward pass and transformers' generation loop go through.
 _METHODS = (
     "forward", "__call__", "_call_impl", "_wrapped_call_impl", "__getattr__", "__getattribute__", "_gelu_python",
     "_upcast_and_reordered_attn", "prepare_inputs_for_generation", "_update_model_kwargs_for_generation", "_sample",
+    "_prefill",
 )  # fmt: skip
 # Wrappers made in these modules compute what is inside them: torch.compile, no_grad, autocast (but for the dtype).
 _AUTOCAST = "torch.amp.autocast_mode"
@@ -78,11 +80,23 @@ def _refuse(role: str, what: str, instead: str) -> None:
 
 
 def _check_attention(model: GPT2LMHeadModel, role: str) -> None:
-    configs = [model.config, *(vars(module).get("config") for module in model.modules())]  # a layer may have its own
-    tables = (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS)
-    for name in {getattr(config, "_attn_implementation", None) for config in configs} - {None, "eager"}:
-        if not all(_of_libraries(table[name]) for table in tables if name in table):
+    for name, functions in _attention(model).items():
+        if not all(map(_of_libraries, functions)):
             _refuse(role, f"has an attention of its own, {name!r}", "use model.set_attn_implementation('sdpa')")
+
+
+def _attention(model: GPT2LMHeadModel) -> dict[str, list[Callable]]:
+    """The functions that compute attention and its masks, by the name of each kind that the model uses."""
+    configs = [model.config, *(vars(module).get("config") for module in model.modules())]  # a layer may have its own
+    found = {}
+    for name in {getattr(config, "_attn_implementation", None) or "eager" for config in configs if config is not None}:
+        found[name] = [
+            table[name] for table in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS) if name in table
+        ]
+        if name == "eager":
+            found[name].append(modeling_gpt2.eager_attention_forward)
+        found[name].append(modeling_gpt2.create_causal_mask)
+    return found
 
 
 def _check_module(module: nn.Module, plain: nn.Module, name: str, role: str) -> None:
@@ -98,6 +112,12 @@ def _check_module(module: nn.Module, plain: nn.Module, name: str, role: str) -> 
             _refuse(role, f"has a forward hook ({hook}) at {place}", _HOOK)
     for method in _METHODS:
         _check_method(module, plain, method, place, role)
+    compiled = module._compiled_call_impl  # what Module.compile() leaves
+    if compiled is not None and not _module_of(compiled).startswith("torch."):
+        _refuse(role, f"has a _compiled_call_impl of its own at {place}", f"use Module.compile(), {_OWN}")
+    tables = plain._parameters.keys() | plain._modules.keys()
+    if hidden := sorted(vars(module).keys() & tables) + sorted(module._buffers.keys() & tables):
+        _refuse(role, f"has an attribute {hidden[0]!r} over the part of that name at {place}", f"remove it, {_OWN}")
     if changed := _redefined(module, plain, bool(name)):
         _refuse(role, f"has a {changed} of its own at {place}", f"use the model as transformers makes it, {_OWN}")
     for key, value in vars(plain).items():
@@ -122,6 +142,8 @@ def _check_parameters(module: nn.Module, plain: nn.Module, name: str, role: str)
         if type(parameter) is not nn.Parameter or not parameter.is_floating_point():
             kind = f"{type(parameter).__name__} of {str(parameter.dtype).removeprefix('torch.')}"
             _refuse(role, f"has a {kind} at {place}", _MERGE)
+        if parameter.layout is not torch.strided:
+            _refuse(role, f"has a sparse parameter {place}", f"make it dense (to_dense), {_OWN}")
         if parameter.shape != wanted[key].shape:
             _refuse(
                 role, f"has a parameter {place} of shape {list(parameter.shape)}, not {list(wanted[key].shape)}",
@@ -227,23 +249,29 @@ def fingerprint(model: GPT2LMHeadModel, sampled: bool) -> tuple:
     """Changes when the forward pass or a weight does: hooks, modes, attributes; a parameter that is replaced, moved, or
     written to in place (an optimizer's step, `load_state_dict`).
 
-    Writing through `.data` leaves versions as they are; sampled adds a row and a column of every matrix and the whole
-    of every vector, which whatever writes to all of a parameter, to rows or to columns changes. To read all weights
-    would cost as much as a token.
+    Writing through `.data` leaves versions as they are; sampled adds a row, a column and the diagonal of every matrix
+    and the whole of every vector, which whatever writes to all of a parameter, to rows or to columns changes. To read
+    all weights would cost as much as a token.
     """
     everywhere = [*torch_module._global_forward_hooks, *torch_module._global_forward_pre_hooks]
-    parts = [model.config._attn_implementation, everywhere]
+    attention = [(name, list(map(id, functions))) for name, functions in _attention(model).items()]
+    classes = {type(module) for module in model.modules()}
+    parts = [attention, everywhere, [(id(one), id(one.forward), id(one.__call__)) for one in classes]]
     for module in model.modules():
         own = vars(module)
         replaced = [id(own[name]) for name in own.keys() & _REPLACEABLE]
         hooks = [*own["_forward_hooks"], *own["_forward_pre_hooks"]]
         values = [value for value in own.values() if type(value) in _VALUES]
-        parts.append((id(module), type(module), values, hooks, replaced))
+        parts.append((id(module), values, hooks, replaced))
     parameters = list(model.parameters())
     parts += [(one.data_ptr(), one.dtype, 0 if one.is_inference() else one._version) for one in parameters]
     if sampled and not any(one.is_meta for one in parameters):
         with torch.no_grad():
-            values = [part for one in parameters for part in ((one[0], one[:, 0]) if one.dim() > 1 else (one,))]
+            values = [
+                part
+                for one in parameters
+                for part in ((one[0], one[:, 0], one.diagonal()) if one.dim() > 1 else (one,))
+            ]
             by_kind = {(one.dtype, one.device): [] for one in values}
             for one in values:
                 by_kind[one.dtype, one.device].append(one)

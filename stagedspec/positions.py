@@ -84,7 +84,7 @@ class Positions:
             scores = picked
             if self.processors is not None:
                 seen = self.ids[:, : self.width + self.walked]
-                scores = self.processors(seen, picked.clone().to(seen.device)).to(device)
+                scores = checked("scores", self.processors(seen, picked.clone().to(seen.device)), picked).to(device)
             own = None if noise is None else noise.at_nodes(at)
             tokens = ops.choose(scores[:, None], warping, own)[:, 0].tolist()
             self._keep(ops, picked, scores, warping)
@@ -139,7 +139,8 @@ class Positions:
         before, stopped = list(self.unfinished), [False] * self.batch
         if self.criteria is not None:
             scores = tuple(self.kept["scores"][: self.settled]) if "scores" in self.kept else None
-            stopped = self.criteria(self.ids[:, : self.width + self.settled], scores).tolist()
+            found = self.criteria(self.ids[:, : self.width + self.settled], scores)
+            stopped = checked("stopping criteria", found, self.ids[:, 0]).tolist()
         for row, (token, stop) in enumerate(zip(tokens, stopped, strict=True)):
             ended = stop or token in self.eos
             if ended and self.unfinished[row]:
@@ -150,6 +151,18 @@ class Positions:
             for row in range(self.batch):
                 run.stop(row, self.settled)
         return before != self.unfinished
+
+
+def checked(what: str, found: object, like: torch.Tensor) -> torch.Tensor:
+    """What user code returned. Raises ValueError unless it has the shape of `like`, and scores are numbers."""
+    kind = "a tensor of numbers" if what == "scores" else "a tensor"
+    wrong = not isinstance(found, torch.Tensor) or (what == "scores" and not found.is_floating_point())
+    if wrong or found.shape != like.shape:
+        got = type(found).__name__
+        if isinstance(found, torch.Tensor):
+            got = f"{list(found.shape)} of {str(found.dtype).removeprefix('torch.')}"
+        raise ValueError(f"{what} must be returned as {kind} of shape {list(like.shape)}, got {got}")
+    return found
 
 
 @contextmanager

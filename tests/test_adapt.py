@@ -241,6 +241,29 @@ def test_what_drafting_has_won_may_be_lost_again():
     assert poor.credit < 0 and poor.rung.name == "off"
 
 
+def test_readings_go_on_for_as_long_as_plain_steps_pay_for_them():
+    """After a long stretch that the draft does not know, drafting comes back in the same generation."""
+    last = Controller(ladder())
+    batch(last, [0.95], 96)
+    controller = Controller(ladder(), last)
+    controller.begin(20, 900)
+    play(controller, [0.0] * 600)
+    assert controller.rung.name == "off"
+    before = controller.made["off"]
+    play(controller, [1.0] * 600)
+    assert controller.rung.name == "full" and controller.made["off"] - before < 150
+
+
+def test_a_ladder_that_was_chosen_anew_starts_anew():
+    last = Controller(ladder())
+    batch(last, [0.0], 96)
+    longer = (*ladder()[:2], *ladder()[1:])
+    for rungs in (longer, ladder(draft=0.02), ladder()[:2]):
+        fresh = Controller(rungs, last)
+        assert fresh.trial and len(fresh.tokens) == len(rungs)
+    assert not Controller(ladder(), last).trial
+
+
 # ---------------------------------------------------------------- whole generations
 
 

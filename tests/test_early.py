@@ -28,6 +28,7 @@ REFUSED = [
     ("generate x --seed 99999999999999999999", "--seed must be an integer of 64 bits"),
     ("generate x --tree banana", "--tree must be a file, one that `stagedspec tune-tree` wrote: cannot read banana"),
     (f"generate x --tree {FOLDER}", "is a folder"),
+    (f"generate x --tree {FILE}", "is no JSON"),
     (f"generate x --tree {FILE} --nodes 3", "leave out --nodes, or --tree"),
     ("generate x --nodes 0", "tree nodes must be a whole number of at least 1, got 0"),
     ("generate x --nodes 40 --passes 1", "propose at most"),

@@ -9,6 +9,7 @@ import weakref
 from functools import partial
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from conftest import POSITIONS, VOCAB, byte_tokenizer, left_pad, make_gpt2, random_prompts
@@ -852,3 +853,43 @@ def test_a_model_in_float64_says_what_to_do(draft):
     model = make_gpt2(3).double()
     with pytest.raises(ValueError, match=r"computes in float64, expected float32, bfloat16, float16: call model.float"):
         model.generate(torch.tensor([[1]]), max_new_tokens=2, custom_generate=custom_generate(draft, tree=TREE))
+
+
+ANSWERS = {
+    "none": (
+        lambda ids, scores: None,
+        r"scores must be returned as a tensor of numbers of shape \[2, 61\], got NoneType",
+    ),
+    "numpy": (lambda ids, scores: scores.numpy(), "got ndarray"),
+    "one-row": (lambda ids, scores: scores[:1], r"got \[1, 61\] of float32"),
+    "flat": (lambda ids, scores: scores[0], r"got \[61\] of float32"),
+    "truths": (lambda ids, scores: scores > 0, r"got \[2, 61\] of bool"),
+}
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_what_processors_return_is_checked(decoder, name):
+    processor, message = ANSWERS[name]
+    ids = torch.tensor([[1, 2], [3, 4]])
+    with pytest.raises(ValueError, match=message):
+        decoder.generate(ids, max_new_tokens=4, logits_processor=[processor])
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_what_criteria_return_is_checked(decoder, rows):
+    class Column(StoppingCriteria):
+        def __call__(self, ids, scores, **more):
+            return torch.zeros(len(ids), 1, dtype=torch.bool)
+
+    ids = torch.tensor([[1, 2]] * rows)
+    with pytest.raises(
+        ValueError, match=rf"stopping criteria must be .* shape \[{rows}\], got \[{rows}, {rows}\] of bool"
+    ):
+        decoder.generate(ids, max_new_tokens=4, stopping_criteria=[Column()])
+
+
+def test_numbers_of_numpy_that_ask_for_nothing(target, draft):
+    ids = torch.tensor([[1, 2, 3]])
+    options = {"num_beams": numpy.int64(1), "guidance_scale": numpy.float64(1.0), "max_new_tokens": 4}
+    found = target.generate(ids, custom_generate=custom_generate(draft, tree=TREE), do_sample=False, **options)
+    assert torch.equal(found, target.generate(ids, max_new_tokens=4, do_sample=False))

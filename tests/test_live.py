@@ -101,9 +101,9 @@ def test_a_call_decodes_the_weights_of_its_time(model, draft, way):
 @pytest.mark.parametrize(
     "change",
     [
-        lambda model: model.transformer.wte.weight.data[1:9, 3:20].mul_(-3),
-        lambda model: numpy.negative(*2 * [model.transformer.wte.weight.detach().numpy()[2:, 2:]]),
-        lambda model: model.transformer.h[0].mlp.c_fc.weight.data[1:, 1:].mul_(-2),
+        lambda model: model.transformer.wte.weight.data[3:9, 12:20].mul_(-3),
+        lambda model: numpy.negative(*2 * [model.transformer.wte.weight.detach().numpy()[30:, 2:]]),
+        lambda model: model.transformer.h[0].mlp.c_fc.weight.data[1:9, 30:].mul_(-2),
     ],
     ids=["embeddings", "numpy", "layer"],
 )
@@ -317,6 +317,8 @@ def test_tables_of_more_padding(size):
     text = torch.randint(40, (3000,), generator=torch.Generator().manual_seed(1))
     table = fit_table([text], 40)
     longer = table.resized(size)
+    with torch.device("meta"):  # whatever the caller's default device
+        assert torch.equal(table.resized(size).tokens, longer.tokens)
     contexts = torch.tensor([[a, b] for a in (-1, 0, 3, 39) for b in range(40)])
     for ours, theirs in zip(longer.lookup(contexts), table.lookup(contexts), strict=True):
         assert torch.equal(ours, theirs)

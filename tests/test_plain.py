@@ -12,6 +12,7 @@ from conftest import make_gpt2, random_prompts
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 from transformers import AttentionInterface, GPT2LMHeadModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt2 import modeling_gpt2
 
 from stagedspec import Decoder, TreeConfig
@@ -169,6 +170,24 @@ REFUSED = {
     "weight-as-a-property": (
         derive(f"{MLP}.c_fc", weight=property(lambda one: -one._parameters["weight"])),
         f"a weight of its own at '{MLP}.c_fc'",
+    ),
+    "buffer-for-a-bias": (
+        at("lm_head", lambda one: (delattr(one, "bias"), one.register_buffer("bias", torch.ones(61)))),
+        "attribute 'bias' over the part of that name at 'lm_head'",
+    ),
+    "weight-hidden": (
+        at(f"{MLP}.c_fc", lambda one: vars(one).update(weight=one.weight * 2)),
+        "attribute 'weight' over",
+    ),
+    "layer-hidden": (at("transformer", lambda one: vars(one).update(ln_f=nn.Identity())), "attribute 'ln_f' over"),
+    "activation-hidden": (at(MLP, lambda one: vars(one).update(act=nn.ReLU())), "attribute 'act' over"),
+    "sparse": (
+        at("lm_head", lambda one: setattr(one, "weight", nn.Parameter(one.weight.detach().to_sparse()))),
+        "sparse parameter 'lm_head.weight'.*to_dense",
+    ),
+    "call-compiled-by-hand": (
+        put(f"{MLP}._compiled_call_impl", lambda _: lambda x: x),
+        "_compiled_call_impl of its own",
     ),
     "layers-in-another-order": (
         derive("transformer.h", __iter__=lambda one: reversed([*one._modules.values()])),
@@ -328,3 +347,50 @@ def test_values_beyond_a_dtype(role):
     ):
         on_cpu(**models, dtype="float16")
     on_cpu(**models, dtype="bfloat16")
+
+
+@pytest.mark.parametrize("name", ["eager_attention_forward", "create_causal_mask"])
+def test_functions_of_transformers_that_were_replaced(monkeypatch, name):
+    """At once, and after a decoder was made."""
+    model = make_gpt2(0)
+    decoder = Decoder.from_pretrained(model, device="cpu")
+    monkeypatch.setattr(modeling_gpt2, name, lambda *args, **options: None)
+    for call in (
+        lambda: check_plain(model, "target"),
+        lambda: decoder.generate(torch.tensor([[1]]), max_new_tokens=2, mode="autoregressive"),
+    ):
+        with pytest.raises(ValueError, match="attention of its own, 'eager'"):
+            call()
+
+
+def test_an_eager_attention_that_was_registered(monkeypatch):
+    model = make_gpt2(0)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "eager", lambda *args, **options: None)
+    with pytest.raises(ValueError, match="attention of its own, 'eager'"):
+        check_plain(model, "target")
+
+
+def test_a_class_that_is_changed_after_a_decoder_was_made(monkeypatch):
+    model = make_gpt2(0)
+    decoder = Decoder.from_pretrained(model, device="cpu")
+    monkeypatch.setattr(modeling_gpt2.GPT2MLP, "forward", lambda self, x: x)
+    with pytest.raises(ValueError, match="forward of its own"):
+        decoder.generate(torch.tensor([[1]]), max_new_tokens=2, mode="autoregressive")
+
+
+def test_a_model_that_reads_arguments_by_itself():
+    """Through its own generate that counts; a decoder cannot know of it."""
+
+    class Own(GPT2LMHeadModel):
+        def _get_logits_processor(self, *args, **options):
+            return super()._get_logits_processor(*args, **options)
+
+    model = make_gpt2(0)
+    model.__class__ = Own
+    decoder = Decoder.from_pretrained(model, device="cpu")
+    with pytest.raises(ValueError, match=r"_get_logits_processor of its own.*custom_generate"):
+        decoder.generate(torch.tensor([[1]]), max_new_tokens=2, mode="autoregressive")
+    found = model.generate(
+        torch.tensor([[1]]), max_new_tokens=4, custom_generate=custom_generate(mode="autoregressive"), do_sample=False
+    )
+    assert torch.equal(found, model.generate(torch.tensor([[1]]), max_new_tokens=4, do_sample=False))

@@ -275,4 +275,4 @@ def test_what_takes_long_is_told(monkeypatch, long):
     monkeypatch.setattr(small.log, "warning", lambda message: (said.append(message), told.set()))
     with small._told():
         assert not long or told.wait(60)
-    assert said == ["compiling the draft's pass with Numba, once on this machine"] * long
+    assert said == ["making the draft's pass ready: Numba compiles it once on this machine"] * long
