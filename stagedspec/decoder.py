@@ -100,8 +100,8 @@ class Decoder:
     one is refused.
     live: target and draft as the caller's model objects, where they are such: each call begins with their weights as
     they are then.
-    defaults: what the model's own generation config set when the decoder was made; it holds where a call says nothing else
-    (through `hf.custom_generate` transformers reads that config at every call).
+    defaults: what the model's own generation config set when the decoder was made; it holds where a call says nothing
+    else (through `hf.custom_generate` transformers reads that config at every call).
     mark: what the phases of its steps are marked with for a profiler; NVTX ranges if STAGEDSPEC_NVTX=1, else None.
     Steps that are marked are not captured as CUDA graphs, whose replays have no phases.
     """
