@@ -70,11 +70,12 @@ def weight_files(folder: Path) -> list[Path]:
     if not index.is_file():
         return []
     try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        values = json.loads(index.read_text(encoding="utf-8"))
+        names, _ = set(values["weight_map"].values()), values["metadata"]  # both are asked for by transformers
         return [folder / name for name in sorted(names)]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{index} cannot be loaded: expected JSON with a weight_map from tensors to files ({error!r})"
+            f"{index} cannot be loaded: expected JSON with metadata and a weight_map from tensors to files ({error!r})"
         ) from error
 
 
@@ -85,6 +86,10 @@ def pickled(folder: Path) -> bool:
 
 def without_weights(folder: Path, name: str | None = None) -> str:
     """The message for a checkpoint that has no weights to load."""
+    if (folder / WEIGHTS).is_symlink():
+        return (
+            f"{name or folder} has a {WEIGHTS} that is a link to a file that is not there: fetch the checkpoint again"
+        )
     others = sorted(path.name for path in folder.glob("*.safetensors"))
     found = f", but {', '.join(others[:3])}: rename or save it again" if others else ""
     if pickled(folder):

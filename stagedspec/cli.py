@@ -1082,6 +1082,8 @@ def train(
         draft_samples=draft_samples, target_micro_batch=target_micro_batch, draft_micro_batch=draft_micro_batch,
         evaluate_every=evaluate_every,
     )  # fmt: skip
+    if seed is not None:
+        early.check_sampling(seed)
     if preset not in early.PRESETS:
         raise ValueError(f"--preset must be one of {', '.join(early.PRESETS)}, got {preset!r}")
     early.check_folder(out, "--out")

@@ -169,10 +169,10 @@ class Decoder:
 
         Weights are copied. A model object that changes later (an optimizer's step, `load_state_dict`, a hook) is
         checked and read again at the start of the next call, so that every call decodes with all of its weights as they
-        were then: never with some old and some new ones. torch keeps no trace of what is written through `.data` or
-        outside of torch: that is noticed where it changes a whole parameter, row or column (one row, one column and the
-        diagonal of every matrix are compared), else all weights stay those read before, so make a new decoder.
-        `hf.custom_generate` does the same.
+        were then: never with some old and some new ones. torch keeps no trace of what is written through `.data`,
+        outside of torch, or into parameters made in inference mode: that is noticed where it changes a whole parameter,
+        row or column (one row, one column and the diagonal of every matrix are compared). Else all weights stay those
+        read before: make a new decoder then. `hf.custom_generate` does the same.
         A vocabulary of draft or table may differ from the target's by rows of padding or a few added tokens: ids that
         the draft does not have are never proposed.
 
@@ -239,6 +239,15 @@ class Decoder:
     def backend(self) -> str:
         """What runs its operations: "torch" or "triton"."""
         return self.target.ops.name
+
+    def __repr__(self) -> str:
+        parts = [f"target {self.target.parameters / 1e6:.1f}M"]
+        if self.draft is not None:
+            parts.append(f"draft {self.draft.parameters / 1e6:.1f}M")
+        if self.ngram is not None:
+            parts.append("n-gram table")
+        dtype = str(self.target.dtype).removeprefix("torch.")
+        return f"Decoder({', '.join(parts)}; {dtype} on {self.device}, backend {self.backend})"
 
     def use(self, tuning: Tuning) -> None:
         """Chooses trees on what `stagedspec.tune.tune` found. Raises ValueError if that was for other models."""

@@ -356,6 +356,7 @@ def _call(
     refuse_settings(vars(config))
     refuse_passed_on(passed_on)
     mask = passed_on.get("attention_mask")
+    _unpad(input_ids, mask, decoder.target.vocab_size)  # for its messages about a mask
     _check_positions(passed_on.get("position_ids"), mask, input_ids)
     rest, sampling = _split_processors(processors, bool(config.do_sample))
     width, vocab_size = input_ids.shape[1], decoder.target.vocab_size
@@ -501,6 +502,10 @@ class custom_generate:
         backend: str = "auto",
         streamer=None,
     ):
+        if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
+            raise ValueError(
+                f"streamer must have put and end, as transformers' streamers do, got {type(streamer).__name__}"
+            )
         self.draft, self.ngram, self.mode, self.tree = draft, ngram, mode, tree
         self.seed, self.backend, self.streamer = seed, backend, streamer
         self.last_stats: Stats | None = None

@@ -82,8 +82,8 @@ def index_alone(folder, content):
 REFUSED = {
     "other-name": (lambda f: rename(f, "weights.safetensors"), "no .safetensors weights .*but weights.safetensors"),
     "missing-shard": (missing_shard, "target: .*cannot be loaded: .*model-00001"),
-    "damaged-index": (lambda f: index_alone(f, "{"), "index.json cannot be loaded: expected JSON with a weight_map"),
-    "index-of-a-list": (lambda f: index_alone(f, "[]"), "index.json cannot be loaded: expected JSON with a weight_map"),
+    "damaged-index": (lambda f: index_alone(f, "{"), "index.json cannot be loaded: expected JSON with metadata"),
+    "index-of-a-list": (lambda f: index_alone(f, "[]"), "index.json cannot be loaded: expected JSON with metadata"),
     "adapter-alone": (
         lambda f: (f / "config.json").rename(f / "adapter_config.json"), "holds an adapter without its model; merge it"
     ),

@@ -136,6 +136,11 @@ def test_the_models_own_end_of_sequence(target, make_decoder):
     assert torch.equal(make_decoder(model).generate(ids, mask, 20, mode="autoregressive"), expected)
 
 
+def test_what_a_decoder_shows_of_itself(target, drafts):
+    decoder = stagedspec.Decoder.from_pretrained(target, drafts["good"], device="cpu", backend="torch")
+    assert repr(decoder) == "Decoder(target 0.0M, draft 0.0M; float32 on cpu, backend torch)"
+
+
 @pytest.mark.parametrize("beyond", [61, 62, 10**9, -1])
 def test_ends_of_sequence_beyond_the_vocabulary_are_dropped(make_decoder, beyond):
     """They can never come up; the kernels' tables of ends have no place for them."""

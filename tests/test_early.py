@@ -80,6 +80,7 @@ REFUSED = [
     ("train --out x --preset huge", "--preset must be one of embedded, embedded-cpu, tiny, gpt2-large, got 'huge'"),
     (f"train --out {FILE}", "--out must be a folder"),
     ("train --out x --source nowhere", "source 'nowhere' is neither 'stdlib', a folder, nor an installed package"),
+    ("train --out x --seed 99999999999999999999999", "--seed must be an integer of 64 bits"),
     ("train --out x --vocab-size 5", "--vocab-size must be at least 257, got 5"),
     ("train --out x --evaluate-every 0", "--evaluate-every must be at least 1, got 0"),
     ("generate x -n 513", "--max-new-tokens can be at most 512, the target's n_positions, got 513"),

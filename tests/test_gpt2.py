@@ -186,6 +186,17 @@ def truncate(folder, keep):
     path.write_bytes(path.read_bytes()[:keep])
 
 
+def to_broken_link(folder):
+    (folder / "model.safetensors").rename(folder / "elsewhere")
+    (folder / "model.safetensors").symlink_to(folder / "gone")
+
+
+def to_bare_index(folder):
+    (folder / "model.safetensors").rename(folder / "part.safetensors")
+    weights = {"weight_map": {"transformer.wte.weight": "part.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(weights))
+
+
 DAMAGE = {
     "truncated": (lambda f: truncate(f, 9000), "target.*cannot be loaded"),
     "truncated-header": (lambda f: truncate(f, 20), "target.*cannot be loaded"),
@@ -214,6 +225,8 @@ DAMAGE = {
         lambda f: change(f, lambda weight: weight.long()),
         "must be floating-point, it is I64",
     ),
+    "broken-link": (to_broken_link, "a link to a file that is not there"),
+    "index-without-metadata": (to_bare_index, "expected JSON with metadata and a weight_map"),
     "missing-weight": (lambda f: drop(f, "transformer.h.0.mlp.c_fc.weight"), "missing.*c_fc.weight"),
     "too-many-layers": (lambda f: edit_config(f, n_layer=2), "missing.*h.1"),
 }

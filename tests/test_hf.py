@@ -893,3 +893,17 @@ def test_numbers_of_numpy_that_ask_for_nothing(target, draft):
     options = {"num_beams": numpy.int64(1), "guidance_scale": numpy.float64(1.0), "max_new_tokens": 4}
     found = target.generate(ids, custom_generate=custom_generate(draft, tree=TREE), do_sample=False, **options)
     assert torch.equal(found, target.generate(ids, max_new_tokens=4, do_sample=False))
+
+
+def test_a_mask_that_is_none_is_named_as_such(target, draft):
+    ids = torch.tensor([[1, 2, 3]])
+    for mask in (torch.full((1, 3), torch.nan), torch.ones(1, 4)):
+        with pytest.raises(ValueError, match="attention_mask"):
+            target.generate(
+                ids, attention_mask=mask, max_new_tokens=4, custom_generate=custom_generate(draft, tree=TREE)
+            )
+
+
+def test_a_streamer_must_be_one(draft):
+    with pytest.raises(ValueError, match=r"streamer must have put and end.*got int"):
+        custom_generate(draft, streamer=5)
