@@ -6,9 +6,9 @@ of the row that has most left to write. Where drafting does not pay it stops: th
 and then the draft reads what was written without it, all in one pass, which shows how much of it it would have guessed.
 
 Estimates can be wrong, so there is an account beside them: drafting may fall behind plain decoding by no more than a
-few steps, and by a small share of the plain steps made since. The next generation starts from what this one has
-learned, account included. So a hopeless draft, or one too slow for a batch of this size, costs next to nothing. All
-this changes which nodes are verified, never the tokens.
+few steps, a small share of the plain steps made since, and a part of what it has won before. The next generation starts
+from what this one has learned, account included. So a hopeless draft, or one too slow for a batch of this size, costs
+next to nothing. All this changes which nodes are verified, never the tokens.
 """
 
 import math

@@ -137,8 +137,10 @@ def no_gpu() -> bool:
 
 def check_room(target: str | None, new_tokens: int | None) -> None:
     """Raises ValueError for more new tokens than the target has positions, where its config is at hand."""
+    if new_tokens is None:
+        return
     folder = EMBEDDED if target is None else checkpoints.find(target, "target")
-    if new_tokens is None or folder is None:
+    if folder is None:
         return
     values = checkpoints.read_config(folder, "target")
     positions = values.get("n_positions", values.get("max_position_embeddings", 1024))  # two names of one field

@@ -356,8 +356,7 @@ def _call(
     refuse_settings(vars(config))
     refuse_passed_on(passed_on)
     mask = passed_on.get("attention_mask")
-    _unpad(input_ids, mask, decoder.target.vocab_size)  # for its messages about a mask
-    _check_positions(passed_on.get("position_ids"), mask, input_ids)
+    _check_positions(passed_on.get("position_ids"), mask, input_ids, decoder.target.vocab_size)
     rest, sampling = _split_processors(processors, bool(config.do_sample))
     width, vocab_size = input_ids.shape[1], decoder.target.vocab_size
     names = ["forced_bos_token_id", "forced_eos_token_id"]
@@ -455,7 +454,9 @@ def _split_criteria(criteria: StoppingCriteriaList, vocab_size: int) -> tuple[li
     return eos, min(lengths), others
 
 
-def _check_positions(position_ids: torch.Tensor | None, mask: torch.Tensor | None, input_ids: torch.Tensor) -> None:
+def _check_positions(
+    position_ids: torch.Tensor | None, mask: torch.Tensor | None, input_ids: torch.Tensor, vocab_size: int
+) -> None:
     if position_ids is None:
         return
     width = input_ids.shape[1]
@@ -464,6 +465,7 @@ def _check_positions(position_ids: torch.Tensor | None, mask: torch.Tensor | Non
     else:
         good = position_ids.shape == mask.shape and torch.equal(position_ids * mask, (mask.cumsum(-1) - 1) * mask)
     if not good:
+        _unpad(input_ids, mask, vocab_size)  # for its messages: transformers makes position_ids of a wrong mask too
         raise ValueError("position_ids other than those of the attention_mask are not supported: leave them out")
 
 
