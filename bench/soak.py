@@ -86,9 +86,19 @@ class Soak:
             return self._expected[call.index]
 
     def prepare(self) -> None:
-        """Makes every call by plain decoding: what all outputs are compared with. Every shape of prompt is then met."""
+        """Makes every call by plain decoding: what all outputs are compared with. Every shape of prompt is then met.
+
+        One call of every kind goes through all modes of all decoders: what is compiled for it is loaded, and stays.
+        """
+        met = set()
         for index in range(self.calls):
-            self.expected(self.call(index))
+            call = self.call(index)
+            self.expected(call)
+            for name, decoder in self.decoders.items():
+                for mode in soak_calls.modes_of(decoder):
+                    if (kind := (name, mode, call.kernels)) not in met:
+                        met.add(kind)
+                        self.one(index, name, mode)
 
     def one(self, index: int, name: str, mode: str) -> None:
         """Runs one call and compares it; counts what came of it."""
@@ -310,7 +320,10 @@ def main(arguments: list[str] | None = None) -> int:
     warm_up = min(60.0, seconds / 5)
     begin = time.perf_counter()
     soak.prepare()
-    print(f"{soak.calls} calls by plain decoding: {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
+    took = time.perf_counter() - begin
+    print(
+        f"{soak.calls} calls by plain decoding, and one of each kind by all: {took:.0f} s", file=sys.stderr, flush=True
+    )
     loaded = at_rest(soak, device)
     sampler = soak_for(soak, seconds, warm_up, options.workers, device)
     report = header("soak.py", arguments, device) | results(soak, sampler, seconds, warm_up)

@@ -47,6 +47,12 @@ class Call:
     eos: tuple[int, ...]
     stop_at: int
 
+    @property
+    def kernels(self) -> tuple:
+        """Equal for calls that run the same kernels."""
+        walks = self.kind in ("processor", "penalty", "raising processor", "criterion")  # on the host
+        return len(self.prompts), *self.sampling, walks
+
     def describe(self) -> str:
         lengths = [len(prompt) for prompt in self.prompts]
         return (

@@ -2,19 +2,24 @@
 
 A dry run calls the very code that launches kernels. `registry.launch_kernel` then hands every launch to a collector in
 place of the GPU, so what is compiled is exactly what will be launched: no list of kernels has to be kept elsewhere.
-Triton compiles outside Python's global lock, so threads suffice. They also load each kernel onto the GPU.
+Launches that differ in nothing that a kernel is compiled for count once: a pass has 36 layers of the same kernels, and
+Triton takes most of a millisecond to find out. Triton compiles outside Python's global lock, so threads suffice. They
+also load each kernel onto the GPU.
 """
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
-from threading import RLock
+from dataclasses import is_dataclass
+from functools import cache
+from threading import RLock, Thread
 
 import torch
 from triton import AsyncCompileMode
+from triton.runtime.cache import triton_key
 
 from stagedspec.kernels import registry
 
@@ -26,6 +31,21 @@ PATIENCE = 1.0  # seconds of compiling after which the log hears of it
 # CUDA graph launches must stay loaded, so what was loaded is never let go.
 _compiling = RLock()
 _all_loaded: list[object] = []
+
+
+@cache
+def hash_sources() -> Thread:
+    """Computes, in the thread that it returns, the hashes that Triton looks for compiled kernels by: of Triton itself,
+    some hundred megabytes, and of our kernels. While a model is read from files half a second of it costs no time.
+    """
+
+    def work() -> None:
+        triton_key()
+        registry.key_all()
+
+    thread = Thread(target=work, name="hash sources", daemon=True)
+    thread.start()
+    return thread
 
 
 @contextmanager
@@ -49,6 +69,7 @@ def compile_ahead(parts: Iterable[Callable[[], object]], device: torch.device) -
     """
     if registry.interpreted():
         return copy_context().run(_collect, parts, lambda *launch: None)
+    hash_sources().join()
     with _compiling:
         pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)), "compile", torch.cuda.set_device, (device,))
         try:
@@ -66,7 +87,8 @@ def _collect(parts: Iterable[Callable[[], object]], collect: Callable) -> int:
 
 
 class _Loading:
-    """An executor whose threads load a kernel onto the GPU when they have compiled it."""
+    """An executor whose threads load a kernel onto the GPU when they have compiled it. What Triton keeps of each stage
+    of compiling it, half a megabyte of text that nothing reads any more, they let go."""
 
     def __init__(self, pool: ThreadPoolExecutor):
         self.pool = pool
@@ -80,21 +102,26 @@ class _Loading:
 def _loaded(compile_kernel: Callable[[], object]):
     kernel = compile_kernel()
     kernel.run  # noqa: B018 (the property loads the kernel and makes its launcher)
+    kernel.asm.clear()
     _all_loaded.append(kernel)
     return kernel
 
 
 def _compile(parts: Iterable[Callable[[], object]], loading: _Loading) -> int:
-    promised = []  # kernels, or what Triton puts in its cache in their place until they are compiled
+    launches: dict[Hashable, tuple] = {}
 
     def collect(kernel, grid: tuple, arguments: tuple, options: dict) -> None:
-        promised.append(kernel.warmup(*arguments, grid=grid, **options))
+        kind = kernel, _kind(arguments), _kind(tuple(options.items()))
+        launches.setdefault(kind, (kernel, grid, arguments, options))
 
+    _collect(parts, collect)
+    promised = []  # kernels, or what Triton puts in its cache in their place until they are compiled
     try:
         # Errors are raised below: Triton would first wait for all others, and keep what has failed in its cache.
         with AsyncCompileMode(loading, ignore_errors=True):
             try:
-                _collect(parts, collect)
+                for kernel, grid, arguments, options in launches.values():
+                    promised.append(kernel.warmup(*arguments, grid=grid, **options))
                 _watch(loading.futures)
             except BaseException:
                 for future in loading.futures:
@@ -107,6 +134,17 @@ def _compile(parts: Iterable[Callable[[], object]], loading: _Loading) -> int:
     for future in loading.futures:
         future.result()
     return len(loading.futures)
+
+
+def _kind(argument: object) -> Hashable:
+    """Equal for arguments that a kernel is compiled alike for; it tells apart more than Triton does."""
+    if isinstance(argument, torch.Tensor):
+        return argument.dtype, argument.data_ptr() % 16
+    if isinstance(argument, (tuple, list)):
+        return tuple(map(_kind, argument))
+    if is_dataclass(argument):  # a tensor descriptor, and its layout
+        return type(argument), *map(_kind, vars(argument).values())
+    return type(argument), argument  # 1, 1.0 and True are equal
 
 
 def _watch(futures: list[Future]) -> None:

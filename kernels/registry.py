@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache
+from threading import RLock
 
 import torch
 import triton
@@ -67,6 +68,7 @@ def launch_options(device: torch.device) -> dict[str, bool]:
 
 
 _keyed: set[str] = set()  # modules
+_keying = RLock()
 
 
 def key_functions(module: str) -> None:
@@ -76,13 +78,20 @@ def key_functions(module: str) -> None:
     keys depended on which kernels a process had launched before, and a second process compiled again what the first
     one had left in the cache. Defined first are the functions that others call.
     """
-    for function in list(vars(sys.modules[module]).values()):
-        if isinstance(function, triton.JITFunction):
-            home = function.__module__
-            if home != module and home not in _keyed and home.startswith("stagedspec."):
-                key_functions(home)
-            function.cache_key  # noqa: B018 (the property computes it)
-    _keyed.add(module)
+    with _keying:
+        for function in list(vars(sys.modules[module]).values()):
+            if isinstance(function, triton.JITFunction):
+                home = function.__module__
+                if home != module and home not in _keyed and home.startswith("stagedspec."):
+                    key_functions(home)
+                function.cache_key  # noqa: B018 (the property computes it)
+        _keyed.add(module)
+
+
+def key_all() -> None:
+    """`key_functions` of the modules of this package that are imported."""
+    for module in [name for name in sys.modules if name.startswith("stagedspec.kernels.")]:
+        key_functions(module)
 
 
 # Takes launches (kernel, grid, arguments, options) in place of the GPU: a dry run, see compiling.py.

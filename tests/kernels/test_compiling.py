@@ -23,6 +23,7 @@ torch.cuda.set_device = lambda device: None
 from stagedspec.kernels import compiling, registry
 from stagedspec.kernels.embed import _embed
 
+loaded = compiling._loaded
 compiling._loaded = lambda compile_kernel: compile_kernel()
 gpu = torch.device("cuda", 0)
 
@@ -73,6 +74,41 @@ except ValueError as error:
     assert str(error) == "on purpose"
 assert compiling.compile_ahead(parts, gpu) + len(cached()) >= 12
 assert cached() == ["CompiledKernel"] * 12
+""",
+    "alike": """
+# Launches that Triton compiles alike come to it once; those that it tells apart all come to it.
+class Counted:
+    def __init__(self): self.__module__, self.calls = _embed.__module__, 0
+    def warmup(self, *arguments, **options):
+        self.calls += 1
+        return _embed.warmup(*arguments, **options)
+
+counted, long = Counted(), torch.zeros(9, dtype=torch.int32)
+
+def launch(tokens=long[:1], table=torch.zeros(4, 64), width=64, early=False):
+    registry.launch_kernel(
+        counted, (1,), tokens, long[:1], table, table, table,
+        V=4, P=4, D=width, WIDE=64, num_warps=4, PDL=early, enable_fp_fusion=False,
+    )
+
+different = [{}, {"tokens": long[1:2]}, {"table": torch.zeros(4, 64, dtype=torch.bfloat16)},
+             {"tokens": long[:1].long()}, {"width": 48}, {"width": 1}, {"early": True}]
+made = compiling.compile_ahead([lambda given=given: launch(**given) for given in different * 5], gpu)
+assert counted.calls == len(different), counted.calls
+assert made == len(cached()) == 7, (made, len(cached()))
+""",
+    "texts": """
+class Kernel:
+    run, asm = None, {"ttir": "a text", "cubin": b"code"}
+kernel = Kernel()
+assert loaded(lambda: kernel) is kernel and kernel.asm == {} and compiling._all_loaded == [kernel]
+""",
+    "hashes": """
+for device in (torch.device("cpu"), gpu):
+    compiling.hash_sources.cache_clear()
+    registry._keyed.clear()
+    compiling.hash_sources().join()
+    assert "stagedspec.kernels.embed" in registry._keyed
 """,
     "threads": """
 from concurrent.futures import ThreadPoolExecutor
