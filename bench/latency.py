@@ -10,7 +10,6 @@ what was left out is named. See bench/README.md.
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -151,30 +150,26 @@ def measure_calls(
 def measure_first_use(
     options: argparse.Namespace, caches: Path, side: str, sampling: str, kind: str, seconds: float
 ) -> dict:
-    """Runs first_use.py with the caches of `kind`. A process that takes longer than `seconds` is ended and noted.
+    """Runs first_use.py, in a process of its own, with the caches of `kind`. One that takes longer than `seconds` is
+    ended and noted.
 
     The warm kinds use the folder of compiled code that the cold one of this side and sampling has filled.
     """
     folder = caches / f"{side}-{sampling}".replace(" ", "-")
     tuning = folder / ("untuned" if kind == "untuned" else "tuning")
-    command = [sys.executable, str(Path(first_use.__file__)), "--side", side, "--sampling", sampling]
+    arguments = ["--side", side, "--sampling", sampling]
     for name in ("target", "draft", "ngram", "tree", "device", "dtype", "backend", "threads"):
         value = getattr(options, name)
         if value is not None:
-            command += [f"--{name}", str(value)]
-    command += ["--prompt-tokens", str(min(128, options.room)), "--new-tokens", str(min(options.tokens))]
-    environment = os.environ | first_use.cache_environment(folder / "compiled", tuning)
+            arguments += [f"--{name}", str(value)]
+    arguments += ["--prompt-tokens", str(min(128, options.room)), "--new-tokens", str(min(options.tokens))]
     compiled, tuned = CACHES[kind]
     if side not in MODES or options.tree != "auto":
         tuned = "-"  # nothing is measured to choose a tree
     result = {"side": side, "sampling": sampling, "kind": kind, "compiled": compiled, "tuning": tuned}
-    try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds)
-    except subprocess.TimeoutExpired:
-        return result | {"ended_after_seconds": seconds}
-    if done.returncode:
-        raise ValueError(f"first_use.py failed: {done.stderr.strip()[-1500:]}")
-    return result | json.loads(done.stdout.splitlines()[-1])
+    environment = first_use.cache_environment(folder / "compiled", tuning)
+    found = first_use.in_a_process(arguments, environment, seconds)
+    return result | ({"ended_after_seconds": seconds} if found is None else found)
 
 
 # ---------------------------------------------------------------- cases

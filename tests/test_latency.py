@@ -1,7 +1,6 @@
 """The benchmark of latency: its arithmetic on planted times, its cases and budget, and a whole run on tiny models."""
 
 import json
-import subprocess
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -35,13 +34,13 @@ def in_this_process(monkeypatch):
     """Runs first_use.py without a process of its own; gives the environments that the processes would have had."""
     environments = []
 
-    def run(command, env, **more):
-        environments.append(env)
+    def run(arguments, environment, seconds):
+        environments.append(environment)
         with redirect_stdout(StringIO()) as printed:
-            code = first_use.main(command[2:])
-        return subprocess.CompletedProcess(command, code, printed.getvalue(), "failed as planned")
+            assert first_use.main(arguments) == 0
+        return json.loads(printed.getvalue())
 
-    monkeypatch.setattr(latency.subprocess, "run", run)
+    monkeypatch.setattr(first_use, "in_a_process", run)
     return environments
 
 
@@ -169,14 +168,17 @@ def test_nothing_starts_after_the_budget(folder, tmp_path, capsys):
 
 
 def test_a_process_that_takes_too_long_is_noted(folder, tmp_path, monkeypatch):
-    def never_ends(command, timeout, **more):
-        raise subprocess.TimeoutExpired(command, timeout)
+    options = latency.parse(["--device", "cpu"])
+    options.target, options.room = str(folder / "target"), 8
+    found = latency.measure_first_use(options, tmp_path, "autoregressive", "greedy", "cold", 0.0)
+    assert "ended after 0" in latency.first_use_table([found])
 
-    monkeypatch.setattr(latency.subprocess, "run", never_ends)
-    options = latency.parse(["--target", "anything"])
-    options.room = 8
-    found = latency.measure_first_use(options, tmp_path, "staged", "greedy", "cold", 75)
-    assert "ended after 75" in latency.first_use_table([found])
+
+def test_a_process_that_fails_says_why(folder, tmp_path):
+    options = latency.parse(["--device", "cpu"])
+    options.target, options.room = str(tmp_path / "nothing"), 8
+    with pytest.raises(ValueError, match=r"failed: ValueError: .*nothing"):
+        latency.measure_first_use(options, tmp_path, "autoregressive", "greedy", "cold", 300)
 
 
 def test_first_use_in_a_process_of_its_own(folder, tmp_path):
