@@ -46,6 +46,8 @@ FEW = 128  # and four times as many: candidates that are compared with each othe
 TOGETHER = 32  # of them at a time
 SPAN = 64  # groups compacted together
 WARPS = {"scan_warps": 4, "select_warps": 8}
+# Parts of a batch, which start aligned in one and not in another: a kernel of its own for each would gain nothing.
+COUNTERS = ("p_seeds", "p_streams", "p_positions")
 SPILLING = (80, 89, 90, 100, 120)  # `select_kernel`'s, see `most_registers`
 
 _GROUP = tl.constexpr(GROUP)
@@ -152,7 +154,7 @@ def store_groups(
 # ---------------------------------------------------------------- scan
 
 
-@triton.jit(do_not_specialize=("N",))
+@triton.jit(do_not_specialize=("N",), do_not_specialize_on_alignment=COUNTERS)
 def scan_kernel(
     p_logits, p_noise, p_seeds, p_streams, p_positions, p_scores, p_maxima, p_masses, p_best, p_ids, p_counters, p_out,
     N, scale, V: tl.constexpr, G: tl.constexpr, T: tl.constexpr, SLICES: tl.constexpr, SLICES_UP: tl.constexpr,
@@ -303,7 +305,7 @@ def _mass(p_values, count, top, least, BLOCK: tl.constexpr):
     return total
 
 
-@triton.jit(do_not_specialize=("N",))
+@triton.jit(do_not_specialize=("N",), do_not_specialize_on_alignment=COUNTERS)
 def select_kernel(
     p_logits, p_maxima, p_masses, p_noise, p_seeds, p_streams, p_positions, p_groups, p_values, p_ids, p_out,
     p_logprobs,
@@ -726,7 +728,7 @@ def compile_case(
     known = TYPES | types
     names = [argument for argument in kernel.arg_names if argument not in constexprs]
     signature = {argument: known.get(argument, "*fp32") for argument in names}
-    aligned = tuple(argument for argument in names if signature[argument].startswith("*"))
+    aligned = tuple(argument for argument in names if signature[argument].startswith("*") and argument not in COUNTERS)
     return CompileCase(name, kernel, signature, constexprs, num_warps, num_stages, matrix, aligned, maxnreg=maxnreg)
 
 

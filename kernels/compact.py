@@ -18,7 +18,10 @@ from stagedspec.kernels.registry import CompileCase, check_runs, check_tensor, l
 DEFAULT = {"elements": 4096, "warps": 4}  # elements of a program's tile
 
 
-@triton.jit(do_not_specialize=("B", "S", "K", "OFFSET"))
+@triton.jit(
+    do_not_specialize=("B", "S", "K", "OFFSET"),
+    do_not_specialize_on_alignment=("p_source", "p_target"),  # parts of one tensor
+)
 def _compact(
     p_cache,  # [layers, B, S, COLUMNS]
     p_source,  # [B, K]
@@ -125,7 +128,7 @@ def compile_cases(arch: int) -> list[CompileCase]:
             _compact,
             signature,
             {"COLUMNS": 2 * width, "PDL": False} | _tiles(16),
-            aligned=("p_cache", "p_source", "p_target"),
+            aligned=("p_cache",),
         )
         for name, width in widths.items()
     ]

@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 
 from stagedspec.kernels.choose import (
+    COUNTERS,
     GROUP,
     SAMPLING,
     Parts,
@@ -76,7 +77,7 @@ def norm_kernel(p_x, p_weight, p_bias, p_out, epsilon, K: tl.constexpr, BLOCK: t
     tl.store(p_out + row + at, (centred * scale * weight + bias).to(p_out.dtype.element_ty), inside)
 
 
-@triton.jit(do_not_specialize=("M", "N"))
+@triton.jit(do_not_specialize=("M", "N"), do_not_specialize_on_alignment=COUNTERS)
 def head_kernel(
     p_x, p_head, p_noise, p_seeds, p_streams, p_positions, p_logits, p_maxima, p_masses, p_best, p_ids, p_counters,
     p_out,

@@ -31,7 +31,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra import cuda
 
-from stagedspec.kernels.choose import GROUP, NOISES, compile_case, decided, groups_of, scale_logits
+from stagedspec.kernels.choose import COUNTERS, GROUP, NOISES, compile_case, decided, groups_of, scale_logits
 from stagedspec.kernels.linear_hopper import SHARED, SPARE, copy, described, layout
 from stagedspec.kernels.philox import gumbel, key_words, philox
 from stagedspec.kernels.registry import CompileCase, launch_kernel, launch_options
@@ -44,7 +44,7 @@ _UNIT = gl.constexpr(float(2**24))  # of masses, see choose.py
 _BROKEN = gl.constexpr(-(2**20))  # below the first token of any tile: where the best is NaN
 
 
-@gluon.jit(do_not_specialize=("M", "N"))
+@gluon.jit(do_not_specialize=("M", "N"), do_not_specialize_on_alignment=COUNTERS)
 def _head_hopper(
     x,  # [M, K], described in blocks [TOKENS, BLOCK_K]
     head,  # [V, K], described in blocks [ROWS, BLOCK_K]
