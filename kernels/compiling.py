@@ -9,6 +9,7 @@ also load each kernel onto the GPU.
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 from contextlib import contextmanager
@@ -115,12 +116,15 @@ def _compile(parts: Iterable[Callable[[], object]], loading: _Loading) -> int:
         launches.setdefault(kind, (kernel, grid, arguments, options))
 
     _collect(parts, collect)
+    often = Counter(launch[0] for launch in launches.values())
+    # Kernels of few kinds first, and the longest of them: the many kinds of the linear layers' even out the end.
+    order = sorted(launches.values(), key=lambda launch: (often[launch[0]], -len(launch[0].src)))
     promised = []  # kernels, or what Triton puts in its cache in their place until they are compiled
     try:
         # Errors are raised below: Triton would first wait for all others, and keep what has failed in its cache.
         with AsyncCompileMode(loading, ignore_errors=True):
             try:
-                for kernel, grid, arguments, options in launches.values():
+                for kernel, grid, arguments, options in order:
                     promised.append(kernel.warmup(*arguments, grid=grid, **options))
                 _watch(loading.futures)
             except BaseException:

@@ -78,6 +78,7 @@ assert cached() == ["CompiledKernel"] * 12
     "alike": """
 # Launches that Triton compiles alike come to it once; those that it tells apart all come to it.
 class Counted:
+    src = ""
     def __init__(self): self.__module__, self.calls = _embed.__module__, 0
     def warmup(self, *arguments, **options):
         self.calls += 1
@@ -96,6 +97,17 @@ different = [{}, {"table": torch.zeros(260)[1:257].view(4, 64)}, {"table": torch
 made = compiling.compile_ahead([lambda given=given: launch(**given) for given in different * 5], gpu)
 assert counted.calls == len(different), counted.calls
 assert made == len(cached()) == 7, (made, len(cached()))
+""",
+    "order": """
+class Named:
+    def __init__(self, name, src): self.__module__, self.name, self.src = _embed.__module__, name, src
+    def warmup(self, *arguments, **options):
+        order.append(self.name)
+
+order, many, short, long = [], Named("many", "a long source"), Named("short", "a"), Named("long", "a source")
+launches = [(many, 1), (many, 2), (short, 1), (many, 3), (long, 1)]
+compiling.compile_ahead([lambda: [registry.launch_kernel(kernel, (1,), number) for kernel, number in launches]], gpu)
+assert order == ["long", "short", "many", "many", "many"], order
 """,
     "texts": """
 class Kernel:
