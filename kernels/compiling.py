@@ -126,6 +126,9 @@ def _compile(parts: Iterable[Callable[[], object]], loading: _Loading) -> int:
             try:
                 for kernel, grid, arguments, options in order:
                     promised.append(kernel.warmup(*arguments, grid=grid, **options))
+                launches.clear()  # the tensors
+                order.clear()
+                del arguments
                 _watch(loading.futures)
             except BaseException:
                 for future in loading.futures:

@@ -667,8 +667,9 @@ def tile(op: str, config) -> int:
     return _blocks(*tree, nodes)["CANDIDATES"]
 
 
-def _warps(size: int) -> int:
-    return 4 if size <= 2048 else 8 if size <= 4096 else 16
+def _warps(op: str, size: int) -> int:
+    most = 8 if op == "harvest_tree" else 16  # which spills with 16
+    return min(most, 4 if size <= 2048 else 8 if size <= 4096 else 16)
 
 
 def _pass_warps(warps: int, constants: dict[str, int]) -> int:
@@ -679,7 +680,7 @@ def _pass_warps(warps: int, constants: dict[str, int]) -> int:
 
 def candidates(op: str, shape: tuple[int], device: torch.device) -> list[dict[str, int]]:
     """Settings of grow_pass or harvest_tree to try at the shape (tile of candidates,), the default first."""
-    every = [{"warps": warps} for warps in (_warps(*shape), 1, 2, 4, 8, 16)]
+    every = [{"warps": warps} for warps in (_warps(op, *shape), 1, 2, 4, 8, 16)]
     if op == "grow_pass":
         every = [one | {"block": block} for block in (BLOCK, 256, 1024) for one in every]
     return [one for index, one in enumerate(every) if one not in every[:index]]
@@ -922,7 +923,7 @@ def _case(
         spilling = GROW_SPILLING
     else:
         kernel, constants, spilling = harvest_tree_kernel, _harvest_constants(*tree, nodes), HARVEST_SPILLING
-    warps = _warps(constants["CANDIDATES"])
+    warps = _warps(op, constants["CANDIDATES"])
     if op == "grow_pass":
         warps = _pass_warps(warps, constants)
     registers = most_registers(arch, warps, spilling)

@@ -9,12 +9,27 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache
+from importlib import import_module
 from threading import RLock
 
 import torch
 import triton
 
 LIBRARY = torch.library.Library("stagedspec", "DEF")
+# The files that hold kernels.
+MODULES = (
+    "linear",
+    "linear_hopper",
+    "embed",
+    "tree_attention",
+    "compact",
+    "lm_head",
+    "lm_head_hopper",
+    "choose",
+    "ngram_lookup",
+    "grow_tree",
+    "verify_commit",
+)
 
 
 def register(schema: str, launch: Callable, fake: Callable | None = None) -> Callable:
@@ -89,9 +104,9 @@ def key_functions(module: str) -> None:
 
 
 def key_all() -> None:
-    """`key_functions` of the modules of this package that are imported."""
-    for module in [name for name in sys.modules if name.startswith("stagedspec.kernels.")]:
-        key_functions(module)
+    """`key_functions` of all MODULES, which are imported for it."""
+    for module in MODULES:
+        key_functions(import_module(f"stagedspec.kernels.{module}").__name__)
 
 
 # Takes launches (kernel, grid, arguments, options) in place of the GPU: a dry run, see compiling.py.

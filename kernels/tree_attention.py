@@ -109,7 +109,7 @@ def _word(p_masks, nodes, i_word, ok, WORDS: tl.constexpr):
 def _positions(p_masks, nodes, prefix, ok, WORDS: tl.constexpr):
     """Positions of nodes, int32; -1 for a node that sees nothing."""
     count = _popcount(_word(p_masks, nodes, 0, ok, WORDS))
-    for i_word in tl.static_range(1, WORDS):
+    for i_word in range(1, WORDS):
         count += _popcount(_word(p_masks, nodes, i_word, ok, WORDS))
     return tl.where(count > 0, prefix + count - 1, -1)
 
@@ -674,10 +674,11 @@ def compile_cases(arch: int) -> list[CompileCase]:
     models = {"s": (12, 64), "m": (16, 64), "l": (20, 64), "xl": (25, 64), "target": (6, 64), "draft": (3, 32)}
     models |= {"wide": (8, 128), "grouped": (5, 64)}
     passes = {"n1": 1, "n64": 2, "prompt": 0}
+    widest = {"n256": 8, "rows1024": 32}  # the most that a tree may have: nodes, and rows that the draft evaluates
     cases = []
     for model, (heads, size) in models.items():
         tiles = _tiles(size, 2, WINDOW)
-        for name, words in passes.items():
+        for name, words in (passes | (widest if model in ("l", "wide") else {})).items():
             group = 4 if model == "grouped" else 1
             constants = {"KV_HEADS": heads, "GROUP": group, "D": size, "WORDS": words, "WINDOW": WINDOW}
             constants |= {"PDL": False, "FILLED": 16} | tiles

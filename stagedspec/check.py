@@ -6,7 +6,7 @@ token by token. Where all of it passes, `record` makes backend "auto" trust the 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from itertools import chain, cycle, islice
@@ -19,7 +19,7 @@ from stagedspec.check_kernels import Wrong, expect
 from stagedspec.check_logits import Comparison, check_tokens, compare_logits
 from stagedspec.compare import PROMPTS
 from stagedspec.decoder import Decoder
-from stagedspec.devices import resolve_device
+from stagedspec.devices import memory_errors, out_of_memory, resolve_device
 from stagedspec.gpt2 import GPT2
 from stagedspec.kernels import registry, trusted
 from stagedspec.kernels.compiling import compile_ahead
@@ -89,7 +89,7 @@ def check(
             f"prompts must have from 2 to {decoder.target.positions - 1} tokens, n_positions - 1, got {sizes}"
         )
     check_tokens(prompts, decoder.target.vocab_size)
-    with memory_errors(), current(decoder.device):
+    with memory_errors("the check"), current(decoder.device):
         table = katz_table(decoder.target.vocab_size, decoder.device) if decoder.ngram is None else decoder.ngram
         kernels = list(_kernel_cases(decoder.target, decoder.draft, table, TREE))
         work = [
@@ -118,12 +118,11 @@ def _run(case: Case) -> Result:
         return Result(case.name, case.shape, True, case.run())
     except Wrong as error:
         remark = str(error)
-    except torch.OutOfMemoryError:
-        raise
-    except torch.AcceleratorError as error:
-        remark = f"{BROKEN}: {_line(error)}"
     except Exception as error:  # whatever Triton, torch or a launcher raise: the kernel does not run
-        remark = f"does not run: {_line(error)}"
+        if out_of_memory(error):
+            raise
+        broken = isinstance(error, torch.AcceleratorError)
+        remark = f"{BROKEN}: {_line(error)}" if broken else f"does not run: {_line(error)}"
     return Result(case.name, case.shape, False, remark)
 
 
@@ -146,17 +145,6 @@ def check_device(device: str | torch.device) -> torch.device:
     if not registry.interpreted():
         early.check_gpu("check", device)
     return where
-
-
-@contextmanager
-def memory_errors() -> Iterator[None]:
-    """Turns running out of GPU memory into a ValueError."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise ValueError(
-            f"there is too little GPU memory for the check: {_line(error)}; free some, or check smaller models"
-        ) from None
 
 
 # ---------------------------------------------------------------- kernels

@@ -43,6 +43,7 @@ PROMPT_STYLE = Style(dim=True)
 TABLE_WIDTH = 80
 
 DEMO_PROMPTS = PROMPTS[:4]
+MOST_ROWS = 4096  # that fit-ngram samples at once
 
 
 class Commands(typer.core.TyperGroup):
@@ -139,7 +140,9 @@ def load_decoder(target, draft, ngram, device, dtype, backend, tree=None, modes=
         options["tree"] = tree
     elif settings:
         options["tree"] = stagedspec.TreeConfig(**settings)
-    with preparing():
+    from stagedspec.devices import memory_errors
+
+    with preparing(), memory_errors("the models"):
         if target is None:
             decoder = stagedspec.Decoder.default(**options)
         else:
@@ -293,7 +296,8 @@ def demo(
                 stream(console, decoder, prompt, mode="staged", **settings)
         rows, completions = _measure(decoder, prompts, settings, repeats)
         console.print()
-        console.print(table(rows, f"{len(prompts)} prompts, up to {max_new_tokens} new tokens, {name}"))
+        title = f"{len(prompts)} prompts, up to {max_new_tokens} new tokens, {name}; tokens/s, speed-up: medians"
+        console.print(table(rows, title))
         same = same and all(row.identical for row in rows)
         report.append({"sampling": name, "modes": [row.as_dict() for row in rows], "completions": completions})
     if as_json:
@@ -545,6 +549,8 @@ def fit_ngram(
     if work_dir is not None:
         early.check_folder(work_dir, "--work-dir")
     early.check_at_least(1, tokens=tokens, batch=batch)
+    if batch > MOST_ROWS:
+        raise ValueError(f"--batch can be at most {MOST_ROWS} rows, got {batch}: more are sampled batch after batch")
     early.check_sampling(seed, temperature=temperature)
     files = _text_files(text) if text else []
     if tokenizer is not None and not files:
@@ -985,8 +991,7 @@ def check(
     from stagedspec.kernels import configs
 
     where = checks.check_device(device)
-    with checks.memory_errors():
-        decoder = load_decoder(target, draft, ngram, where, dtype, "triton", text=False)
+    decoder = load_decoder(target, draft, ngram, where, dtype, "triton", text=False)
     with progress_bar() as progress:
         task = progress.add_task("checking", total=None)
         results = checks.check(

@@ -673,6 +673,8 @@ def _unpad(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, vocab_s
             got = f"{input_ids.dtype} {list(input_ids.shape)}"
         raise ValueError(f"input_ids must be a LongTensor [batch, prompt], got {got}")
     batch, width = input_ids.shape
+    if input_ids.is_meta:
+        raise ValueError("input_ids must hold tokens, got a tensor on the meta device, which has none: make it on cpu")
     if not 1 <= batch <= MAX_BATCH:
         raise ValueError(
             f"the batch must have 1 to {MAX_BATCH} prompts, got {batch}; call generate for a part at a time"

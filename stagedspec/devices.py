@@ -1,8 +1,33 @@
 """Where models run: devices and dtypes. Imports no transformers, so that the command line can check them early."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the GPU's memory is full: torch's, and those of CUDA and Triton that say so in words
+    (loading a kernel, making a graph)."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "out of memory" in str(error).lower()
+    )
+
+
+@contextmanager
+def memory_errors(task: str) -> Iterator[None]:
+    """Turns running out of GPU memory into a ValueError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        why = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"there is too little GPU memory for {task}: {why}; free some, or use smaller models"
+        ) from None
 
 
 def resolve_device(device: str | torch.device) -> torch.device:

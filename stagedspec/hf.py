@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from types import FrameType
+from types import FrameType, NoneType
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ from transformers import (
     GPT2LMHeadModel,
     LogitsProcessorList,
     MinPLogitsWarper,
+    PreTrainedTokenizerBase,
     StoppingCriteriaList,
     StopStringCriteria,
     TemperatureLogitsWarper,
@@ -120,7 +121,10 @@ def read(
         options["generation_config"] = given
 
     # transformers drops the tokenizer on the way to a custom generate, and then misses it.
-    tokenizer = options.pop("tokenizer", None) or decoder.tokenizer
+    tokenizer = options.pop("tokenizer", None)
+    if not isinstance(tokenizer, (PreTrainedTokenizerBase, NoneType)):
+        raise ValueError(f"tokenizer must be a tokenizer of transformers or None, got {type(tokenizer).__name__}")
+    tokenizer = tokenizer or decoder.tokenizer
     strings = settings.of("stop_strings")
     if strings is not None:
         if tokenizer is None:

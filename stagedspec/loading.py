@@ -148,7 +148,8 @@ def check_vocabularies(target: int, draft: int, tokenizer: PreTrainedTokenizerBa
     if not same_but_padding(target, draft, tokenizer):
         raise ValueError(
             f"target and draft must share the vocabulary: the target has {target} tokens, the draft {draft}; use a "
-            "draft with the target's tokenizer, or give from_pretrained tokenizer=... if the rest are rows of padding"
+            "draft with the target's tokenizer, or, if the rest are rows of padding, Decoder.from_pretrained(..., "
+            "tokenizer=...)"
         )
 
 

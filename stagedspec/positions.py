@@ -83,8 +83,10 @@ class Positions:
             picked[[not alive for alive in live]] = 0.0
             scores = picked
             if self.processors is not None:
-                seen = self.ids[:, : self.width + self.walked]
-                scores = checked("scores", self.processors(seen, picked.clone().to(seen.device)), picked).to(device)
+                with self._unwritten("a logits processor"):
+                    seen = self.ids[:, : self.width + self.walked]
+                    found = self.processors(seen, picked.clone().to(seen.device))
+                scores = checked("scores", found, picked).to(device)
             own = None if noise is None else noise.at_nodes(at)
             tokens = ops.choose(scores[:, None], warping, own)[:, 0].tolist()
             self._keep(ops, picked, scores, warping)
@@ -139,7 +141,8 @@ class Positions:
         before, stopped = list(self.unfinished), [False] * self.batch
         if self.criteria is not None:
             scores = tuple(self.kept["scores"][: self.settled]) if "scores" in self.kept else None
-            found = self.criteria(self.ids[:, : self.width + self.settled], scores)
+            with self._unwritten("a stopping criterion"):
+                found = self.criteria(self.ids[:, : self.width + self.settled], scores)
             stopped = checked("stopping criteria", found, self.ids[:, 0]).tolist()
         for row, (token, stop) in enumerate(zip(tokens, stopped, strict=True)):
             ended = stop or token in self.eos
@@ -151,6 +154,18 @@ class Positions:
             for row in range(self.batch):
                 run.stop(row, self.settled)
         return before != self.unfinished
+
+    @contextmanager
+    def _unwritten(self, who: str) -> Iterator[None]:
+        """Raises ValueError where user code wrote into the ids that it was shown: transformers would go on from them,
+        but the passes have read the others."""
+        before = self.ids._version
+        yield
+        if self.ids._version != before:
+            raise ValueError(
+                f"{who} wrote into input_ids, and tokens that were decoded cannot be changed: work on a copy, "
+                "input_ids.clone(), or force a token by its scores"
+            )
 
 
 def checked(what: str, found: object, like: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
+from stagedspec.devices import out_of_memory
 from stagedspec.tree import MODES, TreeConfig
 from stagedspec.values import plain, whole
 
@@ -56,7 +57,9 @@ def warm_up(
         try:
             with reporting(report):
                 made += decoder._ready(_read(decoder, mode, sampling, size, tokens))
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
             decoder.release()
             raise ValueError(
                 f"too little GPU memory to make {name} ready for {tokens} tokens: free some, or ask for fewer tokens "

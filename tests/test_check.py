@@ -124,11 +124,13 @@ def test_errors_are_one_line_and_leave_nothing_behind(decoder, monkeypatch, tmp_
         "--device must be auto, cpu, or a GPU": command("--device", "gpu"),
         "--out must be a folder": command("--out", str(tmp_path / "file"), "--device", place),
     }
-    monkeypatch.setattr(cli, "load_decoder", crowded)
-    shown["too little GPU memory for the check: OutOfMemoryError: no room"] = command("--device", place)
+    with monkeypatch.context() as loading:
+        for name in ("default", "from_pretrained"):
+            loading.setattr(cli.stagedspec.Decoder, name, crowded)
+        shown["too little GPU memory for the models: no room"] = command("--device", place)
     monkeypatch.setattr(cli, "load_decoder", lambda *_, **__: decoder)
     monkeypatch.setattr(check_kernels, "check_embed", crowded)
-    shown["too little GPU memory for the check"] = command("--device", place)
+    shown["too little GPU memory for the check: no room"] = command("--device", place)
     for message, result in shown.items():
         assert result.exit_code == 2 and message in result.output and result.output.count("\n") == 1
     assert not trusted.default_folder().exists()

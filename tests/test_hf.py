@@ -748,6 +748,7 @@ BAD_OPTIONS = {
     "new-tokens": ({"max_new_tokens": 0, "repetition_penalty": 1.1}, "max_new_tokens must be .* at least 1, got 0"),
     "prompt": ({"input_ids": [[1, 2]], "repetition_penalty": 1.1}, "input_ids must be a LongTensor .*, got list"),
     "penalty": ({"repetition_penalty": -1.0}, "penalty.* strictly positive float"),
+    "tokenizer": ({"tokenizer": 3}, "tokenizer must be a tokenizer of transformers or None, got int"),
 }
 
 
@@ -873,6 +874,24 @@ def test_what_processors_return_is_checked(decoder, name):
     ids = torch.tensor([[1, 2], [3, 4]])
     with pytest.raises(ValueError, match=message):
         decoder.generate(ids, max_new_tokens=4, logits_processor=[processor])
+
+
+def writing(ids, scores, **more):
+    """A processor or a criterion that changes what was decoded, at its second call."""
+    if ids.shape[1] > 2:
+        ids[0, -1] = 0
+    return scores if isinstance(scores, torch.Tensor) else torch.zeros(len(ids), dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("name", "who"), [("logits_processor", "a logits processor"), ("stopping_criteria", "a stopping criterion")]
+)
+@pytest.mark.parametrize("mode", ["autoregressive", "staged"])
+def test_what_was_decoded_cannot_be_written_to(decoder, name, who, mode):
+    ids = torch.tensor([[1, 2], [3, 4]])
+    with pytest.raises(ValueError, match=f"{who} wrote into input_ids, .*: work on a copy"):
+        decoder.generate(ids, max_new_tokens=4, mode=mode, eos_token_id=[], **{name: [writing]})
+    assert torch.equal(ids, torch.tensor([[1, 2], [3, 4]]))
 
 
 @pytest.mark.parametrize("rows", [1, 3])

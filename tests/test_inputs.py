@@ -42,6 +42,7 @@ BAD_CALLS = {
     "one-dimension": ({"input_ids": IDS[0]}, r"LongTensor \[batch, prompt\], got torch.int64 \[3\]"),
     "floats": ({"input_ids": IDS.float()}, r"LongTensor.*got torch.float32 \[2, 3\]"),
     "bools": ({"input_ids": IDS > 2}, r"LongTensor.*got torch.bool"),
+    "no-data": ({"input_ids": IDS.to("meta")}, "must hold tokens, got a tensor on the meta device"),
     "empty-prompt": ({"input_ids": IDS[:, :0]}, "prompt is empty: give at least one token"),
     "empty-batch": ({"input_ids": IDS[:0]}, "1 to 16 prompts, got 0"),
     "large-batch": ({"input_ids": IDS[:1].expand(17, -1)}, "1 to 16 prompts, got 17"),

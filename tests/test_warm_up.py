@@ -195,9 +195,16 @@ def test_all_is_checked_before_any_of_it_is_made():
     assert alone._kept == []
 
 
-def test_warm_up_without_memory(decoder, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB.\nmore"),
+        RuntimeError("Triton Error [CUDA]: out of memory. Tried to allocate 3 GiB."),  # loading a kernel
+    ],
+)
+def test_warm_up_without_memory(decoder, monkeypatch, error):
     def full(call):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB.\nmore")
+        raise error
 
     monkeypatch.setattr(decoder, "_ready", full)
     with pytest.raises(

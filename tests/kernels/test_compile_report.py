@@ -45,8 +45,18 @@ CASES = {
         "grow_tree: grow_pass levels=8": "",
         "grow_tree: grow_pass levels=28": "",
         "grow_tree: harvest_tree candidates=16384": "",
+        # The widest that a TreeConfig may ask for.
+        "grow_tree: grow_pass guesses=126": "",
+        "grow_tree: grow_pass options=4096": "",
+        "grow_tree: grow_pass width=128": "",
+        "grow_tree: harvest_tree children=4096": "",
+        "tree_attention: near-l-rows1024": "HMMA",
     },
-    100: {"lm_head: head-topm-2048x96-r64": "UTCHMMA", "grow_tree: grow_pass N=256": ""},
+    100: {
+        "lm_head: head-topm-2048x96-r64": "UTCHMMA",
+        "grow_tree: grow_pass N=256": "",
+        "tree_attention: far-l-n256": "UTCHMMA",
+    },
     120: {"lm_head: head-logits-2048x96-r16": "HMMA", "linear: m projection 16": "HMMA"},
 }
 
