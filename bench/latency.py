@@ -213,6 +213,9 @@ def cases_of(options: argparse.Namespace, loaded: Loaded, caches: Path, deadline
         found += first(modes[0], chosen[0], "untuned")
     if options.compiled:
         found += [calls([modes[0], COMPILED], sampling, length) for sampling in chosen for length in lengths][1:]
+    found += [case for side in plain for sampling in chosen[1:] for case in first(side, sampling, "cold")]
+    if options.compiled:
+        found += [case for sampling in chosen for case in first(COMPILED, sampling, "cold")]
     return found
 
 

@@ -126,7 +126,7 @@ def test_a_whole_run(folder, tmp_path, capsys, in_this_process):
     assert calls["greedy", "autoregressive"]["tokens_per_step"] == 1
     kinds = [(line["side"], line["sampling"], line["kind"]) for line in report["first_use"]]
     assert kinds[:4] == [("staged", sampling, kind) for sampling in ("greedy", "sampled") for kind in ("cold", "warm")]
-    assert len(kinds) == 17 and kinds[-1] == ("transformers", "greedy", "cold")
+    assert len(kinds) == 18 and kinds[-1] == ("transformers", "sampled", "cold")
     assert all(line["same_output"] for line in report["first_use"] if line["side"] in MODES)
     assert report["first_use"][0]["tree"]["nodes"] == 5
     assert report["left_out"] == ["prompts of 900 tokens: the target has room for 43"]
