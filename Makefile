@@ -1,5 +1,6 @@
 # make demo      install into .venv and complete a few prompts in every mode
 # make test      the same set-up with the test extra, then the tests
+# make test-quick   the same, but for what takes long: tests marked slow and the kernels in Triton's interpreter
 # make lint      ruff check and format check
 # make bench     what makes sense on a CPU: the reference's operations one by one (bench/ops.py, pytest-benchmark), then the
 #                modes side by side (bench/decode.py), whose options are ARGS="..."
@@ -23,7 +24,7 @@ VENV ?= .venv
 ARGS ?=
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint bench paper compile-report test-gpu bench-gpu profile profile-gpu clean
+.PHONY: demo test test-quick lint bench paper compile-report test-gpu bench-gpu profile profile-gpu clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -31,6 +32,9 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 $(ARGS)
+
+test-quick: $(VENV)/.installed-test
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 -m "not slow" --ignore tests/kernels $(ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

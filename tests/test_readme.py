@@ -64,3 +64,21 @@ def test_kernels_alone(index, check):
     found = snippets("kernels/README.md")
     assert len(found) == 2
     run(found[index] + check, TRITON_INTERPRET="1")
+
+
+PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "stagedspec/README.md", "kernels/README.md", "bench/README.md")
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_lead_somewhere(name):
+    page = ROOT / name
+    for link in re.findall(r"\]\(([^)#\s]*)(#[^)\s]*)?\)", page.read_text(encoding="utf-8")):
+        target, anchor = link
+        if target.startswith("http"):
+            continue
+        found = (page.parent / target).resolve() if target else page
+        assert found.exists(), link
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", (found).read_text(encoding="utf-8"), re.MULTILINE)
+            known = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert anchor[1:] in known, link
