@@ -5,6 +5,7 @@ model.safetensors.index.json names. Other files beside them do not matter.
 """
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlparse
 from urllib.request import getproxies
@@ -152,3 +153,12 @@ def _unreachable() -> str | None:
         except OSError as error:
             return str(error)
     return None
+
+
+def how_to_mend(folder: Path) -> str:
+    """What to do about weights that cannot be read."""
+    for path in weight_files(folder):
+        with suppress(OSError), path.open("rb") as file:
+            if file.read(40).startswith(b"version https://git-lfs"):
+                return f"{path.name} only points to the weights: fetch them with `git lfs pull`"
+    return "download or save it again"

@@ -132,6 +132,7 @@ class Decoder:
             ngram = ngram.resized(target.vocab_size).to(target.device)
         self.target, self.draft, self.ngram, self.tokenizer = target, draft, ngram, tokenizer
         self._live = live
+        self._settings_seen: tuple | None = None  # of the live target's generation config, at the last call
         self.device = target.device
         self.eos_token_ids, self.pad_token_id = tuple(eos_token_ids), pad_token_id
         self.defaults = {} if defaults is None else defaults
@@ -285,6 +286,7 @@ class Decoder:
                 weights if live is None else live.now()
                 for weights, live in zip((self.target, self.draft), self._live, strict=True)
             )
+            self._follow_settings()
             if target is self.target and draft is self.draft:
                 return
             if target.vocab_size != self.target.vocab_size:
@@ -296,6 +298,16 @@ class Decoder:
             if self._costs is not None:  # new weights take as long as the old
                 self._costs = cost.PassTimes(target, draft, self._costs.seconds)
         self.release()
+
+    def _follow_settings(self) -> None:
+        """Takes special tokens and defaults of the live target's generation config where they have changed."""
+        model = self.live_target
+        if model is None:
+            return
+        now = end_of_sequence(model), padding(model), generation_defaults(model)
+        if self._settings_seen not in (None, now):
+            self.eos_token_ids, self.pad_token_id, self.defaults = now
+        self._settings_seen = now
 
     # ------------------------------------------------------------ the three ways to decode
 
@@ -557,7 +569,11 @@ class Decoder:
             try:
                 if not self._costs.knows(batch, do_sample):
                     kind = "sampled" if do_sample else "greedy"
-                    log.warning("measuring model passes to choose token trees (%s, batch %d): once", kind, batch)
+                    log.warning(
+                        "measuring model passes to choose token trees (%s, batch %d): a few seconds, kept for later",
+                        kind,
+                        batch,
+                    )
                 if trees is None:
                     self._costs.prepare(batch, do_sample)
                     trees = tuning.trees[key] = model.ladder(mode)

@@ -11,6 +11,7 @@ import sys
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from stagedspec import checkpoints
 from stagedspec.sampling import Sampling, counters
@@ -175,6 +176,11 @@ def check_folder(path: Path, option: str) -> None:
         there = there.parent
     if not there.is_dir():
         raise ValueError(f"{option} must be a folder, but {there} is a file")
+    try:
+        with TemporaryDirectory(dir=there):
+            pass
+    except OSError as error:
+        raise ValueError(f"{option}: cannot write below {there}: {error.strerror}; choose another folder") from None
 
 
 def check_input(path: Path, option: str, expected: str) -> None:

@@ -11,6 +11,7 @@ from types import ModuleType
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.activations import ACT2FN
 
@@ -100,7 +101,7 @@ class GPT2:
         if not invariant:
             own = weights.shared | {"transformer.wte.weight": self.token_table, "lm_head.weight": head}
             self.small = ops.small_model(config, own, [layer.scale for layer in self.layers])
-        self.parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.parameters = sum(parameter.numel() for parameter in nn.Module.parameters(model))
 
     def _layer(self, weights: "_Weights", index: int) -> Layer:
         def pair(name: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -173,7 +174,8 @@ class _Weights:
 
     def __init__(self, model: GPT2LMHeadModel, role: str, device: torch.device, dtype: torch.dtype):
         self._role, self._place = role, {"device": device, "dtype": dtype}
-        self._parameters = {name: one.detach() for name, one in model.named_parameters(remove_duplicate=False)}
+        named = nn.Module.named_parameters(model, remove_duplicate=False)  # whatever a subclass makes of it
+        self._parameters = {name: one.detach() for name, one in named}
 
     @property
     def shared(self) -> dict[str, torch.Tensor]:

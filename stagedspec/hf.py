@@ -41,6 +41,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 from transformers.generation import (
+    BaseWatermarkingConfig,
     EosTokenCriteria,
     GenerateDecoderOnlyOutput,
     MaxLengthCriteria,
@@ -57,7 +58,7 @@ from stagedspec.ngram import KatzTable
 from stagedspec.positions import Positions, ended
 from stagedspec.sampling import Sampling
 from stagedspec.stats import Stats
-from stagedspec.tree import TreeConfig
+from stagedspec.tree import MODES, TreeConfig
 from stagedspec.values import at_least, plain, whole
 
 
@@ -99,6 +100,8 @@ def read(
     options = settings.options
     if input_ids is None:
         input_ids = options.pop("inputs", None)
+    elif options.pop("inputs", None) is not None:
+        raise ValueError("input_ids and inputs were both given, and mean the same: give one of them")
     if max_new_tokens is not None:
         options["max_new_tokens"] = at_least("max_new_tokens", max_new_tokens)
     if input_ids is not None and given is None and options.keys() | decoder.defaults.keys() <= _PLAIN:
@@ -182,6 +185,12 @@ def _check_callables(options: dict[str, Any]) -> None:
     streamer = options.get("streamer")
     if streamer is not None and not all(callable(getattr(streamer, name, None)) for name in ("put", "end")):
         raise ValueError(f"streamer must have the methods put and end, as TextStreamer has, got {streamer!r}")
+    allowed = options.get("prefix_allowed_tokens_fn")
+    if allowed is not None and not callable(allowed):
+        raise ValueError(f"prefix_allowed_tokens_fn must be a function of a row and its tokens, got {allowed!r}")
+    mark = options.get("watermarking_config")
+    if mark is not None and not isinstance(mark, (dict, BaseWatermarkingConfig)):
+        raise ValueError(f"watermarking_config must be a WatermarkingConfig or a dict, got {mark!r}")
     limit = options.get("max_time")
     if limit is not None and (not isinstance(limit, (int, float)) or isinstance(limit, bool) or not limit > 0):
         raise ValueError(f"max_time must be a positive number of seconds, got {limit!r}")
@@ -198,6 +207,39 @@ _WARPING = ("temperature", "top_k", "top_p", "min_p")
 _PLAIN = {"max_new_tokens", "do_sample", *_WARPING, "eos_token_id", "pad_token_id"}
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float))
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int)
+
+
+def _are_ids(value: object) -> bool:
+    return isinstance(value, (list, tuple)) and all(map(_is_whole, value))
+
+
+def _is_decay(value: object) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == 2 and all(map(_is_number, value))
+
+
+# What transformers computes with without a look at it: its own error names no setting.
+_KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
+    **dict.fromkeys(
+        ("max_length", "min_length", "min_new_tokens", "num_beams", "num_return_sequences", "no_repeat_ngram_size",
+         "encoder_no_repeat_ngram_size", "bos_token_id"),
+        (_is_whole, "a whole number"),
+    ),
+    **dict.fromkeys(
+        ("repetition_penalty", "encoder_repetition_penalty", "length_penalty", "typical_p", "epsilon_cutoff",
+         "eta_cutoff", "guidance_scale"),
+        (_is_number, "a number"),
+    ),
+    **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens"), (_are_ids, "a list of token ids")),
+    "exponential_decay_length_penalty": (_is_decay, "a pair (first position, factor)"),
+}  # fmt: skip
+
+
 class Settings:
     """The settings of a call, with numbers made Python's own and checked: options of the call go before the given
     generation config, and that before the model's own settings. An option that is None takes away what those say.
@@ -212,6 +254,9 @@ class Settings:
             for name, value in options.items()
             if value is not None or given.get(name) is not None or own.get(name) is not None
         }
+        for name, (right, kind) in _KINDS.items():
+            if (value := self.of(name)) is not None and not right(value):
+                raise ValueError(f"{name} must be {kind} or None, got {value!r}")
         self.sampling = Sampling(self.of("do_sample"), *map(self.of, _WARPING))
         self.eos, self.pad = token_ids("eos_token_id", self.of("eos_token_id")), self.of("pad_token_id")
         if self.pad is not None:
@@ -305,10 +350,10 @@ def _skeleton(decoder: Decoder) -> GPT2LMHeadModel:
     """A model of the target's config without weights, whose `generate` reads arguments."""
     if decoder.target not in _skeletons:
         with torch.device("meta"):
-            model = GPT2LMHeadModel(decoder.target.config)
-        model.generation_config = GenerationConfig(**_own_settings(decoder))
-        _skeletons[decoder.target] = model
-    return _skeletons[decoder.target]
+            _skeletons[decoder.target] = GPT2LMHeadModel(decoder.target.config)
+    model = _skeletons[decoder.target]
+    model.generation_config = GenerationConfig(**_own_settings(decoder))
+    return model
 
 
 def assisted(
@@ -470,6 +515,11 @@ def _check_positions(
         good = position_ids.shape == mask.shape and torch.equal(position_ids * mask, (mask.cumsum(-1) - 1) * mask)
     if not good:
         _unpad(input_ids, mask, vocab_size)  # for its messages: transformers makes position_ids of a wrong mask too
+        if position_ids.shape[-1] != width:
+            raise ValueError(
+                "attention_mask and position_ids must have the shape of input_ids, "
+                f"{list(input_ids.shape)}, got one of {position_ids.shape[-1]} columns"
+            )
         raise ValueError("position_ids other than those of the attention_mask are not supported: leave them out")
 
 
@@ -507,11 +557,18 @@ class custom_generate:
         seed: int | Sequence[int] | None = None,
         backend: str = "auto",
         streamer=None,
+        **called: Any,
     ):
+        if called:
+            raise ValueError(
+                f"custom_generate takes no {min(called)}: give generate an object, custom_generate=custom_generate(...)"
+            )
         if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
             raise ValueError(
                 f"streamer must have put and end, as transformers' streamers do, got {type(streamer).__name__}"
             )
+        if mode not in MODES:
+            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
         self.draft, self.ngram, self.mode, self.tree = draft, ngram, mode, tree
         self.seed, self.backend, self.streamer = seed, backend, streamer
         self.last_stats: Stats | None = None
@@ -529,12 +586,13 @@ class custom_generate:
         **model_kwargs: Any,
     ) -> torch.Tensor | StagedOutput:
         began = time.time()
-        dropped = _dropped_arguments(generation_config)
+        dropped = _dropped_arguments(generation_config, input_ids)
         streamer = dropped["streamer"]
-        if streamer is None and self.streamer is not None:
-            streamer = self.streamer
-            streamer.put(input_ids.cpu())
+        own = streamer is None and self.streamer is not None
+        streamer = self.streamer if own else streamer
         with ended(streamer):
+            if own:
+                streamer.put(input_ids.cpu())
             refuse_settings(vars(generation_config))
             refuse_arguments(dropped)
             draft, assistant = self.draft, dropped["assistant_model"]
@@ -568,18 +626,21 @@ _DROPPED = (
 )
 
 
-def _dropped_arguments(config: GenerationConfig) -> dict[str, Any]:
+def _dropped_arguments(config: GenerationConfig, input_ids: torch.Tensor) -> dict[str, Any]:
     """What transformers' `generate` was given and does not hand on: the streamer, the assistant model, what is refused.
 
     Without a look at its frame a streamer given to `generate` would see the prompt and then nothing, and whoever reads
-    from it would wait forever. Any functions may lie between the two, and a function may call from another thread.
+    from it would wait forever. Any functions may lie between the two, and a function may call from another thread: then
+    it is the `generate` that made this config or this prompt.
 
     Raises ValueError where no `generate` is found.
     """
     known = next(_calls_of_generate(sys._getframe(2)), None)
     if known is None:
-        others = (call for frame in sys._current_frames().values() for call in _calls_of_generate(frame))
-        known = next((call for call in others if call.get("generation_config") is config), None)
+        others = [call for frame in sys._current_frames().values() for call in _calls_of_generate(frame)]
+        same = [call for call in others if call.get("generation_config") is config]
+        same += [call for call in others if call.get("input_ids") is input_ids]
+        known = next(iter(same), None)
     if known is None:
         raise ValueError(
             "custom_generate was called, but not by the generate of a transformers model, so that a streamer or an "
@@ -589,12 +650,14 @@ def _dropped_arguments(config: GenerationConfig) -> dict[str, Any]:
     return {name: known.get(name) for name in _DROPPED}
 
 
+_GENERATE = inspect.unwrap(GPT2LMHeadModel.generate).__code__
+
+
 def _calls_of_generate(frame: FrameType | None) -> Iterator[dict[str, Any]]:
     """The variables of the calls of transformers' `generate` in a stack that were given a custom_generate, the
     innermost first."""
     while frame is not None:
-        code = frame.f_code
-        if {"streamer", "assistant_model", "custom_generate"} <= set(code.co_varnames[: code.co_argcount]):
+        if frame.f_code is _GENERATE:
             known = frame.f_locals
             if known["custom_generate"] is not None:
                 yield known

@@ -82,6 +82,7 @@ def read_checkpoint(source: "str | Path | GPT2LMHeadModel", role: str) -> GPT2LM
                 "download or save it again"
             )
     check_config(model.config)
+    check_plain(model.eval(), role)  # an adapter beside the weights is loaded with them
     return model
 
 
@@ -105,7 +106,7 @@ def _why_not_loaded(source: str | Path, local: Path | None, error: Exception) ->
     reason = " ".join(str(error).split()) or type(error).__name__
     folder = local or checkpoints.cached_folder(str(source))
     if folder is not None and checkpoints.weight_files(folder):
-        return f"the checkpoint in {folder} cannot be loaded: {reason}"
+        return f"the checkpoint in {folder} cannot be loaded: {reason}; {checkpoints.how_to_mend(folder)}"
     if folder is not None and (checkpoints.pickled(folder) or checkpoints.known_to_lack_weights(str(source))):
         return checkpoints.without_weights(folder, str(source))
     return (
@@ -202,7 +203,10 @@ def load_tokenizer(source: object) -> PreTrainedTokenizerBase | None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=False)
     except Exception as error:  # tokenizers raises a bare Exception for a damaged file
-        raise ValueError(f"the tokenizer of {source} cannot be loaded: {' '.join(str(error).split())}") from error
+        raise ValueError(
+            f"the tokenizer of {source} cannot be loaded: {' '.join(str(error).split())}; mend or remove its files, "
+            "or give tokenizer=..."
+        ) from error
     # Without files transformers makes a tokenizer of the model's kind that knows its special tokens alone.
     added = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}
     return None if tokenizer.get_vocab().keys() <= added else tokenizer

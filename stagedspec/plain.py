@@ -43,9 +43,10 @@ _REPLACEABLE = frozenset(("act", *_METHODS))
 
 _OWN = "or use transformers' own generate, without stagedspec"
 _MERGE = f"merge adapters into the weights (merge_and_unload), load without quantisation, {_OWN}"
-_HOOK = (
-    "remove the hook (its handle's remove(); torch.nn.utils has prune.remove and remove_weight_norm, accelerate "
-    f"remove_hook_from_module), {_OWN}"
+_HOOK = "remove the hook (its handle's remove(); torch.nn.utils has prune.remove and remove_weight_norm), " + _OWN
+_ACCELERATE = (
+    "load the model without offloading (device_map=None), or remove it, "
+    f"accelerate.hooks.remove_hook_from_module(model, recurse=True), {_OWN}"
 )
 
 
@@ -61,14 +62,14 @@ def check_plain(model: GPT2LMHeadModel, role: str) -> None:
     _check_attention(model, role)
     with torch.device("meta"):
         plain = dict(GPT2LMHeadModel(model.config).named_modules(remove_duplicate=False))
-    found = dict(model.named_modules(remove_duplicate=False))
+    found = dict(nn.Module.named_modules(model, remove_duplicate=False))  # whatever a subclass makes of it
     for name, module in found.items():
         if name not in plain:
             _refuse(role, f"has a module {name!r}", _MERGE)
         _check_module(module, plain[name], name, role)
     if missing := [name for name in plain if name not in found]:
         _refuse(role, f"has no module {missing[0]!r}", f"make the config say what the model is, {_OWN}")
-    parameters = list(model.parameters())
+    parameters = list(nn.Module.parameters(model))
     for kind in ("device", "dtype"):
         names = sorted({str(getattr(one, kind)).removeprefix("torch.") for one in parameters})
         if len(names) > 1:
@@ -87,7 +88,10 @@ def _check_attention(model: GPT2LMHeadModel, role: str) -> None:
 
 def _attention(model: GPT2LMHeadModel) -> dict[str, list[Callable]]:
     """The functions that compute attention and its masks, by the name of each kind that the model uses."""
-    configs = [model.config, *(vars(module).get("config") for module in model.modules())]  # a layer may have its own
+    configs = [
+        model.config,
+        *(vars(module).get("config") for module in nn.Module.modules(model)),
+    ]  # a layer may have its own
     found = {}
     for name in {getattr(config, "_attn_implementation", None) or "eager" for config in configs if config is not None}:
         found[name] = [
@@ -126,6 +130,11 @@ def _check_module(module: nn.Module, plain: nn.Module, name: str, role: str) -> 
             if _content(own) != _content(value):
                 _refuse(role, f"has {key}={own!r} at {place}, where the config says {value!r}", "make the two agree")
     _check_parameters(module, plain, name, role)
+    if module.training and vars(module).get("gradient_checkpointing"):  # it drops the cache, and with it other bits
+        raise ValueError(
+            f"{role}: gradient checkpointing is on at {place}, in training mode, where transformers decodes without "
+            "its cache: call model.eval() first"
+        )
     active = isinstance(module, nn.Dropout) or hasattr(module, "attn_dropout")  # attention reads its own mode
     if module.training and active and getattr(module, "attn_dropout", module).p > 0:
         raise ValueError(
@@ -162,6 +171,8 @@ def _check_method(module: nn.Module, plain: nn.Module, method: str, place: str, 
     used = vars(module).get(method, getattr(type(module), method, None))
     if used is None:
         return
+    if "_hf_hook" in vars(module):
+        _refuse(role, f"has a hook of accelerate at {place}", _ACCELERATE)
     inner, autocast = _unwrapped(used, module)
     if inner is not expected or not _of_libraries(expected):
         _refuse(role, f"has a {method} of its own at {place}", f"use the model as transformers makes it, {_OWN}")
@@ -228,7 +239,7 @@ def _way_out(module: nn.Module) -> str:
         return "put the module inside the compiled one, ._orig_mod, in its place"
     if nn.utils.parametrize.is_parametrized(module):
         return f"use torch.nn.utils.parametrize.remove_parametrizations, {_OWN}"
-    return f"if the config can say it (activation_function), say it there; {_MERGE}"
+    return f"{_MERGE}; what the config can say (activation_function), say there"
 
 
 def _comparable(value: object) -> bool:
@@ -255,15 +266,15 @@ def fingerprint(model: GPT2LMHeadModel, sampled: bool) -> tuple:
     """
     everywhere = [*torch_module._global_forward_hooks, *torch_module._global_forward_pre_hooks]
     attention = [(name, list(map(id, functions))) for name, functions in _attention(model).items()]
-    classes = {type(module) for module in model.modules()}
+    classes = {type(module) for module in nn.Module.modules(model)}
     parts = [attention, everywhere, [(id(one), id(one.forward), id(one.__call__)) for one in classes]]
-    for module in model.modules():
+    for module in nn.Module.modules(model):
         own = vars(module)
         replaced = [id(own[name]) for name in own.keys() & _REPLACEABLE]
         hooks = [*own["_forward_hooks"], *own["_forward_pre_hooks"]]
         values = [value for value in own.values() if type(value) in _VALUES]
         parts.append((id(module), values, hooks, replaced))
-    parameters = list(model.parameters())
+    parameters = list(nn.Module.parameters(model))
     parts += [(one.data_ptr(), one.dtype, 0 if one.is_inference() else one._version) for one in parameters]
     if sampled and not any(one.is_meta for one in parameters):
         with torch.no_grad():

@@ -170,7 +170,7 @@ class Positions:
 
 def checked(what: str, found: object, like: torch.Tensor) -> torch.Tensor:
     """What user code returned. Raises ValueError unless it has the shape of `like`, and scores are numbers."""
-    kind = "a tensor of numbers" if what == "scores" else "a tensor"
+    kind = "a floating-point tensor" if what == "scores" else "a tensor"
     wrong = not isinstance(found, torch.Tensor) or (what == "scores" and not found.is_floating_point())
     if wrong or found.shape != like.shape:
         got = type(found).__name__

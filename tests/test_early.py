@@ -220,8 +220,10 @@ def test_measuring_says_so_in_one_line(tmp_path, monkeypatch, caplog):
         return [record.message for record in caplog.records]
 
     line = "measuring model passes to choose token trees"
-    assert said(1) == [f"{line} (greedy, batch 1): once"] and said(1) == []
-    assert said(3) == [f"{line} (greedy, batch 3): once"] and said(1, True) == [f"{line} (sampled, batch 1): once"]
+    assert said(1) == [f"{line} (greedy, batch 1): a few seconds, kept for later"] and said(1) == []
+    assert said(3) == [f"{line} (greedy, batch 3): a few seconds, kept for later"] and said(1, True) == [
+        f"{line} (sampled, batch 1): a few seconds, kept for later"
+    ]
 
 
 def test_no_gpu_by_torchs_version_alone(tmp_path, monkeypatch):

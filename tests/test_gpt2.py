@@ -200,6 +200,10 @@ def to_bare_index(folder):
 DAMAGE = {
     "truncated": (lambda f: truncate(f, 9000), "target.*cannot be loaded"),
     "truncated-header": (lambda f: truncate(f, 20), "target.*cannot be loaded"),
+    "a-pointer": (
+        lambda f: (f / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\n"),
+        "target.*cannot be loaded.*only points to the weights: fetch them with `git lfs pull`",
+    ),
     "empty-weights": (lambda f: truncate(f, 0), "target.*cannot be loaded"),
     "no-config": (lambda f: (f / "config.json").unlink(), "no config.json.*save_pretrained"),
     "config-not-json": (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),

@@ -1,11 +1,13 @@
 """At home beside transformers: the same calls with and without stagedspec, through both entrances."""
 
+import copy
 import gc
 import json
 import string
 import threading
 import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -748,6 +750,17 @@ BAD_OPTIONS = {
     "new-tokens": ({"max_new_tokens": 0, "repetition_penalty": 1.1}, "max_new_tokens must be .* at least 1, got 0"),
     "prompt": ({"input_ids": [[1, 2]], "repetition_penalty": 1.1}, "input_ids must be a LongTensor .*, got list"),
     "penalty": ({"repetition_penalty": -1.0}, "penalty.* strictly positive float"),
+    "twice": ({"inputs": torch.tensor([[1]])}, "input_ids and inputs were both given"),
+    "length-text": ({"max_length": "9"}, "max_length must be a whole number or None, got '9'"),
+    "length-half": ({"max_length": 9.5}, r"max_length must be a whole number or None, got 9\.5"),
+    "least-text": ({"min_length": "x"}, "min_length must be a whole number"),
+    "penalty-text": ({"repetition_penalty": "1.2"}, "repetition_penalty must be a number or None, got '1.2'"),
+    "begin-text": ({"bos_token_id": "x"}, "bos_token_id must be a whole number"),
+    "beams-text": ({"num_beams": "x"}, "num_beams must be a whole number"),
+    "decay": ({"exponential_decay_length_penalty": 3}, r"must be a pair \(first position, factor\) or None, got 3"),
+    "suppress": ({"begin_suppress_tokens": "x"}, "begin_suppress_tokens must be a list of token ids"),
+    "mark": ({"watermarking_config": 3}, "watermarking_config must be a WatermarkingConfig or a dict, got 3"),
+    "allowed": ({"prefix_allowed_tokens_fn": 3}, "prefix_allowed_tokens_fn must be a function .*, got 3"),
     "tokenizer": ({"tokenizer": 3}, "tokenizer must be a tokenizer of transformers or None, got int"),
 }
 
@@ -819,7 +832,8 @@ def test_prompt_lookup_is_checked_with_a_draft_too(decoder, count):
         ({"logits_processor": lambda ids, scores: scores}, "put a single one into a list"),
         ({"stopping_criteria": [5]}, r"stopping_criteria must be a list of callables, got \[5\]"),
         ({"max_time": "x"}, "max_time must be a positive number of seconds, got 'x'"),
-        ({"no_repeat_ngram_size": "x"}, "transformers cannot read these arguments"),
+        ({"no_repeat_ngram_size": "x"}, "no_repeat_ngram_size must be a whole number or None, got 'x'"),
+        ({"bad_words_ids": 5}, "bad_words_ids|transformers cannot read these arguments"),
         ({"stop_strings": 5}, "stop_strings must be text or a list of texts, none of them empty, got 5"),
         ({"stop_strings": ["a", ""]}, "none of them empty"),
     ],
@@ -859,7 +873,7 @@ def test_a_model_in_float64_says_what_to_do(draft):
 ANSWERS = {
     "none": (
         lambda ids, scores: None,
-        r"scores must be returned as a tensor of numbers of shape \[2, 61\], got NoneType",
+        r"scores must be returned as a floating-point tensor of shape \[2, 61\], got NoneType",
     ),
     "numpy": (lambda ids, scores: scores.numpy(), "got ndarray"),
     "one-row": (lambda ids, scores: scores[:1], r"got \[1, 61\] of float32"),
@@ -926,3 +940,97 @@ def test_a_mask_that_is_none_is_named_as_such(target, draft):
 def test_a_streamer_must_be_one(draft):
     with pytest.raises(ValueError, match=r"streamer must have put and end.*got int"):
         custom_generate(draft, streamer=5)
+
+
+def test_custom_generate_is_called_first(target, draft):
+    ids = torch.tensor([[1, 2]])
+    with pytest.raises(ValueError, match=r"give generate an object, custom_generate=custom_generate\(\.\.\.\)"):
+        target.generate(ids, max_new_tokens=2, custom_generate=custom_generate)
+    with pytest.raises(ValueError, match="mode must be one of autoregressive, chain, tree, staged, got 'trees'"):
+        custom_generate(draft, mode="trees")
+
+
+@pytest.mark.parametrize("name", ["eos_token_id", "repetition_penalty"])
+def test_a_decoder_follows_the_generation_config_of_its_model(draft, name):
+    """At both entrances, and not only the weights."""
+    model = make_gpt2(3)
+    decoder = Decoder.from_pretrained(model, draft=draft, tree=TREE, device="cpu", backend="torch")
+    ids = torch.tensor([[1, 2, 3]])
+    first = decoder.generate(ids, max_new_tokens=8)
+    assert torch.equal(first, model.generate(ids, max_new_tokens=8, do_sample=False))
+    value = int(first[0, 4]) if name == "eos_token_id" else 5.0
+    setattr(model.generation_config, name, value)
+    expected = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    assert not torch.equal(first, expected)
+    assert torch.equal(decoder.generate(ids, max_new_tokens=8), expected)
+
+
+class Picky(Records):
+    """A streamer that takes one sequence alone, as TextStreamer does."""
+
+    def put(self, value):
+        if value.dim() > 1 and len(value) > 1:
+            raise ValueError("one sequence alone")
+        super().put(value)
+
+
+def test_a_stream_that_refuses_the_prompt_ends(target, draft):
+    streamer = Picky()
+    with pytest.raises(ValueError, match="one sequence alone"):
+        target.generate(
+            torch.tensor([[1, 2], [3, 4]]), max_new_tokens=3, custom_generate=custom_generate(draft, streamer=streamer)
+        )
+    assert streamer.calls[-1] == "end"
+
+
+def test_a_function_with_the_parameters_of_generate_is_none(target, draft):
+    """The streamer is that of transformers' generate, whatever lies in between and however it names its parameters."""
+
+    def own(model, input_ids, *rest, streamer=None, assistant_model=None, custom_generate=None, **more):
+        return custom(model, input_ids, *rest, **more)
+
+    custom, streamer, ids = custom_generate(draft, tree=TREE), Records(), torch.tensor([[1, 2, 3]])
+
+    def between(*given, **more):
+        return own(*given, custom_generate=custom, **more)
+
+    out = target.generate(ids, max_new_tokens=4, do_sample=False, streamer=streamer, custom_generate=between)
+    assert torch.equal(out, target.generate(ids, max_new_tokens=4, do_sample=False)) and streamer.calls[-1] == "end"
+
+
+def test_a_copied_config_in_another_thread(target, draft):
+    """It is the prompt that says which generate has called."""
+    custom, streamer, ids = custom_generate(draft, tree=TREE), Records(), torch.tensor([[1, 2, 3]])
+
+    def elsewhere(model, prompt, generation_config, **more):
+        config = copy.deepcopy(generation_config)
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(custom, model, prompt, generation_config=config, **more).result()
+
+    out = target.generate(ids, max_new_tokens=4, do_sample=False, streamer=streamer, custom_generate=elsewhere)
+    assert torch.equal(out, target.generate(ids, max_new_tokens=4, do_sample=False)) and streamer.calls[-1] == "end"
+
+
+def test_a_mask_of_another_length_is_named(target, draft):
+    mask = torch.tensor([[1, 1]])
+    with pytest.raises(ValueError, match=r"attention_mask and position_ids must have the shape of input_ids, \[1, 3\]"):
+        target.generate(
+            torch.tensor([[1, 2, 3]]), attention_mask=mask, max_new_tokens=4, custom_generate=custom_generate(draft)
+        )
+
+
+def test_a_subclass_that_hides_weights(draft):
+    """Parameters are those of the modules, whatever a subclass makes of named_parameters."""
+
+    class Hides(GPT2LMHeadModel):
+        def named_parameters(self, *args, **kwargs):
+            return iter([(name, one) for name, one in super().named_parameters(*args, **kwargs) if "h.0" not in name])
+
+    plain = make_gpt2(3)
+    model = Hides(plain.config).eval()
+    model.load_state_dict(plain.state_dict())
+    ids = torch.tensor([[1, 2, 3]])
+    found = Decoder.from_pretrained(model, draft=draft, tree=TREE, device="cpu", backend="torch")
+    assert torch.equal(
+        found.generate(ids, max_new_tokens=6), plain.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    )

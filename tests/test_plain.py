@@ -193,6 +193,14 @@ REFUSED = {
         derive("transformer.h", __iter__=lambda one: reversed([*one._modules.values()])),
         "a __iter__ of its own at 'transformer.h'",
     ),
+    "checkpointing": (
+        lambda m: (m.gradient_checkpointing_enable(), m.train()),
+        "gradient checkpointing is on at 'transformer.*, in training mode.*model.eval",
+    ),
+    "accelerate": (
+        at(MLP, lambda one: setattr(one, "_hf_hook", object())),
+        f"a hook of accelerate at '{MLP}'.*device_map=None.*remove_hook_from_module",
+    ),
     "meta": (lambda m: m.to("meta"), "wte.weight' is on the meta device.*folder"),
     "offloaded": (at(MLP, lambda one: one.to("meta")), f"'{MLP}.c_fc.weight' is on the meta device"),
     "dtypes": (at("transformer.ln_f", nn.Module.double), r"several dtypes, float32, float64: use model.to\(dtype\)"),
