@@ -56,7 +56,7 @@ def read_config(folder: Path, role: str, name: str | None = None) -> dict:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{role}: {path} is not valid JSON: {error}") from error
+        raise ValueError(f"{role}: {path} is not valid JSON: {error}; download or save it again") from error
     if not isinstance(values, dict) or values.get("model_type") != "gpt2":
         kind = values.get("model_type") if isinstance(values, dict) else type(values).__name__
         raise ValueError(f"{role}: {name or folder} holds a {kind!r} model; expected model_type 'gpt2'")
@@ -122,7 +122,9 @@ def _find_in_cache(name: str, role: str) -> Path | None:
     try:
         folder = cached_folder(name)
     except HFValidationError as error:
-        raise ValueError(f"{role}: {name!r} is neither a local folder nor a hub id such as 'openai/gpt2'") from error
+        raise ValueError(
+            f"{role}: {name!r} is neither a local folder nor a hub id such as 'openai/gpt2': give one of the two"
+        ) from error
     if folder is not None:
         read_config(folder, role, name)
         if weight_files(folder):

@@ -706,7 +706,9 @@ def _unpad(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, vocab_s
         if any(value not in (0, 1) for value in kept):
             raise ValueError(f"attention_mask must hold only 0 and 1, got {next(v for v in kept if v not in (0, 1))}")
         if not any(kept):
-            raise ValueError(f"prompt {row} is empty: its attention_mask is all 0")
+            raise ValueError(
+                f"prompt {row} is empty: its attention_mask is all 0; leave the row out, or keep a token of it"
+            )
         if not kept[-1]:
             raise ValueError(
                 f"prompts must be padded on the left (padding_side='left'), but attention_mask ends prompt {row} with 0"
@@ -714,7 +716,9 @@ def _unpad(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, vocab_s
         prompt = [token for token, keep in zip(ids, kept, strict=True) if keep]
         bad = [token for token in prompt if not 0 <= token < vocab_size]
         if bad:
-            raise ValueError(f"token ids must be in [0, {vocab_size}), the target's vocabulary, got {bad[0]}")
+            raise ValueError(
+                f"token ids must be in [0, {vocab_size}), the target's vocabulary, got {bad[0]}: encode with its tokenizer"
+            )
         prompts.append(prompt)
     return prompts
 

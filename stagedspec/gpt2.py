@@ -244,9 +244,11 @@ def check_config(config: GPT2Config) -> None:
     """Raises ValueError, by name, for what cannot be decoded."""
     if getattr(config, "model_type", None) != "gpt2":
         kind = getattr(config, "model_type", None)
-        raise ValueError(f"expected a GPT-2 checkpoint (model_type 'gpt2'), got {kind!r}")
+        raise ValueError(
+            f"expected a GPT-2 checkpoint (model_type 'gpt2'), got {kind!r}: other architectures cannot be decoded here"
+        )
     if config.add_cross_attention:
-        raise ValueError("add_cross_attention=True is not supported: only decoder-only GPT-2 can be decoded")
+        raise ValueError("add_cross_attention=True is not supported: give a GPT-2 that only decodes")
     if config.activation_function not in ACT2FN:
         raise ValueError(f"unknown activation_function {config.activation_function!r}; expected one transformers knows")
     for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
@@ -254,4 +256,6 @@ def check_config(config: GPT2Config) -> None:
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
     if config.n_embd % config.n_head:
-        raise ValueError(f"n_embd must be divisible by n_head, got {config.n_embd} and {config.n_head}")
+        raise ValueError(
+            f"n_embd must be divisible by n_head, got {config.n_embd} and {config.n_head}: mend the config"
+        )

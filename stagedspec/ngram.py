@@ -634,7 +634,7 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
             names = file.keys() if _is_ours(metadata) else []
             tensors = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
+        raise ValueError(f"{path} is not a whole safetensors file: {error}; run `stagedspec fit-ngram` again") from None
     if metadata.get("format") != FORMAT:
         raise ValueError(
             f"{path} is not an n-gram table: expected format {FORMAT!r} in its metadata, got {metadata.get('format')!r}"

@@ -112,7 +112,7 @@ class Tuning:
                 for share, ranks, hit in stretches
             )
             if not read or abs(sum(share for share, _, _ in read) - 1) > 0.05:
-                raise ValueError(f"the shares of the {name} stretches must sum to 1")
+                raise ValueError(f"the shares of the {name} stretches must sum to 1: run `stagedspec tune-tree` again")
             found.stretches[{"greedy": False, "sampled": True}[name]] = read
         for entry in content["trees"]:
             ladder = [TreeConfig(**tree) for tree in entry["trees"]]
