@@ -717,7 +717,7 @@ def _unpad(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, vocab_s
         bad = [token for token in prompt if not 0 <= token < vocab_size]
         if bad:
             raise ValueError(
-                f"token ids must be in [0, {vocab_size}), the target's vocabulary, got {bad[0]}: encode with its tokenizer"
+                f"token ids must be in [0, {vocab_size}), the target's vocabulary, got {bad[0]}: use its tokenizer"
             )
         prompts.append(prompt)
     return prompts

@@ -415,7 +415,7 @@ def _call(
         for token in token_ids(name, getattr(config, name, None)):
             if not -vocab_size <= token < vocab_size:
                 raise ValueError(
-                    f"{name} must be below {vocab_size}, the target's vocabulary, got {token}: give an id of its tokenizer"
+                    f"{name} must be below {vocab_size}, the target's vocabulary, got {token}: use its tokenizer"
                 )
     eos, longest, others = _split_criteria(criteria, vocab_size)
     pad = 0 if config._pad_token_tensor is None else int(config._pad_token_tensor)

@@ -232,6 +232,6 @@ def check_same_tokens(
                 f"and the draft has it as {theirs.get(token)} (sizes {len(ours)} and {len(theirs)})"
             )
     raise ValueError(
-        f"target and draft must share the vocabulary: sizes {len(ours)} and {len(theirs)}; use a draft with the target's "
-        "tokenizer"
+        f"target and draft must share the vocabulary: sizes {len(ours)} and {len(theirs)}; use a draft with the "
+        "target's tokenizer"
     )

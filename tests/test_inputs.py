@@ -52,7 +52,10 @@ BAD_CALLS = {
     "mask-type": ({"attention_mask": [[1, 1, 1]] * 2}, r"shape of input_ids, \[2, 3\], got list"),
     "mask-values": ({"attention_mask": ONES * 2}, "only 0 and 1, got 2"),
     "mask-right": ({"attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]])}, "padded on the left"),
-    "mask-nothing": ({"attention_mask": torch.tensor([[1, 1, 1], [0, 0, 0]])}, "prompt 1 is empty.*all 0: leave it out"),
+    "mask-nothing": (
+        {"attention_mask": torch.tensor([[1, 1, 1], [0, 0, 0]])},
+        "prompt 1 is empty.*all 0; leave the row out",
+    ),
     "no-new-tokens": ({"max_new_tokens": 0}, "max_new_tokens must be a whole number of at least 1, got 0"),
     "half-a-token": ({"max_new_tokens": 2.5}, "max_new_tokens.*got 2.5"),
     "true-tokens": ({"max_new_tokens": True}, "max_new_tokens.*got True"),
