@@ -10,10 +10,9 @@ also load each kernel onto the GPU.
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
-from contextlib import contextmanager
-from contextvars import ContextVar, copy_context
+from contextvars import copy_context
 from dataclasses import is_dataclass
 from functools import cache
 from threading import RLock, Thread
@@ -22,11 +21,9 @@ import torch
 from triton import AsyncCompileMode
 from triton.runtime.cache import triton_key
 
-from stagedspec.kernels import registry
+from stagedspec.kernels import progress, registry
 
 log = logging.getLogger("stagedspec")
-Progress = Callable[[int, int], None]  # (kernels that are ready, all kernels)
-_progress: ContextVar[Progress | None] = ContextVar("progress", default=None)
 PATIENCE = 1.0  # seconds of compiling after which the log hears of it
 # One dry run at a time: two would compile the same kernel, and Triton 3.9 unloads the one that it then forgets. What a
 # CUDA graph launches must stay loaded, so what was loaded is never let go.
@@ -47,16 +44,6 @@ def hash_sources() -> Thread:
     thread = Thread(target=work, name="hash sources", daemon=True)
     thread.start()
     return thread
-
-
-@contextmanager
-def reporting(progress: Progress | None) -> Iterator[None]:
-    """Inside, compiling is reported to `progress` instead of the log."""
-    token = _progress.set(progress)
-    try:
-        yield
-    finally:
-        _progress.reset(token)
 
 
 def compile_ahead(parts: Iterable[Callable[[], object]], device: torch.device) -> int:
@@ -156,9 +143,9 @@ def _kind(argument: object) -> Hashable:
 
 def _watch(futures: list[Future]) -> None:
     """Waits for all, and tells of it whoever wants to know."""
-    progress, total = _progress.get(), len(futures)
-    if progress is None and wait(futures, PATIENCE).not_done:
+    report, total = progress.current.get(), len(futures)
+    if report is None and wait(futures, PATIENCE).not_done:
         log.warning("compiling GPU kernels, %d in all; later processes find them in Triton's cache", total)
     for ready, _ in enumerate(as_completed(futures), 1):
-        if progress is not None:
-            progress(ready, total)
+        if report is not None:
+            report(ready, total)

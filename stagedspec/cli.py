@@ -27,6 +27,7 @@ import stagedspec
 from stagedspec import checkpoints, early
 from stagedspec.compare import PROMPTS, Run, compare, table
 from stagedspec.kernels.invalid_logits import InvalidLogitsError
+from stagedspec.kernels.progress import reporting
 from stagedspec.origins import VISIBLE, Shown, pieces, save
 from stagedspec.training.sources import check_sources
 from stagedspec.tree import MODES
@@ -223,7 +224,10 @@ def preparing() -> Iterator[None]:
     if not console.is_terminal:
         yield
         return
-    with console.status("loading; at first use also compiling and measuring"):
+    with (
+        console.status("loading; at first use also compiling and measuring") as status,
+        reporting(lambda ready, total: status.update(f"compiling GPU kernels: {ready} of {total} are ready")),
+    ):
         yield
 
 

@@ -304,7 +304,7 @@ class Decoder:
         model = self.live_target
         if model is None:
             return
-        now = end_of_sequence(model), padding(model), generation_defaults(model)
+        now = tuple(end_of_sequence(model)), padding(model), generation_defaults(model)
         if self._settings_seen not in (None, now):
             self.eos_token_ids, self.pad_token_id, self.defaults = now
         self._settings_seen = now

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 
 from stagedspec.devices import out_of_memory
+from stagedspec.kernels.progress import reporting
 from stagedspec.tree import MODES, TreeConfig
 from stagedspec.values import plain, whole
 
@@ -48,8 +49,6 @@ def warm_up(
             raise ValueError(f"modes must be among {', '.join(MODES)}, got {mode!r}")
         decoder.tree_for(mode, tree=decoder._tree or TreeConfig())  # one is there, and measures nothing
         _read(decoder, "autoregressive", sampling, size, tokens)
-    from stagedspec.kernels.compiling import reporting  # which needs Triton
-
     made = 0
     for mode, sampling, size in wanted:
         name = f"{mode}, {'sampled' if sampling.get('do_sample') else 'greedy'}" + (f", batch {size}" * (size > 1))

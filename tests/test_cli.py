@@ -1,18 +1,22 @@
 """The command line through its runner, on tiny random models."""
 
+import io
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
 
 import stagedspec
 from stagedspec import cli
+from stagedspec.kernels import progress
 from stagedspec.training.corpus import train_tokenizer
 
 SOURCE = "import os\n\n\ndef read(path):\n    with open(path) as file:\n        return file.read()  # ü\n"
@@ -403,3 +407,13 @@ def test_lists_take_a_line():
     text = cli.as_lines(value)
     assert json.loads(text) == value
     assert '"a": [1, 2],' in text and "[2.5, null]" in text
+
+
+def test_compiling_shows_on_a_terminal(monkeypatch):
+    shown = Console(file=io.StringIO(), force_terminal=True, width=80)
+    monkeypatch.setattr(cli, "Console", lambda **_: shown)
+    with cli.preparing():
+        progress.current.get()(3, 40)
+        time.sleep(0.3)
+    assert progress.current.get() is None
+    assert "compiling GPU kernels: 3 of 40 are ready" in shown.file.getvalue()

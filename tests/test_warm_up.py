@@ -11,6 +11,7 @@ from conftest import GPU, make_draft, make_gpt2
 
 from stagedspec import Decoder, TreeConfig
 from stagedspec.kernels import compiling, device, registry
+from stagedspec.kernels.progress import reporting
 
 PLACE = "cuda" if GPU else "cpu"
 TREE = TreeConfig(nodes=4, depth=2, passes=2, width=1, children=2, prefetch=1, prefetch_width=1)
@@ -75,7 +76,7 @@ def test_everything_is_compiled_ahead(decoder, monkeypatch, mode, sampling):
 def test_waiting_is_reported(caplog, monkeypatch):
     monkeypatch.setattr(compiling, "PATIENCE", 0.0)
     done, seen = [Future(), Future()], []
-    with compiling.reporting(lambda ready, total: seen.append((ready, total))):
+    with reporting(lambda ready, total: seen.append((ready, total))):
         for future in done:
             future.set_result(None)
         compiling._watch(done)

@@ -22,6 +22,7 @@ torch.cuda.set_device = lambda device: None
 
 from stagedspec.kernels import compiling, registry
 from stagedspec.kernels.embed import _embed
+from stagedspec.kernels.progress import reporting
 
 loaded = compiling._loaded
 compiling._loaded = lambda compile_kernel: compile_kernel()
@@ -56,7 +57,7 @@ def progress(ready, total):
     raise KeyboardInterrupt
 
 try:
-    with compiling.reporting(progress):
+    with reporting(progress):
         compiling.compile_ahead(parts, gpu)
     raise AssertionError("was not interrupted")
 except KeyboardInterrupt:
