@@ -1,5 +1,15 @@
 """Staged speculative decoding of GPT-2-architecture models, lossless (Spector & Ré, arXiv 2308.04623)."""
 
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # for type checkers: at run time `__getattr__` imports them
+    from stagedspec import hf
+    from stagedspec.decoder import Chunk, Completion, Decoder
+    from stagedspec.ngram import KatzTable
+    from stagedspec.sampling import Sampling
+    from stagedspec.stats import Stats
+    from stagedspec.tree import MODES, TreeConfig
+
 __version__ = "0.1.0"
 
 _EXPORTS = {
@@ -12,10 +22,21 @@ _EXPORTS = {
     "Stats": "stats",
     "TreeConfig": "tree",
 }
-__all__ = [*_EXPORTS, "__version__", "hf"]
+__all__ = [
+    "MODES",
+    "Chunk",
+    "Completion",
+    "Decoder",
+    "KatzTable",
+    "Sampling",
+    "Stats",
+    "TreeConfig",
+    "__version__",
+    "hf",
+]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     # Lazy, so that `stagedspec --help` does not wait for torch and transformers.
     from importlib import import_module
 

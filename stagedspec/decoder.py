@@ -11,7 +11,7 @@ from functools import partialmethod
 from importlib.resources import files
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
@@ -188,7 +188,7 @@ class Decoder:
             raise ValueError(f"tree must be a TreeConfig, 'auto' or a tuning's file, got {type(tree).__name__}")
         tuning = None
         if isinstance(tree, (str, Path)):
-            tree, tuning = None, None if tree == "auto" else Tuning.load(tree)
+            tuning, tree = None if tree == "auto" else Tuning.load(tree), None
         target_model = read_checkpoint(target, "target")
         draft_model = None if draft is None else read_checkpoint(draft, "draft")
         configs = [model.config for model in (target_model, draft_model) if model is not None]
@@ -197,13 +197,11 @@ class Decoder:
         loaded = load_tokenizer(tokenizer if tokenizer is not None else target)
         if draft_model is not None:
             sizes = [target_model.config.vocab_size, draft_model.config.vocab_size]
-            check_vocabularies(*sizes, loaded)
+            check_vocabularies(sizes[0], sizes[1], loaded)
             if isinstance(draft, (str, Path)):
                 check_same_tokens(loaded, load_tokenizer(draft), min(sizes))
-        table = ngram
-        if isinstance(ngram, (str, Path)):
-            table = KatzTable.load(ngram)
-        elif ngram is not None and not isinstance(ngram, KatzTable):
+        table = KatzTable.load(ngram) if isinstance(ngram, (str, Path)) else ngram
+        if table is not None and not isinstance(table, KatzTable):
             raise ValueError(f"ngram must be a path or a KatzTable, got {type(ngram).__name__}")
         layout = {"ops": ops, "device": device, "dtype": dtype}
         weights, live = read_model(target_model, "target", target is target_model, **layout)
@@ -228,7 +226,7 @@ class Decoder:
         return decoder
 
     @classmethod
-    def default(cls, **options) -> "Decoder":
+    def default(cls, **options: Any) -> "Decoder":
         """The embedded target, draft and n-gram table, trained on Python source. Options as in `from_pretrained`."""
         assets = Path(str(files("stagedspec") / "assets"))
         if not (assets / "target" / "config.json").is_file():
@@ -268,7 +266,7 @@ class Decoder:
 
     __copy__ = partialmethod(__deepcopy__, {})
 
-    def __reduce_ex__(self, protocol: object):
+    def __reduce_ex__(self, protocol: object) -> NoReturn:  # type: ignore[override]
         raise ValueError("a Decoder cannot be pickled: make one in every process, by Decoder.from_pretrained(...)")
 
     @property
@@ -282,10 +280,9 @@ class Decoder:
         Raises ValueError if they can no longer be decoded.
         """
         with self._following:  # else a call that is slow could put back weights older than another's
-            target, draft = (
-                weights if live is None else live.now()
-                for weights, live in zip((self.target, self.draft), self._live, strict=True)
-            )
+            live_target, live_draft = self._live
+            target = self.target if live_target is None else live_target.now()
+            draft = self.draft if live_draft is None else live_draft.now()
             self._follow_settings()
             if target is self.target and draft is self.draft:
                 return
@@ -295,7 +292,7 @@ class Decoder:
                     "make a new decoder"
                 )
             self.target, self.draft = target, draft
-            if self._costs is not None:  # new weights take as long as the old
+            if self._costs is not None and draft is not None:  # new weights take as long as the old
                 self._costs = cost.PassTimes(target, draft, self._costs.seconds)
         self.release()
 
@@ -320,7 +317,7 @@ class Decoder:
         *,
         seed: int | Sequence[int] | torch.Tensor | None = None,
         tree: TreeConfig | None = None,
-        **options,
+        **options: Any,
     ) -> "torch.Tensor | StagedOutput":
         """Continues input_ids, LongTensor [B, prompt], and returns LongTensor [B, prompt + new].
 
@@ -372,14 +369,14 @@ class Decoder:
 
         return hf.finish(call, sequences, self.last_stats)
 
-    def complete(self, prompt: str | torch.Tensor, max_new_tokens: int | None = None, **options) -> Completion:
+    def complete(self, prompt: str | torch.Tensor, max_new_tokens: int | None = None, **options: Any) -> Completion:
         """Completes one prompt, text or LongTensor [T] or [1, T]; options as in `generate`, but 64 new tokens."""
         chunks = list(self.stream(prompt, max_new_tokens, **options))
         tokens = [token for chunk in chunks for token in chunk.tokens]
         origins = [origin for chunk in chunks for origin in chunk.origins]
-        return Completion("".join(chunk.text for chunk in chunks), tokens, origins, self.last_stats)
+        return Completion("".join(chunk.text for chunk in chunks), tokens, origins, cast(Stats, self.last_stats))
 
-    def stream(self, prompt: str | torch.Tensor, max_new_tokens: int | None = None, **options) -> Iterator[Chunk]:
+    def stream(self, prompt: str | torch.Tensor, max_new_tokens: int | None = None, **options: Any) -> Iterator[Chunk]:
         """Completes one prompt and yields what each step adds; options as in `generate`, but 64 new tokens.
 
         Closing the iterator, or Ctrl-C, ends it cleanly.
@@ -518,7 +515,9 @@ class Decoder:
 
     # ------------------------------------------------------------ requests
 
-    def _read(self, input_ids, attention_mask, max_new_tokens, mode, seed, tree, options: dict) -> Call:
+    def _read(
+        self, input_ids: Any, attention_mask: Any, max_new_tokens: Any, mode: Any, seed: Any, tree: Any, options: dict
+    ) -> Call:
         """The arguments of `generate`, read and checked."""
         began = time.perf_counter()
         self.follow()
@@ -562,7 +561,7 @@ class Decoder:
         mode, batch, do_sample = key
         tuning = self._tuning = self._tuning or recall(self)
         if self._costs is None:
-            self._costs = cost.PassTimes(self.target, self.draft, tuning.seconds)
+            self._costs = cost.PassTimes(self.target, cast(GPT2, self.draft), tuning.seconds)
         model = cost.Model(self._costs, batch, do_sample, tuning.text_of(do_sample), self.target.ops)
         trees = tuning.trees.get(key)
         with self.target.ops.lock, current(self.device):  # what was not measured before is measured here
@@ -664,7 +663,7 @@ class Decoder:
     def _decode(self, tokens: list[int]) -> str:
         if self.tokenizer is None:
             return ""
-        return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 # ---------------------------------------------------------------- reading arguments
@@ -699,8 +698,8 @@ def _unpad(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, vocab_s
         raise ValueError("the prompt is empty: give at least one token (the end-of-text token starts from nothing)")
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     if not isinstance(mask, torch.Tensor) or mask.shape != input_ids.shape:
-        got = list(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
-        raise ValueError(f"attention_mask must have the shape of input_ids, {[batch, width]}, got {got}")
+        shape = list(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
+        raise ValueError(f"attention_mask must have the shape of input_ids, {[batch, width]}, got {shape}")
     prompts = []
     for row, (ids, kept) in enumerate(zip(input_ids.tolist(), mask.tolist(), strict=True)):
         if any(value not in (0, 1) for value in kept):
@@ -725,10 +724,11 @@ def _unpad(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, vocab_s
 
 def token_ids(name: str, value: object) -> list[int]:
     """Token ids of any kind as a list; None is none. Raises ValueError for anything else."""
-    value = plain(value)
-    ids = [] if value is None else list(value) if isinstance(value, Sequence) else [value]
-    numbers = list(map(whole, ids))
-    for token, number in zip(ids, numbers, strict=True):
+    given = plain(value)
+    numbers = []
+    for token in [] if given is None else list(given) if isinstance(given, Sequence) else [given]:
+        number = whole(token)
         if number is None or not -(2**63) <= number < 2**63:
             raise ValueError(f"{name} must be a token id, a list of them, or None, got {token!r}")
+        numbers.append(number)
     return numbers

@@ -138,7 +138,10 @@ def read(
     calls: list[Call] = []
     streamer, began = options.get("streamer"), time.time()
 
-    def capture(model, input_ids, logits_processor, stopping_criteria, generation_config, **passed_on):
+    def capture(
+        model: Any, input_ids: Any, logits_processor: Any, stopping_criteria: Any, generation_config: Any,
+        **passed_on: Any,
+    ) -> torch.Tensor:  # fmt: skip
         calls.append(
             _call(
                 decoder, input_ids, logits_processor, stopping_criteria, generation_config, passed_on, mode, seed, tree,
@@ -398,7 +401,7 @@ def _call(
     mode: str,
     seed: int | Sequence[int] | torch.Tensor | None,
     tree: TreeConfig | None,
-    streamer,
+    streamer: Any,
     began: float,
 ) -> Call:
     """Translates what transformers hands to a decoding loop. began: when the call came in (`time.time()`)."""
@@ -458,8 +461,10 @@ def finish(call: Call, sequences: torch.Tensor, stats: Stats) -> torch.Tensor | 
     if not call.return_dict:
         return sequences
     count = sequences.shape[1] - call.input_ids.shape[1]
-    kept = {} if positions is None else {name: tuple(values[:count]) for name, values in positions.kept.items()}
-    return StagedOutput(sequences=sequences, **kept, stats=stats)
+    kept: dict[str, Any] = {"sequences": sequences}
+    if positions is not None:
+        kept |= {name: tuple(values[:count]) for name, values in positions.kept.items()}
+    return StagedOutput(**kept, stats=stats)
 
 
 # The warpers that the token choice has built in, and what it calls them.
@@ -558,7 +563,7 @@ class custom_generate:
         tree: TreeConfig | None = None,
         seed: int | Sequence[int] | None = None,
         backend: str = "auto",
-        streamer=None,
+        streamer: Any = None,
         **called: Any,
     ):
         if called:
@@ -729,9 +734,10 @@ def _name(draft: GPT2LMHeadModel, known: _Kept) -> weakref.ref:
     kept = weakref.ref(known)
 
     def gone(name: weakref.ref) -> None:
-        for key in list(kept() or ()):
-            if key[0] is name:
-                kept().pop(key, None)
+        entries = kept()
+        for key in list(entries or ()):
+            if entries is not None and key[0] is name:
+                entries.pop(key, None)
 
     return weakref.ref(draft, gone)
 

@@ -17,11 +17,15 @@ callables exactly the calls that transformers would give it:
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from stagedspec.kernels.control import INVALID, UNCHOSEN
 from stagedspec.kernels.reference import NoiseAt
+
+if TYPE_CHECKING:
+    from stagedspec.run import Run
 
 
 class Positions:
@@ -44,7 +48,7 @@ class Positions:
         eos: Sequence[int] = (),
         processors: Callable | None = None,
         criteria: Callable | None = None,
-        streamer=None,
+        streamer: Any = None,
         pads: bool = True,
         keep: Sequence[str] = (),
     ):
@@ -66,7 +70,7 @@ class Positions:
     @torch.inference_mode(False)
     @torch.no_grad()
     def walk(
-        self, ops: ModuleType, trees, logits: torch.Tensor, warping: dict | None, noise: NoiseAt | None
+        self, ops: ModuleType, trees: Any, logits: torch.Tensor, warping: dict | None, noise: NoiseAt | None
     ) -> torch.Tensor:
         """Chooses along the walk: logits [B, N, V] -> tokens [B, N], UNCHOSEN off the walk."""
         rows, device = trees.sequences.rows, logits.device
@@ -114,7 +118,7 @@ class Positions:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def settle(self, run) -> None:
+    def settle(self, run: "Run") -> None:
         """Shows criteria and streamer the positions that all rows have reached; ends the rows that they stop."""
         if self.criteria is None and self.streamer is None:
             return
@@ -136,7 +140,7 @@ class Positions:
             if self._stop(run, tokens):
                 rows = run.sequences.rows
 
-    def _stop(self, run, tokens: list[int]) -> bool:
+    def _stop(self, run: "Run", tokens: list[int]) -> bool:
         """Ends what the last settled position ends; whether that was any row."""
         before, stopped = list(self.unfinished), [False] * self.batch
         if self.criteria is not None:
@@ -171,17 +175,16 @@ class Positions:
 def checked(what: str, found: object, like: torch.Tensor) -> torch.Tensor:
     """What user code returned. Raises ValueError unless it has the shape of `like`, and scores are numbers."""
     kind = "a floating-point tensor" if what == "scores" else "a tensor"
-    wrong = not isinstance(found, torch.Tensor) or (what == "scores" and not found.is_floating_point())
-    if wrong or found.shape != like.shape:
-        got = type(found).__name__
-        if isinstance(found, torch.Tensor):
-            got = f"{list(found.shape)} of {str(found.dtype).removeprefix('torch.')}"
-        raise ValueError(f"{what} must be returned as {kind} of shape {list(like.shape)}, got {got}")
-    return found
+    got = type(found).__name__
+    if isinstance(found, torch.Tensor):
+        if found.shape == like.shape and (what != "scores" or found.is_floating_point()):
+            return found
+        got = f"{list(found.shape)} of {str(found.dtype).removeprefix('torch.')}"
+    raise ValueError(f"{what} must be returned as {kind} of shape {list(like.shape)}, got {got}")
 
 
 @contextmanager
-def ended(streamer) -> Iterator[None]:
+def ended(streamer: Any) -> Iterator[None]:
     """Ends the stream where the generation fails: whoever reads from it would wait forever."""
     try:
         yield

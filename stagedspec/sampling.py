@@ -24,7 +24,7 @@ class Sampling:
     top_p: float | None = None
     min_p: float | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "do_sample", truth("do_sample", self.do_sample))
         if self.temperature is None:
             object.__setattr__(self, "temperature", 1.0)
@@ -69,14 +69,15 @@ def counters(seed: "int | Sequence[int] | torch.Tensor", batch: int) -> tuple[li
 
     Raises ValueError unless seed is one integer or `batch` integers, each of 64 bits.
     """
-    seed = plain(seed)
-    single = not isinstance(seed, Sequence) or isinstance(seed, str)
-    seeds = [seed] * batch if single else list(seed)
+    given = plain(seed)
+    single = not isinstance(given, Sequence) or isinstance(given, str)
+    seeds = [given] * batch if single else list(given)
     if len(seeds) != batch:
         raise ValueError(f"seed must be one integer or one a row: expected {batch}, got {len(seeds)}")
-    numbers = list(map(whole, seeds))
-    for value, number in zip(seeds, numbers, strict=True):
+    signed = []
+    for value in seeds:
+        number = whole(value)
         if number is None or not -(2**63) <= number < 2**64:
             raise ValueError(f"seed must be an integer of 64 bits, got {value!r}")
-    signed = [number - 2**64 if number >= 2**63 else number for number in numbers]
+        signed.append(number - 2**64 if number >= 2**63 else number)
     return signed, list(range(batch)) if single else [0] * batch

@@ -39,7 +39,7 @@ class Clock:
         if self.phases is None or self._phase in self.phases:
             self.seconds[self._phase] = self.seconds.get(self._phase, 0.0) + time.perf_counter() - self._start
         if self.mark is not None:
-            self._range.__exit__(*error)
+            self._range.__exit__(*error)  # type: ignore[arg-type]
 
 
 def marks_wanted() -> Mark | None:

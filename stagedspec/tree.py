@@ -33,7 +33,7 @@ class TreeConfig:
     node_floor: float = 0.0
     pass_floor: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         low = {"nodes": 1, "depth": 0, "passes": 0, "width": 1, "children": 1, "prefetch": 0, "prefetch_width": 1}
         for name, least in low.items():
             object.__setattr__(self, name, at_least(f"tree {name}", getattr(self, name), least))
@@ -87,8 +87,9 @@ class TreeConfig:
             return TreeConfig(nodes=1, depth=0, passes=0, children=1, prefetch=0)
         if mode == "chain":
             depth = max(1, min(self.depth, self.nodes - 1))
-            floors = {"node_floor": self.node_floor, "pass_floor": self.pass_floor}
-            return TreeConfig(depth + 1, depth, depth, width=1, children=1, prefetch=0, **floors)
+            return replace(
+                self, nodes=depth + 1, depth=depth, passes=depth, width=1, children=1, prefetch=0, prefetch_width=2
+            )
         if mode == "tree":
             return replace(self, prefetch=0)
         if mode == "staged":

@@ -4,7 +4,7 @@ import operator
 from typing import Any
 
 
-def whole(value: object) -> int | None:
+def whole(value: Any) -> int | None:
     """A whole number of any kind as an int; None for anything else, True and False included."""
     if _is_truth(value):
         return None
@@ -14,7 +14,7 @@ def whole(value: object) -> int | None:
         return None
 
 
-def real(value: object) -> float | None:
+def real(value: Any) -> float | None:
     """A number of any kind as a float; None for anything else, True, False and what no float can hold included."""
     if _is_truth(value) or isinstance(value, (str, bytes)):
         return None

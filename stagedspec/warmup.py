@@ -1,6 +1,7 @@
 """Everything that the first generation of a kind waits for, done before: compiling, measuring, capturing."""
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -9,13 +10,17 @@ from stagedspec.kernels.progress import reporting
 from stagedspec.tree import MODES, TreeConfig
 from stagedspec.values import plain, whole
 
-GREEDY, SAMPLED = {}, {"do_sample": True, "top_k": 50}
+if TYPE_CHECKING:
+    from stagedspec.decoder import Call, Decoder
+
+GREEDY: dict[str, Any] = {}
+SAMPLED: dict[str, Any] = {"do_sample": True, "top_k": 50}
 CHOICES = {"do_sample", "temperature", "top_k", "top_p", "min_p"}
 Progress = Callable[[str, int, int], None]  # (what is being made ready, kernels that are ready, all of its kernels)
 
 
 def warm_up(
-    decoder,
+    decoder: "Decoder",
     modes: Sequence[str] | None = None,
     samplings: Sequence[dict] = (GREEDY, SAMPLED),
     batch: int | Sequence[int] = 1,
@@ -37,13 +42,12 @@ def warm_up(
         modes = MODES if decoder.draft is not None else MODES[:1]
     sizes = plain(batch)
     sizes = sizes if isinstance(sizes, Iterable) else [sizes]
-    given = {"modes": modes, "samplings": samplings, "batch": sizes}
-    for name, values in given.items():
-        if isinstance(values, str) or not isinstance(values, Iterable) or not (values := list(values)):
-            raise ValueError(f"warm_up needs a list of {name}, with one at least, got {given[name]!r}")
-        given[name] = values
-    modes, samplings, sizes = given.values()
-    wanted = [(mode, sampling, size) for size in sizes for sampling in samplings for mode in modes]
+    lists = {}
+    for name, values in {"modes": modes, "samplings": samplings, "batch": sizes}.items():
+        lists[name] = list(values) if isinstance(values, Iterable) and not isinstance(values, str) else []
+        if not lists[name]:
+            raise ValueError(f"warm_up needs a list of {name}, with one at least, got {values!r}")
+    wanted = [(mode, one, size) for size in lists["batch"] for one in lists["samplings"] for mode in lists["modes"]]
     for mode, sampling, size in wanted:  # all is checked before any of it is made
         if mode not in MODES:
             raise ValueError(f"modes must be among {', '.join(MODES)}, got {mode!r}")
@@ -67,7 +71,7 @@ def warm_up(
     return made
 
 
-def _read(decoder, mode: str, sampling: dict, batch: int, tokens: int):
+def _read(decoder: "Decoder", mode: str, sampling: dict, batch: int, tokens: int) -> "Call":
     """A call of this kind with the shortest prompt."""
     size = whole(batch)
     if size is None or size < 1:
