@@ -37,10 +37,12 @@ def resolve(backend: str, device: torch.device, head_sizes: Collection[int] = ()
         if problem:
             warnings.warn(f"backend 'auto' is torch on {device}, which is slower: {problem}", stacklevel=3)
     if wanted and not problem:
+        import triton
+
         from stagedspec.kernels import compiling
         from stagedspec.kernels.triton_backend import TritonOps
 
-        if device.type == "cuda":
+        if device.type == "cuda" and not triton.knobs.runtime.interpret:
             compiling.hash_sources()  # while the models are read
         return TritonOps()
     from stagedspec.kernels import reference

@@ -12,6 +12,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
+from contextlib import suppress
 from contextvars import copy_context
 from dataclasses import is_dataclass
 from functools import cache
@@ -38,8 +39,9 @@ def hash_sources() -> Thread:
     """
 
     def work() -> None:
-        triton_key()
-        registry.key_all()
+        with suppress(Exception):  # whoever compiles meets it again
+            triton_key()
+            registry.key_all()
 
     thread = Thread(target=work, name="hash sources", daemon=True)
     thread.start()
