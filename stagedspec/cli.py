@@ -300,7 +300,7 @@ def demo(
                 stream(console, decoder, prompt, mode="staged", **settings)
         rows, completions = _measure(decoder, prompts, settings, repeats)
         console.print()
-        title = f"{len(prompts)} prompts, up to {max_new_tokens} new tokens, {name}; tokens/s, speed-up: medians"
+        title = f"{len(prompts)} prompts, up to {max_new_tokens} new tokens, {name}; medians"
         console.print(table(rows, title))
         same = same and all(row.identical for row in rows)
         report.append({"sampling": name, "modes": [row.as_dict() for row in rows], "completions": completions})
