@@ -113,11 +113,9 @@ def _compile(parts: Iterable[Callable[[], object]], loading: _Loading) -> int:
         # Errors are raised below: Triton would first wait for all others, and keep what has failed in its cache.
         with AsyncCompileMode(loading, ignore_errors=True):
             try:
-                for kernel, grid, arguments, options in order:
-                    promised.append(kernel.warmup(*arguments, grid=grid, **options))
-                launches.clear()  # the tensors
+                promised.extend(kernel.warmup(*given, grid=grid, **options) for kernel, grid, given, options in order)
+                launches.clear()  # which hold tensors
                 order.clear()
-                del arguments
                 _watch(loading.futures)
             except BaseException:
                 for future in loading.futures:

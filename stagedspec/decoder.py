@@ -100,8 +100,8 @@ class Decoder:
     one is refused.
     live: target and draft as the caller's model objects, where they are such: each call begins with their weights as
     they are then.
-    defaults: what the model's own generation config set when the decoder was made; it holds where a call says nothing
-    else (through `hf.custom_generate` transformers reads that config at every call).
+    defaults: what the model's own generation config sets; it holds where a call says nothing else. That of a model
+    object is followed, as its weights are.
     mark: what the phases of its steps are marked with for a profiler; NVTX ranges if STAGEDSPEC_NVTX=1, else None.
     Steps that are marked are not captured as CUDA graphs, whose replays have no phases.
     """
@@ -132,7 +132,7 @@ class Decoder:
             ngram = ngram.resized(target.vocab_size).to(target.device)
         self.target, self.draft, self.ngram, self.tokenizer = target, draft, ngram, tokenizer
         self._live = live
-        self._settings_seen: tuple | None = None  # of the live target's generation config, at the last call
+        self._settings_seen = self._live_settings()
         self.device = target.device
         self.eos_token_ids, self.pad_token_id = tuple(eos_token_ids), pad_token_id
         self.defaults = {} if defaults is None else defaults
@@ -262,6 +262,7 @@ class Decoder:
             copy.deepcopy(self.defaults, memo), self._live,
         )  # fmt: skip
         made._tuning, made._own = copy.deepcopy((self._tuning, self._own), memo)
+        made._settings_seen = self._settings_seen
         return made
 
     __copy__ = partialmethod(__deepcopy__, {})
@@ -296,15 +297,16 @@ class Decoder:
                 self._costs = cost.PassTimes(target, draft, self._costs.seconds)
         self.release()
 
-    def _follow_settings(self) -> None:
-        """Takes special tokens and defaults of the live target's generation config where they have changed."""
+    def _live_settings(self) -> tuple | None:
+        """Special tokens and defaults of the live target's generation config as it is now."""
         model = self.live_target
-        if model is None:
-            return
-        now = tuple(end_of_sequence(model)), padding(model), generation_defaults(model)
-        if self._settings_seen not in (None, now):
-            self.eos_token_ids, self.pad_token_id, self.defaults = now
-        self._settings_seen = now
+        return None if model is None else (tuple(end_of_sequence(model)), padding(model), generation_defaults(model))
+
+    def _follow_settings(self) -> None:
+        """Takes them over where they have changed."""
+        now = self._live_settings()
+        if now is not None and now != self._settings_seen:
+            self.eos_token_ids, self.pad_token_id, self.defaults = self._settings_seen = now
 
     # ------------------------------------------------------------ the three ways to decode
 

@@ -88,10 +88,8 @@ def _check_attention(model: GPT2LMHeadModel, role: str) -> None:
 
 def _attention(model: GPT2LMHeadModel) -> dict[str, list[Callable]]:
     """The functions that compute attention and its masks, by the name of each kind that the model uses."""
-    configs = [
-        model.config,
-        *(vars(module).get("config") for module in nn.Module.modules(model)),
-    ]  # a layer may have its own
+    # A layer may have a config of its own.
+    configs = [model.config, *(vars(module).get("config") for module in nn.Module.modules(model))]
     found = {}
     for name in {getattr(config, "_attn_implementation", None) or "eager" for config in configs if config is not None}:
         found[name] = [

@@ -950,14 +950,15 @@ def test_custom_generate_is_called_first(target, draft):
         custom_generate(draft, mode="trees")
 
 
+@pytest.mark.parametrize("called", [True, False])
 @pytest.mark.parametrize("name", ["eos_token_id", "repetition_penalty"])
-def test_a_decoder_follows_the_generation_config_of_its_model(draft, name):
-    """At both entrances, and not only the weights."""
+def test_a_decoder_follows_the_generation_config_of_its_model(draft, name, called):
+    """At both entrances, and not only the weights; whether it has been called before or not."""
     model = make_gpt2(3)
     decoder = Decoder.from_pretrained(model, draft=draft, tree=TREE, device="cpu", backend="torch")
     ids = torch.tensor([[1, 2, 3]])
-    first = decoder.generate(ids, max_new_tokens=8)
-    assert torch.equal(first, model.generate(ids, max_new_tokens=8, do_sample=False))
+    first = model.generate(ids, max_new_tokens=8, do_sample=False)
+    assert not called or torch.equal(decoder.generate(ids, max_new_tokens=8), first)
     value = int(first[0, 4]) if name == "eos_token_id" else 5.0
     setattr(model.generation_config, name, value)
     expected = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)

@@ -50,6 +50,7 @@ PROGRAMS = {
 assert compiling.compile_ahead(parts, gpu) == 12
 assert compiling.compile_ahead(parts, gpu) == 0
 assert cached() == ["CompiledKernel"] * 12
+assert compiling.compile_ahead([], gpu) == compiling.compile_ahead([lambda: None], gpu) == 0
 """,
     "interrupted": """
 def progress(ready, total):
