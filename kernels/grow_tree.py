@@ -84,7 +84,7 @@ MOST_COMPARED = 4096  # pairs of nodes
 MOST_SEARCHED = 8192  # contexts times positions of the sequence
 MAX_VOCAB = 2**21 - 1
 # On these architectures the kernels spill without `most_registers`.
-GROW_SPILLING, HARVEST_SPILLING = (100,), (80, 89, 90, 100, 120)
+GROW_SPILLING, HARVEST_SPILLING = (90, 100), (80, 89, 90, 100, 120)
 
 
 # ---------------------------------------------------------------- keys
