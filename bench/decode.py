@@ -31,8 +31,8 @@ from sides import (
     read_prompts,
     transformers_side,
 )
-from stagedspec.compare import summarise, table
 from stagedspec.decoder import MAX_BATCH
+from stagedspec.tuning.compare import summarise, table
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

@@ -29,7 +29,7 @@ from transformers.utils import logging
 
 import stagedspec
 from stagedspec.devices import resolve_device, resolve_dtype
-from stagedspec.loading import no_bars
+from stagedspec.models.loading import no_bars
 
 IMPORT_SECONDS = time.perf_counter() - BEGIN
 PLAIN, COMPILED = "transformers", "transformers compiled"

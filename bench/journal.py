@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import stagedspec
-from stagedspec.compare import Run, Timed
+from stagedspec.tuning.compare import Run, Timed
 
 HERE = Path(__file__).parent
 

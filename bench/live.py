@@ -17,8 +17,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from machine import arguments_of, header, where
 from stagedspec.cli import quiet_transformers
-from stagedspec.gpt2 import finite
-from stagedspec.plain import check_plain, fingerprint
+from stagedspec.models.gpt2 import finite
+from stagedspec.models.plain import check_plain, fingerprint
 
 
 def sides(model: GPT2LMHeadModel) -> dict[str, Callable[[], object]]:

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 import stagedspec
-from stagedspec.kernels import control, reference
-from stagedspec.ngram import KatzTable
-from stagedspec.tree import TreeConfig
-from stagedspec.workloads import SAMPLINGS, SIZES, SPREAD, randn
+from stagedspec.kernels.backends import torch_ops as reference
+from stagedspec.kernels.state import host as control
+from stagedspec.models.ngram import KatzTable
+from stagedspec.planning.tree import TreeConfig
+from stagedspec.tuning.workloads import SAMPLINGS, SIZES, SPREAD, randn
 
 CPU = torch.device("cpu")
 CONTEXT = 256

@@ -38,9 +38,9 @@ from sides import (
 )
 from stagedspec import MODES
 from stagedspec.cli import ORIGIN_STYLES, PROMPT_STYLE, Style, paint, print_legend
-from stagedspec.compare import Row, speedups, summarise
-from stagedspec.cost import PassTimes
 from stagedspec.origins import Shown, pieces, save
+from stagedspec.planning.cost import PassTimes
+from stagedspec.tuning.compare import Row, speedups, summarise
 
 TITLES = {"greedy": "greedy", "sample": "top-k 50, T=1"}
 # Tables 1 and 2 of the paper: GPT-2-L on an RTX 4090, HumanEval. (tokens/s, weight bytes per token.)

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from stagedspec.loading import no_bars
-from stagedspec.workloads import SIZES, ModelShape
+from stagedspec.models.loading import no_bars
+from stagedspec.tuning.workloads import SIZES, ModelShape
 
 SHAPES = ("S", "M", "L", "embedded")
 HEAD = 64

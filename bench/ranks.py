@@ -1,4 +1,4 @@
-"""Measures what the stretches of stagedspec/cost.py hold, as `stagedspec tune-tree` does: how often the target takes
+"""Measures the acceptance profiles of planning/cost.py, as `stagedspec tune-tree` does: how often the target takes
 the draft's first, second, ... child, how often draft² names the draft's first child, and the mixture fitted to both.
 
     python bench/ranks.py [--skip 32] [--limit 64] [--max-new-tokens 96] [TRIO OPTIONS]
@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 from stagedspec import Decoder
-from stagedspec.cost import CHILDREN
-from stagedspec.tune import fit_stretches, outcomes
+from stagedspec.planning.cost import CHILDREN
+from stagedspec.tuning.trees import fit_stretches, outcomes
 
 
 def main() -> int:

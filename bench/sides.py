@@ -17,10 +17,10 @@ from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 
 import stagedspec
 from journal import Journal
-from stagedspec import compare
 from stagedspec.cli import progress_bar, quiet_transformers
-from stagedspec.compare import Run, Timed
-from stagedspec.loading import check_same_tokens, load_tokenizer, read_checkpoint
+from stagedspec.models.loading import check_same_tokens, load_tokenizer, read_checkpoint
+from stagedspec.tuning import compare
+from stagedspec.tuning.compare import Run, Timed
 
 HERE = Path(__file__).parent
 ASSETS = Path(stagedspec.__file__).parent / "assets"

@@ -25,10 +25,8 @@ import torch
 import triton
 import triton.language as tl
 
-from stagedspec.kernels.configs import config
-from stagedspec.kernels.control import INVALID
-from stagedspec.kernels.philox import gumbel_at, gumbel_tile
-from stagedspec.kernels.registry import (
+from stagedspec.kernels.common.launch_configs import config
+from stagedspec.kernels.common.registry import (
     CompileCase,
     architecture,
     check_runs,
@@ -38,6 +36,8 @@ from stagedspec.kernels.registry import (
     most_registers,
     register,
 )
+from stagedspec.kernels.philox import gumbel_at, gumbel_tile
+from stagedspec.kernels.state.host import INVALID
 
 GROUP = 64  # tokens that share one maximum
 SLICE = 2048  # tokens of one program of `scan`

@@ -12,8 +12,15 @@ import torch
 import triton
 import triton.language as tl
 
-from stagedspec.kernels.configs import config
-from stagedspec.kernels.registry import CompileCase, check_runs, check_tensor, launch_kernel, launch_options, register
+from stagedspec.kernels.common.launch_configs import config
+from stagedspec.kernels.common.registry import (
+    CompileCase,
+    check_runs,
+    check_tensor,
+    launch_kernel,
+    launch_options,
+    register,
+)
 
 DEFAULT = {"elements": 4096, "warps": 4}  # elements of a program's tile
 

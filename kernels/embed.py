@@ -8,7 +8,14 @@ import torch
 import triton
 import triton.language as tl
 
-from stagedspec.kernels.registry import CompileCase, check_runs, check_tensor, launch_kernel, launch_options, register
+from stagedspec.kernels.common.registry import (
+    CompileCase,
+    check_runs,
+    check_tensor,
+    launch_kernel,
+    launch_options,
+    register,
+)
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

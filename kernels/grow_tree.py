@@ -44,10 +44,8 @@ import torch
 import triton
 import triton.language as tl
 
-from stagedspec.kernels.configs import config
-from stagedspec.kernels.ngram_lookup import check_table, ranks, successors
-from stagedspec.kernels.philox import gumbel_at
-from stagedspec.kernels.registry import (
+from stagedspec.kernels.common.launch_configs import config
+from stagedspec.kernels.common.registry import (
     CompileCase,
     architecture,
     check_runs,
@@ -57,6 +55,8 @@ from stagedspec.kernels.registry import (
     most_registers,
     register,
 )
+from stagedspec.kernels.ngram_lookup import check_table, ranks, successors
+from stagedspec.kernels.philox import gumbel_at
 
 NEVER = tl.constexpr(float("-inf"))
 NOTHING = tl.constexpr(-(2**63))  # below every key

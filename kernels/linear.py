@@ -31,8 +31,8 @@ import torch
 import triton
 import triton.language as tl
 
-from stagedspec.kernels.configs import config
-from stagedspec.kernels.registry import (
+from stagedspec.kernels.common.launch_configs import config
+from stagedspec.kernels.common.registry import (
     SHARED_LIMIT,
     CompileCase,
     Scratch,

@@ -40,9 +40,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra import cuda
 
-from stagedspec.kernels.configs import config
+from stagedspec.kernels.common.launch_configs import config
+from stagedspec.kernels.common.registry import SHARED_LIMIT, CompileCase, launch_kernel, launch_options
 from stagedspec.kernels.linear import HOPPER_SPLIT, ROWS, _activate, compile_case, model_linears, stat_tiles
-from stagedspec.kernels.registry import SHARED_LIMIT, CompileCase, launch_kernel, launch_options
 
 copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name in Triton 3.9 and in 3.6
 WHOLE = 1600  # columns that are not split

@@ -43,9 +43,8 @@ from stagedspec.kernels.choose import (
     store_groups,
     warped,
 )
-from stagedspec.kernels.configs import config
-from stagedspec.kernels.linear import by_hopper
-from stagedspec.kernels.registry import (
+from stagedspec.kernels.common.launch_configs import config
+from stagedspec.kernels.common.registry import (
     CompileCase,
     architecture,
     check_runs,
@@ -55,6 +54,7 @@ from stagedspec.kernels.registry import (
     most_registers,
     register,
 )
+from stagedspec.kernels.linear import by_hopper
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 

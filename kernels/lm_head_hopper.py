@@ -32,9 +32,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra import cuda
 
 from stagedspec.kernels.choose import COUNTERS, GROUP, NOISES, compile_case, decided, groups_of, scale_logits
+from stagedspec.kernels.common.registry import CompileCase, launch_kernel, launch_options
 from stagedspec.kernels.linear_hopper import SHARED, SPARE, copy, described, layout
 from stagedspec.kernels.philox import gumbel, key_words, philox
-from stagedspec.kernels.registry import CompileCase, launch_kernel, launch_options
 
 ROWS = GROUP  # of the weight, a tile: the least that the matrix instructions take, and one group of tokens
 TOKENS = 64  # most rows of x, a program

@@ -20,13 +20,20 @@ import torch
 import triton
 import triton.language as tl
 
-from stagedspec.kernels import control
-from stagedspec.kernels.configs import config
-from stagedspec.kernels.registry import CompileCase, check_runs, check_tensor, launch_kernel, launch_options, register
+from stagedspec.kernels.common.launch_configs import config
+from stagedspec.kernels.common.registry import (
+    CompileCase,
+    check_runs,
+    check_tensor,
+    launch_kernel,
+    launch_options,
+    register,
+)
+from stagedspec.kernels.state import host as control
 
 CONTEXT_LOGPROB = tl.constexpr(control.CONTEXT_LOGPROB)
 NEVER = tl.constexpr(float("-inf"))
-# The layout of stagedspec.ngram's hash table, which kernels cannot import.
+# The layout of stagedspec.models.ngram's hash table, which kernels cannot import.
 PROBES = tl.constexpr(8)
 HASH_MULTIPLIER = tl.constexpr(0x9E3779B97F4A7C15 - 2**64)
 HASH_SHIFT = tl.constexpr(32)

@@ -39,8 +39,8 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from stagedspec.kernels.backend import MAX_HEAD_SIZE
-from stagedspec.kernels.registry import (
+from stagedspec.kernels.backends.select import MAX_HEAD_SIZE
+from stagedspec.kernels.common.registry import (
     CompileCase,
     Scratch,
     architecture,

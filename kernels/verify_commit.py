@@ -40,10 +40,17 @@ import torch
 import triton
 import triton.language as tl
 
-from stagedspec.kernels.configs import config
-from stagedspec.kernels.control import INVALID, UNCHOSEN
+from stagedspec.kernels.common.launch_configs import config
+from stagedspec.kernels.common.registry import (
+    CompileCase,
+    check_runs,
+    check_tensor,
+    launch_kernel,
+    launch_options,
+    register,
+)
 from stagedspec.kernels.grow_tree import TOKEN, TREE_DEPTH, TREE_ORIGIN, TREE_PARENT, TREE_SLOT, words
-from stagedspec.kernels.registry import CompileCase, check_runs, check_tensor, launch_kernel, launch_options, register
+from stagedspec.kernels.state.host import INVALID, UNCHOSEN
 
 NEVER_ENDS = tl.constexpr(2**30)
 _UNCHOSEN, _INVALID = tl.constexpr(UNCHOSEN), tl.constexpr(INVALID)

@@ -36,7 +36,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from stagedspec.kernels.registry import FUSION, MODULES, SHARED_LIMIT, CompileCase, pdl
+from stagedspec.kernels.common.registry import FUSION, MODULES, SHARED_LIMIT, CompileCase, pdl
 
 SECONDS_LIMIT = 10.0  # a user waits for every kernel that is compiled for the first time
 MATRIX = re.compile(r"\b(UTCHMMA|UTCQMMA|HGMMA|HMMA|DMMA|IMMA)\b")

@@ -18,10 +18,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import stagedspec
 from stagedspec.cli import quiet_transformers
+from stagedspec.decoding.generation import Run
+from stagedspec.decoding.stats import Mark
 from stagedspec.devices import resolve_device, resolve_dtype
-from stagedspec.run import Run
-from stagedspec.stats import Mark
-from stagedspec.workloads import SIZES, ModelShape
+from stagedspec.tuning.workloads import SIZES, ModelShape
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))  # machine.py, sides.py: shared with the benchmarks
 from sides import check_options, clear_errors

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # for type checkers: at run time `__getattr__` imports them
     from stagedspec import hf
     from stagedspec.decoder import Chunk, Completion, Decoder
-    from stagedspec.ngram import KatzTable
-    from stagedspec.sampling import Sampling
-    from stagedspec.stats import Stats
-    from stagedspec.tree import MODES, TreeConfig
+    from stagedspec.decoding.sampling import Sampling
+    from stagedspec.decoding.stats import Stats
+    from stagedspec.models.ngram import KatzTable
+    from stagedspec.planning.tree import MODES, TreeConfig
 
 __version__ = "0.1.0"
 
@@ -16,11 +16,11 @@ _EXPORTS = {
     "Chunk": "decoder",
     "Completion": "decoder",
     "Decoder": "decoder",
-    "KatzTable": "ngram",
-    "MODES": "tree",
-    "Sampling": "sampling",
-    "Stats": "stats",
-    "TreeConfig": "tree",
+    "KatzTable": "models.ngram",
+    "MODES": "planning.tree",
+    "Sampling": "decoding.sampling",
+    "Stats": "decoding.stats",
+    "TreeConfig": "planning.tree",
 }
 __all__ = [
     "MODES",

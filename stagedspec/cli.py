@@ -24,13 +24,14 @@ from rich.segment import Segment, Segments
 from rich.style import Style
 
 import stagedspec
-from stagedspec import checkpoints, early
-from stagedspec.compare import PROMPTS, Run, compare, table
-from stagedspec.kernels.invalid_logits import InvalidLogitsError
-from stagedspec.kernels.progress import reporting
+from stagedspec import early
+from stagedspec.kernels.common.progress import reporting
+from stagedspec.kernels.state.invalid_logits import InvalidLogitsError
+from stagedspec.models import checkpoints
 from stagedspec.origins import VISIBLE, Shown, pieces, save
+from stagedspec.planning.tree import MODES
 from stagedspec.training.sources import check_sources
-from stagedspec.tree import MODES
+from stagedspec.tuning.compare import PROMPTS, Run, compare, table
 
 Mode = Enum("Mode", {name: name for name in MODES}, type=str)
 
@@ -569,8 +570,8 @@ def fit_ngram(
     from rich.progress import TextColumn
 
     from stagedspec.devices import resolve_device
-    from stagedspec.loading import load_tokenizer, read_checkpoint
-    from stagedspec.ngram import fit_from_text, fit_table
+    from stagedspec.models.loading import load_tokenizer, read_checkpoint
+    from stagedspec.models.ngram import fit_from_text, fit_table
     from stagedspec.training.sample import sample_shards
 
     where = resolve_device(device)
@@ -683,8 +684,8 @@ def tune_tree(
     decoder = load_decoder(target, draft, ngram, device, dtype, backend, modes=MODES)
     encoded, max_new_tokens = _that_fit(texts[:limit], decoder, max_new_tokens, 96)
 
-    from stagedspec.tune import tune
-    from stagedspec.tuning import keep
+    from stagedspec.planning.profile import keep
+    from stagedspec.tuning.trees import tune
 
     with progress_bar(auto_refresh=False) as progress:
         task = progress.add_task("measuring", total=None)
@@ -897,9 +898,9 @@ def tune(
 
     import torch
 
-    from stagedspec import tune_kernels
     from stagedspec.devices import resolve_device
-    from stagedspec.kernels import configs
+    from stagedspec.kernels.common import launch_configs as configs
+    from stagedspec.tuning import kernels as tune_kernels
 
     where = resolve_device(device)
     ops = op or list(tune_kernels.PROBLEMS)
@@ -992,7 +993,7 @@ def check(
         early.check_gpu("check", device)
 
     from stagedspec import check as checks
-    from stagedspec.kernels import configs
+    from stagedspec.kernels.common import launch_configs as configs
 
     where = checks.check_device(device)
     decoder = load_decoder(target, draft, ngram, where, dtype, "triton", text=False)

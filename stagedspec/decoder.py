@@ -16,13 +16,16 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 import torch
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 
-from stagedspec import cost, warmup
-from stagedspec.adapt import Controller, Rung, rungs
+from stagedspec.decoding import warm_up as warmup
+from stagedspec.decoding.callbacks import Positions, ended
+from stagedspec.decoding.generation import Request, Run, current, kind_of
+from stagedspec.decoding.sampling import Sampling, counters
+from stagedspec.decoding.stats import ORIGINS, Stats, marks_wanted
 from stagedspec.devices import resolve_device, resolve_dtype
-from stagedspec.gpt2 import GPT2
-from stagedspec.kernels import backend as kernel_backend
-from stagedspec.live import LiveModel, read_model
-from stagedspec.loading import (
+from stagedspec.kernels.backends import select as kernel_backend
+from stagedspec.models.gpt2 import GPT2
+from stagedspec.models.live import LiveModel, read_model
+from stagedspec.models.loading import (
     check_same_tokens,
     check_vocabularies,
     end_of_sequence,
@@ -32,13 +35,11 @@ from stagedspec.loading import (
     read_checkpoint,
     same_but_padding,
 )
-from stagedspec.ngram import KatzTable
-from stagedspec.positions import Positions, ended
-from stagedspec.run import Request, Run, current, kind_of
-from stagedspec.sampling import Sampling, counters
-from stagedspec.stats import ORIGINS, Stats, marks_wanted
-from stagedspec.tree import MODES, TreeConfig
-from stagedspec.tuning import Tuning, keep, pair_of, recall
+from stagedspec.models.ngram import KatzTable
+from stagedspec.planning import cost
+from stagedspec.planning.adapt import Controller, Rung, rungs
+from stagedspec.planning.profile import Tuning, keep, pair_of, recall
+from stagedspec.planning.tree import MODES, TreeConfig
 from stagedspec.values import at_least, plain, whole
 
 if TYPE_CHECKING:
@@ -249,7 +250,7 @@ class Decoder:
         return f"Decoder({', '.join(parts)}; {dtype} on {self.device}, backend {self.backend})"
 
     def use(self, tuning: Tuning) -> None:
-        """Chooses trees on what `stagedspec.tune.tune` found. Raises ValueError if that was for other models."""
+        """Chooses trees on what `tuning.trees.tune` found. Raises ValueError if that was for other models."""
         tuning.check(self, "the tuning")
         self._tuning, self._own, self._costs = tuning, False, None
         self._ladders.clear()

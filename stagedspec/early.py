@@ -13,10 +13,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from stagedspec import checkpoints
-from stagedspec.sampling import Sampling, counters
-from stagedspec.stats import marks_wanted
-from stagedspec.tree import TreeConfig
+from stagedspec.decoding.sampling import Sampling, counters
+from stagedspec.decoding.stats import marks_wanted
+from stagedspec.models import checkpoints
+from stagedspec.planning.tree import TreeConfig
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 BACKENDS = ("auto", "torch", "triton")
@@ -84,7 +84,7 @@ def check_device(device: object, backend: str = "auto") -> None:
                 "starts to interpret them; use 'auto' or 'torch'"
             )
     from stagedspec.devices import resolve_device
-    from stagedspec.kernels.backend import resolve
+    from stagedspec.kernels.backends.select import resolve
 
     where = resolve_device(device)
     if backend == "triton":

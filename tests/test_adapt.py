@@ -8,8 +8,8 @@ import torch
 from conftest import left_pad, make_gpt2, random_prompts
 
 from stagedspec import Decoder, Sampling, TreeConfig
-from stagedspec.adapt import CREDIT, OFF, WAITS, WON, Controller, Rung
-from stagedspec.kernels.control import Sequences, Unread
+from stagedspec.kernels.state.host import Sequences, Unread
+from stagedspec.planning.adapt import CREDIT, OFF, WAITS, WON, Controller, Rung
 
 SMALL = TreeConfig(nodes=2, depth=1, passes=1, width=1, children=4, prefetch=0)
 MEDIUM = TreeConfig(nodes=6, depth=3, passes=2, width=1, children=4, prefetch=1, prefetch_width=1, node_floor=0.01)
@@ -318,7 +318,7 @@ def decoders(target, drafts):
 @pytest.mark.parametrize("lengths", [[5], [1], [7, 1, 12]], ids=["one", "short", "ragged"])
 @pytest.mark.parametrize("kind", ["good", "random", "adversarial", "target"])
 def test_same_tokens_as_plain_decoding(decoders, kind, lengths, controller, monkeypatch):
-    monkeypatch.setattr("stagedspec.run.Controller", controller)
+    monkeypatch.setattr("stagedspec.decoding.generation.Controller", controller)
     ids, mask = left_pad(random_prompts(lengths, seed=21))
     eos = [int(token) for token in random_prompts([2], seed=5)[0]]
     for seed, options in enumerate(
@@ -336,7 +336,7 @@ def test_same_tokens_as_plain_decoding(decoders, kind, lengths, controller, monk
 @pytest.mark.parametrize("lengths", [[6], [1, 9, 3]], ids=["one", "ragged"])
 def test_the_drafts_cache_after_it_was_left_out(decoders, drafts, lengths, monkeypatch):
     """Whenever the draft is in step again its cache is what transformers computes for the same tokens."""
-    monkeypatch.setattr("stagedspec.run.Controller", Fickle)
+    monkeypatch.setattr("stagedspec.decoding.generation.Controller", Fickle)
     Fickle.seed = 4
     ids, mask = left_pad(random_prompts(lengths, seed=14))
     decoder, draft = decoders["good"], drafts["good"]
@@ -386,7 +386,7 @@ class Untimed(Controller):
 
 
 def test_a_hopeless_draft_reads_now_and_then(decoders, monkeypatch):
-    monkeypatch.setattr("stagedspec.run.Controller", Untimed)
+    monkeypatch.setattr("stagedspec.decoding.generation.Controller", Untimed)
     monkeypatch.setattr(decoders["adversarial"], "_learned", {})
     ids, _ = left_pad(random_prompts([12], seed=3))
     decoders["adversarial"].generate(ids, max_new_tokens=36, eos_token_id=[])
@@ -403,7 +403,7 @@ def test_a_tree_that_is_given_is_kept_to(target, drafts):
 
 
 def test_drafts_of_fewer_positions_may_be_left_out_too(target, monkeypatch):
-    monkeypatch.setattr("stagedspec.run.Controller", Fickle)
+    monkeypatch.setattr("stagedspec.decoding.generation.Controller", Fickle)
     decoder = Decoder.from_pretrained(target, make_gpt2(0, n_positions=8), device="cpu", dtype="float32")
     decoder._ladders["staged", 1, False] = ladder()
     ids = torch.tensor(random_prompts([10]))

@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import stagedspec
-from stagedspec.compare import Run, compare
 from stagedspec.training.corpus import Corpus, encode, train_tokenizer
+from stagedspec.tuning.compare import Run, compare
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 DOCUMENT = "import os\n\n\ndef read(path):\n    with open(path) as file:\n        return file.read()\n\n\n" * 6

@@ -12,22 +12,17 @@ from conftest import make_draft, make_gpt2, random_prompts
 from triton.errors import TritonError
 from typer.testing import CliRunner
 
-from stagedspec import Decoder, TreeConfig, check, check_kernels, check_trees, cli, workloads
-from stagedspec.check_logits import compare_logits
-from stagedspec.kernels import (
-    backend,
-    choose,
-    compact,
-    device,
-    embed,
-    grow_tree,
-    linear,
-    lm_head,
-    registry,
-    trusted,
-)
+from stagedspec import Decoder, TreeConfig, check, cli
+from stagedspec.check import kernels as check_kernels
+from stagedspec.check import trees as check_trees
+from stagedspec.check.logits import compare_logits
+from stagedspec.kernels import choose, compact, embed, grow_tree, linear, lm_head
 from stagedspec.kernels import tree_attention as attention
-from stagedspec.kernels.triton_backend import WINDOW
+from stagedspec.kernels.backends import select as backend
+from stagedspec.kernels.backends.triton_ops import WINDOW
+from stagedspec.kernels.common import registry, trusted
+from stagedspec.kernels.state import device
+from stagedspec.tuning import workloads
 
 TREE = TreeConfig(nodes=4, depth=2, passes=2, width=1, children=3, prefetch=1, prefetch_width=1)
 PROMPTS = [[1, 2, 3], [5, 6]]

@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
 from transformers import GPT2LMHeadModel
 
-from stagedspec import Decoder, checkpoints
-from stagedspec.loading import load_tokenizer, read_checkpoint
+from stagedspec import Decoder
+from stagedspec.models import checkpoints
+from stagedspec.models.loading import load_tokenizer, read_checkpoint
 
 WEIGHTS, INDEX = checkpoints.WEIGHTS, checkpoints.INDEX
 
@@ -133,7 +134,7 @@ def test_a_tokenizer_of_special_tokens_is_none(folder, case):
 
 HUB = """
 import sys
-from stagedspec.loading import load_tokenizer, read_checkpoint
+from stagedspec.models.loading import load_tokenizer, read_checkpoint
 for name in sys.argv[1:]:
     try:
         print(name, "loads", read_checkpoint(name, "target").lm_head.weight.sum().item(), load_tokenizer(name))

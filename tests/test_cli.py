@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import stagedspec
 from stagedspec import cli
-from stagedspec.kernels import progress
+from stagedspec.kernels.common import progress
 from stagedspec.training.corpus import train_tokenizer
 
 SOURCE = "import os\n\n\ndef read(path):\n    with open(path) as file:\n        return file.read()  # ü\n"
@@ -367,7 +367,7 @@ def test_train_errors_are_one_line(tmp_path, arguments, part):
 
 def test_tune_tree(tmp_path, monkeypatch):
     """The embedded pair, briefly: the table, the JSON, and a file that can be used."""
-    from stagedspec.tuning import Tuning
+    from stagedspec.planning.profile import Tuning
 
     prompts, out = tmp_path / "prompts.jsonl", tmp_path / "tree.json"
     prompts.write_text('{"prompt": "import os\\n"}\n\n{"prompt": "def f(x):\\n"}\n')

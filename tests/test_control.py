@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stagedspec.kernels.control import NEVER, TARGET, Growth, Row, Sequences, Trees, _Tree
-from stagedspec.ngram import fit_table
-from stagedspec.tree import TreeConfig
+from stagedspec.kernels.state.host import NEVER, TARGET, Growth, Row, Sequences, Trees, _Tree
+from stagedspec.models.ngram import fit_table
+from stagedspec.planning.tree import TreeConfig
 
 CPU = torch.device("cpu")
 

@@ -8,11 +8,11 @@ import torch
 from conftest import VOCAB, make_draft, make_gpt2, random_prompts
 
 from stagedspec import Decoder
-from stagedspec.compare import Run
-from stagedspec.cost import CHILDREN, Model, candidates, expected
-from stagedspec.tree import TreeConfig
-from stagedspec.tune import FINALISTS, _fastest, fit_stretches, outcomes, tune
-from stagedspec.tuning import Tuning, cache_file, keep, pair_of, recall
+from stagedspec.planning.cost import CHILDREN, Model, candidates, expected
+from stagedspec.planning.profile import Tuning, cache_file, keep, pair_of, recall
+from stagedspec.planning.tree import TreeConfig
+from stagedspec.tuning.compare import Run
+from stagedspec.tuning.trees import FINALISTS, _fastest, fit_stretches, outcomes, tune
 
 
 class Times:
@@ -101,7 +101,7 @@ def test_the_finalist_that_decodes_fastest_is_kept(target, drafts, monkeypatch):
         def reset(self):
             pass
 
-    monkeypatch.setattr("stagedspec.tune._Side", Side)
+    monkeypatch.setattr("stagedspec.tuning.trees._Side", Side)
     assert _fastest(decoder, Tuning(pair_of(decoder)), model, "staged", [None], 8)[-1] == last
 
 
@@ -261,7 +261,7 @@ def test_what_a_decoder_measures_is_kept(target, drafts, tmp_path, monkeypatch):
         raise AssertionError("measured again")
 
     with monkeypatch.context() as patch:
-        patch.setattr("stagedspec.cost._least_times", measured)
+        patch.setattr("stagedspec.planning.cost._least_times", measured)
         assert make().tree_for("staged") == tree
     assert cache_file(make("random")) != cache_file(first) == cache_file(make())
     cache_file(first).write_text("damaged")

@@ -24,10 +24,10 @@ from transformers import GPT2LMHeadModel
 
 import stagedspec
 from stagedspec import Decoder, TreeConfig
+from stagedspec.decoding.generation import current
 from stagedspec.devices import resolve_device
-from stagedspec.kernels.control import Growth
-from stagedspec.ngram import fit_table
-from stagedspec.run import current
+from stagedspec.kernels.state.host import Growth
+from stagedspec.models.ngram import fit_table
 
 TREES = {
     "tiny": TreeConfig(nodes=2, depth=1, passes=1, width=1, children=1, prefetch=1, prefetch_width=1),
@@ -447,7 +447,7 @@ def test_sampling_with_trees_drafted_deeper_than_their_nodes_allow(target, make_
     options = {"do_sample": True, "seed": 0, "eos_token_id": [], "max_new_tokens": POSITIONS - 2}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "stagedspec.kernels.reference.Noise.MEMORY", 1
+            "stagedspec.kernels.backends.torch_ops.Noise.MEMORY", 1
         )  # the shortest block there can be: every step at its end
         staged = decoder.generate(ids, tree=tree, **options)
     assert torch.equal(staged, decoder.generate(ids, mode="autoregressive", **options))
@@ -476,7 +476,7 @@ def test_a_decoders_device_is_current_while_it_works(target, drafts, monkeypatch
         devices.pop()
 
     decoder = Decoder.from_pretrained(target, draft=drafts["good"], device="cpu", dtype="float32")
-    for module in ("decoder", "run"):
+    for module in ("decoder", "decoding.generation"):
         monkeypatch.setattr(f"stagedspec.{module}.current", recorded)
     passes = []
     for model in (decoder.target, decoder.draft):

@@ -10,9 +10,9 @@ from test_cli import assert_error, models, one_thread, run, run_json  # noqa: F4
 
 from stagedspec import cli, decoder, early
 from stagedspec.devices import DTYPES
-from stagedspec.kernels import backend
+from stagedspec.kernels.backends import select as backend
+from stagedspec.planning.tree import MODES
 from stagedspec.training import recipe
-from stagedspec.tree import MODES
 
 TARGET = str(decoder.files("stagedspec") / "assets" / "target")
 FILE, FOLDER = __file__, str(decoder.files("stagedspec"))
@@ -129,7 +129,7 @@ def test_no_model_is_loaded_for_a_backend_that_cannot_run(monkeypatch, arguments
 
 
 def test_the_words_are_the_library_s():
-    from stagedspec import tune_kernels
+    from stagedspec.tuning import kernels as tune_kernels
 
     assert set(early.DTYPES) == {"auto", *DTYPES} and set(early.BACKENDS) == set(backend.BACKENDS)
     assert set(early.PRESETS) == set(recipe.PRESETS) and list(early.OPERATIONS) == list(tune_kernels.PROBLEMS)
@@ -180,7 +180,7 @@ def test_statistics_end_at_the_last_depth_that_was_reached(capsys):
 def test_tune_tree_cuts_prompts_to_make_room(tmp_path, monkeypatch, given, longest, new):
     folder = small_model(tmp_path)
     seen = []
-    monkeypatch.setattr("stagedspec.tune.tune", lambda *arguments: seen.append(arguments) or refuse())
+    monkeypatch.setattr("stagedspec.tuning.trees.tune", lambda *arguments: seen.append(arguments) or refuse())
     assert_error(run("tune-tree", "--target", folder, "--draft", folder, "--device", "cpu", *given), "seen")
     _, prompts, new_tokens, *_ = seen[0]
     assert (max(map(len, prompts)), new_tokens) == (longest, new)
@@ -209,7 +209,7 @@ def small_model(folder) -> str:
 
 def test_measuring_says_so_in_one_line(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("stagedspec.cost.BUDGET", 0.001)
+    monkeypatch.setattr("stagedspec.planning.cost.BUDGET", 0.001)
     folder = small_model(tmp_path / "model")
 
     def said(batch: int, do_sample: bool = False) -> list[str]:

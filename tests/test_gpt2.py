@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import GPT2LMHeadModel
 
-from stagedspec.gpt2 import GPT2, Cache, Reader, check_config, read_chunk
-from stagedspec.kernels import reference as ops
-from stagedspec.kernels.control import Sequences, Trees, _Tree
-from stagedspec.loading import read_checkpoint
+from stagedspec.kernels.backends import torch_ops as ops
+from stagedspec.kernels.state.host import Sequences, Trees, _Tree
+from stagedspec.models.gpt2 import GPT2, Cache, Reader, check_config, read_chunk
+from stagedspec.models.loading import read_checkpoint
 
 CPU = torch.device("cpu")
 

@@ -33,9 +33,10 @@ from transformers import (
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
-import stagedspec.live
-from stagedspec import Decoder, Sampling, TreeConfig, fields, hf
+import stagedspec.models.live
+from stagedspec import Decoder, Sampling, TreeConfig, hf
 from stagedspec.hf import custom_generate
+from stagedspec.hf import settings as fields
 
 TREE = TreeConfig()
 TOKENS = [*string.ascii_letters, "Ġ", "Ċ", *string.digits][:VOCAB]
@@ -572,13 +573,13 @@ def test_prompt_lookup_accepts_what_repeats(target, custom, place):
 def made(monkeypatch):
     """The models whose weights are laid out."""
     known = []
-    real = stagedspec.live.GPT2
+    real = stagedspec.models.live.GPT2
 
     def record(model, *args, **options):
         known.append(model)
         return real(model, *args, **options)
 
-    monkeypatch.setattr(stagedspec.live, "GPT2", record)
+    monkeypatch.setattr(stagedspec.models.live, "GPT2", record)
     return known
 
 

@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 from stagedspec import Decoder
 from stagedspec.cli import app
 from stagedspec.hf import custom_generate
-from stagedspec.kernels import reference
-from stagedspec.kernels.control import INVALID, Sequences, Trees
-from stagedspec.kernels.invalid_logits import raise_invalid
+from stagedspec.kernels.backends import torch_ops as reference
+from stagedspec.kernels.state.host import INVALID, Sequences, Trees
+from stagedspec.kernels.state.invalid_logits import raise_invalid
 
 NAN, INF = float("nan"), float("inf")
 MODES = ("autoregressive", "chain", "tree", "staged")
@@ -30,7 +30,7 @@ BROKEN = {"one NaN": [NAN], "all NaN": [NAN] * VOCAB, "many NaN": [NAN] * 30, "a
 @pytest.fixture(autouse=True)
 def unchecked_weights(monkeypatch):
     """Models of NaN weights are refused when they are read; here they stand for sound ones whose passes overflow."""
-    monkeypatch.setattr("stagedspec.gpt2.finite", lambda tensor: True)
+    monkeypatch.setattr("stagedspec.models.gpt2.finite", lambda tensor: True)
 
 
 def broken_logits(kind: str) -> torch.Tensor:

@@ -16,7 +16,7 @@ from tokenizers import pre_tokenizers
 import stagedspec
 from stagedspec import Decoder, TreeConfig, hf
 from stagedspec.hf import custom_generate
-from stagedspec.ngram import fit_table
+from stagedspec.models.ngram import fit_table
 
 on_cpu = partial(Decoder.from_pretrained, device="cpu")
 IDS = torch.tensor(random_prompts([5], seed=4))
@@ -334,7 +334,7 @@ def test_tables_of_more_padding(size):
 
 def test_padded_models_with_the_embedded_draft_and_table():
     assets = Path(stagedspec.__file__).parent / "assets"
-    target = stagedspec.loading.read_checkpoint(assets / "target", "target").float()
+    target = stagedspec.models.loading.read_checkpoint(assets / "target", "target").float()
     target.resize_token_embeddings(2048, pad_to_multiple_of=100, mean_resizing=False)
     known = assets / "draft", assets / "ngram.safetensors"
     decoder = on_cpu(target, *known, tokenizer=assets / "target")

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from stagedspec import ngram
-from stagedspec.ngram import KatzModel, KatzTable, NgramCounts, fit_from_text, fit_table
+from stagedspec.models import ngram
+from stagedspec.models.ngram import KatzModel, KatzTable, NgramCounts, fit_from_text, fit_table
 
 K = 5
 

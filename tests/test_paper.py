@@ -15,7 +15,7 @@ import machine
 import report
 import stagedspec
 from sides import ASSISTED, LOOKUP, PLAIN, load, transformers_side
-from stagedspec.compare import Run, Timed, compare, measure, speedups
+from stagedspec.tuning.compare import Run, Timed, compare, measure, speedups
 
 NEW, SIDES = 10, [*stagedspec.MODES, PLAIN, ASSISTED, LOOKUP]
 ROOFLINE = {

@@ -17,8 +17,8 @@ import stagedspec
 import step
 import torch_trace
 from stagedspec import TreeConfig
-from stagedspec.gpt2 import GPT2
-from stagedspec.kernels import reference
+from stagedspec.kernels.backends import torch_ops as reference
+from stagedspec.models.gpt2 import GPT2
 
 TREE = TreeConfig(nodes=4, depth=2, passes=2, width=1, children=3, prefetch=1, prefetch_width=1)
 PROMPT = torch.tensor(random_prompts([8]))
@@ -96,7 +96,7 @@ def test_ranges_end_where_a_step_fails(make, nvtx, monkeypatch):
 
 def test_phases_that_the_clock_does_not_record_are_marked_all_the_same():
     ranges = Ranges()
-    clock = stagedspec.stats.Clock(("prefill",), ranges.mark)
+    clock = stagedspec.decoding.stats.Clock(("prefill",), ranges.mark)
     for phase in ("prefill", "draft"):
         with clock(phase):
             pass

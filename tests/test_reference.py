@@ -16,9 +16,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from stagedspec.kernels import reference as ops
-from stagedspec.kernels.reference import Noise
-from stagedspec.sampling import Sampling, counters
+from stagedspec.decoding.sampling import Sampling, counters
+from stagedspec.kernels.backends import torch_ops as ops
+from stagedspec.kernels.backends.torch_ops import Noise
 
 # ---------------------------------------------------------------- random numbers
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from test_reference import transformers_warp
 
 from stagedspec import Decoder, Sampling, TreeConfig
-from stagedspec.kernels import reference as ops
-from stagedspec.sampling import counters
+from stagedspec.decoding.sampling import counters
+from stagedspec.kernels.backends import torch_ops as ops
 
 SIZE, PROMPT, DRAWS = 5, [3, 0, 4], 204_800
 

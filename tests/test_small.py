@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stagedspec import Decoder
-from stagedspec.gpt2 import GPT2, Cache
-from stagedspec.kernels import reference as ops
-from stagedspec.kernels import small
+from stagedspec.kernels import compiled_draft as small
+from stagedspec.kernels.backends import torch_ops as ops
+from stagedspec.models.gpt2 import GPT2, Cache
 
 CPU = torch.device("cpu")
 KNOWN = [
@@ -240,7 +240,7 @@ def test_an_interrupt_while_it_compiles(tmp_path):
     """It is acted on when that is done, and what was compiled works."""
     interrupted = """
 from contextlib import contextmanager
-from stagedspec.kernels import small
+from stagedspec.kernels import compiled_draft as small
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background has not
 told = small._told
 

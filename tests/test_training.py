@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from stagedspec.ngram import KatzTable
+from stagedspec.models.ngram import KatzTable
 from stagedspec.training import corpus as corpus_module
 from stagedspec.training import distil, recipe, sample
 from stagedspec.training import fit as fit_module

@@ -9,10 +9,13 @@ import torch
 from triton.runtime.errors import OutOfResources
 from typer.testing import CliRunner
 
-from stagedspec import cli, tune_kernels, workloads
-from stagedspec.kernels import configs, linear
-from stagedspec.tune_kernels import Launch, Problem, tune
-from stagedspec.workloads import ModelShape
+from stagedspec import cli
+from stagedspec.kernels import linear
+from stagedspec.kernels.common import launch_configs as configs
+from stagedspec.tuning import kernels as tune_kernels
+from stagedspec.tuning import workloads
+from stagedspec.tuning.kernels import Launch, Problem, tune
+from stagedspec.tuning.workloads import ModelShape
 
 GPU = "NVIDIA Some GPU"
 DEFAULT = {"tile": 64, "warps": 4}

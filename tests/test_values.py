@@ -68,8 +68,8 @@ def test_settings_need_no_torch():
         "sys.modules.update(torch=None, numpy=None, transformers=None)\n"
         "package = sys.modules['stagedspec'] = types.ModuleType('stagedspec')\n"
         "package.__path__ = [sys.argv[1]]\n"
-        "from stagedspec.sampling import Sampling\n"
-        "from stagedspec.tree import TreeConfig\n"
+        "from stagedspec.decoding.sampling import Sampling\n"
+        "from stagedspec.planning.tree import TreeConfig\n"
         "Sampling(True, 0.5, 3), TreeConfig()"
     )
     subprocess.run([sys.executable, "-c", program, str(Path(stagedspec.__file__).parent)], check=True)

@@ -10,8 +10,9 @@ import torch
 from conftest import GPU, make_draft, make_gpt2
 
 from stagedspec import Decoder, TreeConfig
-from stagedspec.kernels import compiling, device, registry
-from stagedspec.kernels.progress import reporting
+from stagedspec.kernels.common import compiling, registry
+from stagedspec.kernels.common.progress import reporting
+from stagedspec.kernels.state import device
 
 PLACE = "cuda" if GPU else "cpu"
 TREE = TreeConfig(nodes=4, depth=2, passes=2, width=1, children=2, prefetch=1, prefetch_width=1)

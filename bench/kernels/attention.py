@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from harness import Case, absent, error_ratio
 from models import DEVICE, MODELS, Choice, randn
 
-from stagedspec.kernels.registry import Scratch
+from stagedspec.kernels.common.registry import Scratch
 from stagedspec.kernels.tree_attention import mask_words, scratch_size, tree_attention
 
 

@@ -7,8 +7,8 @@ import torch
 from harness import SMALL, Case, again, exact
 from models import DEVICE, MODELS, Choice
 
-from stagedspec.kernels import reference
-from stagedspec.workloads import CHILDREN, SAMPLINGS, Choosing
+from stagedspec.kernels.backends import torch_ops as reference
+from stagedspec.tuning.workloads import CHILDREN, SAMPLINGS, Choosing
 
 
 def cases(choice: Choice) -> Iterator[Case]:

@@ -7,7 +7,7 @@ from harness import SMALL, Case, again, exact
 from models import DEVICE, MODELS, Choice
 
 from stagedspec.kernels.compact import compact_reference
-from stagedspec.workloads import Moving
+from stagedspec.tuning.workloads import Moving
 
 PATH = 13  # rows of an accepted path of depth 12
 

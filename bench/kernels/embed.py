@@ -6,8 +6,8 @@ import torch
 from harness import SMALL, Case, again, exact
 from models import DEVICE, MODELS, Choice
 
-from stagedspec.kernels.triton_backend import TritonOps
-from stagedspec.workloads import randn
+from stagedspec.kernels.backends.triton_ops import TritonOps
+from stagedspec.tuning.workloads import randn
 
 
 def cases(choice: Choice) -> Iterator[Case]:

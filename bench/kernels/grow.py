@@ -7,8 +7,9 @@ import torch
 from harness import SMALL, Case, again, exact
 from models import DEVICE, MODELS, Choice
 
-from stagedspec.kernels import control, reference
-from stagedspec.workloads import Growing, katz_table
+from stagedspec.kernels.backends import torch_ops as reference
+from stagedspec.kernels.state import host as control
+from stagedspec.tuning.workloads import Growing, katz_table
 
 
 def cases(choice: Choice) -> Iterator[Case]:

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 import torch._dynamo
 
-from stagedspec.kernels.timing import REPEATS, Timing, graph_of, time_graphs
+from stagedspec.kernels.common.timing import REPEATS, Timing, graph_of, time_graphs
 
 SMALL = 20  # launches in a replay of what takes microseconds and has no layers
 

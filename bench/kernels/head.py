@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from harness import Case, error_ratio, exact
 from models import DEVICE, MODELS, Choice
 
-from stagedspec.kernels import lm_head, reference
-from stagedspec.kernels.registry import Scratch
-from stagedspec.kernels.triton_backend import warping_settings
-from stagedspec.workloads import CHILDREN, SAMPLINGS, Growing, Head, Moving, katz_table
+from stagedspec.kernels import lm_head
+from stagedspec.kernels.backends import torch_ops as reference
+from stagedspec.kernels.backends.triton_ops import warping_settings
+from stagedspec.kernels.common.registry import Scratch
+from stagedspec.tuning.workloads import CHILDREN, SAMPLINGS, Growing, Head, Moving, katz_table
 
 COPIES = 2  # of the head's weights, which together are more than the cache holds
 # Without norm and choice, and without the last rows: an odd number of outputs makes cuBLAS thrice as slow.

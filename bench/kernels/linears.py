@@ -10,8 +10,8 @@ from harness import Case, error_ratio
 from models import DEVICE, MODELS, Choice, randn
 
 from stagedspec.kernels import linear
-from stagedspec.kernels.registry import Scratch
-from stagedspec.workloads import ModelShape
+from stagedspec.kernels.common.registry import Scratch
+from stagedspec.tuning.workloads import ModelShape
 
 EPSILON = 1e-5
 

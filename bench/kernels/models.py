@@ -6,7 +6,7 @@ from itertools import product
 
 import torch
 
-from stagedspec import workloads
+from stagedspec.tuning import workloads
 
 MODELS = {name: workloads.SIZES[name] for name in ("S", "L")}
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")  # a CPU for their own tests

@@ -7,9 +7,9 @@ import torch
 from harness import SMALL, Case, again, exact
 from models import DEVICE, MODELS, Choice
 
-from stagedspec.kernels import reference
-from stagedspec.kernels.control import CONTEXT_LOGPROB
-from stagedspec.workloads import Looking, katz_table
+from stagedspec.kernels.backends import torch_ops as reference
+from stagedspec.kernels.state.host import CONTEXT_LOGPROB
+from stagedspec.tuning.workloads import Looking, katz_table
 
 
 def cases(choice: Choice) -> Iterator[Case]:

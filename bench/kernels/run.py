@@ -26,7 +26,7 @@ import triton
 from harness import Case, Result, Timing, copy_bandwidth, measure, table
 from models import ALL, SOME, Choice
 
-from stagedspec.kernels.configs import slug
+from stagedspec.kernels.common.launch_configs import slug
 
 OPS = ("linears", "attention", "head", "choose", "ngram", "grow", "verify", "compact", "embed")
 # What has a goal, and is measured first: time may not suffice for all.

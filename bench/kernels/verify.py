@@ -6,7 +6,7 @@ from grow import on_host
 from harness import SMALL, Case, again, exact
 from models import DEVICE, MODELS, Choice
 
-from stagedspec.workloads import Growing, katz_table
+from stagedspec.tuning.workloads import Growing, katz_table
 
 ROOM = 16384  # tokens, so that no sequence ends while it is measured
 

@@ -26,8 +26,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from stagedspec.devices import resolve_device
-from stagedspec.loading import no_bars
-from stagedspec.ngram import fit_table
+from stagedspec.models.loading import no_bars
+from stagedspec.models.ngram import fit_table
 from stagedspec.training import card, distil, sample
 from stagedspec.training.corpus import Corpus, build
 from stagedspec.training.fit import (

@@ -15,11 +15,13 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import stagedspec.decoder
 from stagedspec import Decoder, Sampling, TreeConfig
-from stagedspec.gpt2 import GPT2, Cache, Reader
-from stagedspec.kernels import backend, lm_head, registry
-from stagedspec.kernels.triton_backend import TritonOps, _Captured, warping_settings
-from stagedspec.tune import tune
-from stagedspec.tuning import Tuning, fingerprint, pair_of
+from stagedspec.kernels import lm_head
+from stagedspec.kernels.backends import select as backend
+from stagedspec.kernels.backends.triton_ops import TritonOps, _Captured, warping_settings
+from stagedspec.kernels.common import registry
+from stagedspec.models.gpt2 import GPT2, Cache, Reader
+from stagedspec.planning.profile import Tuning, fingerprint, pair_of
+from stagedspec.tuning.trees import tune
 
 TREE = TreeConfig(nodes=6, depth=3, passes=2, width=1, children=3, prefetch=1, prefetch_width=1)
 SAMPLINGS = {
@@ -223,7 +225,7 @@ def test_prompt_lookup(pair, device):
 
 def test_a_tree_by_the_cost_model(pair, prompts, device, monkeypatch):
     """Of the shapes that the backend can run, and kept apart from the torch backend's measurements."""
-    monkeypatch.setattr("stagedspec.cost._least_times", lambda model, runs, before: [1e-3] * len(runs))
+    monkeypatch.setattr("stagedspec.planning.cost._least_times", lambda model, runs, before: [1e-3] * len(runs))
     made = [
         stagedspec.Decoder.from_pretrained(*pair, device=device, dtype="float32", backend=name)
         for name in ("torch", "triton")
@@ -326,8 +328,8 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_generations_of_a_kind_share_memory_and_graphs(pair, device, monkeypatch, kind):
     """Whatever the last one left behind: other prompts, lengths, chunks, seeds and ends."""
-    monkeypatch.setattr("stagedspec.kernels.device.CHUNKS", (2, 4, 8))
-    monkeypatch.setattr("stagedspec.kernels.device.CHUNK_COST", 1)
+    monkeypatch.setattr("stagedspec.kernels.state.device.CHUNKS", (2, 4, 8))
+    monkeypatch.setattr("stagedspec.kernels.state.device.CHUNK_COST", 1)
     parts, repeated = [], Replay if device.type == "cpu" else _Captured
     monkeypatch.setattr(TritonOps, "repeated", lambda ops, part: (parts.append(repeated(part, ops)), parts[-1])[1])
     options, draft, tree = {"mode": "staged", **KINDS[kind]}, pair[1], TREE
@@ -365,7 +367,7 @@ def test_prompts_in_any_chunks(pair, device, dtype, monkeypatch, fixed_order):
     model = GPT2(pair[0], ops, device, dtype)
     prompts, found = [list(range(1, 36)), list(range(20, 36))], []
     for sizes, rows in (((16,), [0]), ((16, 32), [0, 1]), ((64,), [0])):
-        monkeypatch.setattr("stagedspec.kernels.device.CHUNKS", (*sizes, 256))
+        monkeypatch.setattr("stagedspec.kernels.state.device.CHUNKS", (*sizes, 256))
         sequences = ops.Sequences([prompts[row] for row in rows], 5, (), device)
         cache = Cache(model, len(rows), 4, sequences.capacity)
         cache.rows.fill_(torch.nan)
@@ -501,7 +503,7 @@ def test_refusals(pair, device, prompts):
 def test_backend_resolution(device):
     import triton
 
-    assert backend.resolve("torch", device).__name__.endswith("reference")
+    assert backend.resolve("torch", device).__name__.endswith("torch_ops")
     assert type(backend.resolve("triton", device)).__name__ == "TritonOps"
     with pytest.raises(ValueError, match="backend must be one of auto, torch, triton, got 'cuda'"):
         backend.resolve("cuda", device)

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stagedspec.kernels import choose as kernels
-from stagedspec.kernels import reference
-from stagedspec.kernels.registry import Scratch
+from stagedspec.kernels.backends import torch_ops as reference
+from stagedspec.kernels.common.registry import Scratch
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WARPERS = {

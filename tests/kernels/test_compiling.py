@@ -20,9 +20,9 @@ class Driver:
 driver.set_active(Driver())
 torch.cuda.set_device = lambda device: None
 
-from stagedspec.kernels import compiling, registry
+from stagedspec.kernels.common import compiling, registry
 from stagedspec.kernels.embed import _embed
-from stagedspec.kernels.progress import reporting
+from stagedspec.kernels.common.progress import reporting
 
 loaded = compiling._loaded
 compiling._loaded = lambda compile_kernel: compile_kernel()

@@ -10,11 +10,11 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stagedspec.kernels import control
-from stagedspec.kernels import device as on_device
-from stagedspec.kernels.reference import gumbel_noise
-from stagedspec.ngram import fit_table
-from stagedspec.tree import TreeConfig
+from stagedspec.kernels.backends.torch_ops import gumbel_noise
+from stagedspec.kernels.state import device as on_device
+from stagedspec.kernels.state import host as control
+from stagedspec.models.ngram import fit_table
+from stagedspec.planning.tree import TreeConfig
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if GPU else torch.device("cpu")

@@ -11,9 +11,10 @@ from test_lm_head import LARGE, Case
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from stagedspec import Decoder, TreeConfig
-from stagedspec.kernels import control, reference
-from stagedspec.kernels import device as on_device
-from stagedspec.kernels.control import INVALID, UNCHOSEN
+from stagedspec.kernels.backends import torch_ops as reference
+from stagedspec.kernels.state import device as on_device
+from stagedspec.kernels.state import host as control
+from stagedspec.kernels.state.host import INVALID, UNCHOSEN
 
 NAN, INF = float("nan"), float("inf")
 RULES = {"greedy": {"greedy": True}} | WARPERS
@@ -23,7 +24,7 @@ TREE = TreeConfig(nodes=4, depth=2, passes=2, width=1, children=3, prefetch=0)
 @pytest.fixture(autouse=True)
 def unchecked_weights(monkeypatch):
     """Models of NaN weights are refused when they are read; here they stand for sound ones whose passes overflow."""
-    monkeypatch.setattr("stagedspec.gpt2.finite", lambda tensor: True)
+    monkeypatch.setattr("stagedspec.models.gpt2.finite", lambda tensor: True)
 
 
 def broken(logits: torch.Tensor) -> torch.Tensor:

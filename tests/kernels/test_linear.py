@@ -9,7 +9,9 @@ import triton
 from conftest import GPU
 from transformers.activations import ACT2FN
 
-from stagedspec.kernels import configs, linear, linear_hopper
+from stagedspec.kernels import linear, linear_hopper
+from stagedspec.kernels.common import launch_configs as configs
+from stagedspec.kernels.common.registry import Scratch
 from stagedspec.kernels.linear import (
     ACTIVATIONS,
     Folded,
@@ -20,7 +22,6 @@ from stagedspec.kernels.linear import (
     scratch_size,
     stat_tiles,
 )
-from stagedspec.kernels.registry import Scratch
 
 EPSILON = 1e-5
 # Tokens, outputs, inputs: odd, aligned, one split and several, more tokens than a program takes.

@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from conftest import GPU
 
-from stagedspec.kernels import lm_head, lm_head_hopper, reference
-from stagedspec.kernels.registry import Scratch
+from stagedspec.kernels import lm_head, lm_head_hopper
+from stagedspec.kernels.backends import torch_ops as reference
+from stagedspec.kernels.common.registry import Scratch
 
 WARPERS = {
     "greedy": {"greedy": True},

@@ -5,11 +5,11 @@ import random
 import pytest
 import torch
 
-from stagedspec import ngram
 from stagedspec.kernels import ngram_lookup as ops
-from stagedspec.kernels.control import CONTEXT_LOGPROB, Row
 from stagedspec.kernels.ngram_lookup import ngram_lookup
-from stagedspec.ngram import fit_table
+from stagedspec.kernels.state.host import CONTEXT_LOGPROB, Row
+from stagedspec.models import ngram
+from stagedspec.models.ngram import fit_table
 
 VOCAB = 13
 

@@ -13,11 +13,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import stagedspec.kernels
-from stagedspec.kernels import choose, compact, embed, grow_tree, linear, lm_head, ngram_lookup, registry
-from stagedspec.kernels import device as on_device
+from stagedspec.kernels import choose, compact, embed, grow_tree, linear, lm_head, ngram_lookup
 from stagedspec.kernels import tree_attention as attention
-from stagedspec.kernels.registry import Scratch
-from stagedspec.workloads import Growing, katz_table
+from stagedspec.kernels.common import registry
+from stagedspec.kernels.common.registry import Scratch
+from stagedspec.kernels.state import device as on_device
+from stagedspec.tuning.workloads import Growing, katz_table
 
 for module in iter_modules(stagedspec.kernels.__path__):
     import_module(f"stagedspec.kernels.{module.name}")
@@ -181,7 +182,8 @@ def test_tensors_elsewhere_are_refused(name, known):
 KEYS = """
 import sys
 import triton
-from stagedspec.kernels import choose, grow_tree, lm_head, ngram_lookup, registry
+from stagedspec.kernels import choose, grow_tree, lm_head, ngram_lookup
+from stagedspec.kernels.common import registry
 
 kernels = [choose.select_kernel, grow_tree.grow_pass_kernel, lm_head.head_kernel, ngram_lookup.ngram_lookup_kernel]
 for kernel in kernels[:: int(sys.argv[1])]:

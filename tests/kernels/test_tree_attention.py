@@ -9,10 +9,11 @@ from conftest import DTYPES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stagedspec.kernels import linear, registry
+from stagedspec.kernels import linear
 from stagedspec.kernels import tree_attention as module
-from stagedspec.kernels.registry import Scratch
-from stagedspec.kernels.timing import graph_of
+from stagedspec.kernels.common import registry
+from stagedspec.kernels.common.registry import Scratch
+from stagedspec.kernels.common.timing import graph_of
 from stagedspec.kernels.tree_attention import scratch_size, tree_attention
 
 WINDOW = 16

@@ -1,0 +1,1 @@
+"""What runs the operations of a step: Triton kernels or torch."""

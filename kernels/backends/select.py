@@ -1,0 +1,105 @@
+"""Chooses the implementation of the operations, once, when a decoder is made."""
+
+import os
+import shutil
+import sysconfig
+import warnings
+from collections.abc import Collection
+from pathlib import Path
+
+import torch
+
+BACKENDS = ("auto", "torch", "triton")
+MAX_HEAD_SIZE = 256  # that tree_attention.py takes
+# What "auto" trusts the kernels with: the compute capability they have run on, and the heads that their tests have.
+TRIED, TRIED_HEAD_SIZE = (9, 0), 128
+
+
+def resolve(backend: str, device: torch.device, head_sizes: Collection[int] = (), dtype: torch.dtype | None = None):
+    """Returns what implements the operations on `device`: reference.py, or a `TritonOps` of its own.
+
+    "auto" is triton on a GPU of the kind that the kernels have been tried on, and on one where `stagedspec check` has
+    passed (trusted.py), if it can run there, else torch; on a GPU a warning says why. "triton" needs an NVIDIA GPU of
+    compute capability 8.0 or later and what Triton builds its launchers with; on the CPU it runs in Triton's
+    interpreter, for checking, and only if TRITON_INTERPRET=1 was set before Python started. head_sizes: the models',
+    none if they are not known yet; dtype: theirs, or None.
+
+    Raises ValueError for an unknown backend and for a forced one that cannot run.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    wanted = backend == "triton" or (backend == "auto" and device.type == "cuda")
+    problem = _triton_problem(device, max(head_sizes, default=0)) if wanted else ""
+    if backend == "triton" and problem:
+        raise ValueError(f"backend 'triton' cannot run on {device}: {problem}; use 'auto' or 'torch'")
+    if backend == "auto" and wanted:
+        problem = problem or _untried(device, head_sizes, dtype)
+        if problem:
+            warnings.warn(f"backend 'auto' is torch on {device}, which is slower: {problem}", stacklevel=3)
+    if wanted and not problem:
+        import triton
+
+        from stagedspec.kernels.backends.triton_ops import TritonOps
+        from stagedspec.kernels.common import compiling
+
+        if device.type == "cuda" and not triton.knobs.runtime.interpret:
+            compiling.hash_sources()  # while the models are read
+        return TritonOps()
+    from stagedspec.kernels.backends import torch_ops as reference
+
+    return reference
+
+
+def _triton_problem(device: torch.device, head_size: int) -> str:
+    """Why kernels cannot run on the device, or nothing."""
+    try:
+        import triton
+    except ImportError as error:
+        return f"triton cannot be imported ({error})"
+    if head_size > MAX_HEAD_SIZE:
+        return f"attention heads can be at most {MAX_HEAD_SIZE} wide, the model's are {head_size}"
+    interpreted = triton.knobs.runtime.interpret
+    if device.type != "cuda":
+        needs = "kernels need a GPU, or TRITON_INTERPRET=1 set before Python starts to interpret them"
+        return "" if interpreted else needs
+    if torch.version.hip:
+        return "the kernels are for NVIDIA GPUs"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f"it has compute capability {capability}, kernels need 8.0"
+    return "" if interpreted else _cannot_build()
+
+
+def _cannot_build() -> str:
+    """What Triton lacks to build the modules that launch kernels, or nothing. It takes CC for the name of one program,
+    and does not look for another where CC is set."""
+    named = os.environ.get("CC")
+    if not any(map(shutil.which, ("gcc", "clang") if named is None else (named,))):
+        return f"Triton needs a C compiler: install gcc or clang, or name one in CC (now {named!r})"
+    scheme = sysconfig.get_default_scheme()
+    folder = sysconfig.get_paths("posix_prefix" if scheme == "posix_local" else scheme)["include"]
+    if not Path(folder, "Python.h").is_file():
+        return f"Triton needs Python's headers, and {folder} has no Python.h: install them (Debian: python3-dev)"
+    return ""
+
+
+def _untried(device: torch.device, head_sizes: Collection[int], dtype: torch.dtype | None) -> str:
+    """Why "auto" leaves kernels alone that could run on the GPU, or nothing."""
+    import triton
+
+    from stagedspec.kernels.common import trusted
+
+    if triton.knobs.runtime.interpret:
+        return "TRITON_INTERPRET is set"
+    capability = torch.cuda.get_device_capability(device)
+    if capability != TRIED:
+        tried = f"the kernels have been tried on compute capability {TRIED} alone, it has {capability}"
+    elif max(head_sizes, default=0) > TRIED_HEAD_SIZE:
+        tried = f"the kernels have been tried with heads up to {TRIED_HEAD_SIZE}, not {max(head_sizes)}"
+    else:
+        return ""
+    every = (trusted.why_not(device, size, dtype) for size in (sorted(head_sizes) or [None]))
+    unchecked = next(filter(None, every), "")
+    if not unchecked:
+        return ""
+    return f"{tried}, and {unchecked}; `stagedspec check` with your models makes 'auto' trust this GPU"

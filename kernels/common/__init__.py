@@ -1,0 +1,1 @@
+"""What the kernels share: registration, compiling, launch settings, timing."""

@@ -1,0 +1,151 @@
+"""Compiles kernels before they are launched, in parallel.
+
+A dry run calls the very code that launches kernels. `registry.launch_kernel` then hands every launch to a collector in
+place of the GPU, so what is compiled is exactly what will be launched: no list of kernels has to be kept elsewhere.
+Launches that differ in nothing that a kernel is compiled for count once: a pass has 36 layers of the same kernels, and
+Triton takes most of a millisecond to find out. Triton compiles outside Python's global lock, so threads suffice. They
+also load each kernel onto the GPU.
+"""
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
+from contextlib import suppress
+from contextvars import copy_context
+from dataclasses import is_dataclass
+from functools import cache
+from threading import RLock, Thread
+
+import torch
+from triton import AsyncCompileMode
+from triton.runtime.cache import triton_key
+
+from stagedspec.kernels.common import progress, registry
+
+log = logging.getLogger("stagedspec")
+PATIENCE = 1.0  # seconds of compiling after which the log hears of it
+# One dry run at a time: two would compile the same kernel, and Triton 3.9 unloads the one that it then forgets. What a
+# CUDA graph launches must stay loaded, so what was loaded is never let go.
+_compiling = RLock()
+_all_loaded: list[object] = []
+
+
+@cache
+def hash_sources() -> Thread:
+    """Computes, in the thread that it returns, the hashes that Triton looks for compiled kernels by: of Triton itself,
+    some hundred megabytes, and of our kernels. While a model is read from files half a second of it costs no time.
+    """
+
+    def work() -> None:
+        with suppress(Exception):  # whoever compiles meets it again
+            triton_key()
+            registry.key_all()
+
+    thread = Thread(target=work, name="hash sources", daemon=True)
+    thread.start()
+    return thread
+
+
+def compile_ahead(parts: Iterable[Callable[[], object]], device: torch.device) -> int:
+    """Compiles and loads all kernels that the parts would launch; returns how many were not loaded before.
+
+    parts: functions that launch kernels. They are called once, in turn. Triton launches are recorded and not run;
+    torch's own operations do run. In the interpreter there is nothing to compile.
+
+    Raises what Triton raises for a kernel that cannot be compiled. Interrupted, it ends with the kernels under way, and
+    leaves what was compiled in Triton's cache.
+    """
+    if registry.interpreted():
+        return copy_context().run(_collect, parts, lambda *launch: None)
+    hash_sources().join()
+    with _compiling:
+        pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)), "compile", torch.cuda.set_device, (device,))
+        try:
+            # In a context of its own: an error would leave Triton in its asynchronous mode.
+            return copy_context().run(_compile, parts, _Loading(pool))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _collect(parts: Iterable[Callable[[], object]], collect: Callable) -> int:
+    registry.collector.set(collect)
+    for part in parts:
+        part()
+    return 0
+
+
+class _Loading:
+    """An executor whose threads load a kernel onto the GPU when they have compiled it. What Triton keeps of each stage
+    of compiling it, half a megabyte of text that nothing reads any more, they let go."""
+
+    def __init__(self, pool: ThreadPoolExecutor):
+        self.pool = pool
+        self.futures: list[Future] = []
+
+    def submit(self, compile_kernel: Callable[[], object]) -> Future:
+        self.futures.append(self.pool.submit(_loaded, compile_kernel))
+        return self.futures[-1]
+
+
+def _loaded(compile_kernel: Callable[[], object]):
+    kernel = compile_kernel()
+    kernel.run  # noqa: B018 (the property loads the kernel and makes its launcher)
+    kernel.asm.clear()
+    _all_loaded.append(kernel)
+    return kernel
+
+
+def _compile(parts: Iterable[Callable[[], object]], loading: _Loading) -> int:
+    launches: dict[Hashable, tuple] = {}
+
+    def collect(kernel, grid: tuple, arguments: tuple, options: dict) -> None:
+        kind = kernel, _kind(arguments), _kind(tuple(options.items()))
+        launches.setdefault(kind, (kernel, grid, arguments, options))
+
+    _collect(parts, collect)
+    often = Counter(launch[0] for launch in launches.values())
+    # Kernels of few kinds first, and the longest of them: the many kinds of the linear layers' even out the end.
+    order = sorted(launches.values(), key=lambda launch: (often[launch[0]], -len(launch[0].src)))
+    promised = []  # kernels, or what Triton puts in its cache in their place until they are compiled
+    try:
+        # Errors are raised below: Triton would first wait for all others, and keep what has failed in its cache.
+        with AsyncCompileMode(loading, ignore_errors=True):
+            try:
+                promised.extend(kernel.warmup(*given, grid=grid, **options) for kernel, grid, given, options in order)
+                launches.clear()  # which hold tensors
+                order.clear()
+                _watch(loading.futures)
+            except BaseException:
+                for future in loading.futures:
+                    future.cancel()
+                raise
+    finally:
+        for kernel in promised:
+            if getattr(kernel, "future", None) is not None and kernel.future.done():
+                kernel.result(ignore_errors=True)
+    for future in loading.futures:
+        future.result()
+    return len(loading.futures)
+
+
+def _kind(argument: object) -> Hashable:
+    """Equal for arguments that a kernel is compiled alike for; it tells apart more than Triton does."""
+    if isinstance(argument, torch.Tensor):
+        return argument.dtype, argument.data_ptr() % 16
+    if isinstance(argument, (tuple, list)):
+        return tuple(map(_kind, argument))
+    if is_dataclass(argument):  # a tensor descriptor, and its layout
+        return type(argument), *map(_kind, vars(argument).values())
+    return type(argument), argument  # 1, 1.0 and True are equal
+
+
+def _watch(futures: list[Future]) -> None:
+    """Waits for all, and tells of it whoever wants to know."""
+    report, total = progress.current.get(), len(futures)
+    if report is None and wait(futures, PATIENCE).not_done:
+        log.warning("compiling GPU kernels, %d in all; later processes find them in Triton's cache", total)
+    for ready, _ in enumerate(as_completed(futures), 1):
+        if report is not None:
+            report(ready, total)

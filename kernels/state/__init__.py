@@ -1,0 +1,1 @@
+"""A step's control state, on the host and on a device."""

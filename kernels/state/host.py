@@ -1,0 +1,558 @@
+"""The control half of a decoding step on the host: committed sequences, tree growth, n-gram guesses, verification.
+
+Small integer work on a few dozen nodes: on a CPU plain Python does it in tens of microseconds, where the same in
+small tensor operations takes milliseconds. It is also the oracle of a backend that keeps control on the device.
+Tensors go in (what the models said) and come out (what to run next); everything between is private to a backend.
+
+Words. A *slot* is one row that the draft evaluates in this step: the catch-up token (left out where the draft has read
+it), the root, nodes chosen because they scored best, and draft²'s guesses. An evaluated slot proposes *candidates*, its
+likeliest children. The tree is made of the best candidates. A guess is confirmed when the draft, evaluated in the same
+pass, proposes that token too; a guess that is not never enters a tree: draft² saves passes and changes nothing else.
+"""
+
+import heapq
+import math
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import numpy as np
+import torch
+
+from stagedspec.kernels.state.invalid_logits import raise_invalid
+
+NEVER = float("-inf")
+CONTEXT_LOGPROB = -0.25  # worth of a match of the context n-gram: about 4 of 5 come true on code
+CHUNK = 256  # tokens of each prompt that one pass reads
+TARGET, DRAFT, NGRAM = range(3)  # who first proposed a token
+# In place of a chosen token: at a node that is not to be stepped to, and at one whose logits allow no choice.
+UNCHOSEN, INVALID = -1, -2
+# The target's best token is the draft's more often than the draft's probability of it says: measured on the embedded
+# models, on held-out text, where 1.5 to 2 serve equally well. Sampled, softmax(log q + g) is right as it is.
+GREEDY_SHARPNESS = 1.7
+
+
+# ---------------------------------------------------------------- committed sequences
+
+
+@dataclass
+class Row:
+    """One sequence of the batch. `follower` is the context n-gram: (a, b) -> what followed its latest occurrence;
+    caught_up: whether the draft has read all tokens but the last, not all but the last two; invalid: whether it ended
+    because no next token can be chosen."""
+
+    tokens: list[int]
+    limit: int
+    origins: list[int] = field(default_factory=list)
+    running: bool = True
+    invalid: bool = False
+    caught_up: bool = False
+    follower: dict[tuple[int, int], int] = field(default_factory=dict)
+
+    def __post_init__(self):
+        tokens = self.tokens
+        self.follower.update(zip(pairwise(tokens), tokens[2:], strict=False))
+
+    def append(self, token: int, origin: int) -> None:
+        if len(self.tokens) > 1:
+            self.follower[self.tokens[-2], self.tokens[-1]] = token
+        self.tokens.append(token)
+        self.origins.append(origin)
+
+
+class Sequences:
+    """The committed tokens of a batch, and when each row stops.
+
+    prompts: one list of ids a row; new_tokens: at most so many more; eos: ids that end a row.
+    """
+
+    def __init__(self, prompts: list[list[int]], new_tokens: int, eos: Sequence[int], device: torch.device):
+        self.rows = [Row(list(prompt), len(prompt) + new_tokens) for prompt in prompts]
+        self.eos, self.device = frozenset(eos), device
+        self.seconds_to_first_token: float | None = None  # from here to the end of the first step
+        self._begin = time.perf_counter()
+        self.accepted: Counter[int] = Counter()  # how many row-steps took so many tokens from nodes below the root
+        self.steps = 0  # in which any row ran
+        self.doubted = False  # whether the next step's trees must be a root each
+        self.capacity = max(row.limit for row in self.rows)  # the most tokens that a row may hold
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(row.tokens) for row in self.rows]
+
+    @property
+    def finished(self) -> bool:
+        """Whether all rows have stopped, or one cannot go on (`check`)."""
+        return any(row.invalid for row in self.rows) or not any(row.running for row in self.rows)
+
+    def check(self) -> None:
+        """Raises InvalidLogitsError if a row ended because no next token can be chosen."""
+        raise_invalid([(index, len(row.tokens)) for index, row in enumerate(self.rows) if row.invalid])
+
+    def chunks(self, count: int) -> list[tuple[int, int]]:
+        """(start, size) of the passes that read the first `count` tokens of every row."""
+        return [(start, min(CHUNK, count - start)) for start in range(0, count, CHUNK)]
+
+    def chunk(self, start: int, size: int, dtype: torch.dtype) -> "Batch":
+        """The pass over `size` tokens of every row after its first `start`. Rows that are shorter are filled up with
+        tokens whose values are never seen, and overwritten in time."""
+        parts = [row.tokens[start : start + size] for row in self.rows]
+        tokens = torch.tensor([part + [0] * (size - len(part)) for part in parts], device=self.device)
+        return prefill_batch(tokens, start, dtype)
+
+    def publish(self) -> None:
+        """Called after every step: here `finished` is always up to date."""
+        if self.seconds_to_first_token is None:
+            self.seconds_to_first_token = time.perf_counter() - self._begin
+
+    def stop(self, index: int, length: int) -> None:
+        """Ends a row; what was decoded beyond `length` tokens is dropped."""
+        row = self.rows[index]
+        if (beyond := len(row.tokens) - length) > 0:
+            del row.tokens[-beyond:], row.origins[-beyond:]
+        row.running = row.invalid = False  # it ends before what could not be chosen
+
+
+# ---------------------------------------------------------------- one pass's inputs
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Inputs of one model pass: tokens, positions [B, N]; depths [B][N]; bias [B, 1, N, R + span] of 0 and -inf."""
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    depths: list[list[int]]
+    bias: torch.Tensor
+
+
+def prefill_batch(tokens: torch.Tensor, start: int, kv_dtype: torch.dtype) -> Batch:
+    """The pass over a chunk of prompts, tokens [B, N], after `start` committed ones."""
+    count, device = tokens.shape[1], tokens.device
+    positions = torch.arange(start, start + count, device=device).expand(tokens.shape)
+    return Batch(tokens, positions, [list(range(count))] * len(tokens), causal_bias(start, count, device, kv_dtype))
+
+
+def causal_bias(start: int, count: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """The mask of a chunk of `count` tokens after `start` committed ones: [1, 1, count, start + count]."""
+    bias = torch.full((count, start + count), NEVER, device=device, dtype=dtype)
+    return bias.triu_(start + 1)[None, None]
+
+
+def _batch(
+    tokens: list[list[int]],
+    depths: list[list[int]],
+    masks: list[list[int]],
+    region: int,
+    roots: list[int],
+    prefixes: list[int],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Batch:
+    """masks: which of the `region` tree rows each node sees, one bit each; roots: position of depth 0;
+    prefixes: committed rows each sequence sees."""
+    # In numpy: the same in torch takes three times as long.
+    positions = [[max(root + depth, 0) for depth in row] for root, row in zip(roots, depths, strict=True)]
+    inputs = torch.from_numpy(np.array((tokens, positions))).to(device)
+    span = max(max(prefixes), 0)
+    bias = np.zeros((len(masks), 1, len(masks[0]), region + span), np.float64 if dtype == torch.float64 else np.float32)
+    bias[:, 0, :, :region] = [
+        [[0.0 if mask >> bit & 1 else NEVER for bit in range(region)] for mask in row] for row in masks
+    ]
+    if min(prefixes) < span:
+        hidden = np.arange(span) >= np.array(prefixes)[:, None]
+        np.copyto(bias[..., region:], NEVER, where=hidden[:, None, None])
+    return Batch(*inputs.unbind(0), depths, torch.from_numpy(bias).to(device, dtype))
+
+
+@dataclass(frozen=True)
+class Unread:
+    """A pass over committed tokens that the draft has not read, in the first rows of its tree region: following: the
+    token after each, [B, n]; moves: (tree row, position) pairs of the rows that are running, for the KV."""
+
+    batch: Batch
+    following: torch.Tensor
+    moves: list[list[tuple[int, int]]]
+
+    @classmethod
+    def before_last(cls, sequences: Sequences, count: int, region: int, dtype: torch.dtype) -> "Unread":
+        """The last `count` tokens but two of each sequence: every step's first draft pass reads those two anyway."""
+        tokens, following, masks, moves = [], [], [], []
+        for row in sequences.rows:
+            start = len(row.tokens) - 2 - count  # below 0 for a short row, whose first slots are then dead
+            known = row.tokens[max(start, 0) :]
+            dead = [0] * max(-start, 0)
+            tokens.append((dead + known)[:count])
+            following.append((dead + known[1:])[:count])
+            masks.append([1 << slot if slot < len(dead) else (2 << slot) - (1 << len(dead)) for slot in range(count)])
+            moves.append([(slot, start + slot) for slot in range(len(dead), count)] if row.running else [])
+        lengths = sequences.lengths
+        depths = [list(range(-1 - count, -1))] * len(tokens)
+        batch = _batch(
+            tokens,
+            depths,
+            masks,
+            region,
+            [length - 1 for length in lengths],
+            [length - 2 - count for length in lengths],
+            dtype,
+            sequences.device,
+        )
+        return cls(batch, torch.tensor(following, device=sequences.device), moves)
+
+
+# ---------------------------------------------------------------- growing trees
+
+
+@dataclass
+class _Slot:
+    """One evaluated row: score is the log-probability of its path by the draft, -inf while it is only a guess."""
+
+    token: int
+    previous: int
+    depth: int
+    mask: int
+    score: float
+    guess: bool = False
+    parent: int = -1  # slot, for guesses
+    candidate: "_Candidate | None" = None
+
+
+@dataclass(slots=True)
+class _Candidate:
+    """A possible node of the tree; `slot` is the one that evaluates it, -1 while none does."""
+
+    token: int
+    score: float
+    parent: int
+    slot: int = -1
+    node: int = -1
+
+
+def _log(floor: float) -> float:
+    return math.log(floor) if floor else NEVER
+
+
+class _RowGrowth:
+    """The tree of one row."""
+
+    def __init__(self, row: Row, config, table, caught_up: bool):
+        tokens = row.tokens
+        self.config, self.table, self.follower = config, table, row.follower
+        self.floor = _log(config.node_floor)
+        previous = tokens[-2] if len(tokens) > 1 else -1
+        self.slots = [
+            _Slot(max(previous, 0), -1, -1, 1, NEVER),
+            _Slot(tokens[-1], previous, 0, 0b10 if caught_up or previous < 0 else 0b11, 0.0),
+        ]
+        self.candidates: list[list[_Candidate]] = [[]] if caught_up else []
+        self.open: list[tuple[float, int, int, _Candidate]] = []
+
+    def _add(self, token: int, parent: int, score: float, **more) -> int:
+        above, index = self.slots[parent], len(self.slots)
+        mask = above.mask | 1 << index
+        self.slots.append(_Slot(token, above.token, above.depth + 1, mask, score, parent=parent, **more))
+        return index
+
+    @property
+    def best(self) -> float:
+        """The score of the best candidate that no slot evaluates yet."""
+        while self.open and self.open[0][-1].slot >= 0:
+            heapq.heappop(self.open)
+        return -self.open[0][0] if self.open else NEVER
+
+    def select(self, width: int) -> list[int]:
+        """The best candidates that no slot evaluates yet become slots; dead ones where there are too few."""
+        chosen = []
+        while self.open and len(chosen) < width:
+            candidate = heapq.heappop(self.open)[-1]
+            if candidate.slot < 0:
+                candidate.slot = self._add(candidate.token, candidate.parent, candidate.score, candidate=candidate)
+                chosen.append(candidate.slot)
+        while len(chosen) < width:
+            chosen.append(self._add(0, 0, NEVER))
+        return chosen
+
+    def successors(self, slot: int) -> list[tuple[int, float]]:
+        """What draft² thinks comes after a slot: (token, log-probability)."""
+        above = self.slots[slot]
+        if above.depth >= self.config.depth - 1 or above.token < 0:
+            return []  # its children would be leaves, which nobody evaluates
+        found = self.follower.get((above.previous, above.token))
+        result = [] if found is None else [(found, CONTEXT_LOGPROB)]
+        if self.table is not None:
+            result += [pair for pair in self.table.successors_of(above.previous, above.token) if pair[0] != found]
+        return result
+
+    def guess(self, options: list[tuple[float, int, int]]) -> list[tuple[float, int]]:
+        """Places the best `prefetch_width` of options (score, parent slot, token); returns (score, slot)."""
+        best = heapq.nlargest(self.config.prefetch_width, options)
+        placed = [(score, self._add(token, parent, NEVER, guess=True)) for score, parent, token in best]
+        for _ in range(self.config.prefetch_width - len(best)):
+            self._add(-1, 0, NEVER, guess=True)  # no candidate is -1, so it is never confirmed
+        return placed
+
+    def record(self, start: int, tokens: list[list[int]], logprobs: list[list[float]]) -> None:
+        """Notes the candidates of the slots from `start`, in slot order, so that parents come before guesses."""
+        for index, (names, values) in enumerate(zip(tokens, logprobs, strict=True), start):
+            slot = self.slots[index]
+            if slot.guess and slot.token >= 0:
+                for candidate in self.candidates[slot.parent]:
+                    if candidate.token == slot.token and candidate.score > NEVER:
+                        candidate.slot, slot.candidate, slot.score = index, candidate, candidate.score
+            alive = slot.score > NEVER and slot.depth < self.config.depth
+            found = []
+            if alive:
+                for name, value in zip(names, values, strict=True):
+                    score = slot.score + value
+                    if score <= self.floor:  # so are the rest, and whatever comes below them
+                        break
+                    found.append(_Candidate(name, score, index))
+                if slot.depth < self.config.depth - 1:
+                    for rank, candidate in enumerate(found):
+                        heapq.heappush(self.open, (-candidate.score, index, rank, candidate))
+            self.candidates.append(found)
+
+
+class Growth:
+    """The trees of a generation's steps, grown over draft passes, one step after the other.
+
+    table: an object with `successors_of(a, b)`, or None; noise: the step's noise, or None when greedy.
+    """
+
+    def __init__(self, sequences: Sequences, config, table, noise, dtype: torch.dtype):
+        self.sequences, self.config, self.table = sequences, config, table
+        self.noise, self.dtype = noise, dtype
+        self.begin()
+
+    def begin(self) -> None:
+        """Starts a step's trees: the catch-up token and the root."""
+        running = [row.caught_up for row in self.sequences.rows if row.running]
+        self.caught_up = bool(running) and all(running)
+        self.rows = [_RowGrowth(row, self.config, self.table, self.caught_up) for row in self.sequences.rows]
+        self.start = int(self.caught_up)
+
+    def pays(self) -> bool:
+        """Whether one more pass is worth its time: some row's best open candidate is above the floor."""
+        floor = _log(self.config.pass_floor)
+        return any(row.best > floor for row, known in zip(self.rows, self.sequences.rows, strict=True) if known.running)
+
+    def select(self, number: int) -> list[list[tuple[float, int]]]:
+        """Chooses the slots of a pass that score best; returns (score, slot) of each, a list a row."""
+        if number == 0:
+            return [[(0.0, 1)] for _ in self.rows]
+        chosen = [row.select(self.config.width) for row in self.rows]
+        return [[(row.slots[slot].score, slot) for slot in slots] for row, slots in zip(self.rows, chosen, strict=True)]
+
+    def prefetch(self, parents: list[list[tuple[float, int]]]) -> None:
+        """Draft² adds its guesses below the slots `parents`, level by level."""
+        for _ in range(self.config.prefetch):
+            options = [
+                [(score + gain, slot, token) for score, slot in known for token, gain in row.successors(slot)]
+                for row, known in zip(self.rows, parents, strict=True)
+            ]
+            if self.noise is not None:
+                for index, (row, found) in enumerate(zip(self.rows, options, strict=True)):
+                    if found:
+                        depths = [row.slots[slot].depth for _, slot, _ in found]
+                        gains = self.noise.of(index, depths, [token for _, _, token in found])
+                        options[index] = [
+                            (s + g, slot, token) for (s, slot, token), g in zip(found, gains, strict=True)
+                        ]
+            parents = [row.guess(found) for row, found in zip(self.rows, options, strict=True)]
+
+    def batch(self) -> Batch:
+        """The draft pass over the slots added since the last one."""
+        start, stop = self.start, len(self.rows[0].slots)
+        lengths = self.sequences.lengths
+        return _batch(
+            [[max(slot.token, 0) for slot in row.slots[start:stop]] for row in self.rows],
+            [[slot.depth for slot in row.slots[start:stop]] for row in self.rows],
+            [[slot.mask for slot in row.slots[start:stop]] for row in self.rows],
+            self.config.slots,
+            [length - 1 for length in lengths],
+            [length - 2 + self.caught_up for length in lengths],
+            self.dtype,
+            self.sequences.device,
+        )
+
+    def record(self, tokens: torch.Tensor, logprobs: torch.Tensor) -> None:
+        """Notes what the draft proposed: tokens, logprobs [B, slots of the pass, C]."""
+        for row, names, values in zip(self.rows, tokens.tolist(), logprobs.tolist(), strict=True):
+            row.record(self.start, names, values)
+        self.start = len(self.rows[0].slots)
+
+    def harvest(self) -> "Trees":
+        """The best candidates. Scores only fall along a path, so the best always form a tree."""
+        nodes = 1 if self.sequences.doubted else self.config.nodes
+        trees = []
+        for row in self.rows:
+            found = [candidate for candidates in row.candidates for candidate in candidates]
+            best = heapq.nlargest(nodes - 1, found, key=lambda candidate: candidate.score)
+            tree = _Tree.root(row.slots[1].token, 1)
+            for candidate in best:
+                parent = row.slots[candidate.parent]
+                above = 0 if parent.candidate is None else parent.candidate.node
+                guessed = candidate.slot >= 0 and row.slots[candidate.slot].guess
+                candidate.node = tree.add(candidate.token, above, candidate.slot, NGRAM if guessed else DRAFT)
+            trees.append(tree)
+        return Trees(self.sequences, trees, max(len(tree.tokens) for tree in trees), self.caught_up)
+
+
+# ---------------------------------------------------------------- finished trees
+
+
+@dataclass
+class _Tree:
+    """Nodes of one row, parents before children; slots: the draft's row of each node, -1 for none."""
+
+    tokens: list[int]
+    parents: list[int]
+    depths: list[int]
+    masks: list[int]
+    slots: list[int]
+    origins: list[int]
+    children: dict[tuple[int, int], int]
+
+    @classmethod
+    def root(cls, token: int, slot: int = -1) -> "_Tree":
+        return cls([token], [0], [0], [1], [slot], [TARGET], {})
+
+    def add(self, token: int, parent: int, slot: int, origin: int) -> int:
+        node = len(self.tokens)
+        self.tokens.append(token)
+        self.parents.append(parent)
+        self.depths.append(self.depths[parent] + 1)
+        self.masks.append(self.masks[parent] | 1 << node)
+        self.slots.append(slot)
+        self.origins.append(origin)
+        self.children[parent, token] = node
+        return node
+
+
+class Trees:
+    """The trees of a batch, ready for the target, and the walk that accepts them. nodes: of the largest; caught_up:
+    the draft grew them without the catch-up token."""
+
+    def __init__(self, sequences: Sequences, trees: list[_Tree], nodes: int, caught_up: bool = False):
+        self.sequences, self.trees, self.nodes, self.caught_up = sequences, trees, nodes, caught_up
+
+    @classmethod
+    def roots(cls, sequences: Sequences) -> "Trees":
+        """The trees of plain decoding: a root each."""
+        return cls(sequences, [_Tree.root(row.tokens[-1]) for row in sequences.rows], 1)
+
+    @property
+    def children(self) -> list[dict[tuple[int, int], int]]:
+        """Of each row: (parent, token) -> node."""
+        return [tree.children for tree in self.trees]
+
+    @property
+    def depths(self) -> list[int]:
+        """The depth of each row's deepest node."""
+        return [max(tree.depths) for tree in self.trees]
+
+    def batch(self, dtype: torch.dtype) -> Batch:
+        """The target's pass over all nodes. Rows with fewer nodes are filled with nodes that nobody sees."""
+
+        def full(values: list[int], fill: int) -> list[int]:
+            return values + [fill] * (self.nodes - len(values))
+
+        prefixes = [length - 1 for length in self.sequences.lengths]
+        return _batch(
+            [full(tree.tokens, 0) for tree in self.trees],
+            [full(tree.depths, 0) for tree in self.trees],
+            [full(tree.masks, 1) for tree in self.trees],
+            self.nodes,
+            prefixes,
+            prefixes,
+            dtype,
+            self.sequences.device,
+        )
+
+    @classmethod
+    def repeats(cls, sequences: Sequences, depth: int) -> "Trees":
+        """Chains of up to `depth` nodes proposed by the context n-gram alone: what followed the last two tokens when
+        they last occurred in the sequence, what followed those, and so on."""
+        trees = []
+        for row in sequences.rows:
+            tree, pair, node = _Tree.root(row.tokens[-1]), tuple(row.tokens[-2:]), 0
+            while not sequences.doubted and len(tree.tokens) <= depth and (token := row.follower.get(pair)) is not None:
+                node = tree.add(token, node, -1, NGRAM)
+                pair = pair[1], token
+            trees.append(tree)
+        return cls(sequences, trees, max(len(tree.tokens) for tree in trees))
+
+    def verify_commit(self, chosen: torch.Tensor) -> "Moves":
+        """Walks each tree while the chosen token is among the node's children, and appends what was chosen.
+
+        chosen [B, N]: `choose` at every node, UNCHOSEN at the nodes that are not to be stepped to. The token chosen at
+        the last node of the walk is the bonus token. A row ends with an end-of-sequence token or at its limit.
+
+        A walk ends before an INVALID node. In a larger tree that may come from a node which this one does not see, as 0
+        times NaN is NaN: the next step verifies roots alone, and there the row ends.
+        """
+        moves = Moves([], [], [], [], self.caught_up)
+        self.sequences.steps += not self.sequences.finished
+        self.sequences.doubted = False
+        for row, tree, picks in zip(self.sequences.rows, self.trees, chosen.tolist(), strict=True):
+            length, ran, path, node = len(row.tokens), row.running, [], 0
+            while node >= 0 and picks[node] >= 0:
+                path.append(node)
+                node = tree.children.get((node, picks[node]), -1)
+            moves.lengths.append(length)
+            last = node  # that the walk does not take
+            origins = [tree.origins[node] for node in path[1:]] + [TARGET]
+            if not ran:
+                path = []
+            for node, origin in zip(path, origins, strict=False):
+                row.append(picks[node], origin)
+                if picks[node] in self.sequences.eos or len(row.tokens) == row.limit:
+                    row.running = False
+                    break
+            if row.running and last >= 0 and picks[last] == INVALID:
+                self.sequences.doubted = self.nodes > 1
+                row.invalid = not self.sequences.doubted
+                row.running = not row.invalid
+            moves.accepted.append(max(min(len(row.tokens) - length, len(path) - 1), 0) if ran else -1)
+            # A row that has stopped needs no keys and values any more, and could have run past the end of the cache.
+            moves.nodes.append(path if row.running else [])
+            moves.slots.append([tree.slots[node] for node in path] if row.running else [])
+            if path:
+                row.caught_up = row.running and tree.slots[path[-1]] >= 0
+        self.sequences.accepted.update(count for count in moves.accepted if count >= 0)
+        return moves
+
+
+@dataclass
+class Moves:
+    """What a step accepted, and the KV rows to move. A list a row of the batch.
+
+    accepted: tokens taken from nodes below the root, -1 for a row that had stopped; lengths: before the step; nodes:
+    the accepted path, root first, empty for a row that has stopped; slots: the draft's row of each; caught_up: as of
+    `Trees`.
+    """
+
+    accepted: list[int]
+    lengths: list[int]
+    nodes: list[list[int]]
+    slots: list[list[int]]
+    caught_up: bool = False
+
+    def target_rows(self, first: int) -> list[list[tuple[int, int]]]:
+        """(tree row, position) pairs: the whole accepted path. Node 0 lies in tree row `first`."""
+        return [
+            [(first + node, length - 1 + depth) for depth, node in enumerate(path)]
+            for path, length in zip(self.nodes, self.lengths, strict=True)
+        ]
+
+    def draft_rows(self, first: int = 0) -> list[list[tuple[int, int]]]:
+        """The same for the draft, of the nodes that it has evaluated: all but perhaps the last of the path, which is
+        then the next step's catch-up token. Slot 0, this step's, lies in tree row `first`."""
+        return [
+            [(first, length - 2)] * (length > 1 and bool(slots) and not self.caught_up)
+            + [(first + slot, length - 1 + depth) for depth, slot in enumerate(slots) if slot >= 0]
+            for slots, length in zip(self.slots, self.lengths, strict=True)
+        ]

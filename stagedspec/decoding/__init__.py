@@ -1,0 +1,1 @@
+"""One generation: its request, its steps, what it calls and its statistics."""

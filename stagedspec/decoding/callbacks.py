@@ -1,0 +1,195 @@
+"""What transformers does at every position of a generation, for rows that advance by whole accepted paths.
+
+`generate` of transformers calls its logits processors, stopping criteria and streamer once a position, with the
+sequences of the whole batch. Here rows accept different numbers of tokens a step. Two rules give every one of those
+callables exactly the calls that transformers would give it:
+
+- Logits processors change what is chosen. They are applied *along the walk*: at the root of every row, then at the
+  nodes stepped to, and so on until some row has no child to step to. All rows then take that many tokens, so that each
+  call sees the batch at one length, even processors that keep state or look at other rows. Nodes off the walk are never
+  processed: their choice would not be used. It costs what it costs in transformers, and in a batch the rows advance at
+  the pace of the slowest. Rows that have stopped show logits of 0, where transformers shows what the model says after
+  padding: a processor that lets them change what other rows say is the one kind that can differ.
+- Stopping criteria and streamers only see what was chosen. They are called after the step for every position that all
+  rows have reached; what a row decoded beyond its end is dropped.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from stagedspec.kernels.backends.torch_ops import NoiseAt
+from stagedspec.kernels.state.host import INVALID, UNCHOSEN
+
+if TYPE_CHECKING:
+    from stagedspec.decoding.generation import Run
+
+
+class Positions:
+    """The calls at the positions of one generation.
+
+    input_ids: LongTensor [B, prompt], padding included, as processors and criteria are to see it.
+    new_tokens: at most so many; pad: what stopped rows go on with; eos: ids that end a row.
+    processors: (ids [B, L], logits fp32 [B, V]) -> scores [B, V]; criteria: (ids [B, L], scores) -> bool [B].
+    pads: whether a row that a criterion stopped goes on with `pad`; else it goes on decoding until all have stopped,
+    which is what transformers does where no end-of-sequence id is set.
+    keep: which of "scores" and "logits" to record, a tensor [B, V] a position, where input_ids lie; zeros for rows that
+    have stopped.
+    """
+
+    def __init__(
+        self,
+        input_ids: torch.Tensor,
+        new_tokens: int,
+        pad: int,
+        eos: Sequence[int] = (),
+        processors: Callable | None = None,
+        criteria: Callable | None = None,
+        streamer: Any = None,
+        pads: bool = True,
+        keep: Sequence[str] = (),
+    ):
+        self.batch, self.width = input_ids.shape
+        with torch.inference_mode(False):  # whatever the caller's: it is written to outside
+            self.ids = torch.cat((input_ids, input_ids.new_full((self.batch, new_tokens), pad)), 1)
+        self.pad, self.eos, self.pads = pad, frozenset(eos), pads
+        self.processors, self.criteria, self.streamer = processors, criteria, streamer
+        self.kept: dict[str, list[torch.Tensor]] = {name: [] for name in keep}
+        self.walked = self.settled = 0  # positions processed, positions shown to criteria and streamer
+        self.unfinished = [True] * self.batch
+
+    @property
+    def walks(self) -> bool:
+        """Whether tokens are chosen along the walk."""
+        return self.processors is not None or bool(self.kept)
+
+    # User code runs here: outside of inference mode, so that it may keep and change the tensors it is given.
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def walk(
+        self, ops: ModuleType, trees: Any, logits: torch.Tensor, warping: dict | None, noise: NoiseAt | None
+    ) -> torch.Tensor:
+        """Chooses along the walk: logits [B, N, V] -> tokens [B, N], UNCHOSEN off the walk."""
+        rows, device = trees.sequences.rows, logits.device
+        live = [row.running for row in rows]
+        chosen = torch.full(logits.shape[:2], UNCHOSEN, device="cpu")
+        if not any(live):  # a host that learns late that all rows have stopped
+            return chosen.to(device)
+        children = trees.children
+        left = max(row.limit - len(row.tokens) for row in rows if row.running)
+        nodes, every, taken = [0] * self.batch, torch.arange(self.batch, device=device), 0
+        while True:
+            at = torch.tensor(nodes, device=device)
+            picked = logits[every, at]
+            picked[[not alive for alive in live]] = 0.0
+            scores = picked
+            if self.processors is not None:
+                with self._unwritten("a logits processor"):
+                    seen = self.ids[:, : self.width + self.walked]
+                    found = self.processors(seen, picked.clone().to(seen.device))
+                scores = checked("scores", found, picked).to(device)
+            own = None if noise is None else noise.at_nodes(at)
+            tokens = ops.choose(scores[:, None], warping, own)[:, 0].tolist()
+            self._keep(ops, picked, scores, warping)
+            shown = [
+                token if alive and token != INVALID else self.pad for alive, token in zip(live, tokens, strict=True)
+            ]
+            for row, (node, token) in enumerate(zip(nodes, tokens, strict=True)):
+                if live[row]:
+                    chosen[row, node] = token
+                    live[row] = token not in self.eos
+            self.ids[:, self.width + self.walked] = torch.tensor(shown, device="cpu")
+            self.walked, taken = self.walked + 1, taken + 1
+            below = zip(children, nodes, tokens, strict=True)
+            nodes = [found.get((node, token), -1) for found, node, token in below]
+            nodes = [node if alive else 0 for node, alive in zip(nodes, live, strict=True)]
+            if taken == left or not any(live) or min(nodes) < 0:
+                return chosen.to(device)
+
+    def _keep(self, ops: ModuleType, logits: torch.Tensor, scores: torch.Tensor, warping: dict | None) -> None:
+        place = self.ids.device
+        if "logits" in self.kept:
+            self.kept["logits"].append(logits.to(place))
+        if "scores" in self.kept:
+            self.kept["scores"].append((scores.clone() if warping is None else ops.warp(scores, **warping)).to(place))
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def settle(self, run: "Run") -> None:
+        """Shows criteria and streamer the positions that all rows have reached; ends the rows that they stop."""
+        if self.criteria is None and self.streamer is None:
+            return
+        rows = run.sequences.rows  # a snapshot, where the state lives on a device
+        starts = [len(prompt) for prompt in run.request.prompts]
+        while any(self.unfinished):
+            new = [len(row.tokens) - start for row, start in zip(rows, starts, strict=True)]
+            at, longest = self.settled, max(new)
+            if at >= longest or any(row.running and count <= at for row, count in zip(rows, new, strict=True)):
+                return
+            tokens = [
+                row.tokens[start + at] if count > at else self.pad
+                for row, start, count in zip(rows, starts, new, strict=True)
+            ]
+            self.ids[:, self.width + at] = torch.tensor(tokens, device="cpu")
+            self.settled += 1
+            if self.streamer is not None:
+                self.streamer.put(torch.tensor(tokens, device="cpu"))
+            if self._stop(run, tokens):
+                rows = run.sequences.rows
+
+    def _stop(self, run: "Run", tokens: list[int]) -> bool:
+        """Ends what the last settled position ends; whether that was any row."""
+        before, stopped = list(self.unfinished), [False] * self.batch
+        if self.criteria is not None:
+            scores = tuple(self.kept["scores"][: self.settled]) if "scores" in self.kept else None
+            with self._unwritten("a stopping criterion"):
+                found = self.criteria(self.ids[:, : self.width + self.settled], scores)
+            stopped = checked("stopping criteria", found, self.ids[:, 0]).tolist()
+        for row, (token, stop) in enumerate(zip(tokens, stopped, strict=True)):
+            ended = stop or token in self.eos
+            if ended and self.unfinished[row]:
+                self.unfinished[row] = False
+                if self.pads:
+                    run.stop(row, self.settled)
+        if not any(self.unfinished):
+            for row in range(self.batch):
+                run.stop(row, self.settled)
+        return before != self.unfinished
+
+    @contextmanager
+    def _unwritten(self, who: str) -> Iterator[None]:
+        """Raises ValueError where user code wrote into the ids that it was shown: transformers would go on from them,
+        but the passes have read the others."""
+        before = self.ids._version
+        yield
+        if self.ids._version != before:
+            raise ValueError(
+                f"{who} wrote into input_ids, and tokens that were decoded cannot be changed: work on a copy, "
+                "input_ids.clone(), or force a token by its scores"
+            )
+
+
+def checked(what: str, found: object, like: torch.Tensor) -> torch.Tensor:
+    """What user code returned. Raises ValueError unless it has the shape of `like`, and scores are numbers."""
+    kind = "a floating-point tensor" if what == "scores" else "a tensor"
+    got = type(found).__name__
+    if isinstance(found, torch.Tensor):
+        if found.shape == like.shape and (what != "scores" or found.is_floating_point()):
+            return found
+        got = f"{list(found.shape)} of {str(found.dtype).removeprefix('torch.')}"
+    raise ValueError(f"{what} must be returned as {kind} of shape {list(like.shape)}, got {got}")
+
+
+@contextmanager
+def ended(streamer: Any) -> Iterator[None]:
+    """Ends the stream where the generation fails: whoever reads from it would wait forever."""
+    try:
+        yield
+    except BaseException:
+        if streamer is not None:
+            with suppress(Exception):  # its own error may be what failed
+                streamer.end()
+        raise

@@ -1,0 +1,1 @@
+"""Models and tables: reading, checking, running them."""

@@ -1,0 +1,261 @@
+"""GPT-2 weights, the KV cache and the forward pass over a batch of token trees.
+
+Everything of `GPT2Config` that changes the forward pass is honoured; what is not supported is refused by name.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.activations import ACT2FN
+
+from stagedspec.kernels.backends.torch_ops import Batch, Linear
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One transformer block; `scale` multiplies the attention scores."""
+
+    norm_1: tuple[torch.Tensor, torch.Tensor]
+    qkv: Linear
+    projection: Linear
+    norm_2: tuple[torch.Tensor, torch.Tensor]
+    up: Linear
+    down: Linear
+    scale: float
+
+
+class Cache:
+    """A static KV cache [layers, B, S, 2, H, D]: the tree region, then the prefix.
+
+    Tree nodes live in rows [0, tree_rows); the token at position p lives in row tree_rows + p. The two lie side by
+    side so that one contiguous slice covers both.
+    """
+
+    def __init__(self, model: "GPT2", batch: int, tree_rows: int, positions: int):
+        self.tree_rows = tree_rows
+        shape = (len(model.layers), batch, tree_rows + positions, 2, model.heads, model.head_size)
+        # Zeros, not garbage: masked rows are multiplied by zero, and zero times NaN is NaN.
+        self.rows = torch.zeros(shape, dtype=model.kv_dtype, device=model.device)
+
+    def commit(self, model: "GPT2", moves: list[list[tuple[int, int]]]) -> None:
+        """Moves accepted nodes into the prefix: (tree row, position) pairs of each sequence."""
+        model.ops.move_rows(self.rows, self.tree_rows, moves)
+
+
+class GPT2:
+    """Weights of one model, copied and laid out for a backend: what later happens to the model does not matter here.
+
+    ops: the backend, of `stagedspec.kernels.backends.select.resolve`. invariant: whether a node's result must not
+    depend on the rest of the batch: always for a target; a draft cannot change the output and takes what is fastest.
+    vocabulary: of the target, for a draft with more or fewer rows of padding: token ids below it can be read, and those
+    that the draft has too can be proposed (`vocab_size`).
+
+    Raises ValueError for a config that cannot be decoded, for heads too wide for the backend, and for weights that are
+    not finite in `dtype`.
+    """
+
+    def __init__(
+        self,
+        model: GPT2LMHeadModel,
+        ops: ModuleType,
+        device: torch.device,
+        dtype: torch.dtype,
+        invariant: bool = True,
+        vocabulary: int | None = None,
+    ):
+        config = copy.deepcopy(model.config)
+        check_config(config)
+        self.ops, self.device, self.dtype = ops, device, dtype
+        self.kv_dtype = ops.kv_dtype(dtype, device, invariant)
+        self.config = config
+        vocabulary = config.vocab_size if vocabulary is None else vocabulary
+        self.vocab_size, self.positions = min(config.vocab_size, vocabulary), config.n_positions
+        self.heads, self.head_size = config.n_head, config.n_embd // config.n_head
+        if self.head_size > ops.max_head_size:
+            raise ValueError(
+                f"attention heads of backend {ops.name!r} can be at most {ops.max_head_size} wide, the model's are "
+                f"{self.head_size}; use backend='torch'"
+            )
+        self.epsilon, self.upcast = config.layer_norm_epsilon, bool(config.reorder_and_upcast_attn)
+        name = config.activation_function
+        self.activation: str | Callable = name if ops.fused_activation(name) else ACT2FN[name]
+        weights = _Weights(model, "target" if invariant else "draft", device, dtype)
+        table = weights["transformer.wte.weight"]
+        head = table if model.lm_head.weight is model.transformer.wte.weight else weights["lm_head.weight"]
+        head = head[: self.vocab_size]
+        beyond = vocabulary - len(table)  # ids that a draft can only read
+        self.token_table = F.pad(table, (0, 0, 0, beyond)) if beyond > 0 else table[:vocabulary]
+        self.position_table = weights["transformer.wpe.weight"]
+        self.final_norm = weights.pair("transformer.ln_f")
+        self.invariant = invariant
+        self.head = ops.pack_linear(head, None, invariant)
+        self.layers = [self._layer(weights, index) for index in range(config.n_layer)]
+        self.small = None
+        if not invariant:
+            own = weights.shared | {"transformer.wte.weight": self.token_table, "lm_head.weight": head}
+            self.small = ops.small_model(config, own, [layer.scale for layer in self.layers])
+        self.parameters = sum(parameter.numel() for parameter in nn.Module.parameters(model))
+
+    def _layer(self, weights: "_Weights", index: int) -> Layer:
+        def pair(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+            return weights.pair(f"transformer.h.{index}.{name}")
+
+        def linear(name: str, norm: str | None = None) -> Linear:
+            weight, bias = pair(name)
+            before = None if norm is None else pair(norm)
+            return self.ops.pack_linear(weight.t(), bias, self.invariant, before)  # Conv1D stores [in, out]
+
+        scale = self.head_size**-0.5 if self.config.scale_attn_weights else 1.0
+        if self.config.scale_attn_by_inverse_layer_idx:
+            scale /= index + 1
+        return Layer(
+            pair("ln_1"),
+            linear("attn.c_attn", "ln_1"),
+            linear("attn.c_proj"),
+            pair("ln_2"),
+            linear("mlp.c_fc", "ln_2"),
+            linear("mlp.c_proj"),
+            scale,
+        )
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights one pass reads: every layer and the head; of the embeddings only a few rows."""
+        config = self.config
+        inner = config.n_inner or 4 * config.n_embd
+        layer = 4 * config.n_embd**2 + 2 * config.n_embd * inner
+        return (config.n_layer * layer + self.vocab_size * config.n_embd) * self.dtype.itemsize
+
+    def forward(self, batch: Batch, cache: Cache, write: int, first: int = 0) -> torch.Tensor:
+        """One pass over the B*N tokens of batch; returns the hidden states [B, N, d] before the last norm.
+
+        Their K and V are written to cache rows write .. write + N; what they attend to begins at row `first`.
+        """
+        ops = self.ops
+        if self.small is not None and self.small.knows(batch.tokens.numel()):
+            return ops.small_forward(self.small, batch, cache.rows, write, first)
+        x = ops.embed(self.token_table, self.position_table, batch.tokens, batch.positions)
+        views = ops.layer_views(cache.rows, cache.tree_rows, batch, write, first)
+        for layer, view in zip(self.layers, views, strict=True):
+            qkv = ops.norm_linear(x, *layer.norm_1, self.epsilon, layer.qkv)
+            mixed = ops.tree_attention(qkv, view, batch, layer.scale, self.upcast)
+            x = ops.linear_add(mixed, layer.projection, x)
+            inner = ops.norm_linear(x, *layer.norm_2, self.epsilon, layer.up, self.activation)
+            x = ops.linear_add(inner, layer.down, x)
+        return x.view(*batch.tokens.shape, -1)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states [..., d] to fp32 logits [..., V]."""
+        return self.ops.head_logits(hidden, *self.final_norm, self.epsilon, self.head)
+
+    def choose(self, hidden: torch.Tensor, warping: dict | None, noise) -> torch.Tensor:
+        """Hidden states [B, N, d] to the one token of every node [B, N]."""
+        return self.ops.lm_head_choose(hidden, *self.final_norm, self.epsilon, self.head, warping, noise)
+
+    def children(self, hidden: torch.Tensor, count: int, warping: dict | None, noise) -> tuple[torch.Tensor, ...]:
+        """Hidden states [B, N, d] to the likeliest children: tokens and log-probabilities [B, N, count]."""
+        if self.small is not None and self.small.knows(hidden.shape[:-1].numel(), warping):
+            return self.ops.small_children(self.small, hidden, count, warping, noise)
+        return self.ops.lm_head_children(hidden, *self.final_norm, self.epsilon, self.head, count, warping, noise)
+
+
+class _Weights:
+    """The weights of a model object by name, each copied when it is asked for, so that no two copies of all exist.
+
+    role ("target", "draft") is for messages. shared: the weights themselves, copied only for another device or dtype.
+    """
+
+    def __init__(self, model: GPT2LMHeadModel, role: str, device: torch.device, dtype: torch.dtype):
+        self._role, self._place = role, {"device": device, "dtype": dtype}
+        named = nn.Module.named_parameters(model, remove_duplicate=False)  # whatever a subclass makes of it
+        self._parameters = {name: one.detach() for name, one in named}
+
+    @property
+    def shared(self) -> dict[str, torch.Tensor]:
+        return {name: one.to(**self._place) for name, one in self._parameters.items()}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        own = self._parameters[name].to(**self._place, copy=True)
+        if finite(own):
+            return own
+        if not finite(self._parameters[name]):
+            raise ValueError(f"{self._role}: {name!r} holds values that are not finite: load a sound checkpoint")
+        dtype = str(own.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"{self._role}: {name!r} holds values beyond the range of {dtype}, "
+            f"{torch.finfo(own.dtype).max:g}: use dtype='float32' or 'bfloat16'"
+        )
+
+    def pair(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """The weight and the bias of a module."""
+        return self[f"{name}.weight"], self[f"{name}.bias"]
+
+
+def finite(tensor: torch.Tensor) -> bool:
+    """Whether no value is infinite or NaN. Both pass through the extremes, which torch finds ten times faster than it
+    looks at every value."""
+    return not tensor.numel() or all(bool(extreme.isfinite()) for extreme in tensor.detach().aminmax())
+
+
+class Reader:
+    """Fills a model's cache with the prompts, chunk by chunk.
+
+    sequences: the committed tokens, of the backend's `Sequences`. repeated: what makes a pass that runs often, the
+    backend's `repeated` or nothing; chunks of one size share the pass.
+    """
+
+    def __init__(self, model: GPT2, cache: Cache, sequences, repeated: Callable[[Callable], Callable] | None = None):
+        self.model, self.cache, self.sequences = model, cache, sequences
+        self._repeated = repeated or (lambda part: part)
+        self._passes: dict[int, Callable] = {}  # by the size of a chunk
+
+    def read(self, count: int) -> None:
+        """Reads the first `count` tokens of every row, from position 0."""
+        for start, size in self.sequences.chunks(count):
+            self._pass(size)(self.sequences.chunk(start, size, self.model.kv_dtype), start)
+
+    def calls(self, sizes: Iterable[int]) -> Iterator[tuple[Callable, tuple]]:
+        """A call of the pass over a chunk of each size, (pass, arguments), for the backend's `prepare`; without those
+        that are prepared."""
+        for size in sizes:
+            if not getattr(self._pass(size), "prepared", False):
+                yield self._pass(size), (self.sequences.chunk(0, size, self.model.kv_dtype), 0)
+
+    def _pass(self, size: int) -> Callable:
+        if size not in self._passes:
+            # No method of this reader: a cycle of references would keep the cache until Python collects garbage.
+            self._passes[size] = self._repeated(partial(read_chunk, self.model, self.cache))
+        return self._passes[size]
+
+
+def read_chunk(model: GPT2, cache: Cache, chunk: Batch, start: int) -> None:
+    """The pass over a chunk of prompts, of `Sequences.chunk`, after their first `start` tokens."""
+    model.forward(chunk, cache, cache.tree_rows + start, cache.tree_rows)
+
+
+def check_config(config: GPT2Config) -> None:
+    """Raises ValueError, by name, for what cannot be decoded."""
+    if getattr(config, "model_type", None) != "gpt2":
+        kind = getattr(config, "model_type", None)
+        raise ValueError(
+            f"expected a GPT-2 checkpoint (model_type 'gpt2'), got {kind!r}: other architectures cannot be decoded here"
+        )
+    if config.add_cross_attention:
+        raise ValueError("add_cross_attention=True is not supported: give a GPT-2 that only decodes")
+    if config.activation_function not in ACT2FN:
+        raise ValueError(f"unknown activation_function {config.activation_function!r}; expected one transformers knows")
+    for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
+        value = getattr(config, name)
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+    if config.n_embd % config.n_head:
+        raise ValueError(
+            f"n_embd must be divisible by n_head, got {config.n_embd} and {config.n_head}: mend the config"
+        )

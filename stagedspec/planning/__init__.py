@@ -1,0 +1,1 @@
+"""Token trees: their settings, the cost model that chooses them, and adapting them to the text."""

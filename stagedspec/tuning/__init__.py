@@ -1,0 +1,1 @@
+"""Tuning for a machine, and comparing decoders on it."""

@@ -1,0 +1,334 @@
+"""Tuning of the kernels' launch settings for the GPU at hand: which of an operation's candidates is the fastest.
+
+An operation that can be tuned asks `configs.config` for its settings at every launch, and its module has a function
+`candidates` that lists what may be tried, the default first. What it is tuned on comes from workloads: PROBLEMS gives,
+for a model, the shapes under which its settings are kept, their candidates, and the launches that are timed.
+
+Only speed may be tuned. Every candidate's results are compared bit by bit with those of the default, at every launch,
+before it is timed: one that differs anywhere is refused, one that does not run is left out.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from triton.errors import TritonError
+
+from stagedspec.kernels import choose, compact, grow_tree, linear, linear_hopper, lm_head, ngram_lookup, verify_commit
+from stagedspec.kernels.common import launch_configs as configs
+from stagedspec.kernels.common.registry import Scratch
+from stagedspec.kernels.common.timing import time_run
+from stagedspec.models.loading import read_checkpoint
+from stagedspec.tuning import workloads
+from stagedspec.tuning.workloads import Growing, Head, ModelShape, Moving
+
+GAIN = 0.02  # a candidate must be faster by more than this to take the default's place: less is noise
+NODES = (1, 16, 64)
+LINEAR_NODES = (16, 32, 64, 128)
+CHUNKS = (256, 512, 1024)  # passes over a prompt
+CACHE = 128 << 20  # bytes, more than any GPU's L2
+CONTEXT = 512
+Timer = Callable[[Callable[[], None]], float]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of an operation. run: to be timed; results: runs it from a given start, and gives what it wrote."""
+
+    run: Callable[[], object]
+    results: Callable[[], list[torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """An operation at the shape under which its settings are kept. candidates: settings, the default first; launches:
+    made when its turn comes."""
+
+    op: str
+    shape: tuple[int, ...]
+    candidates: list[dict[str, int]]
+    launches: Callable[[], list[Launch]]
+
+
+@dataclass
+class Tuned:
+    """What came of a problem. times: microseconds of each launch, by the default and by the settings found."""
+
+    op: str
+    shape: tuple[int, ...]
+    settings: dict[str, int]
+    default: dict[str, int]
+    times: tuple[list[float], list[float]]
+    tried: int = 0
+    refused: list[dict[str, int]] = field(default_factory=list)
+    failed: list[dict[str, int]] = field(default_factory=list)
+
+    @property
+    def speedup(self) -> float:
+        """Geometric mean over the launches."""
+        return _mean_ratio(*self.times)
+
+    def as_dict(self) -> dict:
+        shown = "op", "settings", "default", "tried", "refused", "failed"
+        before, after = self.times
+        return {name: getattr(self, name) for name in shown} | {
+            "shape": configs.shape_name(self.shape),
+            "default_us": before,
+            "tuned_us": after,
+            "speedup": self.speedup,
+        }
+
+
+def _mean_ratio(before: list[float], after: list[float]) -> float:
+    return math.exp(sum(math.log(b / a) for b, a in zip(before, after, strict=True)) / len(before))
+
+
+def replayed(run: Callable[[], object], count: int = 20) -> float:
+    """Microseconds of one launch, by replays of a graph of some."""
+
+    def every() -> None:
+        for _ in range(count):
+            run()
+
+    return time_run(every, count).median
+
+
+def tune(problem: Problem, timer: Timer = replayed, report: Callable[[], None] = lambda: None) -> Tuned:
+    """The fastest of the candidates; report: called after each."""
+    launches, default = problem.launches(), problem.candidates[0]
+    with configs.trying(problem.op, problem.shape, default):
+        wanted = [_snapshot(launch) for launch in launches]
+        before = [timer(launch.run) for launch in launches]
+    report()
+    found = Tuned(problem.op, problem.shape, default, default, (before, before), tried=1)
+    for settings in problem.candidates[1:]:
+        with configs.trying(problem.op, problem.shape, settings):
+            try:
+                same = all(map(_same, map(_snapshot, launches), wanted))
+                times = [timer(launch.run) for launch in launches] if same else []
+            except (TritonError, RuntimeError, ValueError) as error:  # too much shared memory, or it does not compile
+                if isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)):
+                    raise
+                found.failed.append(settings)
+                same, times = True, []
+        found.tried += 1
+        if not same:
+            found.refused.append(settings)
+        elif times and _mean_ratio(before, times) > max(found.speedup, 1 + GAIN):
+            found.settings, found.times = settings, (before, times)
+        report()
+    return found
+
+
+def _snapshot(launch: Launch) -> list[torch.Tensor]:
+    """Bytes of the results, so that NaNs of the same bits are the same."""
+    return [result.clone().flatten().view(torch.uint8) for result in launch.results()]
+
+
+def _same(got: list[torch.Tensor], wanted: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+
+def tune_all(
+    ops: list[str],
+    shapes: list[ModelShape],
+    device: torch.device,
+    report: Callable[[str, int, int], None] = lambda *_: None,
+    timer: Timer = replayed,
+    keep: Callable[[Tuned], None] = lambda _: None,
+) -> list[Tuned]:
+    """Tunes operations at the shapes of models. report: the operation, candidates done, candidates in all; keep: called
+    with what came of each problem, in case there is no time for all of them."""
+    work = {(one.op, one.shape): one for op in ops for shape in shapes for one in PROBLEMS[op](shape, device)}
+    total, found = sum(len(problem.candidates) for problem in work.values()), []
+    for problem in work.values():
+        done = iter(range(sum(one.tried for one in found) + 1, total + 1))
+        name = f"{problem.op} {configs.shape_name(problem.shape)}"
+        found.append(tune(problem, timer, lambda name=name, done=done: report(name, next(done), total)))
+        keep(found[-1])
+    return found
+
+
+def table(found: list[Tuned]) -> configs.Table:
+    """What `configs.write` takes. Where the default is the best it is written too: an older file may say otherwise."""
+    result: configs.Table = {}
+    for one in found:
+        result.setdefault(one.op, {})[configs.shape_name(one.shape)] = one.settings
+    return result
+
+
+def shapes(models: list[str]) -> list[ModelShape]:
+    """Of GPT-2's sizes, "embedded", hub ids and folders. Raises ValueError for a model that cannot be read."""
+    found = []
+    for model in models:
+        if model == "embedded":
+            found += [workloads.SIZES["target"], workloads.SIZES["draft"]]
+        elif model in ("S", "M", "L", "XL"):
+            found.append(workloads.SIZES[model])
+        else:
+            try:
+                config = read_checkpoint(model, "model").config
+            except ValueError as error:
+                raise ValueError(f"{error}, or S, M, L, XL or embedded") from error
+            inner = config.n_inner or 0
+            found.append(ModelShape(config.n_layer, config.n_embd, config.n_head, config.vocab_size, inner))
+    return found
+
+
+# ---------------------------------------------------------------- what there is to tune
+
+
+def _head(shape: ModelShape, device: torch.device) -> Iterator[Problem]:
+    def launches() -> list[Launch]:
+        found = []
+        for nodes in NODES:
+            head = Head(shape, 1, nodes, device)
+            for sampling in ("greedy", "top-k"):
+                run = partial(head.choose, sampling)
+                found.append(Launch(run, lambda run=run: [run()]))
+            run = partial(head.children, "greedy")
+            found.append(Launch(run, lambda run=run: list(run())))
+        return found
+
+    if linear.by_hopper(workloads.dtype_of(device).itemsize, shape.width, device):
+        return
+    key = shape.vocab, shape.width
+    yield Problem("lm_head", key, lm_head.candidates(key, device), launches)
+
+
+def _linear(shape: ModelShape, device: torch.device) -> Iterator[Problem]:
+    width, mlp = shape.width, shape.mlp
+    dtype = workloads.dtype_of(device)
+    for outputs, inputs in ((3 * width, width), (width, width), (mlp, width), (width, mlp)):
+        if linear.by_hopper(dtype.itemsize, inputs, device):
+            op, module = "linear_hopper", linear_hopper
+            counts = {linear_hopper.padded(count): count for count in (*LINEAR_NODES, *CHUNKS)}
+            keys = {(rows, outputs, inputs): count for rows, count in counts.items()}
+        else:
+            op, module, size = "linear", linear, dtype.itemsize
+            counts = {linear.token_tile(count, size): count for count in LINEAR_NODES}
+            keys = {(size, tile, outputs, inputs): count for tile, count in counts.items()}
+        for key, count in keys.items():
+
+            def launches(outputs: int = outputs, inputs: int = inputs, count: int = count) -> list[Launch]:
+                """Over more weights than a cache holds, as the layers of a model are."""
+                made = min(shape.layers, 1 + (CACHE >> 1) // (outputs * inputs))
+                layers = [
+                    (workloads.randn(outputs, inputs, device=device, scale=inputs**-0.5), out)
+                    for out in workloads.randn(made, count, outputs, device=device).unbind()
+                ]
+                x = workloads.randn(count, inputs, device=device)
+                residual = workloads.randn(count, outputs, device=device)
+                bias = workloads.randn(outputs, device=device)
+                stats = torch.empty(count, linear.stat_tiles(outputs), 2, device=device)
+                scratch = Scratch.of([linear.scratch_size(count, outputs, inputs)], device)
+
+                def run() -> None:
+                    for weight, out in layers:
+                        linear.linear_add(x, weight, bias, residual, out, stats, scratch)
+
+                return [Launch(run, lambda: [run(), stats, *(out for _, out in layers)][1:])]
+
+            yield Problem(op, key, module.candidates(key, device), launches)
+
+
+def _choose(shape: ModelShape, device: torch.device) -> Iterator[Problem]:
+    def launches() -> list[Launch]:
+        found = []
+        for nodes in NODES:
+            rule = workloads.Choosing(shape.vocab, 1, nodes, device)
+            for sampling in ("greedy", "top-k", "top-p"):
+                run = partial(rule.choose, sampling)
+                found.append(Launch(run, lambda run=run: [run()]))
+            run = partial(rule.children, "top-k")
+            found.append(Launch(run, lambda run=run: list(run())))
+        return found
+
+    yield Problem("choose", (shape.vocab,), choose.candidates((shape.vocab,), device), launches)
+
+
+def _compact(shape: ModelShape, device: torch.device) -> Iterator[Problem]:
+    def launches() -> list[Launch]:
+        found = []
+        for count in (2, 13):
+            moving = Moving(shape, 1, 64, CONTEXT, count, device)
+            found.append(Launch(moving.move, lambda moving=moving: [moving.move(), moving.cache][1:]))
+        return found
+
+    key = (2 * shape.width,)
+    yield Problem("compact", key, compact.candidates(key, device), launches)
+
+
+def _lookup(shape: ModelShape, device: torch.device) -> Iterator[Problem]:
+    table = workloads.katz_table(shape.vocab, device)
+
+    def launches() -> list[Launch]:
+        found = []
+        for nodes in NODES:
+            looking = workloads.Looking(nodes, CONTEXT, 1, table, device)
+            found.append(Launch(looking.look, lambda looking=looking: list(looking.look())))
+        return found
+
+    key = (table.successors,)
+    yield Problem("ngram_lookup", key, ngram_lookup.candidates(key, device), launches)
+
+
+def _grow(op: str, shape: ModelShape, device: torch.device) -> Iterator[Problem]:
+    """Trees do not depend on the model but for its vocabulary; trees of one tile of candidates share their settings."""
+    by_tile: dict[int, list[int]] = {}
+    for nodes in NODES[1:]:
+        by_tile.setdefault(grow_tree.tile(op, workloads.tree_config(nodes)), []).append(nodes)
+    for size, trees in by_tile.items():
+
+        def launches(trees: list[int] = trees) -> list[Launch]:
+            found = []
+            for nodes in trees:
+                growing = Growing(nodes, CONTEXT, 1, workloads.katz_table(shape.vocab, device), device)
+                run = partial(growing.passes, harvest=False) if op == "grow_pass" else growing.growth.harvest
+
+                def results(growing: Growing = growing) -> list[torch.Tensor]:
+                    for tensor in growing.growth.state.tensors:
+                        tensor.zero_()
+                    trees = growing.passes()
+                    return [trees.tree, trees.inputs.packed, trees.inputs.masks, *growing.growth.state.tensors]
+
+                growing.passes()
+                found.append(Launch(run, results))
+            return found
+
+        yield Problem(op, (size,), grow_tree.candidates(op, (size,), device), launches)
+
+
+def _verify(shape: ModelShape, device: torch.device) -> Iterator[Problem]:
+    for nodes in NODES:
+
+        def launches(nodes: int = nodes) -> list[Launch]:
+            growing = Growing(nodes, CONTEXT, 1, workloads.katz_table(shape.vocab, device), device, room=16384)
+            trees = growing.passes()
+            chosen = growing.likely(trees)
+            state = growing.sequences.state.tensors
+            start = [tensor.clone() for tensor in state]
+
+            def results() -> list[torch.Tensor]:
+                for tensor, value in zip(state, start, strict=True):
+                    tensor.copy_(value)
+                moves = trees.verify_commit(chosen)
+                return [moves.accepted, moves.target, moves.draft, *state]
+
+            return [Launch(lambda: trees.verify_commit(chosen), results)]
+
+        yield Problem("verify_commit", (nodes,), verify_commit.candidates((nodes,), device), launches)
+
+
+PROBLEMS: dict[str, Callable[[ModelShape, torch.device], Iterator[Problem]]] = {
+    "linear": _linear,
+    "lm_head": _head,
+    "choose": _choose,
+    "compact": _compact,
+    "ngram_lookup": _lookup,
+    "grow_pass": partial(_grow, "grow_pass"),
+    "harvest_tree": partial(_grow, "harvest_tree"),
+    "verify_commit": _verify,
+}

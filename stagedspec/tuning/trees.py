@@ -1,0 +1,250 @@
+"""`stagedspec tune-tree`: measures a pair of models on this machine, chooses trees, and holds predictions against it.
+
+Acceptance is measured on the target's own text: at every position the draft ranks its children under the noise of that
+position, and draft² names the one it thinks first. The text is then split into kinds of stretches, easy to hard. The
+cost model names a few trees of each mode from that, and the one that decodes fastest is kept.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import pairwise, product
+
+import torch
+
+from stagedspec.decoder import Decoder
+from stagedspec.kernels.backends.torch_ops import Batch, NoiseAt
+from stagedspec.models.gpt2 import Cache
+from stagedspec.planning.cost import CHILDREN, SAMPLED, Model, PassTimes, Stretch
+from stagedspec.planning.profile import Tuning, pair_of
+from stagedspec.planning.tree import MODES, TreeConfig
+from stagedspec.tuning.compare import Run, compare, measure
+
+KINDS, WINDOW = 3, 8  # kinds of stretches, and the tokens that are taken to lie in the same one
+FINALISTS, HEATS = 4, 8  # trees of a mode that are timed, and on how many groups of prompts
+
+# The rank of the token written among the draft's children, -1 for none; whether draft² named the draft's first child.
+Outcome = tuple[int, bool]
+
+
+def outcomes(decoder: Decoder, prompt: Sequence[int], new_tokens: int, sampled: bool, seed: int = 0) -> list[Outcome]:
+    """How the draft and draft² stand to what the target writes after a prompt, token by token."""
+    draft, table, device = decoder.draft, decoder.ngram, decoder.device
+    options = {"do_sample": True, **SAMPLED} if sampled else {}
+    ids = torch.tensor([list(prompt)])
+    row = decoder.generate(
+        ids, max_new_tokens=new_tokens, mode="autoregressive", eos_token_id=[], seed=seed, **options
+    )[0].to(device)  # fmt: skip
+    start, count = len(prompt) - 1, len(row) - 1
+    with torch.inference_mode():
+        cache = Cache(draft, 1, 0, count)
+        positions = torch.arange(count, device=device)[None]
+        bias = draft.ops.causal_bias(0, count, device, draft.kv_dtype)
+        hidden = draft.forward(Batch(row[None, :-1], positions, [], bias), cache, 0)[:, start:]
+        noise = None
+        if sampled:
+            counters = torch.tensor([seed], device=device), torch.tensor([0], device=device)
+            values = draft.ops.gumbel_noise(*counters, positions[:, start:] + 1, draft.vocab_size)
+            noise = NoiseAt(values, torch.arange(count - start, device=device)[None])
+        logits = draft.logits(hidden)
+        children, _ = draft.ops.choose_children(
+            logits, min(CHILDREN, draft.vocab_size), SAMPLED if sampled else None, noise
+        )
+    tokens, children = row.tolist(), children[0].tolist()
+    follower = dict(zip(pairwise(tokens[: start + 1]), tokens[2 : start + 1], strict=False))
+    found = []
+    for index, names in enumerate(children):
+        first, last = tokens[start + index - 1] if start + index else -1, tokens[start + index]
+        known = table.successors_of(first, last) if table is not None else []
+        latest = follower.get((first, last))
+        scored = ([] if latest is None else [(latest, -0.25)]) + [pair for pair in known if pair[0] != latest]
+        if noise is not None:
+            scored = [(token, score + noise.values[0, index, token].item()) for token, score in scored]
+        named = bool(scored) and max(scored, key=lambda pair: pair[1])[0] == names[0]
+        token = tokens[start + index + 1]
+        found.append((names.index(token) if token in names else -1, named))
+        follower[first, last] = token
+    return found
+
+
+def fit_stretches(texts: Sequence[Sequence[Outcome]]) -> tuple[Stretch, ...]:
+    """Splits texts into kinds of stretches, easiest first: a mixture of multinomials over windows, by EM.
+
+    Deterministic. Raises ValueError without any outcome.
+    """
+    windows = [text[start : start + WINDOW] for text in texts for start in range(0, len(text), WINDOW)]
+    if not windows:
+        raise ValueError("expected at least one token to fit to, got none")
+    counts = torch.zeros(len(windows), CHILDREN + 1, dtype=torch.float64)  # the last column: none of the children
+    named = torch.zeros(len(windows), 2, dtype=torch.float64)
+    for index, window in enumerate(windows):
+        for rank, guess in window:
+            counts[index, rank] += 1
+            named[index, int(guess)] += 1
+    sizes = counts.sum(1)
+    # Start: thirds of the windows by how often the first child came true.
+    order = (counts[:, 0] / sizes).argsort(descending=True, stable=True)
+    member = torch.zeros(len(windows), KINDS, dtype=torch.float64)
+    for kind, part in enumerate(order.tensor_split(KINDS)):
+        member[part, kind] = 1
+    for _ in range(100):
+        ranks = member.T @ counts + 0.02  # a little of everything, so that no logarithm is infinite
+        ranks /= ranks.sum(1, keepdim=True)
+        guesses = member.T @ named + 0.02
+        guesses /= guesses.sum(1, keepdim=True)
+        share = (member.sum(0) + 1e-9) / len(windows)
+        member = (counts @ ranks.log().T + named @ guesses.log().T + share.log()).softmax(1)
+    share = (member * sizes[:, None]).sum(0) / sizes.sum()
+    kinds = [
+        (round(share[kind].item(), 4), tuple(round(rate, 4) for rate in ranks[kind, :-1].tolist()),
+         round(guesses[kind, 1].item(), 4))
+        for kind in range(KINDS) if share[kind] > 0.005
+    ]  # fmt: skip
+    return tuple(sorted(kinds, key=lambda kind: -kind[1][0]))
+
+
+def tune(
+    decoder: Decoder,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int = 96,
+    batches: Sequence[int] = (1,),
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Tuning:
+    """Measures passes and acceptance, times the likeliest trees of every drafting mode, greedy and sampled, keeps the
+    fastest, and times those.
+
+    prompts: token ids. The decoder uses what was found from then on. progress: told (done, total).
+
+    Raises ValueError without a draft or prompts, for a backend without trees on the host, or for prompts that leave no
+    room for new_tokens.
+    """
+    if decoder.draft is None:
+        raise ValueError("trees are tuned for a target and its draft, and there is no draft: give a draft (--draft)")
+    decoder.check_host_trees("tuning trees")
+    room = decoder.target.positions - new_tokens
+    if room < 1:
+        raise ValueError(
+            f"new_tokens must leave room for a prompt, so at most {decoder.target.positions - 1}, got {new_tokens}"
+        )
+    lengths = [len(prompt) for prompt in prompts]
+    prompts = [list(prompt) for prompt in prompts if 0 < len(prompt) <= room]
+    if not prompts:
+        raise ValueError(
+            f"expected at least one prompt of 1 to {room} tokens, got {len(lengths)} of {min(lengths, default=0)} to "
+            f"{max(lengths, default=0)}; lower new_tokens, or give shorter ones"
+        )
+    modes = [mode for mode in MODES if mode != "autoregressive"]
+    total, done = 2 * len(prompts) + 2 * len(batches) * (1 + len(modes) + len(MODES)), 0
+
+    def advance() -> None:
+        nonlocal done
+        done += 1
+        progress(done, total)
+
+    tuning, times = Tuning(pair_of(decoder)), PassTimes(decoder.target, decoder.draft)
+    for sampled in (False, True):
+        texts = []
+        for seed, prompt in enumerate(prompts):
+            texts.append(outcomes(decoder, prompt, new_tokens, sampled, seed))
+            advance()
+        tuning.stretches[sampled] = fit_stretches(texts)
+    tuning.seconds = times.seconds
+    for batch, sampled in product(batches, (False, True)):
+        model = Model(times, batch, sampled, tuning.stretches[sampled])
+        groups = _groups(prompts, batch)
+        for mode in modes:
+            tuning.trees[mode, batch, sampled] = _fastest(decoder, tuning, model, mode, groups[:HEATS], new_tokens)
+            advance()
+        decoder.use(tuning)
+        tuning.measured += _timed(decoder, tuning, model, groups, new_tokens, advance)
+    return tuning
+
+
+def _groups(prompts: Sequence[Sequence[int]], batch: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The prompts in batches: ids, attention masks; the first ones again where they do not fill the last batch."""
+    groups = []
+    for start in range(0, max(1, len(prompts) - batch + 1), batch):
+        rows = [prompts[(start + index) % len(prompts)] for index in range(batch)]
+        width = max(map(len, rows))
+        ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows])
+        groups.append((ids, torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])))
+    return groups
+
+
+class _Side:
+    """Generations in one mode, and their tokens a second over all rows, prefill left out."""
+
+    def __init__(self, decoder: Decoder, model: Model, mode: str, new_tokens: int):
+        self.decoder = decoder
+        self.options = {"max_new_tokens": new_tokens, "mode": mode, "eos_token_id": [], "do_sample": model.sampled}
+        self.options["seed"] = 0  # all sides write the same
+        self.options |= SAMPLED if model.sampled else {}
+        self.reset()
+
+    @property
+    def rate(self) -> float:
+        return self.tokens / self.seconds
+
+    def __call__(self, group) -> Run:
+        output = self.decoder.generate(*group, **self.options)
+        stats = self.decoder.last_stats
+        self.tokens += stats.new_tokens
+        self.seconds += stats.total_seconds - stats.seconds.get("prefill", 0.0)
+        return Run(output[:, group[0].shape[1] :].flatten().tolist(), stats.as_dict())
+
+    def reset(self) -> None:
+        """After a run that was no more than a warm-up."""
+        self.tokens, self.seconds = 0, 0.0
+
+
+def _fastest(decoder: Decoder, tuning: Tuning, model: Model, mode: str, groups, new_tokens: int) -> list[TreeConfig]:
+    """The ladder of the finalist that decodes most tokens a second, sides taking turns."""
+    ladders = [model.ladder(mode, tree) for tree in model.finalists(mode, FINALISTS)]
+    sides = [_Side(decoder, model, mode, new_tokens) for _ in ladders]
+
+    def with_trees(index: int) -> Callable:
+        trees = tuning.trees | {(mode, model.batch, model.sampled): ladders[index]}
+
+        def run(group) -> Run:
+            decoder.use(replace(tuning, trees=trees))
+            decoder.tree_for(mode, model.batch, do_sample=model.sampled)  # outside what is timed
+            return sides[index](group)
+
+        return run
+
+    runs = {str(index): with_trees(index) for index in range(len(ladders))}
+    for index, run in enumerate(runs.values()):
+        run(groups[0])
+        sides[index].reset()
+    measure(runs, groups)
+    return ladders[max(range(len(ladders)), key=lambda index: sides[index].rate)]
+
+
+def _timed(decoder: Decoder, tuning: Tuning, model: Model, groups, new_tokens: int, advance) -> list[dict]:
+    """Every mode's predicted and measured tokens a second, sides taking turns."""
+    batch, sampled = model.batch, model.sampled
+    sides = {mode: _Side(decoder, model, mode, new_tokens) for mode in MODES}
+    for side in sides.values():
+        side(groups[0])
+        side.reset()
+        advance()
+    found = []
+    plain = batch / model.verify_seconds(1)
+    for row in compare(sides, groups):
+        tree = None if row.name == "autoregressive" else tuning.trees[row.name, batch, sampled][-1]
+        predicted = plain if tree is None else batch * model.tokens_per_second(tree)
+        found.append(
+            {
+                "mode": row.name,
+                "batch": batch,
+                "sampled": sampled,
+                "predicted_tokens_per_second": predicted,
+                "measured_tokens_per_second": sides[row.name].rate,
+                "predicted_speedup": predicted / plain,
+                "measured_speedup": row.speedup,
+                "predicted_tokens_per_step": 1.0 if tree is None else model.step(tree)[0],
+                "measured_tokens_per_step": row.tokens_per_step,
+                "identical": row.identical,
+            }
+        )
+    advance()
+    return found

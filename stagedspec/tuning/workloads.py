@@ -1,0 +1,293 @@
+"""What the kernels have to do in a decoding step, on random data of a model's shape: for benchmarks and the tuner.
+
+Each class holds the inputs of an operation and calls it as a decoder does. Trees are grown of random proposals over
+random text that repeats itself often enough for the context n-gram to hit.
+"""
+
+from dataclasses import dataclass, field
+from functools import cache
+from types import SimpleNamespace
+
+import torch
+
+from stagedspec.kernels import choose as rule
+from stagedspec.kernels.backends import torch_ops as reference
+from stagedspec.kernels.backends.triton_ops import Linear, NoiseAt, TritonOps, warping_settings
+from stagedspec.kernels.common.registry import Scratch
+from stagedspec.kernels.ngram_lookup import ngram_lookup
+from stagedspec.models.ngram import KatzTable, fit_table
+from stagedspec.planning.tree import TreeConfig
+
+SAMPLINGS = {
+    "greedy": None,
+    "sampled": {"temperature": 1.0, "top_k": None, "top_p": None, "min_p": None},
+    "top-k": {"temperature": 1.0, "top_k": 50, "top_p": None, "min_p": None},
+    "top-p": {"temperature": 1.0, "top_k": None, "top_p": 0.9, "min_p": None},
+}
+CHILDREN = 8  # of a node of the draft
+SPREAD = 5.0  # of random logits: a few tokens hold most of the probability, as in text
+WORDS = 200  # distinct tokens of the random text
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A GPT-2: layers, width, heads, vocabulary, width inside the MLP."""
+
+    layers: int
+    width: int
+    heads: int
+    vocab: int = 50257
+    inner: int = 0
+
+    @property
+    def size(self) -> int:
+        """Of a head."""
+        return self.width // self.heads
+
+    @property
+    def mlp(self) -> int:
+        return self.inner or 4 * self.width
+
+
+SIZES = {
+    "S": ModelShape(12, 768, 12),
+    "M": ModelShape(24, 1024, 16),
+    "L": ModelShape(36, 1280, 20),
+    "XL": ModelShape(48, 1600, 25),
+    "target": ModelShape(4, 384, 6, 2048, 1792),  # the embedded models
+    "draft": ModelShape(2, 96, 3, 2048, 640),
+}
+
+
+def tree_config(nodes: int) -> TreeConfig:
+    """A tree of so many nodes as a GPU would grow it."""
+    if nodes == 1:
+        return TreeConfig().for_mode("autoregressive")
+    passes, width, children, prefetch, guesses = (3, 4, 4, 1, 2) if nodes <= 16 else (6, 8, 8, 2, 4)
+    return TreeConfig(nodes, min(12, nodes - 1), passes, width, children, prefetch, guesses)
+
+
+def dtype_of(device: torch.device) -> torch.dtype:
+    """bf16, which the interpreter cannot compute with."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def randn(*shape: int, device: torch.device, scale: float = 1.0, dtype: torch.dtype | None = None) -> torch.Tensor:
+    return (torch.randn(*shape, device=device) * scale).to(dtype or dtype_of(device))
+
+
+def random_text(batch: int, length: int, vocab: int) -> torch.Tensor:
+    """Token ids [B, length], some pairs of which come again."""
+    return torch.randint(min(WORDS, vocab), (batch, length))
+
+
+@cache
+def katz_table(vocab: int, device: torch.device) -> KatzTable:
+    return fit_table([random_text(1, 200_000, vocab)[0]], vocab).to(device)
+
+
+# ---------------------------------------------------------------- token choice
+
+
+@dataclass
+class Counters:
+    """Where the noise of B x N nodes is: seeds, streams, positions."""
+
+    batch: int
+    nodes: int
+    device: torch.device
+
+    def __post_init__(self):
+        self.seeds = torch.arange(5, 5 + self.batch, device=self.device)
+        self.streams = torch.zeros(self.batch, dtype=torch.int32, device=self.device)
+        depths = torch.arange(self.nodes, dtype=torch.int32, device=self.device) % 12
+        self.positions = (100 + depths).expand(self.batch, -1).contiguous()
+
+    @property
+    def noise(self) -> NoiseAt:
+        return NoiseAt(self.seeds, self.streams, self.positions)
+
+    def made(self, vocab: int) -> reference.NoiseAt:
+        """The same noise in memory, by the reference."""
+        values = reference.gumbel_noise(self.seeds, self.streams.long(), self.positions.long(), vocab)
+        return reference.NoiseAt(values, torch.arange(self.nodes, device=self.device).expand(self.batch, -1))
+
+
+@dataclass
+class Head:
+    """The head of a model over N nodes of each of B sequences; `copies` of its weights, more than the cache holds."""
+
+    shape: ModelShape
+    batch: int
+    nodes: int
+    device: torch.device
+    copies: int = 1
+
+    def __post_init__(self):
+        vocab, width = self.shape.vocab, self.shape.width
+        self.x = randn(self.batch, self.nodes, width, device=self.device)
+        self.norm = randn(width, device=self.device, scale=0.1) + 1, randn(width, device=self.device, scale=0.1)
+        self.heads = [
+            Linear(randn(vocab, width, device=self.device, scale=SPREAD * width**-0.5), None)
+            for _ in range(self.copies)
+        ]
+        self.counters = Counters(self.batch, self.nodes, self.device)
+        self.ops = TritonOps()
+
+    def choose(self, sampling: str) -> torch.Tensor:
+        """int32 [B, N] by the last of the heads."""
+        warping = SAMPLINGS[sampling]
+        noise = None if warping is None else self.counters.noise
+        for head in self.heads:
+            chosen = self.ops.lm_head_choose(self.x, *self.norm, 1e-5, head, warping, noise)
+        return chosen
+
+    def children(self, sampling: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """int32 and fp32 [B, N, CHILDREN]."""
+        warping = SAMPLINGS[sampling]
+        noise = None if warping is None else self.counters.noise
+        for head in self.heads:
+            found = self.ops.lm_head_children(self.x, *self.norm, 1e-5, head, CHILDREN, warping, noise)
+        return found
+
+
+@dataclass
+class Choosing:
+    """The rule alone, over logits in memory."""
+
+    vocab: int
+    batch: int
+    nodes: int
+    device: torch.device
+
+    def __post_init__(self):
+        self.logits = torch.randn(self.batch * self.nodes, self.vocab, device=self.device) * SPREAD
+        self.counters = Counters(self.batch, self.nodes, self.device)
+        scratch = Scratch.of([rule.scratch_size(len(self.logits), self.vocab)], self.device)
+        at = self.counters
+        self.inputs, self.shared = (self.logits, at.seeds, at.streams, at.positions), {"scratch": scratch}
+        self.out = torch.empty(len(self.logits), dtype=torch.int32, device=self.device)
+        self.out_tokens = self.out.new_empty(len(self.logits), CHILDREN)
+        self.out_logprobs = torch.empty(self.out_tokens.shape, device=self.device)
+
+    def choose(self, sampling: str, noise: torch.Tensor | None = None) -> torch.Tensor:
+        """int32 [M]; noise: [M, V] in place of the counters'."""
+        settings = warping_settings(SAMPLINGS[sampling])
+        rule.choose(*self.inputs, **settings, **self.shared, noise=noise, out=self.out)
+        return self.out
+
+    def children(self, sampling: str, noise: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """int32 and fp32 [M, CHILDREN]."""
+        settings = warping_settings(SAMPLINGS[sampling])
+        out = {"out_tokens": self.out_tokens, "out_logprobs": self.out_logprobs}
+        rule.choose_children(*self.inputs, **settings, **self.shared, noise=noise, **out)
+        return self.out_tokens, self.out_logprobs
+
+
+# ---------------------------------------------------------------- trees
+
+
+@dataclass
+class Looking:
+    """The look-up of N contexts in each of B sequences of `context` tokens; a third of them are known to these."""
+
+    nodes: int
+    context: int
+    batch: int
+    table: KatzTable
+    device: torch.device
+
+    def __post_init__(self):
+        text = random_text(self.batch, self.context, self.table.vocab_size).int()
+        pairs = random_text(self.batch, 2 * self.nodes, self.table.vocab_size).int().view(self.batch, self.nodes, 2)
+        known = text[:, 2:].unfold(1, 2, 1)[:, : self.nodes : 3]
+        pairs[:, : 3 * known.shape[1] : 3] = known
+        self.sequence, self.contexts = text.to(self.device), pairs.to(self.device)
+        self.lengths = torch.full((self.batch,), self.context, dtype=torch.int32, device=self.device)
+        shape = self.batch, self.nodes, 1 + self.table.successors
+        self.tokens = torch.empty(shape, dtype=torch.int32, device=self.device)
+        self.logprobs = torch.empty(shape, device=self.device)
+
+    def look(self) -> tuple[torch.Tensor, torch.Tensor]:
+        ngram_lookup(self.contexts, self.sequence, self.lengths, self.table, self.tokens, self.logprobs)
+        return self.tokens, self.logprobs
+
+
+@dataclass
+class Growing:
+    """B trees of `nodes` nodes over sequences of `context` tokens; `room`: how many tokens they can still take."""
+
+    nodes: int
+    context: int
+    batch: int
+    table: KatzTable
+    device: torch.device
+    sampled: bool = True
+    room: int = 64
+    config: TreeConfig = field(init=False)
+
+    def __post_init__(self):
+        ops, vocab = TritonOps, self.table.vocab_size
+        self.config = tree_config(self.nodes)
+        self.prompts = random_text(self.batch, self.context, vocab).tolist()
+        self.sequences = ops.Sequences(self.prompts, self.room, [], self.device)
+        counters = Counters(self.batch, 1, self.device)
+        noise = SimpleNamespace(seeds=counters.seeds, streams=counters.streams) if self.sampled else None
+        if not self.config.passes:
+            self.growth, self.proposed = None, []
+            return
+        self.growth = ops.Growth(self.sequences, self.config, self.table, noise)
+        self.proposed = [self._proposals(batch.nodes, vocab) for batch in self.growth.batches]
+
+    def _proposals(self, rows: int, vocab: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Distinct tokens of the text, less and less likely."""
+        count = self.config.children
+        shape = self.batch, rows, min(WORDS, vocab)
+        names = torch.rand(shape).argsort(-1)[..., :count].int()
+        values = -torch.rand(self.batch, rows, count).cumsum(-1) - 0.1
+        return names.to(self.device), values.to(self.device)
+
+    def passes(self, harvest: bool = True):
+        """The draft's passes of a step, and the finished trees."""
+        if self.growth is None:
+            return TritonOps.Trees.roots(self.sequences)
+        self.growth.begin()
+        for number, proposed in enumerate(self.proposed):
+            self.growth.select(number)
+            self.growth.batch()
+            self.growth.record(*proposed)
+        return self.growth.harvest() if harvest else None
+
+    def likely(self, trees) -> torch.Tensor:
+        """int32 [B, N]: a target that follows one path of each tree to its end."""
+        tokens, parents = trees.tree[0].cpu(), trees.tree[1].cpu()
+        chosen = torch.zeros_like(tokens)
+        for row in range(self.batch):
+            for node in range(1, self.nodes):
+                if parents[row, node] >= 0:
+                    chosen[row, parents[row, node]] = tokens[row, node]
+        return chosen.to(self.device)
+
+
+@dataclass
+class Moving:
+    """The KV cache of a model, and an accepted path of `count` tree rows in each sequence to move."""
+
+    shape: ModelShape
+    batch: int
+    nodes: int
+    context: int
+    count: int
+    device: torch.device
+
+    def __post_init__(self):
+        shape = self.shape
+        rows = self.nodes + self.context + self.count
+        self.cache = randn(shape.layers, self.batch, rows, 2, shape.heads, shape.size, device=self.device)
+        self.ops = TritonOps()
+        sources = torch.arange(self.count, dtype=torch.int32) * max(1, (self.nodes - 1) // self.count)
+        moves = torch.stack((sources, torch.arange(self.count, dtype=torch.int32) + self.context))
+        self.moves = moves[:, None].expand(-1, self.batch, -1).contiguous().to(self.device)
+
+    def move(self) -> None:
+        self.ops.move_rows(self.cache, self.nodes, self.moves)
