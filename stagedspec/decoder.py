@@ -2,7 +2,6 @@
 
 import copy
 import logging
-import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +17,8 @@ from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from stagedspec.decoding import warm_up as warmup
 from stagedspec.decoding.callbacks import Positions, ended
-from stagedspec.decoding.generation import Request, Run, current, kind_of
+from stagedspec.decoding.generation import Request, Run
+from stagedspec.decoding.pool import GenerationPool
 from stagedspec.decoding.sampling import Sampling, counters
 from stagedspec.decoding.stats import ORIGINS, Stats, marks_wanted
 from stagedspec.devices import resolve_device, resolve_dtype
@@ -35,11 +35,12 @@ from stagedspec.models.loading import (
     read_checkpoint,
     same_but_padding,
 )
+from stagedspec.models.model_set import Models
 from stagedspec.models.ngram import KatzTable
-from stagedspec.planning import cost
-from stagedspec.planning.adapt import Controller, Rung, rungs
-from stagedspec.planning.profile import Tuning, keep, pair_of, recall
-from stagedspec.planning.tree import MODES, TreeConfig
+from stagedspec.planning.adapt import Controller, Rung
+from stagedspec.planning.planner import TreePlanner
+from stagedspec.planning.profile import Tuning
+from stagedspec.planning.tree import TreeConfig
 from stagedspec.values import at_least, plain, whole
 
 if TYPE_CHECKING:
@@ -49,9 +50,6 @@ log = logging.getLogger("stagedspec")
 
 MAX_BATCH = 16
 NEW_TOKENS = 128  # where nobody says how many
-# Where steps have fixed shapes the last generations leave their memory and CUDA graphs to those that follow: at most so
-# many, and so many bytes of keys and values.
-KEPT, KEPT_BYTES = 8, 2**31
 
 
 @dataclass(frozen=True)
@@ -131,23 +129,15 @@ class Decoder:
                     "fit one with this tokenizer, or give tokenizer=... if the rest are rows of padding"
                 )
             ngram = ngram.resized(target.vocab_size).to(target.device)
-        self.target, self.draft, self.ngram, self.tokenizer = target, draft, ngram, tokenizer
+        self.models, self.tokenizer = Models(target, draft, ngram), tokenizer
         self._live = live
         self._settings_seen = self._live_settings()
-        self.device = target.device
         self.eos_token_ids, self.pad_token_id = tuple(eos_token_ids), pad_token_id
         self.defaults = {} if defaults is None else defaults
         self.mark = marks_wanted()
         self.last_stats: Stats | None = None
-        self._tree = tree
-        self._tuning: Tuning | None = None  # read from the user's cache when a tree is first chosen
-        self._own = True  # whether what is measured is kept there
-        self._doubted = False  # whether what was kept there has been forgotten once, as measured on a busy machine
-        self._costs: cost.PassTimes | None = None
-        self._ladders: dict[tuple[str, int, bool], tuple[Rung, ...]] = {}  # chosen by the cost model
-        self._learned: dict[tuple[str, int, bool], list[Controller]] = {}  # the last of each ladder, by generations
-        self._measuring, self._following = Lock(), Lock()
-        self._kept: list[Run] = []  # that have ended, and can be used again
+        self.planner, self.pool = TreePlanner(self.models, tree), GenerationPool()
+        self._following = Lock()
 
     @classmethod
     def from_pretrained(
@@ -222,8 +212,7 @@ class Decoder:
             (live, draft_live),
         )
         if tuning is not None:
-            tuning.check(decoder, "the tree file")
-            decoder.use(tuning)
+            decoder.planner.use(tuning, "the tree file")
         return decoder
 
     @classmethod
@@ -236,9 +225,29 @@ class Decoder:
         return cls.from_pretrained(assets / "target", **(known | options))
 
     @property
+    def target(self) -> GPT2:
+        """The model that decides every token."""
+        return self.models.target
+
+    @property
+    def draft(self) -> GPT2 | None:
+        """The small model that proposes token trees, if there is one."""
+        return self.models.draft
+
+    @property
+    def ngram(self) -> KatzTable | None:
+        """The table that guesses ahead of the draft, if there is one."""
+        return self.models.ngram
+
+    @property
+    def device(self) -> torch.device:
+        """Where the models are."""
+        return self.models.device
+
+    @property
     def backend(self) -> str:
-        """What runs its operations: "torch" or "triton"."""
-        return self.target.ops.name
+        """What runs their operations: "torch" or "triton"."""
+        return self.models.backend
 
     def __repr__(self) -> str:
         parts = [f"target {self.target.parameters / 1e6:.1f}M"]
@@ -251,18 +260,15 @@ class Decoder:
 
     def use(self, tuning: Tuning) -> None:
         """Chooses trees on what `tuning.trees.tune` found. Raises ValueError if that was for other models."""
-        tuning.check(self, "the tuning")
-        self._tuning, self._own, self._costs = tuning, False, None
-        self._ladders.clear()
-        self._learned.clear()
+        self.planner.use(tuning, "the tuning")
 
     def __deepcopy__(self, memo: dict) -> "Decoder":
         """Weights are never written to, so the copy shares them; it has its own buffers."""
         made = Decoder(
-            self.target, self.draft, self.ngram, self.tokenizer, self._tree, self.eos_token_ids, self.pad_token_id,
+            self.target, self.draft, self.ngram, self.tokenizer, None, self.eos_token_ids, self.pad_token_id,
             copy.deepcopy(self.defaults, memo), self._live,
         )  # fmt: skip
-        made._tuning, made._own = copy.deepcopy((self._tuning, self._own), memo)
+        made.planner = self.planner.copy()
         made._settings_seen = self._settings_seen
         return made
 
@@ -293,9 +299,8 @@ class Decoder:
                     f"the target's vocabulary has changed from {self.target.vocab_size} to {target.vocab_size} tokens: "
                     "make a new decoder"
                 )
-            self.target, self.draft = target, draft
-            if self._costs is not None and draft is not None:  # new weights take as long as the old
-                self._costs = cost.PassTimes(target, draft, self._costs.seconds)
+            self.models = Models(target, draft, self.ngram)
+            self.planner.follow(self.models)
         self.release()
 
     def _live_settings(self) -> tuple | None:
@@ -364,7 +369,7 @@ class Decoder:
                 call.positions.settle(run)
         self.last_stats = run.stats()
         new = run.new_tokens(call.pad)
-        self._keep(run)
+        self._keep(run, self.last_stats)
         sequences = torch.cat((call.input_ids, new.to(call.input_ids.device)), 1)
         if call.positions is None and not call.return_dict:
             return sequences
@@ -423,58 +428,18 @@ class Decoder:
         finally:
             self.last_stats = run.stats()  # before another generation may use the run
             if whole:
-                self._keep(run)
+                self._keep(run, self.last_stats)
 
     # ------------------------------------------------------------ runs
 
     def _run(self, request: Request, positions: Positions | None = None, began: float | None = None) -> Run:
-        """A run of the request, by the memory and the graphs of one that has ended where they fit."""
-        wanted = self.target, self.draft, self.ngram, request, positions, self.mark
-        kind, began = kind_of(*wanted), time.perf_counter() if began is None else began
-        with self.target.ops.lock:
-            fitting = [run for run in self._kept if run.fits(kind, request)]
-            run = min(fitting, key=lambda run: run.sequences.capacity, default=None)
-            if run is not None:
-                self._kept.remove(run)
-        if run is not None:
-            run.restart(request, positions, began)
-            return run
-        try:
-            return Run(*wanted, began)
-        except torch.OutOfMemoryError:
-            pass  # inside, the error would hold on to what had been made
-        self.release()
-        return Run(*wanted, began)
+        return self.pool.take(self.models, request, positions, self.mark, began)
 
-    def _keep(self, run: Run) -> None:
-        """Keeps a run that has come to its end and of which nothing more is wanted, if there is a use for it."""
-        run.walk = None  # whose processors are the caller's
-        self._doubt(run)
-        if run.stepper.target is not self.target or run.stepper.draft is not self.draft:
-            return  # their models have changed meanwhile
-        if not self.target.ops.fixed_shapes or run.clock.mark is not None or run.stepper.nbytes > KEPT_BYTES:
-            return
-        with self.target.ops.lock:
-            self._kept.append(run)
-            while len(self._kept) > KEPT or sum(kept.stepper.nbytes for kept in self._kept) > KEPT_BYTES:
-                del self._kept[0]
-
-    def _doubt(self, run: Run) -> None:
-        """Forgets the measured pass times if the target passes of one row took less than half of the shortest one:
-        the machine was busy when they were measured. Once in a decoder; the next call measures again.
-
-        On a CPU alone: on a GPU the phases' times say when passes were launched.
-        """
-        request, costs = run.request, self._costs
-        if self._doubted or not self._own or costs is None or self.device.type != "cpu" or len(request.prompts) > 1:
-            return
-        stats, known = run.stats(), costs.seconds.get((False, 1, 1, request.sampling.do_sample), 0.0)
-        if stats.steps >= 4 and stats.seconds.get("target", math.inf) / stats.steps < known / 2:
-            log.info("token trees were chosen while this machine was busy: the next call measures passes again")
-            with self._measuring:
-                self._doubted, self._costs, self._tuning = True, None, Tuning(pair_of(self))
-                self._ladders.clear()
-                self._learned.clear()
+    def _keep(self, run: Run, stats: Stats | None) -> None:
+        """Takes back a generation that has ended, of which nothing more is wanted."""
+        if stats is not None and len(run.request.prompts) == 1:
+            self.planner.reconsider(run.request.sampling.do_sample, stats.steps, stats.seconds.get("target"))
+        self.pool.give(run, self.models)
 
     def warm_up(
         self,
@@ -506,15 +471,13 @@ class Decoder:
         """Compiles and captures what generations of this kind need, and keeps it for them."""
         run = self._run(call.request, call.positions)
         made = run.warm_up()
-        self._keep(run)
+        self._keep(run, None)
         return made
 
     def release(self) -> None:
         """Frees the memory and the CUDA graphs that are kept of generations that have ended, and the backend's buffers.
         A generation that is under way keeps its own."""
-        with self.target.ops.lock:
-            self._kept.clear()
-            self.target.ops.release()
+        self.pool.release(self.models)
 
     # ------------------------------------------------------------ requests
 
@@ -532,61 +495,7 @@ class Decoder:
         self, mode: str, batch: int = 1, tree: TreeConfig | None = None, do_sample: bool = False
     ) -> TreeConfig:
         """The tree settings a call would use: the call's, else the decoder's, else the cost model's."""
-        if mode not in MODES:
-            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
-        if tree is not None and not isinstance(tree, TreeConfig):
-            raise ValueError(f"tree must be a TreeConfig or None, got {type(tree).__name__}")
-        chosen = tree or self._tree
-        if mode == "autoregressive":
-            return TreeConfig().for_mode(mode)
-        if self.draft is None:
-            raise ValueError(
-                f"mode {mode!r} needs a draft model: give draft=... (--draft), or use mode='autoregressive' "
-                "(--mode autoregressive) or prompt_lookup_num_tokens=..., which proposes what the sequence itself "
-                "repeats"
-            )
-        if chosen is not None:
-            chosen = chosen.for_mode(mode)
-            self.target.ops.check_tree(chosen, self.ngram)
-            return chosen
-        return self._ladder(mode, batch, do_sample)[-1].tree
-
-    def _ladder(self, mode: str, batch: int, do_sample: bool) -> tuple[Rung, ...]:
-        """The trees that a generation adapts between, plain decoding first, the cost model's best one last."""
-        key = mode, batch, do_sample
-        with self._measuring:  # two threads' measurements would disturb each other
-            if key not in self._ladders:
-                self._measure(key)
-        return self._ladders[key]
-
-    def _measure(self, key: tuple[str, int, bool]) -> None:
-        """Chooses trees for (mode, batch, sampled) on what was measured before, or is measured here."""
-        mode, batch, do_sample = key
-        tuning = self._tuning = self._tuning or recall(self)
-        if self._costs is None:
-            self._costs = cost.PassTimes(self.target, cast(GPT2, self.draft), tuning.seconds)
-        model = cost.Model(self._costs, batch, do_sample, tuning.text_of(do_sample), self.target.ops)
-        trees = tuning.trees.get(key)
-        with self.target.ops.lock, current(self.device):  # what was not measured before is measured here
-            try:
-                if not self._costs.knows(batch, do_sample):
-                    kind = "sampled" if do_sample else "greedy"
-                    log.warning(
-                        "measuring model passes to choose token trees (%s, batch %d): a few seconds, kept for later",
-                        kind,
-                        batch,
-                    )
-                if trees is None:
-                    self._costs.prepare(batch, do_sample)
-                    trees = tuning.trees[key] = model.ladder(mode)
-                for tree in trees:
-                    self.target.ops.check_tree(tree, self.ngram)
-                self._ladders[key] = tuple(rungs(model, trees))
-            finally:
-                self._costs.release()
-        if self._own and self._costs.seconds != tuning.seconds:
-            tuning.seconds = dict(self._costs.seconds)
-            keep(self, tuning)
+        return self.planner.tree_for(mode, batch, tree, do_sample)
 
     def _validate(
         self,
@@ -627,10 +536,7 @@ class Decoder:
             chain = min(whole(lookup), self.target.ops.max_depth)
             settings = TreeConfig(chain + 1, chain, chain, width=1, children=1, prefetch=0)
         else:
-            settings = self.tree_for(mode, len(prompts), tree, sampling.do_sample)
-            if settings.passes and tree is None and self._tree is None and not self.target.ops.fixed_shapes:
-                ladder = self._ladder(mode, len(prompts), sampling.do_sample)
-                learned = self._learned.setdefault((mode, len(prompts), sampling.do_sample), [])
+            settings, ladder, learned = self.planner.plan(mode, len(prompts), tree, sampling.do_sample)
         mode = "lookup" if repeats else mode
         if torch.is_autocast_enabled(self.device.type) and (
             torch.get_autocast_dtype(self.device.type) != self.target.dtype

@@ -1,7 +1,7 @@
 """Where models run: devices and dtypes. Imports no transformers, so that the command line can check them early."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -65,3 +65,13 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
     if found is None or found not in DTYPES.values():
         raise ValueError(f"dtype must be 'auto', {', '.join(DTYPES)} or the torch dtype of that name, got {dtype!r}")
     return found
+
+
+@contextmanager
+def current_device(device: torch.device) -> Iterator[None]:
+    """Makes a GPU the current one, where Triton launches its kernels and torch captures graphs. The caller's autocast
+    is off: it would compute a part of every pass in another dtype."""
+    gpu = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    mixed = torch.is_autocast_enabled(device.type)
+    with gpu, torch.autocast(device.type, enabled=False) if mixed else nullcontext():
+        yield

@@ -310,7 +310,7 @@ def decoders(target, drafts):
             for batch in (1, 3):
                 for sampled in (False, True):
                     rungs = [replace(rung, tree=tree) for rung, tree in zip(ladder()[1:], trees, strict=True)]
-                    made[kind]._ladders[mode, batch, sampled] = (ladder()[0], *rungs)
+                    made[kind].planner._ladders[mode, batch, sampled] = (ladder()[0], *rungs)
     return made
 
 
@@ -387,7 +387,7 @@ class Untimed(Controller):
 
 def test_a_hopeless_draft_reads_now_and_then(decoders, monkeypatch):
     monkeypatch.setattr("stagedspec.decoding.generation.Controller", Untimed)
-    monkeypatch.setattr(decoders["adversarial"], "_learned", {})
+    monkeypatch.setattr(decoders["adversarial"].planner, "_learned", {})
     ids, _ = left_pad(random_prompts([12], seed=3))
     decoders["adversarial"].generate(ids, max_new_tokens=36, eos_token_id=[])
     stats = decoders["adversarial"].last_stats
@@ -405,7 +405,7 @@ def test_a_tree_that_is_given_is_kept_to(target, drafts):
 def test_drafts_of_fewer_positions_may_be_left_out_too(target, monkeypatch):
     monkeypatch.setattr("stagedspec.decoding.generation.Controller", Fickle)
     decoder = Decoder.from_pretrained(target, make_gpt2(0, n_positions=8), device="cpu", dtype="float32")
-    decoder._ladders["staged", 1, False] = ladder()
+    decoder.planner._ladders["staged", 1, False] = ladder()
     ids = torch.tensor(random_prompts([10]))
     plain = decoder.generate(ids, max_new_tokens=30, mode="autoregressive")
     assert torch.equal(decoder.generate(ids, max_new_tokens=30), plain)

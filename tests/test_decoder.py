@@ -24,8 +24,7 @@ from transformers import GPT2LMHeadModel
 
 import stagedspec
 from stagedspec import Decoder, TreeConfig
-from stagedspec.decoding.generation import current
-from stagedspec.devices import resolve_device
+from stagedspec.devices import current_device, resolve_device
 from stagedspec.kernels.state.host import Growth
 from stagedspec.models.ngram import fit_table
 
@@ -476,8 +475,8 @@ def test_a_decoders_device_is_current_while_it_works(target, drafts, monkeypatch
         devices.pop()
 
     decoder = Decoder.from_pretrained(target, draft=drafts["good"], device="cpu", dtype="float32")
-    for module in ("decoder", "decoding.generation"):
-        monkeypatch.setattr(f"stagedspec.{module}.current", recorded)
+    for module in ("planning.planner", "decoding.generation"):
+        monkeypatch.setattr(f"stagedspec.{module}.current_device", recorded)
     passes = []
     for model in (decoder.target, decoder.draft):
         forward = model.forward
@@ -491,7 +490,7 @@ def test_a_decoders_device_is_current_while_it_works(target, drafts, monkeypatch
 def test_a_gpu_is_made_current(monkeypatch):
     asked = []
     monkeypatch.setattr(torch.cuda, "device", lambda device: asked.append(device) or nullcontext())
-    with current(torch.device("cuda", 1)), current(torch.device("cpu")):
+    with current_device(torch.device("cuda", 1)), current_device(torch.device("cpu")):
         assert asked == [torch.device("cuda", 1)]
 
 

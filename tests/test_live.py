@@ -236,7 +236,7 @@ def test_copies_of_a_decoder(model, draft, way):
     other = way(decoder)
     options = {"max_new_tokens": NEW, "do_sample": True, "seed": 5}
     assert torch.equal(other.generate(IDS, **options), decoder.generate(IDS, **options))
-    assert other.target is decoder.target and other._kept is not decoder._kept
+    assert other.target is decoder.target and other.pool is not decoder.pool
     model.load_state_dict(make_gpt2(77).state_dict())
     assert torch.equal(
         other.generate(IDS, max_new_tokens=NEW), model.generate(IDS, max_new_tokens=NEW, do_sample=False)

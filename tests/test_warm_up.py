@@ -131,10 +131,10 @@ def test_warm_up_serves_the_first_generation(decoder):
     decoder.release()
     steps = []
     made = decoder.warm_up(["staged"], [{}], progress=lambda *step: steps.append(step))
-    (run,) = decoder._kept
+    (run,) = decoder.pool.kept
     assert run.sequences.capacity == 128  # all of the model's 48 positions
     assert torch.equal(decoder.generate(ids, max_new_tokens=6, mode="staged"), expected)
-    assert decoder._kept == [run]
+    assert decoder.pool.kept == [run]
     if GPU:
         assert bool(steps) == bool(made)  # an earlier test of this process may have compiled all
         assert all(name == "staged, greedy" and 0 < ready <= total for name, ready, total in steps)
@@ -142,11 +142,11 @@ def test_warm_up_serves_the_first_generation(decoder):
 
 def test_warm_up_of_all_that_a_decoder_has(decoder):
     decoder.warm_up(tokens=8)
-    kinds = {(run.request.mode, run.request.sampling.do_sample) for run in decoder._kept}
+    kinds = {(run.request.mode, run.request.sampling.do_sample) for run in decoder.pool.kept}
     assert kinds == set(itertools.product(("autoregressive", "chain", "tree", "staged"), (False, True)))
     alone = Decoder.from_pretrained(make_gpt2(n_layer=1), device=PLACE, dtype="float32", backend="triton")
     alone.warm_up(samplings=[{"do_sample": True, "top_p": 0.9}], batch=[1, 2], tokens=8)
-    assert [(run.request.mode, len(run.sequences)) for run in alone._kept] == [
+    assert [(run.request.mode, len(run.sequences)) for run in alone.pool.kept] == [
         ("autoregressive", 1),
         ("autoregressive", 2),
     ]
@@ -181,7 +181,7 @@ def test_warm_up_of_all_that_a_decoder_has(decoder):
 def test_warm_up_refuses(decoder, change, message):
     with pytest.raises(ValueError, match=message):
         decoder.warm_up(**change)
-    assert decoder._kept == []
+    assert decoder.pool.kept == []
 
 
 def test_warm_up_needs_kernels():
@@ -194,7 +194,7 @@ def test_all_is_checked_before_any_of_it_is_made():
     alone = Decoder.from_pretrained(make_gpt2(n_layer=1), device=PLACE, dtype="float32", backend="triton")
     with pytest.raises(ValueError, match="mode 'staged' needs a draft model"):
         alone.warm_up(["autoregressive", "staged"], tokens=8)
-    assert alone._kept == []
+    assert alone.pool.kept == []
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ def test_warm_up_without_memory(decoder, monkeypatch, error):
         ValueError, match=r"too little GPU memory to make staged, greedy ready .*Tried to allocate 3 GiB"
     ):
         decoder.warm_up(["staged"])
-    assert decoder._kept == []
+    assert decoder.pool.kept == []
 
 
 # ---------------------------------------------------------------- the first token

@@ -20,8 +20,7 @@ from stagedspec.check import trees as check_trees
 from stagedspec.check.kernels import Wrong, expect
 from stagedspec.check.logits import Comparison, check_tokens, compare_logits
 from stagedspec.decoder import Decoder
-from stagedspec.decoding.generation import current
-from stagedspec.devices import memory_errors, out_of_memory, resolve_device
+from stagedspec.devices import current_device, memory_errors, out_of_memory, resolve_device
 from stagedspec.kernels.common import registry, trusted
 from stagedspec.kernels.common.compiling import compile_ahead
 from stagedspec.models.gpt2 import GPT2
@@ -91,7 +90,7 @@ def check(
             f"prompts must have from 2 to {decoder.target.positions - 1} tokens, n_positions - 1, got {sizes}"
         )
     check_tokens(prompts, decoder.target.vocab_size)
-    with memory_errors("the check"), current(decoder.device):
+    with memory_errors("the check"), current_device(decoder.device):
         table = katz_table(decoder.target.vocab_size, decoder.device) if decoder.ngram is None else decoder.ngram
         kernels = list(_kernel_cases(decoder.target, decoder.draft, table, TREE))
         work = [

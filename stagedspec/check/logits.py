@@ -13,7 +13,7 @@ import torch
 from transformers import DynamicCache, GPT2LMHeadModel
 
 from stagedspec.decoder import Decoder
-from stagedspec.decoding.generation import current
+from stagedspec.devices import current_device
 from stagedspec.kernels.state.host import CHUNK
 from stagedspec.models.gpt2 import Cache
 from stagedspec.values import whole
@@ -184,7 +184,7 @@ class _DecoderLogits:
     def __call__(self, prefix: list[int], new: list[int]) -> torch.Tensor:
         both = min(len(self.read), len(prefix))
         known = both if self.read[:both] == prefix[:both] else 0
-        with self.model.ops.lock, current(self.model.device):
+        with self.model.ops.lock, current_device(self.model.device):
             for start in range(known, len(prefix), CHUNK):
                 self._forward(prefix[start : start + CHUNK], start)
             logits = self.model.logits(self._forward(new, len(prefix)))[0]

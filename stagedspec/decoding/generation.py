@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -13,6 +12,7 @@ from stagedspec.decoding.callbacks import Positions
 from stagedspec.decoding.proposers import Cascade, Repeats
 from stagedspec.decoding.sampling import Sampling
 from stagedspec.decoding.stats import ORIGINS, Clock, Mark, Stats
+from stagedspec.devices import current_device
 from stagedspec.models.gpt2 import GPT2, Cache, Reader
 from stagedspec.models.ngram import KatzTable
 from stagedspec.planning.adapt import WAITS, Controller, Rung
@@ -34,16 +34,6 @@ class Request:
     ladder: tuple[Rung, ...] = ()  # what the trees may adapt to; `tree` is the largest
     learned: "list[Controller]" = field(default_factory=list)  # the last generation's with this ladder, if any
     repeats: bool = False  # proposed by the context n-gram alone
-
-
-@contextmanager
-def current(device: torch.device) -> Iterator[None]:
-    """Makes a GPU the current one, where Triton launches its kernels and torch captures graphs. The caller's autocast
-    is off: it would compute a part of every pass in another dtype."""
-    gpu = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-    mixed = torch.is_autocast_enabled(device.type)
-    with gpu, torch.autocast(device.type, enabled=False) if mixed else nullcontext():
-        yield
 
 
 class Stepper:
@@ -228,12 +218,12 @@ class Run:
         """
         begin = time.perf_counter()
         target = self.stepper.target
-        with target.ops.lock, current(target.device):
+        with target.ops.lock, current_device(target.device):
             self.prepare()
             with self.clock("prefill"):
                 self.stepper.prefill(self.request.prompts)
         while not self.sequences.finished:
-            with target.ops.lock, current(target.device):  # given back before the consumer's code runs
+            with target.ops.lock, current_device(target.device):  # given back before the consumer's code runs
                 self.passes.append(self._step(self.walk))
                 self.sequences.publish()
             self.seconds += time.perf_counter() - begin
@@ -260,7 +250,7 @@ class Run:
         """Compiles, and captures where nothing stands against it, what generations of this kind need, whatever their
         prompts; returns how many kernels were new."""
         stepper, target = self.stepper, self.stepper.target
-        with target.ops.lock, current(target.device):
+        with target.ops.lock, current_device(target.device):
             calls = [*stepper.reading(), *self._unprepared()]
             made = target.ops.prepare(calls, target.device)
             for part, given in calls:

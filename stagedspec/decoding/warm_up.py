@@ -51,7 +51,7 @@ def warm_up(
     for mode, sampling, size in wanted:  # all is checked before any of it is made
         if mode not in MODES:
             raise ValueError(f"modes must be among {', '.join(MODES)}, got {mode!r}")
-        decoder.tree_for(mode, tree=decoder._tree or TreeConfig())  # one is there, and measures nothing
+        decoder.tree_for(mode, tree=decoder.planner.fixed or TreeConfig())  # one is there, and measures nothing
         _read(decoder, "autoregressive", sampling, size, tokens)
     made = 0
     for mode, sampling, size in wanted:

@@ -376,7 +376,7 @@ def assisted(
             vocabulary=target.vocab_size,
         )  # fmt: skip
         return Decoder(
-            target, weights, decoder.ngram if table is None else table, decoder.tokenizer, decoder._tree,
+            target, weights, decoder.ngram if table is None else table, decoder.tokenizer, decoder.planner.fixed,
             decoder.eos_token_ids, decoder.pad_token_id, decoder.defaults, (decoder._live[0], live),
         )  # fmt: skip
 

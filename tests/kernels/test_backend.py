@@ -4,6 +4,7 @@ import warnings
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -351,7 +352,7 @@ def test_generations_of_a_kind_share_memory_and_graphs(pair, device, monkeypatch
         theirs, ours = torch_side.last_stats, triton_side.last_stats
         assert (ours.steps, ours.new_tokens, ours.seconds.keys()) == (theirs.steps, theirs.new_tokens, {"prefill"})
         assert ours.seconds["prefill"] < ours.total_seconds and ours.new_tokens < 2 * new
-        assert len(triton_side._kept) == 1
+        assert len(triton_side.pool.kept) == 1
         graphs.append([part.graph for part in parts])
     readers = 4 if options["mode"] == "staged" and draft is not None else 2  # of each model and size of chunk
     assert len(parts) == readers + (2 if kind == "walk" else 1)
@@ -381,13 +382,13 @@ def test_prompts_in_any_chunks(pair, device, dtype, monkeypatch, fixed_order):
 
 def test_what_is_kept_of_generations(pair, device, monkeypatch):
     """The last few, streams that were closed too, and no more memory than allowed."""
-    monkeypatch.setattr("stagedspec.decoder.KEPT", 4)
+    monkeypatch.setattr("stagedspec.decoding.pool.KEPT", 4)
     decoder = decoders(pair, device)[1]
     ids = torch.tensor([[5, 6, 7]], device=device)
 
     def kept(**options):
         decoder.generate(ids, mode="autoregressive", **({"max_new_tokens": 1} | options))
-        return list(decoder._kept)
+        return list(decoder.pool.kept)
 
     with torch.inference_mode():
         (first,) = kept()
@@ -397,12 +398,12 @@ def test_what_is_kept_of_generations(pair, device, monkeypatch):
     assert kept(do_sample=True, temperature=0.8)[:-1] == [*others[1:], others[0]]
     stream = decoder.stream(ids, 9, mode="autoregressive", temperature=0.5, do_sample=True)
     next(stream)
-    assert others[0] not in decoder._kept
+    assert others[0] not in decoder.pool.kept
     stream.close()
-    assert decoder._kept[-1] is others[0]
+    assert decoder.pool.kept[-1] is others[0]
 
     decoder.release()
-    assert decoder._kept == []
+    assert decoder.pool.kept == []
     (plain,) = kept()
     decoder.mark = lambda phase: nullcontext()
     assert kept() == [plain]
@@ -410,20 +411,23 @@ def test_what_is_kept_of_generations(pair, device, monkeypatch):
     walked = kept(logits_processor=[penalty.penalise])[-1]
     penalty = weakref.ref(penalty.__dict__.pop("penalise"))
     assert walked is not plain and penalty() is None
-    decoder.ngram = object()  # which plain decoding does not use, but a run of another table is another run
+    models = decoder.models
+    decoder.models = replace(
+        models, ngram=object()
+    )  # which plain decoding does not use, but a run of another table is another run
     assert kept()[:-1] == [plain, walked]
-    decoder.ngram = None
+    decoder.models = models
 
     decoder.release()
     (small,) = kept()
-    monkeypatch.setattr("stagedspec.decoder.KEPT_BYTES", 2 * small.stepper.nbytes)
+    monkeypatch.setattr("stagedspec.decoding.pool.KEPT_BYTES", 2 * small.stepper.nbytes)
     assert len(kept(do_sample=True)) == len(kept(do_sample=True, top_k=2)) == 2
-    before = list(decoder._kept)
-    monkeypatch.setattr("stagedspec.decoder.KEPT_BYTES", small.stepper.nbytes - 1)
+    before = list(decoder.pool.kept)
+    monkeypatch.setattr("stagedspec.decoding.pool.KEPT_BYTES", small.stepper.nbytes - 1)
     assert kept() == before
     torch_side = decoders(pair, device)[0]
     torch_side.generate(ids, max_new_tokens=1)
-    assert torch_side._kept == []
+    assert torch_side.pool.kept == []
 
 
 def test_release_frees_the_buffers(pair, device):
@@ -460,12 +464,12 @@ def test_the_smallest_run_that_fits_is_used(pair, device):
     )
     ids = torch.tensor([[5, 6, 7]], device=device)
     end = decoder.generate(ids, max_new_tokens=1, mode="autoregressive")[0, -1].item()
-    (short,) = decoder._kept
+    (short,) = decoder.pool.kept
     decoder.generate(ids, max_new_tokens=200, mode="autoregressive", eos_token_id=end)
-    _, long = decoder._kept
+    _, long = decoder.pool.kept
     assert (short.sequences.capacity, long.sequences.capacity) == (128, 256)
     decoder.generate(ids, max_new_tokens=1, mode="autoregressive")
-    assert decoder._kept == [long, short]
+    assert decoder.pool.kept == [long, short]
 
 
 def test_idle_memory_makes_room(pair, device, monkeypatch):
@@ -475,13 +479,13 @@ def test_idle_memory_makes_room(pair, device, monkeypatch):
     real = stagedspec.decoder.Run
 
     def crowded(*arguments):
-        if decoder._kept:
+        if decoder.pool.kept:
             raise torch.OutOfMemoryError("no room")
         return real(*arguments)
 
-    monkeypatch.setattr("stagedspec.decoder.Run", crowded)
+    monkeypatch.setattr("stagedspec.decoding.pool.Run", crowded)
     decoder.generate(ids, max_new_tokens=1, mode="autoregressive", do_sample=True)
-    assert len(decoder._kept) == 1
+    assert len(decoder.pool.kept) == 1
 
 
 def test_refusals(pair, device, prompts):
@@ -510,7 +514,7 @@ def test_backend_resolution(device):
     with pytest.raises(ValueError, match="heads can be at most 256 wide, the model's are 320; use 'auto' or 'torch'"):
         backend.resolve("triton", device, [64, 320])
     if device.type == "cpu":
-        assert backend.resolve("auto", device).__name__.endswith("reference")
+        assert backend.resolve("auto", device).__name__.endswith("torch_ops")
         with triton.knobs.runtime.scope():
             triton.knobs.runtime.interpret = False
             with pytest.raises(ValueError, match=r"backend 'triton' cannot run on cpu: .* TRITON_INTERPRET=1"):
