@@ -62,7 +62,7 @@ GPU_PYTHON = PYTHONPATH=$(CURDIR)/$(GPU_PATH) $(PYTHON)
 $(GPU_PATH): $(shell find kernels stagedspec -type f ! -path '*/__pycache__/*')
 	rm -rf $@ && mkdir -p $@ && cp -r stagedspec $@/ && cp -r kernels $@/stagedspec/kernels
 
-GPU_TESTS = test_decoder.py test_hf.py test_inputs.py test_warm_up.py test_torch_state.py test_invalid_logits.py kernels
+GPU_TESTS = decoding hf kernels check profiling/test_compile_report.py
 
 test-gpu: $(GPU_PATH)
 	cd $(GPU_PATH) && $(GPU_PYTHON) -m pytest -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) \

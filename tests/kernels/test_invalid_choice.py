@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_gpt2, random_prompts
+from helpers import make_gpt2, random_prompts
 from test_choose import WARPERS, choose, counters, warping
 from test_lm_head import LARGE, Case
 from transformers import LogitsProcessor, LogitsProcessorList

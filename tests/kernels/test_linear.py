@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import triton
-from conftest import GPU
+from helpers import GPU
 from transformers.activations import ACT2FN
 
 from stagedspec.kernels import linear, linear_hopper

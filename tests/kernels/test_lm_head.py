@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import GPU
+from helpers import GPU
 
 from stagedspec.kernels import lm_head, lm_head_hopper
 from stagedspec.kernels.backends import torch_ops as reference

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DTYPES
+from helpers import DTYPES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CONFIGS, VOCAB, make_gpt2, random_prompts
+from helpers import CONFIGS, VOCAB, make_gpt2, random_prompts
 from huggingface_hub import constants
 from hypothesis import given, settings
 from hypothesis import strategies as st

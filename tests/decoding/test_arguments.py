@@ -5,7 +5,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from conftest import VOCAB, byte_tokenizer, left_pad, make_gpt2, random_prompts
+from helpers import VOCAB, byte_tokenizer, left_pad, make_gpt2, random_prompts
 from tokenizers import pre_tokenizers
 from transformers import GenerationConfig
 

@@ -16,7 +16,7 @@ import stagedspec
 from stagedspec.training.corpus import Corpus, encode, train_tokenizer
 from stagedspec.tuning.compare import Run, compare
 
-BENCH = Path(__file__).resolve().parent.parent / "bench"
+BENCH = Path(__file__).resolve().parents[2] / "bench"
 DOCUMENT = "import os\n\n\ndef read(path):\n    with open(path) as file:\n        return file.read()\n\n\n" * 6
 
 

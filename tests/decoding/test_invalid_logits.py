@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import VOCAB, left_pad, random_prompts
+from helpers import VOCAB, left_pad, random_prompts
 from transformers import LogitsProcessor, LogitsProcessorList
 from typer.testing import CliRunner
 

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import PLACES, POSITIONS, VOCAB, byte_tokenizer, make_gpt2, random_prompts
+from helpers import PLACES, POSITIONS, VOCAB, byte_tokenizer, make_gpt2, random_prompts
 from tokenizers import pre_tokenizers
 
 from stagedspec import Decoder, TreeConfig

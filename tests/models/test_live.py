@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from conftest import POSITIONS, VOCAB, byte_tokenizer, make_gpt2, random_prompts
+from helpers import POSITIONS, VOCAB, byte_tokenizer, make_gpt2, random_prompts
 from tokenizers import pre_tokenizers
 
 import stagedspec

@@ -7,7 +7,7 @@ from contextvars import copy_context
 
 import pytest
 import torch
-from conftest import GPU, make_draft, make_gpt2
+from helpers import GPU, make_draft, make_gpt2
 
 from stagedspec import Decoder, TreeConfig
 from stagedspec.kernels.common import compiling, registry

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_sampling import g_test
+from helpers import g_test
 
 from rules import RULES, coupled, top_m
 

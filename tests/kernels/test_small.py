@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import left_pad, make_gpt2, random_prompts
+from helpers import left_pad, make_gpt2, random_prompts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -190,7 +190,7 @@ def test_numbers_that_overflow_and_divisions_by_zero():
 SCRIPT = """
 import os, signal, sys, threading, torch, warnings
 sys.path.insert(0, {tests!r})
-from conftest import make_gpt2
+from helpers import make_gpt2
 from stagedspec import Decoder, TreeConfig
 model, tree = make_gpt2(3), TreeConfig(nodes=4, depth=3, passes=2, width=1, children=3, prefetch=0)
 {before}
@@ -209,7 +209,7 @@ print(torch.equal(plain, ours), decoder.draft.small is not None)
 
 def in_a_process(before: str = "", load: str = "decoder = load()", **environment: str) -> tuple[list[str], str]:
     """What SCRIPT printed to both outputs."""
-    script = SCRIPT.format(tests=str(Path(__file__).parent), before=before, load=load)
+    script = SCRIPT.format(tests=str(Path(__file__).parents[1]), before=before, load=load)
     run = subprocess.run(
         [sys.executable, "-c", script], env=os.environ | environment, capture_output=True, text=True, check=True
     )

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import left_pad, make_gpt2, random_prompts
+from helpers import left_pad, make_gpt2, random_prompts
 
 from stagedspec import Decoder, Sampling, TreeConfig
 from stagedspec.kernels.state.host import Sequences, Unread

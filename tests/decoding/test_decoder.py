@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import (
+from helpers import (
     CONFIGS,
     POSITIONS,
     VOCAB,
@@ -181,7 +181,7 @@ def test_embedded_target_on_held_out_prompts(place):
 
     Batches of 16 and, small enough for the draft's compiled pass, of 4; every mode; trees as given and as chosen.
     """
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     target = root / "stagedspec" / "assets" / "target"
     prompts_file = root / "bench" / "prompts.jsonl"
     if not (target / "config.json").is_file():

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import byte_tokenizer, make_gpt2
+from helpers import byte_tokenizer, make_gpt2
 from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
 from transformers import GPT2LMHeadModel

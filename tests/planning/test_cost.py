@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from conftest import VOCAB, make_draft, make_gpt2, random_prompts
+from helpers import VOCAB, make_draft, make_gpt2, random_prompts
 
 from stagedspec import Decoder
 from stagedspec.planning.cost import CHILDREN, Model, candidates, expected

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_draft, make_gpt2, random_prompts
+from helpers import make_draft, make_gpt2, random_prompts
 from triton.errors import TritonError
 from typer.testing import CliRunner
 

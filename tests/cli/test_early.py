@@ -198,7 +198,7 @@ def refuse():
 
 def small_model(folder) -> str:
     """A model of 40 positions with a tokenizer of bytes."""
-    from conftest import byte_tokenizer, make_gpt2
+    from helpers import byte_tokenizer, make_gpt2
     from tokenizers import pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

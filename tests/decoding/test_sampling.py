@@ -5,10 +5,9 @@ import math
 
 import pytest
 import torch
-from conftest import make_draft, make_gpt2
+from helpers import g_test, make_draft, make_gpt2, transformers_warp
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_reference import transformers_warp
 
 from stagedspec import Decoder, Sampling, TreeConfig
 from stagedspec.decoding.sampling import counters
@@ -60,23 +59,6 @@ def probabilities(conditionals, length: int, warper: dict) -> torch.Tensor:
     for logits in conditionals[:length]:
         joint = (joint[:, None] * transformers_warp(logits, **warper).double().softmax(-1)).flatten()
     return joint
-
-
-def g_test(counts: torch.Tensor, expected: torch.Tensor) -> float:
-    """The p-value of counts under expected probabilities. Cells that expect less than five draws are put together."""
-    total = counts.sum()
-    assert counts[expected == 0].sum() == 0, "drew what cannot come up"
-    expected = expected * total
-    rare = expected < 5
-    if expected[rare].sum() >= 5:
-        counts = torch.cat((counts[~rare], counts[rare].sum()[None]))
-        expected = torch.cat((expected[~rare], expected[rare].sum()[None]))
-    else:
-        counts, expected = counts[~rare], expected[~rare]
-    seen = counts > 0
-    g = 2 * (counts[seen] * (counts[seen] / expected[seen]).log()).sum() + 2 * (expected.sum() - counts.sum())
-    freedom = torch.tensor(float(len(counts) - 1), dtype=torch.float64)
-    return float(torch.special.gammaincc(freedom / 2, g.clamp(min=0) / 2)) if freedom > 0 else 1.0
 
 
 def draw(conditionals, noise, warper: dict, length: int) -> torch.Tensor:

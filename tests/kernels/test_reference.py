@@ -6,15 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import transformers_warp
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import (
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
 from stagedspec.decoding.sampling import Sampling, counters
 from stagedspec.kernels.backends import torch_ops as ops
@@ -117,20 +111,6 @@ def test_noise_window(block, monkeypatch):
 
 
 # ---------------------------------------------------------------- warping and choosing
-
-
-def transformers_warp(logits, temperature=1.0, top_k=None, top_p=None, min_p=None):
-    """In the order and under the conditions of transformers' `_get_logits_processor`."""
-    warpers = LogitsProcessorList()
-    if temperature != 1.0:
-        warpers.append(TemperatureLogitsWarper(float(temperature)))
-    if top_k is not None and top_k != 0:
-        warpers.append(TopKLogitsWarper(top_k))
-    if top_p is not None and top_p < 1.0:
-        warpers.append(TopPLogitsWarper(top_p))
-    if min_p is not None:
-        warpers.append(MinPLogitsWarper(min_p))
-    return warpers(None, logits.clone())
 
 
 @st.composite

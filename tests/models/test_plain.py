@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import make_gpt2, random_prompts
+from helpers import make_gpt2, random_prompts
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 from transformers import AttentionInterface, GPT2LMHeadModel

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from conftest import POSITIONS, VOCAB, byte_tokenizer, left_pad, make_gpt2, random_prompts
+from helpers import POSITIONS, VOCAB, byte_tokenizer, left_pad, make_gpt2, random_prompts
 from transformers import (
     GenerationConfig,
     GPT2LMHeadModel,
@@ -784,7 +784,7 @@ def test_streams_refuse_what_they_cannot_do(decoder):
 
 def test_embedded_models_through_transformers(custom, place):
     """An unmodified GPT2LMHeadModel with folders for draft and table, streamed."""
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     assets = root / "stagedspec" / "assets"
     if not (assets / "target" / "config.json").is_file():
         pytest.fail("the embedded target is missing: run `stagedspec train`")

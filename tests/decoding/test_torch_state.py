@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import POSITIONS, VOCAB, left_pad, make_draft, make_gpt2, random_prompts
+from helpers import POSITIONS, VOCAB, left_pad, make_draft, make_gpt2, random_prompts
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stagedspec import Decoder, TreeConfig

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench" / "kernels"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench" / "kernels"))
 import harness
 import models
 import run

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import byte_tokenizer, random_prompts
+from helpers import byte_tokenizer, random_prompts
 from test_hf import TOKENS, Records
 from transformers import GPT2LMHeadModel, LogitsProcessorList, StoppingCriteriaList, TextIteratorStreamer
 
