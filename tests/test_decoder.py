@@ -25,6 +25,7 @@ from transformers import GPT2LMHeadModel
 import stagedspec
 from stagedspec import Decoder, TreeConfig
 from stagedspec.decoding.generation import current
+from stagedspec.decoding.request import validate
 from stagedspec.devices import resolve_device
 from stagedspec.kernels.state.host import Growth
 from stagedspec.models.ngram import fit_table
@@ -320,7 +321,7 @@ def test_committed_cache_is_that_of_a_fresh_prefill(decoders, place, target, dra
     ids, mask = left_pad(random_prompts([5, 1, 8][:batch], seed=14))
     decoder = decoders[kind, katz]
     sampling = stagedspec.Sampling(do_sample=True, temperature=0.7)
-    run = decoder._run(decoder._validate(ids, mask, 20, "staged", TREES["default"], [], 3, sampling))
+    run = decoder._run(validate(decoder, ids, mask, 20, "staged", TREES["default"], [], 3, sampling))
     jumps, missed = 0, set()
     for _ in run.steps():
         jumps = max(run.sequences.accepted) > 1
