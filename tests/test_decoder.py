@@ -28,7 +28,7 @@ from stagedspec.decoding.generation import current
 from stagedspec.decoding.request import validate
 from stagedspec.devices import resolve_device
 from stagedspec.kernels.state.host import Growth
-from stagedspec.models.ngram import fit_table
+from stagedspec.models.ngram_fit import fit_table
 
 TREES = {
     "tiny": TreeConfig(nodes=2, depth=1, passes=1, width=1, children=1, prefetch=1, prefetch_width=1),

@@ -17,7 +17,7 @@ import stagedspec
 from stagedspec import Decoder, TreeConfig, hf
 from stagedspec.decoding.decoder_cache import KEPT_DRAFTS
 from stagedspec.hf import custom_generate
-from stagedspec.models.ngram import fit_table
+from stagedspec.models.ngram_fit import fit_table
 
 on_cpu = partial(Decoder.from_pretrained, device="cpu")
 IDS = torch.tensor(random_prompts([5], seed=4))
