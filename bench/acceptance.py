@@ -21,7 +21,7 @@ from report import markdown, update_readme
 from rules import RULES
 from sides import HERE, Models, add_options, check_options, clear_errors, encode, load, read_prompts
 from stagedspec.cli import progress_bar
-from stagedspec.decoder import MAX_BATCH
+from stagedspec.decoding.request import MAX_BATCH
 from stagedspec.kernels.backends.torch_ops import warp
 
 CHILDREN = (1, 2, 4, 8)

@@ -31,7 +31,7 @@ from sides import (
     read_prompts,
     transformers_side,
 )
-from stagedspec.decoder import MAX_BATCH
+from stagedspec.decoding.request import MAX_BATCH
 from stagedspec.tuning.compare import summarise, table
 
 

@@ -571,7 +571,7 @@ def fit_ngram(
 
     from stagedspec.devices import resolve_device
     from stagedspec.models.loading import load_tokenizer, read_checkpoint
-    from stagedspec.models.ngram import fit_from_text, fit_table
+    from stagedspec.models.ngram_fit import fit_from_text, fit_table
     from stagedspec.training.sample import sample_shards
 
     where = resolve_device(device)

@@ -3,23 +3,25 @@
 import copy
 import logging
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partialmethod
 from importlib.resources import files
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 
+from stagedspec.decoding import arguments
 from stagedspec.decoding import warm_up as warmup
 from stagedspec.decoding.callbacks import Positions, ended
-from stagedspec.decoding.generation import Request, Run
+from stagedspec.decoding.decoder_cache import assisted
+from stagedspec.decoding.generation import Run
+from stagedspec.decoding.output import StagedOutput, finish
 from stagedspec.decoding.pool import GenerationPool
-from stagedspec.decoding.sampling import Sampling, counters
+from stagedspec.decoding.request import Call, Request
 from stagedspec.decoding.stats import ORIGINS, Stats, marks_wanted
 from stagedspec.devices import resolve_device, resolve_dtype
 from stagedspec.kernels.backends import select as kernel_backend
@@ -37,19 +39,11 @@ from stagedspec.models.loading import (
 )
 from stagedspec.models.model_set import Models
 from stagedspec.models.ngram import KatzTable
-from stagedspec.planning.adapt import Controller, Rung
 from stagedspec.planning.planner import TreePlanner
 from stagedspec.planning.profile import Tuning
 from stagedspec.planning.tree import TreeConfig
-from stagedspec.values import at_least, plain, whole
-
-if TYPE_CHECKING:
-    from stagedspec.hf import StagedOutput
 
 log = logging.getLogger("stagedspec")
-
-MAX_BATCH = 16
-NEW_TOKENS = 128  # where nobody says how many
 
 
 @dataclass(frozen=True)
@@ -72,22 +66,6 @@ class Chunk:
 
     def __str__(self) -> str:
         return self.text
-
-
-@dataclass(frozen=True)
-class Call:
-    """Everything that the arguments of `generate` come to.
-
-    pad: what rows that stop early are filled up with; positions: what is called at every position, if anything; began:
-    when the call began, of `time.perf_counter`.
-    """
-
-    input_ids: torch.Tensor
-    request: Request
-    pad: int
-    positions: Positions | None = None
-    return_dict: bool = False
-    began: float = field(default_factory=time.perf_counter)
 
 
 class Decoder:
@@ -326,7 +304,7 @@ class Decoder:
         seed: int | Sequence[int] | torch.Tensor | None = None,
         tree: TreeConfig | None = None,
         **options: Any,
-    ) -> "torch.Tensor | StagedOutput":
+    ) -> torch.Tensor | StagedOutput:
         """Continues input_ids, LongTensor [B, prompt], and returns LongTensor [B, prompt + new].
 
         Prompts of different lengths are padded on the left and marked in attention_mask [B, prompt], as
@@ -354,14 +332,12 @@ class Decoder:
         decoder = self
         with ended(options.get("streamer")):
             if options.get("assistant_model") is not None:
-                from stagedspec import hf
-
-                decoder = hf.assisted(self, options.pop("assistant_model"))
+                decoder = assisted(self, options.pop("assistant_model"))
             output = decoder.decode(decoder._read(input_ids, attention_mask, max_new_tokens, mode, seed, tree, options))
         self.last_stats = decoder.last_stats
         return output
 
-    def decode(self, call: Call) -> "torch.Tensor | StagedOutput":
+    def decode(self, call: Call) -> torch.Tensor | StagedOutput:
         """Runs a call to its end: what `generate` does once its arguments are read."""
         run = self._run(call.request, call.positions, call.began)
         for _ in run.steps():
@@ -371,11 +347,7 @@ class Decoder:
         new = run.new_tokens(call.pad)
         self._keep(run, self.last_stats)
         sequences = torch.cat((call.input_ids, new.to(call.input_ids.device)), 1)
-        if call.positions is None and not call.return_dict:
-            return sequences
-        from stagedspec import hf
-
-        return hf.finish(call, sequences, self.last_stats)
+        return finish(call, sequences, self.last_stats)
 
     def complete(self, prompt: str | torch.Tensor, max_new_tokens: int | None = None, **options: Any) -> Completion:
         """Completes one prompt, text or LongTensor [T] or [1, T]; options as in `generate`, but 64 new tokens."""
@@ -487,65 +459,14 @@ class Decoder:
         """The arguments of `generate`, read and checked."""
         began = time.perf_counter()
         self.follow()
-        from stagedspec import hf  # which imports this module
-
-        return replace(hf.read(self, input_ids, attention_mask, max_new_tokens, mode, seed, tree, options), began=began)
+        call = arguments.read(self, input_ids, attention_mask, max_new_tokens, mode, seed, tree, options)
+        return replace(call, began=began)
 
     def tree_for(
         self, mode: str, batch: int = 1, tree: TreeConfig | None = None, do_sample: bool = False
     ) -> TreeConfig:
         """The tree settings a call would use: the call's, else the decoder's, else the cost model's."""
         return self.planner.tree_for(mode, batch, tree, do_sample)
-
-    def _validate(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        max_new_tokens: int,
-        mode: str,
-        tree: TreeConfig | None,
-        eos_token_id: int | Sequence[int] | None,
-        seed: int | Sequence[int] | torch.Tensor | None,
-        sampling: Sampling,
-        pad_token_id: int | None = None,
-        lookup: int | None = None,
-    ) -> Request:
-        """seed: None draws one if it is needed. lookup: propose chains so long by the context n-gram, where there is no
-        draft."""
-        # Other ids can never come up.
-        eos = [token for token in token_ids("eos_token_id", eos_token_id) if 0 <= token < self.target.vocab_size]
-        if attention_mask is None and pad_token_id is not None and pad_token_id not in eos:
-            attention_mask = _mask_of_padding(input_ids, pad_token_id)
-        prompts = _unpad(input_ids, attention_mask, self.target.vocab_size)
-        max_new_tokens = at_least("max_new_tokens", max_new_tokens)
-        longest = max(map(len, prompts))
-        room = self.target.positions + 1 - longest  # the last token is not read, and needs no position
-        if max_new_tokens > room:
-            raise ValueError(
-                f"prompt + new tokens, not counting the last, must be at most n_positions = {self.target.positions}, "
-                f"got {longest} + {max_new_tokens}; shorten the prompt"
-                + (f" or ask for at most {room} new tokens" if room > 0 else "")
-            )
-        seeds, streams = counters(0 if seed is None else seed, len(prompts))
-        if lookup is not None and not 1 <= (whole(lookup) or 0) <= 255:
-            raise ValueError(f"prompt_lookup_num_tokens must be a whole number from 1 to 255, got {lookup!r}")
-        repeats = lookup is not None and self.draft is None and mode != "autoregressive"
-        ladder: tuple[Rung, ...] = ()
-        learned: list[Controller] = []
-        if repeats:
-            chain = min(whole(lookup), self.target.ops.max_depth)
-            settings = TreeConfig(chain + 1, chain, chain, width=1, children=1, prefetch=0)
-        else:
-            settings, ladder, learned = self.planner.plan(mode, len(prompts), tree, sampling.do_sample)
-        mode = "lookup" if repeats else mode
-        if torch.is_autocast_enabled(self.device.type) and (
-            torch.get_autocast_dtype(self.device.type) != self.target.dtype
-        ):
-            warnings.warn(f"autocast has no effect here: decoding computes in {self.target.dtype}", stacklevel=2)
-        if seed is None and sampling.do_sample:
-            # Last: a call that is refused, or that samples nothing, leaves torch's generator as it was.
-            seeds, streams = counters(int(torch.randint(2**63 - 1, (), device="cpu")), len(prompts))
-        return Request(prompts, max_new_tokens, mode, settings, sampling, seeds, streams, eos, ladder, learned, repeats)
 
     def check_host_trees(self, what: str) -> None:
         """Raises ValueError where trees live on a device: `what` works on trees on the host."""
@@ -573,71 +494,3 @@ class Decoder:
         if self.tokenizer is None:
             return ""
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-
-
-# ---------------------------------------------------------------- reading arguments
-
-
-def _mask_of_padding(input_ids: torch.Tensor, pad: int) -> torch.Tensor | None:
-    """As transformers: where there is no mask, padding tokens that do not end a sequence are taken for padding."""
-    if not isinstance(input_ids, torch.Tensor) or not bool((input_ids == pad).any()):
-        return None
-    return (input_ids != pad).long()
-
-
-def _unpad(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, vocab_size: int) -> list[list[int]]:
-    """Checks prompts and drops their padding.
-
-    Positions count real tokens only, as transformers' position ids do, so dropping the padding changes nothing.
-    """
-    integers = (torch.int64, torch.int32)
-    if not isinstance(input_ids, torch.Tensor) or input_ids.dim() != 2 or input_ids.dtype not in integers:
-        got = type(input_ids).__name__
-        if isinstance(input_ids, torch.Tensor):
-            got = f"{input_ids.dtype} {list(input_ids.shape)}"
-        raise ValueError(f"input_ids must be a LongTensor [batch, prompt], got {got}")
-    batch, width = input_ids.shape
-    if input_ids.is_meta:
-        raise ValueError("input_ids must hold tokens, got a tensor on the meta device, which has none: make it on cpu")
-    if not 1 <= batch <= MAX_BATCH:
-        raise ValueError(
-            f"the batch must have 1 to {MAX_BATCH} prompts, got {batch}; call generate for a part at a time"
-        )
-    if width == 0:
-        raise ValueError("the prompt is empty: give at least one token (the end-of-text token starts from nothing)")
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    if not isinstance(mask, torch.Tensor) or mask.shape != input_ids.shape:
-        shape = list(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
-        raise ValueError(f"attention_mask must have the shape of input_ids, {[batch, width]}, got {shape}")
-    prompts = []
-    for row, (ids, kept) in enumerate(zip(input_ids.tolist(), mask.tolist(), strict=True)):
-        if any(value not in (0, 1) for value in kept):
-            raise ValueError(f"attention_mask must hold only 0 and 1, got {next(v for v in kept if v not in (0, 1))}")
-        if not any(kept):
-            raise ValueError(
-                f"prompt {row} is empty: its attention_mask is all 0; leave the row out, or keep a token of it"
-            )
-        if not kept[-1]:
-            raise ValueError(
-                f"prompts must be padded on the left (padding_side='left'), but attention_mask ends prompt {row} with 0"
-            )
-        prompt = [token for token, keep in zip(ids, kept, strict=True) if keep]
-        bad = [token for token in prompt if not 0 <= token < vocab_size]
-        if bad:
-            raise ValueError(
-                f"token ids must be in [0, {vocab_size}), the target's vocabulary, got {bad[0]}: use its tokenizer"
-            )
-        prompts.append(prompt)
-    return prompts
-
-
-def token_ids(name: str, value: object) -> list[int]:
-    """Token ids of any kind as a list; None is none. Raises ValueError for anything else."""
-    given = plain(value)
-    numbers = []
-    for token in [] if given is None else list(given) if isinstance(given, Sequence) else [given]:
-        number = whole(token)
-        if number is None or not -(2**63) <= number < 2**63:
-            raise ValueError(f"{name} must be a token id, a list of them, or None, got {token!r}")
-        numbers.append(number)
-    return numbers

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -10,30 +10,12 @@ import torch
 
 from stagedspec.decoding.callbacks import Positions
 from stagedspec.decoding.proposers import Cascade, Repeats
-from stagedspec.decoding.sampling import Sampling
+from stagedspec.decoding.request import Request
 from stagedspec.decoding.stats import ORIGINS, Clock, Mark, Stats
 from stagedspec.devices import current_device
 from stagedspec.models.gpt2 import GPT2, Cache, Reader
 from stagedspec.models.ngram import KatzTable
-from stagedspec.planning.adapt import WAITS, Controller, Rung
-from stagedspec.planning.tree import TreeConfig
-
-
-@dataclass(frozen=True)
-class Request:
-    """A validated request: the prompts without padding, and everything else decided."""
-
-    prompts: list[list[int]]
-    new_tokens: int
-    mode: str
-    tree: TreeConfig
-    sampling: Sampling
-    seeds: list[int]
-    streams: list[int]
-    eos: list[int]
-    ladder: tuple[Rung, ...] = ()  # what the trees may adapt to; `tree` is the largest
-    learned: "list[Controller]" = field(default_factory=list)  # the last generation's with this ladder, if any
-    repeats: bool = False  # proposed by the context n-gram alone
+from stagedspec.planning.adapt import WAITS, Controller
 
 
 class Stepper:

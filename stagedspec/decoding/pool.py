@@ -5,7 +5,8 @@ import time
 import torch
 
 from stagedspec.decoding.callbacks import Positions
-from stagedspec.decoding.generation import Request, Run, kind_of
+from stagedspec.decoding.generation import Run, kind_of
+from stagedspec.decoding.request import Request
 from stagedspec.decoding.stats import Mark
 from stagedspec.models.model_set import Models
 

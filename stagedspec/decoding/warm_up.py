@@ -11,7 +11,8 @@ from stagedspec.planning.tree import MODES, TreeConfig
 from stagedspec.values import plain, whole
 
 if TYPE_CHECKING:
-    from stagedspec.decoder import Call, Decoder
+    from stagedspec.decoder import Decoder
+    from stagedspec.decoding.request import Call
 
 GREEDY: dict[str, Any] = {}
 SAMPLED: dict[str, Any] = {"do_sample": True, "top_k": 50}

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -155,11 +156,11 @@ class GPT2:
         """Hidden states [..., d] to fp32 logits [..., V]."""
         return self.ops.head_logits(hidden, *self.final_norm, self.epsilon, self.head)
 
-    def choose(self, hidden: torch.Tensor, warping: dict | None, noise) -> torch.Tensor:
+    def choose(self, hidden: torch.Tensor, warping: dict | None, noise: Any) -> torch.Tensor:
         """Hidden states [B, N, d] to the one token of every node [B, N]."""
         return self.ops.lm_head_choose(hidden, *self.final_norm, self.epsilon, self.head, warping, noise)
 
-    def children(self, hidden: torch.Tensor, count: int, warping: dict | None, noise) -> tuple[torch.Tensor, ...]:
+    def children(self, hidden: torch.Tensor, count: int, warping: dict | None, noise: Any) -> tuple[torch.Tensor, ...]:
         """Hidden states [B, N, d] to the likeliest children: tokens and log-probabilities [B, N, count]."""
         if self.small is not None and self.small.knows(hidden.shape[:-1].numel(), warping):
             return self.ops.small_children(self.small, hidden, count, warping, noise)
@@ -173,16 +174,16 @@ class _Weights:
     """
 
     def __init__(self, model: GPT2LMHeadModel, role: str, device: torch.device, dtype: torch.dtype):
-        self._role, self._place = role, {"device": device, "dtype": dtype}
+        self._role, self._device, self._dtype = role, device, dtype
         named = nn.Module.named_parameters(model, remove_duplicate=False)  # whatever a subclass makes of it
         self._parameters = {name: one.detach() for name, one in named}
 
     @property
     def shared(self) -> dict[str, torch.Tensor]:
-        return {name: one.to(**self._place) for name, one in self._parameters.items()}
+        return {name: one.to(self._device, self._dtype) for name, one in self._parameters.items()}
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        own = self._parameters[name].to(**self._place, copy=True)
+        own = self._parameters[name].to(self._device, self._dtype, copy=True)
         if finite(own):
             return own
         if not finite(self._parameters[name]):
@@ -211,7 +212,9 @@ class Reader:
     backend's `repeated` or nothing; chunks of one size share the pass.
     """
 
-    def __init__(self, model: GPT2, cache: Cache, sequences, repeated: Callable[[Callable], Callable] | None = None):
+    def __init__(
+        self, model: GPT2, cache: Cache, sequences: Any, repeated: Callable[[Callable], Callable] | None = None
+    ):
         self.model, self.cache, self.sequences = model, cache, sequences
         self._repeated = repeated or (lambda part: part)
         self._passes: dict[int, Callable] = {}  # by the size of a chunk

@@ -2,6 +2,7 @@
 
 import weakref
 from threading import Lock
+from typing import Any
 
 from transformers import GPT2LMHeadModel
 
@@ -21,7 +22,7 @@ class LiveModel:
     looked for in a target alone (`plain.fingerprint`): a draft cannot change the output.
     """
 
-    def __init__(self, model: GPT2LMHeadModel, role: str, **layout):
+    def __init__(self, model: GPT2LMHeadModel, role: str, **layout: Any):
         self._model, self._role, self._layout = weakref.ref(model), role, layout
         self._sampled = layout.get("invariant", True)
         self._lock = Lock()
@@ -43,7 +44,7 @@ class LiveModel:
             return self.weights
 
 
-def read_model(model: GPT2LMHeadModel, role: str, held: bool, **layout) -> tuple[GPT2, LiveModel | None]:
+def read_model(model: GPT2LMHeadModel, role: str, held: bool, **layout: Any) -> tuple[GPT2, LiveModel | None]:
     """The weights of a model, laid out by the other arguments of `GPT2`; and the `LiveModel` that follows the model if
     the caller holds it."""
     if not held:

@@ -8,6 +8,7 @@ unchanged GPT-2 of the same config. What changes the forward pass is refused by 
 import functools
 import warnings
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import nn
@@ -134,7 +135,7 @@ def _check_module(module: nn.Module, plain: nn.Module, name: str, role: str) -> 
             "its cache: call model.eval() first"
         )
     active = isinstance(module, nn.Dropout) or hasattr(module, "attn_dropout")  # attention reads its own mode
-    if module.training and active and getattr(module, "attn_dropout", module).p > 0:
+    if module.training and active and cast(nn.Dropout, getattr(module, "attn_dropout", module)).p > 0:
         raise ValueError(
             f"{role}: {place} is in training mode, where dropout changes what the model says: call model.eval() first"
         )
@@ -210,10 +211,10 @@ def _unwrapped(function: Callable, module: nn.Module) -> tuple[Callable | None, 
 def _module_of(function: Callable) -> str:
     """The module that a function's code is from; functools.wraps changes `__module__`, not this."""
     code = getattr(function, "__func__", function)
-    return getattr(code, "__globals__", {}).get("__name__") or getattr(type(code), "__module__", "")
+    return str(getattr(code, "__globals__", {}).get("__name__") or getattr(type(code), "__module__", ""))
 
 
-def _of_libraries(function: Callable) -> bool:
+def _of_libraries(function: Callable | None) -> bool:
     """Whether a function and all that it wraps come from torch and transformers."""
     while function is not None:
         function = getattr(function, "func", function)  # of a partial
@@ -281,7 +282,7 @@ def fingerprint(model: GPT2LMHeadModel, sampled: bool) -> tuple:
                 for one in parameters
                 for part in ((one[0], one[:, 0], one.diagonal()) if one.dim() > 1 else (one,))
             ]
-            by_kind = {(one.dtype, one.device): [] for one in values}
+            by_kind: dict[tuple, list[torch.Tensor]] = {(one.dtype, one.device): [] for one in values}
             for one in values:
                 by_kind[one.dtype, one.device].append(one)
             parts += [torch.cat(group).view(torch.uint8).cpu().numpy().tobytes() for group in by_kind.values()]

@@ -27,7 +27,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from stagedspec.devices import resolve_device
 from stagedspec.models.loading import no_bars
-from stagedspec.models.ngram import fit_table
+from stagedspec.models.ngram_fit import fit_table
 from stagedspec.training import card, distil, sample
 from stagedspec.training.corpus import Corpus, build
 from stagedspec.training.fit import (

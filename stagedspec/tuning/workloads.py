@@ -15,7 +15,8 @@ from stagedspec.kernels.backends import torch_ops as reference
 from stagedspec.kernels.backends.triton_ops import Linear, NoiseAt, TritonOps, warping_settings
 from stagedspec.kernels.common.registry import Scratch
 from stagedspec.kernels.ngram_lookup import ngram_lookup
-from stagedspec.models.ngram import KatzTable, fit_table
+from stagedspec.models.ngram import KatzTable
+from stagedspec.models.ngram_fit import fit_table
 from stagedspec.planning.tree import TreeConfig
 
 SAMPLINGS = {

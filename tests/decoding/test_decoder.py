@@ -24,9 +24,10 @@ from transformers import GPT2LMHeadModel
 
 import stagedspec
 from stagedspec import Decoder, TreeConfig
+from stagedspec.decoding.request import validate
 from stagedspec.devices import current_device, resolve_device
 from stagedspec.kernels.state.host import Growth
-from stagedspec.models.ngram import fit_table
+from stagedspec.models.ngram_fit import fit_table
 
 TREES = {
     "tiny": TreeConfig(nodes=2, depth=1, passes=1, width=1, children=1, prefetch=1, prefetch_width=1),
@@ -319,7 +320,7 @@ def test_committed_cache_is_that_of_a_fresh_prefill(decoders, place, target, dra
     ids, mask = left_pad(random_prompts([5, 1, 8][:batch], seed=14))
     decoder = decoders[kind, katz]
     sampling = stagedspec.Sampling(do_sample=True, temperature=0.7)
-    run = decoder._run(decoder._validate(ids, mask, 20, "staged", TREES["default"], [], 3, sampling))
+    run = decoder._run(validate(decoder, ids, mask, 20, "staged", TREES["default"], [], 3, sampling))
     jumps, missed = 0, set()
     for _ in run.steps():
         jumps = max(run.sequences.accepted) > 1

@@ -9,7 +9,7 @@ from helpers import PLACES, POSITIONS, VOCAB, byte_tokenizer, make_gpt2, random_
 from tokenizers import pre_tokenizers
 
 from stagedspec import Decoder, TreeConfig
-from stagedspec.models.ngram import fit_table
+from stagedspec.models.ngram_fit import fit_table
 
 TREE = TreeConfig()
 

@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stagedspec import Decoder, TreeConfig
 from stagedspec.hf import custom_generate
-from stagedspec.models.ngram import fit_table
+from stagedspec.models.ngram_fit import fit_table
 
 IDS, MASK = left_pad(random_prompts([6, 3], seed=71))
 

@@ -35,8 +35,8 @@ from transformers.generation.streamers import BaseStreamer
 
 import stagedspec.models.live
 from stagedspec import Decoder, Sampling, TreeConfig, hf
+from stagedspec.decoding import prepared, settings
 from stagedspec.hf import custom_generate
-from stagedspec.hf import settings as fields
 
 TREE = TreeConfig()
 TOKENS = [*string.ascii_letters, "Ġ", "Ċ", *string.digits][:VOCAB]
@@ -458,13 +458,13 @@ def test_built_in_warping_chooses_as_transformers_warpers_do(decoder, monkeypatc
     ids, mask = left_pad(random_prompts([5, 2], seed=44))
     options = {"do_sample": True, "max_new_tokens": 30, "seed": 5, "repetition_penalty": 1.0, **SAMPLED[name]}
     built_in = decoder.generate(ids, mask, **options)
-    monkeypatch.setattr(hf, "_WARPERS", {})
+    monkeypatch.setattr(prepared, "_WARPERS", {})
     assert torch.equal(decoder.generate(ids, mask, **options), built_in)
 
 
 def test_warpers_that_are_not_the_plain_ones_stay_processors():
     """Only the last of a kind is taken off, and none that does what `Sampling` cannot."""
-    split = hf._split_processors
+    split = prepared._split_processors
     for odd in (TopPLogitsWarper(0.6, min_tokens_to_keep=3), TopPLogitsWarper(0.6, filter_value=-99.0)):
         assert split(LogitsProcessorList([odd]), True) == ([odd], Sampling(True))
     first, last = TopPLogitsWarper(0.3), TopPLogitsWarper(0.7)
@@ -693,18 +693,18 @@ def test_models_that_would_be_decoded_wrongly(draft):
 
 
 def test_every_setting_is_in_one_table():
-    tables = [names for group in (fields.HONOURED, fields.IRRELEVANT) for names in group.values()]
-    listed = [name for names in tables for name in names] + list(fields.REFUSED)
+    tables = [names for group in (settings.HONOURED, settings.IRRELEVANT) for names in group.values()]
+    listed = [name for names in tables for name in names] + list(settings.REFUSED)
     assert len(listed) == len(set(listed))
     known = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
     assert known - set(listed) == set()
 
 
 def test_settings_of_a_later_transformers_are_refused(monkeypatch):
-    monkeypatch.setattr(fields, "_KNOWN", fields._KNOWN - {"top_h"})
+    monkeypatch.setattr(settings, "_KNOWN", settings._KNOWN - {"top_h"})
     with pytest.raises(ValueError, match=r"top_h=0\.5 is not supported: this release does not know the setting"):
-        fields.refuse_settings({"top_h": 0.5})
-    fields.refuse_settings({"top_h": None, "colour": "blue"})
+        settings.refuse_settings({"top_h": 0.5})
+    settings.refuse_settings({"top_h": None, "colour": "blue"})
 
 
 REFUSALS = {

@@ -16,6 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import stagedspec.decoder
 from stagedspec import Decoder, Sampling, TreeConfig
+from stagedspec.decoding.request import validate
 from stagedspec.kernels import lm_head
 from stagedspec.kernels.backends import select as backend
 from stagedspec.kernels.backends.triton_ops import TritonOps, _Captured, warping_settings
@@ -133,7 +134,7 @@ def test_a_step_allocates_nothing_and_reads_nothing_back(pair, prompts, device, 
     decoder = decoders(pair, device)[1]
     ids, mask = (tensor.to(device) for tensor in prompts)
     options = stagedspec.Sampling(**{k: v for k, v in SAMPLINGS[sampling].items() if k != "seed"})
-    request = decoder._validate(ids, mask, 20, "staged", TREE, [], 3, options)
+    request = validate(decoder, ids, mask, 20, "staged", TREE, [], 3, options)
     stepper = decoder._run(request).stepper
     with torch.inference_mode():
         stepper.prefill(request.prompts)

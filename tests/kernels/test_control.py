@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stagedspec.kernels.state.host import NEVER, TARGET, Growth, Row, Sequences, Trees, _Tree
-from stagedspec.models.ngram import fit_table
+from stagedspec.models.ngram_fit import fit_table
 from stagedspec.planning.tree import TreeConfig
 
 CPU = torch.device("cpu")

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from stagedspec.kernels.backends.torch_ops import gumbel_noise
 from stagedspec.kernels.state import device as on_device
 from stagedspec.kernels.state import host as control
-from stagedspec.models.ngram import fit_table
+from stagedspec.models.ngram_fit import fit_table
 from stagedspec.planning.tree import TreeConfig
 
 GPU = torch.cuda.is_available()

@@ -9,7 +9,7 @@ from stagedspec.kernels import ngram_lookup as ops
 from stagedspec.kernels.ngram_lookup import ngram_lookup
 from stagedspec.kernels.state.host import CONTEXT_LOGPROB, Row
 from stagedspec.models import ngram
-from stagedspec.models.ngram import fit_table
+from stagedspec.models.ngram_fit import fit_table
 
 VOCAB = 13
 

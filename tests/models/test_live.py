@@ -15,8 +15,9 @@ from tokenizers import pre_tokenizers
 
 import stagedspec
 from stagedspec import Decoder, TreeConfig, hf
+from stagedspec.decoding.decoder_cache import KEPT_DRAFTS
 from stagedspec.hf import custom_generate
-from stagedspec.models.ngram import fit_table
+from stagedspec.models.ngram_fit import fit_table
 
 on_cpu = partial(Decoder.from_pretrained, device="cpu")
 IDS = torch.tensor(random_prompts([5], seed=4))
@@ -200,11 +201,11 @@ def test_drafts_that_are_thrown_away_keep_nothing(model):
 
 
 def test_few_decoders_are_kept_of_many_drafts(model):
-    drafts = [make_gpt2(60 + seed, n_layer=1) for seed in range(hf.KEPT_DRAFTS + 2)]
+    drafts = [make_gpt2(60 + seed, n_layer=1) for seed in range(KEPT_DRAFTS + 2)]
     decoders = [weakref.ref(hf.decoder_for(model, draft)) for draft in drafts]
     gc.collect()
     kept = [one() for one in decoders if one() is not None]
-    assert len(kept) == hf.KEPT_DRAFTS
+    assert len(kept) == KEPT_DRAFTS
     assert len({id(decoder.target) for decoder in kept}) == 1  # whose weights they share
     assert hf.decoder_for(model, drafts[-1]) is kept[-1]
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from stagedspec.models import ngram
-from stagedspec.models.ngram import KatzModel, KatzTable, NgramCounts, fit_from_text, fit_table
+from stagedspec.models.ngram import KatzTable
+from stagedspec.models.ngram_fit import KatzModel, NgramCounts, _discounts, fit_from_text, fit_table
 
 K = 5
 
@@ -135,7 +136,7 @@ def test_good_turing_discounts_are_used_where_they_are_sound():
     counts = torch.tensor(
         [r for r, n in ((1, 1200), (2, 400), (3, 200), (4, 120), (5, 80), (6, 55), (7, 9)) for _ in range(n)]
     )
-    discounts = ngram._discounts(counts, K)
+    discounts = _discounts(counts, K)
     common = 6 * 55 / 1200
     assert discounts[1].item() == pytest.approx((2 * 400 / 1200 - common) / (1 - common))
     assert discounts[5].item() == pytest.approx((6 * 55 / 80 / 5 - common) / (1 - common))

@@ -8,6 +8,7 @@ import torch
 from helpers import left_pad, make_gpt2, random_prompts
 
 from stagedspec import Decoder, Sampling, TreeConfig
+from stagedspec.decoding.request import validate
 from stagedspec.kernels.state.host import Sequences, Unread
 from stagedspec.planning.adapt import CREDIT, OFF, WAITS, WON, Controller, Rung
 
@@ -340,7 +341,7 @@ def test_the_drafts_cache_after_it_was_left_out(decoders, drafts, lengths, monke
     Fickle.seed = 4
     ids, mask = left_pad(random_prompts(lengths, seed=14))
     decoder, draft = decoders["good"], drafts["good"]
-    run = decoder._run(decoder._validate(ids, mask, 34, "staged", None, [], 3, Sampling(do_sample=True)))
+    run = decoder._run(validate(decoder, ids, mask, 34, "staged", None, [], 3, Sampling(do_sample=True)))
     checked = 0
     for _ in run.steps():
         cascade = run.stepper.cascade
@@ -363,7 +364,7 @@ def test_the_drafts_cache_after_it_was_left_out(decoders, drafts, lengths, monke
 def test_the_drafts_cache_has_room_for_the_longest_reading(decoders):
     ids, mask = left_pad(random_prompts([6], seed=14))
     decoder = decoders["good"]
-    run = decoder._run(decoder._validate(ids, mask, 34, "staged", None, [], 3, Sampling()))
+    run = decoder._run(validate(decoder, ids, mask, 34, "staged", None, [], 3, Sampling()))
     assert run.stepper.cascade.cache.tree_rows >= max(WAITS) > FULL.slots
 
 

@@ -1,0 +1,314 @@
+"""Reads the arguments of `Decoder.generate`, which mean what they mean to transformers' `generate`.
+
+Numbers of NumPy and torch become Python's own. A call that sets only its length, its sampling and its special tokens is
+read here. For any other call transformers makes logits processors and stopping criteria of the arguments
+(`prepared.py` translates them). `settings.py` lists all settings.
+"""
+
+import copy
+import difflib
+import inspect
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from types import NoneType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import GenerationConfig, GPT2LMHeadModel, PreTrainedTokenizerBase, StopStringCriteria
+from transformers.generation import BaseWatermarkingConfig
+
+from stagedspec.decoding import prepared
+from stagedspec.decoding.request import NEW_TOKENS, Call, token_ids, unpad, validate
+from stagedspec.decoding.sampling import Sampling
+from stagedspec.decoding.settings import REFUSED_ARGUMENTS, refuse_arguments, refuse_settings
+from stagedspec.models.gpt2 import GPT2
+from stagedspec.planning.tree import TreeConfig
+from stagedspec.values import at_least, plain, whole
+
+if TYPE_CHECKING:
+    from stagedspec.decoder import Decoder
+
+
+def read(
+    decoder: "Decoder",
+    input_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    max_new_tokens: int | None,
+    mode: str,
+    seed: int | Sequence[int] | torch.Tensor | None,
+    tree: TreeConfig | None,
+    options: dict[str, Any],
+) -> Call:
+    """Reads arguments of `Decoder.generate` as transformers reads those of its own."""
+    if unknown := options.keys() - _options():
+        name = min(unknown)
+        alike = difflib.get_close_matches(name, _options(), n=1)
+        raise ValueError(f"unknown option {name!r}" + (f"; did you mean {alike[0]!r}?" if alike else ""))
+    refuse_arguments(options)
+    _refuse_own_reading(decoder)
+    given = _copy_of_config(options.get("generation_config"))
+    own = _own_settings(decoder)
+    settings = Settings(options, {} if given is None else vars(given), own)
+    options = settings.options
+    if input_ids is None:
+        input_ids = options.pop("inputs", None)
+    elif options.pop("inputs", None) is not None:
+        raise ValueError("input_ids and inputs were both given, and mean the same: give one of them")
+    if max_new_tokens is not None:
+        options["max_new_tokens"] = at_least("max_new_tokens", max_new_tokens)
+    if input_ids is not None and given is None and options.keys() | decoder.defaults.keys() <= _PLAIN:
+        return _plain_call(decoder, input_ids, attention_mask, mode, seed, tree, settings)
+
+    _check_callables(options)
+    for source in (own, settings.given, options):
+        refuse_settings(source)
+    if input_ids is None:
+        begin = settings.of("bos_token_id")
+        if begin is None:
+            raise ValueError("give input_ids: this model has no begin-of-sequence token to start from")
+        input_ids = torch.tensor([[begin]], device="cpu")
+    unpad(input_ids, attention_mask, decoder.target.vocab_size)  # for its messages, before transformers' own
+    if given is None:
+        options.setdefault("top_k", own.get("top_k"))
+        if all(settings.of(name) is None for name in ("max_new_tokens", "max_length")):
+            options["max_new_tokens"] = NEW_TOKENS
+    else:
+        options["generation_config"] = given
+
+    # transformers drops the tokenizer on the way to a custom generate, and then misses it.
+    tokenizer = options.pop("tokenizer", None)
+    if not isinstance(tokenizer, (PreTrainedTokenizerBase, NoneType)):
+        raise ValueError(f"tokenizer must be a tokenizer of transformers or None, got {type(tokenizer).__name__}")
+    tokenizer = tokenizer or decoder.tokenizer
+    strings = settings.of("stop_strings")
+    if strings is not None:
+        if tokenizer is None:
+            raise ValueError("stop_strings need a tokenizer: this decoder has none, give tokenizer=...")
+        found = StopStringCriteria(tokenizer, strings)
+        options |= {"stop_strings": None, "stopping_criteria": [*(options.get("stopping_criteria") or []), found]}
+
+    calls: list[Call] = []
+    streamer, began = options.get("streamer"), time.time()
+
+    def capture(
+        model: Any, input_ids: Any, logits_processor: Any, stopping_criteria: Any, generation_config: Any,
+        **passed_on: Any,
+    ) -> torch.Tensor:  # fmt: skip
+        calls.append(
+            prepared.translate(
+                decoder, input_ids, logits_processor, stopping_criteria, generation_config, passed_on, mode, seed, tree,
+                streamer, began,
+            )
+        )  # fmt: skip
+        return input_ids
+
+    if attention_mask is not None:
+        options["attention_mask"] = attention_mask
+    try:
+        _skeleton(decoder).generate(input_ids, custom_generate=capture, **options)
+    except TypeError as error:
+        if streamer is not None:  # the only code of the caller's that has run
+            raise
+        raise ValueError(f"transformers cannot read these arguments: {error}") from error
+    return calls[0]
+
+
+# Methods of a model in which its `generate` reads arguments. `Decoder.generate` goes through those of a plain GPT-2.
+_READING = (
+    "_get_logits_processor", "_get_stopping_criteria", "_prepare_generation_config", "_prepare_special_tokens",
+    "_merge_criteria_processor_list", "_prepare_generated_length", "generate",
+)  # fmt: skip
+
+
+def _refuse_own_reading(decoder: "Decoder") -> None:
+    model = decoder.live_target
+    for name in _READING if model is not None else ():
+        used = vars(model).get(name, getattr(type(model), name, None))
+        if used is not getattr(GPT2LMHeadModel, name, None):
+            raise ValueError(
+                f"target: the model has a {name} of its own, which only its own generate calls: use "
+                "model.generate(..., custom_generate=stagedspec.hf.custom_generate(...))"
+            )
+
+
+def _check_callables(options: dict[str, Any]) -> None:
+    """Raises ValueError where transformers would fail deep inside."""
+    for name in ("logits_processor", "stopping_criteria"):
+        value = options.get(name)
+        if value is not None and (not isinstance(value, (list, tuple)) or not all(map(callable, value))):
+            raise ValueError(f"{name} must be a list of callables, got {value!r}; put a single one into a list")
+    streamer = options.get("streamer")
+    if streamer is not None and not all(callable(getattr(streamer, name, None)) for name in ("put", "end")):
+        raise ValueError(f"streamer must have the methods put and end, as TextStreamer has, got {streamer!r}")
+    allowed = options.get("prefix_allowed_tokens_fn")
+    if allowed is not None and not callable(allowed):
+        raise ValueError(f"prefix_allowed_tokens_fn must be a function of a row and its tokens, got {allowed!r}")
+    mark = options.get("watermarking_config")
+    if mark is not None and not isinstance(mark, (dict, BaseWatermarkingConfig)):
+        raise ValueError(f"watermarking_config must be a WatermarkingConfig or a dict, got {mark!r}")
+    limit = options.get("max_time")
+    if limit is not None and (not isinstance(limit, (int, float)) or isinstance(limit, bool) or not limit > 0):
+        raise ValueError(f"max_time must be a positive number of seconds, got {limit!r}")
+    strings = options.get("stop_strings")
+    several = [strings] if isinstance(strings, str) else strings
+    if several is not None and (
+        not isinstance(several, (list, tuple)) or not all(isinstance(text, str) and text for text in several)
+    ):
+        raise ValueError(f"stop_strings must be text or a list of texts, none of them empty, got {strings!r}")
+
+
+# Settings that say no more than how long and how to sample.
+_WARPING = ("temperature", "top_k", "top_p", "min_p")
+_PLAIN = {"max_new_tokens", "do_sample", *_WARPING, "eos_token_id", "pad_token_id"}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float))
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int)
+
+
+def _are_ids(value: object) -> bool:
+    return isinstance(value, (list, tuple)) and all(map(_is_whole, value))
+
+
+def _is_decay(value: object) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == 2 and all(map(_is_number, value))
+
+
+# What transformers computes with without a look at it: its own error names no setting.
+_KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
+    **dict.fromkeys(
+        ("max_length", "min_length", "min_new_tokens", "num_beams", "num_return_sequences", "no_repeat_ngram_size",
+         "encoder_no_repeat_ngram_size", "bos_token_id"),
+        (_is_whole, "a whole number"),
+    ),
+    **dict.fromkeys(
+        ("repetition_penalty", "encoder_repetition_penalty", "length_penalty", "typical_p", "epsilon_cutoff",
+         "eta_cutoff", "guidance_scale"),
+        (_is_number, "a number"),
+    ),
+    **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens"), (_are_ids, "a list of token ids")),
+    "exponential_decay_length_penalty": (_is_decay, "a pair (first position, factor)"),
+}  # fmt: skip
+
+
+class Settings:
+    """The settings of a call, with numbers made Python's own and checked: options of the call go before the given
+    generation config, and that before the model's own settings. An option that is None takes away what those say.
+
+    Raises ValueError for special tokens and sampling settings that cannot be.
+    """
+
+    def __init__(self, options: dict[str, Any], given: dict[str, Any], own: dict[str, Any]):
+        self.given, self.own = given, own
+        self.options = {
+            name: plain(value) if name in _settings() else value
+            for name, value in options.items()
+            if value is not None or given.get(name) is not None or own.get(name) is not None
+        }
+        for name, (right, kind) in _KINDS.items():
+            if (value := self.of(name)) is not None and not right(value):
+                raise ValueError(f"{name} must be {kind} or None, got {value!r}")
+        self.sampling = Sampling(self.of("do_sample"), *map(self.of, _WARPING))
+        self.eos, self.pad = token_ids("eos_token_id", self.of("eos_token_id")), self.of("pad_token_id")
+        if self.pad is not None:
+            number = whole(self.pad)
+            if number is None or not -(2**63) <= number < 2**63:
+                raise ValueError(f"pad_token_id must be a token id or None, got {self.pad!r}")
+            self.pad = number
+        self._replace("do_sample", self.sampling.do_sample)
+        for name in _WARPING:
+            self._replace(name, getattr(self.sampling, name))
+        self._replace("eos_token_id", self.eos or None)  # of an empty list transformers would take the first
+        self._replace("pad_token_id", self.pad)
+        if not self.sampling.do_sample:
+            self._ignore_warping()
+
+    def of(self, name: str) -> Any:
+        """What holds for a setting."""
+        if name in self.options:
+            return self.options[name]
+        value = self.given.get(name)
+        return self.own.get(name) if value is None else value
+
+    def _replace(self, name: str, value: Any) -> None:
+        """Puts what was read of a setting where it came from."""
+        for source in (self.options, self.given):
+            if source.get(name) is not None:
+                source[name] = value
+
+    def _ignore_warping(self) -> None:
+        names = [name for name in _WARPING if self.options.pop(name, None) not in (None, getattr(Sampling, name))]
+        if names:
+            warnings.warn(f"greedy decoding ignores {', '.join(names)}: add do_sample=True", stacklevel=6)
+        self.sampling = Sampling()
+
+
+def _copy_of_config(config: Any) -> GenerationConfig | None:
+    """With NumPy's and torch's numbers made Python's own."""
+    if config is None:
+        return None
+    if not isinstance(config, GenerationConfig):
+        raise ValueError(f"generation_config must be a GenerationConfig or None, got {type(config).__name__}")
+    config = copy.copy(config)
+    vars(config).update({name: plain(value) for name, value in vars(config).items() if name in _settings()})
+    return config
+
+
+def _own_settings(decoder: "Decoder") -> dict[str, Any]:
+    """What the model's own generation config sets."""
+    return decoder.defaults | {
+        "eos_token_id": list(decoder.eos_token_ids) or None,
+        "pad_token_id": decoder.pad_token_id,
+        "bos_token_id": decoder.target.config.bos_token_id,
+    }
+
+
+def _plain_call(
+    decoder: "Decoder",
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    mode: str,
+    seed: int | Sequence[int] | torch.Tensor | None,
+    tree: TreeConfig | None,
+    settings: Settings,
+) -> Call:
+    """The call of plain settings, of which transformers has nothing to make."""
+    new_tokens, eos, pad = settings.of("max_new_tokens"), settings.eos, settings.pad
+    request = validate(
+        decoder, input_ids, attention_mask, NEW_TOKENS if new_tokens is None else new_tokens, mode, tree, eos, seed,
+        settings.sampling, pad,
+    )  # fmt: skip
+    return Call(input_ids, request, (eos or [0])[0] if pad is None else pad)
+
+
+@lru_cache(maxsize=1)
+def _settings() -> frozenset[str]:
+    return frozenset(name for name in vars(GenerationConfig()) if name[0] != "_")
+
+
+@lru_cache(maxsize=1)
+def _options() -> frozenset[str]:
+    """What `generate` of a GPT-2 can be given by name."""
+    functions = (GPT2LMHeadModel.generate, GPT2LMHeadModel.forward)
+    names = {name for function in functions for name in inspect.signature(function).parameters}
+    return frozenset(names | _settings() | REFUSED_ARGUMENTS.keys() | {"tokenizer"})
+
+
+_skeletons: "weakref.WeakKeyDictionary[GPT2, GPT2LMHeadModel]" = weakref.WeakKeyDictionary()  # by the target
+
+
+def _skeleton(decoder: "Decoder") -> GPT2LMHeadModel:
+    """A model of the target's config without weights, whose `generate` reads arguments."""
+    if decoder.target not in _skeletons:
+        with torch.device("meta"):
+            _skeletons[decoder.target] = GPT2LMHeadModel(decoder.target.config)
+    model = _skeletons[decoder.target]
+    model.generation_config = GenerationConfig(**_own_settings(decoder))
+    return model

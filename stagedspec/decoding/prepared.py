@@ -1,0 +1,155 @@
+"""Translates what transformers' `generate` prepares for a decoding loop into a `Call`.
+
+It prepares input ids, logits processors, stopping criteria and a generation config. The warpers become a `Sampling`,
+the criteria of length and of end-of-sequence tokens a part of the request; whatever else there is becomes callbacks.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.generation import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria
+
+from stagedspec.decoding.callbacks import Positions
+from stagedspec.decoding.request import Call, token_ids, unpad, validate
+from stagedspec.decoding.sampling import Sampling
+from stagedspec.decoding.settings import refuse_passed_on, refuse_settings
+from stagedspec.planning.tree import TreeConfig
+
+if TYPE_CHECKING:
+    from stagedspec.decoder import Decoder
+
+
+def translate(
+    decoder: "Decoder",
+    input_ids: torch.Tensor,
+    processors: LogitsProcessorList,
+    criteria: StoppingCriteriaList,
+    config: GenerationConfig,
+    passed_on: dict[str, Any],
+    mode: str,
+    seed: int | Sequence[int] | torch.Tensor | None,
+    tree: TreeConfig | None,
+    streamer: Any,
+    began: float,
+) -> Call:
+    """Translates what transformers hands to a decoding loop. began: when the call came in (`time.time()`)."""
+    refuse_settings(vars(config))
+    refuse_passed_on(passed_on)
+    mask = passed_on.get("attention_mask")
+    _check_positions(passed_on.get("position_ids"), mask, input_ids, decoder.target.vocab_size)
+    rest, sampling = _split_processors(processors, bool(config.do_sample))
+    width, vocab_size = input_ids.shape[1], decoder.target.vocab_size
+    names = ["forced_bos_token_id", "forced_eos_token_id"]
+    if config.exponential_decay_length_penalty is not None:
+        names.append("eos_token_id")
+    for name in names:  # transformers' processors index the logits with them
+        for token in token_ids(name, getattr(config, name, None)):
+            if not -vocab_size <= token < vocab_size:
+                raise ValueError(
+                    f"{name} must be below {vocab_size}, the target's vocabulary, got {token}: use its tokenizer"
+                )
+    eos, longest, others = _split_criteria(criteria, vocab_size)
+    pad = 0 if config._pad_token_tensor is None else int(config._pad_token_tensor)
+    request = validate(
+        decoder, input_ids, mask, max(longest - width, 1), mode, tree, eos, seed, sampling,
+        lookup=config.prompt_lookup_num_tokens,
+    )  # fmt: skip
+    return_dict = bool(config.return_dict_in_generate)
+    keep = [name for name in ("scores", "logits") if return_dict and getattr(config, f"output_{name}")]
+    if not rest and not others and streamer is None and not keep:
+        return Call(input_ids, request, pad, None, return_dict)
+    # A first call measures pass times and may lay out weights: none of the time that a generation may take. What
+    # the criterion's clock had counted when the call came in, it keeps.
+    now = time.time()
+    others = [
+        MaxTimeCriteria(one.max_time, now - max(0.0, began - one.initial_timestamp))
+        if type(one) is MaxTimeCriteria
+        else one
+        for one in others
+    ]
+    positions = Positions(
+        input_ids,
+        request.new_tokens,
+        pad,
+        eos,
+        LogitsProcessorList(rest) if rest else None,
+        StoppingCriteriaList(others) if others else None,
+        streamer,
+        any(hasattr(one, "eos_token_id") for one in criteria),
+        keep,
+    )
+    return Call(input_ids, request, pad, positions, return_dict)
+
+
+# The warpers that the token choice has built in, and what it calls them.
+_WARPERS = {
+    TemperatureLogitsWarper: "temperature",
+    TopKLogitsWarper: "top_k",
+    TopPLogitsWarper: "top_p",
+    MinPLogitsWarper: "min_p",
+}
+
+
+def _split_processors(processors: LogitsProcessorList, do_sample: bool) -> tuple[list[Callable], Sampling]:
+    """The processors to apply along the walk, and the warpers at their end as a `Sampling`.
+
+    Only a tail in the order in which `Sampling` warps is taken off; anything else stays a processor, to which the
+    noise is then added as it is.
+    """
+    rest, order, settings = list(processors), list(_WARPERS), {}
+    while do_sample and rest and type(rest[-1]) in order and _keeps_one(rest[-1]):
+        kind = type(rest[-1])
+        settings[_WARPERS[kind]] = getattr(rest.pop(), _WARPERS[kind])
+        order = order[: order.index(kind)]
+    return rest, Sampling(do_sample, **settings)
+
+
+def _keeps_one(warper: Callable) -> bool:
+    """Whether at least one token is kept, and the others are excluded: what `Sampling` does."""
+    return getattr(warper, "filter_value", -torch.inf) == -torch.inf and getattr(warper, "min_tokens_to_keep", 1) == 1
+
+
+def _split_criteria(criteria: StoppingCriteriaList, vocab_size: int) -> tuple[list[int], int, list[Callable]]:
+    """End-of-sequence ids, the longest sequence, and the criteria that remain to be called."""
+    eos: list[int] = []
+    lengths: list[int] = []
+    others = []
+    for one in criteria:
+        if type(one) is EosTokenCriteria:
+            eos += [token for token in one.eos_token_id.tolist() if 0 <= token < vocab_size]
+        elif type(one) is MaxLengthCriteria:
+            lengths.append(one.max_length)
+        else:
+            others.append(one)
+    return eos, min(lengths), others
+
+
+def _check_positions(
+    position_ids: torch.Tensor | None, mask: torch.Tensor | None, input_ids: torch.Tensor, vocab_size: int
+) -> None:
+    if position_ids is None:
+        return
+    width = input_ids.shape[1]
+    if mask is None:
+        good = position_ids.shape[-1] == width and bool((position_ids.cpu() == torch.arange(width, device="cpu")).all())
+    else:
+        good = position_ids.shape == mask.shape and torch.equal(position_ids * mask, (mask.cumsum(-1) - 1) * mask)
+    if not good:
+        unpad(input_ids, mask, vocab_size)  # for its messages: transformers makes position_ids of a wrong mask too
+        if position_ids.shape[-1] != width:
+            raise ValueError(
+                "attention_mask and position_ids must have the shape of input_ids, "
+                f"{list(input_ids.shape)}, got one of {position_ids.shape[-1]} columns"
+            )
+        raise ValueError("position_ids other than those of the attention_mask are not supported: leave them out")

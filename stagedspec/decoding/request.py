@@ -1,0 +1,177 @@
+"""Checks what a call asks for, and turns it into a `Request`: prompts without padding, trees, seeds, stop tokens."""
+
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, cast
+
+import torch
+
+from stagedspec.decoding.callbacks import Positions
+from stagedspec.decoding.sampling import Sampling, counters
+from stagedspec.planning.adapt import Controller, Rung
+from stagedspec.planning.tree import TreeConfig
+from stagedspec.values import at_least, plain, whole
+
+if TYPE_CHECKING:
+    from stagedspec.decoder import Decoder
+
+MAX_BATCH = 16
+NEW_TOKENS = 128  # default of max_new_tokens
+
+
+@dataclass(frozen=True)
+class Request:
+    """A validated request: the prompts without padding, and everything else decided."""
+
+    prompts: list[list[int]]
+    new_tokens: int
+    mode: str
+    tree: TreeConfig
+    sampling: Sampling
+    seeds: list[int]
+    streams: list[int]
+    eos: list[int]
+    ladder: tuple[Rung, ...] = ()  # what the trees may adapt to; `tree` is the largest
+    learned: "list[Controller]" = field(default_factory=list)  # the last generation's with this ladder, if any
+    repeats: bool = False  # proposed by the context n-gram alone
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one `generate`, read and checked.
+
+    input_ids: LongTensor [B, prompt], padding included. pad: the token that fills up rows that stop early. positions:
+    the callbacks per position, if there are any. return_dict: whether `generate` returns a `StagedOutput`. began: when
+    the call began, by `time.perf_counter`.
+    """
+
+    input_ids: torch.Tensor
+    request: Request
+    pad: int
+    positions: Positions | None = None
+    return_dict: bool = False
+    began: float = field(default_factory=time.perf_counter)
+
+
+def validate(
+    decoder: "Decoder",
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    max_new_tokens: int,
+    mode: str,
+    tree: TreeConfig | None,
+    eos_token_id: int | Sequence[int] | None,
+    seed: int | Sequence[int] | torch.Tensor | None,
+    sampling: Sampling,
+    pad_token_id: int | None = None,
+    lookup: int | None = None,
+) -> Request:
+    """Checks a request and chooses its trees. Raises ValueError for what this decoder cannot do.
+
+    seed: None draws one if tokens are sampled. lookup: length of the chains that the context n-gram proposes; it has no
+    effect where a draft proposes.
+    """
+    target = decoder.target
+    # Other ids can never come up.
+    eos = [token for token in token_ids("eos_token_id", eos_token_id) if 0 <= token < target.vocab_size]
+    if attention_mask is None and pad_token_id is not None and pad_token_id not in eos:
+        attention_mask = _mask_of_padding(input_ids, pad_token_id)
+    prompts = unpad(input_ids, attention_mask, target.vocab_size)
+    max_new_tokens = at_least("max_new_tokens", max_new_tokens)
+    longest = max(map(len, prompts))
+    room = target.positions + 1 - longest  # the last token is not read, and needs no position
+    if max_new_tokens > room:
+        raise ValueError(
+            f"prompt + new tokens, not counting the last, must be at most n_positions = {target.positions}, "
+            f"got {longest} + {max_new_tokens}; shorten the prompt"
+            + (f" or ask for at most {room} new tokens" if room > 0 else "")
+        )
+    seeds, streams = counters(0 if seed is None else seed, len(prompts))
+    if lookup is not None and not 1 <= (whole(lookup) or 0) <= 255:
+        raise ValueError(f"prompt_lookup_num_tokens must be a whole number from 1 to 255, got {lookup!r}")
+    repeats = lookup is not None and decoder.draft is None and mode != "autoregressive"
+    ladder: tuple[Rung, ...] = ()
+    learned: list[Controller] = []
+    if repeats:
+        chain = min(cast(int, whole(lookup)), target.ops.max_depth)
+        settings = TreeConfig(chain + 1, chain, chain, width=1, children=1, prefetch=0)
+        mode = "lookup"
+    else:
+        settings, ladder, learned = decoder.planner.plan(mode, len(prompts), tree, sampling.do_sample)
+    device = decoder.device.type
+    if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != target.dtype:
+        warnings.warn(f"autocast has no effect here: decoding computes in {target.dtype}", stacklevel=2)
+    if seed is None and sampling.do_sample:
+        # Last, so that torch's generator is not advanced by a call that is refused or that samples nothing.
+        seeds, streams = counters(int(torch.randint(2**63 - 1, (), device="cpu")), len(prompts))
+    return Request(prompts, max_new_tokens, mode, settings, sampling, seeds, streams, eos, ladder, learned, repeats)
+
+
+def _mask_of_padding(input_ids: torch.Tensor, pad: int) -> torch.Tensor | None:
+    """The attention mask that transformers assumes where none is given: pad tokens are padding. None if there are none.
+
+    pad: a token that does not end a sequence.
+    """
+    if not isinstance(input_ids, torch.Tensor) or not bool((input_ids == pad).any()):
+        return None
+    return (input_ids != pad).long()
+
+
+def unpad(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, vocab_size: int) -> list[list[int]]:
+    """Checks prompts [B, width] and returns their tokens without the padding. Raises ValueError.
+
+    Positions count real tokens only, as transformers' position ids do, so dropping the padding changes nothing.
+    """
+    integers = (torch.int64, torch.int32)
+    if not isinstance(input_ids, torch.Tensor) or input_ids.dim() != 2 or input_ids.dtype not in integers:
+        got = type(input_ids).__name__
+        if isinstance(input_ids, torch.Tensor):
+            got = f"{input_ids.dtype} {list(input_ids.shape)}"
+        raise ValueError(f"input_ids must be a LongTensor [batch, prompt], got {got}")
+    batch, width = input_ids.shape
+    if input_ids.is_meta:
+        raise ValueError("input_ids must hold tokens, got a tensor on the meta device, which has none: make it on cpu")
+    if not 1 <= batch <= MAX_BATCH:
+        raise ValueError(
+            f"the batch must have 1 to {MAX_BATCH} prompts, got {batch}; call generate for a part at a time"
+        )
+    if width == 0:
+        raise ValueError("the prompt is empty: give at least one token (the end-of-text token starts from nothing)")
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    if not isinstance(mask, torch.Tensor) or mask.shape != input_ids.shape:
+        shape = list(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
+        raise ValueError(f"attention_mask must have the shape of input_ids, {[batch, width]}, got {shape}")
+    prompts = []
+    for row, (ids, kept) in enumerate(zip(input_ids.tolist(), mask.tolist(), strict=True)):
+        if any(value not in (0, 1) for value in kept):
+            raise ValueError(f"attention_mask must hold only 0 and 1, got {next(v for v in kept if v not in (0, 1))}")
+        if not any(kept):
+            raise ValueError(
+                f"prompt {row} is empty: its attention_mask is all 0; leave the row out, or keep a token of it"
+            )
+        if not kept[-1]:
+            raise ValueError(
+                f"prompts must be padded on the left (padding_side='left'), but attention_mask ends prompt {row} with 0"
+            )
+        prompt = [token for token, keep in zip(ids, kept, strict=True) if keep]
+        bad = [token for token in prompt if not 0 <= token < vocab_size]
+        if bad:
+            raise ValueError(
+                f"token ids must be in [0, {vocab_size}), the target's vocabulary, got {bad[0]}: use its tokenizer"
+            )
+        prompts.append(prompt)
+    return prompts
+
+
+def token_ids(name: str, value: object) -> list[int]:
+    """One token id or several as a list, for None an empty one. Raises ValueError for anything else."""
+    given = plain(value)
+    numbers = []
+    for token in [] if given is None else list(given) if isinstance(given, Sequence) else [given]:
+        number = whole(token)
+        if number is None or not -(2**63) <= number < 2**63:
+            raise ValueError(f"{name} must be a token id, a list of them, or None, got {token!r}")
+        numbers.append(number)
+    return numbers
