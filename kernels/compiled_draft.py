@@ -259,7 +259,7 @@ def _children(x, norm, head, epsilon, scale, k, noise, places, tokens, logprobs)
 
 
 @dataclass(frozen=True)
-class Small:
+class CompiledDraft:
     """The weights of a model, laid out for one loop over each."""
 
     tables: tuple[np.ndarray, ...]
@@ -271,7 +271,7 @@ class Small:
     activation: int
 
     @classmethod
-    def of(cls, config, weights: dict[str, torch.Tensor], scales: list[float]) -> "Small | None":
+    def of(cls, config, weights: dict[str, torch.Tensor], scales: list[float]) -> "CompiledDraft | None":
         """weights: by their names in a `GPT2LMHeadModel`, all of them copied; scales: of each layer's attention scores.
         None for a model that tensor operations serve better, or one that this file does not know."""
         tensors = weights.values()
@@ -370,7 +370,9 @@ def _try_out() -> None:
     zeros = lambda *shape: np.zeros(shape, f32)  # noqa: E731
     layers = (zeros(1, 1), zeros(1, 1), zeros(1, 1, 3), zeros(1, 3), zeros(1, 1, 1), zeros(1, 1))
     layers += (zeros(1, 1), zeros(1, 1), zeros(1, 1, 1), zeros(1, 1), zeros(1, 1, 1), zeros(1, 1))
-    tiny = Small((zeros(1, 1), zeros(1, 1)), layers, (zeros(1), zeros(1)), (zeros(1, 1), zeros(1)), zeros(1), f32(1), 0)
+    tiny = CompiledDraft(
+        (zeros(1, 1), zeros(1, 1)), layers, (zeros(1), zeros(1)), (zeros(1, 1), zeros(1)), zeros(1), f32(1), 0
+    )
     one = np.zeros((1, 1), np.int64)
     x, cache_rows = zeros(1, 1), zeros(1, 1, 1, 2, 1, 1)
     _forward(one, one, zeros(1, 1, 1), cache_rows, 0, 0, tiny.tables, layers, tiny.scales, tiny.epsilon, 0, x)

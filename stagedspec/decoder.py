@@ -452,7 +452,7 @@ class Decoder:
         self._doubt(run)
         if run.stepper.target is not self.target or run.stepper.draft is not self.draft:
             return  # their models have changed meanwhile
-        if not self.target.ops.fixed_shapes or run.clock.mark is not None or run.stepper.nbytes > KEPT_BYTES:
+        if not self.target.ops.keeps_generations or run.clock.mark is not None or run.stepper.nbytes > KEPT_BYTES:
             return
         with self.target.ops.lock:
             self._kept.append(run)
@@ -628,7 +628,7 @@ class Decoder:
             settings = TreeConfig(chain + 1, chain, chain, width=1, children=1, prefetch=0)
         else:
             settings = self.tree_for(mode, len(prompts), tree, sampling.do_sample)
-            if settings.passes and tree is None and self._tree is None and not self.target.ops.fixed_shapes:
+            if settings.passes and tree is None and self._tree is None and self.target.ops.adapts_trees:
                 ladder = self._ladder(mode, len(prompts), sampling.do_sample)
                 learned = self._learned.setdefault((mode, len(prompts), sampling.do_sample), [])
         mode = "lookup" if repeats else mode
@@ -642,8 +642,8 @@ class Decoder:
         return Request(prompts, max_new_tokens, mode, settings, sampling, seeds, streams, eos, ladder, learned, repeats)
 
     def check_host_trees(self, what: str) -> None:
-        """Raises ValueError where trees live on a device: `what` works on trees on the host."""
-        if self.target.ops.fixed_shapes:
+        """Raises ValueError for a backend without `explicit_trees`, which `what` builds itself."""
+        if not self.target.ops.explicit_trees:
             raise ValueError(
                 f"{what} is not supported by backend {self.target.ops.name!r}: make the decoder with backend='torch' "
                 "(--backend torch)"

@@ -218,7 +218,7 @@ def test_embedded_target_on_held_out_prompts(place):
             four = decoder.generate(ids[rows], mask[rows], new, pad_token_id=pad, mode=mode, tree=shape)
             assert torch.equal(four, ours[rows]), f"prompts {start + int(rows[0])} and on by length, {mode}"
     assert accepted > 1.3
-    assert (decoder.draft.small is not None) == (place.device == "cpu")
+    assert (decoder.draft.compiled is not None) == (place.device == "cpu")
 
 
 # ---------------------------------------------------------------- sampled, seed for seed

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 
 from stagedspec import Decoder
 from stagedspec.kernels import compiled_draft as small
-from stagedspec.kernels.backends import torch_ops as ops
+from stagedspec.kernels.backends.torch_backend import TorchBackend
+from stagedspec.kernels.backends.torch_ops import NoiseAt
+from stagedspec.kernels.state.host import Batch, prefill_batch
 from stagedspec.models.gpt2 import GPT2, Cache
 
 CPU = torch.device("cpu")
@@ -39,21 +41,21 @@ def draft(**changes) -> tuple[GPT2, object]:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
-    ours = GPT2(model, ops, CPU, torch.float32, invariant=False)
-    assert ours.small is not None
+    ours = GPT2(model, TorchBackend(), CPU, torch.float32, invariant=False)
+    assert ours.compiled is not None
     return ours, model
 
 
 def as_operations(model: GPT2, call):
     """call() with the same model, run as tensor operations."""
-    known, model.small = model.small, None
+    known, model.compiled = model.compiled, None
     try:
         return call()
     finally:
-        model.small = known
+        model.compiled = known
 
 
-def random_trees(model: GPT2, batch: int, nodes: int, prefix: int, seed: int) -> ops.Batch:
+def random_trees(model: GPT2, batch: int, nodes: int, prefix: int, seed: int) -> Batch:
     """Random trees below prefixes of which each row sees another part; tree rows come first, as in `Cache`."""
     generator = torch.Generator().manual_seed(seed)
     bias = torch.full((batch, 1, nodes, nodes + prefix), float("-inf"))
@@ -69,7 +71,7 @@ def random_trees(model: GPT2, batch: int, nodes: int, prefix: int, seed: int) ->
     tokens = torch.randint(model.vocab_size, (batch, nodes), generator=generator)
     positions = prefix + torch.tensor(depths)
     positions[0, -1] = model.positions + 5  # past the table, as a guess may lie
-    return ops.Batch(tokens, positions, depths, bias)
+    return Batch(tokens, positions, depths, bias)
 
 
 @pytest.mark.parametrize("changes", KNOWN, ids=lambda changes: "-".join(map(str, changes.values())))
@@ -88,7 +90,7 @@ def test_the_same_as_operations(changes, batch, nodes, prefix, seed):
     torch.testing.assert_close(caches[0].rows, caches[1].rows, rtol=2e-3, atol=2e-3)
     window = 7
     values = torch.randn(batch, window, model.vocab_size, generator=torch.Generator().manual_seed(seed + 1))
-    noise = ops.NoiseAt(values, torch.randint(window, (batch, nodes)))
+    noise = NoiseAt(values, torch.randint(window, (batch, nodes)))
     for warping in WARPINGS:
         given_noise = None if warping is None else noise
         tokens, logprobs = model.children(hidden, 4, warping, given_noise)
@@ -104,7 +106,7 @@ def test_a_text_token_by_token_as_transformers_reads_it(changes):
     ids = torch.randint(model.vocab_size, (2, 9), generator=torch.Generator().manual_seed(2))
     cache, found = Cache(model, 2, 0, 9), []
     for start, count in ((0, 4), (4, 1), (5, 3), (8, 1)):
-        chunk = ops.prefill_batch(ids[:, start : start + count], start, model.kv_dtype)
+        chunk = prefill_batch(ids[:, start : start + count], start, model.kv_dtype)
         found.append(model.logits(model.forward(chunk, cache, start)))
     with torch.no_grad():
         expected = theirs(ids).logits
@@ -114,10 +116,10 @@ def test_a_text_token_by_token_as_transformers_reads_it(changes):
 def test_ties_and_few_tokens():
     """As many children as the draft may take tokens, each once, whatever ties."""
     model, _ = draft(vocab_size=300)
-    model.small.head[0][:] = 0.0
+    model.compiled.head[0][:] = 0.0
     hidden = torch.randn(1, 2, model.config.n_embd)
     warping = {"temperature": 1.0, "top_k": 3, "top_p": None, "min_p": None}
-    noise = ops.NoiseAt(torch.zeros(1, 1, 300), torch.zeros(1, 2, dtype=torch.long))
+    noise = NoiseAt(torch.zeros(1, 1, 300), torch.zeros(1, 2, dtype=torch.long))
     tokens, logprobs = model.children(hidden, 8, warping, noise)
     assert tokens.shape == (1, 2, 3) and all(len(set(row)) == 3 for row in tokens[0].tolist())
     assert logprobs.isfinite().all() and (logprobs <= -1e-4).all()
@@ -132,7 +134,10 @@ def test_the_kth_largest(k):
 
 def test_who_is_served():
     """Targets, other activations and dtypes, large models, long passes and other warping run as tensor operations."""
-    make = lambda model, dtype=torch.float32, invariant=False: GPT2(model, ops, CPU, dtype, invariant).small  # noqa: E731
+
+    def make(model, dtype=torch.float32, invariant=False):
+        return GPT2(model, TorchBackend(), CPU, dtype, invariant).compiled
+
     assert make(make_gpt2(3)) is not None
     assert make(make_gpt2(3), invariant=True) is None
     assert make(make_gpt2(3), torch.float16) is None
@@ -146,10 +151,10 @@ def test_who_is_served():
 def test_a_draft_of_no_numbers_still_proposes_tokens():
     """What a broken draft says is worthless, and must not lead outside of any array."""
     model, _ = draft(vocab_size=300)
-    for part in model.small.layers:
+    for part in model.compiled.layers:
         part[:] = float("nan")
     for warping in WARPINGS[:2]:
-        noise = None if warping is None else ops.NoiseAt(torch.zeros(1, 1, 300), torch.zeros(1, 3, dtype=torch.long))
+        noise = None if warping is None else NoiseAt(torch.zeros(1, 1, 300), torch.zeros(1, 3, dtype=torch.long))
         trees = random_trees(model, 1, 3, 2, 0)
         tokens, _ = model.children(model.forward(trees, Cache(model, 1, 3, 4), 0), 4, warping, noise)
         assert ((tokens >= 0) & (tokens < 300)).all()
@@ -170,16 +175,16 @@ def test_an_install_that_cannot_be_written(monkeypatch):
 def test_numbers_that_overflow_and_divisions_by_zero():
     """Finite weights of a broken draft: scores of minus infinity, a norm without epsilon of a constant row."""
     silent, _ = draft(layer_norm_epsilon=0.0)
-    for table in silent.small.tables:
+    for table in silent.compiled.tables:
         table[:] = 0.0
     loud, _ = draft()
-    query = loud.small.layers[3]  # the bias of queries, keys and values
+    query = loud.compiled.layers[3]  # the bias of queries, keys and values
     query[:, :24], query[:, 24:48] = 1e20, -1e20
     infinite, _ = draft()
-    infinite.small.head[0][:, ::3] = float("inf")
+    infinite.compiled.head[0][:, ::3] = float("inf")
     for model in (silent, loud, infinite):
         for warping in WARPINGS[:2]:
-            noise = None if warping is None else ops.NoiseAt(torch.zeros(1, 1, 61), torch.zeros(1, 3, dtype=torch.long))
+            noise = None if warping is None else NoiseAt(torch.zeros(1, 1, 61), torch.zeros(1, 3, dtype=torch.long))
             trees = random_trees(model, 1, 3, 2, 0)
             tokens, logprobs = model.children(model.forward(trees, Cache(model, 1, 3, 4), 0), 4, warping, noise)
             assert ((tokens >= 0) & (tokens < 61)).all() and not logprobs.isnan().any()
@@ -203,7 +208,7 @@ def load():
 {load}
 ids = torch.tensor([[1, 2, 3]])
 plain, ours = (decoder.generate(ids, max_new_tokens=12, mode=mode, tree=tree) for mode in ("autoregressive", "chain"))
-print(torch.equal(plain, ours), decoder.draft.small is not None)
+print(torch.equal(plain, ours), decoder.draft.compiled is not None)
 """
 
 

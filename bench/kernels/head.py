@@ -10,7 +10,7 @@ from models import DEVICE, MODELS, Choice
 
 from stagedspec.kernels import lm_head
 from stagedspec.kernels.backends import torch_ops as reference
-from stagedspec.kernels.backends.triton_ops import warping_settings
+from stagedspec.kernels.backends.triton_backend import warping_settings
 from stagedspec.kernels.common.registry import Scratch
 from stagedspec.tuning.workloads import CHILDREN, SAMPLINGS, Growing, Head, Moving, katz_table
 

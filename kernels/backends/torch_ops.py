@@ -1,52 +1,21 @@
-"""Every operation of a decoding step in plain torch: the CPU path, and the oracle for every other backend.
+"""Every operation of a model pass in plain torch: the CPU path, and the oracle for the kernels.
 
 Letters: B batch, N nodes of one pass, M = B*N rows, S rows of a KV cache, H heads, D head size, V vocabulary,
-L prefix length, C children per node. The control half of a step (trees, n-grams, verification) is in control.py and
-re-exported here: this module is the whole interface that a backend implements.
+L prefix length, C children per node.
 
 A row's result should not depend on which other rows are in the batch. On a CPU the target's linear layers keep that
 bitwise: oneDNN's pre-packed matrix multiply uses one instruction sequence per row from some number of rows on, which
 `pack_linear` finds by trying (plain `torch.addmm` switches algorithm below four rows).
 """
 
-import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from stagedspec.kernels.common.timing import Overheads
-from stagedspec.kernels.state.host import (
-    GREEDY_SHARPNESS,
-    INVALID,
-    NEVER,
-    Batch,
-    Growth,
-    Moves,
-    Sequences,
-    Trees,
-    Unread,
-    causal_bias,
-    prefill_batch,
-)
-
-__all__ = [
-    "Batch",
-    "Growth",
-    "Linear",
-    "Moves",
-    "Noise",
-    "NoiseAt",
-    "Sequences",
-    "Trees",
-    "Unread",
-    "causal_bias",
-    "prefill_batch",
-]
-
+from stagedspec.kernels.state.host import GREEDY_SHARPNESS, INVALID, NEVER, Batch, Sequences
 
 # oneDNN's fused epilogues: the name and the algorithm of `mkldnn::_linear_pointwise`.
 _FUSED = {
@@ -56,50 +25,6 @@ _FUSED = {
     "gelu_new": ("gelu", "tanh"),
     "gelu_pytorch_tanh": ("gelu", "tanh"),
 }
-
-
-name = "torch"
-max_depth = 256  # of a tree
-max_head_size = 1 << 30  # any
-lock = nullcontext()  # of a step: nothing is shared between steps here
-# Most of it is host work, by the times by phase of generations on two shared cores; it matters for small models. Draft
-# passes after the first find the caches warm, which makes up for part of their host work.
-overheads = Overheads(step=2e-4, node=1e-5, drafting=2e-4, draft_pass=0.0, row=4e-5)
-timed_rows = (1, 2, 4, 8, 16, 32, 64)  # of the passes that the cost model measures; more find what a busy moment spared
-fixed_shapes = False  # a step takes as many passes, and a tree as many nodes, as it is worth
-
-
-def check_tree(tree, table=None) -> None:
-    """Every `TreeConfig` can be grown and verified here."""
-
-
-def release() -> None:
-    """Frees buffers that are kept between calls: here there are none."""
-
-
-def repeated(part: Callable) -> Callable:
-    """What runs a step, or a part of one, again and again. A backend whose steps all have one shape may capture it."""
-    return part
-
-
-def timed_batch(tokens: torch.Tensor, context: int, kv_dtype: torch.dtype) -> tuple[Batch, int]:
-    """A pass over nodes [B, N] after `context` tokens that takes as long as one of a tree, and the tree rows that it
-    needs."""
-    return prefill_batch(tokens, context, kv_dtype), 0
-
-
-def prepare(calls: Iterable[tuple[Callable, tuple]], place: torch.device) -> int:
-    """Compiles what calls (part, arguments) that are to come need: here nothing. Returns how many kernels were new."""
-    return 0
-
-
-def seconds(run: Callable[[], object], place: torch.device) -> float:
-    """What `run` takes, which ends when its results are there."""
-    begin = time.perf_counter()
-    run()
-    if place.type == "cuda":
-        torch.cuda.synchronize(place)
-    return time.perf_counter() - begin
 
 
 # ---------------------------------------------------------------- linear layers
@@ -206,26 +131,6 @@ def _multiply(x: torch.Tensor, layer: Linear, activation: str | Callable) -> tor
         elif name == "gelu":
             y = F.gelu(y, approximate=algorithm)
     return y if fused else activation(y)
-
-
-def small_model(config, weights: dict[str, torch.Tensor], scales: list[float]):
-    """What runs whole passes of a draft, a `small.Small`, or None where single operations serve it better or Numba is
-    missing."""
-    try:
-        from stagedspec.kernels.compiled_draft import Small
-    except ImportError:  # no Numba for a new Python, or only a GPU's packages
-        return None
-    return Small.of(config, weights, scales)
-
-
-def small_forward(small, *arguments) -> torch.Tensor:
-    """`small.Small.forward`."""
-    return small.forward(*arguments)
-
-
-def small_children(small, *arguments) -> tuple[torch.Tensor, torch.Tensor]:
-    """`small.Small.children`."""
-    return small.children(*arguments)
 
 
 def fused_activation(name: str) -> bool:

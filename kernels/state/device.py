@@ -3,7 +3,7 @@
 Everything is allocated by the first step, and `Sequences.restart` uses it for another generation. A step only launches
 kernels: `Growth.batch` and `Growth.harvest` one each (what `select`, `prefetch` and `record` ask for is done there),
 `Trees.verify_commit` one. Nothing is read back, so a step can be captured; only where the host has a part in it,
-choosing along the walk (`Trees.children`) or proposing (`Trees.repeats`), it waits for the device. One thing differs
+choosing along the walk (`Trees.children`) or proposing (`Trees.lookup`), it waits for the device. One thing differs
 from the host: `TreeConfig.pass_floor` cannot be honoured, every pass runs.
 Scores are summed in fp32, where the host sums in fp64: candidates closer than fp32's rounding can change places, which
 never changes the output.
@@ -78,12 +78,14 @@ class Sequences:
     Raises ValueError for an empty prompt or no new tokens, and where no kernel can run on the device.
     """
 
-    def __init__(self, prompts: list[list[int]], new_tokens: int, eos: Sequence[int], device: torch.device):
+    def __init__(
+        self, prompts: list[list[int]], new_tokens: int, eos: Sequence[int], device: torch.device, most: int = 1
+    ):
         if not prompts or not all(prompts):
             raise ValueError(f"every prompt needs at least one token, got {[len(prompt) for prompt in prompts]}")
         if new_tokens < 1:
             raise ValueError(f"new_tokens must be at least 1, got {new_tokens}")
-        rows, self.most = len(prompts), 1
+        rows, self.most = len(prompts), most
         self.device, self.capacity = device, _whole(max(map(len, prompts)) + new_tokens, TOKENS)
         check_runs(torch.empty(0, device=device), "Sequences")
 
@@ -447,12 +449,12 @@ class Trees:
         return sequences._roots
 
     @classmethod
-    def repeats(cls, sequences: Sequences, depth: int) -> "Trees":
-        """Chains by the context n-gram alone, made on the host (`control.Trees.repeats`); waits for the device."""
+    def lookup(cls, sequences: Sequences, depth: int) -> "Trees":
+        """Chains by the context n-gram alone, made on the host (`control.Trees.lookup`); waits for the device."""
         if sequences._chains is None:
             sequences._chains = cls(sequences, SimpleNamespace(nodes=depth + 1, depth=depth), None)
         rows = [control.Row(row.tokens, row.limit) for row in sequences.rows]
-        sequences._chains.load(control.Trees.repeats(SimpleNamespace(rows=rows, doubted=False), depth).trees)
+        sequences._chains.load(control.Trees.lookup(SimpleNamespace(rows=rows, doubted=False), depth).trees)
         return sequences._chains
 
     def load(self, trees: list) -> None:

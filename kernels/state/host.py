@@ -473,7 +473,7 @@ class Trees:
         )
 
     @classmethod
-    def repeats(cls, sequences: Sequences, depth: int) -> "Trees":
+    def lookup(cls, sequences: Sequences, depth: int) -> "Trees":
         """Chains of up to `depth` nodes proposed by the context n-gram alone: what followed the last two tokens when
         they last occurred in the sequence, what followed those, and so on."""
         trees = []

@@ -15,7 +15,7 @@ from transformers.activations import ACT2FN
 from stagedspec.kernels import choose, compact, embed, linear, lm_head
 from stagedspec.kernels import tree_attention as attention
 from stagedspec.kernels.backends import torch_ops as reference
-from stagedspec.kernels.backends.triton_ops import WINDOW, warping_settings
+from stagedspec.kernels.backends.triton_backend import WINDOW, warping_settings
 from stagedspec.kernels.common.registry import Scratch
 from stagedspec.models.gpt2 import GPT2
 from stagedspec.tuning.workloads import CHILDREN, SAMPLINGS, Counters

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from stagedspec.check.kernels import CONTEXT, expect
 from stagedspec.kernels.backends import torch_ops as reference
+from stagedspec.kernels.state import device as device_state
 from stagedspec.kernels.state import host as control
 from stagedspec.kernels.tree_attention import mask_words
 from stagedspec.models.gpt2 import GPT2
@@ -44,16 +45,16 @@ class Drafting:
         self.vocab, self.tree, self.random = model.vocab_size, tree, random.Random(1)
         prompts = [random_text(1, length, self.vocab)[0].tolist() for length in LENGTHS]
         eos, new_tokens = (range(self.vocab // 4), 5) if ends else ((), 100)
-        ops, device = model.ops, model.device
+        device = model.device
         self.host = control.Sequences(prompts, new_tokens, eos, torch.device("cpu"))
-        self.ours = ops.Sequences(prompts, new_tokens, eos, device)
+        self.ours = device_state.Sequences(prompts, new_tokens, eos, device)
         noise = host_noise = None
         if seed is not None:
             seeds, streams = torch.tensor([seed] * len(prompts)), torch.zeros(len(prompts), dtype=torch.int32)
             host_noise = _HostNoise(seed, self.host, self.vocab)
             noise = SimpleNamespace(seeds=seeds.to(device), streams=streams.to(device))
         self.host_growth = control.Growth(self.host, tree, table, host_noise, torch.float32)
-        self.growth = ops.Growth(self.ours, tree, table, noise)
+        self.growth = device_state.Growth(self.ours, tree, table, noise)
 
     def passes(self) -> Iterator[tuple[object, control.Batch]]:
         """The inputs of each draft pass of a step, the device's and the host's."""
