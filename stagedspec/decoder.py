@@ -624,7 +624,7 @@ class Decoder:
         ladder: tuple[Rung, ...] = ()
         learned: list[Controller] = []
         if repeats:
-            chain = min(whole(lookup), self.target.ops.max_depth)
+            chain = min(cast(int, whole(lookup)), self.target.ops.max_depth)
             settings = TreeConfig(chain + 1, chain, chain, width=1, children=1, prefetch=0)
         else:
             settings = self.tree_for(mode, len(prompts), tree, sampling.do_sample)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from stagedspec import Decoder
 from stagedspec.kernels import compiled_draft as small
 from stagedspec.kernels.backends.torch_backend import TorchBackend
-from stagedspec.kernels.backends.torch_ops import NoiseAt
+from stagedspec.kernels.reference import NoiseAt
 from stagedspec.kernels.state.host import Batch, prefill_batch
 from stagedspec.models.gpt2 import GPT2, Cache
 

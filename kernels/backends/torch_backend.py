@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from stagedspec.kernels.backends import torch_ops as reference
+from stagedspec.kernels import reference
 from stagedspec.kernels.common.timing import Overheads
 from stagedspec.kernels.state import host
 

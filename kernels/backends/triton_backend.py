@@ -16,9 +16,8 @@ from typing import Any
 import torch
 
 from stagedspec.kernels import choose as choice
-from stagedspec.kernels import compact, embed, grow_tree, linear, lm_head
+from stagedspec.kernels import compact, embed, grow_tree, linear, lm_head, reference
 from stagedspec.kernels import tree_attention as attention
-from stagedspec.kernels.backends import torch_ops as reference
 from stagedspec.kernels.common import compiling, registry
 from stagedspec.kernels.common.limits import MAX_HEAD_SIZE
 from stagedspec.kernels.common.timing import Overheads
@@ -33,11 +32,12 @@ WINDOW = 32
 
 @dataclass(frozen=True)
 class Linear:
-    """A weight [out, in] and bias [out], contiguous. folded: what they are with the LayerNorm before them."""
+    """A weight [out, in] and bias [out], contiguous. folded: the `linear.Folded` of both and the LayerNorm before them,
+    if there is one."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
-    folded: linear.Folded | None = None
+    folded: Any = None
 
 
 @dataclass(frozen=True)
@@ -131,8 +131,8 @@ class TritonBackend:
         held = self._scratch
         if held is None or held.partials.numel() < size[0] or held.counters.numel() < size[1]:
             sizes = [size] if held is None else [size, (held.partials.numel(), held.counters.numel())]
-            self._scratch = registry.Scratch.of(sizes, device)
-        return self._scratch
+            self._scratch = held = registry.Scratch.of(sizes, device)
+        return held
 
     def release(self) -> None:
         """Lets go of all of it. Graphs that use it hold on to it; what comes next makes its own."""
@@ -271,7 +271,8 @@ class TritonBackend:
 
     def prefill_batch(self, tokens: torch.Tensor, start: int, kv_dtype: torch.dtype) -> state.Batch:
         """The pass over a chunk of prompts: a chain after `start` committed tokens."""
-        batch = state.Batch.chain(*tokens.shape, tokens.device)
+        rows, nodes = tokens.shape
+        batch = state.Batch.chain(rows, nodes, tokens.device)
         batch.tokens.copy_(tokens)
         batch.begin(start)
         return batch
@@ -323,13 +324,14 @@ class TritonBackend:
         self, x: torch.Tensor, norm_weight: torch.Tensor, norm_bias: torch.Tensor, epsilon: float, head: Linear
     ) -> torch.Tensor:
         """fp32 logits [..., V] in a tensor of their own: of the bits that `lm_head_choose` chooses by."""
-        rows = x.flatten(0, -2)
-        out = torch.empty(rows.shape[0], head.weight.shape[0], dtype=torch.float32, device=x.device)
-        best = self._buffer("best", rows.shape[:1], torch.int32, x.device)
+        rows, (vocab_size, width) = x.flatten(0, -2), head.weight.shape
+        count = rows.shape[0]
+        out = torch.empty(count, vocab_size, dtype=torch.float32, device=x.device)
+        best = self._buffer("best", (count,), torch.int32, x.device)
         lm_head.lm_head_choose(
-            rows, norm_weight, norm_bias, epsilon, head.weight, *self._counters((1, rows.shape[0]), None, x.device),
+            rows, norm_weight, norm_bias, epsilon, head.weight, *self._counters((1, count), None, x.device),
             greedy=True, logits=out, out=best,
-            scratch=self._need(lm_head.scratch_size(*rows.shape[:1], *head.weight.shape, False), x.device),
+            scratch=self._need(lm_head.scratch_size(count, vocab_size, width, through_memory=False), x.device),
         )  # fmt: skip
         return out.unflatten(0, x.shape[:-1])
 
@@ -359,11 +361,11 @@ class TritonBackend:
     ) -> torch.Tensor:
         shape, device = x.shape[:2], x.device
         out = self._buffer("choose", shape, torch.int32, device)
-        settings = warping_settings(warping)
+        settings, (vocab_size, width) = warping_settings(warping), head.weight.shape
         through_memory = warping is not None and choice.warped(
-            False, settings["top_k"], settings["top_p"], settings["min_p"], head.weight.shape[0]
+            False, settings["top_k"], settings["top_p"], settings["min_p"], vocab_size
         )
-        need = lm_head.scratch_size(out.numel(), *head.weight.shape, through_memory)
+        need = lm_head.scratch_size(out.numel(), vocab_size, width, through_memory)
         lm_head.lm_head_choose(
             x.view(-1, x.shape[-1]), norm_weight, norm_bias, epsilon, head.weight,
             *self._counters(shape, noise, device), **settings, out=out.view(-1), scratch=self._need(need, device),
@@ -409,7 +411,8 @@ class TritonBackend:
 
     def move_rows(self, cache: torch.Tensor, tree_rows: int, moves: torch.Tensor) -> None:
         """moves int32 [2, B, K]: tree rows, and the positions they move to."""
-        compact.compact(cache, *moves.unbind(0), tree_rows)
+        sources, positions = moves.unbind(0)
+        compact.compact(cache, sources, positions, tree_rows)
 
 
 def warping_settings(warping: dict | None) -> dict:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from stagedspec.check.kernels import CONTEXT, expect
-from stagedspec.kernels.backends import torch_ops as reference
+from stagedspec.kernels import reference
 from stagedspec.kernels.state import device as device_state
 from stagedspec.kernels.state import host as control
 from stagedspec.kernels.tree_attention import mask_words

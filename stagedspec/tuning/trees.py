@@ -12,7 +12,7 @@ from itertools import pairwise, product
 import torch
 
 from stagedspec.decoder import Decoder
-from stagedspec.kernels.backends.torch_ops import NoiseAt, choose_children, gumbel_noise
+from stagedspec.kernels.reference import NoiseAt, choose_children, gumbel_noise
 from stagedspec.kernels.state.host import Batch, causal_bias
 from stagedspec.models.gpt2 import Cache
 from stagedspec.planning.cost import CHILDREN, SAMPLED, Model, PassTimes, Stretch

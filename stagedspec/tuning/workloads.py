@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import torch
 
 from stagedspec.kernels import choose as rule
-from stagedspec.kernels.backends import torch_ops as reference
+from stagedspec.kernels import reference
 from stagedspec.kernels.backends.triton_backend import Linear, NoiseAt, TritonBackend, warping_settings
 from stagedspec.kernels.common.registry import Scratch
 from stagedspec.kernels.ngram_lookup import ngram_lookup

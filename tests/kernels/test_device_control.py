@@ -10,7 +10,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stagedspec.kernels.backends.torch_ops import gumbel_noise
+from stagedspec.kernels.reference import gumbel_noise
 from stagedspec.kernels.state import device as on_device
 from stagedspec.kernels.state import host as control
 from stagedspec.models.ngram import fit_table

@@ -11,7 +11,7 @@ from test_lm_head import LARGE, Case
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from stagedspec import Decoder, TreeConfig
-from stagedspec.kernels.backends import torch_ops as reference
+from stagedspec.kernels import reference
 from stagedspec.kernels.state import device as on_device
 from stagedspec.kernels.state import host as control
 from stagedspec.kernels.state.host import INVALID, UNCHOSEN
