@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stagedspec import Decoder
-from stagedspec.kernels import compiled_draft as small
+from stagedspec.kernels import compiled_draft
 from stagedspec.kernels.backends.torch_backend import TorchBackend
 from stagedspec.kernels.reference import NoiseAt
 from stagedspec.kernels.state.host import Batch, prefill_batch
@@ -129,7 +129,7 @@ def test_ties_and_few_tokens():
 def test_the_kth_largest(k):
     row = torch.randn(300, generator=torch.Generator().manual_seed(k))
     row[::3] = row[0]
-    assert small._kth(row.numpy(), k) == row.sort(descending=True).values[k - 1].item()
+    assert compiled_draft._kth(row.numpy(), k) == row.sort(descending=True).values[k - 1].item()
 
 
 def test_who_is_served():
@@ -169,7 +169,7 @@ def test_an_install_that_cannot_be_written(monkeypatch):
         return lambda function: function
 
     monkeypatch.setattr("numba.njit", refuse)
-    assert small.compiled(len) is len
+    assert compiled_draft.compiled(len) is len
 
 
 def test_numbers_that_overflow_and_divisions_by_zero():
@@ -200,10 +200,10 @@ from stagedspec import Decoder, TreeConfig
 model, tree = make_gpt2(3), TreeConfig(nodes=4, depth=3, passes=2, width=1, children=3, prefetch=0)
 {before}
 def load():
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as printed:
         warnings.simplefilter("always")
         decoder = Decoder.from_pretrained(model, model, device="cpu", dtype="float32")
-    print(*(str(warning.message) for warning in told if "compiled" in str(warning.message)), file=sys.stderr)
+    print(*(str(warning.message) for warning in printed if "compiled" in str(warning.message)), file=sys.stderr)
     return decoder
 {load}
 ids = torch.tensor([[1, 2, 3]])
@@ -229,53 +229,53 @@ def test_a_damaged_cache_is_left_alone(tmp_path):
     indices = list(first.rglob("*.nbi"))
     for index in indices:
         index.write_bytes(index.read_bytes()[:20])
-    told, warned = in_a_process(**folders)
-    assert indices and told == ["True", "True"] and "compiled" not in warned
+    printed, warned = in_a_process(**folders)
+    assert indices and printed == ["True", "True"] and "compiled" not in warned
     assert len(list(second.rglob("*.nbi"))) == len(indices)
 
 
 def test_a_full_disk(tmp_path):
     """Nothing can be kept anywhere: the draft runs as tensor operations."""
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))"
-    told, warned = in_a_process(before=limit, NUMBA_CACHE_DIR=str(tmp_path))
-    assert told == ["True", "False"] and "cannot be compiled, so it is slower" in warned
+    printed, warned = in_a_process(before=limit, NUMBA_CACHE_DIR=str(tmp_path))
+    assert printed == ["True", "False"] and "cannot be compiled, so it is slower" in warned
 
 
 def test_an_interrupt_while_it_compiles(tmp_path):
     """It is acted on when that is done, and what was compiled works."""
     interrupted = """
 from contextlib import contextmanager
-from stagedspec.kernels import compiled_draft as small
+from stagedspec.kernels import compiled_draft
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background has not
-told = small._told
+announced = compiled_draft._announced
 
 @contextmanager
 def begun():
     threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
-    with told():
+    with announced():
         yield
 
-small._told = begun
+compiled_draft._announced = begun
 try:
     decoder = load()
 except KeyboardInterrupt:
     print("interrupted")
-small._told = told
+compiled_draft._announced = announced
 decoder = load()
 """
-    told, _ = in_a_process(load=interrupted, NUMBA_CACHE_DIR=str(tmp_path))
-    assert told == ["interrupted", "True", "True"]
+    printed, _ = in_a_process(load=interrupted, NUMBA_CACHE_DIR=str(tmp_path))
+    assert printed == ["interrupted", "True", "True"]
 
 
 def test_without_numba():
-    told, warned = in_a_process(before="sys.modules['numba'] = None")
-    assert told == ["True", "False"] and "compiled" not in warned
+    printed, warned = in_a_process(before="sys.modules['numba'] = None")
+    assert printed == ["True", "False"] and "compiled" not in warned
 
 
 def test_generations_compile_nothing(target, drafts):
     """All was compiled when the model was loaded."""
     decoder = Decoder.from_pretrained(target, drafts["good"], device="cpu", dtype="float32")
-    compiled = lambda: [len(function.signatures) for function in (small._forward, small._children)]  # noqa: E731
+    compiled = lambda: [len(function.signatures) for function in (compiled_draft._forward, compiled_draft._children)]  # noqa: E731
     assert compiled() == [1, 1]
     ids, mask = left_pad(random_prompts([5, 2]))
     for options in ({}, {"do_sample": True}, {"do_sample": True, "top_k": 5, "temperature": 0.7}):
@@ -285,11 +285,11 @@ def test_generations_compile_nothing(target, drafts):
 
 
 @pytest.mark.parametrize("long", [True, False])
-def test_what_takes_long_is_told(monkeypatch, long):
+def test_slow_compilation_is_logged(monkeypatch, long):
     """Once, while it goes on; not where compiled code is loaded at once."""
-    told, said = threading.Event(), []
-    monkeypatch.setattr(small, "PATIENCE", 0.0 if long else 3600.0)
-    monkeypatch.setattr(small.log, "warning", lambda message: (said.append(message), told.set()))
-    with small._told():
-        assert not long or told.wait(60)
+    logged, said = threading.Event(), []
+    monkeypatch.setattr(compiled_draft, "PATIENCE", 0.0 if long else 3600.0)
+    monkeypatch.setattr(compiled_draft.log, "warning", lambda message: (said.append(message), logged.set()))
+    with compiled_draft._announced():
+        assert not long or logged.wait(60)
     assert said == ["making the draft's pass ready: Numba compiles it once on this machine"] * long
