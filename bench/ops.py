@@ -13,7 +13,7 @@ import torch
 
 import stagedspec
 from stagedspec.kernels import reference
-from stagedspec.kernels.state import host as control
+from stagedspec.kernels.state import host as host_state
 from stagedspec.models.ngram import KatzTable
 from stagedspec.planning.tree import TreeConfig
 from stagedspec.tuning.workloads import SAMPLINGS, SIZES, SPREAD, randn
@@ -83,7 +83,7 @@ def test_tree_attention(benchmark, model, nodes):
     cache = torch.randn(1, 1, nodes + CONTEXT, 2, shape.heads, shape.size, dtype=dtype)
     masks = [[1 | 1 << node for node in range(nodes)]]  # a star
     depths = [[min(node, 1) for node in range(nodes)]]
-    batch = control._batch([[0] * nodes], depths, masks, nodes, [CONTEXT], [CONTEXT], dtype, CPU)
+    batch = host_state._batch([[0] * nodes], depths, masks, nodes, [CONTEXT], [CONTEXT], dtype, CPU)
     (view,) = reference.layer_views(cache, nodes, batch, 0, 0)
     qkv = torch.randn(nodes, 3 * shape.width)
     benchmark(reference.tree_attention, qkv, view, batch, shape.size**-0.5, False)
