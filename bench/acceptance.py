@@ -22,7 +22,7 @@ from rules import RULES
 from sides import HERE, Models, add_options, check_options, clear_errors, encode, load, read_prompts
 from stagedspec.cli import progress_bar
 from stagedspec.decoding.request import MAX_BATCH
-from stagedspec.kernels.backends.torch_ops import warp
+from stagedspec.kernels.reference import warp
 
 CHILDREN = (1, 2, 4, 8)
 RESAMPLES = 4000

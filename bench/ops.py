@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import stagedspec
-from stagedspec.kernels.backends import torch_ops as reference
-from stagedspec.kernels.state import host as control
+from stagedspec.kernels import reference
+from stagedspec.kernels.state import host as host_state
 from stagedspec.models.ngram import KatzTable
 from stagedspec.planning.tree import TreeConfig
 from stagedspec.tuning.workloads import SAMPLINGS, SIZES, SPREAD, randn
@@ -83,7 +83,7 @@ def test_tree_attention(benchmark, model, nodes):
     cache = torch.randn(1, 1, nodes + CONTEXT, 2, shape.heads, shape.size, dtype=dtype)
     masks = [[1 | 1 << node for node in range(nodes)]]  # a star
     depths = [[min(node, 1) for node in range(nodes)]]
-    batch = control._batch([[0] * nodes], depths, masks, nodes, [CONTEXT], [CONTEXT], dtype, CPU)
+    batch = host_state._batch([[0] * nodes], depths, masks, nodes, [CONTEXT], [CONTEXT], dtype, CPU)
     (view,) = reference.layer_views(cache, nodes, batch, 0, 0)
     qkv = torch.randn(nodes, 3 * shape.width)
     benchmark(reference.tree_attention, qkv, view, batch, shape.size**-0.5, False)
@@ -131,36 +131,3 @@ def test_katz_lookup(benchmark, table):
 
 def test_katz_lookup_of_one_context(benchmark, table):
     benchmark(table.successors_of, 5, 7)
-
-
-def test_context_lookup(benchmark):
-    sequence, contexts = torch.randint(50, (1, CONTEXT)), torch.randint(50, (1, TREE.nodes, 2))
-    benchmark(reference.context_lookup, sequence, torch.tensor([CONTEXT]), contexts)
-
-
-def grown(table: KatzTable, sequences: control.Sequences) -> control.Trees:
-    """A step's trees, the draft's proposals being random."""
-    growth = control.Growth(sequences, TREE, table, None, torch.float32)
-    for number in range(TREE.passes):
-        growth.prefetch(growth.select(number))
-        rows = growth.batch().tokens.shape[1]
-        names = torch.rand(1, rows, 50).argsort(-1)[..., : TREE.children]
-        growth.record(names, -torch.rand(1, rows, TREE.children).cumsum(-1) - 0.1)
-    return growth.harvest()
-
-
-def some_text() -> control.Sequences:
-    return control.Sequences([random.choices(range(50), k=CONTEXT)], 64, [], CPU)
-
-
-def test_grow(benchmark, table):
-    """A whole step's passes, the masks that they need, and the finished tree."""
-    benchmark(grown, table, some_text())
-
-
-def test_verify_commit(benchmark, table):
-    def fresh():
-        trees = grown(table, some_text())
-        return (trees, torch.randint(50, (1, trees.nodes))), {}
-
-    benchmark.pedantic(lambda trees, chosen: trees.verify_commit(chosen), setup=fresh, rounds=200)

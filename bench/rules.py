@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from stagedspec.kernels.backends.torch_ops import NoiseAt, choose, choose_children
+from stagedspec.kernels.reference import NoiseAt, choose, choose_children
 
 _AS_IT_IS = {"temperature": 1.0, "top_k": None, "top_p": None, "min_p": None}
 

@@ -1,16 +1,16 @@
-"""A small model's whole pass on a CPU, compiled by Numba: for a draft, whose numerics are free.
+"""The whole pass of a small draft on a CPU, compiled by Numba.
 
 A draft of half a million parameters has 2 MB of weights, which a core reads in a tenth of a millisecond. As separate
 tensor operations its pass takes ten times as long: after every target pass the caches are full of other weights, and
-each of some thirty operations starts with code, descriptors and data that are not there. Here the pass is two loops:
+each of some thirty operations begins with cache misses on its code, descriptors and data. Here the pass is two loops:
 `forward`, the layers with attention over the cache, and `children`, the head and the choice of every node's children.
 
     forward:  x = embedding; every layer: x += attention(LayerNorm(x)), x += MLP(LayerNorm(x))
     children: log-probabilities of softmax(logits / T + g) over the draft's top k, the best of them
               (`reference.choose_children`)
 
-Bytes: the weights once. One thread; what another could add is less than waking it costs. fp32. Sums are in another
-order than torch's, and change with the number of rows: nothing here may decide a token of the output.
+Bytes: the weights once. fp32, on one thread: waking a second one costs more than it saves. Sums are in another order
+than torch's, and the order changes with the number of rows. So results must not decide a token of the output.
 """
 
 import logging
@@ -30,26 +30,26 @@ import torch
 from stagedspec.kernels.common.launch_configs import cache_folder
 from stagedspec.kernels.state.host import GREEDY_SHARPNESS
 
-ROWS = 16  # of a pass; more are faster as tensor operations on all cores
-PARAMETERS = 1 << 21  # of a model; a larger one too
+MAX_ROWS = 16  # of a pass; more are faster as tensor operations on all cores
+MAX_PARAMETERS = 1 << 21  # of a model; a larger one is faster as tensor operations too
 ACTIVATIONS = {"relu": 0, "gelu_new": 1, "gelu_pytorch_tanh": 1}
-PATIENCE = 1.0  # seconds of compiling before it is told
+PATIENCE = 1.0  # seconds of compiling before the log says so
 log = logging.getLogger("stagedspec")
 f32 = np.float32
 NEVER = f32(np.finfo(f32).min)
-COMPILED = []  # the functions below
+COMPILED = []  # all functions below that Numba compiles
 
 
 def compiled(function):
-    """Compiled at the first call and kept on disk.
+    """Decorator: Numba compiles the function at its first call and keeps the result on disk.
 
-    Sums may be taken in any order, but infinities and NaN stay what they are: masks are made of them, and what a broken
-    draft divides by zero must not end a generation.
+    Sums may be reordered, but infinities and NaN keep their meaning, since masks are made of them. A division by zero
+    raises nothing: a broken draft must not end a generation.
     """
     options = {"fastmath": {"reassoc", "contract", "nsz", "arcp", "afn"}, "nogil": True, "error_model": "numpy"}
     try:
         COMPILED.append(numba.njit(cache=True, **options)(function))
-    except RuntimeError:  # no folder can be written
+    except RuntimeError:  # no cache folder can be written
         COMPILED.append(numba.njit(**options)(function))
     return COMPILED[-1]
 
@@ -114,8 +114,11 @@ def _add(x, y):
 
 @compiled
 def _activate(x, kind):
-    """In place: relu (0), or GELU by tanh (1): the tanh as a continued fraction of nine terms, right to 1e-5, because
-    calls of exp for every element would take a tenth of the pass."""
+    """Activation in place: relu (kind 0) or GELU by tanh (kind 1).
+
+    The tanh is a continued fraction of nine terms, with an error of at most 1e-5: calling exp for every element would
+    take a tenth of the pass.
+    """
     for n in range(x.shape[0]):
         row = x[n]
         for j in range(x.shape[1]):
@@ -133,9 +136,9 @@ def _activate(x, kind):
 
 @compiled
 def _attend(qkv, cache, write, first, bias, scale, out):
-    """Attention of the N nodes of one sequence: qkv [N, 3*H*D], cache [S, 2, H, D], bias [N, R], out [N, H*D].
+    """Attention of the N nodes of one sequence: qkv [N, 3*H*D], cache [S, 2, H, D], bias [N, R] -> out [N, H*D].
 
-    Appends K and V in rows write .. write + N; bias is about the rows from `first` on.
+    Writes K and V to cache rows write .. write + N. bias, of 0 and -inf, is the mask of the R rows from `first` on.
     """
     nodes, width = out.shape
     heads, size = cache.shape[2:]
@@ -170,7 +173,10 @@ def _attend(qkv, cache, write, first, bias, scale, out):
 
 @compiled
 def _forward(tokens, positions, bias, cache, write, first, tables, layers, scales, epsilon, activation, x):
-    """tokens, positions [B, N]; bias [B or 1, N, R]; cache [layers, B, S, 2, H, D]; x [B*N, d] is the result."""
+    """All layers: tokens, positions [B, N], bias [B or 1, N, R], cache [layers, B, S, 2, H, D] -> x [B*N, d].
+
+    tables: of tokens and positions; layers: of `CompiledDraft.layers`; scales: of attention scores [layers].
+    """
     token_table, position_table = tables
     norm_1w, norm_1b, qkv_w, qkv_b, out_w, out_b, norm_2w, norm_2b, up_w, up_b, down_w, down_b = layers
     batch, nodes = tokens.shape
@@ -200,7 +206,7 @@ def _forward(tokens, positions, bias, cache, write, first, tables, layers, scale
 
 @compiled
 def _kth(row, k):
-    """The k-th largest of row [V], by a heap of the k largest so far, the least on top."""
+    """The k-th largest of row [V], from a heap of the k largest so far with the smallest on top."""
     heap = row[:k].copy()
     heap.sort()
     for value in row[k:]:
@@ -219,10 +225,10 @@ def _kth(row, k):
 
 @compiled
 def _children(x, norm, head, epsilon, scale, k, noise, places, tokens, logprobs):
-    """The likeliest children of rows x [M, d]: tokens, logprobs [M, C], best first.
+    """The likeliest children of hidden states x [M, d] -> tokens, logprobs [M, C], best first.
 
-    noise [P, V]: each row's is that at places [M]; none of it when greedy, when there are no places. k: of how many of
-    its tokens the draft may take one.
+    noise [P, V], places [M]: row n takes the noise noise[places[n]]; greedy without places. k: children are among the k
+    largest logits. scale: multiplies logits.
     """
     weight, bias = head
     count, size = tokens.shape[1], weight.shape[1]
@@ -233,7 +239,7 @@ def _children(x, norm, head, epsilon, scale, k, noise, places, tokens, logprobs)
         row, best, found = logits[n], logprobs[n], tokens[n]
         least = _kth(row, k) if k < size else NEVER
         for c in range(count):
-            best[c], found[c] = NEVER, 0  # whatever the weights are, a child is a token
+            best[c], found[c] = NEVER, 0  # a valid token, even if all logits are NaN
         for token in range(size):
             if row[token] < least:
                 row[token] = NEVER
@@ -250,17 +256,22 @@ def _children(x, norm, head, epsilon, scale, k, noise, places, tokens, logprobs)
                 best[at], found[at] = score, token
         top, total = best[0], f32(0)
         for score in row:
-            if score > top - f32(17):  # the rest is lost in rounding
+            if score > top - f32(17):  # smaller terms are lost in rounding
                 total += np.exp(score - top)
         norm_of_all = top + np.log(total)
         for c in range(count):
             logprob = best[c] - norm_of_all
-            best[c] = min(logprob, f32(-1e-4)) if logprob > NEVER else NEVER  # nor NaN, of infinite logits
+            best[c] = min(logprob, f32(-1e-4)) if logprob > NEVER else NEVER  # not NaN, where logits are infinite
 
 
 @dataclass(frozen=True)
-class Small:
-    """The weights of a model, laid out for one loop over each."""
+class CompiledDraft:
+    """A small draft whose whole passes are compiled: its weights, laid out for one loop over each.
+
+    tables: of tokens and positions; layers: weights and biases of all layers, stacked [layers, ...], in the order of
+    `of`; norm: the last LayerNorm; head: weight [d, V] and a bias of zeros; scales: of attention scores, by layer;
+    activation: as of ACTIVATIONS.
+    """
 
     tables: tuple[np.ndarray, ...]
     layers: tuple[np.ndarray, ...]
@@ -271,14 +282,18 @@ class Small:
     activation: int
 
     @classmethod
-    def of(cls, config, weights: dict[str, torch.Tensor], scales: list[float]) -> "Small | None":
-        """weights: by their names in a `GPT2LMHeadModel`, all of them copied; scales: of each layer's attention scores.
-        None for a model that tensor operations serve better, or one that this file does not know."""
+    def of(cls, config, weights: dict[str, torch.Tensor], scales: list[float]) -> "CompiledDraft | None":
+        """Lays out a model. None if tensor operations are faster (a large model, a GPU), if its activation or dtype is
+        not supported, or if Numba fails (`ready`).
+
+        config: `GPT2Config`; weights: by their names in a `GPT2LMHeadModel`, copied; scales: factors of each layer's
+        attention scores.
+        """
         tensors = weights.values()
         known = config.activation_function in ACTIVATIONS
         plain = all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors)
         size = sum({tensor.data_ptr(): tensor.numel() for tensor in tensors}.values())  # a tied head once
-        if not known or not plain or size > PARAMETERS or not ready():
+        if not known or not plain or size > MAX_PARAMETERS or not ready():
             return None
 
         def stacked(name: str) -> np.ndarray:
@@ -298,7 +313,8 @@ class Small:
         )
 
     def forward(self, batch, rows: torch.Tensor, write: int, first: int) -> torch.Tensor:
-        """`GPT2.forward` on a cache's rows [layers, B, S, 2, H, D]: hidden states [B, N, d], before the last norm."""
+        """Hidden states [B, N, d] of a pass, before the last norm, as `GPT2.forward`. batch: `host.Batch`; rows: the KV
+        cache [layers, B, S, 2, H, D]; write: the row of node 0; first: the first row that is attended to."""
         tokens, positions = (np.ascontiguousarray(part.numpy()) for part in (batch.tokens, batch.positions))
         x = np.empty((tokens.size, self.norm[0].size), f32)
         bias = np.ascontiguousarray(batch.bias.numpy()[:, 0])
@@ -309,14 +325,14 @@ class Small:
         return torch.from_numpy(x).view(*tokens.shape, -1)
 
     def knows(self, rows: int, warping: dict | None = None) -> bool:
-        """Whether passes of so many rows, and children under this warping, are for this model."""
-        return rows <= ROWS and (warping is None or (warping["top_p"] is None and warping["min_p"] is None))
+        """Whether `forward` should take a pass of so many rows, and `children` this warping."""
+        return rows <= MAX_ROWS and (warping is None or (warping["top_p"] is None and warping["min_p"] is None))
 
     def children(
         self, hidden: torch.Tensor, count: int, warping: dict | None, noise
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`reference.choose_children` of hidden states [B, N, d]: tokens, log-probabilities [B, N, C]. noise:
-        `reference.NoiseAt`, or None when greedy."""
+        """The likeliest children of hidden states [B, N, d]: tokens, log-probabilities [B, N, C], as
+        `reference.choose_children`. noise: `reference.NoiseAt`, or None when greedy."""
         size = self.head[0].shape[1]
         k, scale = (None, GREEDY_SHARPNESS) if warping is None else (warping["top_k"], 1.0 / warping["temperature"])
         k = size if k is None else min(k, size)
@@ -331,20 +347,20 @@ class Small:
         return torch.from_numpy(tokens).view(shape), torch.from_numpy(logprobs).view(shape)
 
 
-# ---------------------------------------------------------------- compiling, before a generation needs it
+# ---------------------------------------------------------------- compiling when a draft is loaded
 
 
 @cache
 def ready() -> bool:
-    """Compiles the pass, or loads it from Numba's cache, once in a process. False, with a warning, where that fails:
-    a draft then runs as tensor operations.
+    """Compiles the pass, or loads it from Numba's cache, once in a process. If that fails, warns and returns
+    False: drafts then run as tensor operations.
 
-    An interrupt is held back meanwhile: in the middle of it Numba would stay broken.
+    Ctrl-C is delayed until the end, because Numba would stay broken after an interrupt.
     """
-    with _held_back(signal.SIGINT), _told():
+    with _delayed(signal.SIGINT), _announced():
         try:
             _try_out()
-        except Exception:  # a cache that is damaged or full; what Numba raises then has no common type
+        except Exception:  # the cache is damaged or full; Numba's errors have no common type
             try:
                 _keep_in(cache_folder() / "numba")
                 _try_out()
@@ -356,7 +372,7 @@ def ready() -> bool:
 
 
 def _keep_in(folder: Path) -> None:
-    """Points Numba's cache elsewhere, for the functions of this file."""
+    """Moves Numba's cache of this file's functions to a folder."""
     before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(folder)
     try:
         for function in COMPILED:
@@ -366,11 +382,13 @@ def _keep_in(folder: Path) -> None:
 
 
 def _try_out() -> None:
-    """One pass of a model of one layer, of the types that all passes have."""
+    """Runs one pass of a tiny model, which compiles the functions for the types of all passes."""
     zeros = lambda *shape: np.zeros(shape, f32)  # noqa: E731
     layers = (zeros(1, 1), zeros(1, 1), zeros(1, 1, 3), zeros(1, 3), zeros(1, 1, 1), zeros(1, 1))
     layers += (zeros(1, 1), zeros(1, 1), zeros(1, 1, 1), zeros(1, 1), zeros(1, 1, 1), zeros(1, 1))
-    tiny = Small((zeros(1, 1), zeros(1, 1)), layers, (zeros(1), zeros(1)), (zeros(1, 1), zeros(1)), zeros(1), f32(1), 0)
+    tiny = CompiledDraft(
+        (zeros(1, 1), zeros(1, 1)), layers, (zeros(1), zeros(1)), (zeros(1, 1), zeros(1)), zeros(1), f32(1), 0
+    )
     one = np.zeros((1, 1), np.int64)
     x, cache_rows = zeros(1, 1), zeros(1, 1, 1, 2, 1, 1)
     _forward(one, one, zeros(1, 1, 1), cache_rows, 0, 0, tiny.tables, layers, tiny.scales, tiny.epsilon, 0, x)
@@ -378,30 +396,30 @@ def _try_out() -> None:
 
 
 @contextmanager
-def _told() -> Iterator[None]:
-    """Says in the log what takes long: compiling does, and loading from the cache does not."""
-    telling = threading.Timer(
+def _announced() -> Iterator[None]:
+    """Logs that the pass is being compiled, if it takes longer than PATIENCE. Loading from the cache does not."""
+    timer = threading.Timer(
         PATIENCE, log.warning, ["making the draft's pass ready: Numba compiles it once on this machine"]
     )
-    telling.daemon = True
-    telling.start()
+    timer.daemon = True
+    timer.start()
     try:
         yield
     finally:
-        telling.cancel()
+        timer.cancel()
 
 
 @contextmanager
-def _held_back(number: int) -> Iterator[None]:
-    """A signal that comes within is acted on at the end. Only the main thread gets signals."""
+def _delayed(number: int) -> Iterator[None]:
+    """Delays a signal until the end of the block. Only the main thread receives signals."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    came = []
-    before = signal.signal(number, lambda *_: came.append(number))
+    received = []
+    before = signal.signal(number, lambda *_: received.append(number))
     try:
         yield
     finally:
         signal.signal(number, before)
-        if came:
+        if received:
             signal.raise_signal(number)

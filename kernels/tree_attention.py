@@ -39,7 +39,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from stagedspec.kernels.backends.select import MAX_HEAD_SIZE
+from stagedspec.kernels.common.limits import MAX_HEAD_SIZE
 from stagedspec.kernels.common.registry import (
     CompileCase,
     Scratch,

@@ -94,16 +94,16 @@ def rows_of_tables(arguments: tuple, result: torch.Tensor, prefix: int) -> int:
     return 3 * size(result) + size(arguments[2:])
 
 
-def small_pass(arguments: tuple, result: torch.Tensor, prefix: int) -> int:
+def compiled_pass(arguments: tuple, result: torch.Tensor, prefix: int) -> int:
     """All layers are read once, a row of each table for a node, and the committed keys and values."""
-    small, _, cache = arguments[:3]
-    return size(small.layers) + 3 * size(result) + prefix * size(cache[:, 0, 0])
+    draft, _, cache = arguments[:3]
+    return size(draft.layers) + 3 * size(result) + prefix * size(cache[:, 0, 0])
 
 
-def small_head(arguments: tuple, result: tuple, prefix: int) -> int:
+def compiled_head(arguments: tuple, result: tuple, prefix: int) -> int:
     """The head is read once, the hidden states too, and the children written."""
-    small, hidden = arguments[:2]
-    return size((small.norm, small.head, hidden, result))
+    draft, hidden = arguments[:2]
+    return size((draft.norm, draft.head, hidden, result))
 
 
 def little(arguments: tuple, result: object, prefix: int) -> int:
@@ -119,8 +119,8 @@ FLOORS = {
     "lm_head_children": everything,
     "tree_attention": prefix_and_nodes,
     "embed": rows_of_tables,
-    "small_forward": small_pass,
-    "small_children": small_head,
+    "compiled_forward": compiled_pass,
+    "compiled_children": compiled_head,
     "move_rows": little,
 }
 

@@ -469,8 +469,8 @@ class Decoder:
         return self.planner.tree_for(mode, batch, tree, do_sample)
 
     def check_host_trees(self, what: str) -> None:
-        """Raises ValueError where trees live on a device: `what` works on trees on the host."""
-        if self.target.ops.fixed_shapes:
+        """Raises ValueError for a backend without `explicit_trees`, which `what` builds itself."""
+        if not self.target.ops.explicit_trees:
             raise ValueError(
                 f"{what} is not supported by backend {self.target.ops.name!r}: make the decoder with backend='torch' "
                 "(--backend torch)"

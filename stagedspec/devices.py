@@ -58,7 +58,7 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
     """ "auto" is bfloat16 on a GPU that has it, else float32. Raises ValueError for an unknown dtype."""
     if dtype == "auto":
         # On a CPU always fp32: half precision there is computed wider, so that the tokens of all modes agree
-        # (kernels/backends/torch_ops.py), and gains nothing.
+        # (kernels/reference/layers.py), and gains nothing.
         half = device.type == "cuda" and torch.cuda.is_bf16_supported()
         return torch.bfloat16 if half else torch.float32
     found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype

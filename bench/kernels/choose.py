@@ -7,7 +7,7 @@ import torch
 from harness import SMALL, Case, again, exact
 from models import DEVICE, MODELS, Choice
 
-from stagedspec.kernels.backends import torch_ops as reference
+from stagedspec.kernels import reference
 from stagedspec.tuning.workloads import CHILDREN, SAMPLINGS, Choosing
 
 

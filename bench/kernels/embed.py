@@ -6,7 +6,7 @@ import torch
 from harness import SMALL, Case, again, exact
 from models import DEVICE, MODELS, Choice
 
-from stagedspec.kernels.backends.triton_ops import TritonOps
+from stagedspec.kernels.backends.triton_backend import TritonBackend
 from stagedspec.tuning.workloads import randn
 
 
@@ -16,7 +16,7 @@ def cases(choice: Choice) -> Iterator[Case]:
 
 
 def _case(model: str, batch: int, nodes: int) -> Case:
-    shape, ops = MODELS[model], TritonOps()
+    shape, ops = MODELS[model], TritonBackend()
     tables = tuple(randn(size, shape.width, device=DEVICE) for size in (shape.vocab, 1024))
     tokens = torch.randint(shape.vocab, (batch, nodes), dtype=torch.int32, device=DEVICE)
     positions = torch.randint(1024, (batch, nodes), dtype=torch.int32, device=DEVICE)

@@ -7,8 +7,8 @@ import torch
 from harness import SMALL, Case, again, exact
 from models import DEVICE, MODELS, Choice
 
-from stagedspec.kernels.backends import torch_ops as reference
-from stagedspec.kernels.state import host as control
+from stagedspec.kernels import reference
+from stagedspec.kernels.state import host as host_state
 from stagedspec.tuning.workloads import Growing, katz_table
 
 
@@ -24,12 +24,12 @@ def cases(choice: Choice) -> Iterator[Case]:
         yield Case("harvest_tree", "L", where, 0, SMALL, again(growing.growth.harvest), {}, check, 10.0)
 
 
-def on_host(growing: Growing) -> control.Trees:
+def on_host(growing: Growing) -> host_state.Trees:
     """The same trees, grown by the reference."""
     cpu, config = torch.device("cpu"), growing.config
-    sequences = control.Sequences(growing.prompts, growing.room, [], cpu)
+    sequences = host_state.Sequences(growing.prompts, growing.room, [], cpu)
     if not config.passes:
-        return control.Trees.roots(sequences)
+        return host_state.Trees.roots(sequences)
     noise = None
     if growing.sampled:
         seeds, streams = (part.tolist() for part in growing.growth.noise)
@@ -37,7 +37,7 @@ def on_host(growing: Growing) -> control.Trees:
         limits = [len(prompt) + reach for prompt in growing.prompts]
         noise = reference.Noise(seeds, streams, growing.table.vocab_size, reach, limits, cpu)
         noise.advance(sequences)
-    growth = control.Growth(sequences, config, growing.table.to(cpu), noise, torch.float32)
+    growth = host_state.Growth(sequences, config, growing.table.to(cpu), noise, torch.float32)
     for number, (tokens, logprobs) in enumerate(growing.proposed):
         growth.prefetch(growth.select(number))
         growth.batch()

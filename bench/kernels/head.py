@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from harness import Case, error_ratio, exact
 from models import DEVICE, MODELS, Choice
 
-from stagedspec.kernels import lm_head
-from stagedspec.kernels.backends import torch_ops as reference
-from stagedspec.kernels.backends.triton_ops import warping_settings
+from stagedspec.kernels import lm_head, reference
+from stagedspec.kernels.backends.triton_backend import warping_settings
 from stagedspec.kernels.common.registry import Scratch
+from stagedspec.kernels.state.host import GREEDY_SHARPNESS
 from stagedspec.tuning.workloads import CHILDREN, SAMPLINGS, Growing, Head, Moving, katz_table
 
 COPIES = 2  # of the head's weights, which together are more than the cache holds
@@ -151,7 +151,7 @@ def check_children(head: Head, sampling: str) -> float:
     tokens = torch.full((rows, CHILDREN), -1, dtype=torch.int32, device=DEVICE)
     logprobs = torch.full((rows, CHILDREN), torch.nan, device=DEVICE)
     lm_head.lm_head_topm(
-        *arguments(head), **warping_settings(SAMPLINGS[sampling]), sharpness=reference.GREEDY_SHARPNESS, noise=noise,
+        *arguments(head), **warping_settings(SAMPLINGS[sampling]), sharpness=GREEDY_SHARPNESS, noise=noise,
         out_tokens=tokens, out_logprobs=logprobs, scratch=scratch,
     )  # fmt: skip
     logits = logits.unflatten(0, (head.batch, head.nodes))

@@ -7,7 +7,6 @@ import torch
 from harness import SMALL, Case, again, exact
 from models import DEVICE, MODELS, Choice
 
-from stagedspec.kernels.backends import torch_ops as reference
 from stagedspec.kernels.state.host import CONTEXT_LOGPROB
 from stagedspec.tuning.workloads import Looking, katz_table
 
@@ -20,8 +19,20 @@ def cases(choice: Choice) -> Iterator[Case]:
         yield Case("ngram_lookup", "L", where, 0, SMALL, ours, peers, partial(check, looking), 10.0)
 
 
+def context_lookup(sequence: torch.Tensor, lengths: torch.Tensor, contexts: torch.Tensor) -> torch.Tensor:
+    """The context n-gram: what followed the latest earlier occurrence of two tokens in this very sequence.
+
+    sequence [B, S], lengths [B], contexts [B, K, 2] -> token [B, K], -1 where the pair has not occurred.
+    """
+    first, second = sequence[:, None, :-2], sequence[:, None, 1:-1]
+    ends = torch.arange(2, sequence.shape[1], device=sequence.device)
+    found = (first == contexts[..., :1]) & (second == contexts[..., 1:]) & (ends < lengths[:, None])[:, None]
+    where = (found * ends).amax(-1)
+    return torch.where(where > 0, sequence.gather(1, where), -1)
+
+
 def plain(looking: Looking) -> tuple[torch.Tensor, torch.Tensor]:
-    found = reference.context_lookup(looking.sequence.long(), looking.lengths, looking.contexts)[..., None]
+    found = context_lookup(looking.sequence.long(), looking.lengths, looking.contexts)[..., None]
     names, values = looking.table.lookup(looking.contexts.long())
     other = names != found
     first = torch.where(found >= 0, CONTEXT_LOGPROB, -torch.inf)

@@ -1,1 +1,1 @@
-"""What runs the operations of a step: Triton kernels or torch."""
+"""Backends: what runs the operations of a step and holds the state of a generation. See interface.py."""

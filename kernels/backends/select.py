@@ -9,14 +9,18 @@ from pathlib import Path
 
 import torch
 
+from stagedspec.kernels.backends.interface import Backend
+from stagedspec.kernels.common.limits import MAX_HEAD_SIZE
+
 BACKENDS = ("auto", "torch", "triton")
-MAX_HEAD_SIZE = 256  # that tree_attention.py takes
 # What "auto" trusts the kernels with: the compute capability they have run on, and the heads that their tests have.
 TRIED, TRIED_HEAD_SIZE = (9, 0), 128
 
 
-def resolve(backend: str, device: torch.device, head_sizes: Collection[int] = (), dtype: torch.dtype | None = None):
-    """Returns what implements the operations on `device`: reference.py, or a `TritonOps` of its own.
+def resolve(
+    backend: str, device: torch.device, head_sizes: Collection[int] = (), dtype: torch.dtype | None = None
+) -> Backend:
+    """Returns a backend of its own for the models of one decoder on `device`.
 
     "auto" is triton on a GPU of the kind that the kernels have been tried on, and on one where `stagedspec check` has
     passed (trusted.py), if it can run there, else torch; on a GPU a warning says why. "triton" needs an NVIDIA GPU of
@@ -39,15 +43,15 @@ def resolve(backend: str, device: torch.device, head_sizes: Collection[int] = ()
     if wanted and not problem:
         import triton
 
-        from stagedspec.kernels.backends.triton_ops import TritonOps
+        from stagedspec.kernels.backends.triton_backend import TritonBackend
         from stagedspec.kernels.common import compiling
 
         if device.type == "cuda" and not triton.knobs.runtime.interpret:
             compiling.hash_sources()  # while the models are read
-        return TritonOps()
-    from stagedspec.kernels.backends import torch_ops as reference
+        return TritonBackend()
+    from stagedspec.kernels.backends.torch_backend import TorchBackend
 
-    return reference
+    return TorchBackend()
 
 
 def _triton_problem(device: torch.device, head_size: int) -> str:
@@ -98,7 +102,7 @@ def _untried(device: torch.device, head_sizes: Collection[int], dtype: torch.dty
         tried = f"the kernels have been tried with heads up to {TRIED_HEAD_SIZE}, not {max(head_sizes)}"
     else:
         return ""
-    every = (trusted.why_not(device, size, dtype) for size in (sorted(head_sizes) or [None]))
+    every = (trusted.why_not(device, size, dtype) for size in (sorted(head_sizes) or (None,)))
     unchecked = next(filter(None, every), "")
     if not unchecked:
         return ""

@@ -1,1 +1,1 @@
-"""A step's control state, on the host and on a device."""
+"""State of a generation, on the host (host.py) or the device (device.py): committed sequences, trees, KV moves."""

@@ -1,12 +1,25 @@
-"""The control half of a decoding step on the device: the classes of control.py over static tensors.
+"""State of a generation on the device: the classes of host.py over tensors that stay where they are.
 
-Everything is allocated by the first step, and `Sequences.restart` uses it for another generation. A step only launches
-kernels: `Growth.batch` and `Growth.harvest` one each (what `select`, `prefetch` and `record` ask for is done there),
-`Trees.verify_commit` one. Nothing is read back, so a step can be captured; only where the host has a part in it,
-choosing along the walk (`Trees.children`) or proposing (`Trees.repeats`), it waits for the device. One thing differs
-from the host: `TreeConfig.pass_floor` cannot be honoured, every pass runs.
-Scores are summed in fp32, where the host sums in fp64: candidates closer than fp32's rounding can change places, which
-never changes the output.
+The Triton backend uses these classes; host.py explains their words. All tensors are allocated by the first step, and
+`Sequences.restart` uses them for another generation. A step launches kernels and reads nothing back, so it can be
+captured as a CUDA graph. The engine calls, in this order (`*` once for every draft pass):
+
+    Sequences(...), or restart            once, at the beginning of a generation
+    Sequences.chunks, chunk               reading the prompts
+    Growth.begin                          a step: start its trees
+    * Growth.select, prefetch             host only: note the number of the pass
+    * Growth.batch                        launches grow_pass: choose slots, add guesses, fill in the pass's inputs
+    * Growth.record                       host only: note where the draft's proposals lie
+    Growth.harvest -> Trees               launches harvest_tree (plain decoding: Trees.roots)
+    Trees.batch                           inputs of the target's pass, which harvest_tree has filled in
+    Trees.verify_commit -> Moves          launches verify_commit
+    Moves.target_rows, draft_rows         the KV rows of the accepted nodes
+    Sequences.publish, finished           outside of the graph: copy the progress to the host, look at it
+
+The host waits for the device in a step only to apply logits processors (`Trees.children`) and for prompt look-up
+(`Trees.lookup`). Two things differ from the host's classes. Every draft pass runs: `TreeConfig.pass_floor` has no
+effect. Scores are summed in fp32, not fp64: candidates closer than fp32's rounding can change places, which never
+changes the output.
 """
 
 import itertools
@@ -24,33 +37,33 @@ import torch
 from stagedspec.kernels import grow_tree
 from stagedspec.kernels.common.registry import check_runs
 from stagedspec.kernels.grow_tree import GrowthState, pass_size, pass_start, words
-from stagedspec.kernels.state import host as control
+from stagedspec.kernels.state import host
 from stagedspec.kernels.state.invalid_logits import raise_invalid
 from stagedspec.kernels.verify_commit import CommitState, verify_commit
 
 # ---------------------------------------------------------------- committed sequences
 
 
-TOKENS, ENDS = 128, 8  # sequences have room for a multiple of so many tokens, and of ids that end them
-# Sizes of chunks of a prompt, in tokens of all rows: each has its CUDA graph. A pass costs as much as CHUNK_COST more
-# tokens would.
+TOKENS, ENDS = 128, 8  # capacities are multiples of these: of tokens in a row, of ids that end a row
+# Sizes of chunks of a prompt, in tokens of all rows: each has its CUDA graph. Another pass costs as much time as
+# CHUNK_COST more tokens in one.
 CHUNKS, CHUNK_COST = (16, 32, 64, 128, 256, 512, 1024), 80
 
 
 def _whole(count: int, unit: int) -> int:
-    """The least multiple of `unit`, one at least, that is not below `count`."""
+    """`count` rounded up to a multiple of `unit`, at least one of them."""
     return max(-(-count // unit), 1) * unit
 
 
 def cheapest(count: int, sizes: Sequence[int], room: int) -> list[int]:
-    """The cheapest chunks that cover `count` tokens of a prompt and at most `room`, largest first. sizes: to choose
-    from; they and the room are multiples of the first."""
+    """The cheapest chunks, largest first, that cover `count` tokens of a prompt and at most `room`. sizes: to choose
+    from; they and `room` are multiples of the first."""
     return min(_cheapest(tuple(sizes), room)[-(-count // sizes[0]) :])[1]
 
 
 @cache
 def _cheapest(sizes: tuple[int, ...], room: int) -> list[tuple[int, list[int]]]:
-    """For each multiple of the first size, the room the last: the cost and the sizes of its cheapest chunks."""
+    """Cost and sizes of the cheapest chunks for each multiple of the first size, from 0 to `room`."""
     best: list[tuple[int, list[int]]] = [(0, [])]
     for total in range(sizes[0], room + 1, sizes[0]):
         before = [(size, *best[(total - size) // sizes[0]]) for size in sizes if size <= total]
@@ -61,7 +74,8 @@ def _cheapest(sizes: tuple[int, ...], room: int) -> list[tuple[int, list[int]]]:
 
 
 class Row(NamedTuple):
-    """A snapshot of one sequence: all its tokens, the origins of the new ones, the length at which it ends."""
+    """A snapshot of one sequence: all its tokens, the origins of the new ones, the length at which it ends, whether it
+    still runs."""
 
     tokens: list[int]
     origins: list[int]
@@ -70,24 +84,26 @@ class Row(NamedTuple):
 
 
 class Sequences:
-    """The committed tokens of a batch, and when each row stops; lives on the device.
+    """The committed tokens of a batch, and when each row stops, on the device.
 
-    prompts: one list of ids a row; new_tokens: at most so many more; eos: ids that end a row. capacity: the most tokens
-    that a row may hold, in this generation or another one. most: tokens that a row may gain in one step.
+    prompts: token ids of each row; new_tokens: at most so many more; eos: ids that end a row; most: tokens that a row
+    may gain in one step. capacity: the most tokens that a row may hold, in this generation or another one.
 
-    Raises ValueError for an empty prompt or no new tokens, and where no kernel can run on the device.
+    Raises ValueError for an empty prompt, for no new tokens, and for a device that cannot run kernels.
     """
 
-    def __init__(self, prompts: list[list[int]], new_tokens: int, eos: Sequence[int], device: torch.device):
+    def __init__(
+        self, prompts: list[list[int]], new_tokens: int, eos: Sequence[int], device: torch.device, most: int = 1
+    ):
         if not prompts or not all(prompts):
             raise ValueError(f"every prompt needs at least one token, got {[len(prompt) for prompt in prompts]}")
         if new_tokens < 1:
             raise ValueError(f"new_tokens must be at least 1, got {new_tokens}")
-        rows, self.most = len(prompts), 1
+        rows, self.most = len(prompts), most
         self.device, self.capacity = device, _whole(max(map(len, prompts)) + new_tokens, TOKENS)
         check_runs(torch.empty(0, device=device), "Sequences")
 
-        # One block of memory: a generation begins with one copy to the device, and is read with one.
+        # One block of memory: one copy to the device begins a generation, one copy to the host reads its results.
         sizes = {
             "tokens": rows * self.capacity, "eos": _whole(len(set(eos)), ENDS), "limits": rows,
             "lengths": rows, "running": rows, "active": 1,
@@ -95,7 +111,7 @@ class Sequences:
         places, total = {}, 0
         for name, size in sizes.items():
             places[name] = slice(total, total + size)
-            total += _whole(size, 4)  # where kernels' loads begin is the same for every number of rows
+            total += _whole(size, 4)  # kernels' loads are aligned alike for every number of rows
         self._places, self._block = places, torch.zeros(total, dtype=torch.int32, device=device)
         self._progress = slice(places["lengths"].start, total)
         state = self._fields(self._block)
@@ -104,7 +120,7 @@ class Sequences:
         self._chunks: dict[int, Batch] = {}  # by size
         self._roots: Trees | None = None
         self._chains: Trees | None = None
-        # What goes to the device, and the progress that comes back after each step, lie in pinned memory.
+        # Pinned memory: of what goes to the device, and of the progress that comes back after each step.
         pinned = device.type == "cuda"
         self._initial = torch.zeros(total, dtype=torch.int32, device="cpu", pin_memory=pinned)
         self._known = [torch.zeros(total, dtype=torch.int32, device="cpu", pin_memory=pinned) for _ in range(2)]
@@ -114,24 +130,24 @@ class Sequences:
         self.restart(prompts, new_tokens, eos)
 
     def _fields(self, block: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The tensors of `CommitState` that lie in a block, by name."""
+        """The tensors of `CommitState` in a block, by name."""
         fields = {name: block[place] for name, place in self._places.items()}
         return fields | {"tokens": fields["tokens"].view(-1, self.capacity)}
 
     def fits(self, prompts: list[list[int]], new_tokens: int, eos: Sequence[int]) -> bool:
-        """Whether there is room for another generation of these arguments."""
+        """Whether `restart` has room for these arguments."""
         room = max(map(len, prompts)) + new_tokens <= self.capacity and len(set(eos)) <= len(self.state.eos)
         return room and len(prompts) == len(self)
 
     @torch.inference_mode()
     def restart(self, prompts: list[list[int]], new_tokens: int, eos: Sequence[int]) -> None:
-        """Begins a generation, in place: what was captured over the last one's tensors serves this one."""
+        """Begins another generation in the same tensors, so that CUDA graphs over them can be used again."""
         self._first_token.start()
         self.prompt_lengths = [len(prompt) for prompt in prompts]
         self.limits = [length + new_tokens for length in self.prompt_lengths]
         self._lengths, self._gained = self.prompt_lengths, 1
         if self._sent is not None:
-            self._sent.synchronize()  # the last generation's copy has read what is overwritten here
+            self._sent.synchronize()  # wait until the last generation's copy has read what is overwritten here
         initial = self._fields(self._initial.zero_())
         for row, prompt in zip(initial["tokens"], prompts, strict=True):
             row[: len(prompt)] = torch.tensor(prompt, dtype=torch.int32, device="cpu")
@@ -158,7 +174,7 @@ class Sequences:
 
     @torch.inference_mode()
     def stop(self, index: int, length: int) -> None:
-        """Ends a row; what was decoded beyond `length` tokens is dropped."""
+        """Ends a row; tokens beyond the first `length` are dropped."""
         self.state.active.sub_(self.state.running[index].clamp(min=0))
         self.state.running[index] = 0
         self.state.lengths[index].clamp_(max=length)
@@ -167,18 +183,18 @@ class Sequences:
 
     @property
     def chunk_sizes(self) -> list[int]:
-        """All sizes that chunks of these rows may have."""
+        """All sizes that `chunks` may return."""
         return [size for size in CHUNKS if size * len(self) <= CHUNKS[-1] and size <= self.capacity]
 
     def chunks(self, count: int) -> list[tuple[int, int]]:
-        """(start, size) of the passes that read the first `count` tokens of every row. The last one may reach beyond
-        them: what it reads there is never seen, and overwritten in time."""
+        """(start, size) of the passes that read the first `count` tokens of every row. The last one may reach further:
+        no node attends to what lies there, and later tokens overwrite it in the cache."""
         sizes = cheapest(count, self.chunk_sizes, self.capacity)
         return list(zip(itertools.accumulate(sizes, initial=0), sizes, strict=False))
 
     def chunk(self, start: int, size: int, dtype: torch.dtype | None = None) -> "Batch":
-        """The pass over `size` tokens of every row after its first `start`; its tensors are those of all chunks of that
-        size, and hold until the next one."""
+        """The pass over `size` tokens of every row after its first `start`. All chunks of one size share their tensors:
+        they hold until the next chunk of that size."""
         if size not in self._chunks:
             self._chunks[size] = Batch.chain(len(self), size, self.device)
         batch = self._chunks[size]
@@ -186,14 +202,14 @@ class Sequences:
         batch.begin(start)
         return batch
 
-    # ------------------------------------------------------------ what the host sees
+    # ------------------------------------------------------------ what the host knows
 
-    def _told(self, turn: int) -> dict[str, torch.Tensor]:
-        """What the host was told after a step: all lengths, which rows run and how many."""
+    def _progress_at(self, turn: int) -> dict[str, torch.Tensor]:
+        """The host's copy of the progress after step `turn`: all lengths, which rows run and how many."""
         return self._fields(self._known[turn % 2])
 
     def publish(self) -> None:
-        """Starts copying the rows' progress to the host; outside a captured step, after it was launched."""
+        """Starts copying the progress of the rows to the host. Called after every step, not as a part of it."""
         if not self._published:
             self._first_token.stop()
         turn = self._published % 2
@@ -204,11 +220,11 @@ class Sequences:
 
     @property
     def finished(self) -> bool:
-        """Whether all rows have stopped, or one cannot go on (`check`), as far as the host knows.
+        """Whether all rows have stopped, or one has no next token (`check`), as far as the host knows.
 
-        The host is at most one step ahead: it waits for the step before the last one. For the last one it waits where
-        every row would end in it by writing as many tokens as the best step did so far; a step in vain costs more than
-        a wait, and changes nothing. Without a `publish` after each step this stays False.
+        The host runs at most one step ahead: it waits for the last step but one. It waits for the last step too if
+        every row would end in it by gaining as many tokens as the best step so far: a superfluous step changes nothing,
+        but costs more time than waiting. Stays False without a `publish` after each step.
         """
         if not self._published:
             return False
@@ -217,8 +233,8 @@ class Sequences:
             left, most = [limit - length for limit, length in zip(self.limits, self._lengths, strict=True)], self.most
             if newest:
                 self._copied[(newest - 1) % 2].synchronize()
-                told = self._told(newest - 1)
-                lengths, running = told["lengths"].tolist(), told["running"].tolist()
+                known = self._progress_at(newest - 1)
+                lengths, running = known["lengths"].tolist(), known["running"].tolist()
                 gains = [now - before for now, before in zip(lengths, self._lengths, strict=True)]
                 self._lengths, self._gained = lengths, max(self._gained, *gains)
                 rows, most = zip(self.limits, lengths, running, strict=True), self._gained
@@ -229,8 +245,8 @@ class Sequences:
                 newest -= 1
             else:
                 return False
-        told = self._told(newest)
-        return told["active"].item() == 0 or told["running"].min().item() < 0
+        known = self._progress_at(newest)
+        return known["active"].item() == 0 or known["running"].min().item() < 0
 
     def check(self) -> None:
         """Raises InvalidLogitsError if a row ended because no next token can be chosen; waits for the device."""
@@ -240,7 +256,8 @@ class Sequences:
 
     @property
     def seconds_to_first_token(self) -> float | None:
-        """From the beginning of the generation to the end of its first step, None before; waits for the device."""
+        """Seconds from the beginning of the generation to the end of its first step; None before. Waits for the
+        device."""
         return self._first_token.seconds if self._published else None
 
     @property
@@ -257,7 +274,7 @@ class Sequences:
 
     @property
     def accepted(self) -> Counter[int]:
-        """How many row-steps took so many tokens from nodes below the root; waits for the device."""
+        """How many row-steps accepted so many tokens from nodes below the root; waits for the device."""
         result: Counter[int] = Counter()
         for counts in self._counts:
             more = [*counts.cpu().sum(0).tolist(), 0]  # row-steps that accepted at least d tokens
@@ -266,7 +283,7 @@ class Sequences:
 
     @property
     def steps(self) -> int:
-        """In how many steps any row ran; waits for the device. A row runs from the first step until it stops."""
+        """Number of steps in which any row ran; waits for the device."""
         return int(sum(counts[:, 0].cpu() for counts in self._counts).max()) if self._counts else 0
 
 
@@ -275,10 +292,12 @@ class Sequences:
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs of one model pass, static tensors that a kernel fills.
+    """Inputs of one model pass, in tensors that stay where they are.
 
-    tokens, positions, noise_positions int32 [B, N]; masks int32 [B, N, W]: the tree rows that each node sees, itself
-    included; prefix int32 [B]: committed rows that each sequence sees, at least 0. first_bit: the tree row of node 0.
+    tokens, positions, noise_positions: int32 [B, N], the last for the noise of the token chosen at each node. masks:
+    int32 [B, N, W], one bit for each tree row that a node attends to, its own included. prefix: int32 [B], committed
+    rows that all nodes of a sequence attend to. first_bit: the tree row of node 0. packed: the first three in one.
+    steps: of a chunk, int32 [B, N], 0, 1, ... in every row.
     """
 
     tokens: torch.Tensor
@@ -288,24 +307,24 @@ class Batch:
     prefix: torch.Tensor
     first_bit: int = 0
     packed: torch.Tensor | None = None
-    steps: torch.Tensor | None = None  # of a chunk: 0, 1, ... in every row
+    steps: torch.Tensor | None = None
 
     @classmethod
     def of(cls, rows: int, nodes: int, region: int, device: torch.device) -> "Batch":
-        """Of `nodes` nodes in a tree region of `region` rows."""
+        """For `nodes` nodes in a tree region of `region` rows."""
         packed = torch.zeros(3, rows, nodes, dtype=torch.int32, device=device)
         masks = torch.zeros(rows, nodes, words(region), dtype=torch.int32, device=device)
         return cls(*packed.unbind(), masks, torch.zeros(rows, dtype=torch.int32, device=device), packed=packed)
 
     @classmethod
     def chain(cls, rows: int, nodes: int, device: torch.device) -> "Batch":
-        """Of a chunk of prompts: every token sees those before it, without masks. `begin` says where."""
+        """For a chunk of prompts: every token attends to those before it, without masks. `begin` places it."""
         batch = cls.of(rows, nodes, nodes, device)
         steps = torch.arange(nodes, dtype=torch.int32, device=device).expand(rows, -1)
         return replace(batch, steps=steps.contiguous())
 
     def begin(self, start: int) -> None:
-        """Places the nodes of a chunk after `start` committed tokens."""
+        """Places a chunk after `start` committed tokens."""
         torch.add(self.steps, start, out=self.positions)
         torch.add(self.positions, 1, out=self.noise_positions)
         self.prefix.fill_(start)
@@ -316,7 +335,7 @@ class Batch:
 
 
 class Stopwatch:
-    """Seconds between two moments, on the device's own clock where it has one."""
+    """Seconds between `start` and `stop`, by the GPU's clock on a GPU."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -337,7 +356,7 @@ class Stopwatch:
 
     @property
     def seconds(self) -> float:
-        """Waits for the second moment."""
+        """Seconds between both; waits for `stop`."""
         begin, end = self._marks
         if self.device.type != "cuda":
             return end - begin
@@ -349,10 +368,10 @@ class Stopwatch:
 
 
 class Growth:
-    """The trees of a generation's steps, grown over draft passes, one step after the other.
+    """Grows the trees of a batch over draft passes, for one step after the other.
 
-    table: a `KatzTable` on the device, or None; noise: an object with `seeds` int64 [B] and `streams` [B] on the
-    device, or None when greedy. dtype is of no account: masks are words of bits.
+    config: `TreeConfig`; table: n-grams, a `KatzTable` on the device, or None; noise: an object with `seeds` int64 [B]
+    and `streams` int32 [B] on the device, or None when greedy; dtype: not used, since masks are bits.
     """
 
     def __init__(self, sequences: Sequences, config, table, noise, dtype: torch.dtype | None = None):
@@ -371,7 +390,7 @@ class Growth:
         self.begin()
 
     def begin(self) -> None:
-        """Starts a step's trees."""
+        """Starts the trees of a step."""
         self.number, self.proposed = 0, None
 
     @property
@@ -380,20 +399,21 @@ class Growth:
         return pass_start(self.config, self.number)
 
     def pays(self) -> bool:
-        """Every pass runs: whether it pays is not known on the host."""
+        """True: the host does not know whether a pass pays, so every one runs."""
         return True
 
     def select(self, number: int) -> None:
-        """Asks for the slots of a pass that score best. Raises ValueError for a pass that the settings lack."""
+        """Sets the number of the draft pass that `batch` makes next. Raises ValueError if there is no such pass."""
         if not 0 <= number < self.config.passes:
             raise ValueError(f"a step has the passes 0 to {self.config.passes - 1}, got {number}")
         self.number = number
 
     def prefetch(self, parents: None) -> None:
-        """Asks for draft²'s guesses below them, which `batch` always makes where the settings have any."""
+        """Nothing: `batch` adds the guesses of draft²."""
 
     def batch(self) -> Batch:
-        """The draft's pass over the slots asked for; the tensors hold until the next call."""
+        """Chooses the slots of the pass, adds the guesses below them, and returns the draft's inputs. The tensors hold
+        until the next call."""
         batch, state = self.batches[self.number], self.sequences.state
         grow_tree.grow_pass(
             state.tokens, state.lengths, self.state, self.config, self.number, self.proposed, self.table, self.noise,
@@ -402,14 +422,14 @@ class Growth:
         return batch
 
     def record(self, tokens: torch.Tensor, logprobs: torch.Tensor) -> None:
-        """What the draft proposed in this pass: tokens int32 or int64, logprobs fp32 [B, rows of the pass, C].
+        """Notes what the draft proposed: tokens int32 or int64, logprobs fp32 [B, slots of the pass, C], best first.
 
-        They are read by the next `batch` or `harvest` and must stay as they are until then.
+        The next `batch` or `harvest` reads the tensors, which must not change until then.
         """
         self.proposed = tokens, logprobs
 
     def harvest(self) -> "Trees":
-        """The best candidates. Scores only fall along a path, so the best always form a tree."""
+        """The trees of the best candidates. Scores only fall along a path, so the best always form a tree."""
         self.trees.grow(self.proposed)
         return self.trees
 
@@ -417,15 +437,20 @@ class Growth:
 # ---------------------------------------------------------------- finished trees
 
 
-class _Alone:
-    """The settings of a root alone, as of TreeConfig's mode "autoregressive"."""
+class _RootOnly:
+    """Tree settings of a root alone, as `TreeConfig.for_mode("autoregressive")` gives them."""
 
     nodes, depth, passes, width, children, slots = 1, 0, 0, 1, 1, 0
     prefetch, prefetch_width, guesses, node_floor = 0, 1, 0, 0.0
 
 
 class Trees:
-    """The trees of a batch, ready for the target, and the walk that accepts them. nodes: of each."""
+    """The trees of a batch, ready to be verified.
+
+    nodes: of each; tree: int32 [5, B, N], the rows of `grow_tree.TREE_*`: token, parent, depth, slot and origin of each
+    node; growth: the candidates that `grow` chooses from; counts: int32 [B, deepest + 1], how often so many tokens and
+    more were accepted.
+    """
 
     def __init__(self, sequences: Sequences, config, growth: GrowthState):
         self.sequences, self.config, self.growth = sequences, config, growth
@@ -439,24 +464,25 @@ class Trees:
 
     @classmethod
     def roots(cls, sequences: Sequences) -> "Trees":
-        """The trees of plain decoding: a root each."""
+        """Trees of a root alone: plain decoding."""
         if sequences._roots is None:
-            growth = GrowthState.of(len(sequences), _Alone.slots, _Alone.children, sequences.device)
-            sequences._roots = cls(sequences, _Alone, growth)
+            growth = GrowthState.of(len(sequences), _RootOnly.slots, _RootOnly.children, sequences.device)
+            sequences._roots = cls(sequences, _RootOnly, growth)
         sequences._roots.grow(None)
         return sequences._roots
 
     @classmethod
-    def repeats(cls, sequences: Sequences, depth: int) -> "Trees":
-        """Chains by the context n-gram alone, made on the host (`control.Trees.repeats`); waits for the device."""
+    def lookup(cls, sequences: Sequences, depth: int) -> "Trees":
+        """Chains of up to `depth` nodes by prompt look-up, made on the host (`host.Trees.lookup`). Waits for the
+        device."""
         if sequences._chains is None:
             sequences._chains = cls(sequences, SimpleNamespace(nodes=depth + 1, depth=depth), None)
-        rows = [control.Row(row.tokens, row.limit) for row in sequences.rows]
-        sequences._chains.load(control.Trees.repeats(SimpleNamespace(rows=rows, doubted=False), depth).trees)
+        rows = [host.Row(row.tokens, row.limit) for row in sequences.rows]
+        sequences._chains.load(host.Trees.lookup(SimpleNamespace(rows=rows, roots_only=False), depth).trees)
         return sequences._chains
 
     def load(self, trees: list) -> None:
-        """Fills in trees that were made on the host, one a row, of at most as many nodes."""
+        """Copies trees from the host, one a row, of at most `nodes` nodes."""
         rows, words = len(trees), self.inputs.masks.shape[2]
         tree = np.zeros((5, rows, self.nodes), np.int32)
         tree[grow_tree.TREE_PARENT.value] = -1
@@ -476,7 +502,7 @@ class Trees:
 
     @property
     def children(self) -> list[dict[tuple[int, int], int]]:
-        """Of each row: (parent, token) -> node; waits for the device."""
+        """For each row, (parent node, token) -> node; waits for the device."""
         tokens, parents = self.tree[:2].tolist()
         return [
             {key: node for node, key in enumerate(zip(above, names, strict=True)) if node and key[0] >= 0}
@@ -484,7 +510,7 @@ class Trees:
         ]
 
     def grow(self, proposed: tuple[torch.Tensor, torch.Tensor] | None) -> None:
-        """Fills in the trees, from the candidates on record and what the draft proposed last."""
+        """Makes the trees of the best candidates: those on record, and what the draft proposed last."""
         state, inputs = self.sequences.state, self.inputs
         grow_tree.harvest_tree(
             state.tokens, state.lengths, self.growth, self.config, proposed,
@@ -492,15 +518,13 @@ class Trees:
         )  # fmt: skip
 
     def batch(self, dtype: torch.dtype | None = None) -> Batch:
-        """The target's pass over all nodes. Nodes that a row's tree lacks see its root and are seen by nobody."""
+        """Inputs of the target's pass over all nodes. Smaller trees are padded with nodes that attend to the root, and
+        that no node attends to."""
         return self.inputs
 
     def verify_commit(self, chosen: torch.Tensor) -> "Moves":
-        """Walks each tree while the chosen token is among the node's children, and appends what was chosen.
-
-        chosen int32 or int64 [B, N]: `choose` at every node. The token chosen at the last node of the walk is the bonus
-        token. A row ends with an end-of-sequence token or at its limit.
-        """
+        """Accepts a path of each tree and appends the chosen tokens along it to the sequences, as
+        `host.Trees.verify_commit`. chosen: int32 or int64 [B, N]."""
         moves = self.moves
         verify_commit(
             chosen, self.tree, self.inputs.masks, self.sequences.state,
@@ -511,10 +535,11 @@ class Trees:
 
 @dataclass(frozen=True)
 class Moves:
-    """What a step accepted, and the KV rows to move; static tensors that `verify_commit` fills.
+    """What a step accepted, and the KV rows to move, in tensors that `Trees.verify_commit` fills.
 
-    accepted int32 [B]: tokens taken from nodes below the root, -1 for a row that had stopped. Moves are int32
-    [2, B, M]: tree rows, and the positions they move to; -1 in both where nothing moves.
+    accepted: int32 [B], tokens accepted from nodes below the root, -1 for a row that had stopped. target, draft: int32
+    [2, B, K], tree rows and the positions that they move to; -1 in both where nothing moves. K is the longest path for
+    the target, and one more for the draft.
     """
 
     accepted: torch.Tensor
@@ -529,11 +554,12 @@ class Moves:
         return cls(none(rows), none(2, rows, deepest + 1), none(2, rows, deepest + 2))
 
     def target_rows(self, first: int = 0) -> torch.Tensor:
-        """[2, B, deepest path + 1]: the whole accepted path. Node 0 lies in tree row 0."""
+        """Moves of the accepted path in the target's cache, int32 [2, B, K]. first: the tree row of node 0, which must
+        be 0."""
         if first:
             raise ValueError(f"on a GPU node 0 always lies in tree row 0 of the target's cache, got {first}")
         return self.target
 
     def draft_rows(self, first: int = 0) -> torch.Tensor:
-        """[2, B, deepest path + 2]: the same for the draft, after its catch-up token."""
+        """Moves of the catch-up token and the accepted path in the draft's cache, int32 [2, B, K + 1]."""
         return self.draft

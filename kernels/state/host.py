@@ -1,13 +1,27 @@
-"""The control half of a decoding step on the host: committed sequences, tree growth, n-gram guesses, verification.
+"""State of a generation on the host: committed sequences, tree growth, n-gram guesses, verification.
 
-Small integer work on a few dozen nodes: on a CPU plain Python does it in tens of microseconds, where the same in
-small tensor operations takes milliseconds. It is also the oracle of a backend that keeps control on the device.
-Tensors go in (what the models said) and come out (what to run next); everything between is private to a backend.
+The torch backend uses these classes, and tests compare the state on the device (device.py) with them. They are plain
+Python: for a few dozen nodes it takes tens of microseconds, where small tensor operations would take milliseconds. Only
+inputs of passes (`Batch`) and results of models are tensors.
 
-Words. A *slot* is one row that the draft evaluates in this step: the catch-up token (left out where the draft has read
-it), the root, nodes chosen because they scored best, and draft²'s guesses. An evaluated slot proposes *candidates*, its
-likeliest children. The tree is made of the best candidates. A guess is confirmed when the draft, evaluated in the same
-pass, proposes that token too; a guess that is not never enters a tree: draft² saves passes and changes nothing else.
+The engine calls them in this order. `*` marks calls that are made once for every draft pass.
+
+    Sequences(...)                        once, at the beginning of a generation
+    Sequences.chunks, chunk               reading the prompts
+    Growth.begin                          a step: start its trees
+    * Growth.select, prefetch, batch      choose the slots of a draft pass, add guesses, make its inputs
+    * Growth.record                       note what the draft proposed
+    Growth.harvest -> Trees               keep the best candidates (plain decoding: Trees.roots)
+    Trees.batch                           inputs of the target's pass
+    Trees.verify_commit -> Moves          accept a path of each tree, append its tokens to the sequences
+    Moves.target_rows, draft_rows         the KV rows of the accepted nodes
+    Sequences.publish, finished           end of the step
+
+Words. A *slot* is a row that the draft evaluates in this step: the catch-up token (unless the draft has read it), the
+root, nodes chosen for their score, and guesses of draft². The *catch-up token* is the last token but one. An evaluated
+slot proposes *candidates*, its likeliest children. The best candidates become the tree. A guess is *confirmed* when the
+draft, in the same pass, proposes that token too. Other guesses never enter a tree: draft² saves passes and changes
+nothing else.
 """
 
 import heapq
@@ -24,13 +38,14 @@ import torch
 from stagedspec.kernels.state.invalid_logits import raise_invalid
 
 NEVER = float("-inf")
-CONTEXT_LOGPROB = -0.25  # worth of a match of the context n-gram: about 4 of 5 come true on code
+CONTEXT_LOGPROB = -0.25  # log-probability of a match of the context n-gram: on code, about 4 of 5 are right
 CHUNK = 256  # tokens of each prompt that one pass reads
 TARGET, DRAFT, NGRAM = range(3)  # who first proposed a token
-# In place of a chosen token: at a node that is not to be stepped to, and at one whose logits allow no choice.
+# In place of a chosen token: at a node that must not be accepted, and at one whose logits allow no choice.
 UNCHOSEN, INVALID = -1, -2
-# The target's best token is the draft's more often than the draft's probability of it says: measured on the embedded
-# models, on held-out text, where 1.5 to 2 serve equally well. Sampled, softmax(log q + g) is right as it is.
+# Factor of the draft's logits in greedy decoding. The target's best token is the draft's more often than the draft's
+# probability says: measured on the embedded models, on held-out text, where 1.5 to 2 do equally well. In sampling,
+# softmax(log q + g) needs no correction.
 GREEDY_SHARPNESS = 1.7
 
 
@@ -39,9 +54,12 @@ GREEDY_SHARPNESS = 1.7
 
 @dataclass
 class Row:
-    """One sequence of the batch. `follower` is the context n-gram: (a, b) -> what followed its latest occurrence;
-    caught_up: whether the draft has read all tokens but the last, not all but the last two; invalid: whether it ended
-    because no next token can be chosen."""
+    """One sequence of the batch.
+
+    limit: the length at which it ends; origins: who first proposed each new token; invalid: it ended because no next
+    token can be chosen; caught_up: the draft has read all tokens but the last (else all but the last two); follower:
+    the context n-gram, (a, b) -> the token after the latest occurrence of a, b.
+    """
 
     tokens: list[int]
     limit: int
@@ -65,7 +83,8 @@ class Row:
 class Sequences:
     """The committed tokens of a batch, and when each row stops.
 
-    prompts: one list of ids a row; new_tokens: at most so many more; eos: ids that end a row.
+    prompts: token ids of each row; new_tokens: at most so many more; eos: ids that end a row; device: of the inputs of
+    passes.
     """
 
     def __init__(self, prompts: list[list[int]], new_tokens: int, eos: Sequence[int], device: torch.device):
@@ -73,9 +92,9 @@ class Sequences:
         self.eos, self.device = frozenset(eos), device
         self.seconds_to_first_token: float | None = None  # from here to the end of the first step
         self._begin = time.perf_counter()
-        self.accepted: Counter[int] = Counter()  # how many row-steps took so many tokens from nodes below the root
+        self.accepted: Counter[int] = Counter()  # how many row-steps accepted so many tokens from nodes below the root
         self.steps = 0  # in which any row ran
-        self.doubted = False  # whether the next step's trees must be a root each
+        self.roots_only = False  # whether the next step must verify roots alone (`Trees.verify_commit`)
         self.capacity = max(row.limit for row in self.rows)  # the most tokens that a row may hold
 
     @property
@@ -84,7 +103,7 @@ class Sequences:
 
     @property
     def finished(self) -> bool:
-        """Whether all rows have stopped, or one cannot go on (`check`)."""
+        """Whether all rows have stopped, or one has no next token (`check`)."""
         return any(row.invalid for row in self.rows) or not any(row.running for row in self.rows)
 
     def check(self) -> None:
@@ -96,14 +115,14 @@ class Sequences:
         return [(start, min(CHUNK, count - start)) for start in range(0, count, CHUNK)]
 
     def chunk(self, start: int, size: int, dtype: torch.dtype) -> "Batch":
-        """The pass over `size` tokens of every row after its first `start`. Rows that are shorter are filled up with
-        tokens whose values are never seen, and overwritten in time."""
+        """The pass over `size` tokens of every row after its first `start`. Shorter rows are padded: no node attends to
+        the padding, and later tokens overwrite it in the cache."""
         parts = [row.tokens[start : start + size] for row in self.rows]
         tokens = torch.tensor([part + [0] * (size - len(part)) for part in parts], device=self.device)
         return prefill_batch(tokens, start, dtype)
 
     def publish(self) -> None:
-        """Called after every step: here `finished` is always up to date."""
+        """Called after every step. Only notes the time of the first: `finished` is always up to date here."""
         if self.seconds_to_first_token is None:
             self.seconds_to_first_token = time.perf_counter() - self._begin
 
@@ -112,7 +131,7 @@ class Sequences:
         row = self.rows[index]
         if (beyond := len(row.tokens) - length) > 0:
             del row.tokens[-beyond:], row.origins[-beyond:]
-        row.running = row.invalid = False  # it ends before what could not be chosen
+        row.running = row.invalid = False  # the token that could not be chosen lies beyond the end
 
 
 # ---------------------------------------------------------------- one pass's inputs
@@ -120,7 +139,8 @@ class Sequences:
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs of one model pass: tokens, positions [B, N]; depths [B][N]; bias [B, 1, N, R + span] of 0 and -inf."""
+    """Inputs of one model pass: tokens, positions int64 [B, N]; depths [B][N]; bias, the mask of 0 and -inf,
+    [B or 1, 1, N, R + L]: R tree rows, then L committed ones."""
 
     tokens: torch.Tensor
     positions: torch.Tensor
@@ -151,9 +171,9 @@ def _batch(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Batch:
-    """masks: which of the `region` tree rows each node sees, one bit each; roots: position of depth 0;
-    prefixes: committed rows each sequence sees."""
-    # In numpy: the same in torch takes three times as long.
+    """Makes a `Batch`. masks: for each node, one bit for each of `region` tree rows that it attends to; roots: for each
+    row, the position of depth 0; prefixes: for each row, committed tokens that its nodes attend to."""
+    # numpy takes a third of torch's time.
     positions = [[max(root + depth, 0) for depth in row] for root, row in zip(roots, depths, strict=True)]
     inputs = torch.from_numpy(np.array((tokens, positions))).to(device)
     span = max(max(prefixes), 0)
@@ -169,8 +189,11 @@ def _batch(
 
 @dataclass(frozen=True)
 class Unread:
-    """A pass over committed tokens that the draft has not read, in the first rows of its tree region: following: the
-    token after each, [B, n]; moves: (tree row, position) pairs of the rows that are running, for the KV."""
+    """A draft pass over committed tokens that the draft has not read, in the first rows of its tree region.
+
+    following: the token after each, int64 [B, n]; moves: (tree row, position) pairs of each row, none of one that has
+    stopped.
+    """
 
     batch: Batch
     following: torch.Tensor
@@ -178,10 +201,10 @@ class Unread:
 
     @classmethod
     def before_last(cls, sequences: Sequences, count: int, region: int, dtype: torch.dtype) -> "Unread":
-        """The last `count` tokens but two of each sequence: every step's first draft pass reads those two anyway."""
+        """Reads the last `count` tokens but two of each sequence. Every step's first draft pass reads those two."""
         tokens, following, masks, moves = [], [], [], []
         for row in sequences.rows:
-            start = len(row.tokens) - 2 - count  # below 0 for a short row, whose first slots are then dead
+            start = len(row.tokens) - 2 - count  # below 0 for a short row, whose first slots are then unused
             known = row.tokens[max(start, 0) :]
             dead = [0] * max(-start, 0)
             tokens.append((dead + known)[:count])
@@ -208,7 +231,8 @@ class Unread:
 
 @dataclass
 class _Slot:
-    """One evaluated row: score is the log-probability of its path by the draft, -inf while it is only a guess."""
+    """A row that the draft evaluates. score: the draft's log-probability of its path, -inf for a guess that is not
+    confirmed; mask: one bit for each slot that it attends to; parent: the slot above a guess."""
 
     token: int
     previous: int
@@ -216,13 +240,14 @@ class _Slot:
     mask: int
     score: float
     guess: bool = False
-    parent: int = -1  # slot, for guesses
+    parent: int = -1
     candidate: "_Candidate | None" = None
 
 
 @dataclass(slots=True)
 class _Candidate:
-    """A possible node of the tree; `slot` is the one that evaluates it, -1 while none does."""
+    """A possible node of the tree. parent: the slot that proposed it; slot: the slot that evaluates it, -1 for none;
+    node: its number in the finished tree, -1 if it is not in it."""
 
     token: int
     score: float
@@ -236,7 +261,7 @@ def _log(floor: float) -> float:
 
 
 class _RowGrowth:
-    """The tree of one row."""
+    """Growth of one row's tree. `open`: a heap of candidates that may still be evaluated, best first."""
 
     def __init__(self, row: Row, config, table, caught_up: bool):
         tokens = row.tokens
@@ -258,13 +283,13 @@ class _RowGrowth:
 
     @property
     def best(self) -> float:
-        """The score of the best candidate that no slot evaluates yet."""
+        """Score of the best candidate that no slot evaluates yet; -inf if there is none."""
         while self.open and self.open[0][-1].slot >= 0:
             heapq.heappop(self.open)
         return -self.open[0][0] if self.open else NEVER
 
     def select(self, width: int) -> list[int]:
-        """The best candidates that no slot evaluates yet become slots; dead ones where there are too few."""
+        """Makes slots of the best `width` candidates that have none; unused slots if there are too few."""
         chosen = []
         while self.open and len(chosen) < width:
             candidate = heapq.heappop(self.open)[-1]
@@ -276,10 +301,10 @@ class _RowGrowth:
         return chosen
 
     def successors(self, slot: int) -> list[tuple[int, float]]:
-        """What draft² thinks comes after a slot: (token, log-probability)."""
+        """Guesses of draft² for the token after a slot: (token, log-probability)."""
         above = self.slots[slot]
         if above.depth >= self.config.depth - 1 or above.token < 0:
-            return []  # its children would be leaves, which nobody evaluates
+            return []  # its children would be leaves, which need no evaluation
         found = self.follower.get((above.previous, above.token))
         result = [] if found is None else [(found, CONTEXT_LOGPROB)]
         if self.table is not None:
@@ -287,15 +312,16 @@ class _RowGrowth:
         return result
 
     def guess(self, options: list[tuple[float, int, int]]) -> list[tuple[float, int]]:
-        """Places the best `prefetch_width` of options (score, parent slot, token); returns (score, slot)."""
+        """Makes slots of the best `prefetch_width` of options (score, parent slot, token); returns (score, slot)."""
         best = heapq.nlargest(self.config.prefetch_width, options)
         placed = [(score, self._add(token, parent, NEVER, guess=True)) for score, parent, token in best]
         for _ in range(self.config.prefetch_width - len(best)):
-            self._add(-1, 0, NEVER, guess=True)  # no candidate is -1, so it is never confirmed
+            self._add(-1, 0, NEVER, guess=True)  # unused: no candidate is -1, so it is never confirmed
         return placed
 
     def record(self, start: int, tokens: list[list[int]], logprobs: list[list[float]]) -> None:
-        """Notes the candidates of the slots from `start`, in slot order, so that parents come before guesses."""
+        """Notes the candidates of the slots from `start` on, and confirms guesses. In slot order: a guess comes after
+        the slot above it."""
         for index, (names, values) in enumerate(zip(tokens, logprobs, strict=True), start):
             slot = self.slots[index]
             if slot.guess and slot.token >= 0:
@@ -307,7 +333,7 @@ class _RowGrowth:
             if alive:
                 for name, value in zip(names, values, strict=True):
                     score = slot.score + value
-                    if score <= self.floor:  # so are the rest, and whatever comes below them
+                    if score <= self.floor:  # so are all that follow, and everything below them
                         break
                     found.append(_Candidate(name, score, index))
                 if slot.depth < self.config.depth - 1:
@@ -317,9 +343,10 @@ class _RowGrowth:
 
 
 class Growth:
-    """The trees of a generation's steps, grown over draft passes, one step after the other.
+    """Grows the trees of a batch over draft passes, for one step after the other.
 
-    table: an object with `successors_of(a, b)`, or None; noise: the step's noise, or None when greedy.
+    config: `TreeConfig`; table: n-grams, an object with `successors_of(a, b)`, or None; noise: `reference.Noise`, or
+    None when greedy; dtype: of the draft's keys and values. start: the first slot of the pass under way.
     """
 
     def __init__(self, sequences: Sequences, config, table, noise, dtype: torch.dtype):
@@ -328,26 +355,27 @@ class Growth:
         self.begin()
 
     def begin(self) -> None:
-        """Starts a step's trees: the catch-up token and the root."""
+        """Starts the trees of a step: slots of the catch-up token, unless no running row needs it, and the root."""
         running = [row.caught_up for row in self.sequences.rows if row.running]
         self.caught_up = bool(running) and all(running)
         self.rows = [_RowGrowth(row, self.config, self.table, self.caught_up) for row in self.sequences.rows]
         self.start = int(self.caught_up)
 
     def pays(self) -> bool:
-        """Whether one more pass is worth its time: some row's best open candidate is above the floor."""
+        """Whether one more pass is worth its time: the best open candidate of a running row exceeds `pass_floor`."""
         floor = _log(self.config.pass_floor)
         return any(row.best > floor for row, known in zip(self.rows, self.sequences.rows, strict=True) if known.running)
 
     def select(self, number: int) -> list[list[tuple[float, int]]]:
-        """Chooses the slots of a pass that score best; returns (score, slot) of each, a list a row."""
+        """Makes the slots of draft pass `number` from the best candidates; returns their (score, slot), a list a
+        row."""
         if number == 0:
             return [[(0.0, 1)] for _ in self.rows]
         chosen = [row.select(self.config.width) for row in self.rows]
         return [[(row.slots[slot].score, slot) for slot in slots] for row, slots in zip(self.rows, chosen, strict=True)]
 
     def prefetch(self, parents: list[list[tuple[float, int]]]) -> None:
-        """Draft² adds its guesses below the slots `parents`, level by level."""
+        """Adds the guesses of draft² below the slots `parents` (of `select`), level by level."""
         for _ in range(self.config.prefetch):
             options = [
                 [(score + gain, slot, token) for score, slot in known for token, gain in row.successors(slot)]
@@ -364,7 +392,7 @@ class Growth:
             parents = [row.guess(found) for row, found in zip(self.rows, options, strict=True)]
 
     def batch(self) -> Batch:
-        """The draft pass over the slots added since the last one."""
+        """Inputs of the draft pass over the slots added since the last one."""
         start, stop = self.start, len(self.rows[0].slots)
         lengths = self.sequences.lengths
         return _batch(
@@ -379,14 +407,14 @@ class Growth:
         )
 
     def record(self, tokens: torch.Tensor, logprobs: torch.Tensor) -> None:
-        """Notes what the draft proposed: tokens, logprobs [B, slots of the pass, C]."""
+        """Notes what the draft proposed: tokens, logprobs [B, slots of the pass, C], best first."""
         for row, names, values in zip(self.rows, tokens.tolist(), logprobs.tolist(), strict=True):
             row.record(self.start, names, values)
         self.start = len(self.rows[0].slots)
 
     def harvest(self) -> "Trees":
-        """The best candidates. Scores only fall along a path, so the best always form a tree."""
-        nodes = 1 if self.sequences.doubted else self.config.nodes
+        """The trees of the best candidates. Scores only fall along a path, so the best always form a tree."""
+        nodes = 1 if self.sequences.roots_only else self.config.nodes
         trees = []
         for row in self.rows:
             found = [candidate for candidates in row.candidates for candidate in candidates]
@@ -406,7 +434,8 @@ class Growth:
 
 @dataclass
 class _Tree:
-    """Nodes of one row, parents before children; slots: the draft's row of each node, -1 for none."""
+    """The finished tree of one row, parents before children. Lists by node: masks have one bit for each node on the
+    path; slots: where the draft evaluated the node, -1 if it did not; children: (parent, token) -> node."""
 
     tokens: list[int]
     parents: list[int]
@@ -433,29 +462,29 @@ class _Tree:
 
 
 class Trees:
-    """The trees of a batch, ready for the target, and the walk that accepts them. nodes: of the largest; caught_up:
-    the draft grew them without the catch-up token."""
+    """The trees of a batch, ready to be verified. nodes: of the largest; caught_up: they were grown without the
+    catch-up token."""
 
     def __init__(self, sequences: Sequences, trees: list[_Tree], nodes: int, caught_up: bool = False):
         self.sequences, self.trees, self.nodes, self.caught_up = sequences, trees, nodes, caught_up
 
     @classmethod
     def roots(cls, sequences: Sequences) -> "Trees":
-        """The trees of plain decoding: a root each."""
+        """Trees of a root alone: plain decoding."""
         return cls(sequences, [_Tree.root(row.tokens[-1]) for row in sequences.rows], 1)
 
     @property
     def children(self) -> list[dict[tuple[int, int], int]]:
-        """Of each row: (parent, token) -> node."""
+        """For each row, (parent node, token) -> node."""
         return [tree.children for tree in self.trees]
 
     @property
     def depths(self) -> list[int]:
-        """The depth of each row's deepest node."""
+        """For each row, the depth of its deepest node."""
         return [max(tree.depths) for tree in self.trees]
 
     def batch(self, dtype: torch.dtype) -> Batch:
-        """The target's pass over all nodes. Rows with fewer nodes are filled with nodes that nobody sees."""
+        """Inputs of the target's pass over all nodes. Smaller trees are padded with nodes that no node attends to."""
 
         def full(values: list[int], fill: int) -> list[int]:
             return values + [fill] * (self.nodes - len(values))
@@ -473,37 +502,40 @@ class Trees:
         )
 
     @classmethod
-    def repeats(cls, sequences: Sequences, depth: int) -> "Trees":
-        """Chains of up to `depth` nodes proposed by the context n-gram alone: what followed the last two tokens when
-        they last occurred in the sequence, what followed those, and so on."""
+    def lookup(cls, sequences: Sequences, depth: int) -> "Trees":
+        """Chains of up to `depth` nodes by prompt look-up: the token after the latest earlier occurrence of the last
+        two tokens, then the same for the last token and that one, and so on."""
         trees = []
         for row in sequences.rows:
             tree, pair, node = _Tree.root(row.tokens[-1]), tuple(row.tokens[-2:]), 0
-            while not sequences.doubted and len(tree.tokens) <= depth and (token := row.follower.get(pair)) is not None:
+            while (
+                not sequences.roots_only and len(tree.tokens) <= depth and (token := row.follower.get(pair)) is not None
+            ):
                 node = tree.add(token, node, -1, NGRAM)
                 pair = pair[1], token
             trees.append(tree)
         return cls(sequences, trees, max(len(tree.tokens) for tree in trees))
 
     def verify_commit(self, chosen: torch.Tensor) -> "Moves":
-        """Walks each tree while the chosen token is among the node's children, and appends what was chosen.
+        """Accepts a path of each tree and appends the chosen tokens along it to the sequences.
 
-        chosen [B, N]: `choose` at every node, UNCHOSEN at the nodes that are not to be stepped to. The token chosen at
-        the last node of the walk is the bonus token. A row ends with an end-of-sequence token or at its limit.
+        chosen: integers [B, N], the token chosen at each node, or UNCHOSEN or INVALID. The path starts at the root and
+        goes on to the child that is the chosen token, while there is one; the token chosen at its last node is the
+        bonus token. A row stops at an end-of-sequence token and at its limit.
 
-        A walk ends before an INVALID node. In a larger tree that may come from a node which this one does not see, as 0
-        times NaN is NaN: the next step verifies roots alone, and there the row ends.
+        The path ends before an INVALID node. In a tree of several nodes the cause may be another node that this one
+        does not attend to, because 0 * NaN is NaN. So the next step verifies roots alone, and there the row ends.
         """
         moves = Moves([], [], [], [], self.caught_up)
         self.sequences.steps += not self.sequences.finished
-        self.sequences.doubted = False
+        self.sequences.roots_only = False
         for row, tree, picks in zip(self.sequences.rows, self.trees, chosen.tolist(), strict=True):
             length, ran, path, node = len(row.tokens), row.running, [], 0
             while node >= 0 and picks[node] >= 0:
                 path.append(node)
                 node = tree.children.get((node, picks[node]), -1)
             moves.lengths.append(length)
-            last = node  # that the walk does not take
+            last = node  # not on the path; -1 if the tree has no such child
             origins = [tree.origins[node] for node in path[1:]] + [TARGET]
             if not ran:
                 path = []
@@ -513,11 +545,11 @@ class Trees:
                     row.running = False
                     break
             if row.running and last >= 0 and picks[last] == INVALID:
-                self.sequences.doubted = self.nodes > 1
-                row.invalid = not self.sequences.doubted
+                self.sequences.roots_only = self.nodes > 1
+                row.invalid = not self.sequences.roots_only
                 row.running = not row.invalid
             moves.accepted.append(max(min(len(row.tokens) - length, len(path) - 1), 0) if ran else -1)
-            # A row that has stopped needs no keys and values any more, and could have run past the end of the cache.
+            # A stopped row needs no more keys and values, and its path may reach past the end of the cache.
             moves.nodes.append(path if row.running else [])
             moves.slots.append([tree.slots[node] for node in path] if row.running else [])
             if path:
@@ -528,11 +560,11 @@ class Trees:
 
 @dataclass
 class Moves:
-    """What a step accepted, and the KV rows to move. A list a row of the batch.
+    """What a step accepted, and the KV rows to move. Lists by row of the batch.
 
-    accepted: tokens taken from nodes below the root, -1 for a row that had stopped; lengths: before the step; nodes:
-    the accepted path, root first, empty for a row that has stopped; slots: the draft's row of each; caught_up: as of
-    `Trees`.
+    accepted: tokens accepted from nodes below the root, -1 for a row that had stopped; lengths: committed tokens before
+    the step; nodes: the accepted path, root first, empty for a row that has stopped; slots: the draft's slot of each
+    node; caught_up: as of `Trees`.
     """
 
     accepted: list[int]
@@ -542,15 +574,15 @@ class Moves:
     caught_up: bool = False
 
     def target_rows(self, first: int) -> list[list[tuple[int, int]]]:
-        """(tree row, position) pairs: the whole accepted path. Node 0 lies in tree row `first`."""
+        """(tree row, position) pairs of the accepted path in the target's cache. first: the tree row of node 0."""
         return [
             [(first + node, length - 1 + depth) for depth, node in enumerate(path)]
             for path, length in zip(self.nodes, self.lengths, strict=True)
         ]
 
     def draft_rows(self, first: int = 0) -> list[list[tuple[int, int]]]:
-        """The same for the draft, of the nodes that it has evaluated: all but perhaps the last of the path, which is
-        then the next step's catch-up token. Slot 0, this step's, lies in tree row `first`."""
+        """(tree row, position) pairs of the accepted nodes that the draft has evaluated, in its cache: all but perhaps
+        the last of the path, which then is the next step's catch-up token. first: the tree row of slot 0."""
         return [
             [(first, length - 2)] * (length > 1 and bool(slots) and not self.caught_up)
             + [(first + slot, length - 1 + depth) for depth, slot in enumerate(slots) if slot >= 0]

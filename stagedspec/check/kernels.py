@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from transformers.activations import ACT2FN
 
-from stagedspec.kernels import choose, compact, embed, linear, lm_head
+from stagedspec.kernels import choose, compact, embed, linear, lm_head, reference
 from stagedspec.kernels import tree_attention as attention
-from stagedspec.kernels.backends import torch_ops as reference
-from stagedspec.kernels.backends.triton_ops import WINDOW, warping_settings
+from stagedspec.kernels.backends.triton_backend import WINDOW, warping_settings
 from stagedspec.kernels.common.registry import Scratch
+from stagedspec.kernels.state.host import GREEDY_SHARPNESS
 from stagedspec.models.gpt2 import GPT2
 from stagedspec.tuning.workloads import CHILDREN, SAMPLINGS, Counters
 
@@ -304,7 +304,7 @@ class HeadCalls:
         tokens = self.draw.unset(len(arguments[0]), min(CHILDREN, self.model.vocab_size), dtype=torch.int32)
         logprobs = self.draw.unset(*tokens.shape, dtype=torch.float32)
         lm_head.lm_head_topm(
-            *arguments, **warping_settings(self.warping), sharpness=reference.GREEDY_SHARPNESS, out_tokens=tokens,
+            *arguments, **warping_settings(self.warping), sharpness=GREEDY_SHARPNESS, out_tokens=tokens,
             out_logprobs=logprobs, scratch=scratch,
         )  # fmt: skip
         return tokens, logprobs
@@ -368,7 +368,7 @@ def check_children(model: GPT2, sampling: str) -> str:
     noise = None if head.warping is None else head.counters.made(model.vocab_size)
     (_,), (best,) = reference.choose_children(logits[None], tokens.shape[1], head.warping, noise)
     if noise is None:
-        scores = logits * reference.GREEDY_SHARPNESS
+        scores = logits * GREEDY_SHARPNESS
     else:
         scores = reference.warp(logits, **head.warping) + noise.values[0]
     expect(bool(((tokens >= 0) & (tokens < model.vocab_size)).all()), "a child is outside the vocabulary")

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from stagedspec.check.kernels import CONTEXT, expect
-from stagedspec.kernels.backends import torch_ops as reference
-from stagedspec.kernels.state import host as control
+from stagedspec.kernels import reference
+from stagedspec.kernels.state import device as device_state
+from stagedspec.kernels.state import host as host_state
 from stagedspec.kernels.tree_attention import mask_words
 from stagedspec.models.gpt2 import GPT2
 from stagedspec.models.ngram import KatzTable
@@ -24,10 +25,10 @@ def check_lookup(table: KatzTable, device: torch.device) -> str:
     looking.logprobs.fill_(torch.nan)
     tokens, logprobs = (tensor.tolist() for tensor in looking.look())
     for row, sequence in enumerate(looking.sequence.tolist()):
-        follower = control.Row(sequence, len(sequence)).follower
+        follower = host_state.Row(sequence, len(sequence)).follower
         for node, (first, last) in enumerate(looking.contexts[row].tolist()):
             found = follower.get((first, last))
-            wanted = [] if found is None else [(found, control.CONTEXT_LOGPROB)]
+            wanted = [] if found is None else [(found, host_state.CONTEXT_LOGPROB)]
             wanted += [pair for pair in table.successors_of(first, last) if pair[0] != found]
             pairs = zip(tokens[row][node], logprobs[row][node], strict=True)
             expect([pair for pair in pairs if pair[0] >= 0] == wanted, f"what follows {first}, {last} differs")
@@ -44,18 +45,18 @@ class Drafting:
         self.vocab, self.tree, self.random = model.vocab_size, tree, random.Random(1)
         prompts = [random_text(1, length, self.vocab)[0].tolist() for length in LENGTHS]
         eos, new_tokens = (range(self.vocab // 4), 5) if ends else ((), 100)
-        ops, device = model.ops, model.device
-        self.host = control.Sequences(prompts, new_tokens, eos, torch.device("cpu"))
-        self.ours = ops.Sequences(prompts, new_tokens, eos, device)
+        device = model.device
+        self.host = host_state.Sequences(prompts, new_tokens, eos, torch.device("cpu"))
+        self.ours = device_state.Sequences(prompts, new_tokens, eos, device)
         noise = host_noise = None
         if seed is not None:
             seeds, streams = torch.tensor([seed] * len(prompts)), torch.zeros(len(prompts), dtype=torch.int32)
             host_noise = _HostNoise(seed, self.host, self.vocab)
             noise = SimpleNamespace(seeds=seeds.to(device), streams=streams.to(device))
-        self.host_growth = control.Growth(self.host, tree, table, host_noise, torch.float32)
-        self.growth = ops.Growth(self.ours, tree, table, noise)
+        self.host_growth = host_state.Growth(self.host, tree, table, host_noise, torch.float32)
+        self.growth = device_state.Growth(self.ours, tree, table, noise)
 
-    def passes(self) -> Iterator[tuple[object, control.Batch]]:
+    def passes(self) -> Iterator[tuple[object, host_state.Batch]]:
         """The inputs of each draft pass of a step, the device's and the host's."""
         for number in range(self.tree.passes):
             known = self.host_growth.select(number)
@@ -81,7 +82,7 @@ class Drafting:
 class _HostNoise:
     """The noise of single tokens, by the reference."""
 
-    def __init__(self, seed: int, sequences: control.Sequences, vocab: int):
+    def __init__(self, seed: int, sequences: host_state.Sequences, vocab: int):
         self.seed, self.sequences, self.vocab = torch.tensor([seed]), sequences, vocab
 
     def of(self, row: int, depths: list[int], tokens: list[int]) -> list[float]:
@@ -106,7 +107,7 @@ def check_growth(model: GPT2, table: KatzTable, tree: TreeConfig, seed: int | No
     return "exact"
 
 
-def _same_inputs(batch, theirs: control.Batch, region: int, lengths: list[int]) -> bool:
+def _same_inputs(batch, theirs: host_state.Batch, region: int, lengths: list[int]) -> bool:
     """Whether a pass says the same on the device as on the host, whose tree region has `region` rows and whose nodes
     come first on the device."""
     count = theirs.tokens.shape[1]

@@ -16,12 +16,11 @@ callables exactly the calls that transformers would give it:
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from stagedspec.kernels.backends.torch_ops import NoiseAt
+from stagedspec.kernels.backends.interface import Backend, NoiseAt
 from stagedspec.kernels.state.host import INVALID, UNCHOSEN
 
 if TYPE_CHECKING:
@@ -70,7 +69,7 @@ class Positions:
     @torch.inference_mode(False)
     @torch.no_grad()
     def walk(
-        self, ops: ModuleType, trees: Any, logits: torch.Tensor, warping: dict | None, noise: NoiseAt | None
+        self, ops: Backend, trees: Any, logits: torch.Tensor, warping: dict | None, noise: NoiseAt | None
     ) -> torch.Tensor:
         """Chooses along the walk: logits [B, N, V] -> tokens [B, N], UNCHOSEN off the walk."""
         rows, device = trees.sequences.rows, logits.device
@@ -109,7 +108,7 @@ class Positions:
             if taken == left or not any(live) or min(nodes) < 0:
                 return chosen.to(device)
 
-    def _keep(self, ops: ModuleType, logits: torch.Tensor, scores: torch.Tensor, warping: dict | None) -> None:
+    def _keep(self, ops: Backend, logits: torch.Tensor, scores: torch.Tensor, warping: dict | None) -> None:
         place = self.ids.device
         if "logits" in self.kept:
             self.kept["logits"].append(logits.to(place))

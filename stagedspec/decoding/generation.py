@@ -22,8 +22,7 @@ class Stepper:
     """The steps of a generation, and all that they work on.
 
     walks: tokens are chosen along the walk, by the host. repeated: what makes a pass that runs often, the backend's
-    `repeated` or None. Where the backend's steps have fixed shapes everything lies in tensors that stay where they are,
-    and one generation after the other can use them.
+    `repeated` or None. With a backend that `keeps_generations` one generation after the other can use all of it.
     """
 
     def __init__(
@@ -39,12 +38,13 @@ class Stepper:
         ops, config, warping = target.ops, request.tree, request.sampling.warping
         self.target, self.draft, self.warping = target, draft, warping
         self.walks, self.clock = walks, clock
-        self.sequences = ops.Sequences(request.prompts, request.new_tokens, request.eos, target.device)
-        self.sequences.most = config.depth + 1
+        self.sequences = ops.make_sequences(
+            request.prompts, request.new_tokens, request.eos, target.device, most=config.depth + 1
+        )
         self.cache = Cache(target, len(request.prompts), config.nodes, self.sequences.capacity)
         self.noise = None
         if request.sampling.do_sample:
-            self.noise = ops.Noise(
+            self.noise = ops.make_noise(
                 request.seeds,
                 request.streams,
                 target.vocab_size,
@@ -123,7 +123,7 @@ class Stepper:
         if self.noise is not None:
             with self.clock("noise"):
                 self.noise.advance(self.sequences)
-        return self.target.ops.Trees.roots(self.sequences) if self.cascade is None else self.cascade.propose()
+        return self.target.ops.root_trees(self.sequences) if self.cascade is None else self.cascade.propose()
 
     def ask(self, trees) -> tuple[torch.Tensor, Any]:
         """What the target chooses at every node, or its logits where tokens are chosen along the walk; the noise."""
@@ -157,8 +157,7 @@ class Run:
         began: float | None = None,
     ):
         self._arrive(began)
-        # Steps of fixed shape are replayed: the host does not see their phases.
-        self.clock = Clock(("prefill",) if target.ops.fixed_shapes else None, mark)
+        self.clock = Clock(None if target.ops.times_phases else ("prefill",), mark)
         repeated = target.ops.repeated if mark is None else None
         self.stepper = Stepper(target, draft, table, request, _walk(positions) is not None, self.clock, repeated)
         self.kind = kind_of(target, draft, table, request, positions, mark)

@@ -51,7 +51,7 @@ class GenerationPool:
         stepper, ops = run.stepper, models.target.ops
         if stepper.target is not models.target or stepper.draft is not models.draft:
             return  # their weights have changed meanwhile
-        if not ops.fixed_shapes or run.clock.mark is not None or stepper.nbytes > KEPT_BYTES:
+        if not ops.keeps_generations or run.clock.mark is not None or stepper.nbytes > KEPT_BYTES:
             return
         with ops.lock:
             self.kept.append(run)

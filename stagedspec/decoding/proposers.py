@@ -8,9 +8,9 @@ into the same pass, so that several levels grow at once. Which tree is best does
 
 import time
 from collections.abc import Callable
-from types import ModuleType
 
 from stagedspec.decoding.stats import Clock
+from stagedspec.kernels.backends.interface import Backend
 from stagedspec.models.gpt2 import GPT2, Cache, Reader
 from stagedspec.models.ngram import KatzTable
 from stagedspec.planning.adapt import WAITS, Controller
@@ -71,7 +71,7 @@ class Cascade:
         """The backend's `Growth` of a tree's settings, ready for a step."""
         if config not in self._growths:
             ops, dtype = self.draft.ops, self.draft.kv_dtype
-            self._growths[config] = ops.Growth(self.sequences, config, self.table, self.noise, dtype)
+            self._growths[config] = ops.make_growth(self.sequences, config, self.table, self.noise, dtype)
         growth = self._growths[config]
         growth.begin()
         return growth
@@ -88,7 +88,7 @@ class Cascade:
             self._begin = self.timer()
         config, before = self.config, self.passes
         if not config.passes:
-            self._seen = draft.ops.Trees.roots(self.sequences), 0
+            self._seen = draft.ops.root_trees(self.sequences), 0
             return self._seen[0]
         first, children = cache.tree_rows - config.slots, min(config.children, draft.vocab_size)
         with clock("grow"):
@@ -141,7 +141,7 @@ class Cascade:
         All running rows lack the same number of tokens: plain decoding gives each one a step.
         """
         draft, children = self.draft, max(rung.tree.children for rung in self.controller.ladder)
-        unread = draft.ops.Unread.before_last(self.sequences, count, self.cache.tree_rows, draft.kv_dtype)
+        unread = draft.ops.unread_pass(self.sequences, count, self.cache.tree_rows, draft.kv_dtype)
         hidden = draft.forward(unread.batch, self.cache, 0)
         at = None if noise is None else noise.at(unread.batch)
         tokens, logprobs = draft.children(hidden, min(children, draft.vocab_size), self.warping, at)
@@ -164,7 +164,7 @@ class Repeats:
 
     passes, controller = 0, None
 
-    def __init__(self, ops: ModuleType, depth: int, sequences, clock: Clock):
+    def __init__(self, ops: Backend, depth: int, sequences, clock: Clock):
         self.ops, self.depth, self.sequences, self.clock = ops, depth, sequences, clock
 
     def prefill(self, lengths: list[int]) -> None:
@@ -173,7 +173,7 @@ class Repeats:
     def propose(self):
         """This step's chains, as the backend's `Trees`."""
         with self.clock("ngram"):
-            return self.ops.Trees.repeats(self.sequences, self.depth)
+            return self.ops.lookup_trees(self.sequences, self.depth)
 
     def commit(self, moves) -> None:
         """There is nothing to move."""

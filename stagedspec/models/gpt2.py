@@ -7,8 +7,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,19 +15,19 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.activations import ACT2FN
 
-from stagedspec.kernels.backends.torch_ops import Batch, Linear
+from stagedspec.kernels.backends.interface import Backend, Batch, DraftCompiler, Own
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One transformer block; `scale` multiplies the attention scores."""
+    """One transformer block: norms, linear layers of `Backend.pack_linear`, and the factor of the attention scores."""
 
     norm_1: tuple[torch.Tensor, torch.Tensor]
-    qkv: Linear
-    projection: Linear
+    qkv: Own
+    projection: Own
     norm_2: tuple[torch.Tensor, torch.Tensor]
-    up: Linear
-    down: Linear
+    up: Own
+    down: Own
     scale: float
 
 
@@ -65,7 +64,7 @@ class GPT2:
     def __init__(
         self,
         model: GPT2LMHeadModel,
-        ops: ModuleType,
+        ops: Backend,
         device: torch.device,
         dtype: torch.dtype,
         invariant: bool = True,
@@ -98,17 +97,17 @@ class GPT2:
         self.invariant = invariant
         self.head = ops.pack_linear(head, None, invariant)
         self.layers = [self._layer(weights, index) for index in range(config.n_layer)]
-        self.small = None
+        self.compiled: Any = None  # of `Backend.compile_draft`
         if not invariant:
             own = weights.shared | {"transformer.wte.weight": self.token_table, "lm_head.weight": head}
-            self.small = ops.small_model(config, own, [layer.scale for layer in self.layers])
+            self.compiled = ops.compile_draft(config, own, [layer.scale for layer in self.layers])
         self.parameters = sum(parameter.numel() for parameter in nn.Module.parameters(model))
 
     def _layer(self, weights: "_Weights", index: int) -> Layer:
         def pair(name: str) -> tuple[torch.Tensor, torch.Tensor]:
             return weights.pair(f"transformer.h.{index}.{name}")
 
-        def linear(name: str, norm: str | None = None) -> Linear:
+        def linear(name: str, norm: str | None = None) -> Own:
             weight, bias = pair(name)
             before = None if norm is None else pair(norm)
             return self.ops.pack_linear(weight.t(), bias, self.invariant, before)  # Conv1D stores [in, out]
@@ -140,8 +139,8 @@ class GPT2:
         Their K and V are written to cache rows write .. write + N; what they attend to begins at row `first`.
         """
         ops = self.ops
-        if self.small is not None and self.small.knows(batch.tokens.numel()):
-            return ops.small_forward(self.small, batch, cache.rows, write, first)
+        if self.compiled is not None and self.compiled.knows(batch.tokens.numel()):
+            return cast(DraftCompiler, ops).compiled_forward(self.compiled, batch, cache.rows, write, first)
         x = ops.embed(self.token_table, self.position_table, batch.tokens, batch.positions)
         views = ops.layer_views(cache.rows, cache.tree_rows, batch, write, first)
         for layer, view in zip(self.layers, views, strict=True):
@@ -162,8 +161,8 @@ class GPT2:
 
     def children(self, hidden: torch.Tensor, count: int, warping: dict | None, noise: Any) -> tuple[torch.Tensor, ...]:
         """Hidden states [B, N, d] to the likeliest children: tokens and log-probabilities [B, N, count]."""
-        if self.small is not None and self.small.knows(hidden.shape[:-1].numel(), warping):
-            return self.ops.small_children(self.small, hidden, count, warping, noise)
+        if self.compiled is not None and self.compiled.knows(hidden.shape[:-1].numel(), warping):
+            return cast(DraftCompiler, self.ops).compiled_children(self.compiled, hidden, count, warping, noise)
         return self.ops.lm_head_children(hidden, *self.final_norm, self.epsilon, self.head, count, warping, noise)
 
 

@@ -16,7 +16,7 @@ from functools import cache as memoise
 
 import torch
 
-from stagedspec.kernels.backends import torch_ops as reference
+from stagedspec.kernels.backends.torch_backend import TorchBackend
 from stagedspec.models.gpt2 import GPT2, Cache
 from stagedspec.planning.tree import TreeConfig
 
@@ -130,9 +130,9 @@ def _pass(model: GPT2, draft: bool, batch: int, nodes: int, sampled: bool) -> Ca
     write = 0 if tree_rows else context
     noise, warping = None, None
     if sampled:
-        sequences = ops.Sequences([[0] * context] * batch, nodes, (), device)
+        sequences = ops.make_sequences([[0] * context] * batch, nodes, (), device)
         limits, warping = [context + nodes] * batch, SAMPLED
-        maker = ops.Noise([0] * batch, list(range(batch)), model.vocab_size, nodes, limits, device)
+        maker = ops.make_noise([0] * batch, list(range(batch)), model.vocab_size, nodes, limits, device)
         maker.advance(sequences)
         noise = maker.at(inputs)
 
@@ -239,7 +239,7 @@ class Model:
         ops=None,
     ):
         self.times, self.batch, self.sampled, self.ops = times, batch, sampled, ops
-        self.overheads = (ops or reference).overheads
+        self.overheads = (ops or TorchBackend).overheads
         self.stretches = STRETCHES[sampled] if stretches is None else tuple(stretches)
         self._rankings: dict[str, list[TreeConfig]] = {}
 
@@ -306,11 +306,11 @@ class Model:
         return chosen
 
     def _ranked(self, mode: str) -> list[TreeConfig]:
-        """The candidates that the backend can run, best first; where steps have one shape no pass can be left out."""
+        """The candidates that the backend can run, best first."""
         if mode not in self._rankings:
             ops, found = self.ops, candidates(mode)
             if ops is not None:
-                found = [t for t in found if t.depth <= ops.max_depth and not (ops.fixed_shapes and t.pass_floor)]
+                found = [t for t in found if t.depth <= ops.max_depth and (ops.skips_passes or not t.pass_floor)]
             self._rankings[mode] = sorted(found, key=self.tokens_per_second, reverse=True)
         return self._rankings[mode]
 

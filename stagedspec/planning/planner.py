@@ -93,7 +93,7 @@ class TreePlanner:
     def plan(self, mode: str, batch: int = 1, tree: TreeConfig | None = None, do_sample: bool = False) -> Plan:
         """The trees of a generation with these arguments; raises as `tree_for`."""
         largest = self.tree_for(mode, batch, tree, do_sample)
-        if not largest.passes or tree or self.fixed or self._models.target.ops.fixed_shapes:
+        if not largest.passes or tree or self.fixed or not self._models.target.ops.adapts_trees:
             return Plan(largest, (), [])
         key = mode, batch, do_sample
         return Plan(largest, self._ladder(*key), self._learned.setdefault(key, []))

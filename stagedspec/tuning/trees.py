@@ -12,7 +12,8 @@ from itertools import pairwise, product
 import torch
 
 from stagedspec.decoder import Decoder
-from stagedspec.kernels.backends.torch_ops import Batch, NoiseAt
+from stagedspec.kernels.reference import NoiseAt, choose_children, gumbel_noise
+from stagedspec.kernels.state.host import Batch, causal_bias
 from stagedspec.models.gpt2 import Cache
 from stagedspec.planning.cost import CHILDREN, SAMPLED, Model, PassTimes, Stretch
 from stagedspec.planning.profile import Tuning, pair_of
@@ -38,17 +39,15 @@ def outcomes(decoder: Decoder, prompt: Sequence[int], new_tokens: int, sampled: 
     with torch.inference_mode():
         cache = Cache(draft, 1, 0, count)
         positions = torch.arange(count, device=device)[None]
-        bias = draft.ops.causal_bias(0, count, device, draft.kv_dtype)
+        bias = causal_bias(0, count, device, draft.kv_dtype)
         hidden = draft.forward(Batch(row[None, :-1], positions, [], bias), cache, 0)[:, start:]
         noise = None
         if sampled:
             counters = torch.tensor([seed], device=device), torch.tensor([0], device=device)
-            values = draft.ops.gumbel_noise(*counters, positions[:, start:] + 1, draft.vocab_size)
+            values = gumbel_noise(*counters, positions[:, start:] + 1, draft.vocab_size)
             noise = NoiseAt(values, torch.arange(count - start, device=device)[None])
         logits = draft.logits(hidden)
-        children, _ = draft.ops.choose_children(
-            logits, min(CHILDREN, draft.vocab_size), SAMPLED if sampled else None, noise
-        )
+        children, _ = choose_children(logits, min(CHILDREN, draft.vocab_size), SAMPLED if sampled else None, noise)
     tokens, children = row.tolist(), children[0].tolist()
     follower = dict(zip(pairwise(tokens[: start + 1]), tokens[2 : start + 1], strict=False))
     found = []

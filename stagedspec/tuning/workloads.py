@@ -11,10 +11,11 @@ from types import SimpleNamespace
 import torch
 
 from stagedspec.kernels import choose as rule
-from stagedspec.kernels.backends import torch_ops as reference
-from stagedspec.kernels.backends.triton_ops import Linear, NoiseAt, TritonOps, warping_settings
+from stagedspec.kernels import reference
+from stagedspec.kernels.backends.triton_backend import Linear, NoiseAt, TritonBackend, warping_settings
 from stagedspec.kernels.common.registry import Scratch
 from stagedspec.kernels.ngram_lookup import ngram_lookup
+from stagedspec.kernels.state import device as device_state
 from stagedspec.models.ngram import KatzTable
 from stagedspec.models.ngram_fit import fit_table
 from stagedspec.planning.tree import TreeConfig
@@ -133,7 +134,7 @@ class Head:
             for _ in range(self.copies)
         ]
         self.counters = Counters(self.batch, self.nodes, self.device)
-        self.ops = TritonOps()
+        self.ops = TritonBackend()
 
     def choose(self, sampling: str) -> torch.Tensor:
         """int32 [B, N] by the last of the heads."""
@@ -228,16 +229,16 @@ class Growing:
     config: TreeConfig = field(init=False)
 
     def __post_init__(self):
-        ops, vocab = TritonOps, self.table.vocab_size
+        vocab = self.table.vocab_size
         self.config = tree_config(self.nodes)
         self.prompts = random_text(self.batch, self.context, vocab).tolist()
-        self.sequences = ops.Sequences(self.prompts, self.room, [], self.device)
+        self.sequences = device_state.Sequences(self.prompts, self.room, [], self.device)
         counters = Counters(self.batch, 1, self.device)
         noise = SimpleNamespace(seeds=counters.seeds, streams=counters.streams) if self.sampled else None
         if not self.config.passes:
             self.growth, self.proposed = None, []
             return
-        self.growth = ops.Growth(self.sequences, self.config, self.table, noise)
+        self.growth = device_state.Growth(self.sequences, self.config, self.table, noise)
         self.proposed = [self._proposals(batch.nodes, vocab) for batch in self.growth.batches]
 
     def _proposals(self, rows: int, vocab: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -251,7 +252,7 @@ class Growing:
     def passes(self, harvest: bool = True):
         """The draft's passes of a step, and the finished trees."""
         if self.growth is None:
-            return TritonOps.Trees.roots(self.sequences)
+            return device_state.Trees.roots(self.sequences)
         self.growth.begin()
         for number, proposed in enumerate(self.proposed):
             self.growth.select(number)
@@ -285,7 +286,7 @@ class Moving:
         shape = self.shape
         rows = self.nodes + self.context + self.count
         self.cache = randn(shape.layers, self.batch, rows, 2, shape.heads, shape.size, device=self.device)
-        self.ops = TritonOps()
+        self.ops = TritonBackend()
         sources = torch.arange(self.count, dtype=torch.int32) * max(1, (self.nodes - 1) // self.count)
         moves = torch.stack((sources, torch.arange(self.count, dtype=torch.int32) + self.context))
         self.moves = moves[:, None].expand(-1, self.batch, -1).contiguous().to(self.device)

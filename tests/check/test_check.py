@@ -19,7 +19,7 @@ from stagedspec.check.logits import compare_logits
 from stagedspec.kernels import choose, compact, embed, grow_tree, linear, lm_head
 from stagedspec.kernels import tree_attention as attention
 from stagedspec.kernels.backends import select as backend
-from stagedspec.kernels.backends.triton_ops import WINDOW
+from stagedspec.kernels.backends.triton_backend import WINDOW
 from stagedspec.kernels.common import registry, trusted
 from stagedspec.kernels.state import device
 from stagedspec.tuning import workloads

@@ -264,13 +264,13 @@ def test_split_characters_wait_for_their_rest(host_writer, monkeypatch):
     text = "añ½→𝄞 z"
     script = host_writer.tokenizer(text).input_ids
 
-    def scripted(logits, warping, noise):  # the model "says" the script, whatever it is asked
+    def scripted(hidden, warping, noise):  # the model "says" the script, whatever it is asked
         at = min(scripted.step, len(script) - 1)
         scripted.step += 1
-        return torch.full(logits.shape[:2], script[at])
+        return torch.full(hidden.shape[:2], script[at])
 
     scripted.step = 0
-    monkeypatch.setattr(host_writer.target.ops, "choose", scripted)
+    monkeypatch.setattr(host_writer.target, "choose", scripted)
     shown = [chunk.text for chunk in host_writer.stream("x", len(script), mode="autoregressive")]
     assert len(shown) == len(script) and "".join(shown) == text
     assert shown[:3] == ["a", "", "ñ"] and not any("\ufffd" in piece for piece in shown)

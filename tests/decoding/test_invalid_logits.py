@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from stagedspec import Decoder
 from stagedspec.cli import app
 from stagedspec.hf import custom_generate
-from stagedspec.kernels.backends import torch_ops as reference
+from stagedspec.kernels import reference
 from stagedspec.kernels.state.host import INVALID, Sequences, Trees
 from stagedspec.kernels.state.invalid_logits import raise_invalid
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from stagedspec import Decoder, Sampling, TreeConfig
 from stagedspec.decoding.sampling import counters
-from stagedspec.kernels.backends import torch_ops as ops
+from stagedspec.kernels import reference as ops
 
 SIZE, PROMPT, DRAWS = 5, [3, 0, 4], 204_800
 

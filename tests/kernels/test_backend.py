@@ -19,7 +19,7 @@ from stagedspec import Decoder, Sampling, TreeConfig
 from stagedspec.decoding.request import validate
 from stagedspec.kernels import lm_head
 from stagedspec.kernels.backends import select as backend
-from stagedspec.kernels.backends.triton_ops import TritonOps, _Captured, warping_settings
+from stagedspec.kernels.backends.triton_backend import TritonBackend, _Captured, warping_settings
 from stagedspec.kernels.common import registry
 from stagedspec.models.gpt2 import GPT2, Cache, Reader
 from stagedspec.planning.profile import Tuning, fingerprint, pair_of
@@ -244,8 +244,8 @@ def test_logits_at_hand_are_those_that_are_chosen_by(pair, device, dtype, sampli
     ops = backend.resolve("triton", device)
     model = GPT2(pair[0], ops, device, dtype)
     hidden = torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(1)).to(device, dtype)
-    sequences = ops.Sequences([[1], [1]], 5, (), device)
-    noise = ops.Noise([7, 7], [0, 1], 61, 1, [40, 40], device)
+    sequences = ops.make_sequences([[1], [1]], 5, (), device)
+    noise = ops.make_noise([7, 7], [0, 1], 61, 1, [40, 40], device)
     batch = ops.prefill_batch(torch.zeros(2, 5, dtype=torch.long, device=device), 3, dtype)
     noise.advance(sequences)
     warping = (
@@ -333,7 +333,7 @@ def test_generations_of_a_kind_share_memory_and_graphs(pair, device, monkeypatch
     monkeypatch.setattr("stagedspec.kernels.state.device.CHUNKS", (2, 4, 8))
     monkeypatch.setattr("stagedspec.kernels.state.device.CHUNK_COST", 1)
     parts, repeated = [], Replay if device.type == "cpu" else _Captured
-    monkeypatch.setattr(TritonOps, "repeated", lambda ops, part: (parts.append(repeated(part, ops)), parts[-1])[1])
+    monkeypatch.setattr(TritonBackend, "repeated", lambda ops, part: (parts.append(repeated(part, ops)), parts[-1])[1])
     options, draft, tree = {"mode": "staged", **KINDS[kind]}, pair[1], TREE
     if kind == "lookup":
         draft = tree = None
@@ -370,7 +370,7 @@ def test_prompts_in_any_chunks(pair, device, dtype, monkeypatch, fixed_order):
     prompts, found = [list(range(1, 36)), list(range(20, 36))], []
     for sizes, rows in (((16,), [0]), ((16, 32), [0, 1]), ((64,), [0])):
         monkeypatch.setattr("stagedspec.kernels.state.device.CHUNKS", (*sizes, 256))
-        sequences = ops.Sequences([prompts[row] for row in rows], 5, (), device)
+        sequences = ops.make_sequences([prompts[row] for row in rows], 5, (), device)
         cache = Cache(model, len(rows), 4, sequences.capacity)
         cache.rows.fill_(torch.nan)
         with torch.inference_mode():
@@ -508,14 +508,14 @@ def test_refusals(pair, device, prompts):
 def test_backend_resolution(device):
     import triton
 
-    assert backend.resolve("torch", device).__name__.endswith("torch_ops")
-    assert type(backend.resolve("triton", device)).__name__ == "TritonOps"
+    assert type(backend.resolve("torch", device)).__name__ == "TorchBackend"
+    assert type(backend.resolve("triton", device)).__name__ == "TritonBackend"
     with pytest.raises(ValueError, match="backend must be one of auto, torch, triton, got 'cuda'"):
         backend.resolve("cuda", device)
     with pytest.raises(ValueError, match="heads can be at most 256 wide, the model's are 320; use 'auto' or 'torch'"):
         backend.resolve("triton", device, [64, 320])
     if device.type == "cpu":
-        assert backend.resolve("auto", device).__name__.endswith("torch_ops")
+        assert type(backend.resolve("auto", device)).__name__ == "TorchBackend"
         with triton.knobs.runtime.scope():
             triton.knobs.runtime.interpret = False
             with pytest.raises(ValueError, match=r"backend 'triton' cannot run on cpu: .* TRITON_INTERPRET=1"):

@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stagedspec.kernels import choose as kernels
-from stagedspec.kernels.backends import torch_ops as reference
+from stagedspec.kernels import reference
 from stagedspec.kernels.common.registry import Scratch
+from stagedspec.kernels.state.host import GREEDY_SHARPNESS
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WARPERS = {
@@ -261,7 +262,7 @@ def test_children(name, vocab_size):
     logits = (torch.randn(4, vocab_size, generator=generator) * 2).to(DEVICE)
     noise = torch.randn(4, vocab_size, generator=generator).to(DEVICE)
     if name == "greedy":
-        tokens, logprobs = children(logits, 8, greedy=True, sharpness=reference.GREEDY_SHARPNESS)
+        tokens, logprobs = children(logits, 8, greedy=True, sharpness=GREEDY_SHARPNESS)
         expected = reference.choose_children(logits[None], 8, None, None)
     else:
         tokens, logprobs = children(logits, 8, noise=noise, **WARPERS[name])

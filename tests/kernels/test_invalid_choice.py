@@ -11,9 +11,9 @@ from test_lm_head import LARGE, Case
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from stagedspec import Decoder, TreeConfig
-from stagedspec.kernels.backends import torch_ops as reference
-from stagedspec.kernels.state import device as on_device
-from stagedspec.kernels.state import host as control
+from stagedspec.kernels import reference
+from stagedspec.kernels.state import device as device_state
+from stagedspec.kernels.state import host as host_state
 from stagedspec.kernels.state.host import INVALID, UNCHOSEN
 
 NAN, INF = float("nan"), float("inf")
@@ -87,8 +87,8 @@ def given(case: Case) -> reference.NoiseAt:
     return reference.NoiseAt(case.noise[None], torch.arange(len(case.noise), device=case.device)[None])
 
 
-def chain(tokens: list[int]) -> control._Tree:
-    tree = control._Tree.root(tokens[0], 1)
+def chain(tokens: list[int]) -> host_state._Tree:
+    tree = host_state._Tree.root(tokens[0], 1)
     for node, token in enumerate(tokens[1:]):
         tree.add(token, node, node, 1)
     return tree
@@ -107,8 +107,8 @@ def chain(tokens: list[int]) -> control._Tree:
     ],
 )
 def test_walks(chosen, eos, room, wrote, running, device):
-    ours = on_device.Sequences([[4, 6], [4, 6, 6]], room, eos, device)
-    trees = on_device.Trees(ours, SimpleNamespace(nodes=4, depth=3), None)
+    ours = device_state.Sequences([[4, 6], [4, 6, 6]], room, eos, device)
+    trees = device_state.Trees(ours, SimpleNamespace(nodes=4, depth=3), None)
     trees.load([chain([6, 7, 8, 9])] * 2)
     trees.verify_commit(torch.tensor([chosen, [7, 5, 1, 1]], dtype=torch.int32, device=device))
     ours.publish()

@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from helpers import GPU
 
-from stagedspec.kernels import lm_head, lm_head_hopper
-from stagedspec.kernels.backends import torch_ops as reference
+from stagedspec.kernels import lm_head, lm_head_hopper, reference
 from stagedspec.kernels.common.registry import Scratch
+from stagedspec.kernels.state.host import GREEDY_SHARPNESS
 
 WARPERS = {
     "greedy": {"greedy": True},
@@ -134,7 +134,7 @@ def test_choice_by_counters(name, shape, device, dtype):
 def test_children(name, shape, device, dtype):
     case, options = Case(device, dtype, *shape), WARPERS[name]
     _, logits = case.choose(greedy=True)
-    more = {"sharpness": reference.GREEDY_SHARPNESS} if name == "greedy" else {"noise": case.noise}
+    more = {"sharpness": GREEDY_SHARPNESS} if name == "greedy" else {"noise": case.noise}
     tokens, logprobs = case.children(6, **more, **options)
     (expected,), (gains,) = reference.choose_children(logits[None], 6, warping(options), case.given(name))
     possible = gains.isfinite()

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stagedspec.decoding.sampling import Sampling, counters
-from stagedspec.kernels.backends import torch_ops as ops
-from stagedspec.kernels.backends.torch_ops import Noise
+from stagedspec.kernels import reference as ops
+from stagedspec.kernels.reference import Noise, layers
+from stagedspec.kernels.state.host import GREEDY_SHARPNESS
 
 # ---------------------------------------------------------------- random numbers
 
@@ -209,7 +210,7 @@ def test_choose_children(top_k):
     tokens, logprobs = ops.choose_children(logits, 50, None, None)  # greedy; more children than tokens
     assert tokens.shape == (2, 5, 23)
     torch.testing.assert_close(
-        logprobs, (logits * ops.GREEDY_SHARPNESS).log_softmax(-1).gather(-1, tokens), rtol=1e-4, atol=2e-4
+        logprobs, (logits * GREEDY_SHARPNESS).log_softmax(-1).gather(-1, tokens), rtol=1e-4, atol=2e-4
     )
 
 
@@ -278,8 +279,8 @@ def test_rows_are_filled_up_or_multiplied_alone(rows, monkeypatch):
     torch.manual_seed(0)
     layer = replace(ops.pack_linear(torch.randn(5, 6), torch.randn(5), invariant=True), rows=rows)
     x, residual, counts = torch.randn(3, 6), torch.randn(3, 5), []
-    multiply = ops._multiply
-    monkeypatch.setattr(ops, "_multiply", lambda x, *rest: (counts.append(len(x)), multiply(x, *rest))[1])
+    multiply = layers._multiply
+    monkeypatch.setattr(layers, "_multiply", lambda x, *rest: (counts.append(len(x)), multiply(x, *rest))[1])
     y = ops.norm_linear(x, torch.ones(6), torch.zeros(6), 1e-5, layer)
     assert counts == ([4] if rows else [1, 1, 1])
     torch.testing.assert_close(y, multiply(F.layer_norm(x, (6,)), layer, "none"))
@@ -288,35 +289,18 @@ def test_rows_are_filled_up_or_multiplied_alone(rows, monkeypatch):
 
 def test_the_number_of_rows_is_found(monkeypatch):
     """A multiply that rounds otherwise below so many rows, and one that always does."""
-    monkeypatch.setattr(ops, "_known_rows", {})
-    multiply = ops._multiply
+    monkeypatch.setattr(layers, "_known_rows", {})
+    multiply = layers._multiply
     for index, (least, found) in enumerate([(1, 1), (2, 2), (3, 4), (5, 8), (99, 0)]):
         monkeypatch.setattr(
-            ops, "_multiply", lambda x, *rest, n=least: multiply(x, *rest) * (1 if len(x) >= n else 1 + 1e-6 * len(x))
+            layers,
+            "_multiply",
+            lambda x, *rest, n=least: multiply(x, *rest) * (1 if len(x) >= n else 1 + 1e-6 * len(x)),
         )
         assert ops.pack_linear(torch.randn(7, 5 + index), None, invariant=True).rows == found
 
 
-# ---------------------------------------------------------------- n-grams and rows of the cache
-
-
-def naive_follower(tokens, a, b):
-    """What followed the latest occurrence of (a, b), or -1."""
-    for end in range(len(tokens) - 1, 1, -1):
-        if (tokens[end - 2], tokens[end - 1]) == (a, b):
-            return tokens[end]
-    return -1
-
-
-@given(st.lists(st.lists(st.integers(0, 3), min_size=3, max_size=30), min_size=1, max_size=3))
-@settings(max_examples=60)
-def test_context_lookup(rows):
-    width = max(map(len, rows))
-    sequence = torch.tensor([row + [1] * (width - len(row)) for row in rows])
-    contexts = torch.tensor([[a, b] for a in range(4) for b in range(4)]).expand(len(rows), -1, -1)
-    found = ops.context_lookup(sequence, torch.tensor([len(row) for row in rows]), contexts)
-    for row, values in zip(rows, found.tolist(), strict=True):
-        assert values == [naive_follower(row, a, b) for a in range(4) for b in range(4)]
+# ---------------------------------------------------------------- rows of the cache
 
 
 def test_move_rows():

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import GPT2LMHeadModel
 
-from stagedspec.kernels.backends import torch_ops as ops
+from stagedspec.kernels.backends.torch_backend import TorchBackend
 from stagedspec.kernels.state.host import Sequences, Trees, _Tree
 from stagedspec.models.gpt2 import GPT2, Cache, Reader, check_config, read_chunk
 from stagedspec.models.loading import read_checkpoint
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 
 def make(model, dtype=torch.float32) -> GPT2:
-    return GPT2(model, ops, CPU, dtype)
+    return GPT2(model, TorchBackend(), CPU, dtype)
 
 
 def random_tree(root: int, parents: list[int], seed: int) -> _Tree:

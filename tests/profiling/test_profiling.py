@@ -17,7 +17,7 @@ import stagedspec
 import step
 import torch_trace
 from stagedspec import TreeConfig
-from stagedspec.kernels.backends import torch_ops as reference
+from stagedspec.kernels.backends.torch_backend import TorchBackend
 from stagedspec.models.gpt2 import GPT2
 
 TREE = TreeConfig(nodes=4, depth=2, passes=2, width=1, children=3, prefetch=1, prefetch_width=1)
@@ -75,7 +75,9 @@ def test_ranges_in_the_order_of_the_phases(make, nvtx, monkeypatch):
 
     monkeypatch.setenv("STAGEDSPEC_NVTX", "1")
     # Steps that have ranges are not captured.
-    monkeypatch.setattr(reference, "repeated", lambda step: pytest.fail("a step with ranges was given to `repeated`"))
+    monkeypatch.setattr(
+        TorchBackend, "repeated", lambda _, step: pytest.fail("a step with ranges was given to `repeated`")
+    )
     decoder = make()
     assert torch.equal(decoder.generate(PROMPT, max_new_tokens=12), expected)
     one_pass = ["grow", "ngram", "grow", "draft", "grow"]
@@ -177,7 +179,7 @@ def test_trace(folders, tmp_path, capsys):
     found = {row[0]: row for row in rows}
     assert {"target, tree_attention", "target, lm_head_choose 61x24", "all"} <= set(found)
     # A small draft is compiled: two operations, in which torch runs none of its own.
-    assert all(float(found[f"draft, {name}"][5]) > 0 for name in ("small_forward", "small_children"))
+    assert all(float(found[f"draft, {name}"][5]) > 0 for name in ("compiled_forward", "compiled_children"))
     assert any("/ 10 GB/s (stated)" in line for line in lines)
 
 
@@ -217,15 +219,15 @@ def test_bytes_that_must_be_moved(target):
 def test_bytes_of_a_small_drafts_pass():
     """Counted by hand, of 2 rows of 3 nodes beside 10 committed tokens of all sequences."""
     width, inner, vocab, layers, nodes = 24, 96, 61, 2, 6
-    ours = GPT2(make_gpt2(0), reference, torch.device("cpu"), torch.float32, invariant=False)
+    ours = GPT2(make_gpt2(0), TorchBackend(), torch.device("cpu"), torch.float32, invariant=False)
     weights = width * (3 * width + width + 2 * inner) + 3 * width + width + inner + width + 4 * width
     cache = torch.zeros(layers, 2, 20, 2, 4, width // 4)
     hidden = torch.zeros(2, 3, width)
-    assert torch_trace.FLOORS["small_forward"]((ours.small, None, cache), hidden, 10) == 4 * (
+    assert torch_trace.FLOORS["compiled_forward"]((ours.compiled, None, cache), hidden, 10) == 4 * (
         layers * (weights + 10 * 2 * width) + 3 * nodes * width
     )
     children = (torch.zeros(2, 3, 4, dtype=torch.long), torch.zeros(2, 3, 4))
-    assert torch_trace.FLOORS["small_children"]((ours.small, hidden), children, 10) == (
+    assert torch_trace.FLOORS["compiled_children"]((ours.compiled, hidden), children, 10) == (
         4 * (vocab * width + vocab + 2 * width + nodes * width) + nodes * 4 * (8 + 4)
     )
 
@@ -255,7 +257,7 @@ def test_kernels_of_a_gpu():
         kind = DeviceType.CUDA if gpu else DeviceType.CPU
         return SimpleNamespace(id=number, name=name, cpu_parent=parent, device_type=kind, kernels=[...])
 
-    watched = torch_trace.Watched(reference)
+    watched = torch_trace.Watched(TorchBackend())
     watched.names.add("target")
     phase = event(2, "target", parent=event(1, "step"))
     events = [event(3, "aten::copy_"), event(4, "stagedspec::linear", phase), event(4, "_linear", gpu=True)]

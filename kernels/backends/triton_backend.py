@@ -1,4 +1,4 @@
-"""The Triton backend: the interface of reference.py on our kernels, with a step's state on the device.
+"""The Triton backend: every operation as a Triton kernel, with a generation's state on the device (state/device.py).
 
 An instance serves the models of one decoder. It owns the buffers that a step's operations write into, one for each
 operation and width: after the first step nothing is allocated, nothing is read back, and the step can be captured as a
@@ -6,23 +6,23 @@ CUDA graph. Operations run in turn on one stream, so buffers of one width are sh
 """
 
 import gc
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from threading import Lock, RLock
+from typing import Any
 
 import torch
 
 from stagedspec.kernels import choose as choice
-from stagedspec.kernels import compact, embed, grow_tree, linear, lm_head
+from stagedspec.kernels import compact, embed, grow_tree, linear, lm_head, reference
 from stagedspec.kernels import tree_attention as attention
-from stagedspec.kernels.backends import torch_ops as reference
-from stagedspec.kernels.backends.select import MAX_HEAD_SIZE
-from stagedspec.kernels.backends.torch_ops import GREEDY_SHARPNESS
 from stagedspec.kernels.common import compiling, registry
+from stagedspec.kernels.common.limits import MAX_HEAD_SIZE
 from stagedspec.kernels.common.timing import Overheads
-from stagedspec.kernels.state import device
+from stagedspec.kernels.state import device as state
+from stagedspec.kernels.state.host import GREEDY_SHARPNESS
 
 ROWS = linear.MAX_TOKENS  # the most rows that one launch of a linear takes
 # Keys nearer than this are gathered node by node, so that it does not matter whether they are committed. A constant:
@@ -32,11 +32,12 @@ WINDOW = 32
 
 @dataclass(frozen=True)
 class Linear:
-    """A weight [out, in] and bias [out], contiguous. folded: what they are with the LayerNorm before them."""
+    """A weight [out, in] and bias [out], contiguous. folded: the `linear.Folded` of both and the LayerNorm before them,
+    if there is one."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
-    folded: linear.Folded | None = None
+    folded: Any = None
 
 
 @dataclass(frozen=True)
@@ -53,18 +54,9 @@ class NoiseAt:
 
 
 class Noise:
-    """The Gumbel noise as counters: kernels make each value where they need it. Arguments as in reference.Noise."""
+    """The Gumbel noise as counters: kernels make each value where they need it. A seed and a stream of each row."""
 
-    def __init__(
-        self,
-        seeds: list[int],
-        streams: list[int],
-        vocab_size: int,
-        reach: int,
-        limits: list[int],
-        device: torch.device,
-        past: int = 0,
-    ):
+    def __init__(self, seeds: list[int], streams: list[int], device: torch.device):
         self.seeds = torch.empty(len(seeds), dtype=torch.int64, device=device)
         self.streams = torch.empty(len(streams), dtype=torch.int32, device=device)
         self.restart(seeds, streams)
@@ -75,33 +67,35 @@ class Noise:
         self.seeds.copy_(torch.tensor(seeds, dtype=torch.int64, device="cpu"))
         self.streams.copy_(torch.tensor(streams, dtype=torch.int32, device="cpu"))
 
-    def advance(self, sequences) -> None:
+    def advance(self, sequences: state.Sequences) -> None:
         """Nothing is made ahead."""
 
-    def at(self, batch: device.Batch) -> NoiseAt:
+    def at(self, batch: state.Batch) -> NoiseAt:
         return NoiseAt(self.seeds, self.streams, batch.noise_positions)
 
 
-class TritonOps:
-    """See reference.py for what each operation computes."""
+class TritonBackend:
+    """Satisfies `interface.Backend`, which documents every member."""
 
-    Batch, Sequences, Growth, Trees, Moves = (
-        device.Batch,
-        device.Sequences,
-        device.Growth,
-        device.Trees,
-        device.Moves,
-    )
-    Noise, NoiseAt = Noise, NoiseAt
     name = "triton"
     max_head_size = MAX_HEAD_SIZE
     max_depth = WINDOW - 2  # the draft's pass begins one token above the root
-    fixed_shapes = True
-    timed_rows = (1, 16, 64)  # of the passes that the cost model measures: each has kernels of its own to compile
+    timed_rows: tuple[int, ...] = (
+        1,
+        16,
+        64,
+    )  # of the passes that the cost model measures: each has kernels of its own to compile
     # The kernels of tree growth, verification and commit on an H200 (bench/README.md), and a graph's launch.
     overheads = Overheads(step=2.5e-5, node=0.0, drafting=0.0, draft_pass=1e-5, row=0.0)
 
-    def check_tree(self, tree, table=None) -> None:
+    # A step is a CUDA graph: its passes, its tree and its tensors never change.
+    skips_passes = False
+    adapts_trees = False
+    explicit_trees = False
+    keeps_generations = True
+    times_phases = False
+
+    def check_tree(self, tree: Any, table: Any = None) -> None:
         """Raises ValueError for a `TreeConfig` that the kernels cannot grow, with the n-gram table, or verify."""
         if tree.depth > self.max_depth:
             raise ValueError(
@@ -120,25 +114,25 @@ class TritonOps:
     def __init__(self) -> None:
         self._buffers: dict[tuple, torch.Tensor] = {}
         self._scratch: registry.Scratch | None = None
-        self.lock = RLock()  # of a step: all decoders of an instance share its buffers
+        self.lock: AbstractContextManager[Any] = RLock()  # whatever uses this object shares its buffers
 
     # ---------------------------------------------------------------- memory
 
-    def _buffer(self, op: str, shape: tuple[int, ...], dtype: torch.dtype, place: torch.device) -> torch.Tensor:
+    def _buffer(self, op: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """The first rows of a buffer that is as long as the longest that was asked for."""
-        key = (op, shape[1:], dtype, place)
+        key = (op, shape[1:], dtype, device)
         held = self._buffers.get(key)
         if held is None or held.shape[0] < shape[0]:
-            held = self._buffers[key] = torch.empty(shape, dtype=dtype, device=place)
+            held = self._buffers[key] = torch.empty(shape, dtype=dtype, device=device)
         return held[: shape[0]]
 
-    def _need(self, size: tuple[int, int], place: torch.device) -> registry.Scratch:
+    def _need(self, size: tuple[int, int], device: torch.device) -> registry.Scratch:
         """Scratch of at least `size`; grows in the first step alone."""
         held = self._scratch
         if held is None or held.partials.numel() < size[0] or held.counters.numel() < size[1]:
             sizes = [size] if held is None else [size, (held.partials.numel(), held.counters.numel())]
-            self._scratch = registry.Scratch.of(sizes, place)
-        return self._scratch
+            self._scratch = held = registry.Scratch.of(sizes, device)
+        return held
 
     def release(self) -> None:
         """Lets go of all of it. Graphs that use it hold on to it; what comes next makes its own."""
@@ -151,29 +145,59 @@ class TritonOps:
         """On a GPU it becomes a CUDA graph when it first runs."""
         return _Captured(part, self)
 
-    def prepare(self, calls: Iterable[tuple[Callable, tuple]], place: torch.device) -> int:
+    def prepare(self, calls: Iterable[tuple[Callable, tuple]], device: torch.device) -> int:
         """Makes the buffers and compiles the kernels, in parallel, of calls (part, arguments) that are to come; returns
         how many kernels were new."""
         fresh = [(part, given) for part, given in calls if not getattr(part, "prepared", False)]
         if not fresh:
             return 0
-        made = compiling.compile_ahead((partial(getattr(part, "part", part), *given) for part, given in fresh), place)
+        made = compiling.compile_ahead((partial(getattr(part, "part", part), *given) for part, given in fresh), device)
         for part, _ in fresh:
-            if hasattr(part, "part"):
+            if isinstance(part, _Captured):
                 part.buffers = self._buffers
         return made
 
-    def seconds(self, run: Callable[[], object], place: torch.device) -> float:
+    def seconds(self, run: Callable[[], object], device: torch.device) -> float:
         """What the device takes for what `run` launches."""
-        watch = device.Stopwatch(place)
+        watch = state.Stopwatch(device)
         watch.start()
         run()
         watch.stop()
         return watch.seconds
 
+    # ---------------------------------------------------------------- state
+
+    def make_sequences(
+        self, prompts: list[list[int]], new_tokens: int, eos: Sequence[int], device: torch.device, most: int = 1
+    ) -> state.Sequences:
+        return state.Sequences(prompts, new_tokens, eos, device, most)
+
+    def make_noise(
+        self,
+        seeds: list[int],
+        streams: list[int],
+        vocab_size: int,
+        reach: int,
+        limits: list[int],
+        device: torch.device,
+        past: int = 0,
+    ) -> Noise:
+        return Noise(seeds, streams, device)
+
+    def make_growth(
+        self, sequences: state.Sequences, config: Any, table: Any, noise: Noise | None, dtype: torch.dtype
+    ) -> state.Growth:
+        return state.Growth(sequences, config, table, noise)
+
+    def root_trees(self, sequences: state.Sequences) -> state.Trees:
+        return state.Trees.roots(sequences)
+
+    def lookup_trees(self, sequences: state.Sequences, depth: int) -> state.Trees:
+        return state.Trees.lookup(sequences, depth)
+
     # ---------------------------------------------------------------- weights
 
-    def kv_dtype(self, dtype: torch.dtype, place: torch.device, invariant: bool) -> torch.dtype:
+    def kv_dtype(self, dtype: torch.dtype, device: torch.device, invariant: bool) -> torch.dtype:
         """Keys and values are kept as computed: every sum over them has one order."""
         return dtype
 
@@ -193,8 +217,8 @@ class TritonOps:
     def fused_activation(self, name: str) -> bool:
         return linear.activation_known(name)
 
-    def small_model(self, config, weights: dict[str, torch.Tensor], scales: list[float]) -> None:
-        """A draft is run as any model is: its kernels are captured, and cost no host time."""
+    def compile_draft(self, config: Any, weights: dict[str, torch.Tensor], scales: list[float]) -> None:
+        """None: a draft is run as any model is, since its kernels are captured and cost no host time."""
 
     # ---------------------------------------------------------------- layers
 
@@ -245,17 +269,18 @@ class TritonOps:
 
     # ---------------------------------------------------------------- attention
 
-    def prefill_batch(self, tokens: torch.Tensor, start: int, kv_dtype: torch.dtype) -> device.Batch:
+    def prefill_batch(self, tokens: torch.Tensor, start: int, kv_dtype: torch.dtype) -> state.Batch:
         """The pass over a chunk of prompts: a chain after `start` committed tokens."""
-        batch = device.Batch.chain(*tokens.shape, tokens.device)
+        rows, nodes = tokens.shape
+        batch = state.Batch.chain(rows, nodes, tokens.device)
         batch.tokens.copy_(tokens)
         batch.begin(start)
         return batch
 
-    def timed_batch(self, tokens: torch.Tensor, context: int, kv_dtype: torch.dtype) -> tuple[device.Batch, int]:
+    def timed_batch(self, tokens: torch.Tensor, context: int, kv_dtype: torch.dtype) -> tuple[state.Batch, int]:
         """A pass over a root and its children [B, N] after `context` tokens, and the tree rows that it needs."""
         rows, nodes = tokens.shape
-        batch = device.Batch.chain(rows, nodes, tokens.device)
+        batch = state.Batch.chain(rows, nodes, tokens.device)
         star = torch.eye(nodes, dtype=torch.bool, device=tokens.device)
         star[:, 0] = True
         batch.masks.copy_(attention.mask_words(star))
@@ -265,7 +290,7 @@ class TritonOps:
         return batch, nodes
 
     def layer_views(
-        self, cache: torch.Tensor, tree_rows: int, batch: device.Batch, write: int, first: int
+        self, cache: torch.Tensor, tree_rows: int, batch: state.Batch, write: int, first: int
     ) -> Iterator[tuple[torch.Tensor, int, bool]]:
         """For each layer: its part of the cache, rows of the tree region, and whether this is a chunk of a prompt."""
         return ((layer, tree_rows, write >= tree_rows) for layer in cache.unbind(0))
@@ -274,7 +299,7 @@ class TritonOps:
         self,
         qkv: torch.Tensor,
         view: tuple[torch.Tensor, int, bool],
-        batch: device.Batch,
+        batch: state.Batch,
         scale: float,
         upcast: bool,
     ) -> torch.Tensor:
@@ -299,25 +324,26 @@ class TritonOps:
         self, x: torch.Tensor, norm_weight: torch.Tensor, norm_bias: torch.Tensor, epsilon: float, head: Linear
     ) -> torch.Tensor:
         """fp32 logits [..., V] in a tensor of their own: of the bits that `lm_head_choose` chooses by."""
-        rows = x.flatten(0, -2)
-        out = torch.empty(rows.shape[0], head.weight.shape[0], dtype=torch.float32, device=x.device)
-        best = self._buffer("best", rows.shape[:1], torch.int32, x.device)
+        rows, (vocab_size, width) = x.flatten(0, -2), head.weight.shape
+        count = rows.shape[0]
+        out = torch.empty(count, vocab_size, dtype=torch.float32, device=x.device)
+        best = self._buffer("best", (count,), torch.int32, x.device)
         lm_head.lm_head_choose(
-            rows, norm_weight, norm_bias, epsilon, head.weight, *self._counters((1, rows.shape[0]), None, x.device),
+            rows, norm_weight, norm_bias, epsilon, head.weight, *self._counters((1, count), None, x.device),
             greedy=True, logits=out, out=best,
-            scratch=self._need(lm_head.scratch_size(*rows.shape[:1], *head.weight.shape, False), x.device),
+            scratch=self._need(lm_head.scratch_size(count, vocab_size, width, through_memory=False), x.device),
         )  # fmt: skip
         return out.unflatten(0, x.shape[:-1])
 
     @torch.inference_mode()
     def choose(self, logits: torch.Tensor, warping: dict | None, noise: NoiseAt | None) -> torch.Tensor:
         """Of logits [B, N, V] at hand, as `lm_head_choose` of its own: tokens [B, N]."""
-        shape, place = logits.shape[:2], logits.device
-        out = self._buffer("choose", shape, torch.int32, place)
+        shape, device = logits.shape[:2], logits.device
+        out = self._buffer("choose", shape, torch.int32, device)
         choice.choose(
-            logits.flatten(0, 1).float().contiguous(), *self._counters(shape, noise, place),
+            logits.flatten(0, 1).float().contiguous(), *self._counters(shape, noise, device),
             **warping_settings(warping), out=out.view(-1),
-            scratch=self._need(choice.scratch_size(out.numel(), logits.shape[-1]), place),
+            scratch=self._need(choice.scratch_size(out.numel(), logits.shape[-1]), device),
         )  # fmt: skip
         return out
 
@@ -333,16 +359,16 @@ class TritonOps:
         warping: dict | None,
         noise: NoiseAt | None,
     ) -> torch.Tensor:
-        shape, place = x.shape[:2], x.device
-        out = self._buffer("choose", shape, torch.int32, place)
-        settings = warping_settings(warping)
+        shape, device = x.shape[:2], x.device
+        out = self._buffer("choose", shape, torch.int32, device)
+        settings, (vocab_size, width) = warping_settings(warping), head.weight.shape
         through_memory = warping is not None and choice.warped(
-            False, settings["top_k"], settings["top_p"], settings["min_p"], head.weight.shape[0]
+            False, settings["top_k"], settings["top_p"], settings["min_p"], vocab_size
         )
-        need = lm_head.scratch_size(out.numel(), *head.weight.shape, through_memory)
+        need = lm_head.scratch_size(out.numel(), vocab_size, width, through_memory)
         lm_head.lm_head_choose(
-            x.view(-1, x.shape[-1]), norm_weight, norm_bias, epsilon, head.weight, *self._counters(shape, noise, place),
-            **settings, out=out.view(-1), scratch=self._need(need, place),
+            x.view(-1, x.shape[-1]), norm_weight, norm_bias, epsilon, head.weight,
+            *self._counters(shape, noise, device), **settings, out=out.view(-1), scratch=self._need(need, device),
         )  # fmt: skip
         return out
 
@@ -357,35 +383,36 @@ class TritonOps:
         warping: dict | None,
         noise: NoiseAt | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        shape, place = (*x.shape[:2], count), x.device
-        tokens = self._buffer("children", shape, torch.int32, place)
-        logprobs = self._buffer("logprobs", shape, torch.float32, place)
+        shape, device = (*x.shape[:2], count), x.device
+        tokens = self._buffer("children", shape, torch.int32, device)
+        logprobs = self._buffer("logprobs", shape, torch.float32, device)
         need = lm_head.scratch_size(x.shape[:2].numel(), *head.weight.shape)
         lm_head.lm_head_topm(
             x.view(-1, x.shape[-1]), norm_weight, norm_bias, epsilon, head.weight,
-            *self._counters(shape[:2], noise, place), **warping_settings(warping), sharpness=GREEDY_SHARPNESS,
+            *self._counters(shape[:2], noise, device), **warping_settings(warping), sharpness=GREEDY_SHARPNESS,
             out_tokens=tokens.view(-1, count), out_logprobs=logprobs.view(-1, count),
-            scratch=self._need(need, place),
+            scratch=self._need(need, device),
         )  # fmt: skip
         return tokens, logprobs
 
     def _counters(
-        self, shape: tuple[int, int], noise: NoiseAt | None, place: torch.device
+        self, shape: tuple[int, ...], noise: NoiseAt | None, device: torch.device
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Seeds, streams and positions; of no account, but there, when greedy."""
         if noise is not None:
             return noise.seeds, noise.streams, noise.positions
         return (
-            self._buffer("no seeds", (shape[0],), torch.int64, place),
-            self._buffer("no streams", (shape[0],), torch.int32, place),
-            self._buffer("no positions", tuple(shape), torch.int32, place),
+            self._buffer("no seeds", (shape[0],), torch.int64, device),
+            self._buffer("no streams", (shape[0],), torch.int32, device),
+            self._buffer("no positions", tuple(shape), torch.int32, device),
         )
 
     # ---------------------------------------------------------------- KV cache
 
     def move_rows(self, cache: torch.Tensor, tree_rows: int, moves: torch.Tensor) -> None:
         """moves int32 [2, B, K]: tree rows, and the positions they move to."""
-        compact.compact(cache, *moves.unbind(0), tree_rows)
+        sources, positions = moves.unbind(0)
+        compact.compact(cache, sources, positions, tree_rows)
 
 
 def warping_settings(warping: dict | None) -> dict:
@@ -425,13 +452,15 @@ def _alone() -> Iterator[None]:
 
 
 class _Captured:
-    """A step, or a part of one, as a CUDA graph. The first call captures it, and before that compiles its kernels and
-    makes its buffers if `TritonOps.prepare` has not. What it is given and what it returns are the same tensors at every
-    call, and numbers that it is given change nothing that it launches. In the interpreter it just runs."""
+    """A step, or a part of one, as a CUDA graph. In the interpreter it is a plain call.
 
-    def __init__(self, part: Callable, ops: TritonOps):
+    The first call captures it, after `TritonBackend.prepare` has compiled its kernels and made its buffers. Arguments
+    and results must be the same tensors at every call; numbers among them must not change what is launched.
+    """
+
+    def __init__(self, part: Callable, ops: TritonBackend):
         self.part, self.ops = part, ops
-        self.graph: torch.cuda.CUDAGraph | None = None
+        self.graph: Any = None  # the torch.cuda.CUDAGraph
         self.buffers: dict | None = None  # the backend's, when it was prepared
         self.value = None
 
@@ -440,14 +469,14 @@ class _Captured:
         """Whether its kernels are compiled and its buffers are there: none may be made while it is captured."""
         return self.graph is not None or self.buffers is self.ops._buffers
 
-    def __call__(self, *given):
+    def __call__(self, *given: Any) -> Any:
         if registry.interpreted():
             return self.part(*given)
         self.capture(*given)
         self.graph.replay()
         return self.value
 
-    def capture(self, *given) -> None:
+    def capture(self, *given: Any) -> None:
         """Makes the graph, if there is none; nothing that it launches runs."""
         if self.graph is not None or registry.interpreted():
             return

@@ -13,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stagedspec import Decoder
-from stagedspec.kernels import compiled_draft as small
-from stagedspec.kernels.backends import torch_ops as ops
+from stagedspec.kernels import compiled_draft
+from stagedspec.kernels.backends.torch_backend import TorchBackend
+from stagedspec.kernels.reference import NoiseAt
+from stagedspec.kernels.state.host import Batch, prefill_batch
 from stagedspec.models.gpt2 import GPT2, Cache
 
 CPU = torch.device("cpu")
@@ -39,21 +41,21 @@ def draft(**changes) -> tuple[GPT2, object]:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
-    ours = GPT2(model, ops, CPU, torch.float32, invariant=False)
-    assert ours.small is not None
+    ours = GPT2(model, TorchBackend(), CPU, torch.float32, invariant=False)
+    assert ours.compiled is not None
     return ours, model
 
 
 def as_operations(model: GPT2, call):
     """call() with the same model, run as tensor operations."""
-    known, model.small = model.small, None
+    known, model.compiled = model.compiled, None
     try:
         return call()
     finally:
-        model.small = known
+        model.compiled = known
 
 
-def random_trees(model: GPT2, batch: int, nodes: int, prefix: int, seed: int) -> ops.Batch:
+def random_trees(model: GPT2, batch: int, nodes: int, prefix: int, seed: int) -> Batch:
     """Random trees below prefixes of which each row sees another part; tree rows come first, as in `Cache`."""
     generator = torch.Generator().manual_seed(seed)
     bias = torch.full((batch, 1, nodes, nodes + prefix), float("-inf"))
@@ -69,7 +71,7 @@ def random_trees(model: GPT2, batch: int, nodes: int, prefix: int, seed: int) ->
     tokens = torch.randint(model.vocab_size, (batch, nodes), generator=generator)
     positions = prefix + torch.tensor(depths)
     positions[0, -1] = model.positions + 5  # past the table, as a guess may lie
-    return ops.Batch(tokens, positions, depths, bias)
+    return Batch(tokens, positions, depths, bias)
 
 
 @pytest.mark.parametrize("changes", KNOWN, ids=lambda changes: "-".join(map(str, changes.values())))
@@ -88,7 +90,7 @@ def test_the_same_as_operations(changes, batch, nodes, prefix, seed):
     torch.testing.assert_close(caches[0].rows, caches[1].rows, rtol=2e-3, atol=2e-3)
     window = 7
     values = torch.randn(batch, window, model.vocab_size, generator=torch.Generator().manual_seed(seed + 1))
-    noise = ops.NoiseAt(values, torch.randint(window, (batch, nodes)))
+    noise = NoiseAt(values, torch.randint(window, (batch, nodes)))
     for warping in WARPINGS:
         given_noise = None if warping is None else noise
         tokens, logprobs = model.children(hidden, 4, warping, given_noise)
@@ -104,7 +106,7 @@ def test_a_text_token_by_token_as_transformers_reads_it(changes):
     ids = torch.randint(model.vocab_size, (2, 9), generator=torch.Generator().manual_seed(2))
     cache, found = Cache(model, 2, 0, 9), []
     for start, count in ((0, 4), (4, 1), (5, 3), (8, 1)):
-        chunk = ops.prefill_batch(ids[:, start : start + count], start, model.kv_dtype)
+        chunk = prefill_batch(ids[:, start : start + count], start, model.kv_dtype)
         found.append(model.logits(model.forward(chunk, cache, start)))
     with torch.no_grad():
         expected = theirs(ids).logits
@@ -114,10 +116,10 @@ def test_a_text_token_by_token_as_transformers_reads_it(changes):
 def test_ties_and_few_tokens():
     """As many children as the draft may take tokens, each once, whatever ties."""
     model, _ = draft(vocab_size=300)
-    model.small.head[0][:] = 0.0
+    model.compiled.head[0][:] = 0.0
     hidden = torch.randn(1, 2, model.config.n_embd)
     warping = {"temperature": 1.0, "top_k": 3, "top_p": None, "min_p": None}
-    noise = ops.NoiseAt(torch.zeros(1, 1, 300), torch.zeros(1, 2, dtype=torch.long))
+    noise = NoiseAt(torch.zeros(1, 1, 300), torch.zeros(1, 2, dtype=torch.long))
     tokens, logprobs = model.children(hidden, 8, warping, noise)
     assert tokens.shape == (1, 2, 3) and all(len(set(row)) == 3 for row in tokens[0].tolist())
     assert logprobs.isfinite().all() and (logprobs <= -1e-4).all()
@@ -127,12 +129,15 @@ def test_ties_and_few_tokens():
 def test_the_kth_largest(k):
     row = torch.randn(300, generator=torch.Generator().manual_seed(k))
     row[::3] = row[0]
-    assert small._kth(row.numpy(), k) == row.sort(descending=True).values[k - 1].item()
+    assert compiled_draft._kth(row.numpy(), k) == row.sort(descending=True).values[k - 1].item()
 
 
 def test_who_is_served():
     """Targets, other activations and dtypes, large models, long passes and other warping run as tensor operations."""
-    make = lambda model, dtype=torch.float32, invariant=False: GPT2(model, ops, CPU, dtype, invariant).small  # noqa: E731
+
+    def make(model, dtype=torch.float32, invariant=False):
+        return GPT2(model, TorchBackend(), CPU, dtype, invariant).compiled
+
     assert make(make_gpt2(3)) is not None
     assert make(make_gpt2(3), invariant=True) is None
     assert make(make_gpt2(3), torch.float16) is None
@@ -146,10 +151,10 @@ def test_who_is_served():
 def test_a_draft_of_no_numbers_still_proposes_tokens():
     """What a broken draft says is worthless, and must not lead outside of any array."""
     model, _ = draft(vocab_size=300)
-    for part in model.small.layers:
+    for part in model.compiled.layers:
         part[:] = float("nan")
     for warping in WARPINGS[:2]:
-        noise = None if warping is None else ops.NoiseAt(torch.zeros(1, 1, 300), torch.zeros(1, 3, dtype=torch.long))
+        noise = None if warping is None else NoiseAt(torch.zeros(1, 1, 300), torch.zeros(1, 3, dtype=torch.long))
         trees = random_trees(model, 1, 3, 2, 0)
         tokens, _ = model.children(model.forward(trees, Cache(model, 1, 3, 4), 0), 4, warping, noise)
         assert ((tokens >= 0) & (tokens < 300)).all()
@@ -164,22 +169,22 @@ def test_an_install_that_cannot_be_written(monkeypatch):
         return lambda function: function
 
     monkeypatch.setattr("numba.njit", refuse)
-    assert small.compiled(len) is len
+    assert compiled_draft.compiled(len) is len
 
 
 def test_numbers_that_overflow_and_divisions_by_zero():
     """Finite weights of a broken draft: scores of minus infinity, a norm without epsilon of a constant row."""
     silent, _ = draft(layer_norm_epsilon=0.0)
-    for table in silent.small.tables:
+    for table in silent.compiled.tables:
         table[:] = 0.0
     loud, _ = draft()
-    query = loud.small.layers[3]  # the bias of queries, keys and values
+    query = loud.compiled.layers[3]  # the bias of queries, keys and values
     query[:, :24], query[:, 24:48] = 1e20, -1e20
     infinite, _ = draft()
-    infinite.small.head[0][:, ::3] = float("inf")
+    infinite.compiled.head[0][:, ::3] = float("inf")
     for model in (silent, loud, infinite):
         for warping in WARPINGS[:2]:
-            noise = None if warping is None else ops.NoiseAt(torch.zeros(1, 1, 61), torch.zeros(1, 3, dtype=torch.long))
+            noise = None if warping is None else NoiseAt(torch.zeros(1, 1, 61), torch.zeros(1, 3, dtype=torch.long))
             trees = random_trees(model, 1, 3, 2, 0)
             tokens, logprobs = model.children(model.forward(trees, Cache(model, 1, 3, 4), 0), 4, warping, noise)
             assert ((tokens >= 0) & (tokens < 61)).all() and not logprobs.isnan().any()
@@ -195,15 +200,15 @@ from stagedspec import Decoder, TreeConfig
 model, tree = make_gpt2(3), TreeConfig(nodes=4, depth=3, passes=2, width=1, children=3, prefetch=0)
 {before}
 def load():
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as printed:
         warnings.simplefilter("always")
         decoder = Decoder.from_pretrained(model, model, device="cpu", dtype="float32")
-    print(*(str(warning.message) for warning in told if "compiled" in str(warning.message)), file=sys.stderr)
+    print(*(str(warning.message) for warning in printed if "compiled" in str(warning.message)), file=sys.stderr)
     return decoder
 {load}
 ids = torch.tensor([[1, 2, 3]])
 plain, ours = (decoder.generate(ids, max_new_tokens=12, mode=mode, tree=tree) for mode in ("autoregressive", "chain"))
-print(torch.equal(plain, ours), decoder.draft.small is not None)
+print(torch.equal(plain, ours), decoder.draft.compiled is not None)
 """
 
 
@@ -224,53 +229,53 @@ def test_a_damaged_cache_is_left_alone(tmp_path):
     indices = list(first.rglob("*.nbi"))
     for index in indices:
         index.write_bytes(index.read_bytes()[:20])
-    told, warned = in_a_process(**folders)
-    assert indices and told == ["True", "True"] and "compiled" not in warned
+    printed, warned = in_a_process(**folders)
+    assert indices and printed == ["True", "True"] and "compiled" not in warned
     assert len(list(second.rglob("*.nbi"))) == len(indices)
 
 
 def test_a_full_disk(tmp_path):
     """Nothing can be kept anywhere: the draft runs as tensor operations."""
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))"
-    told, warned = in_a_process(before=limit, NUMBA_CACHE_DIR=str(tmp_path))
-    assert told == ["True", "False"] and "cannot be compiled, so it is slower" in warned
+    printed, warned = in_a_process(before=limit, NUMBA_CACHE_DIR=str(tmp_path))
+    assert printed == ["True", "False"] and "cannot be compiled, so it is slower" in warned
 
 
 def test_an_interrupt_while_it_compiles(tmp_path):
     """It is acted on when that is done, and what was compiled works."""
     interrupted = """
 from contextlib import contextmanager
-from stagedspec.kernels import compiled_draft as small
+from stagedspec.kernels import compiled_draft
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job in the background has not
-told = small._told
+announced = compiled_draft._announced
 
 @contextmanager
 def begun():
     threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
-    with told():
+    with announced():
         yield
 
-small._told = begun
+compiled_draft._announced = begun
 try:
     decoder = load()
 except KeyboardInterrupt:
     print("interrupted")
-small._told = told
+compiled_draft._announced = announced
 decoder = load()
 """
-    told, _ = in_a_process(load=interrupted, NUMBA_CACHE_DIR=str(tmp_path))
-    assert told == ["interrupted", "True", "True"]
+    printed, _ = in_a_process(load=interrupted, NUMBA_CACHE_DIR=str(tmp_path))
+    assert printed == ["interrupted", "True", "True"]
 
 
 def test_without_numba():
-    told, warned = in_a_process(before="sys.modules['numba'] = None")
-    assert told == ["True", "False"] and "compiled" not in warned
+    printed, warned = in_a_process(before="sys.modules['numba'] = None")
+    assert printed == ["True", "False"] and "compiled" not in warned
 
 
 def test_generations_compile_nothing(target, drafts):
     """All was compiled when the model was loaded."""
     decoder = Decoder.from_pretrained(target, drafts["good"], device="cpu", dtype="float32")
-    compiled = lambda: [len(function.signatures) for function in (small._forward, small._children)]  # noqa: E731
+    compiled = lambda: [len(function.signatures) for function in (compiled_draft._forward, compiled_draft._children)]  # noqa: E731
     assert compiled() == [1, 1]
     ids, mask = left_pad(random_prompts([5, 2]))
     for options in ({}, {"do_sample": True}, {"do_sample": True, "top_k": 5, "temperature": 0.7}):
@@ -280,11 +285,11 @@ def test_generations_compile_nothing(target, drafts):
 
 
 @pytest.mark.parametrize("long", [True, False])
-def test_what_takes_long_is_told(monkeypatch, long):
+def test_slow_compilation_is_logged(monkeypatch, long):
     """Once, while it goes on; not where compiled code is loaded at once."""
-    told, said = threading.Event(), []
-    monkeypatch.setattr(small, "PATIENCE", 0.0 if long else 3600.0)
-    monkeypatch.setattr(small.log, "warning", lambda message: (said.append(message), told.set()))
-    with small._told():
-        assert not long or told.wait(60)
+    logged, said = threading.Event(), []
+    monkeypatch.setattr(compiled_draft, "PATIENCE", 0.0 if long else 3600.0)
+    monkeypatch.setattr(compiled_draft.log, "warning", lambda message: (said.append(message), logged.set()))
+    with compiled_draft._announced():
+        assert not long or logged.wait(60)
     assert said == ["making the draft's pass ready: Numba compiles it once on this machine"] * long

@@ -1,4 +1,4 @@
-"""Control on the device against control on the host, step by step over whole generations."""
+"""State on the device against state on the host, step by step over whole generations."""
 
 import math
 import random
@@ -10,9 +10,9 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stagedspec.kernels.backends.torch_ops import gumbel_noise
-from stagedspec.kernels.state import device as on_device
-from stagedspec.kernels.state import host as control
+from stagedspec.kernels.reference import gumbel_noise
+from stagedspec.kernels.state import device as device_state
+from stagedspec.kernels.state import host as host_state
 from stagedspec.models.ngram_fit import fit_table
 from stagedspec.planning.tree import TreeConfig
 
@@ -45,7 +45,7 @@ def proposals(generator: random.Random, rows: int, slots: int, count: int) -> tu
     return torch.tensor(names), torch.tensor(values)
 
 
-def same_batch(ours: on_device.Batch, host: control.Batch, region: int, lengths: list[int], nodes: int) -> None:
+def same_batch(ours: device_state.Batch, host: host_state.Batch, region: int, lengths: list[int], nodes: int) -> None:
     """The device's pass over `nodes` nodes says what the host's does; what it has beyond is filler."""
     assert ours.tokens[:, :nodes].tolist() == host.tokens.tolist()
     assert ours.positions[:, :nodes].tolist() == host.positions.tolist()
@@ -59,7 +59,7 @@ def same_batch(ours: on_device.Batch, host: control.Batch, region: int, lengths:
     assert ours.prefix.tolist() == visible[:, 0, region:].sum(-1).tolist()
 
 
-def same_trees(ours: on_device.Trees, host: control.Trees) -> None:
+def same_trees(ours: device_state.Trees, host: host_state.Trees) -> None:
     tokens, parents, depths, slots, origins = ours.tree.cpu().tolist()
     for row, tree in enumerate(host.trees):
         count = len(tree.tokens)
@@ -84,7 +84,7 @@ def pairs(moves: torch.Tensor) -> list[list[tuple[int, int]]]:
     return result
 
 
-def pick(generator: random.Random, trees: control.Trees, nodes: int) -> torch.Tensor:
+def pick(generator: random.Random, trees: host_state.Trees, nodes: int) -> torch.Tensor:
     """What a target might choose: often a child of the node."""
     chosen = []
     for tree in trees.trees:
@@ -99,21 +99,21 @@ def pick(generator: random.Random, trees: control.Trees, nodes: int) -> torch.Te
 
 def replay(prompts, new_tokens, eos, config: TreeConfig, table, seed: int | None, generator: random.Random, steps: int):
     """Runs both side by side and compares everything they say. Returns both sequences."""
-    host = control.Sequences(prompts, new_tokens, eos, torch.device("cpu"))
-    ours = on_device.Sequences(prompts, new_tokens, eos, DEVICE)
+    host = host_state.Sequences(prompts, new_tokens, eos, torch.device("cpu"))
+    ours = device_state.Sequences(prompts, new_tokens, eos, DEVICE)
     host_noise = noise = None
     if seed is not None:
         seeds = torch.tensor([seed + 2**40 * row for row in range(len(prompts))])
         streams = torch.tensor([row % 2 for row in range(len(prompts))], dtype=torch.int32)
         host_noise = HostNoise(seeds, streams.long(), lambda: host.lengths)
         noise = SimpleNamespace(seeds=seeds.to(DEVICE), streams=streams.to(DEVICE))
-    growth = on_device.Growth(ours, config, None if table is None else table.to(DEVICE), noise)
+    growth = device_state.Growth(ours, config, None if table is None else table.to(DEVICE), noise)
     accepted = []
     for _ in range(steps):
         if config.passes:
             for row in host.rows:
                 row.caught_up = False  # steps of one shape always read the catch-up token
-            expected = control.Growth(host, config, table, host_noise, torch.float32)
+            expected = host_state.Growth(host, config, table, host_noise, torch.float32)
             growth.begin()
             for number in range(config.passes):
                 known = expected.select(number)
@@ -127,7 +127,7 @@ def replay(prompts, new_tokens, eos, config: TreeConfig, table, seed: int | None
                 growth.record(names.int().to(DEVICE) if number else names.to(DEVICE), values.to(DEVICE))
             host_trees, trees = expected.harvest(), growth.harvest()
         else:
-            host_trees, trees = control.Trees.roots(host), on_device.Trees.roots(ours)
+            host_trees, trees = host_state.Trees.roots(host), device_state.Trees.roots(ours)
             for tree in host_trees.trees:
                 tree.slots = [1]  # that no draft has evaluated these roots, the host alone wants to know
         same_trees(trees, host_trees)
@@ -221,7 +221,7 @@ def test_nodes_exactly_as_likely_as_the_floor_are_left_out(table, seed):
         nodes=20, depth=4, passes=3, width=3, children=4, prefetch=1, prefetch_width=2, node_floor=floor
     )
     host, _ = replay([[1, 2, 1, 2, 1], [3]], 30, [], config, table, None, random.Random(seed), steps=2)
-    growth = control.Growth(host, TreeConfig(4, 1, 1, 1, 3, 0, node_floor=floor), None, None, torch.float32)
+    growth = host_state.Growth(host, TreeConfig(4, 1, 1, 1, 3, 0, node_floor=floor), None, None, torch.float32)
     growth.prefetch(growth.select(0))
     batch = growth.batch()
     values = torch.tensor([-1.0, -1.5, -1.5625]).expand(*batch.tokens.shape, -1)
@@ -239,8 +239,8 @@ def test_no_step_after_the_last_changes_anything(table):
 # ---------------------------------------------------------------- verification alone
 
 
-def random_tree(generator: random.Random, kind: str, nodes: int) -> control._Tree:
-    tree = control._Tree.root(generator.randrange(VOCAB))
+def random_tree(generator: random.Random, kind: str, nodes: int) -> host_state._Tree:
+    tree = host_state._Tree.root(generator.randrange(VOCAB))
     for node in range(1, nodes):
         parent = {"chain": node - 1, "star": 0, "random": generator.randrange(node)}[kind]
         used = {token for above, token in tree.children if above == parent}
@@ -249,7 +249,7 @@ def random_tree(generator: random.Random, kind: str, nodes: int) -> control._Tre
     return tree
 
 
-def load(trees: on_device.Trees, host: list[control._Tree]) -> None:
+def load(trees: device_state.Trees, host: list[host_state._Tree]) -> None:
     """Puts host trees where `harvest` would; garbage first, so that nothing else is read."""
     trees.tree.fill_(10**6)
     trees.tree[1].fill_(-1)
@@ -270,14 +270,14 @@ def test_walks(kind, nodes):
     generator = random.Random(nodes)
     for eos, new_tokens in (([], 100), ([3, 1], 100), ([*range(-12, -2), 3], 100), ([], 3)):
         prompts = [[7] * (row + 1) for row in range(4)]
-        ours = on_device.Sequences(prompts, new_tokens, eos, DEVICE)
-        host = control.Sequences(prompts, new_tokens, eos, torch.device("cpu"))
+        ours = device_state.Sequences(prompts, new_tokens, eos, DEVICE)
+        host = host_state.Sequences(prompts, new_tokens, eos, torch.device("cpu"))
         host.rows[3].running = False
         ours.state.running[3] = 0
         ours.state.active.sub_(1)
-        host_trees = control.Trees(host, [random_tree(generator, kind, nodes - row % 2) for row in range(4)], nodes)
+        host_trees = host_state.Trees(host, [random_tree(generator, kind, nodes - row % 2) for row in range(4)], nodes)
         settings = SimpleNamespace(nodes=nodes, depth=nodes, slots=1, children=1)
-        trees = on_device.Trees(ours, settings, None)
+        trees = device_state.Trees(ours, settings, None)
         load(trees, host_trees.trees)
         trees.moves.target.fill_(10**6)
         trees.moves.draft.fill_(10**6)
@@ -306,9 +306,9 @@ class OurOperationsAlone(TorchDispatchMode):
 
 def test_a_step_neither_allocates_nor_reads_back(table):
     config = TreeConfig(nodes=6, depth=3, passes=2, width=2, children=3, prefetch=1, prefetch_width=2)
-    ours = on_device.Sequences([[1, 2, 3], [4]], 20, [5], DEVICE)
+    ours = device_state.Sequences([[1, 2, 3], [4]], 20, [5], DEVICE)
     noise = SimpleNamespace(seeds=torch.tensor([1, 2], device=DEVICE), streams=torch.tensor([0, 1], device=DEVICE))
-    growth = on_device.Growth(ours, config, table.to(DEVICE), noise)
+    growth = device_state.Growth(ours, config, table.to(DEVICE), noise)
     proposed = [
         tuple(tensor.to(DEVICE) for tensor in proposals(random.Random(number), 2, size, 3))
         for number, size in enumerate((4, 4))
@@ -325,7 +325,7 @@ def test_a_step_neither_allocates_nor_reads_back(table):
         trees.batch()
         moves = trees.verify_commit(chosen)
         moves.target_rows(), moves.draft_rows()
-        on_device.Trees.roots(ours).verify_commit(roots)
+        device_state.Trees.roots(ours).verify_commit(roots)
 
     roots = torch.zeros(2, 1, dtype=torch.int32, device=DEVICE)
     step()  # compiles, and makes the trees of plain decoding
@@ -369,11 +369,11 @@ def test_opcheck(table):
 def test_errors(table):
     config = TreeConfig(nodes=4, depth=2, passes=2, width=1, children=2, prefetch=0)
     with pytest.raises(ValueError, match="every prompt needs at least one token"):
-        on_device.Sequences([[1], []], 5, [], DEVICE)
+        device_state.Sequences([[1], []], 5, [], DEVICE)
     with pytest.raises(ValueError, match="new_tokens must be at least 1, got 0"):
-        on_device.Sequences([[1]], 0, [], DEVICE)
-    sequences = on_device.Sequences([[1, 2], [3]], 5, [], DEVICE)
-    growth = on_device.Growth(sequences, config, None, None)
+        device_state.Sequences([[1]], 0, [], DEVICE)
+    sequences = device_state.Sequences([[1, 2], [3]], 5, [], DEVICE)
+    growth = device_state.Growth(sequences, config, None, None)
     growth.select(1)
     with pytest.raises(ValueError, match="names must be a tensor, got NoneType"):
         growth.batch()
@@ -403,10 +403,10 @@ def test_errors(table):
         growth.trees.moves.target_rows(3)
     noise = SimpleNamespace(seeds=torch.zeros(2, device=DEVICE), streams=torch.zeros(2, device=DEVICE))
     with pytest.raises(ValueError, match=r"seeds must be torch\.int64"):
-        on_device.Growth(sequences, config, None, noise).batch()
+        device_state.Growth(sequences, config, None, noise).batch()
     guessing = TreeConfig(nodes=2, depth=2, passes=1, width=5000, children=1, prefetch=1)
     with pytest.raises(ValueError, match="at most 4096 options a level on a GPU, got a table of 3 successors"):
-        on_device.Growth(sequences, guessing, table.to(DEVICE), None).batch()
+        device_state.Growth(sequences, guessing, table.to(DEVICE), None).batch()
     large = TreeConfig(nodes=2, depth=2, passes=100, width=10, children=17, prefetch=0)
     with pytest.raises(ValueError, match="at most 16384 candidates on a GPU, got 992 draft evaluations"):
-        on_device.Growth(sequences, large, None, None).batch()
+        device_state.Growth(sequences, large, None, None).batch()

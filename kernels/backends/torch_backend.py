@@ -1,0 +1,131 @@
+"""The torch backend: every operation in plain torch, with a generation's state on the host (kernels/state/host.py)."""
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from stagedspec.kernels import reference
+from stagedspec.kernels.common.timing import Overheads
+from stagedspec.kernels.state import host
+
+
+class TorchBackend:
+    """Satisfies `interface.Backend`, which documents every member, and `AdaptiveBackend` and `DraftCompiler`.
+
+    Stateless: one object could serve any number of decoders.
+    """
+
+    name = "torch"
+    max_depth = 256
+    max_head_size = 1 << 30  # any
+    lock: AbstractContextManager[Any] = nullcontext()  # nothing is shared between steps
+    # Measured from the times by phase of generations on two shared cores. Most of it is host work, which matters for
+    # small models. Draft passes after the first find the caches warm, which makes up for part of their host work.
+    overheads = Overheads(step=2e-4, node=1e-5, drafting=2e-4, draft_pass=0.0, row=4e-5)
+    # Sizes close together cost nothing here, and more of them find what one busy moment of the machine spared.
+    timed_rows: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
+
+    skips_passes = True
+    adapts_trees = True
+    explicit_trees = True
+    keeps_generations = False
+    times_phases = True
+
+    # ------------------------------------------------------------ running steps
+
+    def check_tree(self, tree: Any, table: Any = None) -> None:
+        """Every `TreeConfig` can be grown and verified here."""
+
+    def repeated(self, part: Callable) -> Callable:
+        return part
+
+    def prepare(self, calls: Iterable[tuple[Callable, tuple]], device: torch.device) -> int:
+        return 0  # there is nothing to compile
+
+    def seconds(self, run: Callable[[], object], device: torch.device) -> float:
+        begin = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - begin
+
+    def release(self) -> None:
+        """No buffers are kept between calls."""
+
+    # ------------------------------------------------------------ state
+
+    def make_sequences(
+        self, prompts: list[list[int]], new_tokens: int, eos: Sequence[int], device: torch.device, most: int = 1
+    ) -> host.Sequences:
+        return host.Sequences(prompts, new_tokens, eos, device)
+
+    def make_noise(
+        self,
+        seeds: list[int],
+        streams: list[int],
+        vocab_size: int,
+        reach: int,
+        limits: list[int],
+        device: torch.device,
+        past: int = 0,
+    ) -> reference.Noise:
+        return reference.Noise(seeds, streams, vocab_size, reach, limits, device, past)
+
+    def make_growth(
+        self, sequences: host.Sequences, config: Any, table: Any, noise: reference.Noise | None, dtype: torch.dtype
+    ) -> host.Growth:
+        return host.Growth(sequences, config, table, noise, dtype)
+
+    def root_trees(self, sequences: host.Sequences) -> host.Trees:
+        return host.Trees.roots(sequences)
+
+    def lookup_trees(self, sequences: host.Sequences, depth: int) -> host.Trees:
+        return host.Trees.lookup(sequences, depth)
+
+    def unread_pass(self, sequences: host.Sequences, count: int, tree_rows: int, dtype: torch.dtype) -> host.Unread:
+        return host.Unread.before_last(sequences, count, tree_rows, dtype)
+
+    def timed_batch(self, tokens: torch.Tensor, context: int, kv_dtype: torch.dtype) -> tuple[host.Batch, int]:
+        return host.prefill_batch(tokens, context, kv_dtype), 0
+
+    # ------------------------------------------------------------ drafts compiled as a whole
+
+    def compile_draft(self, config: Any, weights: dict[str, torch.Tensor], scales: list[float]) -> Any | None:
+        """A `CompiledDraft`. None, too, where Numba is missing."""
+        try:
+            from stagedspec.kernels.compiled_draft import CompiledDraft
+        except ImportError:  # no Numba for a new Python, or only a GPU's packages
+            return None
+        return CompiledDraft.of(config, weights, scales)
+
+    def compiled_forward(
+        self, draft: Any, batch: host.Batch, rows: torch.Tensor, write: int, first: int
+    ) -> torch.Tensor:
+        return draft.forward(batch, rows, write, first)
+
+    def compiled_children(
+        self, draft: Any, hidden: torch.Tensor, count: int, warping: dict | None, noise: reference.NoiseAt | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return draft.children(hidden, count, warping, noise)
+
+    # ------------------------------------------------------------ operations
+    # The functions themselves: a method around each would be one more call in Python, five times a layer.
+
+    prefill_batch = staticmethod(host.prefill_batch)
+    kv_dtype = staticmethod(reference.kv_dtype)
+    pack_linear = staticmethod(reference.pack_linear)
+    fused_activation = staticmethod(reference.fused_activation)
+    embed = staticmethod(reference.embed)
+    norm_linear = staticmethod(reference.norm_linear)
+    linear_add = staticmethod(reference.linear_add)
+    layer_views = staticmethod(reference.layer_views)
+    tree_attention = staticmethod(reference.tree_attention)
+    head_logits = staticmethod(reference.head_logits)
+    choose = staticmethod(reference.choose)
+    warp = staticmethod(reference.warp)
+    lm_head_choose = staticmethod(reference.lm_head_choose)
+    lm_head_children = staticmethod(reference.lm_head_children)
+    move_rows = staticmethod(reference.move_rows)
