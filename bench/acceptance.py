@@ -20,7 +20,7 @@ from machine import arguments_of, header, where
 from report import markdown, update_readme
 from rules import RULES
 from sides import HERE, Models, add_options, check_options, clear_errors, encode, load, read_prompts
-from stagedspec.cli import progress_bar
+from stagedspec.cli.output import progress_bar
 from stagedspec.decoder import MAX_BATCH
 from stagedspec.kernels.backends.torch_ops import warp
 

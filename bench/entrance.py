@@ -19,7 +19,7 @@ from transformers import GenerationConfig, GPT2LMHeadModel
 from machine import arguments_of, header, where
 from sides import ASSETS, HERE, encode, read_prompts
 from stagedspec import Decoder
-from stagedspec.cli import quiet_transformers
+from stagedspec.cli.output import quiet_transformers
 from stagedspec.hf import custom_generate
 
 BOUND = 0.03

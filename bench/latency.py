@@ -27,8 +27,9 @@ from machine import arguments_of, header, where
 from random_models import add_model_options, checkpoints
 from report import markdown, update_readme
 from sides import check_options, clear_errors
-from stagedspec import MODES, early
-from stagedspec.cli import quiet_transformers
+from stagedspec import MODES
+from stagedspec.cli import early_checks
+from stagedspec.cli.output import quiet_transformers
 from stagedspec.devices import resolve_device, resolve_dtype
 
 LENGTHS = (128, 16, 900)  # the most usual prompt first
@@ -345,17 +346,17 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def check(options: argparse.Namespace) -> None:
     """Fills in defaults. Raises ValueError for options that do not fit together."""
     named = (options.target, options.draft, options.ngram) if options.random is None else (None, None, None)
-    early.check_models(*named, options.device, options.dtype, options.backend)
+    early_checks.check_models(*named, options.device, options.dtype, options.backend)
     device = resolve_device(options.device)
     first_use.parse_tree(options.tree)
-    early.check_at_least(0, limit_seconds=options.limit_seconds)
+    early_checks.check_at_least(0, limit_seconds=options.limit_seconds)
     few, many = options.tokens
     if not 1 <= few < many:
         raise ValueError(f"--tokens must be a small and a larger number of new tokens, got {few} {many}")
     if min(options.lengths) < 1:
         raise ValueError(f"--lengths must be positive, got {min(options.lengths)}")
     if options.out is not None:
-        early.check_output(options.out, "--out")
+        early_checks.check_output(options.out, "--out")
     on_cpu = device.type == "cpu"
     if options.limit_seconds is None:
         options.limit_seconds = 120 if on_cpu else 240

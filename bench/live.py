@@ -16,7 +16,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from machine import arguments_of, header, where
-from stagedspec.cli import quiet_transformers
+from stagedspec.cli.output import quiet_transformers
 from stagedspec.models.gpt2 import finite
 from stagedspec.models.plain import check_plain, fingerprint
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import median_low
 
 from rich.console import Console
+from rich.style import Style
 
 import figures
 from journal import Journal, code_fingerprint
@@ -37,8 +38,8 @@ from sides import (
     transformers_side,
 )
 from stagedspec import MODES
-from stagedspec.cli import ORIGIN_STYLES, PROMPT_STYLE, Style, paint, print_legend
-from stagedspec.origins import Shown, pieces, save
+from stagedspec.cli.origins import Shown, pieces, save
+from stagedspec.cli.output import ORIGIN_STYLES, PROMPT_STYLE, paint, print_legend
 from stagedspec.planning.cost import PassTimes
 from stagedspec.tuning.compare import Row, speedups, summarise
 

@@ -17,7 +17,7 @@ from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 
 import stagedspec
 from journal import Journal
-from stagedspec.cli import progress_bar, quiet_transformers
+from stagedspec.cli.output import progress_bar, quiet_transformers
 from stagedspec.models.loading import check_same_tokens, load_tokenizer, read_checkpoint
 from stagedspec.tuning import compare
 from stagedspec.tuning.compare import Run, Timed

@@ -37,7 +37,7 @@ from random_models import add_model_options, checkpoints
 from sides import check_options, clear_errors
 from soak_calls import Call
 from stagedspec import Decoder, TreeConfig
-from stagedspec.cli import quiet_transformers
+from stagedspec.cli.output import quiet_transformers
 from stagedspec.devices import resolve_device
 
 TREE = TreeConfig(8, 4, 2, 2, 3, 1, 2)  # of the decoder whose trees do not adapt

@@ -17,7 +17,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import stagedspec
-from stagedspec.cli import quiet_transformers
+from stagedspec.cli.output import quiet_transformers
 from stagedspec.decoding.generation import Run
 from stagedspec.decoding.stats import Mark
 from stagedspec.devices import resolve_device, resolve_dtype

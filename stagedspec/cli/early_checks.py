@@ -23,7 +23,7 @@ BACKENDS = ("auto", "torch", "triton")
 OPERATIONS = (
     "linear", "lm_head", "choose", "compact", "ngram_lookup", "grow_pass", "harvest_tree", "verify_commit"
 )  # fmt: skip
-EMBEDDED = Path(__file__).with_name("assets") / "target"
+EMBEDDED = Path(__file__).parents[1] / "assets" / "target"
 PRESETS = ("embedded", "embedded-cpu", "tiny", "gpt2-large")
 
 

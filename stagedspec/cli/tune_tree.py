@@ -1,0 +1,165 @@
+"""`stagedspec tune-tree`: choose token trees for a pair of models on this machine."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from stagedspec.cli import early_checks
+from stagedspec.cli.options import (
+    Backend,
+    Device,
+    Draft,
+    Dtype,
+    Json,
+    Ngram,
+    NoColor,
+    Target,
+    fit_prompts,
+    load_decoder,
+)
+from stagedspec.cli.output import as_lines, empty_table, progress_bar, wide_console
+from stagedspec.planning.tree import MODES
+from stagedspec.tuning.compare import PROMPTS
+
+if TYPE_CHECKING:
+    from stagedspec.planning.profile import Tuning
+
+EXAMPLES = (
+    "Examples: [bold]stagedspec tune-tree[/bold] keeps what it finds for later runs with the same models on "
+    "this machine; [bold]stagedspec tune-tree --target gpt2-large --draft distilgpt2 --prompts mine.jsonl --out "
+    "tree.json[/bold] writes a file, for Decoder.from_pretrained(..., tree='tree.json')."
+)
+
+
+def tune_tree(
+    out: Annotated[Path | None, typer.Option(help="File to write, JSON. Default: the user's cache.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="JSON lines with a `prompt` field. Default: a few beginnings of Python.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Prompts at most.")] = 16,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--max-new-tokens", "-n", min=8, help="New tokens of each. Default: 96, or what the model has room for."
+        ),
+    ] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1, max=16, help="Batch size; may be given several times. Default: 1.")
+    ] = None,
+    target: Target = None,
+    draft: Draft = None,
+    ngram: Ngram = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    backend: Backend = "auto",
+    as_json: Json = False,
+    no_color: NoColor = False,
+) -> None:
+    """Choose token trees for a pair of models on this machine: the fastest of those that measured passes and acceptance
+    promise most. Saves them.
+
+    For the torch backend, on a GPU too: the Triton backend's trees are of one shape, which the cost model chooses.
+
+    Prints the cost model's predicted speed beside the measured one. Exit status 1 if any output differs from plain
+    (autoregressive) decoding. The launch settings of GPU kernels are another matter: `stagedspec tune`.
+    """
+    if out is not None:
+        early_checks.check_output(out, "--out")
+    texts = list(PROMPTS) if prompts is None else _prompt_lines(prompts)
+    if backend == "triton":
+        raise ValueError("tuning trees is not supported by backend 'triton': choose --backend torch, or leave it out")
+    backend = "torch" if backend == "auto" else backend
+    early_checks.check_room(target, max_new_tokens)
+    decoder = load_decoder(target, draft, ngram, device, dtype, backend, modes=MODES)
+    encoded, max_new_tokens = fit_prompts(texts[:limit], decoder, max_new_tokens, 96)
+
+    from stagedspec.planning.profile import keep
+    from stagedspec.tuning.trees import tune
+
+    with progress_bar(auto_refresh=False) as progress:
+        task = progress.add_task("measuring", total=None)
+
+        def report(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total, refresh=True)
+
+        tuning = tune(decoder, encoded, max_new_tokens, batch or [1], report)
+    if out is None:
+        saved = keep(decoder, tuning)
+    else:
+        saved = out.expanduser()
+        tuning.save(saved)
+    same = all(row["identical"] for row in tuning.measured)
+    if as_json:
+        trees = [
+            {"mode": mode, "batch": size, "sampled": sampled, "tree": vars(ladder[-1])}
+            for (mode, size, sampled), ladder in tuning.trees.items()
+        ]
+        result = {"saved": None if saved is None else str(saved), "identical": same, "trees": trees}
+        typer.echo(as_lines(result | {"measured": tuning.measured}))
+    else:
+        _print_tuning(wide_console(no_color), tuning)
+        typer.echo("The cache folder cannot be written; use --out." if saved is None else f"Saved in {saved}")
+        if decoder.device.type == "cuda":
+            typer.echo("It holds for --backend torch.")
+    if far := _far_from_predicted(tuning.measured):
+        typer.echo(
+            f"warning: the speed-up was predicted badly ({'; '.join(far)}). If the machine was busy, tune again when "
+            "it is not; else give prompts of the kind that you complete (--prompts)",
+            err=True,
+        )
+    if not same:
+        raise typer.Exit(1)
+
+
+def _far_from_predicted(measured: list[dict[str, Any]]) -> list[str]:
+    """What was measured at less than half or more than twice what was predicted."""
+    found = []
+    for row in measured:
+        predicted, speedup = row["predicted_speedup"], row["measured_speedup"]
+        if speedup is not None and not 0.5 <= predicted / speedup <= 2:
+            name = row["mode"] + (", sampled" if row["sampled"] else "")
+            found.append(f"{name}, {row['batch']} rows: {predicted:.2f}x predicted, {speedup:.2f}x measured")
+    return found
+
+
+def _prompt_lines(path: Path) -> list[str]:
+    early_checks.check_input(path, "--prompts", "JSON lines with a `prompt` text")
+    texts: list[str] = []
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                value = json.loads(line)
+                text = value.get("prompt") if isinstance(value, dict) else None
+                if not isinstance(text, str) or not text:
+                    raise ValueError(f"line {number} has none")
+                texts.append(text)
+    except (OSError, EOFError, ValueError) as error:
+        raise ValueError(f"--prompts {path} must hold JSON lines, each with a `prompt` text: {error}") from None
+    if not texts:
+        raise ValueError(f"--prompts {path} must hold JSON lines, each with a `prompt` text, but it is empty")
+    return texts
+
+
+def _print_tuning(console: Console, tuning: "Tuning") -> None:
+    grid = empty_table("predicted / measured")
+    grid.add_column("mode", no_wrap=True)
+    for name in ("rows", "nodes", "tokens/s", "speed-up", "tokens/step"):
+        grid.add_column(name, justify="right", no_wrap=True)
+    for row in tuning.measured:
+        ladder = tuning.trees.get((row["mode"], row["batch"], row["sampled"]))
+        speedup = "-" if row["measured_speedup"] is None else f"{row['measured_speedup']:.2f}x"
+        grid.add_row(
+            row["mode"] + (", sampled" if row["sampled"] else ""),
+            str(row["batch"]),
+            "1" if ladder is None else str(ladder[-1].nodes),
+            f"{row['predicted_tokens_per_second']:.0f}/{row['measured_tokens_per_second']:.0f}",
+            f"{row['predicted_speedup']:.2f}x/{speedup}",
+            f"{row['predicted_tokens_per_step']:.2f}/{row['measured_tokens_per_step']:.2f}",
+        )
+    console.print(grid)
