@@ -19,10 +19,11 @@ from journal import Journal, code_fingerprint, prompt_hash
 from machine import arguments_of, header, where
 from report import markdown, update_readme
 from rules import RULES
-from sides import HERE, Models, add_options, check_options, clear_errors, encode, load, read_prompts
+from sides import HERE, Models, add_options, check_options, clear_errors, encode, load
 from stagedspec.cli.output import progress_bar
 from stagedspec.decoder import MAX_BATCH
 from stagedspec.kernels.backends.torch_ops import warp
+from stagedspec.tuning.prompts import read_prompts
 
 CHILDREN = (1, 2, 4, 8)
 RESAMPLES = 4000

@@ -28,11 +28,11 @@ from sides import (
     load,
     measure,
     our_side,
-    read_prompts,
     transformers_side,
 )
 from stagedspec.decoder import MAX_BATCH
 from stagedspec.tuning.compare import summarise, table
+from stagedspec.tuning.prompts import read_prompts
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

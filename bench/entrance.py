@@ -17,10 +17,12 @@ import torch
 from transformers import GenerationConfig, GPT2LMHeadModel
 
 from machine import arguments_of, header, where
-from sides import ASSETS, HERE, encode, read_prompts
+from sides import HERE, encode
 from stagedspec import Decoder
 from stagedspec.cli.output import quiet_transformers
 from stagedspec.hf import custom_generate
+from stagedspec.models import embedded
+from stagedspec.tuning.prompts import read_prompts
 
 BOUND = 0.03
 
@@ -28,13 +30,13 @@ BOUND = 0.03
 def ways(mode: str, new: int, device: str) -> tuple[dict, object]:
     """Functions from ids [1, L] to tokens [1, L + new], the plain one first, and the tokenizer."""
     decoder = Decoder.default(device=device)
-    model = GPT2LMHeadModel.from_pretrained(ASSETS / "target", dtype=decoder.target.dtype).to(decoder.device)
+    model = GPT2LMHeadModel.from_pretrained(embedded.TARGET, dtype=decoder.target.dtype).to(decoder.device)
     # Every side the tree that the cost model chose for one of them: it must not differ by a measurement's noise.
     tree = decoder.tree_for(mode)
     options = {"max_new_tokens": new, "pad_token_id": 0}
     config = GenerationConfig(**options, eos_token_id=[model.config.vocab_size - 1])
     eos = config.eos_token_id
-    generator = custom_generate(ASSETS / "draft", ASSETS / "ngram.safetensors", mode, tree)
+    generator = custom_generate(embedded.DRAFT, embedded.NGRAM, mode, tree)
     return {
         "plain": lambda ids: decoder.generate(ids, mode=mode, tree=tree, eos_token_id=eos, **options),
         "generation_config": lambda ids: decoder.generate(ids, mode=mode, tree=tree, generation_config=config),

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 import stagedspec
+from stagedspec.kernels.common.files import write_text
 from stagedspec.tuning.compare import Run, Timed
 
 HERE = Path(__file__).parent
@@ -44,9 +45,7 @@ class Journal:
         if fresh:
             kept = [(line, entry) for line, entry in kept if entry["key"] != self.key]
         if len(kept) != len(lines):
-            part = path.with_name(path.name + ".part")
-            part.write_text("".join(line + "\n" for line, _ in kept), encoding="utf-8")
-            part.replace(path)
+            write_text(path, "".join(line + "\n" for line, _ in kept))
         self.entries = [entry for _, entry in kept if entry["key"] == self.key]
         self._round: tuple = ()
         self._name = ""

@@ -9,7 +9,6 @@ what was left out is named. See bench/README.md.
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 import time
@@ -31,6 +30,7 @@ from stagedspec import MODES
 from stagedspec.cli import early_checks
 from stagedspec.cli.output import quiet_transformers
 from stagedspec.devices import resolve_device, resolve_dtype
+from stagedspec.kernels.common.files import write_text
 
 LENGTHS = (128, 16, 900)  # the most usual prompt first
 TIMED = [mode for mode in ("staged", "autoregressive", "tree", "chain") if mode in MODES]  # in order of interest
@@ -252,9 +252,7 @@ def check_first_tokens(found: list[dict]) -> None:
 
 def write(report: dict, out: Path | None) -> None:
     if out is not None:
-        part = out.with_name(out.name + ".part")
-        part.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        os.replace(part, out)
+        write_text(out, json.dumps(report, indent=1) + "\n")
 
 
 # ---------------------------------------------------------------- tables

@@ -6,14 +6,13 @@ M=1 is plain decoding, M=12 a tree of the default size. Nothing is asserted of t
 """
 
 import random
-from pathlib import Path
 
 import pytest
 import torch
 
-import stagedspec
 from stagedspec.kernels.backends import torch_ops as reference
 from stagedspec.kernels.state import host as control
+from stagedspec.models import embedded
 from stagedspec.models.ngram import KatzTable
 from stagedspec.planning.tree import TreeConfig
 from stagedspec.tuning.workloads import SAMPLINGS, SIZES, SPREAD, randn
@@ -35,7 +34,7 @@ def repeatable():
 
 @pytest.fixture(scope="module")
 def table() -> KatzTable:
-    return KatzTable.load(Path(stagedspec.__file__).parent / "assets" / "ngram.safetensors")
+    return KatzTable.load(embedded.NGRAM)
 
 
 def linear(outputs: int, inputs: int, bias: bool = True) -> reference.Linear:

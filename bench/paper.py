@@ -34,7 +34,6 @@ from sides import (
     load,
     measure,
     our_side,
-    read_prompts,
     transformers_side,
 )
 from stagedspec import MODES
@@ -42,6 +41,7 @@ from stagedspec.cli.origins import Shown, pieces, save
 from stagedspec.cli.output import ORIGIN_STYLES, PROMPT_STYLE, paint, print_legend
 from stagedspec.planning.cost import PassTimes
 from stagedspec.tuning.compare import Row, speedups, summarise
+from stagedspec.tuning.prompts import read_prompts
 
 TITLES = {"greedy": "greedy", "sample": "top-k 50, T=1"}
 # Tables 1 and 2 of the paper: GPT-2-L on an RTX 4090, HumanEval. (tokens/s, weight bytes per token.)

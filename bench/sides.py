@@ -3,9 +3,7 @@
 import argparse
 import copy
 import functools
-import gzip
 import hashlib
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,12 +16,12 @@ from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 import stagedspec
 from journal import Journal
 from stagedspec.cli.output import progress_bar, quiet_transformers
+from stagedspec.models import embedded
 from stagedspec.models.loading import check_same_tokens, load_tokenizer, read_checkpoint
 from stagedspec.tuning import compare
 from stagedspec.tuning.compare import Run, Timed
 
 HERE = Path(__file__).parent
-ASSETS = Path(stagedspec.__file__).parent / "assets"
 BASELINE = "autoregressive"
 PLAIN, ASSISTED, LOOKUP = "transformers", "transformers assisted", "transformers lookup"
 
@@ -74,30 +72,6 @@ def clear_errors(main: Callable[..., int]) -> Callable[..., int]:
 
 
 # ---------------------------------------------------------------- prompts
-
-
-def read_prompts(path: Path) -> list[str]:
-    """The `prompt` fields of a file of JSON lines, gzipped if its name ends in .gz.
-
-    Raises ValueError for a file that is missing, unreadable, empty, or has a line without a prompt text.
-    """
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
-            lines = [line for line in file if line.strip()]
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read prompts from {path}: {error}; bench/make_prompts.py writes them") from None
-    if not lines:
-        raise ValueError(f"{path} holds no prompts; expected JSON lines with a `prompt` field")
-    prompts = []
-    for number, line in enumerate(lines, 1):
-        try:
-            prompt = json.loads(line)["prompt"]
-        except (json.JSONDecodeError, KeyError, TypeError):
-            prompt = None
-        if not isinstance(prompt, str) or not prompt:
-            raise ValueError(f"{path}, line {number}: expected a JSON object with a text in its `prompt` field")
-        prompts.append(prompt)
-    return prompts
 
 
 def encode(prompts: list[str], tokenizer, room: int, limit: int) -> tuple[list[torch.Tensor], int]:
@@ -186,10 +160,10 @@ def load(options: argparse.Namespace) -> Models:
     quiet_transformers()
     if options.target is None and (options.draft or options.ngram):
         raise ValueError("--draft and --ngram belong to a target: add --target")
-    if options.target is None and not (ASSETS / "target" / "config.json").is_file():
-        raise ValueError("this installation has no embedded models: name some with --target, --draft and --ngram")
-    embedded = (str(ASSETS / "target"), str(ASSETS / "draft"), ASSETS / "ngram.safetensors")
-    sources = embedded if options.target is None else (options.target, options.draft, options.ngram)
+    sources = options.target, options.draft, options.ngram
+    if options.target is None:
+        embedded.check_installed("name some with --target, --draft and --ngram")
+        sources = str(embedded.TARGET), str(embedded.DRAFT), embedded.NGRAM
     tokenizer = load_tokenizer(sources[0])
     if tokenizer is None:
         raise ValueError(f"{sources[0]} has no tokenizer, so prompts cannot be turned into tokens")

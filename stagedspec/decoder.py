@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partialmethod
-from importlib.resources import files
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, NoReturn, cast
@@ -23,6 +22,7 @@ from stagedspec.decoding.sampling import Sampling, counters
 from stagedspec.decoding.stats import ORIGINS, Stats, marks_wanted
 from stagedspec.devices import resolve_device, resolve_dtype
 from stagedspec.kernels.backends import select as kernel_backend
+from stagedspec.models import embedded
 from stagedspec.models.gpt2 import GPT2
 from stagedspec.models.live import LiveModel, read_model
 from stagedspec.models.loading import (
@@ -229,11 +229,8 @@ class Decoder:
     @classmethod
     def default(cls, **options: Any) -> "Decoder":
         """The embedded target, draft and n-gram table, trained on Python source. Options as in `from_pretrained`."""
-        assets = Path(str(files("stagedspec") / "assets"))
-        if not (assets / "target" / "config.json").is_file():
-            raise ValueError("this installation has no embedded models; train some with `stagedspec train`")
-        known = {"draft": assets / "draft", "ngram": assets / "ngram.safetensors"}
-        return cls.from_pretrained(assets / "target", **(known | options))
+        embedded.check_installed("train some with `stagedspec train`")
+        return cls.from_pretrained(embedded.TARGET, **{"draft": embedded.DRAFT, "ngram": embedded.NGRAM, **options})
 
     @property
     def backend(self) -> str:

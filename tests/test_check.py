@@ -372,7 +372,7 @@ def test_writing_fails_whole(tmp_path, monkeypatch):
     def full(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr(trusted.os, "replace", full)
+    monkeypatch.setattr("stagedspec.kernels.common.files.os.replace", full)
     with pytest.raises(OSError, match="no space"):
         trusted.write(SETUP, [80], torch.bfloat16, tmp_path)
     assert [path.read_text() for path in tmp_path.glob("*")] == [before]

@@ -12,11 +12,12 @@ from stagedspec import decoder
 from stagedspec.cli import app, early_checks, generate, options, tune_tree
 from stagedspec.devices import DTYPES
 from stagedspec.kernels.backends import select as backend
+from stagedspec.models import embedded
 from stagedspec.planning.tree import MODES
 from stagedspec.training import recipe
 
-TARGET = str(decoder.files("stagedspec") / "assets" / "target")
-FILE, FOLDER = __file__, str(decoder.files("stagedspec"))
+TARGET = str(embedded.TARGET)
+FILE, FOLDER = __file__, str(embedded.TARGET.parent)
 
 REFUSED = [
     ("generate x -n -3", "--max-new-tokens must be at least 1, got -3"),

@@ -26,7 +26,7 @@ from stagedspec.kernels.common.compiling import compile_ahead
 from stagedspec.models.gpt2 import GPT2
 from stagedspec.models.ngram import KatzTable
 from stagedspec.planning.tree import MODES, TreeConfig
-from stagedspec.tuning.compare import PROMPTS
+from stagedspec.tuning.prompts import PROMPTS
 from stagedspec.tuning.workloads import SAMPLINGS as WARPINGS
 from stagedspec.tuning.workloads import katz_table, tree_config
 

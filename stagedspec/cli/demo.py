@@ -21,7 +21,8 @@ from stagedspec.cli.options import (
 )
 from stagedspec.cli.output import as_lines, preparing, print_legend, progress_bar, stream, wide_console
 from stagedspec.planning.tree import MODES
-from stagedspec.tuning.compare import PROMPTS, Row, Run, compare, table
+from stagedspec.tuning.compare import Row, Run, compare, table
+from stagedspec.tuning.prompts import PROMPTS
 
 if TYPE_CHECKING:
     from stagedspec.decoder import Decoder

@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 
 from stagedspec.decoding.sampling import Sampling, counters
 from stagedspec.decoding.stats import marks_wanted
-from stagedspec.models import checkpoints
+from stagedspec.models import checkpoints, embedded
 from stagedspec.planning.tree import TreeConfig
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -23,7 +23,6 @@ BACKENDS = ("auto", "torch", "triton")
 OPERATIONS = (
     "linear", "lm_head", "choose", "compact", "ngram_lookup", "grow_pass", "harvest_tree", "verify_commit"
 )  # fmt: skip
-EMBEDDED = Path(__file__).parents[1] / "assets" / "target"
 PRESETS = ("embedded", "embedded-cpu", "tiny", "gpt2-large")
 
 
@@ -140,7 +139,7 @@ def check_room(target: str | None, new_tokens: int | None) -> None:
     """Raises ValueError for more new tokens than the target has positions, where its config is at hand."""
     if new_tokens is None:
         return
-    folder = EMBEDDED if target is None else checkpoints.find(target, "target")
+    folder = embedded.TARGET if target is None else checkpoints.find(target, "target")
     if folder is None:
         return
     values = checkpoints.read_config(folder, "target")

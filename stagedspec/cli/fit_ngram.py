@@ -5,10 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
-import stagedspec
 from stagedspec.cli import early_checks
 from stagedspec.cli.output import progress_bar, quiet_transformers
-from stagedspec.models import checkpoints
+from stagedspec.models import checkpoints, embedded
 
 MOST_ROWS = 4096  # sampled at once
 
@@ -58,10 +57,8 @@ def fit_ngram(
     if tokenizer is not None and not files:
         raise ValueError("--tokenizer reads the files of --text: add --text, or leave out --tokenizer")
     if draft is None:
-        assets = Path(stagedspec.__file__).parent / "assets"
-        if not (assets / "draft").is_dir():
-            raise ValueError("this installation has no embedded models; name a draft with --draft")
-        draft, tokenizer = str(assets / "draft"), tokenizer or str(assets / "target")
+        embedded.check_installed("name a draft with --draft")
+        draft, tokenizer = str(embedded.DRAFT), tokenizer or str(embedded.TARGET)
     early_checks.check_device(device)
     checkpoints.find(draft, "draft")
     from rich.progress import TextColumn

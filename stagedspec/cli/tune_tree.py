@@ -1,7 +1,5 @@
 """`stagedspec tune-tree`: choose token trees for a pair of models on this machine."""
 
-import gzip
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,7 +21,7 @@ from stagedspec.cli.options import (
 )
 from stagedspec.cli.output import as_lines, empty_table, progress_bar, wide_console
 from stagedspec.planning.tree import MODES
-from stagedspec.tuning.compare import PROMPTS
+from stagedspec.tuning.prompts import PROMPTS, read_prompts
 
 if TYPE_CHECKING:
     from stagedspec.planning.profile import Tuning
@@ -69,7 +67,9 @@ def tune_tree(
     """
     if out is not None:
         early_checks.check_output(out, "--out")
-    texts = list(PROMPTS) if prompts is None else _prompt_lines(prompts)
+    if prompts is not None:
+        early_checks.check_input(prompts, "--prompts", "JSON lines with a `prompt` text")
+    texts = PROMPTS if prompts is None else read_prompts(prompts)
     if backend == "triton":
         raise ValueError("tuning trees is not supported by backend 'triton': choose --backend torch, or leave it out")
     backend = "torch" if backend == "auto" else backend
@@ -124,26 +124,6 @@ def _far_from_predicted(measured: list[dict[str, Any]]) -> list[str]:
             name = row["mode"] + (", sampled" if row["sampled"] else "")
             found.append(f"{name}, {row['batch']} rows: {predicted:.2f}x predicted, {speedup:.2f}x measured")
     return found
-
-
-def _prompt_lines(path: Path) -> list[str]:
-    early_checks.check_input(path, "--prompts", "JSON lines with a `prompt` text")
-    texts: list[str] = []
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                value = json.loads(line)
-                text = value.get("prompt") if isinstance(value, dict) else None
-                if not isinstance(text, str) or not text:
-                    raise ValueError(f"line {number} has none")
-                texts.append(text)
-    except (OSError, EOFError, ValueError) as error:
-        raise ValueError(f"--prompts {path} must hold JSON lines, each with a `prompt` text: {error}") from None
-    if not texts:
-        raise ValueError(f"--prompts {path} must hold JSON lines, each with a `prompt` text, but it is empty")
-    return texts
 
 
 def _print_tuning(console: Console, tuning: "Tuning") -> None:

@@ -7,7 +7,6 @@ under a fingerprint of the pair, the device, the threads and torch's version, an
 import contextlib
 import hashlib
 import json
-import os
 import platform
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from stagedspec.kernels.common.files import write_text
 from stagedspec.kernels.common.launch_configs import cache_folder
 from stagedspec.planning import cost
 from stagedspec.planning.cost import STRETCHES, Stretch
@@ -69,12 +69,7 @@ class Tuning:
         ]
         names = {"sampled" if sampled else "greedy": value for sampled, value in self.stretches.items()}
         content = {"format": FORMAT, "pair": self.pair, "stretches": names, "trees": trees, "measured": self.measured}
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
-        try:
-            part.write_text(json.dumps(content | {"passes": passes}, indent=1) + "\n", encoding="utf-8")
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+        write_text(path, json.dumps(content | {"passes": passes}, indent=1) + "\n", shared=True)
 
     @classmethod
     def load(cls, path: str | Path) -> "Tuning":

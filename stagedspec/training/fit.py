@@ -30,6 +30,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AttentionInterface, GPT2LMHeadModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from stagedspec.kernels.common.files import replacing
+
 CHECKPOINT = "checkpoint.safetensors"
 _CAUSAL = "stagedspec_causal"
 
@@ -271,9 +273,8 @@ def _checkpoint(folder: Path, model, optimizer, config: FitConfig, step: int) ->
         tensors[f"weight.{name}"] = parameter.detach().contiguous()
         for key, value in optimizer.state[parameter].items():
             tensors[f"{key}.{name}"] = value.detach().contiguous()
-    part = folder / "checkpoint.part"
-    save_file(tensors, part, metadata={"step": str(step), "config": json.dumps(asdict(config))})
-    part.replace(folder / CHECKPOINT)  # atomic: a killed run leaves the last whole one
+    with replacing(folder / CHECKPOINT) as part:  # a killed run leaves the last whole one
+        save_file(tensors, part, metadata={"step": str(step), "config": json.dumps(asdict(config))})
 
 
 def _restore(folder: Path, model, optimizer, config: FitConfig) -> int:

@@ -26,6 +26,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from stagedspec.devices import resolve_device
+from stagedspec.kernels.common.files import replacing
 from stagedspec.models.loading import no_bars
 from stagedspec.models.ngram import fit_table
 from stagedspec.training import card, distil, sample
@@ -292,9 +293,8 @@ class _Run:
         self._check(corpus)
         tokenizer.model_max_length = self.config.n_positions
         tokenizer.save_pretrained(self.out / "tokenizer")
-        part = self.out / "corpus.part"
-        corpus.save(part)
-        part.replace(self.out / "corpus.safetensors")
+        with replacing(self.out / "corpus.safetensors") as part:
+            corpus.save(part)
         seconds = time.perf_counter() - start
         report({
             "step": 1,
@@ -414,11 +414,11 @@ class _Run:
         }
         name = next((name for name, config in PRESETS.items() if config == self.config), None)
         text = card.model_card(asdict(self.config), name, self.out, STAGES[:-1], measured)
-        part = self.out / "README.part"  # last, whole: the card marks the export as done
-        part.write_text(text, encoding="utf-8")
-        for path in (*assets.rglob("*.safetensors"), part):
+        for path in assets.rglob("*.safetensors"):
             path.chmod(0o644)  # safetensors are written for the owner alone; these are installed for everybody
-        part.replace(assets / "README.md")
+        with replacing(assets / "README.md") as part:  # last: the card marks the export as done
+            part.write_text(text, encoding="utf-8")
+            part.chmod(0o644)
         report({"step": 1, "steps": 1, **measured, "seconds": time.perf_counter() - start})
 
     # ---- what the stages share

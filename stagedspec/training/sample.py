@@ -14,6 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, GPT2LMHeadModel, LogitsProcessor, LogitsProcessorList
 
+from stagedspec.kernels.common.files import replacing
+
 
 def prompt_rows(corpus: torch.Tensor, rows: int, longest: int, end_of_text: int | None, seed: int) -> torch.Tensor:
     """Prompts of one length, drawn from 1 to `longest` by the seed: LongTensor [rows, length].
@@ -157,9 +159,8 @@ def _shards(model, tokens_wanted, temperatures, folder, corpus, batch, length, l
         start = time.perf_counter()
         prompts = prompt_rows(corpus, batch, longest_prompt, end_of_text, shard_seed)
         rows = sample_rows(model, prompts, length, settings["temperature"], shard_seed, top_k)
-        part = path.with_suffix(".part")
-        save_file({"tokens": rows.int()}, part, metadata={"settings": json.dumps(settings)})
-        part.replace(path)
+        with replacing(path) as part:
+            save_file({"tokens": rows.int()}, part, metadata={"settings": json.dumps(settings)})
         seconds = time.perf_counter() - start
         rate = batch * (length - prompts.shape[1]) / seconds
         report({"step": index + 1, "steps": count, "seconds": seconds, "tokens_per_second": rate})

@@ -13,18 +13,6 @@ from typing import TypeVar
 
 Prompt = TypeVar("Prompt")
 
-# Beginnings of Python, for who gives no prompts.
-PROMPTS = (
-    'def read_json(path):\n    """Read a JSON file and return its contents."""\n    with open(path) as',
-    "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):\n",
-    "import os\nimport sys\nimport argparse\n\n\ndef main():\n    parser = argparse.ArgumentParser(",
-    "    def __eq__(self, other):\n        if not isinstance(other, ",
-    "import numpy as np\n\n\ndef normalize(x, axis=-1):\n",
-    'def test_empty_input():\n    """An empty list gives nothing."""\n    result = ',
-    "    for name, value in sorted(options.items()):\n        if value is None:\n            raise ValueError(",
-    "from dataclasses import dataclass\n\n\n@dataclass\nclass Point:\n    x: float\n    y: float\n\n    def ",
-)
-
 
 @dataclass(frozen=True)
 class Run:
