@@ -101,9 +101,8 @@ def check_embed(model: GPT2) -> str:
     positions = torch.arange(rows, dtype=torch.int32, device=model.device)[None] % model.positions
     out = draw.unset(rows, model.config.n_embd)
     embed.embed(model.token_table, model.position_table, tokens, positions, out)
-    places = tokens[0].long(), positions[0].long()
-    parts = [table[at].float() for table, at in zip((model.token_table, model.position_table), places, strict=True)]
-    expect(torch.equal(out, sum(parts).to(model.dtype)), "the sum of both embeddings differs")
+    wanted = model.token_table[tokens[0].long()].float() + model.position_table[positions[0].long()].float()
+    expect(torch.equal(out, wanted.to(model.dtype)), "the sum of both embeddings differs")
     return "exact"
 
 
@@ -316,8 +315,8 @@ def check_head_logits(model: GPT2) -> str:
 
     def torch_s(dtype: torch.dtype) -> torch.Tensor:
         """Part by part: fp64 takes four times the memory."""
-        x, *norm = (tensor.to(dtype) for tensor in (head.x, *model.final_norm))
-        normed = F.layer_norm(x, x.shape[-1:], *norm, model.epsilon)
+        x, gain, shift = (tensor.to(dtype) for tensor in (head.x, *model.final_norm))
+        normed = F.layer_norm(x, x.shape[-1:], gain, shift, model.epsilon)
         return torch.cat([normed @ part.to(dtype).T for part in model.head.weight.split(4096)], 1)
 
     remark = expect_close(logits, torch_s(model.dtype), torch_s(torch.float64))
@@ -367,7 +366,7 @@ def check_children(model: GPT2, sampling: str) -> str:
     (tokens, logprobs), parts = head.children(), in_parts(head.children, ROWS[-1])
     noise = None if head.warping is None else head.counters.made(model.vocab_size)
     (_,), (best,) = reference.choose_children(logits[None], tokens.shape[1], head.warping, noise)
-    if noise is None:
+    if noise is None or head.warping is None:
         scores = logits * reference.GREEDY_SHARPNESS
     else:
         scores = reference.warp(logits, **head.warping) + noise.values[0]

@@ -42,10 +42,12 @@ class Comparison:
         return not self.differing
 
     def __str__(self) -> str:
-        if self.identical:
+        if self.first_differing is None:
             return f"the same bits at {self.positions} positions"
-        text = "bits differ at {} of {} positions, first at position {} of prompt {}, by at most {:.2g}".format(
-            self.differing, self.positions, *reversed(self.first_differing), self.largest
+        prompt, position = self.first_differing
+        text = (
+            f"bits differ at {self.differing} of {self.positions} positions, first at position {position} of prompt "
+            f"{prompt}, by at most {self.largest:.2g}"
         )
         if self.first_changed is None:
             return f"{text}; the likeliest token is the same"
@@ -141,7 +143,7 @@ def logits_function(model: "Decoder | GPT2LMHeadModel | LogitsFunction") -> Logi
 
 def _read(logits: LogitsFunction, row: list[int], start: int, size: int) -> torch.Tensor:
     """Logits [len(row) - start, V] on the CPU, of passes of `size` tokens; the last pass takes what is left."""
-    parts = []
+    parts: list[torch.Tensor] = []
     for at in range(start, len(row), size):
         new = row[at : at + size]
         part = logits(row[:at], new)
@@ -177,7 +179,8 @@ class _DecoderLogits:
     """The target of a decoder, one sequence at a time. read: the tokens in its KV cache."""
 
     def __init__(self, decoder: Decoder):
-        self.model, self.read = decoder.target, []
+        self.model = decoder.target
+        self.read: list[int] = []
         self.cache = Cache(self.model, 1, 1, self.model.positions)
 
     @torch.inference_mode()
@@ -204,7 +207,8 @@ class _TransformersLogits:
     """A transformers model, one sequence at a time."""
 
     def __init__(self, model: GPT2LMHeadModel):
-        self.model, self.read, self.cache = model, [], DynamicCache()
+        self.model, self.cache = model, DynamicCache()
+        self.read: list[int] = []
         known = inspect.signature(model.forward).parameters
         self.name = "cache" if "cache" in known else "past_key_values"  # from transformers 5.24 on, and before
 

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from functools import cache, partial
 from itertools import chain, cycle, islice
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -32,7 +33,7 @@ from stagedspec.tuning.workloads import katz_table, tree_config
 
 TREE = tree_config(16)
 NEW_TOKENS = 64
-SAMPLINGS = {
+SAMPLINGS: dict[str, dict[str, Any]] = {
     "greedy": {"do_sample": False},
     "top-k 50": {"do_sample": True, "temperature": 1.0, "top_k": 50, "top_p": 1.0},
 }
@@ -57,7 +58,7 @@ class Result:
     passed: bool
     remark: str
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
@@ -99,7 +100,7 @@ def check(
         report("compiling", 0, len(work))
         with suppress(Exception):  # of which the check of the kernel will tell
             compile_ahead([partial(_run, case) for case in kernels], decoder.device)
-        results = []
+        results: list[Result] = []
         for case in work:
             report(case.name, len(results), len(work))
             results.append(_run(case))
@@ -226,7 +227,13 @@ def _decoding_cases(decoder: Decoder, modes: Sequence[str], prompts: list[list[i
         """New tokens of the prompts in one batch. One seed a row: a row has the same noise in any batch."""
         length = max(map(len, prompts[rows]))
         ids, seeds = padded[rows, longest - length :], [SEED] * len(padded[rows])
-        options = {"max_new_tokens": new_tokens, "mode": mode, "tree": TREE, "eos_token_id": [], "pad_token_id": 0}
+        options: dict[str, Any] = {
+            "max_new_tokens": new_tokens,
+            "mode": mode,
+            "tree": TREE,
+            "eos_token_id": [],
+            "pad_token_id": 0,
+        }
         found = decoder.generate(ids, mask[rows, longest - length :], seed=seeds, **options, **SAMPLINGS[sampling])
         return found[:, length:].tolist()
 
@@ -243,6 +250,7 @@ def _decoding_cases(decoder: Decoder, modes: Sequence[str], prompts: list[list[i
                 at = next((at for at, pair in enumerate(zip(tokens, expected, strict=True)) if len({*pair}) > 1), None)
                 where = "alone" if len(found) == 1 else f"in a batch of {len(found)}"
                 expect(at is None, f"prompt {row} {where}: new token {at} is another one")
+        assert decoder.last_stats is not None
         return f"same tokens, {decoder.last_stats.tokens_per_step:.2f} a step"
 
     for sampling in SAMPLINGS:

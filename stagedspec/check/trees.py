@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -106,7 +107,7 @@ def check_growth(model: GPT2, table: KatzTable, tree: TreeConfig, seed: int | No
     return "exact"
 
 
-def _same_inputs(batch, theirs: control.Batch, region: int, lengths: list[int]) -> bool:
+def _same_inputs(batch: Any, theirs: control.Batch, region: int, lengths: list[int]) -> bool:
     """Whether a pass says the same on the device as on the host, whose tree region has `region` rows and whose nodes
     come first on the device."""
     count = theirs.tokens.shape[1]

@@ -62,7 +62,9 @@ def demo(
     console = wide_console(no_color, quiet=as_json)
     decoder = load_decoder(target, draft, ngram, device, dtype, backend, tree, modes=MODES)
     encoded, max_new_tokens = fit_prompts(DEMO_PROMPTS, decoder, max_new_tokens, 96)
-    prompts = [decoder.tokenizer.decode(row, clean_up_tokenization_spaces=False) for row in encoded]
+    tokenizer = decoder.tokenizer
+    assert tokenizer is not None  # load_decoder has checked
+    prompts = [str(tokenizer.decode(row, clean_up_tokenization_spaces=False)) for row in encoded]
     samplings: dict[str, dict[str, Any]] = {
         "greedy": {"do_sample": False},
         "sampled, top-k 50, T=1": {"do_sample": True, "top_k": 50, "seed": seed},

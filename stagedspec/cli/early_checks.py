@@ -8,10 +8,12 @@ import json
 import os
 import re
 import sys
+from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from stagedspec.decoding.sampling import Sampling, counters
 from stagedspec.decoding.stats import marks_wanted
@@ -30,12 +32,12 @@ def check_models(
     target: str | None,
     draft: str | None,
     ngram: Path | None,
-    device: str,
+    device: object,
     dtype: str,
     backend: str,
     tree: Path | None = None,
     shape: dict[str, int] | None = None,
-    modes: tuple[str, ...] = (),
+    modes: Sequence[str] = (),
 ) -> None:
     """Checks the options that name models, and where and how they run.
 
@@ -120,8 +122,11 @@ def no_gpu() -> bool:
     """Whether torch can see no GPU: it was built for none, or there is no driver. False where it has to look itself.
     Imports it not, which takes a second."""
     try:
-        version = Path(find_spec("torch").origin).with_name("version.py").read_text(encoding="utf-8")
-    except (AttributeError, OSError, ValueError):
+        package = find_spec("torch")
+        if package is None or package.origin is None:
+            return False
+        version = Path(package.origin).with_name("version.py").read_text(encoding="utf-8")
+    except (OSError, ValueError):
         return False
     cuda, hip = (re.search(rf"^{name}\b.*=\s*['\"]", version, re.MULTILINE) for name in ("cuda", "hip"))
     if hip or not cuda:
@@ -148,7 +153,7 @@ def check_room(target: str | None, new_tokens: int | None) -> None:
         raise ValueError(f"--max-new-tokens can be at most {positions}, the target's n_positions, got {new_tokens}")
 
 
-def check_sampling(seed: int = 0, **settings) -> dict:
+def check_sampling(seed: int = 0, **settings: Any) -> dict[str, Any]:
     """The settings that were given (others are None). Raises ValueError for values out of range."""
     given = {name: value for name, value in settings.items() if value is not None}
     try:

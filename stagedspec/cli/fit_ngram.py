@@ -70,7 +70,7 @@ def fit_ngram(
 
     where = resolve_device(device)
     quiet_transformers()
-    model = read_checkpoint(draft, "draft")
+    model: Any = read_checkpoint(draft, "draft")  # Any: the annotations of transformers' `to` lack its self
     vocab_size, end_of_text = model.config.vocab_size, model.config.eos_token_id
     with progress_bar(TextColumn("{task.fields[rate]}")) as progress:
         task = progress.add_task("fitting" if files else "sampling", total=None, rate="")

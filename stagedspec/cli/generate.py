@@ -92,8 +92,10 @@ def generate(
         target, draft, ngram, device, dtype, backend, tree, (mode.value,),
         nodes=nodes, depth=depth, width=width, passes=passes,
     )  # fmt: skip
+    tokenizer = decoder.tokenizer
+    assert tokenizer is not None  # load_decoder has checked
     if max_new_tokens is None:
-        length = len(decoder.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+        length = len(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
         max_new_tokens = max(1, min(128, decoder.target.positions - length))
     settings: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
@@ -115,10 +117,10 @@ def generate(
             "stats": completion.stats.as_dict(),
         }
         typer.echo(as_lines(result))
-        parts = pieces(decoder.tokenizer, completion.tokens, completion.origins)
+        parts = pieces(tokenizer, completion.tokens, completion.origins)
     else:
         parts = stream(Console(no_color=no_color or None, highlight=False), decoder, text, **settings)
-        if stats:
+        if stats and decoder.last_stats is not None:
             _print_stats(decoder.last_stats.as_dict())
     if save_html is not None:
         title = f"{mode.value}, {f'sampled, seed {seed}' if sample else 'greedy'}"

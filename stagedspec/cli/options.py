@@ -10,14 +10,20 @@ import typer
 import stagedspec
 from stagedspec.cli import early_checks
 from stagedspec.cli.output import preparing, quiet_transformers
-from stagedspec.planning.tree import MODES
 
 if TYPE_CHECKING:
     import torch
 
     from stagedspec.decoder import Decoder
 
-Mode = Enum("Mode", {name: name for name in MODES}, type=str)
+
+class Mode(str, Enum):
+    """How to decode: the library's MODES."""
+
+    autoregressive = "autoregressive"
+    chain = "chain"
+    tree = "tree"
+    staged = "staged"
 
 
 Target = Annotated[
@@ -97,9 +103,10 @@ def fit_prompts(
     Prompts are cut to leave room for the new tokens, but not below half of the model's positions. `usual` is lowered
     to the room that is left. Raises ValueError if `wanted` is more than that.
     """
-    positions = decoder.target.positions
+    positions, tokenizer = decoder.target.positions, decoder.tokenizer
+    assert tokenizer is not None  # load_decoder has checked
     keep = max(1, positions // 2, positions - (wanted or usual))
-    rows = [decoder.tokenizer(text, add_special_tokens=False).input_ids[:keep] for text in texts]
+    rows = [tokenizer(text, add_special_tokens=False).input_ids[:keep] for text in texts]
     room = positions - max(map(len, rows))
     if wanted is not None and wanted > room:
         raise ValueError(

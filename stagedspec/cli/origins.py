@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from typing import Any
 
 NAMES = {"ngram": "n-gram", "draft": "draft", "target": "target"}
 CUES = {"ngram": "underlined", "draft": "italic", "target": "bold"}
@@ -46,7 +47,7 @@ class Shown:
         return sum(part == origin for _, part in self.parts) / max(1, len(self.parts))
 
 
-def pieces(tokenizer, tokens: list[int], origins: list[str]) -> list[tuple[str, str]]:
+def pieces(tokenizer: Any, tokens: list[int], origins: list[str]) -> list[tuple[str, str]]:
     """The text of each token with its origin; tokens that only together make a character share the last one's."""
     result, first = [], 0
     for index, origin in enumerate(origins, 1):

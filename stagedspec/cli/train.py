@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -70,7 +70,7 @@ def train(
 
     from dataclasses import replace
 
-    from rich.progress import TextColumn
+    from rich.progress import TaskID, TextColumn
 
     from stagedspec.training import recipe
 
@@ -84,7 +84,7 @@ def train(
         "evaluate_every": evaluate_every,
         "seed": seed,
     }
-    settings = {name: value for name, value in given.items() if value is not None}
+    settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     config = recipe.preset(preset, device=device)
     for name, budget in (("target_fit", target_tokens), ("draft_fit", draft_tokens)):
         if budget is not None:
@@ -92,10 +92,10 @@ def train(
     config = replace(config, **settings)
     quiet_transformers()
     with progress_bar(TextColumn("{task.fields[figures]}"), transient=False) as progress:
-        tasks: dict[str, int] = {}
-        latest: dict[str, dict] = {}
+        tasks: dict[str, TaskID] = {}
+        latest: dict[str, dict[str, Any]] = {}
 
-        def show(values: dict) -> None:
+        def show(values: dict[str, Any]) -> None:
             stage = values["stage"]
             if as_json:
                 typer.echo(json.dumps(values))
@@ -117,7 +117,7 @@ def train(
         typer.echo(f"The models are in {assets}; the model card is {assets / 'README.md'}.")
 
 
-def training_figures(values: dict) -> str:
+def training_figures(values: dict[str, Any]) -> str:
     """The figures of a training stage that are known so far, in one line."""
     forms = (
         ("loss", "loss {:.3f}"),

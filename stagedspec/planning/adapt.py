@@ -82,9 +82,10 @@ def rungs(model: Model, trees: Sequence[TreeConfig]) -> list[Rung]:
     verify = tuple(model.verify_seconds(max(1, nodes)) for nodes in range(1 + max(tree.nodes for tree in trees)))
     found = [Rung("off", OFF, 1.0, verify[1], verify)]
     for index, tree in enumerate(trees):
-        draft = [model.draft_seconds(tree, number) for number in (0, 1)]
+        tokens, seconds = model.step(tree)
+        first, later = (model.draft_seconds(tree, number) for number in (0, 1))
         name = ("small", "medium", "full")[index - len(trees)]
-        found.append(Rung(name, tree, *model.step(tree), verify, *draft, model.read_seconds()))
+        found.append(Rung(name, tree, tokens, seconds, verify, first, later, model.read_seconds()))
     return found
 
 
@@ -120,23 +121,26 @@ class Controller:
         seconds = [rung.seconds for rung in ladder] if last is None else [mean.value for mean in last.seconds]
         self.tokens = [_Mean(value, PRIOR) for value in tokens]
         weights = [PRIOR] * len(tokens) if last is None else [mean.weight for mean in last.lasting]
-        self.lasting = [_Mean(value, weight, LASTING) for value, weight in zip(tokens, weights, strict=True)]
-        self.seconds = [_Mean(value, PRIOR) for value in seconds]
+        self.lasting: list[_Mean] = [
+            _Mean(value, weight, LASTING) for value, weight in zip(tokens, weights, strict=True)
+        ]
+        self.seconds: list[_Mean] = [_Mean(value, PRIOR) for value in seconds]
         # Seconds measured over seconds expected of the last plain steps; and how much larger that was for the last
         # steps that drafted. So a machine that gets slower while nothing is drafted says nothing about drafting.
-        self.pace = deque(() if last is None else last.pace, TIMES)
-        self.slower = deque([1.0] if last is None else last.slower, TIMES)
-        self._drafted = 0 if last is None else last._drafted  # steps since the last plain one
+        self.pace: deque[float] = deque(() if last is None else last.pace, TIMES)
+        self.slower: deque[float] = deque([1.0] if last is None else last.slower, TIMES)
+        self._drafted: int = 0 if last is None else last._drafted  # steps since the last plain one
         self._drafts: bool | None = None  # whether the last step drafted
         self.onward = _Mean(0.5, PRIOR)  # how often a walk along the tree goes on by one more node
         self.missed = 0  # tokens of each row that the draft has not read
         self.unread = 0  # tokens of the longest prompt, while the draft has read none of it
         self.steps = [0] * len(self.ladder)  # made, of each rung
         self.trial = TRIAL if last is None else 0  # plain steps that are to be made now, whatever pays
-        self.credit = CREDIT if last is None else max(0.0, last.credit)  # plain steps
+        self.credit: float = CREDIT if last is None else max(0.0, last.credit)  # plain steps
         self._floor = -FIRST if last is None else 0.0
-        self.chosen, self._since = (0, 0) if last is None else (last.chosen, 0)
-        self._wait = 0 if last is None else last._wait
+        self.chosen: int = 0 if last is None else last.chosen
+        self._since = 0
+        self._wait: int = 0 if last is None else last._wait
         self._choose()
 
     def begin(self, prompt: int, new_tokens: int) -> bool:
@@ -313,7 +317,7 @@ def _walks(tree: TreeConfig, reach: int, rows: Sequence[Sequence[tuple[int, floa
     A node is in the tree if its path is likely enough for one of so few nodes, and not under the floor.
     """
     floor = math.log(max(tree.node_floor, 0.25 / tree.nodes))
-    total = count = 0
+    total, count = 0.0, 0
     for row in rows:
         for start in range(len(row)):
             score, taken = 0.0, 0

@@ -13,6 +13,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache as memoise
+from typing import Any
 
 import torch
 
@@ -236,7 +237,7 @@ class Model:
         batch: int,
         sampled: bool,
         stretches: Sequence[Stretch] | None = None,
-        ops=None,
+        ops: Any = None,
     ):
         self.times, self.batch, self.sampled, self.ops = times, batch, sampled, ops
         self.overheads = (ops or reference).overheads
@@ -308,7 +309,8 @@ class Model:
     def _ranked(self, mode: str) -> list[TreeConfig]:
         """The candidates that the backend can run, best first; where steps have one shape no pass can be left out."""
         if mode not in self._rankings:
-            ops, found = self.ops, candidates(mode)
+            ops = self.ops
+            found: Sequence[TreeConfig] = candidates(mode)
             if ops is not None:
                 found = [t for t in found if t.depth <= ops.max_depth and not (ops.fixed_shapes and t.pass_floor)]
             self._rankings[mode] = sorted(found, key=self.tokens_per_second, reverse=True)
@@ -320,14 +322,17 @@ def candidates(mode: str) -> tuple[TreeConfig, ...]:
     """All trees that are tried for a mode."""
     found = []
     for nodes, node_floor, pass_floor in itertools.product(SIZES, NODE_FLOORS, PASS_FLOORS):
-        floors = {"node_floor": node_floor, "pass_floor": pass_floor}
         if mode == "chain":
-            found.append(TreeConfig(nodes, nodes - 1, nodes - 1, 1, 1, 0, **floors))
+            found.append(TreeConfig(nodes, nodes - 1, nodes - 1, 1, 1, 0, node_floor=node_floor, pass_floor=pass_floor))
             continue
         for passes, width, prefetch in itertools.product(PASSES, (1, 2), PREFETCH if mode == "staged" else (0,)):
             certain = 1 + (passes - 1) * width
             if nodes - 1 > CHILDREN * certain or (passes == 1 and (width > 1 or pass_floor)):
                 continue
             depth = passes * (1 + prefetch)
-            found.append(TreeConfig(nodes, depth, passes, width, CHILDREN, prefetch, 1, **floors))
+            found.append(
+                TreeConfig(
+                    nodes, depth, passes, width, CHILDREN, prefetch, 1, node_floor=node_floor, pass_floor=pass_floor
+                )
+            )
     return tuple(found)

@@ -11,6 +11,7 @@ import platform
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -19,6 +20,9 @@ from stagedspec.kernels.common.launch_configs import cache_folder
 from stagedspec.planning import cost
 from stagedspec.planning.cost import STRETCHES, Stretch
 from stagedspec.planning.tree import MODES, TreeConfig
+
+if TYPE_CHECKING:
+    from stagedspec.decoder import Decoder
 
 FORMAT = "stagedspec tuning 1"
 
@@ -42,7 +46,7 @@ class Tuning:
         """How text lies before the draft: as measured, else as before the embedded one."""
         return self.stretches.get(sampled, STRETCHES[sampled])
 
-    def check(self, decoder, source: str) -> None:
+    def check(self, decoder: "Decoder", source: str) -> None:
         """Raises ValueError, naming what differs, unless it was measured on this decoder's models and device."""
         here = pair_of(decoder)
         wrong = [f"{name} {self.pair.get(name)!r}, here {value!r}" for name, value in here.items()
@@ -140,7 +144,7 @@ def device_name(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
-def pair_of(decoder) -> dict:
+def pair_of(decoder: "Decoder") -> dict:
     """What must be the same for a tuning to hold."""
     return {
         "vocabulary": decoder.target.vocab_size,
@@ -153,7 +157,7 @@ def pair_of(decoder) -> dict:
     }
 
 
-def fingerprint(decoder) -> str:
+def fingerprint(decoder: "Decoder") -> str:
     """A name for the pair, down to its weights, on this machine with these threads, this torch and this cost model."""
     setup = pair_of(decoder) | {"threads": torch.get_num_threads(), "torch": torch.__version__}
     if decoder.backend == "triton":
@@ -167,12 +171,12 @@ def fingerprint(decoder) -> str:
     return found.hexdigest()[:24]
 
 
-def cache_file(decoder) -> Path:
+def cache_file(decoder: "Decoder") -> Path:
     """Where the decoder's own measurements are kept."""
     return cache_folder() / f"{fingerprint(decoder)}.json"
 
 
-def recall(decoder) -> Tuning:
+def recall(decoder: "Decoder") -> Tuning:
     """What an earlier process kept, or an empty tuning."""
     with contextlib.suppress(ValueError, OSError, RuntimeError):
         found = Tuning.load(cache_file(decoder))
@@ -181,7 +185,7 @@ def recall(decoder) -> Tuning:
     return Tuning(pair_of(decoder))
 
 
-def keep(decoder, tuning: Tuning) -> Path | None:
+def keep(decoder: "Decoder", tuning: Tuning) -> Path | None:
     """Saves for later processes; where that cannot be done, nothing happens and None comes back."""
     with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: no home folder
         path = cache_file(decoder)

@@ -6,12 +6,16 @@ tokens differ from the baseline's.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import median
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 Prompt = TypeVar("Prompt")
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -19,7 +23,7 @@ class Run:
     """One generation: the new tokens, and the generation's statistics as `Stats.as_dict()` gives them (or nothing)."""
 
     tokens: list[int]
-    stats: dict = field(default_factory=dict)
+    stats: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class Row:
     weight_bytes_per_token: float | None
     overhead: float | None
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> dict[str, Any]:
         """The row as JSON can hold it."""
         return asdict(self)
 
@@ -68,7 +72,7 @@ class Timed:
 
 
 def compare(
-    sides: dict[str, Callable[[Prompt], Run]],
+    sides: Mapping[str, Callable[[Prompt], Run]],
     prompts: Sequence[Prompt],
     repeats: int = 1,
     incomparable: frozenset[str] = frozenset(),
@@ -90,7 +94,7 @@ def compare(
 
 
 def measure(
-    sides: dict[str, Callable[[Prompt], Run]],
+    sides: Mapping[str, Callable[[Prompt], Run]],
     prompts: Sequence[Prompt],
     repeats: int = 1,
     on_run: Callable[[Timed], None] | None = None,
@@ -101,7 +105,8 @@ def measure(
         raise ValueError(
             f"expected at least one side, one prompt and one repeat; got {len(sides)}, {len(prompts)} and {repeats}"
         )
-    names, runs = list(sides), []
+    names = list(sides)
+    runs: list[Timed] = []
     for repeat in range(repeats):
         for index, prompt in enumerate(prompts):
             if done and (repeat, index) in done:
@@ -136,7 +141,17 @@ def speedups(runs: Sequence[Timed], name: str, baseline: str) -> list[float | No
     for key in sorted(ours):
         same = ours[key].run.tokens == theirs[key].run.tokens
         ratios.setdefault(key[0], []).append(theirs[key].seconds / ours[key].seconds if same else None)
-    return [None if None in values else median(values) for values in ratios.values()]
+    return [None if values is None else median(values) for values in map(_complete, ratios.values())]
+
+
+def _complete(values: Iterable[Value | None]) -> list[Value] | None:
+    """The values, or None if one of them is missing."""
+    found = []
+    for value in values:
+        if value is None:
+            return None
+        found.append(value)
+    return found
 
 
 def _row(name: str, runs: list[tuple[Run, float]], baseline: list[tuple[Run, float]], comparable: bool) -> Row:
@@ -166,20 +181,20 @@ def _row(name: str, runs: list[tuple[Run, float]], baseline: list[tuple[Run, flo
 
 
 def _total(runs: list[tuple[Run, float]], key: str) -> int | None:
-    values = [run.stats.get(key) for run, _ in runs]
-    return None if None in values else sum(values)
+    values = _complete(run.stats.get(key) for run, _ in runs)
+    return None if values is None else sum(values)
 
 
 def _mean(runs: list[tuple[Run, float]], key: str) -> float | None:
     """The mean over runs, weighted by their new tokens."""
-    values = [run.stats.get(key) for run, _ in runs]
+    values = _complete(run.stats.get(key) for run, _ in runs)
     weights = [len(run.tokens) for run, _ in runs]
-    if None in values or not sum(weights):
+    if values is None or not sum(weights):
         return None
     return sum(value * weight for value, weight in zip(values, weights, strict=True)) / sum(weights)
 
 
-def table(rows: list[Row], title: str):
+def table(rows: list[Row], title: str) -> "Table":
     """The rows as a rich Table that fits 80 columns; the first is the baseline."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table

@@ -8,10 +8,12 @@ Only speed may be tuned. Every candidate's results are compared bit by bit with 
 before it is timed: one that differs anywhere is refused, one that does not run is left out.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from triton.errors import TritonError
@@ -30,7 +32,7 @@ LINEAR_NODES = (16, 32, 64, 128)
 CHUNKS = (256, 512, 1024)  # passes over a prompt
 CACHE = 128 << 20  # bytes, more than any GPU's L2
 CONTEXT = 512
-Timer = Callable[[Callable[[], None]], float]
+Timer = Callable[[Callable[[], object]], float]
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,16 @@ class Launch:
 
     run: Callable[[], object]
     results: Callable[[], list[torch.Tensor]]
+
+    @classmethod
+    def returning(cls, run: "Callable[[], torch.Tensor | tuple[torch.Tensor, ...]]") -> "Launch":
+        """A launch whose results are what it returns."""
+
+        def results() -> list[torch.Tensor]:
+            found = run()
+            return [found] if isinstance(found, torch.Tensor) else list(found)
+
+        return cls(run, results)
 
 
 @dataclass(frozen=True)
@@ -70,7 +82,7 @@ class Tuned:
         """Geometric mean over the launches."""
         return _mean_ratio(*self.times)
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> dict[str, Any]:
         shown = "op", "settings", "default", "tried", "refused", "failed"
         before, after = self.times
         return {name: getattr(self, name) for name in shown} | {
@@ -142,11 +154,16 @@ def tune_all(
     """Tunes operations at the shapes of models. report: the operation, candidates done, candidates in all; keep: called
     with what came of each problem, in case there is no time for all of them."""
     work = {(one.op, one.shape): one for op in ops for shape in shapes for one in PROBLEMS[op](shape, device)}
-    total, found = sum(len(problem.candidates) for problem in work.values()), []
+    total = sum(len(problem.candidates) for problem in work.values())
+    found: list[Tuned] = []
     for problem in work.values():
-        done = iter(range(sum(one.tried for one in found) + 1, total + 1))
+        done = itertools.count(1 + sum(one.tried for one in found))
         name = f"{problem.op} {configs.shape_name(problem.shape)}"
-        found.append(tune(problem, timer, lambda name=name, done=done: report(name, next(done), total)))
+
+        def tell(name: str = name, done: Iterator[int] = done) -> None:
+            report(name, next(done), total)
+
+        found.append(tune(problem, timer, tell))
         keep(found[-1])
     return found
 
@@ -186,10 +203,8 @@ def _head(shape: ModelShape, device: torch.device) -> Iterator[Problem]:
         for nodes in NODES:
             head = Head(shape, 1, nodes, device)
             for sampling in ("greedy", "top-k"):
-                run = partial(head.choose, sampling)
-                found.append(Launch(run, lambda run=run: [run()]))
-            run = partial(head.children, "greedy")
-            found.append(Launch(run, lambda run=run: list(run())))
+                found.append(Launch.returning(partial(head.choose, sampling)))
+            found.append(Launch.returning(partial(head.children, "greedy")))
         return found
 
     if linear.by_hopper(workloads.dtype_of(device).itemsize, shape.width, device):
@@ -205,7 +220,7 @@ def _linear(shape: ModelShape, device: torch.device) -> Iterator[Problem]:
         if linear.by_hopper(dtype.itemsize, inputs, device):
             op, module = "linear_hopper", linear_hopper
             counts = {linear_hopper.padded(count): count for count in (*LINEAR_NODES, *CHUNKS)}
-            keys = {(rows, outputs, inputs): count for rows, count in counts.items()}
+            keys: dict[tuple[int, ...], int] = {(rows, outputs, inputs): count for rows, count in counts.items()}
         else:
             op, module, size = "linear", linear, dtype.itemsize
             counts = {linear.token_tile(count, size): count for count in LINEAR_NODES}
@@ -229,7 +244,11 @@ def _linear(shape: ModelShape, device: torch.device) -> Iterator[Problem]:
                     for weight, out in layers:
                         linear.linear_add(x, weight, bias, residual, out, stats, scratch)
 
-                return [Launch(run, lambda: [run(), stats, *(out for _, out in layers)][1:])]
+                def results() -> list[torch.Tensor]:
+                    run()
+                    return [stats, *(out for _, out in layers)]
+
+                return [Launch(run, results)]
 
             yield Problem(op, key, module.candidates(key, device), launches)
 
@@ -240,10 +259,8 @@ def _choose(shape: ModelShape, device: torch.device) -> Iterator[Problem]:
         for nodes in NODES:
             rule = workloads.Choosing(shape.vocab, 1, nodes, device)
             for sampling in ("greedy", "top-k", "top-p"):
-                run = partial(rule.choose, sampling)
-                found.append(Launch(run, lambda run=run: [run()]))
-            run = partial(rule.children, "top-k")
-            found.append(Launch(run, lambda run=run: list(run())))
+                found.append(Launch.returning(partial(rule.choose, sampling)))
+            found.append(Launch.returning(partial(rule.children, "top-k")))
         return found
 
     yield Problem("choose", (shape.vocab,), choose.candidates((shape.vocab,), device), launches)
@@ -254,7 +271,12 @@ def _compact(shape: ModelShape, device: torch.device) -> Iterator[Problem]:
         found = []
         for count in (2, 13):
             moving = Moving(shape, 1, 64, CONTEXT, count, device)
-            found.append(Launch(moving.move, lambda moving=moving: [moving.move(), moving.cache][1:]))
+
+            def results(moving: Moving = moving) -> list[torch.Tensor]:
+                moving.move()
+                return [moving.cache]
+
+            found.append(Launch(moving.move, results))
         return found
 
     key = (2 * shape.width,)
@@ -268,7 +290,7 @@ def _lookup(shape: ModelShape, device: torch.device) -> Iterator[Problem]:
         found = []
         for nodes in NODES:
             looking = workloads.Looking(nodes, CONTEXT, 1, table, device)
-            found.append(Launch(looking.look, lambda looking=looking: list(looking.look())))
+            found.append(Launch.returning(looking.look))
         return found
 
     key = (table.successors,)

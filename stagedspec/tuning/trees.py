@@ -8,6 +8,7 @@ cost model names a few trees of each mode from that, and the one that decodes fa
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise, product
+from typing import Any
 
 import torch
 
@@ -24,12 +25,15 @@ FINALISTS, HEATS = 4, 8  # trees of a mode that are timed, and on how many group
 
 # The rank of the token written among the draft's children, -1 for none; whether draft² named the draft's first child.
 Outcome = tuple[int, bool]
+Group = tuple[torch.Tensor, torch.Tensor]  # prompts of one batch: ids and attention mask, [B, L]
 
 
 def outcomes(decoder: Decoder, prompt: Sequence[int], new_tokens: int, sampled: bool, seed: int = 0) -> list[Outcome]:
     """How the draft and draft² stand to what the target writes after a prompt, token by token."""
     draft, table, device = decoder.draft, decoder.ngram, decoder.device
-    options = {"do_sample": True, **SAMPLED} if sampled else {}
+    if draft is None:
+        raise ValueError("expected a decoder with a draft")
+    options: dict[str, Any] = {"do_sample": True, **SAMPLED} if sampled else {}
     ids = torch.tensor([list(prompt)])
     row = decoder.generate(
         ids, max_new_tokens=new_tokens, mode="autoregressive", eos_token_id=[], seed=seed, **options
@@ -159,7 +163,7 @@ def tune(
     return tuning
 
 
-def _groups(prompts: Sequence[Sequence[int]], batch: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def _groups(prompts: Sequence[Sequence[int]], batch: int) -> list[Group]:
     """The prompts in batches: ids, attention masks; the first ones again where they do not fill the last batch."""
     groups = []
     for start in range(0, max(1, len(prompts) - batch + 1), batch):
@@ -175,8 +179,8 @@ class _Side:
 
     def __init__(self, decoder: Decoder, model: Model, mode: str, new_tokens: int):
         self.decoder = decoder
-        self.options = {"max_new_tokens": new_tokens, "mode": mode, "eos_token_id": [], "do_sample": model.sampled}
-        self.options["seed"] = 0  # all sides write the same
+        self.options: dict[str, Any] = {"max_new_tokens": new_tokens, "mode": mode, "eos_token_id": []}
+        self.options |= {"do_sample": model.sampled, "seed": 0}  # one seed, so that all sides write the same
         self.options |= SAMPLED if model.sampled else {}
         self.reset()
 
@@ -184,9 +188,10 @@ class _Side:
     def rate(self) -> float:
         return self.tokens / self.seconds
 
-    def __call__(self, group) -> Run:
+    def __call__(self, group: Group) -> Run:
         output = self.decoder.generate(*group, **self.options)
         stats = self.decoder.last_stats
+        assert stats is not None  # a generation has just ended
         self.tokens += stats.new_tokens
         self.seconds += stats.total_seconds - stats.seconds.get("prefill", 0.0)
         return Run(output[:, group[0].shape[1] :].flatten().tolist(), stats.as_dict())
@@ -196,15 +201,17 @@ class _Side:
         self.tokens, self.seconds = 0, 0.0
 
 
-def _fastest(decoder: Decoder, tuning: Tuning, model: Model, mode: str, groups, new_tokens: int) -> list[TreeConfig]:
+def _fastest(
+    decoder: Decoder, tuning: Tuning, model: Model, mode: str, groups: Sequence[Group], new_tokens: int
+) -> list[TreeConfig]:
     """The ladder of the finalist that decodes most tokens a second, sides taking turns."""
     ladders = [model.ladder(mode, tree) for tree in model.finalists(mode, FINALISTS)]
     sides = [_Side(decoder, model, mode, new_tokens) for _ in ladders]
 
-    def with_trees(index: int) -> Callable:
+    def with_trees(index: int) -> Callable[[Group], Run]:
         trees = tuning.trees | {(mode, model.batch, model.sampled): ladders[index]}
 
-        def run(group) -> Run:
+        def run(group: Group) -> Run:
             decoder.use(replace(tuning, trees=trees))
             decoder.tree_for(mode, model.batch, do_sample=model.sampled)  # outside what is timed
             return sides[index](group)
@@ -219,7 +226,14 @@ def _fastest(decoder: Decoder, tuning: Tuning, model: Model, mode: str, groups, 
     return ladders[max(range(len(ladders)), key=lambda index: sides[index].rate)]
 
 
-def _timed(decoder: Decoder, tuning: Tuning, model: Model, groups, new_tokens: int, advance) -> list[dict]:
+def _timed(
+    decoder: Decoder,
+    tuning: Tuning,
+    model: Model,
+    groups: Sequence[Group],
+    new_tokens: int,
+    advance: Callable[[], None],
+) -> list[dict[str, Any]]:
     """Every mode's predicted and measured tokens a second, sides taking turns."""
     batch, sampled = model.batch, model.sampled
     sides = {mode: _Side(decoder, model, mode, new_tokens) for mode in MODES}

@@ -7,6 +7,7 @@ random text that repeats itself often enough for the context n-gram to hit.
 from dataclasses import dataclass, field
 from functools import cache
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 
@@ -97,7 +98,7 @@ class Counters:
     nodes: int
     device: torch.device
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.seeds = torch.arange(5, 5 + self.batch, device=self.device)
         self.streams = torch.zeros(self.batch, dtype=torch.int32, device=self.device)
         depths = torch.arange(self.nodes, dtype=torch.int32, device=self.device) % 12
@@ -123,7 +124,7 @@ class Head:
     device: torch.device
     copies: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         vocab, width = self.shape.vocab, self.shape.width
         self.x = randn(self.batch, self.nodes, width, device=self.device)
         self.norm = randn(width, device=self.device, scale=0.1) + 1, randn(width, device=self.device, scale=0.1)
@@ -160,7 +161,7 @@ class Choosing:
     nodes: int
     device: torch.device
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.logits = torch.randn(self.batch * self.nodes, self.vocab, device=self.device) * SPREAD
         self.counters = Counters(self.batch, self.nodes, self.device)
         scratch = Scratch.of([rule.scratch_size(len(self.logits), self.vocab)], self.device)
@@ -197,7 +198,7 @@ class Looking:
     table: KatzTable
     device: torch.device
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         text = random_text(self.batch, self.context, self.table.vocab_size).int()
         pairs = random_text(self.batch, 2 * self.nodes, self.table.vocab_size).int().view(self.batch, self.nodes, 2)
         known = text[:, 2:].unfold(1, 2, 1)[:, : self.nodes : 3]
@@ -226,7 +227,7 @@ class Growing:
     room: int = 64
     config: TreeConfig = field(init=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         ops, vocab = TritonOps, self.table.vocab_size
         self.config = tree_config(self.nodes)
         self.prompts = random_text(self.batch, self.context, vocab).tolist()
@@ -234,7 +235,8 @@ class Growing:
         counters = Counters(self.batch, 1, self.device)
         noise = SimpleNamespace(seeds=counters.seeds, streams=counters.streams) if self.sampled else None
         if not self.config.passes:
-            self.growth, self.proposed = None, []
+            self.growth: Any = None
+            self.proposed: list[tuple[torch.Tensor, torch.Tensor]] = []
             return
         self.growth = ops.Growth(self.sequences, self.config, self.table, noise)
         self.proposed = [self._proposals(batch.nodes, vocab) for batch in self.growth.batches]
@@ -247,8 +249,8 @@ class Growing:
         values = -torch.rand(self.batch, rows, count).cumsum(-1) - 0.1
         return names.to(self.device), values.to(self.device)
 
-    def passes(self, harvest: bool = True):
-        """The draft's passes of a step, and the finished trees."""
+    def passes(self, harvest: bool = True) -> Any:
+        """Runs the draft's passes of a step. Returns the finished trees (TritonOps.Trees), or None without harvest."""
         if self.growth is None:
             return TritonOps.Trees.roots(self.sequences)
         self.growth.begin()
@@ -258,8 +260,8 @@ class Growing:
             self.growth.record(*proposed)
         return self.growth.harvest() if harvest else None
 
-    def likely(self, trees) -> torch.Tensor:
-        """int32 [B, N]: a target that follows one path of each tree to its end."""
+    def likely(self, trees: Any) -> torch.Tensor:
+        """int32 [B, N]: the choices of a target that follows one path of each tree of `passes` to its end."""
         tokens, parents = trees.tree[0].cpu(), trees.tree[1].cpu()
         chosen = torch.zeros_like(tokens)
         for row in range(self.batch):
@@ -280,7 +282,7 @@ class Moving:
     count: int
     device: torch.device
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         shape = self.shape
         rows = self.nodes + self.context + self.count
         self.cache = randn(shape.layers, self.batch, rows, 2, shape.heads, shape.size, device=self.device)
