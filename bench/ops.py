@@ -116,7 +116,7 @@ def test_lm_head_children(benchmark, sampling):
 
 
 def test_noise(benchmark):
-    """Of 64 positions: what is made ahead at once."""
+    """For 64 positions, which are computed ahead together."""
     seeds, streams = torch.tensor([1]), torch.tensor([0])
     benchmark(reference.gumbel_noise, seeds, streams, torch.arange(64)[None], SIZES["target"].vocab)
 
@@ -138,7 +138,7 @@ def test_context_lookup(benchmark):
 
 
 def grown(table: KatzTable, sequences: control.Sequences) -> control.Trees:
-    """A step's trees, the draft's proposals being random."""
+    """Grows the trees of a step from random proposals."""
     growth = control.Growth(sequences, TREE, table, None, torch.float32)
     for number in range(TREE.passes):
         growth.prefetch(growth.select(number))
@@ -153,7 +153,7 @@ def some_text() -> control.Sequences:
 
 
 def test_grow(benchmark, table):
-    """A whole step's passes, the masks that they need, and the finished tree."""
+    """All draft passes of a step with their masks, and the finished tree."""
     benchmark(grown, table, some_text())
 
 

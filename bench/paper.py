@@ -64,8 +64,10 @@ def samplings(options: argparse.Namespace) -> dict[str, dict]:
 
 
 def sides_of(models: Models, settings: dict) -> dict:
-    """Our modes, the baseline first, then transformers alone, with the draft as its assistant, and with its prompt
-    lookup. Without a draft only what needs none."""
+    """Our modes, the baseline first, then transformers: alone, with the draft as assistant, and with prompt lookup.
+
+    Without a draft, only those that need none.
+    """
     modes = MODES if models.draft is not None else (BASELINE,)
     kinds = (PLAIN, ASSISTED, LOOKUP) if models.draft is not None else (PLAIN, LOOKUP)
     ours = {mode: our_side(models.decoder, mode, settings) for mode in modes}
@@ -73,7 +75,7 @@ def sides_of(models: Models, settings: dict) -> dict:
 
 
 def measure_roofline(models: Models) -> dict:
-    """The machine's roofs, and each model's passes over 1 to 64 tokens: FLOPs and bytes are those of the weights."""
+    """The machine's roofs, and passes of each model over 1 to 64 tokens, with FLOPs and bytes of the weights alone."""
     decoder = models.decoder
     roofs = [{"name": "memory", "bytes_per_second": read_bandwidth(1 << 30, decoder.device)}]
     if decoder.device.type == "cpu":
@@ -179,7 +181,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def bench(options: argparse.Namespace, arguments: list[str], console: Console) -> bool:
-    """Measures, writes and prints everything; gives whether our modes agree. Raises ValueError for bad input."""
+    """Measures, writes and prints everything. Returns whether our modes agree. Raises ValueError for bad input."""
     prompts = read_prompts(options.prompts)
     models = load(options)
     room = models.positions - options.max_new_tokens

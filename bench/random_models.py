@@ -18,7 +18,7 @@ HEAD = 64
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Which models, where and how: the embedded trio unless others are named."""
+    """Adds the options that choose models, device, dtype and backend. Default: the embedded models."""
     parser.add_argument("--target", help="hub id or folder; default: the embedded trio")
     parser.add_argument("--draft", help="hub id or folder of the draft")
     parser.add_argument("--ngram", type=Path, help="n-gram table")

@@ -1,4 +1,4 @@
-"""What the benchmarks share: options, prompts, models, and the sides of a comparison."""
+"""Code shared by the benchmarks: options, prompts, models, and the sides of a comparison."""
 
 import argparse
 import copy
@@ -30,7 +30,7 @@ PLAIN, ASSISTED, LOOKUP = "transformers", "transformers assisted", "transformers
 
 
 def add_options(parser: argparse.ArgumentParser, limit: int, max_new_tokens: int) -> None:
-    """The options of all benchmarks: which models, which prompts, how long."""
+    """Adds the options of all benchmarks: models, prompts, lengths."""
     parser.add_argument("--target", help="hub id or folder; default: the embedded trio")
     parser.add_argument("--draft", help="hub id or folder of the draft")
     parser.add_argument("--ngram", type=Path, help="n-gram table")
@@ -46,7 +46,7 @@ def add_options(parser: argparse.ArgumentParser, limit: int, max_new_tokens: int
 
 
 def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Exits with a message where a number that must be positive is not."""
+    """Exits with a message if a number is not positive that must be."""
     for name in ("limit", "max_new_tokens", "repeats", "threads", "batch", "prompt_tokens", "warm_up", "steps"):
         value = getattr(options, name, None)
         for number in value if isinstance(value, list) else [value]:
@@ -75,8 +75,7 @@ def clear_errors(main: Callable[..., int]) -> Callable[..., int]:
 
 
 def encode(prompts: list[str], tokenizer, room: int, limit: int) -> tuple[list[torch.Tensor], int]:
-    """The first `limit` prompts of at most `room` tokens as LongTensors [1, L], and how many were skipped: longer, or
-    without tokens.
+    """The first `limit` prompts of 1 to `room` tokens as LongTensors [1, L], and the number of prompts skipped.
 
     Raises ValueError if none is left.
     """
@@ -95,8 +94,7 @@ def encode(prompts: list[str], tokenizer, room: int, limit: int) -> tuple[list[t
 
 
 def batches(encoded: list[torch.Tensor], size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Prompts [1, L], so many together: ids [size, longest] padded on the left and their mask. What is left over is
-    left out.
+    """Prompts [1, L] in batches: left-padded ids [size, longest] and their mask. An incomplete batch is dropped.
 
     Raises ValueError for fewer prompts than one batch takes.
     """
@@ -119,7 +117,7 @@ def batches(encoded: list[torch.Tensor], size: int) -> list[tuple[torch.Tensor, 
 
 @dataclass
 class Models:
-    """A target and, where there are any, its drafts: as our decoder, and as transformers takes them.
+    """A target, and a draft if there is one: as our decoder, and as transformers models.
 
     Neither stops at an end-of-text token: every side is to write max_new_tokens.
     passes: forward calls of the transformers models since the counts were last set to 0.
@@ -133,11 +131,11 @@ class Models:
 
     @property
     def positions(self) -> int:
-        """Positions that every model has. Ours decodes past a draft's last one, transformers does not."""
+        """Positions that both models have. Our decoder can go past the draft's last one, transformers cannot."""
         return min(model.config.n_positions for model in (self.target, self.draft) if model is not None)
 
     def fingerprint(self) -> str:
-        """A hash of all weights, so that results of other models are never taken for these."""
+        """A hash of all weights, so that results of other models are not reused."""
         found = hashlib.sha256()
         for model in (self.target, self.draft):
             for name, weight in sorted(model.state_dict().items()) if model is not None else ():
@@ -149,7 +147,7 @@ class Models:
 
 
 def load(options: argparse.Namespace) -> Models:
-    """The models that the options name, the embedded trio if they name none.
+    """Loads the models that the options name, by default the embedded models.
 
     Raises ValueError for whatever is missing, damaged or does not fit together.
     """
@@ -203,7 +201,7 @@ def _count(passes: dict[str, int], name: str, *_: object) -> None:
 
 
 def our_side(decoder: stagedspec.Decoder, mode: str, settings: dict):
-    """Our decoder in one mode, as a side of `compare`. Its steps are those of all rows."""
+    """Our decoder in one mode, as a side of `compare`. Steps are counted for the whole batch."""
 
     def run(ids: torch.Tensor, mask: torch.Tensor | None = None) -> Run:
         output = decoder.generate(ids, mask, mode=mode, eos_token_id=[], **settings)
@@ -214,8 +212,8 @@ def our_side(decoder: stagedspec.Decoder, mode: str, settings: dict):
 
 
 def transformers_side(models: Models, settings: dict, kind: str = PLAIN):
-    """transformers `generate` with its key-value cache, alone, with the draft as its assistant, or with its prompt
-    lookup, as a side of `compare`. Its steps are the target's forward passes, once for each row."""
+    """transformers `generate` with its KV cache, as a side of `compare`: alone, with the draft as assistant, or with
+    prompt lookup. Steps are the target's forward passes, counted for each row."""
     settings = dict(settings)
     seed = settings.pop("seed")
     if settings["do_sample"]:
@@ -244,7 +242,7 @@ def transformers_side(models: Models, settings: dict, kind: str = PLAIN):
 def measure(
     sides: dict, prompts: list[torch.Tensor], repeats: int, title: str, journal: Journal | None = None
 ) -> list[Timed]:
-    """Warms every side up and runs all on all prompts; what the journal holds already is not run again."""
+    """Warms up every side, then runs all on all prompts, except for runs that the journal already holds."""
     done = {} if journal is None else journal.rounds(title, list(sides), prompts)
     rounds = len(prompts) * repeats
     missing = rounds - sum(repeat < repeats and index < len(prompts) for repeat, index in done)

@@ -72,7 +72,7 @@ REFUSED = [
     ("tune-tree --backend triton", "choose --backend torch"),
     ("tune-tree -n 3", None),
     ("warm-up --tokens 1", "--tokens must be at least 2, got 1"),
-    ("warm-up --no-greedy --no-sample", "nothing to make ready"),
+    ("warm-up --no-greedy --no-sample", "nothing to prepare"),
     ("warm-up --top-p -3", "--top-p must be"),
     ("tune --op softmax", "--op must be one of linear, lm_head"),
     ("tune --model /nowhere", "/nowhere"),

@@ -51,7 +51,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Result:
-    """What came of one check. remark: how close it came, or what is wrong."""
+    """Result of one check. remark: how close the result is to the reference, or what is wrong."""
 
     name: str
     shape: str
@@ -70,12 +70,12 @@ def check(
 ) -> list[Result]:
     """Runs all checks on a decoder of the Triton backend.
 
-    modes: of decoding, to compare with plain decoding; default: all that the decoder has. prompts: token ids, by
-    default a few beginnings of Python, or random ones where there is no tokenizer. report: called before each check
-    with its name, the number of checks done, and of all.
+    modes: decoding modes to compare with plain decoding; default: all that the decoder has. prompts: token ids;
+    default: a few beginnings of Python files, or random tokens without a tokenizer. report: called before each check
+    with its name, the number of checks done and the number of all.
 
-    A kernel that does not compile or run has failed like one that computes something else. Raises ValueError for an
-    unknown mode, another backend, prompts that do not fit, and where memory runs out.
+    A kernel that does not compile or run has failed its check. Raises ValueError for an unknown mode, another backend,
+    prompts that do not fit the model, and if memory runs out.
     """
     modes = check_modes(modes) if modes or decoder.draft is not None else []
     if decoder.backend != "triton":
@@ -98,7 +98,7 @@ def check(
             *_decoding_cases(decoder, modes, prompts),
         ]
         report("compiling", 0, len(work))
-        with suppress(Exception):  # of which the check of the kernel will tell
+        with suppress(Exception):  # the check of that kernel reports it
             compile_ahead([partial(_run, case) for case in kernels], decoder.device)
         results: list[Result] = []
         for case in work:
@@ -118,7 +118,7 @@ def _run(case: Case) -> Result:
         return Result(case.name, case.shape, True, case.run())
     except Wrong as error:
         remark = str(error)
-    except Exception as error:  # whatever Triton, torch or a launcher raise: the kernel does not run
+    except Exception as error:  # Triton, torch and launchers raise many kinds: the kernel does not run
         if out_of_memory(error):
             raise
         broken = isinstance(error, torch.AcceleratorError)
@@ -143,7 +143,7 @@ def check_modes(modes: Sequence[str]) -> list[str]:
 
 
 def _kernel_cases(target: GPT2, draft: GPT2 | None, table: KatzTable, tree: TreeConfig) -> Iterator[Case]:
-    """Every kernel that a decoder of these launches."""
+    """A case for every kernel that a decoder with these models, table and tree launches."""
     for role, model in {"target": target, "draft": draft}.items():
         if model is None:
             continue
@@ -195,7 +195,7 @@ def _kernel_cases(target: GPT2, draft: GPT2 | None, table: KatzTable, tree: Tree
 
 
 def _prompts(decoder: Decoder) -> list[list[int]]:
-    """Of different lengths, at most half of the model's positions; the last is longer than attention's window."""
+    """Prompts of different lengths, at most half of the model's positions; the last exceeds attention's window."""
     most = max(2, decoder.target.positions // 2)
     if decoder.tokenizer is None:
         generator = torch.Generator().manual_seed(0)
@@ -224,7 +224,7 @@ def _decoding_cases(decoder: Decoder, modes: Sequence[str], prompts: list[list[i
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
 
     def decoded(rows: slice, mode: str, sampling: str) -> list[list[int]]:
-        """New tokens of the prompts in one batch. One seed a row: a row has the same noise in any batch."""
+        """New tokens of the prompts in one batch. A seed for each row gives a row the same noise in any batch."""
         length = max(map(len, prompts[rows]))
         ids, seeds = padded[rows, longest - length :], [SEED] * len(padded[rows])
         options: dict[str, Any] = {
@@ -263,10 +263,10 @@ def _decoding_cases(decoder: Decoder, modes: Sequence[str], prompts: list[list[i
 
 
 def record(decoder: Decoder, results: Sequence[Result], folder: Path | None = None) -> Path | None:
-    """Writes down that the kernels passed on this GPU, with these heads in this dtype; a failure ends the trust.
+    """Records that the kernels passed on this GPU for these head sizes and this dtype; a failure removes the record.
 
-    folder: in place of the user's cache, where "auto" looks. Returns the file; None where nothing was written: after a
-    failure, and on a CPU unless a folder is named.
+    folder: instead of the user's cache, where backend "auto" looks. Returns the file, or None if nothing was written:
+    after a failure, and on a CPU unless a folder is given.
     """
     on_gpu, passed = decoder.device.type == "cuda", bool(results) and all(result.passed for result in results)
     if folder is None and not on_gpu:
@@ -277,7 +277,7 @@ def record(decoder: Decoder, results: Sequence[Result], folder: Path | None = No
             heads = sorted({model.head_size for model in (decoder.target, decoder.draft) if model is not None})
             return trusted.write(setup, heads, decoder.target.dtype, folder)
         trusted.forget(setup, folder)
-        if on_gpu:  # whatever folder is named
+        if on_gpu:  # even if another folder is given
             trusted.forget(setup)
     except RuntimeError as error:  # no home folder
         raise ValueError(f"the result cannot be kept: {error}; name a folder with --out") from None

@@ -54,7 +54,7 @@ def clear_errors(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except BrokenPipeError:
-            # The reader left (`| head`). Nothing more may be written, at exit either.
+            # The reader has closed the pipe (`| head`): write nothing more, not even what Python flushes at exit.
             with contextlib.suppress(OSError):  # a stdout without a file descriptor
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(1) from None

@@ -26,8 +26,8 @@ def check(
     mode: Annotated[
         list[str] | None,
         typer.Option(
-            help="Mode to compare with plain decoding; may be given several times. Default: all, which backend auto "
-            "needs to trust the GPU."
+            help="Mode to compare with plain decoding; may be given several times. Default: all. Only if all "
+            "pass does backend auto trust the GPU."
         ),
     ] = None,
     out: Annotated[

@@ -51,14 +51,14 @@ def demo(
     as_json: Json = False,
     no_color: NoColor = False,
 ) -> None:
-    """Complete a few Python prompts in all four modes: the text, the speed, and whether the outputs are the same.
+    """Complete a few Python prompts in all four modes, print text and speed, and compare the outputs.
 
     Each token is coloured by the model that first proposed it. Exit status 1 if any output differs from plain
     (autoregressive) decoding.
     """
     early_checks.check_at_least(1, max_new_tokens=max_new_tokens)
     early_checks.check_sampling(seed)
-    early_checks.check_room(target, max_new_tokens)
+    early_checks.check_new_tokens(target, max_new_tokens)
     console = wide_console(no_color, quiet=as_json)
     decoder = load_decoder(target, draft, ngram, device, dtype, backend, tree, modes=MODES)
     encoded, max_new_tokens = fit_prompts(DEMO_PROMPTS, decoder, max_new_tokens, 96)

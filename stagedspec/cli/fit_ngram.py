@@ -38,13 +38,15 @@ def fit_ngram(
     batch: Annotated[int, typer.Option(help="Rows sampled at once.")] = 64,
     seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
     work_dir: Annotated[
-        Path | None, typer.Option(help="Folder of finished samples, for going on later. Default: OUT.samples")
+        Path | None,
+        typer.Option(help="Folder of finished samples, so that an interrupted run can continue. Default: OUT.samples"),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
 ) -> None:
     """Fit the n-gram table (Katz back-off trigram) that guesses ahead of the draft.
 
-    By default on samples of the draft, as the paper did; interrupted, the same command goes on. With --text, on files.
+    By default it is fitted on samples of the draft, as in the paper; after an interruption the same command continues.
+    With --text it is fitted on files.
     """
     early_checks.check_output(out, "--out", make_folder=True)
     if work_dir is not None:
@@ -101,7 +103,7 @@ def fit_ngram(
                 tokens,
                 temperature,
                 work_dir or out.with_name(out.name + ".samples"),
-                torch.full((2,), end_of_text),  # every row starts from the end of text alone
+                torch.full((2,), end_of_text),  # every row starts with the end of text alone
                 batch=batch,
                 length=min(256, model.config.n_positions),
                 longest_prompt=1,

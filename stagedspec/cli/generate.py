@@ -86,7 +86,7 @@ def generate(
         raise ValueError(f"{options} given without --sample: greedy decoding would ignore it; add --sample")
     if save_html is not None:
         early_checks.check_output(save_html, "--save-html")
-    early_checks.check_room(target, max_new_tokens)
+    early_checks.check_new_tokens(target, max_new_tokens)
     text = _prompt_text(prompt, file)
     decoder = load_decoder(
         target, draft, ngram, device, dtype, backend, tree, (mode.value,),

@@ -30,13 +30,16 @@ TABLE_WIDTH = 80
 
 
 def as_lines(result: dict) -> str:
-    """JSON with an entry a line, but a list of plain values on one. No line ends inside a value."""
+    """Indented JSON with each list of plain values on one line.
+
+    Line breaks within texts are escaped in JSON, so the pattern cannot change a text.
+    """
     plain_list = r"\[\n *([^][{}]*?)\n *\]"
     return re.sub(plain_list, lambda found: "[" + re.sub(r"\n *", " ", found[1]) + "]", json.dumps(result, indent=2))
 
 
 def quiet_transformers() -> None:
-    """Keeps notes and progress bars of loading out of the output."""
+    """Silences the log messages and progress bars of transformers."""
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
@@ -65,7 +68,7 @@ def stream(console: Console, decoder: "Decoder", prompt: str, **settings: Any) -
         tokens += chunk.tokens
         origins += chunk.origins
         parts = pieces(decoder.tokenizer, tokens, origins)
-        if parts and parts[-1][0].endswith("\ufffd"):  # bytes of a character that the next chunk goes on with
+        if parts and parts[-1][0].endswith("\ufffd"):  # the next chunk completes this character
             continue
         for text, origin in parts:
             paint(console, text, ORIGIN_STYLES[origin])
@@ -79,7 +82,7 @@ def stream(console: Console, decoder: "Decoder", prompt: str, **settings: Any) -
 
 
 def print_legend(console: Console) -> None:
-    """What the styles mean, where there are any."""
+    """Prints what the styles mean, unless the console has no colours."""
     if console.color_system is None:
         return
     console.print(
@@ -89,7 +92,7 @@ def print_legend(console: Console) -> None:
 
 
 def wide_console(no_color: bool, **options: Any) -> Console:
-    """A console of at least TABLE_WIDTH columns. A narrower terminal wraps lines; rich would cut the cells."""
+    """A console of at least TABLE_WIDTH columns: on a narrower terminal lines wrap, where rich would cut the cells."""
     console = Console(no_color=no_color or None, highlight=False, **options)
     console.width = max(console.width, TABLE_WIDTH)
     return console
@@ -105,7 +108,7 @@ def empty_table(title: str | None = None) -> "Table":
 
 @contextlib.contextmanager
 def preparing() -> Iterator[None]:
-    """Says on a terminal why nothing happens for a while: loading, and at first use compiling and measuring."""
+    """Shows a status line on a terminal while models load, kernels compile and pass times are measured."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield
@@ -118,9 +121,9 @@ def preparing() -> Iterator[None]:
 
 
 def progress_bar(*columns: "ProgressColumn", auto_refresh: bool = True, transient: bool = True) -> "Progress":
-    """A rich Progress on stderr, silent where that is no terminal.
+    """A rich Progress on stderr, disabled if that is no terminal.
 
-    columns: further rich columns. auto_refresh: False where time is measured, so that no thread draws meanwhile.
+    columns: further rich columns. auto_refresh: False while time is measured, so that no thread draws.
     transient: whether the bar vanishes at the end.
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

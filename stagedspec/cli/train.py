@@ -20,7 +20,7 @@ EXAMPLES = (
 
 
 def train(
-    out: Annotated[Path, typer.Option(help="Folder of the run; the models come to lie in OUT/assets.")],
+    out: Annotated[Path, typer.Option(help="Folder of the run; the models are written to OUT/assets.")],
     preset: Annotated[
         str,
         typer.Option(
@@ -49,9 +49,9 @@ def train(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print progress as JSON lines instead of bars.")] = False,
 ) -> None:
-    """Train a target, a draft distilled from it, and the n-gram table: the whole recipe, resumable.
+    """Train a target, a draft distilled from it, and the n-gram table: the whole recipe.
 
-    Interrupted, the same command goes on where it was. The models then serve in --target, --draft and --ngram.
+    After an interruption, the same command continues. Use the models with --target, --draft and --ngram.
     """
     early_checks.check_at_least(257, vocab_size=vocab_size)  # 256 bytes and the end of text
     early_checks.check_at_least(
@@ -108,7 +108,7 @@ def train(
             known.update(values)
             figures = training_figures(known)
             progress.update(tasks[stage], completed=values["step"], total=values["steps"], figures=figures)
-            # Where no bar is drawn, a log still wants the evaluations and the ends of stages.
+            # Without bars, print the evaluations and the ends of stages, for a log.
             if progress.disable and not as_json and ("heldout_bpb" in values or values["step"] == values["steps"]):
                 typer.echo(f"{stage} {values['step']}/{values['steps']} {figures}".rstrip())
 

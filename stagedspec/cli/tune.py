@@ -39,10 +39,10 @@ def tune(
     as_json: Json = False,
     no_color: NoColor = False,
 ) -> None:
-    """Tune the launch settings of the GPU kernels for this GPU: speed alone, the results stay the same bit by bit.
+    """Tune the launch settings of the GPU kernels for this GPU. Only the speed changes.
 
-    Settings whose results differ in any bit from the default's are refused. Which token trees to grow is another
-    matter: `stagedspec tune-tree`.
+    Settings whose results differ in any bit from the default's are refused. To choose token trees, use
+    `stagedspec tune-tree`.
     """
     if out is not None:
         early_checks.check_output(out, "--out")
@@ -70,7 +70,7 @@ def tune(
     shapes = tune_kernels.shapes(model or ["embedded"])
     name = configs.device_name(where)
     saved = (configs.user_file(name) if out is None else out).expanduser()
-    if saved.is_file():  # what it says of other shapes stays: better damaged now than after the tuning
+    if saved.is_file():  # other shapes in it are kept: find out now, not after the tuning, if it is damaged
         configs.read(saved, name)
     torch.cuda.set_device(where)  # kernels are launched, and graphs captured, on the current device
     with progress_bar(auto_refresh=False) as progress:

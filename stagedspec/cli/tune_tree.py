@@ -57,13 +57,12 @@ def tune_tree(
     as_json: Json = False,
     no_color: NoColor = False,
 ) -> None:
-    """Choose token trees for a pair of models on this machine: the fastest of those that measured passes and acceptance
-    promise most. Saves them.
+    """Measure a pair of models on this machine, find the fastest token trees for it, and save them.
 
-    For the torch backend, on a GPU too: the Triton backend's trees are of one shape, which the cost model chooses.
+    For the torch backend, on a GPU too. With the Triton backend all trees have one shape, which the cost model chooses.
 
     Prints the cost model's predicted speed beside the measured one. Exit status 1 if any output differs from plain
-    (autoregressive) decoding. The launch settings of GPU kernels are another matter: `stagedspec tune`.
+    (autoregressive) decoding. To tune the launch settings of GPU kernels, use `stagedspec tune`.
     """
     if out is not None:
         early_checks.check_output(out, "--out")
@@ -73,7 +72,7 @@ def tune_tree(
     if backend == "triton":
         raise ValueError("tuning trees is not supported by backend 'triton': choose --backend torch, or leave it out")
     backend = "torch" if backend == "auto" else backend
-    early_checks.check_room(target, max_new_tokens)
+    early_checks.check_new_tokens(target, max_new_tokens)
     decoder = load_decoder(target, draft, ngram, device, dtype, backend, modes=MODES)
     encoded, max_new_tokens = fit_prompts(texts[:limit], decoder, max_new_tokens, 96)
 
@@ -104,11 +103,11 @@ def tune_tree(
         _print_tuning(wide_console(no_color), tuning)
         typer.echo("The cache folder cannot be written; use --out." if saved is None else f"Saved in {saved}")
         if decoder.device.type == "cuda":
-            typer.echo("It holds for --backend torch.")
+            typer.echo("It applies to --backend torch only.")
     if far := _far_from_predicted(tuning.measured):
         typer.echo(
             f"warning: the speed-up was predicted badly ({'; '.join(far)}). If the machine was busy, tune again when "
-            "it is not; else give prompts of the kind that you complete (--prompts)",
+            "it is idle; otherwise give prompts like those that you complete (--prompts)",
             err=True,
         )
     if not same:
@@ -116,7 +115,7 @@ def tune_tree(
 
 
 def _far_from_predicted(measured: list[dict[str, Any]]) -> list[str]:
-    """What was measured at less than half or more than twice what was predicted."""
+    """Describes the speed-ups that were less than half or more than twice what was predicted."""
     found = []
     for row in measured:
         predicted, speedup = row["predicted_speedup"], row["measured_speedup"]

@@ -26,10 +26,10 @@ def warm_up(
         list[int] | None, typer.Option(min=1, max=16, help="Batch size; may be given several times. Default: 1.")
     ] = None,
     tokens: Annotated[
-        int | None, typer.Option(help="The longest prompt and its new tokens together. Default: the model's room.")
+        int | None, typer.Option(help="Longest prompt and its new tokens together. Default: the model's positions.")
     ] = None,
-    greedy: Annotated[bool, typer.Option(help="Make greedy decoding ready.", rich_help_panel="Sampling")] = True,
-    sample: Annotated[bool, typer.Option(help="Make sampling ready.", rich_help_panel="Sampling")] = True,
+    greedy: Annotated[bool, typer.Option(help="Prepare greedy decoding.", rich_help_panel="Sampling")] = True,
+    sample: Annotated[bool, typer.Option(help="Prepare sampling.", rich_help_panel="Sampling")] = True,
     temperature: Annotated[float | None, typer.Option(help="Above 0; default 1.", rich_help_panel="Sampling")] = None,
     top_k: Annotated[int | None, typer.Option(help="Keep the k likeliest tokens.", rich_help_panel="Sampling")] = 50,
     top_p: Annotated[float | None, typer.Option(help="Nucleus sampling.", rich_help_panel="Sampling")] = None,
@@ -44,14 +44,14 @@ def warm_up(
     backend: Backend = "auto",
     tree: Tree = None,
 ) -> None:
-    """Compile what the first generations on this GPU would wait for, and measure what trees are chosen by.
+    """Compile the kernels and measure the pass times that the first generations on this GPU would wait for.
 
-    What it leaves lies in Triton's cache (TRITON_CACHE_DIR, else ~/.triton/cache) and in the user's cache folder
-    (XDG_CACHE_HOME, else ~/.cache): keep both to keep it. It needs the GPU that will be used, or one of its kind.
-    Interrupted, it leaves what was compiled, and goes on from there when it is run again.
+    Both are kept for later runs: in Triton's cache (TRITON_CACHE_DIR, else ~/.triton/cache) and in the user's cache
+    folder (XDG_CACHE_HOME, else ~/.cache). Run it on the GPU that will be used, or on one of the same kind.
+    After an interruption, the same command continues.
     """
     if not greedy and not sample:
-        raise ValueError("nothing to make ready: leave out --no-greedy or --no-sample")
+        raise ValueError("nothing to prepare: leave out --no-greedy or --no-sample")
     early_checks.check_at_least(2, tokens=tokens)
     sampled = early_checks.check_sampling(
         do_sample=True, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p

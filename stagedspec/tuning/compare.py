@@ -1,8 +1,8 @@
 """Decoders side by side on the same prompts: the demo's table and `bench/decode.py`.
 
-The sides alternate on every prompt, in an order that rotates, so that a machine that slows down or warms up does so for
-all of them. A speed-up is the median of ratios of pairs that ran next to each other, and there is none for a side whose
-tokens differ from the baseline's.
+All sides run each prompt in turn, in rotating order, so that a machine that slows down or warms up affects all of them.
+A speed-up is the median of the ratios of pairs that ran next to each other. A side whose tokens differ from the
+baseline's gets none.
 """
 
 import time
@@ -20,7 +20,7 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Run:
-    """One generation: the new tokens, and the generation's statistics as `Stats.as_dict()` gives them (or nothing)."""
+    """One generation: the new tokens, and its statistics as from `Stats.as_dict()`, or none."""
 
     tokens: list[int]
     stats: dict[str, Any] = field(default_factory=dict)
@@ -28,16 +28,16 @@ class Run:
 
 @dataclass(frozen=True)
 class Row:
-    """One side over all prompts and repeats. A value that this side does not have is None.
+    """Result of one side over all prompts and repeats. A value that the side does not have is None.
 
     tokens_per_second: new tokens over the whole call's time, prefill included; the median over prompts and repeats.
     total_tokens_per_second: all new tokens over all time.
     speedup: the median of the paired ratios of time to the baseline's; None where outputs differ or cannot be compared.
-    identical: whether every output equals the baseline's, token by token; None where that was not asked.
-    differing: how many outputs do not.
-    tokens_per_step: accepted tokens and the bonus token, a step.
+    identical: whether every output equals the baseline's, token by token; None if they were not compared.
+    differing: the number of outputs that differ.
+    tokens_per_step: mean of accepted tokens plus the bonus token.
     weight_bytes_per_token: relative to autoregressive decoding.
-    overhead: the share of a step's time outside model passes.
+    overhead: fraction of a step's time outside model passes.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Timed:
-    """A run, its wall-clock seconds, and where it belongs: the side's name, the prompt's index, the repeat."""
+    """A run with its wall-clock seconds, the side's name, the index of the prompt and the repeat."""
 
     side: str
     prompt: int
@@ -79,13 +79,13 @@ def compare(
     on_run: Callable[[Timed], None] | None = None,
     done: Mapping[tuple[int, int], Sequence[Timed]] | None = None,
 ) -> list[Row]:
-    """Runs every side on every prompt, `repeats` times, and sums up; the first side is the baseline.
+    """Runs every side on every prompt, `repeats` times. Returns a row for each side; the first one is the baseline.
 
     sides: name to a function from a prompt to its Run; the caller warms them up.
     incomparable: sides whose tokens are not expected to equal the baseline's (another random number generator).
     on_run: called after each run.
-    done: earlier runs by (repeat, prompt's index), each with a run of every side that took place next to each other;
-    these are taken over and not run again, nor given to on_run.
+    done: earlier runs by (repeat, index of the prompt), one of each side, which ran next to each other. They are reused
+    and not reported to on_run.
 
     Raises ValueError without sides or prompts, or if repeats is not positive.
     """
@@ -100,7 +100,7 @@ def measure(
     on_run: Callable[[Timed], None] | None = None,
     done: Mapping[tuple[int, int], Sequence[Timed]] | None = None,
 ) -> list[Timed]:
-    """The runs behind `compare`, which explains the arguments; prompt by prompt."""
+    """The runs for `compare`, in order; arguments as there."""
     if not sides or not prompts or repeats < 1:
         raise ValueError(
             f"expected at least one side, one prompt and one repeat; got {len(sides)}, {len(prompts)} and {repeats}"
@@ -123,7 +123,7 @@ def measure(
 
 
 def summarise(runs: Sequence[Timed], names: Sequence[str], incomparable: frozenset[str] = frozenset()) -> list[Row]:
-    """A row for each name, in that order; the first is the baseline. Every side has run in every round."""
+    """Returns a row for each name, in that order; the first is the baseline. Every side must have run every prompt."""
     by_side: dict[str, list[tuple[Run, float]]] = {name: [] for name in names}
     for timed in sorted(runs, key=lambda timed: (timed.repeat, timed.prompt)):
         if timed.side in by_side:
@@ -133,8 +133,10 @@ def summarise(runs: Sequence[Timed], names: Sequence[str], incomparable: frozens
 
 
 def speedups(runs: Sequence[Timed], name: str, baseline: str) -> list[float | None]:
-    """Prompt by prompt, the median over repeats of the baseline's time over that of the side `name` in the same round;
-    None for a prompt where any output differs."""
+    """For each prompt, the median over repeats of the baseline's time divided by that of the side `name`.
+
+    None for a prompt where any output differs.
+    """
     ours = {(timed.prompt, timed.repeat): timed for timed in runs if timed.side == name}
     theirs = {(timed.prompt, timed.repeat): timed for timed in runs if timed.side == baseline}
     ratios: dict[int, list[float | None]] = {}

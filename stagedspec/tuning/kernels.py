@@ -1,11 +1,11 @@
-"""Tuning of the kernels' launch settings for the GPU at hand: which of an operation's candidates is the fastest.
+"""`stagedspec tune`: finds the fastest launch settings of the kernels on the GPU at hand.
 
-An operation that can be tuned asks `configs.config` for its settings at every launch, and its module has a function
-`candidates` that lists what may be tried, the default first. What it is tuned on comes from workloads: PROBLEMS gives,
-for a model, the shapes under which its settings are kept, their candidates, and the launches that are timed.
+An operation that can be tuned asks `configs.config` for its settings at every launch. Its module has a function
+`candidates` that lists the settings to try, the default first. PROBLEMS gives, for the shape of a model, the keys under
+which settings are kept, their candidates, and the launches to time; the inputs come from workloads.py.
 
-Only speed may be tuned. Every candidate's results are compared bit by bit with those of the default, at every launch,
-before it is timed: one that differs anywhere is refused, one that does not run is left out.
+Only speed may change. Before a candidate is timed, its results are compared bit by bit with the default's at every
+launch. A candidate that differs anywhere is refused; one that does not run is left out.
 """
 
 import itertools
@@ -26,7 +26,7 @@ from stagedspec.models.loading import read_checkpoint
 from stagedspec.tuning import workloads
 from stagedspec.tuning.workloads import Growing, Head, ModelShape, Moving
 
-GAIN = 0.02  # a candidate must be faster by more than this to take the default's place: less is noise
+GAIN = 0.02  # a candidate replaces the default only if it is faster by more than this: less is noise
 NODES = (1, 16, 64)
 LINEAR_NODES = (16, 32, 64, 128)
 CHUNKS = (256, 512, 1024)  # passes over a prompt
@@ -37,7 +37,7 @@ Timer = Callable[[Callable[[], object]], float]
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch of an operation. run: to be timed; results: runs it from a given start, and gives what it wrote."""
+    """One launch of an operation. run: what is timed; results: runs it from a fixed state and returns what it wrote."""
 
     run: Callable[[], object]
     results: Callable[[], list[torch.Tensor]]
@@ -55,8 +55,10 @@ class Launch:
 
 @dataclass(frozen=True)
 class Problem:
-    """An operation at the shape under which its settings are kept. candidates: settings, the default first; launches:
-    made when its turn comes."""
+    """An operation at the shape under which its settings are kept.
+
+    candidates: settings, the default first. launches: makes the launches to time.
+    """
 
     op: str
     shape: tuple[int, ...]
@@ -66,7 +68,7 @@ class Problem:
 
 @dataclass
 class Tuned:
-    """What came of a problem. times: microseconds of each launch, by the default and by the settings found."""
+    """Result of tuning one problem. times: microseconds of each launch, by the default and by the settings found."""
 
     op: str
     shape: tuple[int, ...]
@@ -98,7 +100,7 @@ def _mean_ratio(before: list[float], after: list[float]) -> float:
 
 
 def replayed(run: Callable[[], object], count: int = 20) -> float:
-    """Microseconds of one launch, by replays of a graph of some."""
+    """Microseconds of one launch, measured by replaying a graph of `count` launches."""
 
     def every() -> None:
         for _ in range(count):
@@ -108,7 +110,7 @@ def replayed(run: Callable[[], object], count: int = 20) -> float:
 
 
 def tune(problem: Problem, timer: Timer = replayed, report: Callable[[], None] = lambda: None) -> Tuned:
-    """The fastest of the candidates; report: called after each."""
+    """Finds the fastest candidate. report: called after each."""
     launches, default = problem.launches(), problem.candidates[0]
     with configs.trying(problem.op, problem.shape, default):
         wanted = [_snapshot(launch) for launch in launches]
@@ -135,7 +137,7 @@ def tune(problem: Problem, timer: Timer = replayed, report: Callable[[], None] =
 
 
 def _snapshot(launch: Launch) -> list[torch.Tensor]:
-    """Bytes of the results, so that NaNs of the same bits are the same."""
+    """Bytes of the results, so that NaNs compare equal if their bits do."""
     return [result.clone().flatten().view(torch.uint8) for result in launch.results()]
 
 
@@ -151,8 +153,11 @@ def tune_all(
     timer: Timer = replayed,
     keep: Callable[[Tuned], None] = lambda _: None,
 ) -> list[Tuned]:
-    """Tunes operations at the shapes of models. report: the operation, candidates done, candidates in all; keep: called
-    with what came of each problem, in case there is no time for all of them."""
+    """Tunes operations at the shapes of models.
+
+    report: called with the operation, the number of candidates done and of all. keep: called with each result as soon
+    as it is there, so that an interrupted run keeps what it found.
+    """
     work = {(one.op, one.shape): one for op in ops for shape in shapes for one in PROBLEMS[op](shape, device)}
     total = sum(len(problem.candidates) for problem in work.values())
     found: list[Tuned] = []
@@ -169,7 +174,7 @@ def tune_all(
 
 
 def table(found: list[Tuned]) -> configs.Table:
-    """What `configs.write` takes. Where the default is the best it is written too: an older file may say otherwise."""
+    """Settings for `configs.write`. A default that was best is written too: it replaces an older entry."""
     result: configs.Table = {}
     for one in found:
         result.setdefault(one.op, {})[configs.shape_name(one.shape)] = one.settings
@@ -177,7 +182,10 @@ def table(found: list[Tuned]) -> configs.Table:
 
 
 def shapes(models: list[str]) -> list[ModelShape]:
-    """Of GPT-2's sizes, "embedded", hub ids and folders. Raises ValueError for a model that cannot be read."""
+    """Shapes of the models named: S, M, L, XL, "embedded", hub ids and folders.
+
+    Raises ValueError for a model that cannot be read.
+    """
     found = []
     for model in models:
         if model == "embedded":
@@ -228,7 +236,7 @@ def _linear(shape: ModelShape, device: torch.device) -> Iterator[Problem]:
         for key, count in keys.items():
 
             def launches(outputs: int = outputs, inputs: int = inputs, count: int = count) -> list[Launch]:
-                """Over more weights than a cache holds, as the layers of a model are."""
+                """Uses more weights than fit in a cache, as the layers of a model do."""
                 made = min(shape.layers, 1 + (CACHE >> 1) // (outputs * inputs))
                 layers = [
                     (workloads.randn(outputs, inputs, device=device, scale=inputs**-0.5), out)
@@ -298,7 +306,7 @@ def _lookup(shape: ModelShape, device: torch.device) -> Iterator[Problem]:
 
 
 def _grow(op: str, shape: ModelShape, device: torch.device) -> Iterator[Problem]:
-    """Trees do not depend on the model but for its vocabulary; trees of one tile of candidates share their settings."""
+    """Trees depend on the model only by its vocabulary. Trees with the same tile of candidates share settings."""
     by_tile: dict[int, list[int]] = {}
     for nodes in NODES[1:]:
         by_tile.setdefault(grow_tree.tile(op, workloads.tree_config(nodes)), []).append(nodes)

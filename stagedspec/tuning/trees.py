@@ -1,8 +1,8 @@
-"""`stagedspec tune-tree`: measures a pair of models on this machine, chooses trees, and holds predictions against it.
+"""`stagedspec tune-tree`: measures a pair of models on this machine and finds the fastest token trees for it.
 
 Acceptance is measured on the target's own text: at every position the draft ranks its children under the noise of that
-position, and draft² names the one it thinks first. The text is then split into kinds of stretches, easy to hard. The
-cost model names a few trees of each mode from that, and the one that decodes fastest is kept.
+position, and draft² guesses the first of them. From this an acceptance profile is fitted: kinds of text, easy to hard.
+With it the cost model proposes a few trees of each mode, and the one that decodes fastest is kept.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ from stagedspec.planning.profile import Tuning, pair_of
 from stagedspec.planning.tree import MODES, TreeConfig
 from stagedspec.tuning.compare import Run, compare, measure
 
-KINDS, WINDOW = 3, 8  # kinds of stretches, and the tokens that are taken to lie in the same one
+KINDS, WINDOW = 3, 8  # kinds of text in a profile, and consecutive tokens taken to be of one kind
 FINALISTS, HEATS = 4, 8  # trees of a mode that are timed, and on how many groups of prompts
 
 # The rank of the token written among the draft's children, -1 for none; whether draft² named the draft's first child.
@@ -29,7 +29,10 @@ Group = tuple[torch.Tensor, torch.Tensor]  # prompts of one batch: ids and atten
 
 
 def outcomes(decoder: Decoder, prompt: Sequence[int], new_tokens: int, sampled: bool, seed: int = 0) -> list[Outcome]:
-    """How the draft and draft² stand to what the target writes after a prompt, token by token."""
+    """How well the draft and draft² guess each token that the target writes after a prompt.
+
+    Raises ValueError without a draft.
+    """
     draft, table, device = decoder.draft, decoder.ngram, decoder.device
     if draft is None:
         raise ValueError("expected a decoder with a draft")
@@ -71,7 +74,7 @@ def outcomes(decoder: Decoder, prompt: Sequence[int], new_tokens: int, sampled: 
 
 
 def fit_stretches(texts: Sequence[Sequence[Outcome]]) -> tuple[Stretch, ...]:
-    """Splits texts into kinds of stretches, easiest first: a mixture of multinomials over windows, by EM.
+    """Fits an acceptance profile to texts, easiest kind first: a mixture of multinomials over windows, by EM.
 
     Deterministic. Raises ValueError without any outcome.
     """
@@ -91,7 +94,7 @@ def fit_stretches(texts: Sequence[Sequence[Outcome]]) -> tuple[Stretch, ...]:
     for kind, part in enumerate(order.tensor_split(KINDS)):
         member[part, kind] = 1
     for _ in range(100):
-        ranks = member.T @ counts + 0.02  # a little of everything, so that no logarithm is infinite
+        ranks = member.T @ counts + 0.02  # a small pseudo-count, so that no logarithm is infinite
         ranks /= ranks.sum(1, keepdim=True)
         guesses = member.T @ named + 0.02
         guesses /= guesses.sum(1, keepdim=True)
@@ -113,13 +116,13 @@ def tune(
     batches: Sequence[int] = (1,),
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Tuning:
-    """Measures passes and acceptance, times the likeliest trees of every drafting mode, greedy and sampled, keeps the
-    fastest, and times those.
+    """Measures pass times and acceptance, times the most promising trees of each drafting mode, greedy and sampled, and
+    keeps the fastest; then times the modes with these trees.
 
-    prompts: token ids. The decoder uses what was found from then on. progress: told (done, total).
+    prompts: token ids. From then on the decoder uses the result. progress: called with (done, total).
 
-    Raises ValueError without a draft or prompts, for a backend without trees on the host, or for prompts that leave no
-    room for new_tokens.
+    Raises ValueError without a draft or prompts, for a backend that does not grow trees on the host, or for prompts
+    that leave no room for new_tokens.
     """
     if decoder.draft is None:
         raise ValueError("trees are tuned for a target and its draft, and there is no draft: give a draft (--draft)")
@@ -164,7 +167,7 @@ def tune(
 
 
 def _groups(prompts: Sequence[Sequence[int]], batch: int) -> list[Group]:
-    """The prompts in batches: ids, attention masks; the first ones again where they do not fill the last batch."""
+    """The prompts in batches. The last batch is filled up with the first prompts."""
     groups = []
     for start in range(0, max(1, len(prompts) - batch + 1), batch):
         rows = [prompts[(start + index) % len(prompts)] for index in range(batch)]
@@ -175,7 +178,7 @@ def _groups(prompts: Sequence[Sequence[int]], batch: int) -> list[Group]:
 
 
 class _Side:
-    """Generations in one mode, and their tokens a second over all rows, prefill left out."""
+    """Generations in one mode, and their tokens per second over all rows, without prefill."""
 
     def __init__(self, decoder: Decoder, model: Model, mode: str, new_tokens: int):
         self.decoder = decoder
@@ -197,14 +200,14 @@ class _Side:
         return Run(output[:, group[0].shape[1] :].flatten().tolist(), stats.as_dict())
 
     def reset(self) -> None:
-        """After a run that was no more than a warm-up."""
+        """Forgets the runs so far, after a warm-up."""
         self.tokens, self.seconds = 0, 0.0
 
 
 def _fastest(
     decoder: Decoder, tuning: Tuning, model: Model, mode: str, groups: Sequence[Group], new_tokens: int
 ) -> list[TreeConfig]:
-    """The ladder of the finalist that decodes most tokens a second, sides taking turns."""
+    """The trees, smallest first, of the finalist with the most tokens per second. Finalists are timed in turn."""
     ladders = [model.ladder(mode, tree) for tree in model.finalists(mode, FINALISTS)]
     sides = [_Side(decoder, model, mode, new_tokens) for _ in ladders]
 
@@ -234,7 +237,7 @@ def _timed(
     new_tokens: int,
     advance: Callable[[], None],
 ) -> list[dict[str, Any]]:
-    """Every mode's predicted and measured tokens a second, sides taking turns."""
+    """Predicted and measured tokens per second of each mode. Modes are timed in turn."""
     batch, sampled = model.batch, model.sampled
     sides = {mode: _Side(decoder, model, mode, new_tokens) for mode in MODES}
     for side in sides.values():

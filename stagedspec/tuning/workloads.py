@@ -1,7 +1,7 @@
-"""What the kernels have to do in a decoding step, on random data of a model's shape: for benchmarks and the tuner.
+"""The operations of a decoding step on random data, at the shape of a model: for benchmarks and the tuner.
 
-Each class holds the inputs of an operation and calls it as a decoder does. Trees are grown of random proposals over
-random text that repeats itself often enough for the context n-gram to hit.
+Each class holds the inputs of an operation and calls it as a decoder does. Trees are grown from random proposals over
+random text that repeats itself often enough for the context n-gram to match.
 """
 
 from dataclasses import dataclass, field
@@ -25,14 +25,14 @@ SAMPLINGS = {
     "top-k": {"temperature": 1.0, "top_k": 50, "top_p": None, "min_p": None},
     "top-p": {"temperature": 1.0, "top_k": None, "top_p": 0.9, "min_p": None},
 }
-CHILDREN = 8  # of a node of the draft
+CHILDREN = 8  # proposed by the draft for a node
 SPREAD = 5.0  # of random logits: a few tokens hold most of the probability, as in text
 WORDS = 200  # distinct tokens of the random text
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A GPT-2: layers, width, heads, vocabulary, width inside the MLP."""
+    """Shape of a GPT-2. inner: width inside the MLP; 0: 4 * width."""
 
     layers: int
     width: int
@@ -42,7 +42,7 @@ class ModelShape:
 
     @property
     def size(self) -> int:
-        """Of a head."""
+        """Head size."""
         return self.width // self.heads
 
     @property
@@ -61,7 +61,7 @@ SIZES = {
 
 
 def tree_config(nodes: int) -> TreeConfig:
-    """A tree of so many nodes as a GPU would grow it."""
+    """A tree of that many nodes with settings that suit a GPU."""
     if nodes == 1:
         return TreeConfig().for_mode("autoregressive")
     passes, width, children, prefetch, guesses = (3, 4, 4, 1, 2) if nodes <= 16 else (6, 8, 8, 2, 4)
@@ -69,7 +69,7 @@ def tree_config(nodes: int) -> TreeConfig:
 
 
 def dtype_of(device: torch.device) -> torch.dtype:
-    """bf16, which the interpreter cannot compute with."""
+    """bf16 on a GPU, else fp32: the interpreter cannot compute in bf16."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
@@ -78,7 +78,7 @@ def randn(*shape: int, device: torch.device, scale: float = 1.0, dtype: torch.dt
 
 
 def random_text(batch: int, length: int, vocab: int) -> torch.Tensor:
-    """Token ids [B, length], some pairs of which come again."""
+    """Token ids [B, length] in which pairs of tokens recur."""
     return torch.randint(min(WORDS, vocab), (batch, length))
 
 
@@ -92,7 +92,7 @@ def katz_table(vocab: int, device: torch.device) -> KatzTable:
 
 @dataclass
 class Counters:
-    """Where the noise of B x N nodes is: seeds, streams, positions."""
+    """Counters of the noise of B x N nodes: seeds, streams, positions."""
 
     batch: int
     nodes: int
@@ -109,14 +109,17 @@ class Counters:
         return NoiseAt(self.seeds, self.streams, self.positions)
 
     def made(self, vocab: int) -> reference.NoiseAt:
-        """The same noise in memory, by the reference."""
+        """The same noise, computed by the reference."""
         values = reference.gumbel_noise(self.seeds, self.streams.long(), self.positions.long(), vocab)
         return reference.NoiseAt(values, torch.arange(self.nodes, device=self.device).expand(self.batch, -1))
 
 
 @dataclass
 class Head:
-    """The head of a model over N nodes of each of B sequences; `copies` of its weights, more than the cache holds."""
+    """The head of a model over N nodes of each of B sequences.
+
+    copies: of its weights, so that they exceed the cache.
+    """
 
     shape: ModelShape
     batch: int
@@ -136,7 +139,7 @@ class Head:
         self.ops = TritonOps()
 
     def choose(self, sampling: str) -> torch.Tensor:
-        """int32 [B, N] by the last of the heads."""
+        """Chosen tokens, int32 [B, N], of the last copy."""
         warping = SAMPLINGS[sampling]
         noise = None if warping is None else self.counters.noise
         for head in self.heads:
@@ -144,7 +147,7 @@ class Head:
         return chosen
 
     def children(self, sampling: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """int32 and fp32 [B, N, CHILDREN]."""
+        """Tokens and log-probabilities of children, int32 and fp32 [B, N, CHILDREN], of the last copy."""
         warping = SAMPLINGS[sampling]
         noise = None if warping is None else self.counters.noise
         for head in self.heads:
@@ -154,7 +157,7 @@ class Head:
 
 @dataclass
 class Choosing:
-    """The rule alone, over logits in memory."""
+    """Token choice alone, from logits in memory."""
 
     vocab: int
     batch: int
@@ -172,13 +175,13 @@ class Choosing:
         self.out_logprobs = torch.empty(self.out_tokens.shape, device=self.device)
 
     def choose(self, sampling: str, noise: torch.Tensor | None = None) -> torch.Tensor:
-        """int32 [M]; noise: [M, V] in place of the counters'."""
+        """Chosen tokens, int32 [M]. noise: [M, V] instead of the counters'."""
         settings = warping_settings(SAMPLINGS[sampling])
         rule.choose(*self.inputs, **settings, **self.shared, noise=noise, out=self.out)
         return self.out
 
     def children(self, sampling: str, noise: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """int32 and fp32 [M, CHILDREN]."""
+        """Tokens and log-probabilities of children, int32 and fp32 [M, CHILDREN]."""
         settings = warping_settings(SAMPLINGS[sampling])
         out = {"out_tokens": self.out_tokens, "out_logprobs": self.out_logprobs}
         rule.choose_children(*self.inputs, **settings, **self.shared, noise=noise, **out)
@@ -190,7 +193,7 @@ class Choosing:
 
 @dataclass
 class Looking:
-    """The look-up of N contexts in each of B sequences of `context` tokens; a third of them are known to these."""
+    """The n-gram look-up of N contexts in each of B sequences of `context` tokens, which contain a third of them."""
 
     nodes: int
     context: int
@@ -216,7 +219,7 @@ class Looking:
 
 @dataclass
 class Growing:
-    """B trees of `nodes` nodes over sequences of `context` tokens; `room`: how many tokens they can still take."""
+    """B trees of `nodes` nodes over sequences of `context` tokens, with room for `room` more tokens."""
 
     nodes: int
     context: int
@@ -242,7 +245,7 @@ class Growing:
         self.proposed = [self._proposals(batch.nodes, vocab) for batch in self.growth.batches]
 
     def _proposals(self, rows: int, vocab: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Distinct tokens of the text, less and less likely."""
+        """Random children: distinct tokens of the text, with falling log-probabilities."""
         count = self.config.children
         shape = self.batch, rows, min(WORDS, vocab)
         names = torch.rand(shape).argsort(-1)[..., :count].int()
@@ -273,7 +276,7 @@ class Growing:
 
 @dataclass
 class Moving:
-    """The KV cache of a model, and an accepted path of `count` tree rows in each sequence to move."""
+    """KV compaction: an accepted path of `count` tree rows in each sequence is moved in the cache of a model."""
 
     shape: ModelShape
     batch: int
