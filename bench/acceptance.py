@@ -19,10 +19,11 @@ from journal import Journal, code_fingerprint, prompt_hash
 from machine import arguments_of, header, where
 from report import markdown, update_readme
 from rules import RULES
-from sides import HERE, Models, add_options, check_options, clear_errors, encode, load, read_prompts
-from stagedspec.cli import progress_bar
+from sides import HERE, Models, add_options, check_options, clear_errors, encode, load
+from stagedspec.cli.output import progress_bar
 from stagedspec.decoding.request import MAX_BATCH
 from stagedspec.kernels.reference import warp
+from stagedspec.tuning.prompts import read_prompts
 
 CHILDREN = (1, 2, 4, 8)
 RESAMPLES = 4000
@@ -34,7 +35,7 @@ RESAMPLES = 4000
 def write(
     models: Models, prompts: list[torch.Tensor], new_tokens: int, sampling: dict, seed: int
 ) -> list[torch.Tensor]:
-    """What the target continues each prompt with, LongTensors [prompt + new]."""
+    """Each prompt with the target's continuation, LongTensors [prompt + new]."""
     texts = []
     for start in range(0, len(prompts), MAX_BATCH):
         some = [prompt[0] for prompt in prompts[start : start + MAX_BATCH]]
@@ -50,8 +51,10 @@ def write(
 
 @torch.inference_mode()
 def distributions(models: Models, text: torch.Tensor, start: int, sampling: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    """The target's and the draft's distribution [N, K] of every token of `text` from position `start` on, over the K
-    tokens that either may choose at all: no rule ever looks at others."""
+    """Distributions [N, K] of the target and the draft at each token of `text` from position `start` on.
+
+    Over the K tokens that either of them can choose; the rules use no others.
+    """
     found = []
     for model in (models.target, models.draft):
         logits = model(text[None].to(model.device)).logits[0, start - 1 : -1].float().cpu()
@@ -90,8 +93,10 @@ def measure(models: Models, prompts: list, temperature: float, options: argparse
 
 
 def summarise(measured: dict) -> dict:
-    """Means over prompts with 95% intervals, and those of the difference between the coupled rule and recursive
-    rejection, prompt by prompt. Prompts are resampled: positions of one text are not independent."""
+    """Means over prompts with 95% intervals, of each rule and of the coupled rule's gain over recursive rejection.
+
+    The intervals come from resampling prompts, because positions of one text are not independent.
+    """
     values = {name: torch.tensor(rows, dtype=torch.float64) for name, rows in measured["accepted"].items()}
     rules = {name: interval(rows) for name, rows in values.items()}
     difference = interval(values["coupled"] - values["recursive"])

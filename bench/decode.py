@@ -28,11 +28,11 @@ from sides import (
     load,
     measure,
     our_side,
-    read_prompts,
     transformers_side,
 )
 from stagedspec.decoding.request import MAX_BATCH
 from stagedspec.tuning.compare import summarise, table
+from stagedspec.tuning.prompts import read_prompts
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -56,7 +56,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def bench(options: argparse.Namespace, console: Console) -> dict:
-    """Runs the benchmark; gives the results. Raises ValueError for prompts or models that cannot be used."""
+    """Runs the benchmark. Returns the results. Raises ValueError for prompts or models that cannot be used."""
     prompts = read_prompts(options.prompts)
     models = load(options)
     room = models.target.config.n_positions - options.max_new_tokens
@@ -106,7 +106,7 @@ def bench(options: argparse.Namespace, console: Console) -> dict:
 
 
 def _least(runs: list) -> dict[str, float]:
-    """Of each side the least ratio of the baseline's time to its own, over pairs of runs next to each other."""
+    """Lowest speed-up of each side over the baseline, among pairs of runs next to each other."""
     times: dict[str, list[float]] = {}
     for timed in runs:
         times.setdefault(timed.side, []).append(timed.seconds)

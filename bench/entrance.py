@@ -1,4 +1,4 @@
-"""What the entrances for transformers' arguments cost over the plain `Decoder.generate`, at batch 1.
+"""Overhead of transformers' arguments and of `custom_generate` over the plain `Decoder.generate`, at batch 1.
 
     python bench/entrance.py [--limit 16] [--max-new-tokens 64] [--repeats 3] [--mode staged] [--threads 1]
 
@@ -17,24 +17,26 @@ import torch
 from transformers import GenerationConfig, GPT2LMHeadModel
 
 from machine import arguments_of, header, where
-from sides import ASSETS, HERE, encode, read_prompts
+from sides import HERE, encode
 from stagedspec import Decoder
-from stagedspec.cli import quiet_transformers
+from stagedspec.cli.output import quiet_transformers
 from stagedspec.hf import custom_generate
+from stagedspec.models import embedded
+from stagedspec.tuning.prompts import read_prompts
 
 BOUND = 0.03
 
 
 def ways(mode: str, new: int, device: str) -> tuple[dict, object]:
-    """Functions from ids [1, L] to tokens [1, L + new], the plain one first, and the tokenizer."""
+    """The sides, functions from ids [1, L] to tokens [1, L + new], the plain one first; and the tokenizer."""
     decoder = Decoder.default(device=device)
-    model = GPT2LMHeadModel.from_pretrained(ASSETS / "target", dtype=decoder.target.dtype).to(decoder.device)
+    model = GPT2LMHeadModel.from_pretrained(embedded.TARGET, dtype=decoder.target.dtype).to(decoder.device)
     # Every side the tree that the cost model chose for one of them: it must not differ by a measurement's noise.
     tree = decoder.tree_for(mode)
     options = {"max_new_tokens": new, "pad_token_id": 0}
     config = GenerationConfig(**options, eos_token_id=[model.config.vocab_size - 1])
     eos = config.eos_token_id
-    generator = custom_generate(ASSETS / "draft", ASSETS / "ngram.safetensors", mode, tree)
+    generator = custom_generate(embedded.DRAFT, embedded.NGRAM, mode, tree)
     return {
         "plain": lambda ids: decoder.generate(ids, mode=mode, tree=tree, eos_token_id=eos, **options),
         "generation_config": lambda ids: decoder.generate(ids, mode=mode, tree=tree, generation_config=config),
@@ -43,7 +45,7 @@ def ways(mode: str, new: int, device: str) -> tuple[dict, object]:
 
 
 def measure(sides: dict, prompts: list[torch.Tensor], repeats: int) -> dict[str, list[float]]:
-    """Seconds of every side on every prompt and repeat, in one order, the sides taking turns at going first.
+    """Seconds of each side for all prompts and repeats, in the same order. The sides take turns at running first.
 
     Raises ValueError if a side's tokens differ from the first one's.
     """
@@ -64,7 +66,7 @@ def measure(sides: dict, prompts: list[torch.Tensor], repeats: int) -> dict[str,
 
 
 def costs(seconds: dict[str, list[float]]) -> dict[str, tuple[float, float, float]]:
-    """Lower quartile, median and upper quartile of every side's time over the first one's, less one."""
+    """Relative extra time of each side over the first one: lower quartile, median and upper quartile."""
     base, *others = seconds
     found = {}
     for name in others:

@@ -1,4 +1,4 @@
-"""The benchmarks' figures. Colours are of the Okabe-Ito palette; whatever has a colour has a marker of its own too."""
+"""The benchmarks' figures, in colours of the Okabe-Ito palette, each with a marker of its own."""
 
 import math
 from collections.abc import Sequence
@@ -51,7 +51,7 @@ INK, FAINT = "#24292f", "#8a8f96"
 
 
 def save(figure, path: Path) -> list[Path]:
-    """Writes a figure as SVG and PNG; gives both paths."""
+    """Writes a figure as SVG and PNG. Returns both paths."""
     paths = [path.with_suffix(".svg"), path.with_suffix(".png")]
     figure.savefig(paths[0], metadata={"Date": None})
     figure.savefig(paths[1], dpi=150)
@@ -107,7 +107,7 @@ def roofline(report: dict, path: Path) -> list[Path]:
 def speedups(
     panels: dict[str, dict[str, Sequence[float]]], paper: dict[str, dict[str, float]], path: Path
 ) -> list[Path]:
-    """Figure 2: the speed-up over autoregressive decoding of every prompt, sorted, a panel a sampling.
+    """Figure 2: the speed-up of every prompt over autoregressive decoding, sorted, with a panel for each sampling.
 
     panels: title to {side: speed-ups}. paper: title to {side: the paper's mean speed-up}.
     """
@@ -143,7 +143,7 @@ def speedups(
 
 
 def acceptance(report: dict, path: Path) -> list[Path]:
-    """Acceptance by number of children, a column a temperature; below, the coupled rule less recursive rejection.
+    """Acceptance by number of children, with a column for each temperature; below, the gain of the coupled rule.
 
     report: "children": [m]; "temperatures": [{"temperature", "rules": {name: [{"mean", "low", "high"}]}, "difference":
     [{"mean", "low", "high"}]}].

@@ -43,7 +43,7 @@ PROCESSES.set_forkserver_preload(["first_use"])
 
 
 def cache_environment(compiled: Path, tuning: Path) -> dict[str, str]:
-    """Environment variables that put compiled code below one folder and measured tuning below another."""
+    """Environment variables that choose the folders of compiled code and of measured tuning."""
     places = {"TRITON_CACHE_DIR": "triton", "NUMBA_CACHE_DIR": "numba", "TORCHINDUCTOR_CACHE_DIR": "inductor",
               "CUDA_CACHE_PATH": "cuda"}  # fmt: skip
     found = {name: str(compiled / folder) for name, folder in places.items()}
@@ -132,7 +132,7 @@ class Ours:
         return seconds
 
     def own_first_token(self) -> float | None:
-        """What the last call's statistics say, where they say it."""
+        """Statistics of the last call, if it has any."""
         return getattr(self.decoder.last_stats, "seconds_to_first_token", None)
 
 
@@ -168,7 +168,7 @@ class Theirs:
 
 
 class FirstToken:
-    """A streamer that notes when it is called: with the prompt, then with every token."""
+    """A streamer that records the time of each call: for the prompt, then for every token."""
 
     def __init__(self):
         self.times: list[float] = []
@@ -181,7 +181,7 @@ class FirstToken:
 
 
 def first_calls(options: argparse.Namespace) -> dict:
-    """Loads and generates twice; gives the seconds and the tokens."""
+    """Loads and generates twice. Returns the seconds and the tokens."""
     times = [time.perf_counter()]
     if options.side in stagedspec.MODES:
         decoder = load_decoder(options)
@@ -235,8 +235,10 @@ def measure(options: argparse.Namespace) -> dict:
 
 
 def in_a_process(arguments: list[str], environment: dict[str, str], seconds: float) -> dict | None:
-    """What the file measures with these arguments, in a process of its own with more environment variables; None if it
-    takes longer than that. Raises ValueError if it fails."""
+    """Runs this file with these arguments and environment variables in a process of its own. Returns what it measures.
+
+    None after a timeout. Raises ValueError if the process fails.
+    """
     with _importable():
         forkserver.ensure_running()
     ours, theirs = PROCESSES.Pipe(duplex=False)
@@ -258,7 +260,7 @@ def in_a_process(arguments: list[str], environment: dict[str, str], seconds: flo
 
 @contextmanager
 def _importable() -> Iterator[None]:
-    """Lets the server find this file: before Python 3.13 it gets no sys.path."""
+    """Puts this folder on PYTHONPATH: before Python 3.13 the server process does not inherit sys.path."""
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(__file__).resolve().parent), before)))
     try:

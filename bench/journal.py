@@ -1,4 +1,4 @@
-"""What has been measured so far, so that an interrupted benchmark goes on where it was.
+"""A file of measurements so far, so that an interrupted benchmark continues where it stopped.
 
 One JSON object a line, appended as soon as it is known, under a key of everything that could change it. Lines of other
 keys are left alone; a last line that was cut off is dropped.
@@ -12,13 +12,14 @@ from pathlib import Path
 import torch
 
 import stagedspec
+from stagedspec.kernels.common.files import write_text
 from stagedspec.tuning.compare import Run, Timed
 
 HERE = Path(__file__).parent
 
 
 def code_fingerprint() -> str:
-    """A hash of the package's and the benchmarks' sources: after a change older measurements are not taken over."""
+    """A hash of the sources of package and benchmarks. After a change older measurements are not reused."""
     package = Path(stagedspec.__file__).parent
     kernels = Path(stagedspec.kernels.__file__).parent
     found = hashlib.sha256()
@@ -44,9 +45,7 @@ class Journal:
         if fresh:
             kept = [(line, entry) for line, entry in kept if entry["key"] != self.key]
         if len(kept) != len(lines):
-            part = path.with_name(path.name + ".part")
-            part.write_text("".join(line + "\n" for line, _ in kept), encoding="utf-8")
-            part.replace(path)
+            write_text(path, "".join(line + "\n" for line, _ in kept))
         self.entries = [entry for _, entry in kept if entry["key"] == self.key]
         self._round: tuple = ()
         self._name = ""
@@ -58,7 +57,7 @@ class Journal:
             file.write(json.dumps(self.entries[-1]) + "\n")
 
     def add_run(self, title: str, timed: Timed, prompt: torch.Tensor) -> None:
-        """Appends one run of a comparison. Runs of one round carry the same name: only they ran next to each other."""
+        """Appends one run of a comparison. Runs of one round, which ran next to each other, have the same name."""
         place = (title, timed.repeat, timed.prompt)
         if place != self._round:
             self._round, self._name = place, uuid.uuid4().hex[:12]
@@ -68,7 +67,7 @@ class Journal:
         )  # fmt: skip
 
     def rounds(self, title: str, sides: list[str], prompts: list[torch.Tensor]) -> dict[tuple[int, int], list[Timed]]:
-        """The finished rounds of a comparison by (repeat, prompt's index): those in which every side ran."""
+        """Finished rounds of a comparison by (repeat, index of the prompt): those in which every side ran."""
         found: dict[tuple, dict[str, dict]] = {}
         for entry in self.entries:
             if entry.get("title") == title and entry["side"] in sides:
@@ -83,7 +82,7 @@ class Journal:
 
 
 def prompt_hash(prompt: torch.Tensor) -> str:
-    """Of a prompt's tokens [1, L]."""
+    """A hash of a prompt's tokens [1, L]."""
     return hashlib.sha256(json.dumps(prompt.tolist()).encode()).hexdigest()[:16]
 
 

@@ -1,4 +1,4 @@
-"""How fast a generation starts: loading, first use, what a call costs beyond its steps, time to first token, step time.
+"""Latency of a generation: loading, first use, cost of a call beyond its steps, time to first token, step time.
 
     python bench/latency.py [--random L --device cuda] [--modes staged tree] [--limit-seconds 240] [--out latency.json]
 
@@ -9,7 +9,6 @@ what was left out is named. See bench/README.md.
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 import time
@@ -27,9 +26,11 @@ from machine import arguments_of, header, where
 from random_models import add_model_options, checkpoints
 from report import markdown, update_readme
 from sides import check_options, clear_errors
-from stagedspec import MODES, early
-from stagedspec.cli import quiet_transformers
+from stagedspec import MODES
+from stagedspec.cli import early_checks
+from stagedspec.cli.output import quiet_transformers
 from stagedspec.devices import resolve_device, resolve_dtype
+from stagedspec.kernels.common.files import write_text
 
 LENGTHS = (128, 16, 900)  # the most usual prompt first
 TIMED = [mode for mode in ("staged", "autoregressive", "tree", "chain") if mode in MODES]  # in order of interest
@@ -48,7 +49,7 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def step_and_fixed(few: list[tuple[float, int]], many: list[tuple[float, int]]) -> tuple[dict, dict]:
-    """Seconds a step, and seconds that a call costs beyond its steps, from calls of few and of many steps.
+    """Seconds of a step, and seconds of a call beyond its steps, from calls of few and of many steps.
 
     few, many: (seconds, steps) of each repeat, made next to each other. A step is the slope between the two. Raises
     ValueError unless many are more steps than few.
@@ -102,7 +103,7 @@ def timed(call: Callable, device: torch.device) -> tuple[float, object]:
 def measure_calls(
     loaded: Loaded, names: list[str], sampling: str, length: int, counts: tuple[int, int], repeats: int
 ) -> list[dict]:
-    """Calls of few and of many new tokens and the first token of a stream, the sides taking turns at going first."""
+    """Times calls of few and of many new tokens and the first token of a stream. Sides take turns at running first."""
     ids, device = loaded.prompt(length), loaded.device
     sides = {name: loaded.side(name, sampling) for name in names}
     few, many = counts
@@ -177,7 +178,7 @@ def measure_first_use(
 
 @dataclass(frozen=True)
 class Case:
-    """Something to measure: `run` gives the lines that it adds to `part` of the report."""
+    """One measurement. run: returns the lines to add to `part` of the report."""
 
     name: str
     part: str
@@ -185,7 +186,7 @@ class Case:
 
 
 def cases_of(options: argparse.Namespace, loaded: Loaded, caches: Path, deadline: float) -> list[Case]:
-    """All cases, the most wanted first."""
+    """All cases, the most important first."""
 
     def first(side: str, sampling: str, *kinds: str) -> list[Case]:
         def run(kind: str) -> list[dict]:
@@ -220,7 +221,7 @@ def cases_of(options: argparse.Namespace, loaded: Loaded, caches: Path, deadline
 
 
 def bench(options: argparse.Namespace, report: dict, deadline: float) -> None:
-    """Runs the cases into the report, and writes it after every one."""
+    """Runs the cases, adds their results to the report, and writes it after each one."""
     loaded = Loaded(options)
     report |= {"first_use": [], "calls": [], "left_out": []}
     report["left_out"] += [
@@ -242,7 +243,7 @@ def bench(options: argparse.Namespace, report: dict, deadline: float) -> None:
 
 
 def check_first_tokens(found: list[dict]) -> None:
-    """Notes for each process whether its tokens are those of the first one with the same sampling."""
+    """Marks for each process whether its tokens equal those of the first one with the same sampling."""
     expected = {}
     for line in found:
         if "tokens" in line and line["side"] in MODES:
@@ -251,9 +252,7 @@ def check_first_tokens(found: list[dict]) -> None:
 
 def write(report: dict, out: Path | None) -> None:
     if out is not None:
-        part = out.with_name(out.name + ".part")
-        part.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        os.replace(part, out)
+        write_text(out, json.dumps(report, indent=1) + "\n")
 
 
 # ---------------------------------------------------------------- tables
@@ -345,17 +344,17 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def check(options: argparse.Namespace) -> None:
     """Fills in defaults. Raises ValueError for options that do not fit together."""
     named = (options.target, options.draft, options.ngram) if options.random is None else (None, None, None)
-    early.check_models(*named, options.device, options.dtype, options.backend)
+    early_checks.check_models(*named, options.device, options.dtype, options.backend)
     device = resolve_device(options.device)
     first_use.parse_tree(options.tree)
-    early.check_at_least(0, limit_seconds=options.limit_seconds)
+    early_checks.check_at_least(0, limit_seconds=options.limit_seconds)
     few, many = options.tokens
     if not 1 <= few < many:
         raise ValueError(f"--tokens must be a small and a larger number of new tokens, got {few} {many}")
     if min(options.lengths) < 1:
         raise ValueError(f"--lengths must be positive, got {min(options.lengths)}")
     if options.out is not None:
-        early.check_output(options.out, "--out")
+        early_checks.check_output(options.out, "--out")
     on_cpu = device.type == "cpu"
     if options.limit_seconds is None:
         options.limit_seconds = 120 if on_cpu else 240
@@ -366,7 +365,7 @@ def check(options: argparse.Namespace) -> None:
 
 
 def models_of(options: argparse.Namespace) -> str:
-    """What the models are, in words."""
+    """Description of the models."""
     if options.random is not None:
         default = "2x96" if options.random == "embedded" else "8x512"
         return f"random weights of shape {options.random}, draft {options.draft_shape or default}"

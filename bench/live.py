@@ -1,4 +1,4 @@
-"""What it costs a call to notice that a model object of the caller's has changed, without a generation.
+"""Cost for a call of noticing that the caller's model object has changed, without a generation.
 
     python bench/live.py [--layers 4 --width 384 --vocabulary 2048] [--device cpu] [--threads 1] [--repeats 15]
 
@@ -16,7 +16,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from machine import arguments_of, header, where
-from stagedspec.cli import quiet_transformers
+from stagedspec.cli.output import quiet_transformers
 from stagedspec.models.gpt2 import finite
 from stagedspec.models.plain import check_plain, fingerprint
 

@@ -1,4 +1,4 @@
-"""What a benchmark ran on: names and versions, and the machine's two roofs, measured."""
+"""The machine that a benchmark runs on: names, versions, and its two measured roofs, bandwidth and arithmetic."""
 
 import datetime
 import os
@@ -14,7 +14,7 @@ import torch
 
 
 def describe(device: torch.device) -> dict:
-    """What the numbers were measured on."""
+    """Processor, cores, threads, system, and the GPU if the device is one."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
@@ -34,7 +34,7 @@ def describe(device: torch.device) -> dict:
 
 
 def versions() -> dict:
-    """Versions of what takes part; None for what is not installed."""
+    """Versions of the packages used; None for one that is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for name in ("torch", "transformers", "triton", "stagedspec"):
         try:
@@ -45,7 +45,7 @@ def versions() -> dict:
 
 
 def header(script: str, arguments: list[str], device: torch.device) -> dict:
-    """What every report begins with: command, date, versions, machine."""
+    """The header of every report: command, date, versions, machine."""
     return {
         "command": f"python bench/{script} {shlex.join(arguments)}".strip(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
@@ -66,7 +66,7 @@ def where(report: dict) -> str:
 
 
 def read_bandwidth(size: int, device: torch.device, seconds: float = 2.0) -> float:
-    """The most bytes a second that reading `size` bytes, or copying them within that size, comes to.
+    """Highest measured bytes per second of reading `size` bytes, or of copying within that size.
 
     Copies count bytes read and written.
     """
@@ -78,14 +78,14 @@ def read_bandwidth(size: int, device: torch.device, seconds: float = 2.0) -> flo
 
 
 def arithmetic(dtype: torch.dtype, device: torch.device, seconds: float = 1.5) -> float:
-    """Floating-point operations a second of a large square matrix multiply."""
+    """Floating-point operations per second of a large square matrix multiplication."""
     side = 8192 if device.type == "cuda" else 1536
     a = torch.randn(side, side, device=device).to(dtype)
     return 2 * side**3 / _best(lambda: a @ a, device, seconds)
 
 
 def _best(run: Callable[[], object], device: torch.device, seconds: float) -> float:
-    """The shortest of as many runs as fit, at least three, after a warm-up: what the machine can do undisturbed."""
+    """Shortest time of as many runs as fit, at least three, after a warm-up: the machine undisturbed."""
 
     def once() -> float:
         start = time.perf_counter()
@@ -103,5 +103,5 @@ def _best(run: Callable[[], object], device: torch.device, seconds: float) -> fl
 
 
 def arguments_of(arguments: list[str] | None) -> list[str]:
-    """The command line's arguments unless others are given."""
+    """The arguments given, or those of the command line."""
     return sys.argv[1:] if arguments is None else list(arguments)

@@ -1,4 +1,4 @@
-"""Memory over time: samples of this process and of a GPU, and the rule that says whether they grow."""
+"""Memory over time: samples of this process and of a GPU, and the rule that decides whether it grows."""
 
 import ctypes
 import os
@@ -24,7 +24,7 @@ _trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
 
 
 def resident() -> int:
-    """Bytes of this process in memory, without what malloc holds free. Raises OSError where there is no /proc."""
+    """Resident bytes of this process, without memory that malloc keeps free. Raises OSError without /proc."""
     if _trim is not None:
         _trim(0)
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
@@ -32,7 +32,7 @@ def resident() -> int:
 
 
 def sample(device: torch.device) -> dict[str, int]:
-    """Bytes by name: the process's own, and of a GPU what tensors use, what torch holds, and what all of it uses."""
+    """Bytes by name: of the process, and on a GPU of tensors, of torch's cache, and in use by all processes."""
     found = {"host": resident()}
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)

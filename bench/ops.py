@@ -6,14 +6,13 @@ M=1 is plain decoding, M=12 a tree of the default size. Nothing is asserted of t
 """
 
 import random
-from pathlib import Path
 
 import pytest
 import torch
 
-import stagedspec
 from stagedspec.kernels import reference
 from stagedspec.kernels.state import host as host_state
+from stagedspec.models import embedded
 from stagedspec.models.ngram import KatzTable
 from stagedspec.planning.tree import TreeConfig
 from stagedspec.tuning.workloads import SAMPLINGS, SIZES, SPREAD, randn
@@ -35,7 +34,7 @@ def repeatable():
 
 @pytest.fixture(scope="module")
 def table() -> KatzTable:
-    return KatzTable.load(Path(stagedspec.__file__).parent / "assets" / "ngram.safetensors")
+    return KatzTable.load(embedded.NGRAM)
 
 
 def linear(outputs: int, inputs: int, bias: bool = True) -> reference.Linear:
@@ -117,7 +116,7 @@ def test_lm_head_children(benchmark, sampling):
 
 
 def test_noise(benchmark):
-    """Of 64 positions: what is made ahead at once."""
+    """For 64 positions, which are computed ahead together."""
     seeds, streams = torch.tensor([1]), torch.tensor([0])
     benchmark(reference.gumbel_noise, seeds, streams, torch.arange(64)[None], SIZES["target"].vocab)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import median_low
 
 from rich.console import Console
+from rich.style import Style
 
 import figures
 from journal import Journal, code_fingerprint
@@ -33,14 +34,14 @@ from sides import (
     load,
     measure,
     our_side,
-    read_prompts,
     transformers_side,
 )
 from stagedspec import MODES
-from stagedspec.cli import ORIGIN_STYLES, PROMPT_STYLE, Style, paint, print_legend
-from stagedspec.origins import Shown, pieces, save
+from stagedspec.cli.origins import Shown, pieces, save
+from stagedspec.cli.output import ORIGIN_STYLES, PROMPT_STYLE, paint, print_legend
 from stagedspec.planning.cost import PassTimes
 from stagedspec.tuning.compare import Row, speedups, summarise
+from stagedspec.tuning.prompts import read_prompts
 
 TITLES = {"greedy": "greedy", "sample": "top-k 50, T=1"}
 # Tables 1 and 2 of the paper: GPT-2-L on an RTX 4090, HumanEval. (tokens/s, weight bytes per token.)
@@ -63,8 +64,10 @@ def samplings(options: argparse.Namespace) -> dict[str, dict]:
 
 
 def sides_of(models: Models, settings: dict) -> dict:
-    """Our modes, the baseline first, then transformers alone, with the draft as its assistant, and with its prompt
-    lookup. Without a draft only what needs none."""
+    """Our modes, the baseline first, then transformers: alone, with the draft as assistant, and with prompt lookup.
+
+    Without a draft, only those that need none.
+    """
     modes = MODES if models.draft is not None else (BASELINE,)
     kinds = (PLAIN, ASSISTED, LOOKUP) if models.draft is not None else (PLAIN, LOOKUP)
     ours = {mode: our_side(models.decoder, mode, settings) for mode in modes}
@@ -72,7 +75,7 @@ def sides_of(models: Models, settings: dict) -> dict:
 
 
 def measure_roofline(models: Models) -> dict:
-    """The machine's roofs, and each model's passes over 1 to 64 tokens: FLOPs and bytes are those of the weights."""
+    """The machine's roofs, and passes of each model over 1 to 64 tokens, with FLOPs and bytes of the weights alone."""
     decoder = models.decoder
     roofs = [{"name": "memory", "bytes_per_second": read_bandwidth(1 << 30, decoder.device)}]
     if decoder.device.type == "cpu":
@@ -178,7 +181,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def bench(options: argparse.Namespace, arguments: list[str], console: Console) -> bool:
-    """Measures, writes and prints everything; gives whether our modes agree. Raises ValueError for bad input."""
+    """Measures, writes and prints everything. Returns whether our modes agree. Raises ValueError for bad input."""
     prompts = read_prompts(options.prompts)
     models = load(options)
     room = models.positions - options.max_new_tokens

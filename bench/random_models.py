@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from stagedspec.models import embedded
 from stagedspec.models.loading import no_bars
 from stagedspec.tuning.workloads import SIZES, ModelShape
 
@@ -17,7 +18,7 @@ HEAD = 64
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Which models, where and how: the embedded trio unless others are named."""
+    """Adds the options that choose models, device, dtype and backend. Default: the embedded models."""
     parser.add_argument("--target", help="hub id or folder; default: the embedded trio")
     parser.add_argument("--draft", help="hub id or folder of the draft")
     parser.add_argument("--ngram", type=Path, help="n-gram table")
@@ -75,11 +76,8 @@ def checkpoints(options: argparse.Namespace, device: torch.device) -> Iterator[t
     elif named:
         raise ValueError("--draft and --ngram belong to a target: add --target")
     else:
-        from sides import ASSETS
-
-        if not (ASSETS / "target" / "config.json").is_file():
-            raise ValueError("this installation has no embedded models: name some with --target, or use --random L")
-        yield str(ASSETS / "target"), str(ASSETS / "draft"), str(ASSETS / "ngram.safetensors")
+        embedded.check_installed("name some with --target, or use --random L")
+        yield str(embedded.TARGET), str(embedded.DRAFT), str(embedded.NGRAM)
 
 
 def save_random(shape: ModelShape, positions: int, folder: Path, seed: int, device: torch.device) -> None:

@@ -7,12 +7,12 @@ The benchmark uses the first 32 prompts of the file, so these are skipped here.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 from stagedspec import Decoder
 from stagedspec.planning.cost import CHILDREN
+from stagedspec.tuning.prompts import read_prompts
 from stagedspec.tuning.trees import fit_stretches, outcomes
 
 
@@ -31,8 +31,7 @@ def main() -> int:
             decoder = Decoder.default(device="cpu")
         if decoder.draft is None or decoder.tokenizer is None:
             raise ValueError("a draft and a tokenizer are needed: give --draft, and a --target with a tokenizer")
-        lines = options.prompts.read_text(encoding="utf-8").splitlines()
-        chosen = [json.loads(line)["prompt"] for line in lines[options.skip : options.skip + options.limit]]
+        chosen = read_prompts(options.prompts)[options.skip : options.skip + options.limit]
         prompts = [decoder.tokenizer(text, add_special_tokens=False).input_ids for text in chosen]
         for sampled in (False, True):
             texts = [outcomes(decoder, prompt, options.max_new_tokens, sampled, n) for n, prompt in enumerate(prompts)]

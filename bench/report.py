@@ -9,7 +9,7 @@ README, FIGURES = HERE / "README.md", HERE / "figures"
 
 
 def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table whose columns also line up as plain text: the first to the left, the others to the right."""
+    """A Markdown table padded to line up as plain text: first column left-aligned, the others right-aligned."""
     cells = [list(headings), *map(list, rows)]
     widths = [max(3, *(len(row[column]) for row in cells)) for column in range(len(headings))]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
@@ -25,7 +25,7 @@ def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def number(value: float | None, form: str = ".2f", unit: str = "") -> str:
-    """A value of a table; a dash for what is not known."""
+    """A number as text; a dash for None."""
     return "-" if value is None else f"{value:{form}}{unit}"
 
 

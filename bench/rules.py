@@ -17,15 +17,18 @@ _AS_IT_IS = {"temperature": 1.0, "top_k": None, "top_p": None, "min_p": None}
 
 @dataclass(frozen=True)
 class Outcome:
-    """accepted: [R, m], the probability that one of the first 1, 2, ... m children is accepted, given what was drawn.
-    token: [R], the token that comes out, an accepted child or another."""
+    """Result of a rule for R rows.
+
+    accepted: [R, m], the probability that one of the first 1, 2, ... m children is accepted, given the random numbers.
+    token: [R], the resulting token, an accepted child or another.
+    """
 
     accepted: torch.Tensor
     token: torch.Tensor
 
 
 def coupled(p: torch.Tensor, q: torch.Tensor, m: int, generator: torch.Generator) -> Outcome:
-    """Ours: the target's token is the best of log p + g, the children are the best m of log q + g, with one noise g.
+    """Our rule: the target's token is the best of log p + g, the children the best m of log q + g, with one noise g.
 
     Gumbel coupling (Daliri, Musco, Suresh, arXiv 2408.07978). By the decoder's own operations.
     """
@@ -57,8 +60,8 @@ def recursive(p: torch.Tensor, q: torch.Tensor, m: int, generator: torch.Generat
 
 
 def multi_round(p: torch.Tensor, q: torch.Tensor, m: int, generator: torch.Generator) -> Outcome:
-    """SpecInfer's multi-round rejection (Miao et al., arXiv 2305.09781, Algorithm 2): the same, but the children are
-    drawn from q independently, so that some are drawn twice for nothing."""
+    """SpecInfer's multi-round rejection (Miao et al., arXiv 2305.09781, Algorithm 2): as above, but children are
+    drawn independently from q, so that some are useless duplicates."""
     return _rejection(p, q, m, generator, replacement=True)
 
 

@@ -1,11 +1,9 @@
-"""What the benchmarks share: options, prompts, models, and the sides of a comparison."""
+"""Code shared by the benchmarks: options, prompts, models, and the sides of a comparison."""
 
 import argparse
 import copy
 import functools
-import gzip
 import hashlib
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,13 +15,13 @@ from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 
 import stagedspec
 from journal import Journal
-from stagedspec.cli import progress_bar, quiet_transformers
+from stagedspec.cli.output import progress_bar, quiet_transformers
+from stagedspec.models import embedded
 from stagedspec.models.loading import check_same_tokens, load_tokenizer, read_checkpoint
 from stagedspec.tuning import compare
 from stagedspec.tuning.compare import Run, Timed
 
 HERE = Path(__file__).parent
-ASSETS = Path(stagedspec.__file__).parent / "assets"
 BASELINE = "autoregressive"
 PLAIN, ASSISTED, LOOKUP = "transformers", "transformers assisted", "transformers lookup"
 
@@ -32,7 +30,7 @@ PLAIN, ASSISTED, LOOKUP = "transformers", "transformers assisted", "transformers
 
 
 def add_options(parser: argparse.ArgumentParser, limit: int, max_new_tokens: int) -> None:
-    """The options of all benchmarks: which models, which prompts, how long."""
+    """Adds the options of all benchmarks: models, prompts, lengths."""
     parser.add_argument("--target", help="hub id or folder; default: the embedded trio")
     parser.add_argument("--draft", help="hub id or folder of the draft")
     parser.add_argument("--ngram", type=Path, help="n-gram table")
@@ -48,7 +46,7 @@ def add_options(parser: argparse.ArgumentParser, limit: int, max_new_tokens: int
 
 
 def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Exits with a message where a number that must be positive is not."""
+    """Exits with a message if a number is not positive that must be."""
     for name in ("limit", "max_new_tokens", "repeats", "threads", "batch", "prompt_tokens", "warm_up", "steps"):
         value = getattr(options, name, None)
         for number in value if isinstance(value, list) else [value]:
@@ -76,33 +74,8 @@ def clear_errors(main: Callable[..., int]) -> Callable[..., int]:
 # ---------------------------------------------------------------- prompts
 
 
-def read_prompts(path: Path) -> list[str]:
-    """The `prompt` fields of a file of JSON lines, gzipped if its name ends in .gz.
-
-    Raises ValueError for a file that is missing, unreadable, empty, or has a line without a prompt text.
-    """
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
-            lines = [line for line in file if line.strip()]
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read prompts from {path}: {error}; bench/make_prompts.py writes them") from None
-    if not lines:
-        raise ValueError(f"{path} holds no prompts; expected JSON lines with a `prompt` field")
-    prompts = []
-    for number, line in enumerate(lines, 1):
-        try:
-            prompt = json.loads(line)["prompt"]
-        except (json.JSONDecodeError, KeyError, TypeError):
-            prompt = None
-        if not isinstance(prompt, str) or not prompt:
-            raise ValueError(f"{path}, line {number}: expected a JSON object with a text in its `prompt` field")
-        prompts.append(prompt)
-    return prompts
-
-
 def encode(prompts: list[str], tokenizer, room: int, limit: int) -> tuple[list[torch.Tensor], int]:
-    """The first `limit` prompts of at most `room` tokens as LongTensors [1, L], and how many were skipped: longer, or
-    without tokens.
+    """The first `limit` prompts of 1 to `room` tokens as LongTensors [1, L], and the number of prompts skipped.
 
     Raises ValueError if none is left.
     """
@@ -121,8 +94,7 @@ def encode(prompts: list[str], tokenizer, room: int, limit: int) -> tuple[list[t
 
 
 def batches(encoded: list[torch.Tensor], size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Prompts [1, L], so many together: ids [size, longest] padded on the left and their mask. What is left over is
-    left out.
+    """Prompts [1, L] in batches: left-padded ids [size, longest] and their mask. An incomplete batch is dropped.
 
     Raises ValueError for fewer prompts than one batch takes.
     """
@@ -145,7 +117,7 @@ def batches(encoded: list[torch.Tensor], size: int) -> list[tuple[torch.Tensor, 
 
 @dataclass
 class Models:
-    """A target and, where there are any, its drafts: as our decoder, and as transformers takes them.
+    """A target, and a draft if there is one: as our decoder, and as transformers models.
 
     Neither stops at an end-of-text token: every side is to write max_new_tokens.
     passes: forward calls of the transformers models since the counts were last set to 0.
@@ -159,11 +131,11 @@ class Models:
 
     @property
     def positions(self) -> int:
-        """Positions that every model has. Ours decodes past a draft's last one, transformers does not."""
+        """Positions that both models have. Our decoder can go past the draft's last one, transformers cannot."""
         return min(model.config.n_positions for model in (self.target, self.draft) if model is not None)
 
     def fingerprint(self) -> str:
-        """A hash of all weights, so that results of other models are never taken for these."""
+        """A hash of all weights, so that results of other models are not reused."""
         found = hashlib.sha256()
         for model in (self.target, self.draft):
             for name, weight in sorted(model.state_dict().items()) if model is not None else ():
@@ -175,7 +147,7 @@ class Models:
 
 
 def load(options: argparse.Namespace) -> Models:
-    """The models that the options name, the embedded trio if they name none.
+    """Loads the models that the options name, by default the embedded models.
 
     Raises ValueError for whatever is missing, damaged or does not fit together.
     """
@@ -186,10 +158,10 @@ def load(options: argparse.Namespace) -> Models:
     quiet_transformers()
     if options.target is None and (options.draft or options.ngram):
         raise ValueError("--draft and --ngram belong to a target: add --target")
-    if options.target is None and not (ASSETS / "target" / "config.json").is_file():
-        raise ValueError("this installation has no embedded models: name some with --target, --draft and --ngram")
-    embedded = (str(ASSETS / "target"), str(ASSETS / "draft"), ASSETS / "ngram.safetensors")
-    sources = embedded if options.target is None else (options.target, options.draft, options.ngram)
+    sources = options.target, options.draft, options.ngram
+    if options.target is None:
+        embedded.check_installed("name some with --target, --draft and --ngram")
+        sources = str(embedded.TARGET), str(embedded.DRAFT), embedded.NGRAM
     tokenizer = load_tokenizer(sources[0])
     if tokenizer is None:
         raise ValueError(f"{sources[0]} has no tokenizer, so prompts cannot be turned into tokens")
@@ -229,7 +201,7 @@ def _count(passes: dict[str, int], name: str, *_: object) -> None:
 
 
 def our_side(decoder: stagedspec.Decoder, mode: str, settings: dict):
-    """Our decoder in one mode, as a side of `compare`. Its steps are those of all rows."""
+    """Our decoder in one mode, as a side of `compare`. Steps are counted for the whole batch."""
 
     def run(ids: torch.Tensor, mask: torch.Tensor | None = None) -> Run:
         output = decoder.generate(ids, mask, mode=mode, eos_token_id=[], **settings)
@@ -240,8 +212,8 @@ def our_side(decoder: stagedspec.Decoder, mode: str, settings: dict):
 
 
 def transformers_side(models: Models, settings: dict, kind: str = PLAIN):
-    """transformers `generate` with its key-value cache, alone, with the draft as its assistant, or with its prompt
-    lookup, as a side of `compare`. Its steps are the target's forward passes, once for each row."""
+    """transformers `generate` with its KV cache, as a side of `compare`: alone, with the draft as assistant, or with
+    prompt lookup. Steps are the target's forward passes, counted for each row."""
     settings = dict(settings)
     seed = settings.pop("seed")
     if settings["do_sample"]:
@@ -270,7 +242,7 @@ def transformers_side(models: Models, settings: dict, kind: str = PLAIN):
 def measure(
     sides: dict, prompts: list[torch.Tensor], repeats: int, title: str, journal: Journal | None = None
 ) -> list[Timed]:
-    """Warms every side up and runs all on all prompts; what the journal holds already is not run again."""
+    """Warms up every side, then runs all on all prompts, except for runs that the journal already holds."""
     done = {} if journal is None else journal.rounds(title, list(sides), prompts)
     rounds = len(prompts) * repeats
     missing = rounds - sum(repeat < repeats and index < len(prompts) for repeat, index in done)

@@ -37,7 +37,7 @@ from random_models import add_model_options, checkpoints
 from sides import check_options, clear_errors
 from soak_calls import Call
 from stagedspec import Decoder, TreeConfig
-from stagedspec.cli import quiet_transformers
+from stagedspec.cli.output import quiet_transformers
 from stagedspec.devices import resolve_device
 
 TREE = TreeConfig(8, 4, 2, 2, 3, 1, 2)  # of the decoder whose trees do not adapt
@@ -79,14 +79,14 @@ class Soak:
         return soak_calls.draw(self.seed, index, self.text, target.vocab_size, target.positions)
 
     def expected(self, call: Call) -> "list[list[int]] | str":
-        """What plain decoding makes of the call, found once."""
+        """The result of the call by plain decoding, computed once."""
         with self._plain_lock:
             if call.index not in self._expected:
                 self._expected[call.index] = soak_calls.reference(self.plain, call)
             return self._expected[call.index]
 
     def prepare(self) -> None:
-        """Makes every call by plain decoding: what all outputs are compared with. Every shape of prompt is then met.
+        """Runs every call by plain decoding, for the outputs to compare with. So every shape of prompt occurs once.
 
         One call of every kind goes through all modes of all decoders: what is compiled for it is loaded, and stays.
         """
@@ -101,7 +101,7 @@ class Soak:
                         self.one(index, name, mode)
 
     def one(self, index: int, name: str, mode: str) -> None:
-        """Runs one call and compares it; counts what came of it."""
+        """Runs one call, compares its output and counts the result."""
         call, tight = self.call(index), self.tight
         try:
             expected = self.expected(call)
@@ -138,7 +138,7 @@ class Soak:
                 self.ended.set()
 
     def work(self, worker: int) -> None:
-        """Calls one after the other, in an order that depends on the seed and the worker, until the run ends."""
+        """Makes calls until the run ends, in an order that depends on the seed and the worker."""
         rng = random.Random(f"{self.seed} worker {worker}")
         while not self.ended.is_set():
             name = rng.choice(list(self.decoders))
@@ -153,7 +153,7 @@ class Soak:
 
 
 class Squeeze:
-    """Makes a GPU's memory nearly full for a while, then free again, in turn: by a limit for this process.
+    """Alternates between nearly full and free GPU memory, by a limit for this process.
 
     The limit leaves half of what the calls of the warm-up took beyond the models. Does nothing on a CPU.
     """
@@ -165,7 +165,7 @@ class Squeeze:
         self.limit: float | None = None
 
     def at(self, seconds: float, warm_up: float) -> None:
-        """Sets the limit that holds at this time of the run."""
+        """Sets the limit for the current time of the run."""
         if not self.on or seconds < warm_up:
             return
         if self.limit is None:
@@ -186,7 +186,7 @@ class Squeeze:
 
 
 def soak_for(soak: Soak, seconds: float, warm_up: float, workers: int, device: torch.device) -> memory.Sampler:
-    """Works for so long with so many threads; gives the samples of memory."""
+    """Runs the workers for the given time. Returns the samples of memory."""
     threads = [threading.Thread(target=soak.work, args=(number,), daemon=True) for number in range(workers)]
     sampler = memory.Sampler(device, min(2.0, seconds / 60))
     sampler.start()
@@ -207,7 +207,7 @@ def soak_for(soak: Soak, seconds: float, warm_up: float, workers: int, device: t
 
 @contextmanager
 def stopping(soak: Soak):
-    """Ends the workers however the block is left."""
+    """Stops the workers when the block ends, also by an error."""
     try:
         yield
     finally:
@@ -215,7 +215,7 @@ def stopping(soak: Soak):
 
 
 def at_rest(soak: Soak, device: torch.device) -> dict[str, int]:
-    """Memory by name once nothing is kept of earlier calls."""
+    """Memory by name after everything kept from earlier calls is released."""
     for decoder in (soak.plain, *soak.decoders.values()):
         decoder.release()
     gc.collect()
@@ -233,7 +233,7 @@ def repeat(soak: Soak, index: int) -> None:
 
 
 def results(soak: Soak, sampler: memory.Sampler, seconds: float, warm_up: float) -> dict:
-    """Counts, problems and what became of memory."""
+    """The report: counts, problems and memory."""
     growths = {name: memory.growth(sampler.seconds, values, warm_up) for name, values in sampler.values.items()}
     names = ("generations", "tokens", "releases")
     return {

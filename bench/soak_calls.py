@@ -27,12 +27,12 @@ STREAMS = ("stream", "closed stream", "two streams")
 
 
 class PlannedError(Exception):
-    """What a raising processor raises."""
+    """Raised by a processor on purpose."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of `generate` or `stream`, by plain values.
+    """One call of `generate` or `stream`, as plain values.
 
     kind: of KINDS. prompts: of tokens. stop_at: the processor's call that raises, or the chunks read before a stream is
     closed. eos: tokens that end a row; none: rows run to their length.
@@ -62,7 +62,7 @@ class Call:
 
 
 def draw(seed: int, index: int, text: list[int], vocab: int, positions: int) -> Call:
-    """The call of this index: always the same for the same seed, models and text (tokens that prompts are cut from)."""
+    """The call with this index. It depends only on the seed, the models and the text (tokens to cut prompts from)."""
     rng = random.Random(f"{seed} {index}")
     kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
     batch = 1 if kind in STREAMS else rng.choice((1, 1, 1, 1, 2, 3, 4, 7, 16))
@@ -102,7 +102,7 @@ def draw(seed: int, index: int, text: list[int], vocab: int, positions: int) -> 
 
 
 def favour_other_tokens(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-    """A processor without state: what it changes depends on the last token alone."""
+    """A processor without state: its change depends only on the last token."""
     columns = (ids[:, -1:] * 7 + torch.arange(1, 9, device=ids.device)) % scores.shape[1]
     return scores.scatter_add(1, columns, scores.new_full(columns.shape, 1.5))
 
@@ -129,7 +129,7 @@ def ends_line(ids: torch.Tensor, scores) -> torch.Tensor:
 
 
 def run(decoder: Decoder, call: Call, mode: str) -> list[list[int]]:
-    """The new tokens of every row, or of every stream. Raises PlannedError or ValueError where the call is to."""
+    """The new tokens of every row, or of every stream. Raises PlannedError or ValueError if the call is planned to."""
     settings = {"seed": call.seed if isinstance(call.seed, int) else list(call.seed), "eos_token_id": list(call.eos)}
     settings |= call.sampling
     settings |= {"mode": mode} if mode != LOOKUP else {"prompt_lookup_num_tokens": 1 + call.index % 8}
@@ -170,7 +170,7 @@ def _streams(decoder: Decoder, call: Call, settings: dict) -> list[list[int]]:
 
 
 def outcome(decoder: Decoder, call: Call, mode: str) -> "list[list[int]] | str":
-    """What the call comes to: tokens, or the name of the error that it is meant to raise. Other errors are raised."""
+    """Result of the call: tokens, or the name of the error that it is planned to raise. Other errors are raised."""
     try:
         return run(decoder, call, mode)
     except PlannedError:
@@ -184,13 +184,12 @@ def outcome(decoder: Decoder, call: Call, mode: str) -> "list[list[int]] | str":
 
 
 def reference(decoder: Decoder, call: Call) -> "list[list[int]] | str":
-    """What plain decoding makes of the call. A stream is read to its end."""
+    """Result of the call by plain decoding. A stream is read to its end."""
     return outcome(decoder, replace(call, kind="stream") if call.kind == "closed stream" else call, PLAIN)
 
 
 def difference(call: Call, expected: "list[list[int]] | str", found: "list[list[int]] | str") -> str | None:
-    """Where the tokens differ, in words, or None. A stream that was closed early is
-    compared with the beginning of one that was not."""
+    """Describes where the tokens differ, or None. A stream closed early is compared with the beginning of expected."""
     if isinstance(expected, str) or isinstance(found, str):
         return None if expected == found else f"expected {_short(expected)}, got {_short(found)}"
     if len(expected) != len(found):

@@ -27,7 +27,7 @@ from stagedspec.training.fit import cross_entropy, fit, sample_blocks
 
 
 class _Enough(Exception):
-    """Ends the loop after the steps asked for, before a checkpoint is written."""
+    """Ends the loop after the wanted number of steps, before a checkpoint is written."""
 
 
 def matrix_rate(device: torch.device) -> float:
@@ -46,7 +46,7 @@ def matrix_rate(device: torch.device) -> float:
 
 
 def training_rates(config: recipe.TrainConfig, device: torch.device, steps: int, micro_batch: int | None) -> list[dict]:
-    """Reports of the loop (see fit): one a step on a CPU, one every tenth on a GPU."""
+    """Collects the reports of the training loop: one for each step on a CPU, for every tenth on a GPU."""
     model = recipe.new_model(config, config.target).to(device)
     settings = replace(config.target_fit, checkpoint_seconds=1e9)
     tokens = torch.randint(config.vocab_size, (1 << 20,), generator=torch.Generator().manual_seed(0))

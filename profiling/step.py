@@ -17,8 +17,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import stagedspec
-from stagedspec.cli import quiet_transformers
-from stagedspec.decoding.generation import Run
+from stagedspec.cli.output import quiet_transformers
+from stagedspec.decoding.generation import Generation
 from stagedspec.decoding.stats import Mark
 from stagedspec.devices import resolve_device, resolve_dtype
 from stagedspec.tuning.workloads import SIZES, ModelShape
@@ -105,7 +105,7 @@ def prompt(decoder: stagedspec.Decoder, options: argparse.Namespace) -> torch.Te
     return torch.tensor([ids[: options.prompt_tokens]] * options.batch)
 
 
-def steps(decoder: stagedspec.Decoder, options: argparse.Namespace, mark: Mark = nullcontext) -> Iterator[Run]:
+def steps(decoder: stagedspec.Decoder, options: argparse.Namespace, mark: Mark = nullcontext) -> Iterator[Generation]:
     """Decodes and warms up, then yields before every profiled step and once after the last, when the device is done.
 
     mark: what the steps are marked with. Raises ValueError where a generation has not so many steps.
@@ -129,9 +129,9 @@ def steps(decoder: stagedspec.Decoder, options: argparse.Namespace, mark: Mark =
     yield synchronised(run)
 
 
-def synchronised(run: Run) -> Run:
+def synchronised(run: Generation) -> Generation:
     """The generation, once its device is done."""
-    device = run.stepper.target.device
+    device = run.engine.target.device
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return run

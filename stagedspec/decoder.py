@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partialmethod
-from importlib.resources import files
 from pathlib import Path
 from threading import Lock
 from typing import Any, NoReturn, cast
@@ -16,15 +15,16 @@ from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from stagedspec.decoding import arguments
 from stagedspec.decoding import warm_up as warmup
-from stagedspec.decoding.callbacks import Positions, ended
+from stagedspec.decoding.callbacks import Callbacks, ended
 from stagedspec.decoding.decoder_cache import assisted
-from stagedspec.decoding.generation import Run
+from stagedspec.decoding.generation import Generation
 from stagedspec.decoding.output import StagedOutput, finish
 from stagedspec.decoding.pool import GenerationPool
 from stagedspec.decoding.request import Call, Request
 from stagedspec.decoding.stats import ORIGINS, Stats, marks_wanted
 from stagedspec.devices import resolve_device, resolve_dtype
 from stagedspec.kernels.backends import select as kernel_backend
+from stagedspec.models import embedded
 from stagedspec.models.gpt2 import GPT2
 from stagedspec.models.live import LiveModel, read_model
 from stagedspec.models.loading import (
@@ -196,11 +196,8 @@ class Decoder:
     @classmethod
     def default(cls, **options: Any) -> "Decoder":
         """The embedded target, draft and n-gram table, trained on Python source. Options as in `from_pretrained`."""
-        assets = Path(str(files("stagedspec") / "assets"))
-        if not (assets / "target" / "config.json").is_file():
-            raise ValueError("this installation has no embedded models; train some with `stagedspec train`")
-        known = {"draft": assets / "draft", "ngram": assets / "ngram.safetensors"}
-        return cls.from_pretrained(assets / "target", **(known | options))
+        embedded.check_installed("train some with `stagedspec train`")
+        return cls.from_pretrained(embedded.TARGET, **{"draft": embedded.DRAFT, "ngram": embedded.NGRAM, **options})
 
     @property
     def target(self) -> GPT2:
@@ -339,10 +336,10 @@ class Decoder:
 
     def decode(self, call: Call) -> torch.Tensor | StagedOutput:
         """Runs a call to its end: what `generate` does once its arguments are read."""
-        run = self._run(call.request, call.positions, call.began)
+        run = self._run(call.request, call.callbacks, call.began)
         for _ in run.steps():
-            if call.positions is not None:
-                call.positions.settle(run)
+            if call.callbacks is not None:
+                call.callbacks.notify(run)
         self.last_stats = run.stats()
         new = run.new_tokens(call.pad)
         self._keep(run, self.last_stats)
@@ -374,13 +371,13 @@ class Decoder:
         return self._stream(self._read(input_ids, None, max_new_tokens, mode, seed, tree, options))
 
     def _stream(self, call: Call) -> Iterator[Chunk]:
-        run = self._run(call.request, call.positions, call.began)
+        run = self._run(call.request, call.callbacks, call.began)
         start, shown, text = len(call.request.prompts[0]), 0, ""
         whole = False  # whether all steps that began have ended
         try:
             for _ in run.steps():
-                if call.positions is not None:
-                    call.positions.settle(run)
+                if call.callbacks is not None:
+                    call.callbacks.notify(run)
                 row = run.sequences.rows[0]  # a snapshot, where the state lives on a device
                 # A character cut in the middle of its bytes decodes to U+FFFD: wait for the rest.
                 ready = self._decode(row.tokens[start:])
@@ -404,10 +401,10 @@ class Decoder:
 
     # ------------------------------------------------------------ runs
 
-    def _run(self, request: Request, positions: Positions | None = None, began: float | None = None) -> Run:
-        return self.pool.take(self.models, request, positions, self.mark, began)
+    def _run(self, request: Request, callbacks: Callbacks | None = None, began: float | None = None) -> Generation:
+        return self.pool.take(self.models, request, callbacks, self.mark, began)
 
-    def _keep(self, run: Run, stats: Stats | None) -> None:
+    def _keep(self, run: Generation, stats: Stats | None) -> None:
         """Takes back a generation that has ended, of which nothing more is wanted."""
         if stats is not None and len(run.request.prompts) == 1:
             self.planner.reconsider(run.request.sampling.do_sample, stats.steps, stats.seconds.get("target"))
@@ -441,7 +438,7 @@ class Decoder:
 
     def _ready(self, call: Call) -> int:
         """Compiles and captures what generations of this kind need, and keeps it for them."""
-        run = self._run(call.request, call.positions)
+        run = self._run(call.request, call.callbacks)
         made = run.warm_up()
         self._keep(run, None)
         return made

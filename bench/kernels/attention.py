@@ -13,7 +13,7 @@ from stagedspec.kernels.tree_attention import mask_words, scratch_size, tree_att
 
 
 def random_tree(nodes: int, deepest: int = 16) -> torch.Tensor:
-    """bool [N, N]: whom each node sees; parents before children, no path longer than `deepest`."""
+    """bool [N, N]: the ancestors that each node attends to. No path is longer than `deepest`."""
     generator = torch.Generator().manual_seed(nodes)
     seen = torch.eye(nodes, dtype=torch.bool)
     for node in range(1, nodes):

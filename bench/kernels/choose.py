@@ -1,4 +1,4 @@
-"""The token-choice rule alone, over logits in memory."""
+"""Token choice alone, from logits in memory."""
 
 from collections.abc import Iterator
 from functools import partial

@@ -21,10 +21,14 @@ SMALL = 20  # launches in a replay of what takes microseconds and has no layers
 
 @dataclass
 class Case:
-    """One benchmark. run: our side, `launches` times over; peers: name to the same by others; byte_count: what a launch
-    must move at the least, 0 where bytes are of no account; check: the error of our result over that of plain torch in
-    the same dtype (at most 2 is right), or 0 for exact agreement and infinity for none; None where there is nothing to
-    compare. goal: microseconds it may take, or may take beyond the peer named by `beyond`, whose work it includes."""
+    """One benchmark.
+
+    run: our side, which makes `launches` launches. peers: the same by others, by name. byte_count: bytes that a launch
+    must move at least; 0 if they do not limit it. check: returns the error of our result divided by that of plain torch
+    in the same dtype (right if at most 2), or 0 for exact agreement and infinity for none; None if there is nothing to
+    compare. goal: microseconds that a launch may take, or may take beyond the peer named by `beyond`, whose work it
+    includes.
+    """
 
     op: str
     model: str
@@ -53,7 +57,7 @@ class Result:
 
     @property
     def matches(self) -> bool | None:
-        """Whether the result was right; None where it was not checked."""
+        """Whether the result was right; None if it was not checked."""
         return None if self.error_ratio is None else self.error_ratio <= 2.0
 
     @property
@@ -66,7 +70,7 @@ class Result:
 
 
 def copy_bandwidth() -> float:
-    """Bytes a second of a large device-to-device copy, read and written bytes counted: the roof of everything here.
+    """Bytes per second, read plus written, of a large device-to-device copy: the roof of all operations here.
 
     Not in a graph: a copy that was captured runs at two thirds of the rate (on an H200: 2.7 against 4.1 TB/s).
     """
@@ -94,7 +98,7 @@ def again(run: Callable[[], object], count: int = SMALL) -> Callable[[], None]:
 
 
 def absent() -> None:
-    """Stands in for a peer that is not installed."""
+    """A placeholder for a peer that is not installed."""
     raise ImportError("not installed")
 
 
@@ -131,7 +135,7 @@ def exact(*pairs: tuple[object, object]) -> float:
 
 
 def table(results: list[Result]) -> str:
-    """Markdown: a ratio above 1 means that ours is faster; none is printed where the results differ."""
+    """A Markdown table. A ratio above 1 means that ours is faster; there is none if the results differ."""
     names = list(dict.fromkeys(name for result in results for name in result.peers))
     heads = ["op", "model", "shape", "ours, µs", "goal", "GB/s", "share of roof", "error ratio", *names]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]

@@ -41,7 +41,7 @@ def cases(choice: Choice) -> Iterator[Case]:
 
 
 def step_end(model: str, sampling: str, nodes: int) -> Case:
-    """All that a step does after the target's last layer; a target that follows a path of the tree to its end."""
+    """All work of a step after the target's last layer, for a target that follows a path of the tree to its end."""
     context, room = 512, 4096
     heads = [Head(MODELS[model], 1, nodes, DEVICE) for _ in range(COPIES)]
     growing = Growing(nodes, context, 1, katz_table(MODELS[model].vocab, DEVICE), DEVICE, room=room)
@@ -79,7 +79,7 @@ def plain(head: Head, sampling: str, rule: Callable) -> None:
 
 
 def _scores(x, norm_weight, norm_bias, weight, warping):
-    """Warped, with noise that torch draws: another sample of the same distribution."""
+    """Warps and samples with torch's own noise: another sample of the same distribution."""
     logits = F.linear(F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, 1e-5), weight).float()
     if warping is None:
         return logits
@@ -105,7 +105,7 @@ def likeliest(*arguments):
 
 
 def given(head: Head, sampling: str) -> tuple[torch.Tensor | None, reference.NoiseAt | None]:
-    """The reference's noise of every node, for the kernel and for the reference."""
+    """Noise of every node from the reference, for both sides."""
     if sampling == "greedy":
         return None, None
     made = head.counters.made(head.shape.vocab)
@@ -118,7 +118,7 @@ def arguments(head: Head) -> tuple:
 
 
 def check_choice(head: Head, sampling: str) -> float:
-    """The logits by error, and the tokens exactly, given the logits and the noise."""
+    """Checks the logits by their error, and the tokens exactly for these logits and this noise."""
     rows = head.batch * head.nodes
     x, norm_weight, norm_bias, epsilon, weight, *_ = arguments(head)
     scratch = Scratch.of([lm_head.scratch_size(rows, *weight.shape)], DEVICE)
@@ -140,7 +140,7 @@ def check_choice(head: Head, sampling: str) -> float:
 
 
 def check_children(head: Head, sampling: str) -> float:
-    """The tokens exactly, given our own logits, the log-probabilities nearly."""
+    """Checks the tokens exactly for our own logits, and the log-probabilities approximately."""
     rows = head.batch * head.nodes
     weight = head.heads[0].weight
     scratch = Scratch.of([lm_head.scratch_size(rows, *weight.shape)], DEVICE)

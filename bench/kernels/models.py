@@ -1,4 +1,4 @@
-"""The shapes that are measured, and random weights of them."""
+"""The shapes that are measured, and random weights for them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
@@ -18,7 +18,7 @@ def randn(*shape: int, scale: float = 1.0) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Choice:
-    """What to measure: each a tuple of values."""
+    """The values to measure of each parameter, as tuples."""
 
     model: tuple[str, ...]
     nodes: tuple[int, ...]
@@ -30,7 +30,7 @@ class Choice:
         return product(*(getattr(self, name) for name in names))
 
     def split(self, **values: tuple) -> tuple["Choice", list["Choice"]]:
-        """The part of it that has these values, and what makes up the rest; no combination is in two of them."""
+        """The part that has these values, and parts for all other combinations, each of which is in one part."""
         first, rest = self, []
         for name, wanted in values.items():
             some, others = (

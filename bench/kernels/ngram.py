@@ -1,4 +1,4 @@
-"""draft²'s look-up: a Katz table and the context n-gram of the sequence itself."""
+"""The n-gram look-up: a Katz table and the context n-gram of the sequence."""
 
 from collections.abc import Iterator
 from functools import partial

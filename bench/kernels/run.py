@@ -63,7 +63,7 @@ def cases(op: str, choice: Choice, compiled: bool) -> Iterator[Case]:
 
 @dataclass
 class Report:
-    """Results, written as they come: a run that is cut off leaves what it has measured."""
+    """Results, written one by one, so that an interrupted run leaves what it has measured."""
 
     stem: Path
     machine: dict
@@ -93,7 +93,7 @@ class Report:
 
 
 def measure_all(todo: list[tuple[str, Choice]], compiled: bool, roof: float, end: float, report: Report) -> None:
-    """Measures case by case, and starts none from the time `end` on."""
+    """Measures the cases in order. No case starts after the time `end`."""
     try:
         for index, (op, choice) in enumerate(todo):
             report.left_out = [f"{op}: {choice}" for op, choice in todo[index:]]

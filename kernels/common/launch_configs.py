@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 
+from stagedspec.kernels.common.files import write_text
+
 FORMAT = "stagedspec kernel settings 1"
 PACKAGED = Path(__file__).parents[1] / "configs"
 INTERPRETER = "interpreter"  # what the device is called where kernels are interpreted
@@ -135,14 +137,9 @@ def write(path: Path, device_name: str, table: Table) -> None:
     known = read(path, device_name) if path.is_file() else {}
     for op, shapes in table.items():
         known[op] = known.get(op, {}) | shapes
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        content = {"format": FORMAT, "device": device_name, "settings": known}
-        part.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    content = {"format": FORMAT, "device": device_name, "settings": known}
+    write_text(path, json.dumps(content, indent=1, sort_keys=True) + "\n", shared=True)
     _table.cache_clear()
     _asked.clear()
 

@@ -30,7 +30,7 @@ class Timing:
     p80: float
 
 
-def graph_of(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
+def graph_of(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
     """`run`, compiled and warmed up on a side stream, as a graph."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -66,5 +66,5 @@ def time_graphs(graphs: dict[str, torch.cuda.CUDAGraph], launches: int, repeats:
     return result
 
 
-def time_run(run: Callable[[], None], launches: int = 1, repeats: int = REPEATS) -> Timing:
+def time_run(run: Callable[[], object], launches: int = 1, repeats: int = REPEATS) -> Timing:
     return time_graphs({"": graph_of(run)}, launches, repeats)[""]

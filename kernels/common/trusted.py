@@ -6,9 +6,7 @@ the trust. A damaged record is ignored with a warning.
 """
 
 import json
-import os
 import re
-import tempfile
 import warnings
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
@@ -18,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from stagedspec.kernels.common.files import write_text
 from stagedspec.kernels.common.launch_configs import PACKAGED, cache_folder, device_name, slug
 
 FORMAT = "stagedspec trusted GPU 1"
@@ -160,13 +159,7 @@ def write(setup: Setup, head_sizes: list[int], dtype: torch.dtype, folder: Path 
         checked[str(size)] = sorted({*checked.get(str(size), []), _name(dtype)})
     content = {"format": FORMAT, "setup": asdict(setup), "checked": checked}
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, part = tempfile.mkstemp(prefix=f"{path.name}.", suffix=".part", dir=path.parent)
-    try:
-        with open(handle, "w", encoding="utf-8") as file:
-            file.write(json.dumps(content, indent=1) + "\n")
-        os.replace(part, path)
-    finally:
-        Path(part).unlink(missing_ok=True)
+    write_text(path, json.dumps(content, indent=1) + "\n", shared=True)
     return path
 
 

@@ -1,12 +1,13 @@
 """Kernels of layers, head and token choice against the reference at a model's shapes, for `stagedspec check`.
 
-Where an operation is exact its result must be the reference's. Elsewhere its error against fp64 may be at most twice
-that of plain torch in the same dtype. And a row must have the same bits alone, among few rows and among many: a pass
-that verifies k+1 tokens must not differ from passes of one token. Outputs start as NaN, so that what a kernel does not
-write is noticed.
+The result of an exact operation must equal the reference's. The error of other operations against fp64 may be at most
+twice that of plain torch in the same dtype. A row must have the same bits whether it is computed alone or with few or
+many others: a pass that verifies k+1 tokens must not differ from passes of one token. Outputs start as NaN, so that
+elements that a kernel does not write are noticed.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +21,10 @@ from stagedspec.kernels.state.host import GREEDY_SHARPNESS
 from stagedspec.models.gpt2 import GPT2
 from stagedspec.tuning.workloads import CHILDREN, SAMPLINGS, Counters
 
-ROWS = (1, 5, 16, 64)  # of a pass; the largest is the pass that the others are part of
-WIDE_ROWS = (*ROWS, 256)  # the same of linears, which also read prompts
+ROWS = (1, 5, 16, 64)  # of a pass; the smaller passes are parts of the largest
+WIDE_ROWS = (*ROWS, 256)  # for linears, which also read prompts
 CONTEXT = 300  # tokens, fewer where the model has fewer positions
-ALLOWED = 2.0  # error, over that of plain torch
+ALLOWED = 2.0  # times the error of plain torch
 
 
 # ---------------------------------------------------------------- what is expected of a result
@@ -40,7 +41,7 @@ def expect(good: bool, message: str) -> None:
 
 
 def expect_close(ours: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor) -> str:
-    """The rule of errors: ours and plain torch's against fp64."""
+    """Raises Wrong if the error of ours against fp64 (exact) is over ALLOWED times plain torch's. Returns a remark."""
     expect(bool(ours.isfinite().all()), "the result holds values that are not finite")
     scale = exact.norm().item()
     error, usual = ((got.double() - exact).norm().item() / scale for got in (ours, plain))
@@ -54,14 +55,16 @@ Parts = list[tuple[slice, tuple[torch.Tensor, ...]]]
 
 
 def in_parts(run: Run, total: int, rows: Sequence[int] | None = None) -> Parts:
-    """The results of the first and of the last few of `total` rows. Everything is launched before a result is looked
-    at, so that a dry run meets all kernels."""
+    """The results of the first and of the last few of `total` rows.
+
+    Everything is launched before a result is read, so that a dry run meets all kernels.
+    """
     starts = [(first, count) for count in rows or ROWS if count < total for first in (0, total - count)]
     return [(slice(first, first + count), run(slice(first, first + count))) for first, count in starts]
 
 
 def expect_same_rows(parts: Parts, whole: tuple[torch.Tensor, ...]) -> None:
-    """Each row must have the bits that it has among all."""
+    """Raises Wrong unless each row has the bits that it has in the pass of all rows."""
     for rows, some in parts:
         same = all(torch.equal(part, every[rows]) for part, every in zip(some, whole, strict=True))
         expect(same, f"a row's bits differ between passes of {rows.stop - rows.start} and {len(whole[0])} rows")
@@ -82,7 +85,7 @@ class Draw:
         return torch.randn(*shape, generator=self.generator, device=self.device)
 
     def unset(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Holds NaN, or as an integer -1."""
+        """An output tensor filled with NaN, or with -1 for integers."""
         dtype = dtype or self.dtype
         return torch.full(shape, torch.nan if dtype.is_floating_point else -1, dtype=dtype, device=self.device)
 
@@ -101,9 +104,8 @@ def check_embed(model: GPT2) -> str:
     positions = torch.arange(rows, dtype=torch.int32, device=model.device)[None] % model.positions
     out = draw.unset(rows, model.config.n_embd)
     embed.embed(model.token_table, model.position_table, tokens, positions, out)
-    places = tokens[0].long(), positions[0].long()
-    parts = [table[at].float() for table, at in zip((model.token_table, model.position_table), places, strict=True)]
-    expect(torch.equal(out, sum(parts).to(model.dtype)), "the sum of both embeddings differs")
+    wanted = model.token_table[tokens[0].long()].float() + model.position_table[positions[0].long()].float()
+    expect(torch.equal(out, wanted.to(model.dtype)), "the sum of both embeddings differs")
     return "exact"
 
 
@@ -315,9 +317,9 @@ def check_head_logits(model: GPT2) -> str:
     (logits, likeliest), parts = head.logits(), in_parts(head.logits, ROWS[-1])
 
     def torch_s(dtype: torch.dtype) -> torch.Tensor:
-        """Part by part: fp64 takes four times the memory."""
-        x, *norm = (tensor.to(dtype) for tensor in (head.x, *model.final_norm))
-        normed = F.layer_norm(x, x.shape[-1:], *norm, model.epsilon)
+        """In parts, since fp64 takes four times the memory."""
+        x, gain, shift = (tensor.to(dtype) for tensor in (head.x, *model.final_norm))
+        normed = F.layer_norm(x, x.shape[-1:], gain, shift, model.epsilon)
         return torch.cat([normed @ part.to(dtype).T for part in model.head.weight.split(4096)], 1)
 
     remark = expect_close(logits, torch_s(model.dtype), torch_s(torch.float64))
@@ -336,7 +338,7 @@ def check_choice(model: GPT2, sampling: str) -> str:
 
 
 def check_rule(model: GPT2, sampling: str) -> str:
-    """The rule over logits in memory, where the host takes part in the choice."""
+    """The choice from logits in memory, which is used if the host takes part in it."""
     draw, warping, rows = Draw(model), SAMPLINGS[sampling], ROWS[-1]
     logits, counters = draw.fp32(rows, model.vocab_size) * 5, Counters(1, rows, model.device)
     tokens = draw.unset(rows, dtype=torch.int32)
@@ -348,8 +350,10 @@ def check_rule(model: GPT2, sampling: str) -> str:
 
 
 def expect_chosen(tokens: torch.Tensor, logits: torch.Tensor, warping: dict | None, counters: Counters) -> str:
-    """The rule of token choice over logits [M, V]. The kernels' noise differs from the reference's by an ulp or two, so
-    that of two scores as near as that either may win."""
+    """Raises Wrong unless tokens [M] are the choices from logits [M, V]. Returns a remark.
+
+    The kernels' noise differs from the reference's by an ulp or two, so either of two scores as close as that may win.
+    """
     expect(bool(((tokens >= 0) & (tokens < logits.shape[1])).all()), "a chosen token is outside the vocabulary")
     if warping is None:
         expect(torch.equal(tokens.long(), logits.argmax(-1)), "the chosen tokens differ")
@@ -361,16 +365,16 @@ def expect_chosen(tokens: torch.Tensor, logits: torch.Tensor, warping: dict | No
 
 
 def check_children(model: GPT2, sampling: str) -> str:
-    """Each child as likely as the reference says, and the likeliest ones first."""
+    """Children must have the reference's probabilities, the likeliest first."""
     head = HeadCalls(model, sampling)
     logits, _ = head.logits()
     (tokens, logprobs), parts = head.children(), in_parts(head.children, ROWS[-1])
     noise = None if head.warping is None else head.counters.made(model.vocab_size)
     (_,), (best,) = reference.choose_children(logits[None], tokens.shape[1], head.warping, noise)
-    if noise is None:
+    if noise is None or head.warping is None:
         scores = logits * GREEDY_SHARPNESS
     else:
-        scores = reference.warp(logits, **head.warping) + noise.values[0]
+        scores = reference.warp(logits, **cast("dict[str, Any]", head.warping)) + noise.values[0]
     expect(bool(((tokens >= 0) & (tokens < model.vocab_size)).all()), "a child is outside the vocabulary")
     expect(bool((tokens.sort().values.diff() > 0).all()), "a child comes twice")
     known = scores.double().log_softmax(-1).clamp(max=-1e-4).gather(-1, tokens.long())

@@ -23,11 +23,11 @@ LogitsFunction = Callable[[list[int], list[int]], torch.Tensor]
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare_logits` found. Position p of a prompt is that of its token p, whose logits choose token p + 1.
+    """Result of `compare_logits`. Position p of a prompt is that of its token p, whose logits choose token p + 1.
 
-    positions: how many were compared. differing, changed: at how many any bit differs, and the likeliest token does.
-    first_differing, first_changed: (prompt, position) of the first such, or None. largest: the largest absolute
-    difference of two logits; inf where one of them is NaN or infinite.
+    positions: the number of positions compared. differing: the number where any bit differs. changed: the number where
+    the likeliest token differs. first_differing, first_changed: (prompt, position) of the first of these, or None.
+    largest: the largest absolute difference of two logits; inf if one of them is NaN or infinite.
     """
 
     positions: int
@@ -42,10 +42,12 @@ class Comparison:
         return not self.differing
 
     def __str__(self) -> str:
-        if self.identical:
+        if self.first_differing is None:
             return f"the same bits at {self.positions} positions"
-        text = "bits differ at {} of {} positions, first at position {} of prompt {}, by at most {:.2g}".format(
-            self.differing, self.positions, *reversed(self.first_differing), self.largest
+        prompt, position = self.first_differing
+        text = (
+            f"bits differ at {self.differing} of {self.positions} positions, first at position {position} of prompt "
+            f"{prompt}, by at most {self.largest:.2g}"
         )
         if self.first_changed is None:
             return f"{text}; the likeliest token is the same"
@@ -67,13 +69,12 @@ def compare_logits(
         logits(prefix_tokens: list[int], new_tokens: list[int]) -> tensor [len(new_tokens), V]
 
     that returns, at every new token, the logits of the token after it. It must read all new tokens in one pass. The
-    prefix is for its KV cache: it starts anew with every prompt, and successive calls extend it by the previous new
-    tokens. Give the same
-    engine twice to learn whether its logits depend on how many tokens a pass takes; two engines and equal sizes to
-    compare these.
-    prompts: token ids, at least 2 each. tokens_per_pass: M of the first side and of the second: (1, k + 1) compares
-    plain decoding with the verification of k proposed tokens. positions: so many of each prompt's last tokens are
-    compared, all but one at most; the tokens before them are the first prefix.
+    prefix is for its KV cache: it is empty of earlier prompts, and successive calls extend it by the previous new
+    tokens. Pass the same engine twice to test whether its logits depend on the number of tokens in a pass, or two
+    engines and equal sizes to compare them.
+    prompts: token ids, at least 2 each. tokens_per_pass: tokens in a pass of the first and of the second side.
+    (1, k + 1) compares plain decoding with the verification of k proposed tokens. positions: how many of the last
+    tokens of each prompt are compared, at most all but one; the tokens before them are the first prefix.
 
     Logits of the same dtype are compared by their bits, others by their values. Raises ValueError for bad input and for
     logits of a wrong shape.
@@ -140,8 +141,8 @@ def logits_function(model: "Decoder | GPT2LMHeadModel | LogitsFunction") -> Logi
 
 
 def _read(logits: LogitsFunction, row: list[int], start: int, size: int) -> torch.Tensor:
-    """Logits [len(row) - start, V] on the CPU, of passes of `size` tokens; the last pass takes what is left."""
-    parts = []
+    """Logits [len(row) - start, V] on the CPU, from passes of `size` tokens; the last pass may be shorter."""
+    parts: list[torch.Tensor] = []
     for at in range(start, len(row), size):
         new = row[at : at + size]
         part = logits(row[:at], new)
@@ -161,7 +162,7 @@ def _read(logits: LogitsFunction, row: list[int], start: int, size: int) -> torc
 
 
 def _differences(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[float | None, bool]:
-    """Of two logits [V]: the largest difference, None where all bits are the same, and whether the argmax differs."""
+    """Largest difference of two logits [V], None if all bits are the same, and whether the argmax differs."""
     if ours.dtype == theirs.dtype:
         same = torch.equal(*(x.contiguous().view(torch.uint8) for x in (ours, theirs)))
     else:
@@ -177,7 +178,8 @@ class _DecoderLogits:
     """The target of a decoder, one sequence at a time. read: the tokens in its KV cache."""
 
     def __init__(self, decoder: Decoder):
-        self.model, self.read = decoder.target, []
+        self.model = decoder.target
+        self.read: list[int] = []
         self.cache = Cache(self.model, 1, 1, self.model.positions)
 
     @torch.inference_mode()
@@ -204,7 +206,8 @@ class _TransformersLogits:
     """A transformers model, one sequence at a time."""
 
     def __init__(self, model: GPT2LMHeadModel):
-        self.model, self.read, self.cache = model, [], DynamicCache()
+        self.model, self.cache = model, DynamicCache()
+        self.read: list[int] = []
         known = inspect.signature(model.forward).parameters
         self.name = "cache" if "cache" in known else "past_key_values"  # from transformers 5.24 on, and before
 

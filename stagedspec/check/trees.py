@@ -1,8 +1,9 @@
-"""Kernels of the token trees against the control of a step on the host, for `stagedspec check`: all of them exact."""
+"""Kernels of the token trees against the step's state on the host, for `stagedspec check`. All must be exact."""
 
 import random
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -80,7 +81,7 @@ class Drafting:
 
 
 class _HostNoise:
-    """The noise of single tokens, by the reference."""
+    """Noise of single tokens, from the reference."""
 
     def __init__(self, seed: int, sequences: host_state.Sequences, vocab: int):
         self.seed, self.sequences, self.vocab = torch.tensor([seed]), sequences, vocab
@@ -107,9 +108,11 @@ def check_growth(model: GPT2, table: KatzTable, tree: TreeConfig, seed: int | No
     return "exact"
 
 
-def _same_inputs(batch, theirs: host_state.Batch, region: int, lengths: list[int]) -> bool:
-    """Whether a pass says the same on the device as on the host, whose tree region has `region` rows and whose nodes
-    come first on the device."""
+def _same_inputs(batch: Any, theirs: host_state.Batch, region: int, lengths: list[int]) -> bool:
+    """Whether a pass has the same inputs on the device as on the host.
+
+    region: rows of the host's tree region. The host's nodes come first on the device.
+    """
     count = theirs.tokens.shape[1]
     visible = theirs.bias[:, 0] == 0
     masks = mask_words(F.pad(visible[..., :region], (0, 32 * batch.masks.shape[2] - region)))
@@ -124,7 +127,7 @@ def _same_inputs(batch, theirs: host_state.Batch, region: int, lengths: list[int
 
 
 def check_verify(model: GPT2, table: KatzTable, tree: TreeConfig) -> str:
-    """Of a target that follows the tree for a while, with and without ends of sequences and limits that are reached."""
+    """For a target that follows part of the tree, with and without end-of-sequence tokens and length limits reached."""
     for ends in (False, True):
         drafting = Drafting(model, table, tree, None, ends)
         for _ in drafting.passes():
@@ -133,14 +136,14 @@ def check_verify(model: GPT2, table: KatzTable, tree: TreeConfig) -> str:
         ours.load(host.trees)
         chosen = torch.zeros(len(host.trees), tree.nodes, dtype=torch.int32)
         for row, one in enumerate(host.trees):
-            below = dict(one.children.keys())  # of several children the last
+            below = dict(one.children.keys())  # the last of several children
             chosen[row] = torch.tensor([below.get(node, node % model.vocab_size) for node in range(tree.nodes)])
         wanted, moves = host.verify_commit(chosen[:, : host.nodes]), ours.verify_commit(chosen.to(model.device))
         expect(moves.accepted.tolist() == wanted.accepted, "the number of accepted tokens differs")
         expect(_pairs(moves.target) == wanted.target_rows(0), "the target's KV rows to move differ")
         expect(_pairs(moves.draft) == wanted.draft_rows(), "the draft's KV rows to move differ")
-        for known, row in zip(drafting.host.rows, drafting.ours.rows, strict=True):
-            same = (known.tokens, known.origins, known.running) == (row.tokens, row.origins, row.running)
+        for known, found in zip(drafting.host.rows, drafting.ours.rows, strict=True):
+            same = (known.tokens, known.origins, known.running) == (found.tokens, found.origins, found.running)
             expect(same, "the committed tokens differ")
     return "exact"
 

@@ -1,17 +1,17 @@
-"""What transformers does at every position of a generation, for rows that advance by whole accepted paths.
+"""Callbacks per position, although a step accepts several tokens: logits processors, criteria and streamers.
 
-`generate` of transformers calls its logits processors, stopping criteria and streamer once a position, with the
-sequences of the whole batch. Here rows accept different numbers of tokens a step. Two rules give every one of those
-callables exactly the calls that transformers would give it:
+`generate` of transformers calls its logits processors, stopping criteria and streamer once per position, with the
+sequences of the whole batch. Here rows accept different numbers of tokens per step. Two rules give each of those
+callables exactly the calls that it gets from transformers:
 
-- Logits processors change what is chosen. They are applied *along the walk*: at the root of every row, then at the
-  nodes stepped to, and so on until some row has no child to step to. All rows then take that many tokens, so that each
-  call sees the batch at one length, even processors that keep state or look at other rows. Nodes off the walk are never
-  processed: their choice would not be used. It costs what it costs in transformers, and in a batch the rows advance at
-  the pace of the slowest. Rows that have stopped show logits of 0, where transformers shows what the model says after
-  padding: a processor that lets them change what other rows say is the one kind that can differ.
-- Stopping criteria and streamers only see what was chosen. They are called after the step for every position that all
-  rows have reached; what a row decoded beyond its end is dropped.
+- Logits processors change the chosen token. They are applied along the accepted path: at the root of every row, then at
+  the accepted children, until some row has no matching child. All rows then accept that many tokens, so that each call
+  sees the batch at one length, as processors with state or across rows expect. Other nodes are never processed, since
+  their choice is not used. In a batch all rows advance at the pace of the slowest. Rows that have stopped show logits
+  of 0, where transformers shows the model's output after padding: only a processor that lets stopped rows change other
+  rows can see the difference.
+- Stopping criteria and streamers only see chosen tokens. They are called after the step, for every position that all
+  rows have reached. Tokens that a row decoded beyond its end are dropped.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,11 +24,11 @@ from stagedspec.kernels.backends.interface import Backend, NoiseAt
 from stagedspec.kernels.state.host import INVALID, UNCHOSEN
 
 if TYPE_CHECKING:
-    from stagedspec.decoding.generation import Run
+    from stagedspec.decoding.generation import Generation
 
 
-class Positions:
-    """The calls at the positions of one generation.
+class Callbacks:
+    """The callbacks of one generation.
 
     input_ids: LongTensor [B, prompt], padding included, as processors and criteria are to see it.
     new_tokens: at most so many; pad: what stopped rows go on with; eos: ids that end a row.
@@ -57,21 +57,21 @@ class Positions:
         self.pad, self.eos, self.pads = pad, frozenset(eos), pads
         self.processors, self.criteria, self.streamer = processors, criteria, streamer
         self.kept: dict[str, list[torch.Tensor]] = {name: [] for name in keep}
-        self.walked = self.settled = 0  # positions processed, positions shown to criteria and streamer
+        self.processed = self.notified = 0  # positions seen by processors, by criteria and streamer
         self.unfinished = [True] * self.batch
 
     @property
-    def walks(self) -> bool:
-        """Whether tokens are chosen along the walk."""
+    def chooses(self) -> bool:
+        """Whether tokens are chosen here, by `choose_with_processors`."""
         return self.processors is not None or bool(self.kept)
 
     # User code runs here: outside of inference mode, so that it may keep and change the tensors it is given.
     @torch.inference_mode(False)
     @torch.no_grad()
-    def walk(
+    def choose_with_processors(
         self, ops: Backend, trees: Any, logits: torch.Tensor, warping: dict | None, noise: NoiseAt | None
     ) -> torch.Tensor:
-        """Chooses along the walk: logits [B, N, V] -> tokens [B, N], UNCHOSEN off the walk."""
+        """Chooses along the accepted path: logits [B, N, V] -> tokens [B, N], UNCHOSEN at all other nodes."""
         rows, device = trees.sequences.rows, logits.device
         live = [row.running for row in rows]
         chosen = torch.full(logits.shape[:2], UNCHOSEN, device="cpu")
@@ -87,7 +87,7 @@ class Positions:
             scores = picked
             if self.processors is not None:
                 with self._unwritten("a logits processor"):
-                    seen = self.ids[:, : self.width + self.walked]
+                    seen = self.ids[:, : self.width + self.processed]
                     found = self.processors(seen, picked.clone().to(seen.device))
                 scores = checked("scores", found, picked).to(device)
             own = None if noise is None else noise.at_nodes(at)
@@ -100,8 +100,8 @@ class Positions:
                 if live[row]:
                     chosen[row, node] = token
                     live[row] = token not in self.eos
-            self.ids[:, self.width + self.walked] = torch.tensor(shown, device="cpu")
-            self.walked, taken = self.walked + 1, taken + 1
+            self.ids[:, self.width + self.processed] = torch.tensor(shown, device="cpu")
+            self.processed, taken = self.processed + 1, taken + 1
             below = zip(children, nodes, tokens, strict=True)
             nodes = [found.get((node, token), -1) for found, node, token in below]
             nodes = [node if alive else 0 for node, alive in zip(nodes, live, strict=True)]
@@ -117,15 +117,15 @@ class Positions:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def settle(self, run: "Run") -> None:
-        """Shows criteria and streamer the positions that all rows have reached; ends the rows that they stop."""
+    def notify(self, generation: "Generation") -> None:
+        """Calls criteria and streamer for the positions that all rows have reached; ends the rows that they stop."""
         if self.criteria is None and self.streamer is None:
             return
-        rows = run.sequences.rows  # a snapshot, where the state lives on a device
-        starts = [len(prompt) for prompt in run.request.prompts]
+        rows = generation.sequences.rows  # a snapshot, where the state lives on a device
+        starts = [len(prompt) for prompt in generation.request.prompts]
         while any(self.unfinished):
             new = [len(row.tokens) - start for row, start in zip(rows, starts, strict=True)]
-            at, longest = self.settled, max(new)
+            at, longest = self.notified, max(new)
             if at >= longest or any(row.running and count <= at for row, count in zip(rows, new, strict=True)):
                 return
             tokens = [
@@ -133,29 +133,29 @@ class Positions:
                 for row, start, count in zip(rows, starts, new, strict=True)
             ]
             self.ids[:, self.width + at] = torch.tensor(tokens, device="cpu")
-            self.settled += 1
+            self.notified += 1
             if self.streamer is not None:
                 self.streamer.put(torch.tensor(tokens, device="cpu"))
-            if self._stop(run, tokens):
-                rows = run.sequences.rows
+            if self._stop(generation, tokens):
+                rows = generation.sequences.rows
 
-    def _stop(self, run: "Run", tokens: list[int]) -> bool:
-        """Ends what the last settled position ends; whether that was any row."""
+    def _stop(self, generation: "Generation", tokens: list[int]) -> bool:
+        """Ends the rows that stop at the last notified position; whether there was any."""
         before, stopped = list(self.unfinished), [False] * self.batch
         if self.criteria is not None:
-            scores = tuple(self.kept["scores"][: self.settled]) if "scores" in self.kept else None
+            scores = tuple(self.kept["scores"][: self.notified]) if "scores" in self.kept else None
             with self._unwritten("a stopping criterion"):
-                found = self.criteria(self.ids[:, : self.width + self.settled], scores)
+                found = self.criteria(self.ids[:, : self.width + self.notified], scores)
             stopped = checked("stopping criteria", found, self.ids[:, 0]).tolist()
         for row, (token, stop) in enumerate(zip(tokens, stopped, strict=True)):
             ended = stop or token in self.eos
             if ended and self.unfinished[row]:
                 self.unfinished[row] = False
                 if self.pads:
-                    run.stop(row, self.settled)
+                    generation.stop(row, self.notified)
         if not any(self.unfinished):
             for row in range(self.batch):
-                run.stop(row, self.settled)
+                generation.stop(row, self.notified)
         return before != self.unfinished
 
     @contextmanager

@@ -24,13 +24,13 @@ class StagedOutput(GenerateDecoderOnlyOutput):
 
 def finish(call: Call, sequences: torch.Tensor, stats: Stats) -> torch.Tensor | StagedOutput:
     """Ends the stream, and makes what `generate` returns."""
-    positions = call.positions
-    if positions is not None and positions.streamer is not None:
-        positions.streamer.end()
+    callbacks = call.callbacks
+    if callbacks is not None and callbacks.streamer is not None:
+        callbacks.streamer.end()
     if not call.return_dict:
         return sequences
     count = sequences.shape[1] - call.input_ids.shape[1]
     kept: dict[str, Any] = {"sequences": sequences}
-    if positions is not None:
-        kept |= {name: tuple(values[:count]) for name, values in positions.kept.items()}
+    if callbacks is not None:
+        kept |= {name: tuple(values[:count]) for name, values in callbacks.kept.items()}
     return StagedOutput(**kept, stats=stats)

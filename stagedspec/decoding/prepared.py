@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria
 
-from stagedspec.decoding.callbacks import Positions
+from stagedspec.decoding.callbacks import Callbacks
 from stagedspec.decoding.request import Call, token_ids, unpad, validate
 from stagedspec.decoding.sampling import Sampling
 from stagedspec.decoding.settings import refuse_passed_on, refuse_settings
@@ -78,7 +78,7 @@ def translate(
         else one
         for one in others
     ]
-    positions = Positions(
+    callbacks = Callbacks(
         input_ids,
         request.new_tokens,
         pad,
@@ -89,7 +89,7 @@ def translate(
         any(hasattr(one, "eos_token_id") for one in criteria),
         keep,
     )
-    return Call(input_ids, request, pad, positions, return_dict)
+    return Call(input_ids, request, pad, callbacks, return_dict)
 
 
 # The warpers that the token choice has built in, and what it calls them.

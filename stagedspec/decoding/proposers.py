@@ -1,74 +1,74 @@
-"""What proposes the trees: the draft cascade, or the sequence's own repeats.
+"""Proposers of token trees: the draft cascade, and prompt look-up.
 
-In the cascade the draft grows token trees pass by pass, and draft² guesses ahead of it.
-
-Draft² is speculative decoding of the draft in tree form: it puts the nodes that the draft will probably want next
-into the same pass, so that several levels grow at once. Which tree is best does not depend on it.
+In the cascade the draft grows token trees pass by pass, and draft² (n-grams) guesses ahead of it (Spector & Ré, section
+3.2). Draft² is speculative decoding of the draft in tree form: it adds the nodes that the draft will probably want next
+to the same pass, so that several levels grow at once. The best tree does not depend on it.
 """
 
 import time
 from collections.abc import Callable
+from typing import Any, cast
 
 from stagedspec.decoding.stats import Clock
-from stagedspec.kernels.backends.interface import Backend
+from stagedspec.kernels.backends.interface import AdaptiveBackend, Backend, Trees
 from stagedspec.models.gpt2 import GPT2, Cache, Reader
-from stagedspec.models.ngram import KatzTable
+from stagedspec.models.model_set import Models
 from stagedspec.planning.adapt import WAITS, Controller
 from stagedspec.planning.tree import TreeConfig
 
 
-class Cascade:
-    """Grows the trees of a batch with one draft model and its n-grams; owns the draft's cache.
+class DraftCascade:
+    """Grows the trees of a batch with a draft model and its n-grams; owns the draft's KV cache.
 
-    sequences: the committed tokens, of the backend's `Sequences`; noise: its `Noise`, or None when greedy.
-    controller: chooses every step's tree, at most as large as config; None: every step's is config.
-    timer: the seconds that the controller goes by.
+    config: the largest tree. sequences, noise: the generation's state, of the backend; noise is None when greedy.
+    controller: chooses the tree of every step; None: every step has `config`. timer: the controller's clock, seconds.
     """
 
     timer = staticmethod(time.perf_counter)
 
     def __init__(
         self,
-        draft: GPT2,
-        table: KatzTable | None,
+        models: Models,
         config: TreeConfig,
-        sequences,
+        sequences: Any,
         warping: dict | None,
-        noise,
+        noise: Any,
         clock: Clock,
         controller: Controller | None = None,
         repeated: Callable[[Callable], Callable] | None = None,
     ):
-        self.draft, self.table, self.config, self.sequences = draft, table, config, sequences
+        self.draft = draft = cast(GPT2, models.draft)
+        self.table, self.config, self.sequences = models.ngram, config, sequences
         self.warping, self.noise, self.clock, self.controller = warping, noise, clock, controller
         self.passes = 0  # of the last step
-        trees = [config] if controller is None else [rung.tree for rung in controller.ladder]
+        self._seen: tuple[Any, int] = None, 0  # trees and draft passes of the last step
+        trees = [config] if controller is None else [level.tree for level in controller.levels]
         rows = max([tree.slots for tree in trees] + ([] if controller is None else [max(WAITS)]))
         self.cache = Cache(draft, len(sequences.rows), rows, sequences.capacity)
-        self._growths: dict[TreeConfig, object] = {}
+        self._growths: dict[TreeConfig, Any] = {}
         self.reader = Reader(draft, self.cache, sequences, repeated)
 
     def prefill(self, lengths: list[int]) -> None:
-        """Reads the prompts, but for the last two tokens, with which every step's first draft pass starts; or leaves
-        that for later where the controller expects little of it."""
+        """Reads the prompts without the last two tokens, which every step's first draft pass reads; or postpones that
+        where the controller expects little of drafting."""
         if self.controller is None:
             self.reader.read(max(lengths) - 2)
             return
         left = max(row.limit - len(row.tokens) for row in self.sequences.rows)
         if self.controller.begin(max(lengths), left):
             last = max((count for count in WAITS if count <= min(lengths) - 2), default=0)
-            self._read_all(lengths, last, None)  # a prompt was not chosen under any noise
+            self._read_all(lengths, last, None)  # a prompt was chosen under no noise
 
-    def _read_all(self, lengths: list[int], last: int, noise) -> None:
-        """The draft reads all tokens of all rows but two; the controller hears of the last ones of these."""
+    def _read_all(self, lengths: list[int], last: int, noise: Any) -> None:
+        """Reads all tokens of all rows but two, and shows the controller the `last` ones of them."""
         self.reader.read(max(lengths) - 2 - last)
         if last:
             self._read(last, noise)
         else:
-            self.controller.read([])
+            cast(Controller, self.controller).read([])
 
-    def _growth(self, config: TreeConfig):
-        """The backend's `Growth` of a tree's settings, ready for a step."""
+    def _growth(self, config: TreeConfig) -> Any:
+        """The `Growth` for a tree's settings, ready for a step."""
         if config not in self._growths:
             ops, dtype = self.draft.ops, self.draft.kv_dtype
             self._growths[config] = ops.make_growth(self.sequences, config, self.table, self.noise, dtype)
@@ -76,15 +76,15 @@ class Cascade:
         growth.begin()
         return growth
 
-    def propose(self):
-        """Grows this step's trees for as many draft passes as pay; returns the backend's `Trees`."""
+    def propose(self) -> Trees:
+        """Grows the trees of this step, in as many draft passes as are worth their time."""
         draft, cache, clock, controller = self.draft, self.cache, self.clock, self.controller
         self.passes = 0
         if controller is not None:
             if controller.due:
                 with clock("draft"):
                     self._catch_up()
-            self.config = controller.rung.tree
+            self.config = controller.level.tree
             self._begin = self.timer()
         config, before = self.config, self.passes
         if not config.passes:
@@ -115,8 +115,8 @@ class Cascade:
         self._seen = trees, self.passes - before
         return trees
 
-    def commit(self, moves) -> None:
-        """Moves the accepted nodes' KV into the prefix (`Moves.draft_rows`), and tells the controller."""
+    def commit(self, moves: Any) -> None:
+        """Moves the accepted nodes' KV into the prefix (`Moves.draft_rows`), and informs the controller."""
         if self.config.passes:
             self.cache.commit(self.draft, moves.draft_rows(self.cache.tree_rows - self.config.slots))
         if self.controller is not None:
@@ -127,21 +127,24 @@ class Cascade:
             self.controller.step(trees.nodes, passes, moves.accepted, trees.depths, left, seconds)
 
     def _catch_up(self) -> None:
-        """The draft reads what was written without it, and before that the prompts if it has not read them."""
-        controller, most = self.controller, max(WAITS)
+        """Reads tokens that were written without the draft, and before them the prompts if it has not read those."""
+        controller, most = cast(Controller, self.controller), max(WAITS)
         if controller.unread or controller.missed > most:
             lengths = self.sequences.lengths
             self._read_all(lengths, max(0, min(controller.missed, most, min(lengths) - 2)), self.noise)
         else:
             self._read(controller.missed, self.noise)
 
-    def _read(self, count: int, noise) -> None:
-        """The draft reads `count` tokens that were written without it, and the controller hears what it thinks of them.
+    def _read(self, count: int, noise: Any) -> None:
+        """Reads `count` tokens that were written without the draft, and shows the controller how the draft ranks them.
 
-        All running rows lack the same number of tokens: plain decoding gives each one a step.
+        All running rows lack the same number of tokens: plain decoding gives each one token a step.
         """
-        draft, children = self.draft, max(rung.tree.children for rung in self.controller.ladder)
-        unread = draft.ops.unread_pass(self.sequences, count, self.cache.tree_rows, draft.kv_dtype)
+        controller, draft = cast(Controller, self.controller), self.draft
+        children = max(level.tree.children for level in controller.levels)
+        unread = cast(AdaptiveBackend, draft.ops).unread_pass(
+            self.sequences, count, self.cache.tree_rows, draft.kv_dtype
+        )
         hidden = draft.forward(unread.batch, self.cache, 0)
         at = None if noise is None else noise.at(unread.batch)
         tokens, logprobs = draft.children(hidden, min(children, draft.vocab_size), self.warping, at)
@@ -149,8 +152,8 @@ class Cascade:
         hits = tokens == unread.following[..., None]
         ranks = (hits.int().argmax(-1) + 1) * hits.any(-1) - 1
         values = logprobs.gather(-1, ranks.clamp(min=0)[..., None])[..., 0]
-        # Slots that stand for no token have nothing to say.
-        self.controller.read(
+        # Rows with fewer tokens begin with slots that stand for none.
+        controller.read(
             [
                 list(zip(row, scores, strict=True))[count - len(moves) :]
                 for row, scores, moves in zip(ranks.tolist(), values.tolist(), unread.moves, strict=True)
@@ -159,21 +162,21 @@ class Cascade:
         self.cache.commit(draft, unread.moves)
 
 
-class Repeats:
-    """Proposes chains by the context n-gram alone (prompt lookup): no draft, no passes, nothing to keep."""
+class PromptLookup:
+    """Proposes chains by the context n-gram alone: continuations of earlier occurrences of the last tokens."""
 
-    passes, controller = 0, None
+    passes, controller = 0, None  # no draft
 
-    def __init__(self, ops: Backend, depth: int, sequences, clock: Clock):
+    def __init__(self, ops: Backend, depth: int, sequences: Any, clock: Clock):
         self.ops, self.depth, self.sequences, self.clock = ops, depth, sequences, clock
 
     def prefill(self, lengths: list[int]) -> None:
         """There is nothing to fill."""
 
-    def propose(self):
-        """This step's chains, as the backend's `Trees`."""
+    def propose(self) -> Trees:
+        """The chains of this step."""
         with self.clock("ngram"):
             return self.ops.lookup_trees(self.sequences, self.depth)
 
-    def commit(self, moves) -> None:
+    def commit(self, moves: Any) -> None:
         """There is nothing to move."""

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from stagedspec.decoding.callbacks import Positions
+from stagedspec.decoding.callbacks import Callbacks
 from stagedspec.decoding.sampling import Sampling, counters
-from stagedspec.planning.adapt import Controller, Rung
+from stagedspec.planning.adapt import Controller, Level
 from stagedspec.planning.tree import TreeConfig
 from stagedspec.values import at_least, plain, whole
 
@@ -23,7 +23,7 @@ NEW_TOKENS = 128  # default of max_new_tokens
 
 @dataclass(frozen=True)
 class Request:
-    """A validated request: the prompts without padding, and everything else decided."""
+    """What one generation is to do, checked and complete. prompts: token ids without padding."""
 
     prompts: list[list[int]]
     new_tokens: int
@@ -33,24 +33,24 @@ class Request:
     seeds: list[int]
     streams: list[int]
     eos: list[int]
-    ladder: tuple[Rung, ...] = ()  # what the trees may adapt to; `tree` is the largest
-    learned: "list[Controller]" = field(default_factory=list)  # the last generation's with this ladder, if any
-    repeats: bool = False  # proposed by the context n-gram alone
+    levels: tuple[Level, ...] = ()  # trees to adapt between; `tree` is the largest
+    learned: list[Controller] = field(default_factory=list)  # of the last generation with these levels, if any
+    prompt_lookup: bool = False  # the context n-gram proposes, without a draft
 
 
 @dataclass(frozen=True)
 class Call:
     """The arguments of one `generate`, read and checked.
 
-    input_ids: LongTensor [B, prompt], padding included. pad: the token that fills up rows that stop early. positions:
-    the callbacks per position, if there are any. return_dict: whether `generate` returns a `StagedOutput`. began: when
-    the call began, by `time.perf_counter`.
+    input_ids: LongTensor [B, prompt], padding included. pad: the token that fills up rows that stop early. callbacks:
+    logits processors, criteria and streamer, if there are any. return_dict: whether `generate` returns a
+    `StagedOutput`. began: when the call began, by `time.perf_counter`.
     """
 
     input_ids: torch.Tensor
     request: Request
     pad: int
-    positions: Positions | None = None
+    callbacks: Callbacks | None = None
     return_dict: bool = False
     began: float = field(default_factory=time.perf_counter)
 
@@ -91,22 +91,24 @@ def validate(
     seeds, streams = counters(0 if seed is None else seed, len(prompts))
     if lookup is not None and not 1 <= (whole(lookup) or 0) <= 255:
         raise ValueError(f"prompt_lookup_num_tokens must be a whole number from 1 to 255, got {lookup!r}")
-    repeats = lookup is not None and decoder.draft is None and mode != "autoregressive"
-    ladder: tuple[Rung, ...] = ()
+    prompt_lookup = lookup is not None and decoder.draft is None and mode != "autoregressive"
+    levels: tuple[Level, ...] = ()
     learned: list[Controller] = []
-    if repeats:
+    if prompt_lookup:
         chain = min(cast(int, whole(lookup)), target.ops.max_depth)
         settings = TreeConfig(chain + 1, chain, chain, width=1, children=1, prefetch=0)
         mode = "lookup"
     else:
-        settings, ladder, learned = decoder.planner.plan(mode, len(prompts), tree, sampling.do_sample)
+        settings, levels, learned = decoder.planner.plan(mode, len(prompts), tree, sampling.do_sample)
     device = decoder.device.type
     if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != target.dtype:
         warnings.warn(f"autocast has no effect here: decoding computes in {target.dtype}", stacklevel=2)
     if seed is None and sampling.do_sample:
         # Last, so that torch's generator is not advanced by a call that is refused or that samples nothing.
         seeds, streams = counters(int(torch.randint(2**63 - 1, (), device="cpu")), len(prompts))
-    return Request(prompts, max_new_tokens, mode, settings, sampling, seeds, streams, eos, ladder, learned, repeats)
+    return Request(
+        prompts, max_new_tokens, mode, settings, sampling, seeds, streams, eos, levels, learned, prompt_lookup
+    )
 
 
 def _mask_of_padding(input_ids: torch.Tensor, pad: int) -> torch.Tensor | None:

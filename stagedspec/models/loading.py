@@ -54,13 +54,14 @@ def read_checkpoint(source: "str | Path | GPT2LMHeadModel", role: str) -> GPT2LM
     try:
         _check_config(checkpoints.find(source, role) or _fetch_config(str(source)), source, role)
         with no_bars() if local else nullcontext():  # a download shows how far it is
-            model, notes = GPT2LMHeadModel.from_pretrained(
+            loaded: Any = GPT2LMHeadModel.from_pretrained(
                 str(local or source),
                 use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,
                 dtype="auto",
             )
+            model, notes = loaded
     except ValueError:
         raise
     except Exception as error:  # the hub client, safetensors and transformers each raise their own kinds
@@ -88,7 +89,7 @@ def read_checkpoint(source: "str | Path | GPT2LMHeadModel", role: str) -> GPT2LM
 
 def _fetch_config(name: str) -> Path:
     """Fetches config.json alone from the hub, so that a model that is no GPT-2 is not downloaded; its folder."""
-    return Path(cached_file(name, checkpoints.CONFIG)).parent
+    return Path(str(cached_file(name, checkpoints.CONFIG))).parent
 
 
 def _check_config(folder: Path, source: str | Path, role: str) -> None:
@@ -166,8 +167,8 @@ def end_of_sequence(model: GPT2LMHeadModel) -> list[int]:
     eos = model.config.eos_token_id if eos is None else eos
     eos = plain(eos)
     ids = [] if eos is None else eos if isinstance(eos, (list, tuple)) else [eos]
-    numbers = list(map(whole, ids))
-    if None in numbers:
+    numbers = [number for number in map(whole, ids) if number is not None]
+    if len(numbers) < len(ids):
         raise ValueError(f"the model's eos_token_id must be a token id or a list of them, got {eos!r}: mend its config")
     return [token for token in numbers if 0 <= token < model.config.vocab_size]
 

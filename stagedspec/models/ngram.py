@@ -15,6 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from stagedspec.kernels.common.files import replacing
+
 PROBES = 8  # a key lies at most PROBES - 1 slots after the one it hashes to
 HASH_MULTIPLIER = 0x9E3779B97F4A7C15 - 2**64  # 2**64 over the golden ratio, as a signed 64-bit integer
 HASH_SHIFT = 32
@@ -156,10 +158,9 @@ class KatzTable:
             "successors": str(self.successors),
             "fitted_tokens": str(self.fitted_tokens),
         }
-        partial = path.with_name(path.name + ".partial")
-        save_file(tensors, partial, metadata=metadata)
-        partial.chmod(0o644)  # safetensors writes files that only the owner can read
-        partial.replace(path)
+        with replacing(path) as part:
+            save_file(tensors, part, metadata=metadata)
+            part.chmod(0o644)  # safetensors are written for the owner alone
 
     @classmethod
     def load(cls, path: str | os.PathLike, vocab_size: int | None = None) -> "KatzTable":

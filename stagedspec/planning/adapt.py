@@ -1,6 +1,6 @@
-"""Trees that follow the text: a generation climbs a short ladder of trees, from none at all to the largest.
+"""Trees that adapt to the text: each step of a generation uses one of a few levels, from no tree to the largest.
 
-The controller sees what every step proposed, what was accepted and how long it took, and estimates for each rung the
+The controller sees what every step proposed, what was accepted and how long it took, and estimates for each level the
 tokens and the seconds of a step. A batch is done when its last row is: what a step brings is by how much less is left
 of the row that has most left to write. Where drafting does not pay it stops: the target then decodes plainly, and now
 and then the draft reads what was written without it, all in one pass, which shows how much of it it would have guessed.
@@ -34,7 +34,7 @@ TIMES = 9  # of the last steps whose median counts: what else the machine does m
 READ = 0.25  # of one token that the draft has read
 READS = 8.0  # at most, of one reading
 RESUME = 1.05  # how fast a tree must seem, beside plain decoding, before drafting starts again
-# The share of its own time that drafting must bring back, or else it ends. Ten steps of sampled text say little, and to
+# Stop drafting when it recovers less than this fraction of its cost. Ten steps of sampled text say little, and to
 # leave a draft that pays costs more than to keep one that just does not.
 LEAVE = 0.7
 # Plain steps by which drafting and reading may fall behind plain decoding, and what each plain step adds to that; how
@@ -47,8 +47,8 @@ WAITS = (4, 8, 16, 32)  # plain steps between two readings, longer each time tha
 
 
 @dataclass(frozen=True)
-class Rung:
-    """One tree of the ladder, and what the cost model knows of it.
+class Level:
+    """One of the trees that a generation adapts between, and what the cost model expects of it.
 
     tokens, seconds: expected of a step. verify[n]: seconds of a step that verifies n nodes, drafting left out.
     first, later: seconds of its first and of every later draft pass. read: seconds in which the draft reads one more
@@ -77,14 +77,15 @@ class Rung:
         return self.verify[nodes] + (self.first + (passes - 1) * self.later if passes else 0.0)
 
 
-def rungs(model: Model, trees: Sequence[TreeConfig]) -> list[Rung]:
+def make_levels(model: Model, trees: Sequence[TreeConfig]) -> list[Level]:
     """Plain decoding and then `trees`, smallest first, as the cost model sees them."""
     verify = tuple(model.verify_seconds(max(1, nodes)) for nodes in range(1 + max(tree.nodes for tree in trees)))
-    found = [Rung("off", OFF, 1.0, verify[1], verify)]
+    found = [Level("off", OFF, 1.0, verify[1], verify)]
     for index, tree in enumerate(trees):
-        draft = [model.draft_seconds(tree, number) for number in (0, 1)]
+        tokens, seconds = model.step(tree)
+        first, later = (model.draft_seconds(tree, number) for number in (0, 1))
         name = ("small", "medium", "full")[index - len(trees)]
-        found.append(Rung(name, tree, *model.step(tree), verify, *draft, model.read_seconds()))
+        found.append(Level(name, tree, tokens, seconds, verify, first, later, model.read_seconds()))
     return found
 
 
@@ -105,38 +106,41 @@ class _Mean:
 
 
 class Controller:
-    """Chooses the rung of every step of one generation; a batch has one.
+    """Chooses the level of every step of one generation; a batch has one.
 
-    ladder: of `rungs`, plain decoding first. last: of the generation before with this ladder, None for the first one.
+    levels: of `make_levels`, plain decoding first. last: the controller of the generation before, None for the first.
     `begin` says whether the draft reads the prompts. A step goes: if `due`, the draft reads what it has missed and
-    `read` is told; then the step is made with the tree of `rung`, and `step` is told.
+    `read` is told; then the step is made with the tree of `level`, and `step` is told.
     """
 
-    def __init__(self, ladder: Sequence[Rung], last: "Controller | None" = None):
-        self.ladder = list(ladder)
-        if last is not None and last.ladder != self.ladder:
+    def __init__(self, levels: Sequence[Level], last: "Controller | None" = None):
+        self.levels = list(levels)
+        if last is not None and last.levels != self.levels:
             last = None  # the trees were chosen anew meanwhile
-        tokens = [rung.tokens for rung in ladder] if last is None else [mean.value for mean in last.lasting]
-        seconds = [rung.seconds for rung in ladder] if last is None else [mean.value for mean in last.seconds]
+        tokens = [level.tokens for level in levels] if last is None else [mean.value for mean in last.lasting]
+        seconds = [level.seconds for level in levels] if last is None else [mean.value for mean in last.seconds]
         self.tokens = [_Mean(value, PRIOR) for value in tokens]
         weights = [PRIOR] * len(tokens) if last is None else [mean.weight for mean in last.lasting]
-        self.lasting = [_Mean(value, weight, LASTING) for value, weight in zip(tokens, weights, strict=True)]
-        self.seconds = [_Mean(value, PRIOR) for value in seconds]
+        self.lasting: list[_Mean] = [
+            _Mean(value, weight, LASTING) for value, weight in zip(tokens, weights, strict=True)
+        ]
+        self.seconds: list[_Mean] = [_Mean(value, PRIOR) for value in seconds]
         # Seconds measured over seconds expected of the last plain steps; and how much larger that was for the last
         # steps that drafted. So a machine that gets slower while nothing is drafted says nothing about drafting.
-        self.pace = deque(() if last is None else last.pace, TIMES)
-        self.slower = deque([1.0] if last is None else last.slower, TIMES)
-        self._drafted = 0 if last is None else last._drafted  # steps since the last plain one
+        self.pace: deque[float] = deque(() if last is None else last.pace, TIMES)
+        self.slower: deque[float] = deque([1.0] if last is None else last.slower, TIMES)
+        self._drafted: int = 0 if last is None else last._drafted  # steps since the last plain one
         self._drafts: bool | None = None  # whether the last step drafted
         self.onward = _Mean(0.5, PRIOR)  # how often a walk along the tree goes on by one more node
         self.missed = 0  # tokens of each row that the draft has not read
         self.unread = 0  # tokens of the longest prompt, while the draft has read none of it
-        self.steps = [0] * len(self.ladder)  # made, of each rung
+        self.steps = [0] * len(self.levels)  # made, with each level
         self.trial = TRIAL if last is None else 0  # plain steps that are to be made now, whatever pays
-        self.credit = CREDIT if last is None else max(0.0, last.credit)  # plain steps
+        self.credit: float = CREDIT if last is None else max(0.0, last.credit)  # plain steps
         self._floor = -FIRST if last is None else 0.0
-        self.chosen, self._since = (0, 0) if last is None else (last.chosen, 0)
-        self._wait = 0 if last is None else last._wait
+        self.chosen: int = 0 if last is None else last.chosen
+        self._since = 0
+        self._wait: int = 0 if last is None else last._wait
         self._choose()
 
     def begin(self, prompt: int, new_tokens: int) -> bool:
@@ -152,16 +156,16 @@ class Controller:
 
     def _reading(self, count: int) -> float:
         """Plain steps in whose time the draft reads so many tokens of every row."""
-        return (self.ladder[-1].first + count * self.ladder[-1].read) * self._pace(True) / self._takes(0)
+        return (self.levels[-1].first + count * self.levels[-1].read) * self._pace(True) / self._takes(0)
 
     @property
-    def rung(self) -> Rung:
-        return self.ladder[0 if self.trial else self.chosen]
+    def level(self) -> Level:
+        return self.levels[0 if self.trial else self.chosen]
 
     @property
     def made(self) -> dict[str, int]:
-        """Steps made with each rung, by name."""
-        return {rung.name: steps for rung, steps in zip(self.ladder, self.steps, strict=True)}
+        """Steps made with each level, by name."""
+        return {level.name: steps for level, steps in zip(self.levels, self.steps, strict=True)}
 
     @property
     def due(self) -> bool:
@@ -172,11 +176,11 @@ class Controller:
         return self.chosen > 0 or (affordable and self.missed >= WAITS[self._wait])
 
     def rate(self, index: int) -> float:
-        """Tokens a second of each row that the rung promises."""
+        """Expected tokens a second of each row with a level."""
         return self.tokens[index].value / self._takes(index)
 
     def _takes(self, index: int) -> float:
-        """Seconds of a step with the rung."""
+        """Expected seconds of a step with a level."""
         return self.seconds[index].value * self._pace(index > 0)
 
     def _pace(self, drafts: bool) -> float:
@@ -200,8 +204,8 @@ class Controller:
         weight = min(READS, READ * count / len(rows))
         known = sum(rank >= 0 for row in rows for rank, _ in row) / count
         self.onward.add(known, weight)
-        for index, rung in enumerate(self.ladder[1:], 1):
-            self._gained(index, 1.0 + min(_walks(rung.tree, rung.reach, [row], known) for row in rows), weight)
+        for index, level in enumerate(self.levels[1:], 1):
+            self._gained(index, 1.0 + min(_walks(level.tree, level.reach, [row], known) for row in rows), weight)
         if self.chosen == 0:
             self._wait = min(self._wait + 1, len(WAITS) - 1)
         self._choose()
@@ -225,13 +229,13 @@ class Controller:
         had stopped; depths, of its deepest node; left, tokens to write before the step, None if as many for all.
         seconds: that it took, None if as many as expected.
         """
-        rung = self.rung
-        self.steps[self.ladder.index(rung)] += 1
+        level = self.level
+        self.steps[self.levels.index(level)] += 1
         self._since += 1
-        drafts = rung.tree.passes > 0
+        drafts = level.tree.passes > 0
         # The first of its kind comes on cold caches, and says something only where little is known.
         if seconds is not None and (self._drafts == drafts or (drafts and len(self.slower) < 3)):
-            pace = seconds / rung.cost(nodes, passes)
+            pace = seconds / level.cost(nodes, passes)
             if drafts:
                 self.slower.append(pace / self._pace(False))
             else:
@@ -250,29 +254,29 @@ class Controller:
         walks = [(taken, depth, more) for taken, depth, more in rows if taken >= 0]
         if not walks:
             return
-        tree = self.rung.tree
+        tree = self.level.tree
         walked = sum(taken for taken, _, _ in walks)
         tried = sum(taken + (taken < depth) for taken, depth, _ in walks)
         if tried:
             self.onward.add(walked / tried)
-        # Whether this rung was too small to show what a larger one would have brought.
+        # Whether this level was too small to show what a larger one would have brought.
         bound = nodes >= tree.nodes or passes >= tree.passes
         deepest, most = max(depth for _, depth, _ in walks), max(more for _, _, more in walks)
-        took = rung.cost(nodes, passes) * self._pace(True) if seconds is None else seconds
+        took = level.cost(nodes, passes) * self._pace(True) if seconds is None else seconds
         self._account(1.0 + most - max(more - taken for taken, _, more in walks) - took / self._takes(0))
-        for index, rung in enumerate(self.ladder[1:], 1):
+        for index, level in enumerate(self.levels[1:], 1):
             # A tree grows at an even pace: with fewer passes it is as much shallower.
-            pace = min(1.0, rung.tree.passes / passes)
+            pace = min(1.0, level.tree.passes / passes)
             still, further = [], 0.0
             for taken, depth, more in walks:
-                gained = min(taken, rung.reach, depth * pace)
+                gained = min(taken, level.reach, depth * pace)
                 if bound and index > self.chosen and taken >= depth:
-                    beyond = _geometric(self.onward.value, rung.reach - taken)
+                    beyond = _geometric(self.onward.value, level.reach - taken)
                     gained, further = gained + beyond, max(further, beyond)
                 still.append(more - gained)
             grown = (deepest + further) / deepest if deepest else 1.0
             self._gained(index, 1.0 + most - max(still))
-            self.seconds[index].add(rung.cost(round(1 + (nodes - 1) * pace * grown), math.ceil(passes * grown)))
+            self.seconds[index].add(level.cost(round(1 + (nodes - 1) * pace * grown), math.ceil(passes * grown)))
         self._choose()
 
     def _account(self, won: float, most: float = WON) -> None:
@@ -280,20 +284,20 @@ class Controller:
         self.credit = min(max(most, self.credit), self.credit + won)
 
     def _pays(self, index: int) -> bool:
-        """Whether the rung's tokens beyond the first are worth their time, or nearly so."""
+        """Whether the level's tokens beyond the first are worth their time, or nearly so."""
         bought, spent = self.tokens[index].value - 1.0, self._takes(index) / self._takes(0) - 1.0
         return bought > LEAVE * spent
 
     def _choose(self) -> None:
-        rates = [self.rate(index) for index in range(len(self.ladder))]
+        rates = [self.rate(index) for index in range(len(self.levels))]
         best, last = max(range(1, len(rates)), key=rates.__getitem__), len(rates) - 1
-        # What other rungs would have brought is a guess, and floors keep the largest small where that pays.
+        # What other levels would have brought is a guess, and floors keep the largest small where that pays.
         if rates[best] < rates[last] * SMALLER:
             best = last
         if self.credit < self._floor or not (self._pays(best) if self.chosen else rates[best] > rates[0] * RESUME):
             best = 0
         if (best == 0) != (self.chosen == 0):
-            # A stretch of drafting that did not last is no reason to hope again soon.
+            # Drafting that did not last is no reason to try again soon.
             if best == 0 and self._since > WAITS[self._wait]:
                 self._wait = 0
             self._since = 0
@@ -313,7 +317,7 @@ def _walks(tree: TreeConfig, reach: int, rows: Sequence[Sequence[tuple[int, floa
     A node is in the tree if its path is likely enough for one of so few nodes, and not under the floor.
     """
     floor = math.log(max(tree.node_floor, 0.25 / tree.nodes))
-    total = count = 0
+    total, count = 0.0, 0
     for row in rows:
         for start in range(len(row)):
             score, taken = 0.0, 0

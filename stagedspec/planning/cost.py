@@ -13,6 +13,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache as memoise
+from typing import Any
 
 import torch
 
@@ -20,14 +21,14 @@ from stagedspec.kernels.backends.torch_backend import TorchBackend
 from stagedspec.models.gpt2 import GPT2, Cache
 from stagedspec.planning.tree import TreeConfig
 
-# How text lies before the embedded draft, greedy and sampled (top-k 50, T=1, shared noise): a mixture of easy, middling
-# and hard stretches, (share of the text, how often the target takes the draft's first, second, ... child, how often
-# draft² names the draft's first child). Fitted so that 14 trees greedy and 14 sampled come to the tokens, nodes and
-# passes a step that were counted on prompts that bench/decode.py does not use: tokens within 5%, 1% on average. Real
-# trees grow where the draft is sure, node by node, which a stretch does not know: so these rates are a little higher
-# than those of the text. A prior for the shape of the tree, not a result: `stagedspec tune-tree` measures a pair's own.
-Stretch = tuple[float, tuple[float, ...], float]
-STRETCHES: dict[bool, tuple[Stretch, ...]] = {
+# Acceptance profiles of the embedded draft, greedy and sampled (top-k 50, T=1, shared noise): text is a mixture of
+# easy, middling and hard parts, each (share of the text, how often the target takes the draft's first, second, ...
+# child, how often draft² names the draft's first child). Fitted to counted tokens, nodes and passes a step of 14 greedy
+# and 14 sampled trees, on prompts that bench/decode.py does not use: tokens within 5%, 1% on average. Real trees grow
+# where the draft is sure, which a profile does not model: so these rates are a little higher than those of the text.
+# They are a prior for the shape of the tree: `stagedspec tune-tree` measures those of a pair.
+AcceptanceProfile = tuple[float, tuple[float, ...], float]
+PROFILES: dict[bool, tuple[AcceptanceProfile, ...]] = {
     False: (
         (0.096, (0.993, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0), 0.01),
         (0.797, (0.986, 0.014, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0), 0.99),
@@ -168,7 +169,7 @@ def _least_times(model: GPT2, runs: Sequence[Callable], before: Callable) -> lis
 
 @dataclass(frozen=True)
 class Expected:
-    """Steps in one kind of stretch: their share of all steps; each one's tokens, bonus included, nodes and passes."""
+    """Steps in text of one profile: share of all steps; tokens (bonus included), nodes and draft passes of each."""
 
     share: float
     tokens: float
@@ -176,10 +177,10 @@ class Expected:
     passes: int
 
 
-def expected(config: TreeConfig, stretches: Sequence[Stretch]) -> list[Expected]:
-    """What a step of `config` comes to in each stretch."""
+def expected(config: TreeConfig, profiles: Sequence[AcceptanceProfile]) -> list[Expected]:
+    """Expected steps with the tree `config`, for each profile."""
     found = []
-    for share, ranks, hit in stretches:
+    for share, ranks, hit in profiles:
         passes, values = _grown(
             config.depth, config.passes, config.width, config.prefetch, config.prefetch_width, config.pass_floor,
             ranks[: config.children], hit,
@@ -224,10 +225,10 @@ def _grown(
 
 
 class Model:
-    """Predicts what trees cost and bring for one pair of models, batch size and way of choosing.
+    """Predicts tokens and seconds of a step with any tree, for one pair of models, batch size and way of choosing.
 
-    stretches: how the text lies before the draft; None: as before the embedded one. ops: the backend, whose limits
-    count, or None.
+    profiles: acceptance profiles of the draft; None: those of the embedded one. ops: the backend, whose limits hold, or
+    None.
     """
 
     def __init__(
@@ -235,12 +236,12 @@ class Model:
         times: PassTimes,
         batch: int,
         sampled: bool,
-        stretches: Sequence[Stretch] | None = None,
-        ops=None,
+        profiles: Sequence[AcceptanceProfile] | None = None,
+        ops: Any = None,
     ):
         self.times, self.batch, self.sampled, self.ops = times, batch, sampled, ops
         self.overheads = (ops or TorchBackend).overheads
-        self.stretches = STRETCHES[sampled] if stretches is None else tuple(stretches)
+        self.profiles = PROFILES[sampled] if profiles is None else tuple(profiles)
         self._rankings: dict[str, list[TreeConfig]] = {}
 
     def verify_seconds(self, nodes: int) -> float:
@@ -261,7 +262,7 @@ class Model:
     def step(self, config: TreeConfig) -> tuple[float, float]:
         """Expected tokens of a row and seconds of a step. The row that grows longest sets passes and nodes for all."""
         tokens, seconds, below = 0.0, 0.0, 0.0
-        for kind in sorted(expected(config, self.stretches), key=lambda kind: (kind.passes, kind.nodes)):
+        for kind in sorted(expected(config, self.profiles), key=lambda kind: (kind.passes, kind.nodes)):
             tokens += kind.share * kind.tokens
             longest = (below + kind.share) ** self.batch - below**self.batch
             below += kind.share
@@ -288,7 +289,7 @@ class Model:
             found.setdefault(tree.nodes, tree)
         return list(found.values())[:most]
 
-    def ladder(self, mode: str, full: TreeConfig | None = None) -> list[TreeConfig]:
+    def levels(self, mode: str, full: TreeConfig | None = None) -> list[TreeConfig]:
         """The tree with the most expected tokens a second, or `full`, and before it the best of at most a half and a
         quarter of its nodes and passes, smallest first: what a generation climbs up and down."""
         ranked = self._ranked(mode)
@@ -308,7 +309,8 @@ class Model:
     def _ranked(self, mode: str) -> list[TreeConfig]:
         """The candidates that the backend can run, best first."""
         if mode not in self._rankings:
-            ops, found = self.ops, candidates(mode)
+            ops = self.ops
+            found: Sequence[TreeConfig] = candidates(mode)
             if ops is not None:
                 found = [t for t in found if t.depth <= ops.max_depth and (ops.skips_passes or not t.pass_floor)]
             self._rankings[mode] = sorted(found, key=self.tokens_per_second, reverse=True)
@@ -320,14 +322,17 @@ def candidates(mode: str) -> tuple[TreeConfig, ...]:
     """All trees that are tried for a mode."""
     found = []
     for nodes, node_floor, pass_floor in itertools.product(SIZES, NODE_FLOORS, PASS_FLOORS):
-        floors = {"node_floor": node_floor, "pass_floor": pass_floor}
         if mode == "chain":
-            found.append(TreeConfig(nodes, nodes - 1, nodes - 1, 1, 1, 0, **floors))
+            found.append(TreeConfig(nodes, nodes - 1, nodes - 1, 1, 1, 0, node_floor=node_floor, pass_floor=pass_floor))
             continue
         for passes, width, prefetch in itertools.product(PASSES, (1, 2), PREFETCH if mode == "staged" else (0,)):
             certain = 1 + (passes - 1) * width
             if nodes - 1 > CHILDREN * certain or (passes == 1 and (width > 1 or pass_floor)):
                 continue
             depth = passes * (1 + prefetch)
-            found.append(TreeConfig(nodes, depth, passes, width, CHILDREN, prefetch, 1, **floors))
+            found.append(
+                TreeConfig(
+                    nodes, depth, passes, width, CHILDREN, prefetch, 1, node_floor=node_floor, pass_floor=pass_floor
+                )
+            )
     return tuple(found)

@@ -10,7 +10,7 @@ from stagedspec.devices import current_device
 from stagedspec.models.gpt2 import GPT2
 from stagedspec.models.model_set import Models
 from stagedspec.planning import cost
-from stagedspec.planning.adapt import Controller, Rung, rungs
+from stagedspec.planning.adapt import Controller, Level, make_levels
 from stagedspec.planning.profile import Tuning, keep, pair_of, recall
 from stagedspec.planning.tree import MODES, TreeConfig
 
@@ -20,12 +20,12 @@ log = logging.getLogger("stagedspec")
 class Plan(NamedTuple):
     """Trees of one generation.
 
-    tree: the largest one. ladder: all that it adapts between, plain decoding first; empty where every step has `tree`.
-    learned: the controller of the last generation with this ladder, if any; the next one puts its own there.
+    tree: the largest one. levels: all that it adapts between, plain decoding first; empty where every step has `tree`.
+    learned: the controller of the last generation with these levels, if any; the next one puts its own there.
     """
 
     tree: TreeConfig
-    ladder: tuple[Rung, ...]
+    levels: tuple[Level, ...]
     learned: list[Controller]
 
 
@@ -44,7 +44,7 @@ class TreePlanner:
         self._own = True  # whether measurements are kept in the user's cache; not with a tuning that was given
         self._remeasured = False
         self._costs: cost.PassTimes | None = None
-        self._ladders: dict[tuple[str, int, bool], tuple[Rung, ...]] = {}  # by mode, batch, sampled
+        self._chosen: dict[tuple[str, int, bool], tuple[Level, ...]] = {}  # by mode, batch, sampled
         self._learned: dict[tuple[str, int, bool], list[Controller]] = {}
         self._measuring = Lock()  # two threads' measurements would disturb each other
 
@@ -85,7 +85,7 @@ class TreePlanner:
                 "repeats"
             )
         if chosen is None:
-            return self._ladder(mode, batch, do_sample)[-1].tree
+            return self._levels(mode, batch, do_sample)[-1].tree
         chosen = chosen.for_mode(mode)
         models.target.ops.check_tree(chosen, models.ngram)
         return chosen
@@ -96,23 +96,23 @@ class TreePlanner:
         if not largest.passes or tree or self.fixed or not self._models.target.ops.adapts_trees:
             return Plan(largest, (), [])
         key = mode, batch, do_sample
-        return Plan(largest, self._ladder(*key), self._learned.setdefault(key, []))
+        return Plan(largest, self._levels(*key), self._learned.setdefault(key, []))
 
-    def _ladder(self, mode: str, batch: int, do_sample: bool) -> tuple[Rung, ...]:
+    def _levels(self, mode: str, batch: int, do_sample: bool) -> tuple[Level, ...]:
         """Trees to adapt between, plain decoding first, the cost model's best one last."""
         key = mode, batch, do_sample
         with self._measuring:
-            if key not in self._ladders:
-                self._ladders[key] = self._choose(*key)
-        return self._ladders[key]
+            if key not in self._chosen:
+                self._chosen[key] = self._choose(*key)
+        return self._chosen[key]
 
-    def _choose(self, mode: str, batch: int, do_sample: bool) -> tuple[Rung, ...]:
+    def _choose(self, mode: str, batch: int, do_sample: bool) -> tuple[Level, ...]:
         """Asks the cost model, and measures the passes that it does not know yet."""
         models, key = self._models, (mode, batch, do_sample)
         ops = models.target.ops
         tuning = self._tuning = self._tuning or recall(models)
         costs = self._costs = self._costs or cost.PassTimes(models.target, cast(GPT2, models.draft), tuning.seconds)
-        model = cost.Model(costs, batch, do_sample, tuning.text_of(do_sample), ops)
+        model = cost.Model(costs, batch, do_sample, tuning.profiles_for(do_sample), ops)
         trees = tuning.trees.get(key)
         with ops.lock, current_device(models.device):
             try:
@@ -124,10 +124,10 @@ class TreePlanner:
                     )
                 if trees is None:
                     costs.prepare(batch, do_sample)
-                    trees = tuning.trees[key] = model.ladder(mode)
+                    trees = tuning.trees[key] = model.levels(mode)
                 for tree in trees:
                     ops.check_tree(tree, models.ngram)
-                found = tuple(rungs(model, trees))
+                found = tuple(make_levels(model, trees))
             finally:
                 costs.release()
         if self._own and costs.seconds != tuning.seconds:
@@ -153,5 +153,5 @@ class TreePlanner:
 
     def _forget(self) -> None:
         self._costs = None
-        self._ladders.clear()
+        self._chosen.clear()
         self._learned.clear()

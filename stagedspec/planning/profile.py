@@ -7,18 +7,22 @@ under a fingerprint of the pair, the device, the threads and torch's version, an
 import contextlib
 import hashlib
 import json
-import os
 import platform
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
+from stagedspec.kernels.common.files import write_text
 from stagedspec.kernels.common.launch_configs import cache_folder
 from stagedspec.planning import cost
-from stagedspec.planning.cost import STRETCHES, Stretch
+from stagedspec.planning.cost import PROFILES, AcceptanceProfile
 from stagedspec.planning.tree import MODES, TreeConfig
+
+if TYPE_CHECKING:
+    from stagedspec.models.model_set import Models
 
 FORMAT = "stagedspec tuning 1"
 
@@ -27,24 +31,24 @@ FORMAT = "stagedspec tuning 1"
 class Tuning:
     """What `stagedspec tune-tree` found.
 
-    pair: what it holds for, of `pair_of`. seconds: as in `cost.PassTimes`. stretches: by whether sampled, as
-    `cost.STRETCHES`, where measured. trees: (mode, batch, sampled) to the ladder, smallest tree first. measured:
+    pair: what it holds for, of `pair_of`. seconds: as in `cost.PassTimes`. profiles: by whether sampled, as
+    `cost.PROFILES`, where measured. trees: by (mode, batch, sampled), the smallest first. measured:
     predicted against measured speed, for people to read.
     """
 
     pair: dict
     seconds: dict[tuple[bool, int, int, bool], float] = field(default_factory=dict)
-    stretches: dict[bool, tuple[Stretch, ...]] = field(default_factory=dict)
+    profiles: dict[bool, tuple[AcceptanceProfile, ...]] = field(default_factory=dict)
     trees: dict[tuple[str, int, bool], list[TreeConfig]] = field(default_factory=dict)
     measured: list[dict] = field(default_factory=list)
 
-    def text_of(self, sampled: bool) -> tuple[Stretch, ...]:
-        """How text lies before the draft: as measured, else as before the embedded one."""
-        return self.stretches.get(sampled, STRETCHES[sampled])
+    def profiles_for(self, sampled: bool) -> tuple[AcceptanceProfile, ...]:
+        """Acceptance profiles of the draft: those measured, else those of the embedded draft."""
+        return self.profiles.get(sampled, PROFILES[sampled])
 
-    def check(self, decoder, source: str) -> None:
+    def check(self, models: "Models", source: str) -> None:
         """Raises ValueError, naming what differs, unless it was measured on this decoder's models and device."""
-        here = pair_of(decoder)
+        here = pair_of(models)
         wrong = [f"{name} {self.pair.get(name)!r}, here {value!r}" for name, value in here.items()
                  if self.pair.get(name) != value]  # fmt: skip
         if wrong:
@@ -64,17 +68,12 @@ class Tuning:
             for (draft, batch, rows, sampled), value in sorted(self.seconds.items())
         ]
         trees = [
-            {"mode": mode, "batch": batch, "sampled": sampled, "trees": [asdict(tree) for tree in ladder]}
-            for (mode, batch, sampled), ladder in self.trees.items()
+            {"mode": mode, "batch": batch, "sampled": sampled, "trees": [asdict(tree) for tree in levels]}
+            for (mode, batch, sampled), levels in self.trees.items()
         ]
-        names = {"sampled" if sampled else "greedy": value for sampled, value in self.stretches.items()}
+        names = {"sampled" if sampled else "greedy": value for sampled, value in self.profiles.items()}
         content = {"format": FORMAT, "pair": self.pair, "stretches": names, "trees": trees, "measured": self.measured}
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
-        try:
-            part.write_text(json.dumps(content | {"passes": passes}, indent=1) + "\n", encoding="utf-8")
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+        write_text(path, json.dumps(content | {"passes": passes}, indent=1) + "\n", shared=True)
 
     @classmethod
     def load(cls, path: str | Path) -> "Tuning":
@@ -102,26 +101,26 @@ class Tuning:
         for entry in content["passes"]:
             key = entry["model"] == "draft", entry["batch"], entry["rows"], entry["sampled"]
             found.seconds[key] = _number(entry["seconds"], "a pass's seconds", 1e-9, 1e6)
-        for name, stretches in content["stretches"].items():
+        for name, profiles in content["stretches"].items():
             read = tuple(
                 (
                     _number(share, "a stretch's share", 0, 1),
                     tuple(_number(rank, "an acceptance", 0, 1) for rank in ranks),
                     _number(hit, "a share of guesses", 0, 1),
                 )
-                for share, ranks, hit in stretches
+                for share, ranks, hit in profiles
             )
             if not read or abs(sum(share for share, _, _ in read) - 1) > 0.05:
                 raise ValueError(f"the shares of the {name} stretches must sum to 1: run `stagedspec tune-tree` again")
-            found.stretches[{"greedy": False, "sampled": True}[name]] = read
+            found.profiles[{"greedy": False, "sampled": True}[name]] = read
         for entry in content["trees"]:
-            ladder = [TreeConfig(**tree) for tree in entry["trees"]]
-            full = ladder[-1] if ladder else None
-            if full is None or len(ladder) > 3 or entry["mode"] not in MODES or any(
-                not tree.passes or tree.nodes > full.nodes or tree.depth > full.depth for tree in ladder
+            levels = [TreeConfig(**tree) for tree in entry["trees"]]
+            full = levels[-1] if levels else None
+            if full is None or len(levels) > 3 or entry["mode"] not in MODES or any(
+                not tree.passes or tree.nodes > full.nodes or tree.depth > full.depth for tree in levels
             ):  # fmt: skip
                 raise ValueError("trees must be ladders of one to three, the largest last, for a mode that drafts")
-            found.trees[entry["mode"], entry["batch"], entry["sampled"]] = ladder
+            found.trees[entry["mode"], entry["batch"], entry["sampled"]] = levels
         return found
 
 
@@ -145,51 +144,51 @@ def device_name(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
-def pair_of(decoder) -> dict:
+def pair_of(models: "Models") -> dict:
     """What must be the same for a tuning to hold."""
     return {
-        "vocabulary": decoder.target.vocab_size,
-        "target parameters": decoder.target.parameters,
-        "draft parameters": None if decoder.draft is None else decoder.draft.parameters,
-        "n-gram tokens": None if decoder.ngram is None else decoder.ngram.fitted_tokens,
-        "device": device_name(decoder.device),
-        "dtype": str(decoder.target.dtype).removeprefix("torch."),
-        "backend": decoder.backend,
+        "vocabulary": models.target.vocab_size,
+        "target parameters": models.target.parameters,
+        "draft parameters": None if models.draft is None else models.draft.parameters,
+        "n-gram tokens": None if models.ngram is None else models.ngram.fitted_tokens,
+        "device": device_name(models.device),
+        "dtype": str(models.target.dtype).removeprefix("torch."),
+        "backend": models.backend,
     }
 
 
-def fingerprint(decoder) -> str:
+def fingerprint(models: "Models") -> str:
     """A name for the pair, down to its weights, on this machine with these threads, this torch and this cost model."""
-    setup = pair_of(decoder) | {"threads": torch.get_num_threads(), "torch": torch.__version__}
-    if decoder.backend == "triton":
+    setup = pair_of(models) | {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    if models.backend == "triton":
         setup["triton"] = version("triton")
     found = hashlib.sha256(json.dumps(setup).encode())
     found.update(Path(cost.__file__).read_bytes())
-    for model in (decoder.target, decoder.draft):
+    for model in (models.target, models.draft):
         if model is not None:  # a sample: reading every weight of a large model takes seconds
             for weights in (*model.final_norm, model.token_table[:64], model.position_table[:8]):
                 found.update(weights.detach().float().cpu().numpy().tobytes())
     return found.hexdigest()[:24]
 
 
-def cache_file(decoder) -> Path:
-    """Where the decoder's own measurements are kept."""
-    return cache_folder() / f"{fingerprint(decoder)}.json"
+def cache_file(models: "Models") -> Path:
+    """Where the models' own measurements are kept."""
+    return cache_folder() / f"{fingerprint(models)}.json"
 
 
-def recall(decoder) -> Tuning:
+def recall(models: "Models") -> Tuning:
     """What an earlier process kept, or an empty tuning."""
     with contextlib.suppress(ValueError, OSError, RuntimeError):
-        found = Tuning.load(cache_file(decoder))
-        found.check(decoder, "the cache")
+        found = Tuning.load(cache_file(models))
+        found.check(models, "the cache")
         return found
-    return Tuning(pair_of(decoder))
+    return Tuning(pair_of(models))
 
 
-def keep(decoder, tuning: Tuning) -> Path | None:
+def keep(models: "Models", tuning: Tuning) -> Path | None:
     """Saves for later processes; where that cannot be done, nothing happens and None comes back."""
     with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: no home folder
-        path = cache_file(decoder)
+        path = cache_file(models)
         path.parent.mkdir(parents=True, exist_ok=True)
         tuning.save(path)
         return path

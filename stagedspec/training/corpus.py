@@ -1,6 +1,6 @@
 """Python source to tokens: find files, split, train a byte-level BPE, encode.
 
-Everything is decided by content, never by the clock or the machine's file order, so the same folders
+Only the content of the files matters, never the time or the order in which the system lists them, so the same folders
 give the same corpus.
 """
 
@@ -38,7 +38,7 @@ class Corpus:
 
     @classmethod
     def load(cls, path: Path) -> "Corpus":
-        """Raises ValueError if the file is damaged or no corpus."""
+        """Reads what `save` wrote. Raises ValueError if the file is damaged or not a corpus."""
         try:
             tensors = load_file(path)
             with safe_open(path, "pt") as file:
@@ -51,8 +51,8 @@ class Corpus:
 def read_documents(sources: list[str]) -> tuple[list[str], list[str]]:
     """Reads every .py file below the sources and returns (train, heldout) documents.
 
-    One file in fifty is held out, by a hash of its text, and one at least. Duplicates, files under 200 bytes or over
-    200 kB, files that are not UTF-8, and folders of tests and vendored copies are left out.
+    One file in fifty is held out, chosen by a hash of its text, but at least one. Duplicates, files under 200 bytes or
+    over 200 kB, files that are not UTF-8, and folders of tests and vendored copies are left out.
 
     Raises ValueError if fewer than two files are found.
     """
@@ -73,12 +73,12 @@ def read_documents(sources: list[str]) -> tuple[list[str], list[str]]:
                 continue
             bucket = heldout if digest[0] * 256 + digest[1] < 65536 // 50 else train
             bucket.append((digest, text.replace("\r\n", "\n")))
-    if not heldout and len(train) > 1:  # few files, and none fell below the line: the one nearest to it
+    if not heldout and len(train) > 1:  # few files, and no hash was low enough: hold out the lowest
         heldout.append(min(train))
         train.remove(heldout[0])
     if not train or not heldout:
         raise ValueError(f"too little Python source below {sources}: no file left to train on or to hold out")
-    # Hash order: neighbouring documents are unrelated, whatever order the folders came in.
+    # In the order of hashes, neighbouring documents are unrelated.
     return [text for _, text in sorted(train)], [text for _, text in sorted(heldout)]
 
 

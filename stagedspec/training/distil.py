@@ -1,8 +1,8 @@
 """Distillation: the draft learns the target's whole next-token distribution, partly on the target's own text.
 
 Word-level distillation at temperature 1 (Hinton, Vinyals, Dean, arXiv 1503.02531, section 2) on a mix of corpus and
-sampled text, as speculative decoding wants it: what is accepted is decided by the target's distribution on text that
-the target writes (DistillSpec, arXiv 2310.08461, section 4).
+sampled text: acceptance in speculative decoding depends on the target's distribution on text that the target writes
+(DistillSpec, arXiv 2310.08461, section 4).
 """
 
 from collections.abc import Callable
@@ -35,14 +35,13 @@ def distillation_loss(
     """KL(teacher || model) + overlap_weight * TV(teacher, model) + choice_weight * NLL(choice | noise), means over all
     positions of blocks [B, T + 1] but the last.
 
-    KL in nats; the total variation is the share of single guesses that speculative sampling rejects: a draft too small
-    to follow the teacher everywhere gives up tokens that would seldom be accepted anyway. Its gradient alone is weak
-    where the two hardly overlap. The last term is what a decoding step asks of the draft: Gumbel noise g is drawn, the
-    teacher chooses the token of the largest log p + g, and the draft, knowing g, is charged for how unlikely it holds
-    that choice: the log of softmax(log q + g), its children's scores (`reference.choose_children`). Whole vocabulary,
-    fp32, temperature 1. top_k: the teacher's distribution is cut to so many tokens (in bf16, where more of them tie),
-    as when it decodes, and the draft spends nothing on the rest. The teacher runs without gradients, under the caller's
-    autocast.
+    KL in nats. The total variation TV is the fraction of single guesses that speculative sampling rejects: with it, a
+    draft too small to follow the teacher everywhere ignores tokens that would seldom be accepted anyway. Its gradient
+    alone is weak where the two distributions hardly overlap. The last term is the task of the draft in a decoding step:
+    Gumbel noise g is drawn, the teacher chooses the token of the largest log p + g, and the loss is the negative log of
+    that token's share in softmax(log q + g), the children's scores (`reference.choose_children`). Whole vocabulary,
+    fp32, temperature 1. top_k: the teacher's distribution is cut to that many tokens, as when it decodes (in bf16,
+    where more of them tie). The teacher runs without gradients, under the caller's autocast.
     """
     teacher.requires_grad_(False).eval()
 
@@ -68,7 +67,7 @@ def distillation_loss(
 
 def gumbel_like(x: torch.Tensor) -> torch.Tensor:
     """Standard Gumbel noise in the shape of x, fp32, from the device's generator."""
-    # Of two numbers drawn as 0 in one row neither may win, and infinities must not meet.
+    # Clamped, so that the noise is finite: two infinities in a row would give NaN.
     uniform = torch.rand_like(x, dtype=torch.float32).clamp_(1e-30, 1 - 2**-24)
     return -(-uniform.log()).log()
 
@@ -77,8 +76,9 @@ def gumbel_like(x: torch.Tensor) -> torch.Tensor:
 def acceptance(
     target: GPT2LMHeadModel, draft: GPT2LMHeadModel, blocks: torch.Tensor, top_k: int | None = None
 ) -> dict[str, float]:
-    """How well the draft guesses the target, over all positions of blocks [N, T + 1] but the last of each. top_k: both
-    distributions are cut to so many tokens, each to its own, as they are when decoding.
+    """How well the draft guesses the target, over all positions of blocks [N, T + 1] but the last of each.
+
+    top_k: both distributions are cut to that many tokens, each to its own, as in decoding. Returns means of:
 
     agreement: the argmax is the same: greedy acceptance of a single guess.
     overlap:   mean of sum_x min(p, q) at temperature 1, that is 1 - total variation: what speculative sampling

@@ -1,8 +1,8 @@
-"""One training loop for target and draft: resumable, and only the loss differs.
+"""The resumable training loop of target and draft, which differ only in the loss.
 
 A checkpoint is safetensors (weights, optimizer moments) plus JSON (step, settings): nothing pickled.
-The batch of step i and the noise of its loss depend on (seed, i) alone and there is no dropout, so a resumed run sees
-what an uninterrupted one would; on a CPU the two end bitwise equal.
+The batch of step i and the noise of its loss depend only on (seed, i), and there is no dropout. So a resumed run sees
+the same data as an uninterrupted one; on a CPU both end bitwise equal.
 
 What a large model needs to use a GPU's matrix units, and where it is done:
 - bf16 products on fp32 master weights (`autocast`), fused AdamW: one read and write of the moments a step.
@@ -30,6 +30,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AttentionInterface, GPT2LMHeadModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from stagedspec.kernels.common.files import replacing
+
 CHECKPOINT = "checkpoint.safetensors"
 _CAUSAL = "stagedspec_causal"
 
@@ -40,7 +42,7 @@ class FitConfig:
 
     learning_rate: the peak; warmup: fraction of the steps; final_learning_rate: fraction of the peak.
     checkpoint_seconds: time between two checkpoints; a resumed run may change it, and nothing else.
-    Raises ValueError for values that cannot be.
+    Raises ValueError for invalid values.
     """
 
     tokens: int
@@ -271,9 +273,8 @@ def _checkpoint(folder: Path, model, optimizer, config: FitConfig, step: int) ->
         tensors[f"weight.{name}"] = parameter.detach().contiguous()
         for key, value in optimizer.state[parameter].items():
             tensors[f"{key}.{name}"] = value.detach().contiguous()
-    part = folder / "checkpoint.part"
-    save_file(tensors, part, metadata={"step": str(step), "config": json.dumps(asdict(config))})
-    part.replace(folder / CHECKPOINT)  # atomic: a killed run leaves the last whole one
+    with replacing(folder / CHECKPOINT) as part:  # a killed run leaves the last whole one
+        save_file(tensors, part, metadata={"step": str(step), "config": json.dumps(asdict(config))})
 
 
 def _restore(folder: Path, model, optimizer, config: FitConfig) -> int:

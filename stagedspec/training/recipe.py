@@ -12,7 +12,7 @@ text and logits. Stages, in order, and what each leaves in the run's folder:
     ngram           ngram.safetensors
     assets          assets/: what decoding loads
 
-A stage whose result is there is not run again, and a killed stage goes on where it was. `<stage>.jsonl` logs it.
+A stage whose result exists is not run again. A killed stage continues where it stopped. `<stage>.jsonl` is its log.
 """
 
 import json
@@ -26,6 +26,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from stagedspec.devices import resolve_device
+from stagedspec.kernels.common.files import replacing
 from stagedspec.models.loading import no_bars
 from stagedspec.models.ngram_fit import fit_table
 from stagedspec.training import card, distil, sample
@@ -88,16 +89,18 @@ class TrainConfig:
     target, draft:      sizes; target_fit, draft_fit: their training.
     sample_share:       part of the draft's training batches that is the target's own text.
     overlap_weight, choice_weight: in the draft's loss, see distil.distillation_loss.
-    target_top_k:       tokens that the target's distribution is cut to, sampling and teaching; None: all of them.
-    target_samples:     tokens of it, at target_temperatures in turn; target_rows x target_length tokens a shard.
-    draft_samples:      tokens that the n-gram is fitted on, at draft_temperature; draft_rows x draft_length a shard.
+    target_top_k:       top-k of the target's distribution when it is sampled and when it teaches; None: all tokens.
+    target_samples:     tokens sampled from the target, at target_temperatures in turn; a shard is target_rows x
+                        target_length tokens.
+    draft_samples:      tokens sampled from the draft for the n-gram, at draft_temperature; a shard is draft_rows x
+                        draft_length tokens.
     longest_prompt:     sampled rows begin with 1 to this many tokens of the corpus.
     ngram_contexts, ngram_successors: size of the table.
     target_micro_batch, draft_micro_batch: blocks a pass (memory), the whole batch by default.
     evaluate_every:     steps between two held-out evaluations.
-    device:             "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:<n>". A run may go on on another one.
+    device:             "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:<n>". A run may continue on another one.
 
-    Raises ValueError for settings that cannot be.
+    Raises ValueError for invalid settings.
     """
 
     sources: tuple[str, ...] = EMBEDDED_SOURCES
@@ -240,11 +243,11 @@ def preset(name: str, **settings) -> TrainConfig:
 
 
 def train(config: TrainConfig, out: Path, progress: Progress = lambda values: None) -> Path:
-    """Runs what is left of the recipe in the folder `out`; returns the folder of the exported models.
+    """Runs the recipe in the folder `out` from where an earlier run stopped; returns the folder of the exported models.
 
-    progress gets dicts: always `stage` (one of STAGES); `skipped` for a stage that was done before; else `step` and
-    `steps`, and as they are known loss, heldout_loss, heldout_bpb (bits per byte), agreement, overlap, top4 (see
-    distil.acceptance), tokens_per_second, tflops, seconds. A stage ends with step == steps.
+    progress: called with dicts. They hold `stage` (one of STAGES); `skipped` for a stage that was done before; else
+    `step` and `steps`, and if they are known loss, heldout_loss, heldout_bpb (bits per byte), agreement, overlap, top4
+    (see distil.acceptance), tokens_per_second, tflops, seconds. A stage ends with step == steps.
 
     Raises ValueError before any work if a source is missing or `out` belongs to other settings.
     """
@@ -292,9 +295,8 @@ class _Run:
         self._check(corpus)
         tokenizer.model_max_length = self.config.n_positions
         tokenizer.save_pretrained(self.out / "tokenizer")
-        part = self.out / "corpus.part"
-        corpus.save(part)
-        part.replace(self.out / "corpus.safetensors")
+        with replacing(self.out / "corpus.safetensors") as part:
+            corpus.save(part)
         seconds = time.perf_counter() - start
         report({
             "step": 1,
@@ -414,11 +416,11 @@ class _Run:
         }
         name = next((name for name, config in PRESETS.items() if config == self.config), None)
         text = card.model_card(asdict(self.config), name, self.out, STAGES[:-1], measured)
-        part = self.out / "README.part"  # last, whole: the card marks the export as done
-        part.write_text(text, encoding="utf-8")
-        for path in (*assets.rglob("*.safetensors"), part):
+        for path in assets.rglob("*.safetensors"):
             path.chmod(0o644)  # safetensors are written for the owner alone; these are installed for everybody
-        part.replace(assets / "README.md")
+        with replacing(assets / "README.md") as part:  # last: the card marks the export as done
+            part.write_text(text, encoding="utf-8")
+            part.chmod(0o644)
         report({"step": 1, "steps": 1, **measured, "seconds": time.perf_counter() - start})
 
     # ---- what the stages share

@@ -1,7 +1,7 @@
 """Bulk sampling of a model into shards of token ids.
 
 The paper distils the draft on text of the target and fits the n-gram on text of the draft (arXiv 2308.04623, sections
-3.2 and 4). A shard depends on the settings and its index alone, so sampling can be killed and resumed anywhere.
+3.2 and 4). A shard depends only on the settings and its index, so sampling can be killed and resumed at any time.
 """
 
 import json
@@ -13,6 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, GPT2LMHeadModel, LogitsProcessor, LogitsProcessorList
+
+from stagedspec.kernels.common.files import replacing
 
 
 def prompt_rows(corpus: torch.Tensor, rows: int, longest: int, end_of_text: int | None, seed: int) -> torch.Tensor:
@@ -41,10 +43,10 @@ def cut(logits: torch.Tensor, top_k: int | None) -> torch.Tensor:
 
 
 class _Draw(LogitsProcessor):
-    """Draws one token a row from softmax(scores / temperature), cut to the top_k best, and leaves it the only choice.
+    """Draws one token for each row from softmax(scores / temperature), cut to the top_k best, and masks all others.
 
-    By the inverse of the distribution function, one uniform a row. torch.multinomial draws one number a token of the
-    vocabulary: for a small model on a CPU that is two thirds of the time.
+    Inverts the distribution function, with one uniform number for a row. torch.multinomial draws a number for every
+    token of the vocabulary, which takes two thirds of the time for a small model on a CPU.
     """
 
     def __init__(self, temperature: float, seed: int, device: torch.device, top_k: int | None = None):
@@ -69,7 +71,7 @@ def sample_rows(
     seed: int,
     top_k: int | None = None,
 ) -> torch.Tensor:
-    """Continues prompts [rows, p] to LongTensor [rows, length] by sampling; texts run on after end of text."""
+    """Continues prompts [rows, p] to LongTensor [rows, length] by sampling, also after an end-of-text token."""
     prompts = prompts.to(model.device)
     config = GenerationConfig(
         do_sample=False,  # _Draw has chosen
@@ -77,7 +79,7 @@ def sample_rows(
         use_cache=True,
         pad_token_id=0,
     )
-    # generate fills what is unset here from the model's own settings, its end-of-text token for one.
+    # generate fills unset fields from the model's own settings, for example its end-of-text token.
     own, model.generation_config = model.generation_config, GenerationConfig()
     try:
         rows = model.generate(
@@ -112,10 +114,10 @@ def sample_shards(
     corpus:      LongTensor [T] that the prompts are taken from; rows begin with their prompt, of at most
                  `longest_prompt` tokens.
     length:      tokens a row, the prompt included; at most the model's n_positions.
-    top_k:       of how many tokens each is drawn; None: of all.
-    report:      gets a dict after each shard: step and steps (shards), seconds, tokens_per_second (new tokens).
+    top_k:       draw among this many best tokens; None: among all.
+    report:      called with a dict after each shard: step and steps (shards), seconds, tokens_per_second (new tokens).
 
-    Raises ValueError for settings that cannot be, or a folder whose shards are damaged or of other settings.
+    Raises ValueError for invalid settings, or a folder whose shards are damaged or of other settings.
     """
     temperatures = list(temperature) if isinstance(temperature, Sequence) else [temperature]
     limit = model.config.n_positions
@@ -157,9 +159,8 @@ def _shards(model, tokens_wanted, temperatures, folder, corpus, batch, length, l
         start = time.perf_counter()
         prompts = prompt_rows(corpus, batch, longest_prompt, end_of_text, shard_seed)
         rows = sample_rows(model, prompts, length, settings["temperature"], shard_seed, top_k)
-        part = path.with_suffix(".part")
-        save_file({"tokens": rows.int()}, part, metadata={"settings": json.dumps(settings)})
-        part.replace(path)
+        with replacing(path) as part:
+            save_file({"tokens": rows.int()}, part, metadata={"settings": json.dumps(settings)})
         seconds = time.perf_counter() - start
         rate = batch * (length - prompts.shape[1]) / seconds
         report({"step": index + 1, "steps": count, "seconds": seconds, "tokens_per_second": rate})

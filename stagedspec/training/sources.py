@@ -1,4 +1,4 @@
-"""Where Python source to train on lies. Imports no torch, so that the command line can check sources early."""
+"""Finds Python source to train on. Imports no torch, so that the command line can check sources early."""
 
 import importlib.util
 import sysconfig
@@ -24,7 +24,7 @@ def source_folder(source: str) -> Path:
 
 
 def check_sources(sources: Iterable[str]) -> None:
-    """Raises ValueError that names all of the sources that are not there, not only the first."""
+    """Raises ValueError that names all missing sources, not only the first."""
     missing = []
     for source in sources:
         try:

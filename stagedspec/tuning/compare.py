@@ -1,51 +1,43 @@
 """Decoders side by side on the same prompts: the demo's table and `bench/decode.py`.
 
-The sides alternate on every prompt, in an order that rotates, so that a machine that slows down or warms up does so for
-all of them. A speed-up is the median of ratios of pairs that ran next to each other, and there is none for a side whose
-tokens differ from the baseline's.
+All sides run each prompt in turn, in rotating order, so that a machine that slows down or warms up affects all of them.
+A speed-up is the median of the ratios of pairs that ran next to each other. A side whose tokens differ from the
+baseline's gets none.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import median
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 Prompt = TypeVar("Prompt")
-
-# Beginnings of Python, for who gives no prompts.
-PROMPTS = (
-    'def read_json(path):\n    """Read a JSON file and return its contents."""\n    with open(path) as',
-    "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):\n",
-    "import os\nimport sys\nimport argparse\n\n\ndef main():\n    parser = argparse.ArgumentParser(",
-    "    def __eq__(self, other):\n        if not isinstance(other, ",
-    "import numpy as np\n\n\ndef normalize(x, axis=-1):\n",
-    'def test_empty_input():\n    """An empty list gives nothing."""\n    result = ',
-    "    for name, value in sorted(options.items()):\n        if value is None:\n            raise ValueError(",
-    "from dataclasses import dataclass\n\n\n@dataclass\nclass Point:\n    x: float\n    y: float\n\n    def ",
-)
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
 class Run:
-    """One generation: the new tokens, and the generation's statistics as `Stats.as_dict()` gives them (or nothing)."""
+    """One generation: the new tokens, and its statistics as from `Stats.as_dict()`, or none."""
 
     tokens: list[int]
-    stats: dict = field(default_factory=dict)
+    stats: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One side over all prompts and repeats. A value that this side does not have is None.
+    """Result of one side over all prompts and repeats. A value that the side does not have is None.
 
     tokens_per_second: new tokens over the whole call's time, prefill included; the median over prompts and repeats.
     total_tokens_per_second: all new tokens over all time.
     speedup: the median of the paired ratios of time to the baseline's; None where outputs differ or cannot be compared.
-    identical: whether every output equals the baseline's, token by token; None where that was not asked.
-    differing: how many outputs do not.
-    tokens_per_step: accepted tokens and the bonus token, a step.
+    identical: whether every output equals the baseline's, token by token; None if they were not compared.
+    differing: the number of outputs that differ.
+    tokens_per_step: mean of accepted tokens plus the bonus token.
     weight_bytes_per_token: relative to autoregressive decoding.
-    overhead: the share of a step's time outside model passes.
+    overhead: fraction of a step's time outside model passes.
     """
 
     name: str
@@ -63,14 +55,14 @@ class Row:
     weight_bytes_per_token: float | None
     overhead: float | None
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> dict[str, Any]:
         """The row as JSON can hold it."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class Timed:
-    """A run, its wall-clock seconds, and where it belongs: the side's name, the prompt's index, the repeat."""
+    """A run with its wall-clock seconds, the side's name, the index of the prompt and the repeat."""
 
     side: str
     prompt: int
@@ -80,20 +72,20 @@ class Timed:
 
 
 def compare(
-    sides: dict[str, Callable[[Prompt], Run]],
+    sides: Mapping[str, Callable[[Prompt], Run]],
     prompts: Sequence[Prompt],
     repeats: int = 1,
     incomparable: frozenset[str] = frozenset(),
     on_run: Callable[[Timed], None] | None = None,
     done: Mapping[tuple[int, int], Sequence[Timed]] | None = None,
 ) -> list[Row]:
-    """Runs every side on every prompt, `repeats` times, and sums up; the first side is the baseline.
+    """Runs every side on every prompt, `repeats` times. Returns a row for each side; the first one is the baseline.
 
     sides: name to a function from a prompt to its Run; the caller warms them up.
     incomparable: sides whose tokens are not expected to equal the baseline's (another random number generator).
     on_run: called after each run.
-    done: earlier runs by (repeat, prompt's index), each with a run of every side that took place next to each other;
-    these are taken over and not run again, nor given to on_run.
+    done: earlier runs by (repeat, index of the prompt), one of each side, which ran next to each other. They are reused
+    and not reported to on_run.
 
     Raises ValueError without sides or prompts, or if repeats is not positive.
     """
@@ -102,18 +94,19 @@ def compare(
 
 
 def measure(
-    sides: dict[str, Callable[[Prompt], Run]],
+    sides: Mapping[str, Callable[[Prompt], Run]],
     prompts: Sequence[Prompt],
     repeats: int = 1,
     on_run: Callable[[Timed], None] | None = None,
     done: Mapping[tuple[int, int], Sequence[Timed]] | None = None,
 ) -> list[Timed]:
-    """The runs behind `compare`, which explains the arguments; prompt by prompt."""
+    """The runs for `compare`, in order; arguments as there."""
     if not sides or not prompts or repeats < 1:
         raise ValueError(
             f"expected at least one side, one prompt and one repeat; got {len(sides)}, {len(prompts)} and {repeats}"
         )
-    names, runs = list(sides), []
+    names = list(sides)
+    runs: list[Timed] = []
     for repeat in range(repeats):
         for index, prompt in enumerate(prompts):
             if done and (repeat, index) in done:
@@ -130,7 +123,7 @@ def measure(
 
 
 def summarise(runs: Sequence[Timed], names: Sequence[str], incomparable: frozenset[str] = frozenset()) -> list[Row]:
-    """A row for each name, in that order; the first is the baseline. Every side has run in every round."""
+    """Returns a row for each name, in that order; the first is the baseline. Every side must have run every prompt."""
     by_side: dict[str, list[tuple[Run, float]]] = {name: [] for name in names}
     for timed in sorted(runs, key=lambda timed: (timed.repeat, timed.prompt)):
         if timed.side in by_side:
@@ -140,15 +133,27 @@ def summarise(runs: Sequence[Timed], names: Sequence[str], incomparable: frozens
 
 
 def speedups(runs: Sequence[Timed], name: str, baseline: str) -> list[float | None]:
-    """Prompt by prompt, the median over repeats of the baseline's time over that of the side `name` in the same round;
-    None for a prompt where any output differs."""
+    """For each prompt, the median over repeats of the baseline's time divided by that of the side `name`.
+
+    None for a prompt where any output differs.
+    """
     ours = {(timed.prompt, timed.repeat): timed for timed in runs if timed.side == name}
     theirs = {(timed.prompt, timed.repeat): timed for timed in runs if timed.side == baseline}
     ratios: dict[int, list[float | None]] = {}
     for key in sorted(ours):
         same = ours[key].run.tokens == theirs[key].run.tokens
         ratios.setdefault(key[0], []).append(theirs[key].seconds / ours[key].seconds if same else None)
-    return [None if None in values else median(values) for values in ratios.values()]
+    return [None if values is None else median(values) for values in map(_complete, ratios.values())]
+
+
+def _complete(values: Iterable[Value | None]) -> list[Value] | None:
+    """The values, or None if one of them is missing."""
+    found = []
+    for value in values:
+        if value is None:
+            return None
+        found.append(value)
+    return found
 
 
 def _row(name: str, runs: list[tuple[Run, float]], baseline: list[tuple[Run, float]], comparable: bool) -> Row:
@@ -178,20 +183,20 @@ def _row(name: str, runs: list[tuple[Run, float]], baseline: list[tuple[Run, flo
 
 
 def _total(runs: list[tuple[Run, float]], key: str) -> int | None:
-    values = [run.stats.get(key) for run, _ in runs]
-    return None if None in values else sum(values)
+    values = _complete(run.stats.get(key) for run, _ in runs)
+    return None if values is None else sum(values)
 
 
 def _mean(runs: list[tuple[Run, float]], key: str) -> float | None:
     """The mean over runs, weighted by their new tokens."""
-    values = [run.stats.get(key) for run, _ in runs]
+    values = _complete(run.stats.get(key) for run, _ in runs)
     weights = [len(run.tokens) for run, _ in runs]
-    if None in values or not sum(weights):
+    if values is None or not sum(weights):
         return None
     return sum(value * weight for value, weight in zip(values, weights, strict=True)) / sum(weights)
 
 
-def table(rows: list[Row], title: str):
+def table(rows: list[Row], title: str) -> "Table":
     """The rows as a rich Table that fits 80 columns; the first is the baseline."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table

@@ -1,17 +1,20 @@
-"""Tuning of the kernels' launch settings for the GPU at hand: which of an operation's candidates is the fastest.
+"""`stagedspec tune`: finds the fastest launch settings of the kernels on the GPU at hand.
 
-An operation that can be tuned asks `configs.config` for its settings at every launch, and its module has a function
-`candidates` that lists what may be tried, the default first. What it is tuned on comes from workloads: PROBLEMS gives,
-for a model, the shapes under which its settings are kept, their candidates, and the launches that are timed.
+An operation that can be tuned asks `configs.config` for its settings at every launch. Its module has a function
+`candidates` that lists the settings to try, the default first. PROBLEMS gives, for the shape of a model, the keys under
+which settings are kept, their candidates, and the launches to time; the inputs come from workloads.py.
 
-Only speed may be tuned. Every candidate's results are compared bit by bit with those of the default, at every launch,
-before it is timed: one that differs anywhere is refused, one that does not run is left out.
+Only speed may change. Before a candidate is timed, its results are compared bit by bit with the default's at every
+launch. A candidate that differs anywhere is refused; one that does not run is left out.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from types import ModuleType
+from typing import Any, cast
 
 import torch
 from triton.errors import TritonError
@@ -24,27 +27,39 @@ from stagedspec.models.loading import read_checkpoint
 from stagedspec.tuning import workloads
 from stagedspec.tuning.workloads import Growing, Head, ModelShape, Moving
 
-GAIN = 0.02  # a candidate must be faster by more than this to take the default's place: less is noise
+GAIN = 0.02  # a candidate replaces the default only if it is faster by more than this: less is noise
 NODES = (1, 16, 64)
 LINEAR_NODES = (16, 32, 64, 128)
 CHUNKS = (256, 512, 1024)  # passes over a prompt
 CACHE = 128 << 20  # bytes, more than any GPU's L2
 CONTEXT = 512
-Timer = Callable[[Callable[[], None]], float]
+Timer = Callable[[Callable[[], object]], float]
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch of an operation. run: to be timed; results: runs it from a given start, and gives what it wrote."""
+    """One launch of an operation. run: what is timed; results: runs it from a fixed state and returns what it wrote."""
 
     run: Callable[[], object]
     results: Callable[[], list[torch.Tensor]]
 
+    @classmethod
+    def returning(cls, run: "Callable[[], torch.Tensor | tuple[torch.Tensor, ...]]") -> "Launch":
+        """A launch whose results are what it returns."""
+
+        def results() -> list[torch.Tensor]:
+            found = run()
+            return [found] if isinstance(found, torch.Tensor) else list(found)
+
+        return cls(run, results)
+
 
 @dataclass(frozen=True)
 class Problem:
-    """An operation at the shape under which its settings are kept. candidates: settings, the default first; launches:
-    made when its turn comes."""
+    """An operation at the shape under which its settings are kept.
+
+    candidates: settings, the default first. launches: makes the launches to time.
+    """
 
     op: str
     shape: tuple[int, ...]
@@ -54,7 +69,7 @@ class Problem:
 
 @dataclass
 class Tuned:
-    """What came of a problem. times: microseconds of each launch, by the default and by the settings found."""
+    """Result of tuning one problem. times: microseconds of each launch, by the default and by the settings found."""
 
     op: str
     shape: tuple[int, ...]
@@ -70,7 +85,7 @@ class Tuned:
         """Geometric mean over the launches."""
         return _mean_ratio(*self.times)
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> dict[str, Any]:
         shown = "op", "settings", "default", "tried", "refused", "failed"
         before, after = self.times
         return {name: getattr(self, name) for name in shown} | {
@@ -86,7 +101,7 @@ def _mean_ratio(before: list[float], after: list[float]) -> float:
 
 
 def replayed(run: Callable[[], object], count: int = 20) -> float:
-    """Microseconds of one launch, by replays of a graph of some."""
+    """Microseconds of one launch, measured by replaying a graph of `count` launches."""
 
     def every() -> None:
         for _ in range(count):
@@ -96,7 +111,7 @@ def replayed(run: Callable[[], object], count: int = 20) -> float:
 
 
 def tune(problem: Problem, timer: Timer = replayed, report: Callable[[], None] = lambda: None) -> Tuned:
-    """The fastest of the candidates; report: called after each."""
+    """Finds the fastest candidate. report: called after each."""
     launches, default = problem.launches(), problem.candidates[0]
     with configs.trying(problem.op, problem.shape, default):
         wanted = [_snapshot(launch) for launch in launches]
@@ -123,7 +138,7 @@ def tune(problem: Problem, timer: Timer = replayed, report: Callable[[], None] =
 
 
 def _snapshot(launch: Launch) -> list[torch.Tensor]:
-    """Bytes of the results, so that NaNs of the same bits are the same."""
+    """Bytes of the results, so that NaNs compare equal if their bits do."""
     return [result.clone().flatten().view(torch.uint8) for result in launch.results()]
 
 
@@ -139,20 +154,28 @@ def tune_all(
     timer: Timer = replayed,
     keep: Callable[[Tuned], None] = lambda _: None,
 ) -> list[Tuned]:
-    """Tunes operations at the shapes of models. report: the operation, candidates done, candidates in all; keep: called
-    with what came of each problem, in case there is no time for all of them."""
+    """Tunes operations at the shapes of models.
+
+    report: called with the operation, the number of candidates done and of all. keep: called with each result as soon
+    as it is there, so that an interrupted run keeps what it found.
+    """
     work = {(one.op, one.shape): one for op in ops for shape in shapes for one in PROBLEMS[op](shape, device)}
-    total, found = sum(len(problem.candidates) for problem in work.values()), []
+    total = sum(len(problem.candidates) for problem in work.values())
+    found: list[Tuned] = []
     for problem in work.values():
-        done = iter(range(sum(one.tried for one in found) + 1, total + 1))
+        done = itertools.count(1 + sum(one.tried for one in found))
         name = f"{problem.op} {configs.shape_name(problem.shape)}"
-        found.append(tune(problem, timer, lambda name=name, done=done: report(name, next(done), total)))
+
+        def tell(name: str = name, done: Iterator[int] = done) -> None:
+            report(name, next(done), total)
+
+        found.append(tune(problem, timer, tell))
         keep(found[-1])
     return found
 
 
 def table(found: list[Tuned]) -> configs.Table:
-    """What `configs.write` takes. Where the default is the best it is written too: an older file may say otherwise."""
+    """Settings for `configs.write`. A default that was best is written too: it replaces an older entry."""
     result: configs.Table = {}
     for one in found:
         result.setdefault(one.op, {})[configs.shape_name(one.shape)] = one.settings
@@ -160,7 +183,10 @@ def table(found: list[Tuned]) -> configs.Table:
 
 
 def shapes(models: list[str]) -> list[ModelShape]:
-    """Of GPT-2's sizes, "embedded", hub ids and folders. Raises ValueError for a model that cannot be read."""
+    """Shapes of the models named: S, M, L, XL, "embedded", hub ids and folders.
+
+    Raises ValueError for a model that cannot be read.
+    """
     found = []
     for model in models:
         if model == "embedded":
@@ -186,10 +212,8 @@ def _head(shape: ModelShape, device: torch.device) -> Iterator[Problem]:
         for nodes in NODES:
             head = Head(shape, 1, nodes, device)
             for sampling in ("greedy", "top-k"):
-                run = partial(head.choose, sampling)
-                found.append(Launch(run, lambda run=run: [run()]))
-            run = partial(head.children, "greedy")
-            found.append(Launch(run, lambda run=run: list(run())))
+                found.append(Launch.returning(partial(head.choose, sampling)))
+            found.append(Launch.returning(partial(head.children, "greedy")))
         return found
 
     if linear.by_hopper(workloads.dtype_of(device).itemsize, shape.width, device):
@@ -203,9 +227,9 @@ def _linear(shape: ModelShape, device: torch.device) -> Iterator[Problem]:
     dtype = workloads.dtype_of(device)
     for outputs, inputs in ((3 * width, width), (width, width), (mlp, width), (width, mlp)):
         if linear.by_hopper(dtype.itemsize, inputs, device):
-            op, module = "linear_hopper", linear_hopper
+            op, module = "linear_hopper", cast(ModuleType, linear_hopper)
             counts = {linear_hopper.padded(count): count for count in (*LINEAR_NODES, *CHUNKS)}
-            keys = {(rows, outputs, inputs): count for rows, count in counts.items()}
+            keys: dict[tuple[int, ...], int] = {(rows, outputs, inputs): count for rows, count in counts.items()}
         else:
             op, module, size = "linear", linear, dtype.itemsize
             counts = {linear.token_tile(count, size): count for count in LINEAR_NODES}
@@ -213,7 +237,7 @@ def _linear(shape: ModelShape, device: torch.device) -> Iterator[Problem]:
         for key, count in keys.items():
 
             def launches(outputs: int = outputs, inputs: int = inputs, count: int = count) -> list[Launch]:
-                """Over more weights than a cache holds, as the layers of a model are."""
+                """Uses more weights than fit in a cache, as the layers of a model do."""
                 made = min(shape.layers, 1 + (CACHE >> 1) // (outputs * inputs))
                 layers = [
                     (workloads.randn(outputs, inputs, device=device, scale=inputs**-0.5), out)
@@ -229,7 +253,11 @@ def _linear(shape: ModelShape, device: torch.device) -> Iterator[Problem]:
                     for weight, out in layers:
                         linear.linear_add(x, weight, bias, residual, out, stats, scratch)
 
-                return [Launch(run, lambda: [run(), stats, *(out for _, out in layers)][1:])]
+                def results() -> list[torch.Tensor]:
+                    run()
+                    return [stats, *(out for _, out in layers)]
+
+                return [Launch(run, results)]
 
             yield Problem(op, key, module.candidates(key, device), launches)
 
@@ -240,10 +268,8 @@ def _choose(shape: ModelShape, device: torch.device) -> Iterator[Problem]:
         for nodes in NODES:
             rule = workloads.Choosing(shape.vocab, 1, nodes, device)
             for sampling in ("greedy", "top-k", "top-p"):
-                run = partial(rule.choose, sampling)
-                found.append(Launch(run, lambda run=run: [run()]))
-            run = partial(rule.children, "top-k")
-            found.append(Launch(run, lambda run=run: list(run())))
+                found.append(Launch.returning(partial(rule.choose, sampling)))
+            found.append(Launch.returning(partial(rule.children, "top-k")))
         return found
 
     yield Problem("choose", (shape.vocab,), choose.candidates((shape.vocab,), device), launches)
@@ -254,7 +280,12 @@ def _compact(shape: ModelShape, device: torch.device) -> Iterator[Problem]:
         found = []
         for count in (2, 13):
             moving = Moving(shape, 1, 64, CONTEXT, count, device)
-            found.append(Launch(moving.move, lambda moving=moving: [moving.move(), moving.cache][1:]))
+
+            def results(moving: Moving = moving) -> list[torch.Tensor]:
+                moving.move()
+                return [moving.cache]
+
+            found.append(Launch(moving.move, results))
         return found
 
     key = (2 * shape.width,)
@@ -268,7 +299,7 @@ def _lookup(shape: ModelShape, device: torch.device) -> Iterator[Problem]:
         found = []
         for nodes in NODES:
             looking = workloads.Looking(nodes, CONTEXT, 1, table, device)
-            found.append(Launch(looking.look, lambda looking=looking: list(looking.look())))
+            found.append(Launch.returning(looking.look))
         return found
 
     key = (table.successors,)
@@ -276,7 +307,7 @@ def _lookup(shape: ModelShape, device: torch.device) -> Iterator[Problem]:
 
 
 def _grow(op: str, shape: ModelShape, device: torch.device) -> Iterator[Problem]:
-    """Trees do not depend on the model but for its vocabulary; trees of one tile of candidates share their settings."""
+    """Trees depend on the model only by its vocabulary. Trees with the same tile of candidates share settings."""
     by_tile: dict[int, list[int]] = {}
     for nodes in NODES[1:]:
         by_tile.setdefault(grow_tree.tile(op, workloads.tree_config(nodes)), []).append(nodes)

@@ -1,13 +1,14 @@
-"""`stagedspec tune-tree`: measures a pair of models on this machine, chooses trees, and holds predictions against it.
+"""`stagedspec tune-tree`: measures a pair of models on this machine and finds the fastest token trees for it.
 
 Acceptance is measured on the target's own text: at every position the draft ranks its children under the noise of that
-position, and draft² names the one it thinks first. The text is then split into kinds of stretches, easy to hard. The
-cost model names a few trees of each mode from that, and the one that decodes fastest is kept.
+position, and draft² guesses the first of them. From this an acceptance profile is fitted: kinds of text, easy to hard.
+With it the cost model proposes a few trees of each mode, and the one that decodes fastest is kept.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise, product
+from typing import Any
 
 import torch
 
@@ -15,22 +16,28 @@ from stagedspec.decoder import Decoder
 from stagedspec.kernels.reference import NoiseAt, choose_children, gumbel_noise
 from stagedspec.kernels.state.host import Batch, causal_bias
 from stagedspec.models.gpt2 import Cache
-from stagedspec.planning.cost import CHILDREN, SAMPLED, Model, PassTimes, Stretch
+from stagedspec.planning.cost import CHILDREN, SAMPLED, AcceptanceProfile, Model, PassTimes
 from stagedspec.planning.profile import Tuning, pair_of
 from stagedspec.planning.tree import MODES, TreeConfig
 from stagedspec.tuning.compare import Run, compare, measure
 
-KINDS, WINDOW = 3, 8  # kinds of stretches, and the tokens that are taken to lie in the same one
+KINDS, WINDOW = 3, 8  # kinds of text in a profile, and consecutive tokens taken to be of one kind
 FINALISTS, HEATS = 4, 8  # trees of a mode that are timed, and on how many groups of prompts
 
 # The rank of the token written among the draft's children, -1 for none; whether draft² named the draft's first child.
 Outcome = tuple[int, bool]
+Group = tuple[torch.Tensor, torch.Tensor]  # prompts of one batch: ids and attention mask, [B, L]
 
 
 def outcomes(decoder: Decoder, prompt: Sequence[int], new_tokens: int, sampled: bool, seed: int = 0) -> list[Outcome]:
-    """How the draft and draft² stand to what the target writes after a prompt, token by token."""
+    """How well the draft and draft² guess each token that the target writes after a prompt.
+
+    Raises ValueError without a draft.
+    """
     draft, table, device = decoder.draft, decoder.ngram, decoder.device
-    options = {"do_sample": True, **SAMPLED} if sampled else {}
+    if draft is None:
+        raise ValueError("expected a decoder with a draft")
+    options: dict[str, Any] = {"do_sample": True, **SAMPLED} if sampled else {}
     ids = torch.tensor([list(prompt)])
     row = decoder.generate(
         ids, max_new_tokens=new_tokens, mode="autoregressive", eos_token_id=[], seed=seed, **options
@@ -48,10 +55,10 @@ def outcomes(decoder: Decoder, prompt: Sequence[int], new_tokens: int, sampled: 
             noise = NoiseAt(values, torch.arange(count - start, device=device)[None])
         logits = draft.logits(hidden)
         children, _ = choose_children(logits, min(CHILDREN, draft.vocab_size), SAMPLED if sampled else None, noise)
-    tokens, children = row.tolist(), children[0].tolist()
+    tokens, ranked = row.tolist(), children[0].tolist()
     follower = dict(zip(pairwise(tokens[: start + 1]), tokens[2 : start + 1], strict=False))
     found = []
-    for index, names in enumerate(children):
+    for index, names in enumerate(ranked):
         first, last = tokens[start + index - 1] if start + index else -1, tokens[start + index]
         known = table.successors_of(first, last) if table is not None else []
         latest = follower.get((first, last))
@@ -65,8 +72,8 @@ def outcomes(decoder: Decoder, prompt: Sequence[int], new_tokens: int, sampled: 
     return found
 
 
-def fit_stretches(texts: Sequence[Sequence[Outcome]]) -> tuple[Stretch, ...]:
-    """Splits texts into kinds of stretches, easiest first: a mixture of multinomials over windows, by EM.
+def fit_stretches(texts: Sequence[Sequence[Outcome]]) -> tuple[AcceptanceProfile, ...]:
+    """Fits an acceptance profile to texts, easiest kind first: a mixture of multinomials over windows, by EM.
 
     Deterministic. Raises ValueError without any outcome.
     """
@@ -86,7 +93,7 @@ def fit_stretches(texts: Sequence[Sequence[Outcome]]) -> tuple[Stretch, ...]:
     for kind, part in enumerate(order.tensor_split(KINDS)):
         member[part, kind] = 1
     for _ in range(100):
-        ranks = member.T @ counts + 0.02  # a little of everything, so that no logarithm is infinite
+        ranks = member.T @ counts + 0.02  # a small pseudo-count, so that no logarithm is infinite
         ranks /= ranks.sum(1, keepdim=True)
         guesses = member.T @ named + 0.02
         guesses /= guesses.sum(1, keepdim=True)
@@ -108,13 +115,13 @@ def tune(
     batches: Sequence[int] = (1,),
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Tuning:
-    """Measures passes and acceptance, times the likeliest trees of every drafting mode, greedy and sampled, keeps the
-    fastest, and times those.
+    """Measures pass times and acceptance, times the most promising trees of each drafting mode, greedy and sampled, and
+    keeps the fastest; then times the modes with these trees.
 
-    prompts: token ids. The decoder uses what was found from then on. progress: told (done, total).
+    prompts: token ids. From then on the decoder uses the result. progress: called with (done, total).
 
-    Raises ValueError without a draft or prompts, for a backend without trees on the host, or for prompts that leave no
-    room for new_tokens.
+    Raises ValueError without a draft or prompts, for a backend that does not grow trees on the host, or for prompts
+    that leave no room for new_tokens.
     """
     if decoder.draft is None:
         raise ValueError("trees are tuned for a target and its draft, and there is no draft: give a draft (--draft)")
@@ -139,16 +146,16 @@ def tune(
         done += 1
         progress(done, total)
 
-    tuning, times = Tuning(pair_of(decoder)), PassTimes(decoder.target, decoder.draft)
+    tuning, times = Tuning(pair_of(decoder.models)), PassTimes(decoder.target, decoder.draft)
     for sampled in (False, True):
         texts = []
         for seed, prompt in enumerate(prompts):
             texts.append(outcomes(decoder, prompt, new_tokens, sampled, seed))
             advance()
-        tuning.stretches[sampled] = fit_stretches(texts)
+        tuning.profiles[sampled] = fit_stretches(texts)
     tuning.seconds = times.seconds
     for batch, sampled in product(batches, (False, True)):
-        model = Model(times, batch, sampled, tuning.stretches[sampled])
+        model = Model(times, batch, sampled, tuning.profiles[sampled])
         groups = _groups(prompts, batch)
         for mode in modes:
             tuning.trees[mode, batch, sampled] = _fastest(decoder, tuning, model, mode, groups[:HEATS], new_tokens)
@@ -158,8 +165,8 @@ def tune(
     return tuning
 
 
-def _groups(prompts: Sequence[Sequence[int]], batch: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The prompts in batches: ids, attention masks; the first ones again where they do not fill the last batch."""
+def _groups(prompts: Sequence[Sequence[int]], batch: int) -> list[Group]:
+    """The prompts in batches. The last batch is filled up with the first prompts."""
     groups = []
     for start in range(0, max(1, len(prompts) - batch + 1), batch):
         rows = [prompts[(start + index) % len(prompts)] for index in range(batch)]
@@ -170,12 +177,12 @@ def _groups(prompts: Sequence[Sequence[int]], batch: int) -> list[tuple[torch.Te
 
 
 class _Side:
-    """Generations in one mode, and their tokens a second over all rows, prefill left out."""
+    """Generations in one mode, and their tokens per second over all rows, without prefill."""
 
     def __init__(self, decoder: Decoder, model: Model, mode: str, new_tokens: int):
         self.decoder = decoder
-        self.options = {"max_new_tokens": new_tokens, "mode": mode, "eos_token_id": [], "do_sample": model.sampled}
-        self.options["seed"] = 0  # all sides write the same
+        self.options: dict[str, Any] = {"max_new_tokens": new_tokens, "mode": mode, "eos_token_id": []}
+        self.options |= {"do_sample": model.sampled, "seed": 0}  # one seed, so that all sides write the same
         self.options |= SAMPLED if model.sampled else {}
         self.reset()
 
@@ -183,43 +190,53 @@ class _Side:
     def rate(self) -> float:
         return self.tokens / self.seconds
 
-    def __call__(self, group) -> Run:
+    def __call__(self, group: Group) -> Run:
         output = self.decoder.generate(*group, **self.options)
         stats = self.decoder.last_stats
+        assert stats is not None  # a generation has just ended
         self.tokens += stats.new_tokens
         self.seconds += stats.total_seconds - stats.seconds.get("prefill", 0.0)
         return Run(output[:, group[0].shape[1] :].flatten().tolist(), stats.as_dict())
 
     def reset(self) -> None:
-        """After a run that was no more than a warm-up."""
+        """Forgets the runs so far, after a warm-up."""
         self.tokens, self.seconds = 0, 0.0
 
 
-def _fastest(decoder: Decoder, tuning: Tuning, model: Model, mode: str, groups, new_tokens: int) -> list[TreeConfig]:
-    """The ladder of the finalist that decodes most tokens a second, sides taking turns."""
-    ladders = [model.ladder(mode, tree) for tree in model.finalists(mode, FINALISTS)]
-    sides = [_Side(decoder, model, mode, new_tokens) for _ in ladders]
+def _fastest(
+    decoder: Decoder, tuning: Tuning, model: Model, mode: str, groups: Sequence[Group], new_tokens: int
+) -> list[TreeConfig]:
+    """The trees, smallest first, of the finalist with the most tokens per second. Finalists are timed in turn."""
+    all_levels = [model.levels(mode, tree) for tree in model.finalists(mode, FINALISTS)]
+    sides = [_Side(decoder, model, mode, new_tokens) for _ in all_levels]
 
-    def with_trees(index: int) -> Callable:
-        trees = tuning.trees | {(mode, model.batch, model.sampled): ladders[index]}
+    def with_trees(index: int) -> Callable[[Group], Run]:
+        trees = tuning.trees | {(mode, model.batch, model.sampled): all_levels[index]}
 
-        def run(group) -> Run:
+        def run(group: Group) -> Run:
             decoder.use(replace(tuning, trees=trees))
             decoder.tree_for(mode, model.batch, do_sample=model.sampled)  # outside what is timed
             return sides[index](group)
 
         return run
 
-    runs = {str(index): with_trees(index) for index in range(len(ladders))}
+    runs = {str(index): with_trees(index) for index in range(len(all_levels))}
     for index, run in enumerate(runs.values()):
         run(groups[0])
         sides[index].reset()
     measure(runs, groups)
-    return ladders[max(range(len(ladders)), key=lambda index: sides[index].rate)]
+    return all_levels[max(range(len(all_levels)), key=lambda index: sides[index].rate)]
 
 
-def _timed(decoder: Decoder, tuning: Tuning, model: Model, groups, new_tokens: int, advance) -> list[dict]:
-    """Every mode's predicted and measured tokens a second, sides taking turns."""
+def _timed(
+    decoder: Decoder,
+    tuning: Tuning,
+    model: Model,
+    groups: Sequence[Group],
+    new_tokens: int,
+    advance: Callable[[], None],
+) -> list[dict[str, Any]]:
+    """Predicted and measured tokens per second of each mode. Modes are timed in turn."""
     batch, sampled = model.batch, model.sampled
     sides = {mode: _Side(decoder, model, mode, new_tokens) for mode in MODES}
     for side in sides.values():

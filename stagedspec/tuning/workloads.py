@@ -1,12 +1,13 @@
-"""What the kernels have to do in a decoding step, on random data of a model's shape: for benchmarks and the tuner.
+"""The operations of a decoding step on random data, at the shape of a model: for benchmarks and the tuner.
 
-Each class holds the inputs of an operation and calls it as a decoder does. Trees are grown of random proposals over
-random text that repeats itself often enough for the context n-gram to hit.
+Each class holds the inputs of an operation and calls it as a decoder does. Trees are grown from random proposals over
+random text that repeats itself often enough for the context n-gram to match.
 """
 
 from dataclasses import dataclass, field
 from functools import cache
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 
@@ -26,14 +27,14 @@ SAMPLINGS = {
     "top-k": {"temperature": 1.0, "top_k": 50, "top_p": None, "min_p": None},
     "top-p": {"temperature": 1.0, "top_k": None, "top_p": 0.9, "min_p": None},
 }
-CHILDREN = 8  # of a node of the draft
+CHILDREN = 8  # proposed by the draft for a node
 SPREAD = 5.0  # of random logits: a few tokens hold most of the probability, as in text
 WORDS = 200  # distinct tokens of the random text
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A GPT-2: layers, width, heads, vocabulary, width inside the MLP."""
+    """Shape of a GPT-2. inner: width inside the MLP; 0: 4 * width."""
 
     layers: int
     width: int
@@ -43,7 +44,7 @@ class ModelShape:
 
     @property
     def size(self) -> int:
-        """Of a head."""
+        """Head size."""
         return self.width // self.heads
 
     @property
@@ -62,7 +63,7 @@ SIZES = {
 
 
 def tree_config(nodes: int) -> TreeConfig:
-    """A tree of so many nodes as a GPU would grow it."""
+    """A tree of that many nodes with settings that suit a GPU."""
     if nodes == 1:
         return TreeConfig().for_mode("autoregressive")
     passes, width, children, prefetch, guesses = (3, 4, 4, 1, 2) if nodes <= 16 else (6, 8, 8, 2, 4)
@@ -70,7 +71,7 @@ def tree_config(nodes: int) -> TreeConfig:
 
 
 def dtype_of(device: torch.device) -> torch.dtype:
-    """bf16, which the interpreter cannot compute with."""
+    """bf16 on a GPU, else fp32: the interpreter cannot compute in bf16."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
@@ -79,7 +80,7 @@ def randn(*shape: int, device: torch.device, scale: float = 1.0, dtype: torch.dt
 
 
 def random_text(batch: int, length: int, vocab: int) -> torch.Tensor:
-    """Token ids [B, length], some pairs of which come again."""
+    """Token ids [B, length] in which pairs of tokens recur."""
     return torch.randint(min(WORDS, vocab), (batch, length))
 
 
@@ -93,13 +94,13 @@ def katz_table(vocab: int, device: torch.device) -> KatzTable:
 
 @dataclass
 class Counters:
-    """Where the noise of B x N nodes is: seeds, streams, positions."""
+    """Counters of the noise of B x N nodes: seeds, streams, positions."""
 
     batch: int
     nodes: int
     device: torch.device
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.seeds = torch.arange(5, 5 + self.batch, device=self.device)
         self.streams = torch.zeros(self.batch, dtype=torch.int32, device=self.device)
         depths = torch.arange(self.nodes, dtype=torch.int32, device=self.device) % 12
@@ -110,14 +111,17 @@ class Counters:
         return NoiseAt(self.seeds, self.streams, self.positions)
 
     def made(self, vocab: int) -> reference.NoiseAt:
-        """The same noise in memory, by the reference."""
+        """The same noise, computed by the reference."""
         values = reference.gumbel_noise(self.seeds, self.streams.long(), self.positions.long(), vocab)
         return reference.NoiseAt(values, torch.arange(self.nodes, device=self.device).expand(self.batch, -1))
 
 
 @dataclass
 class Head:
-    """The head of a model over N nodes of each of B sequences; `copies` of its weights, more than the cache holds."""
+    """The head of a model over N nodes of each of B sequences.
+
+    copies: of its weights, so that they exceed the cache.
+    """
 
     shape: ModelShape
     batch: int
@@ -125,7 +129,7 @@ class Head:
     device: torch.device
     copies: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         vocab, width = self.shape.vocab, self.shape.width
         self.x = randn(self.batch, self.nodes, width, device=self.device)
         self.norm = randn(width, device=self.device, scale=0.1) + 1, randn(width, device=self.device, scale=0.1)
@@ -137,7 +141,7 @@ class Head:
         self.ops = TritonBackend()
 
     def choose(self, sampling: str) -> torch.Tensor:
-        """int32 [B, N] by the last of the heads."""
+        """Chosen tokens, int32 [B, N], of the last copy."""
         warping = SAMPLINGS[sampling]
         noise = None if warping is None else self.counters.noise
         for head in self.heads:
@@ -145,7 +149,7 @@ class Head:
         return chosen
 
     def children(self, sampling: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """int32 and fp32 [B, N, CHILDREN]."""
+        """Tokens and log-probabilities of children, int32 and fp32 [B, N, CHILDREN], of the last copy."""
         warping = SAMPLINGS[sampling]
         noise = None if warping is None else self.counters.noise
         for head in self.heads:
@@ -155,34 +159,35 @@ class Head:
 
 @dataclass
 class Choosing:
-    """The rule alone, over logits in memory."""
+    """Token choice alone, from logits in memory."""
 
     vocab: int
     batch: int
     nodes: int
     device: torch.device
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.logits = torch.randn(self.batch * self.nodes, self.vocab, device=self.device) * SPREAD
         self.counters = Counters(self.batch, self.nodes, self.device)
         scratch = Scratch.of([rule.scratch_size(len(self.logits), self.vocab)], self.device)
         at = self.counters
-        self.inputs, self.shared = (self.logits, at.seeds, at.streams, at.positions), {"scratch": scratch}
+        self.inputs = self.logits, at.seeds, at.streams, at.positions
+        self.shared: dict[str, Any] = {"scratch": scratch}
         self.out = torch.empty(len(self.logits), dtype=torch.int32, device=self.device)
         self.out_tokens = self.out.new_empty(len(self.logits), CHILDREN)
         self.out_logprobs = torch.empty(self.out_tokens.shape, device=self.device)
 
     def choose(self, sampling: str, noise: torch.Tensor | None = None) -> torch.Tensor:
-        """int32 [M]; noise: [M, V] in place of the counters'."""
+        """Chosen tokens, int32 [M]. noise: [M, V] instead of the counters'."""
         settings = warping_settings(SAMPLINGS[sampling])
-        rule.choose(*self.inputs, **settings, **self.shared, noise=noise, out=self.out)
+        rule.choose(*self.inputs, **settings, **self.shared, noise=noise, out=self.out)  # type: ignore[misc]
         return self.out
 
     def children(self, sampling: str, noise: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """int32 and fp32 [M, CHILDREN]."""
+        """Tokens and log-probabilities of children, int32 and fp32 [M, CHILDREN]."""
         settings = warping_settings(SAMPLINGS[sampling])
         out = {"out_tokens": self.out_tokens, "out_logprobs": self.out_logprobs}
-        rule.choose_children(*self.inputs, **settings, **self.shared, noise=noise, **out)
+        rule.choose_children(*self.inputs, **settings, **self.shared, noise=noise, **out)  # type: ignore[misc]
         return self.out_tokens, self.out_logprobs
 
 
@@ -191,7 +196,7 @@ class Choosing:
 
 @dataclass
 class Looking:
-    """The look-up of N contexts in each of B sequences of `context` tokens; a third of them are known to these."""
+    """The n-gram look-up of N contexts in each of B sequences of `context` tokens, which contain a third of them."""
 
     nodes: int
     context: int
@@ -199,7 +204,7 @@ class Looking:
     table: KatzTable
     device: torch.device
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         text = random_text(self.batch, self.context, self.table.vocab_size).int()
         pairs = random_text(self.batch, 2 * self.nodes, self.table.vocab_size).int().view(self.batch, self.nodes, 2)
         known = text[:, 2:].unfold(1, 2, 1)[:, : self.nodes : 3]
@@ -217,7 +222,7 @@ class Looking:
 
 @dataclass
 class Growing:
-    """B trees of `nodes` nodes over sequences of `context` tokens; `room`: how many tokens they can still take."""
+    """B trees of `nodes` nodes over sequences of `context` tokens, with room for `room` more tokens."""
 
     nodes: int
     context: int
@@ -228,7 +233,7 @@ class Growing:
     room: int = 64
     config: TreeConfig = field(init=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         vocab = self.table.vocab_size
         self.config = tree_config(self.nodes)
         self.prompts = random_text(self.batch, self.context, vocab).tolist()
@@ -236,21 +241,22 @@ class Growing:
         counters = Counters(self.batch, 1, self.device)
         noise = SimpleNamespace(seeds=counters.seeds, streams=counters.streams) if self.sampled else None
         if not self.config.passes:
-            self.growth, self.proposed = None, []
+            self.growth: Any = None
+            self.proposed: list[tuple[torch.Tensor, torch.Tensor]] = []
             return
         self.growth = device_state.Growth(self.sequences, self.config, self.table, noise)
         self.proposed = [self._proposals(batch.nodes, vocab) for batch in self.growth.batches]
 
     def _proposals(self, rows: int, vocab: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Distinct tokens of the text, less and less likely."""
+        """Random children: distinct tokens of the text, with falling log-probabilities."""
         count = self.config.children
         shape = self.batch, rows, min(WORDS, vocab)
         names = torch.rand(shape).argsort(-1)[..., :count].int()
         values = -torch.rand(self.batch, rows, count).cumsum(-1) - 0.1
         return names.to(self.device), values.to(self.device)
 
-    def passes(self, harvest: bool = True):
-        """The draft's passes of a step, and the finished trees."""
+    def passes(self, harvest: bool = True) -> Any:
+        """Runs the draft's passes of a step. Returns the finished trees (TritonOps.Trees), or None without harvest."""
         if self.growth is None:
             return device_state.Trees.roots(self.sequences)
         self.growth.begin()
@@ -260,8 +266,8 @@ class Growing:
             self.growth.record(*proposed)
         return self.growth.harvest() if harvest else None
 
-    def likely(self, trees) -> torch.Tensor:
-        """int32 [B, N]: a target that follows one path of each tree to its end."""
+    def likely(self, trees: Any) -> torch.Tensor:
+        """int32 [B, N]: the choices of a target that follows one path of each tree of `passes` to its end."""
         tokens, parents = trees.tree[0].cpu(), trees.tree[1].cpu()
         chosen = torch.zeros_like(tokens)
         for row in range(self.batch):
@@ -273,7 +279,7 @@ class Growing:
 
 @dataclass
 class Moving:
-    """The KV cache of a model, and an accepted path of `count` tree rows in each sequence to move."""
+    """KV compaction: an accepted path of `count` tree rows in each sequence is moved in the cache of a model."""
 
     shape: ModelShape
     batch: int
@@ -282,7 +288,7 @@ class Moving:
     count: int
     device: torch.device
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         shape = self.shape
         rows = self.nodes + self.context + self.count
         self.cache = randn(shape.layers, self.batch, rows, 2, shape.heads, shape.size, device=self.device)

@@ -12,10 +12,12 @@ from helpers import make_draft, make_gpt2, random_prompts
 from triton.errors import TritonError
 from typer.testing import CliRunner
 
-from stagedspec import Decoder, TreeConfig, check, cli
+from stagedspec import Decoder, TreeConfig, check
 from stagedspec.check import kernels as check_kernels
+from stagedspec.check import suite
 from stagedspec.check import trees as check_trees
 from stagedspec.check.logits import compare_logits
+from stagedspec.cli import app
 from stagedspec.kernels import choose, compact, embed, grow_tree, linear, lm_head
 from stagedspec.kernels import tree_attention as attention
 from stagedspec.kernels.backends import select as backend
@@ -32,7 +34,7 @@ PROMPTS = [[1, 2, 3], [5, 6]]
 def small(monkeypatch, tmp_path):
     """Few rows, a small tree and few tokens: the interpreter is slow. A cache folder without records."""
     for module, values in (
-        (check, {"TREE": TREE, "NEW_TOKENS": 3, "_prompts": lambda decoder: PROMPTS}),
+        (suite, {"TREE": TREE, "NEW_TOKENS": 3, "_prompts": lambda decoder: PROMPTS}),
         (check_kernels, {"ROWS": (1, 3), "WIDE_ROWS": (1, 3, 17), "CONTEXT": 20}),
         (check_trees, {"CONTEXT": 20, "LENGTHS": (5, 3)}),
     ):
@@ -53,16 +55,16 @@ def decoder(device):
 
 
 def command(*arguments: str):
-    return CliRunner().invoke(cli.app, ["check", *arguments])
+    return CliRunner().invoke(app, ["check", *arguments])
 
 
 def test_the_command_checks_everything_and_records_it(decoder, fixed_order, monkeypatch, tmp_path):
-    monkeypatch.setattr(cli, "load_decoder", lambda *_, **__: decoder)
+    monkeypatch.setattr("stagedspec.cli.check.load_decoder", lambda *_, **__: decoder)
     # Some of the samplings: the interpreter takes a minute for all of them.
     monkeypatch.setattr(
-        check, "SAMPLINGS", {name: check.SAMPLINGS[name] for name in check.SAMPLINGS if "top-k" in name}
+        suite, "SAMPLINGS", {name: suite.SAMPLINGS[name] for name in suite.SAMPLINGS if "top-k" in name}
     )
-    monkeypatch.setattr(check, "WARPINGS", ("greedy", "top-p"))
+    monkeypatch.setattr(suite, "WARPINGS", ("greedy", "top-p"))
     shown = command("--out", str(tmp_path / "records"), "--device", str(decoder.device), "--json")
     assert shown.exit_code == 0, shown.output
     report = json.loads(shown.stdout)
@@ -81,7 +83,7 @@ def canned(passed: bool):
 
 
 def test_a_failure_ends_the_trust(decoder, monkeypatch, tmp_path):
-    monkeypatch.setattr(cli, "load_decoder", lambda *_, **__: decoder)
+    monkeypatch.setattr("stagedspec.cli.check.load_decoder", lambda *_, **__: decoder)
     folder, options = tmp_path / "records", ["--out", str(tmp_path / "records"), "--device", str(decoder.device)]
     monkeypatch.setattr(check, "check", canned(True))
     shown = command(*options)
@@ -93,7 +95,7 @@ def test_a_failure_ends_the_trust(decoder, monkeypatch, tmp_path):
 
 
 def test_nothing_is_recorded_of_some_modes_nor_of_the_interpreter(decoder, monkeypatch, tmp_path):
-    monkeypatch.setattr(cli, "load_decoder", lambda *_, **__: decoder)
+    monkeypatch.setattr("stagedspec.cli.check.load_decoder", lambda *_, **__: decoder)
     monkeypatch.setattr(check, "check", canned(True))
     shown = command("--out", str(tmp_path / "records"), "--device", str(decoder.device), "--mode", "chain")
     assert shown.exit_code == 0 and "nothing was recorded" in shown.output and not (tmp_path / "records").exists()
@@ -121,9 +123,9 @@ def test_errors_are_one_line_and_leave_nothing_behind(decoder, monkeypatch, tmp_
     }
     with monkeypatch.context() as loading:
         for name in ("default", "from_pretrained"):
-            loading.setattr(cli.stagedspec.Decoder, name, crowded)
+            loading.setattr(Decoder, name, crowded)
         shown["too little GPU memory for the models: no room"] = command("--device", place)
-    monkeypatch.setattr(cli, "load_decoder", lambda *_, **__: decoder)
+    monkeypatch.setattr("stagedspec.cli.check.load_decoder", lambda *_, **__: decoder)
     monkeypatch.setattr(check_kernels, "check_embed", crowded)
     shown["too little GPU memory for the check: no room"] = command("--device", place)
     for message, result in shown.items():
@@ -144,9 +146,9 @@ def test_a_decoder_that_cannot_be_checked(decoder, device):
 # ---------------------------------------------------------------- what it finds
 
 
-def kernel_cases(decoder) -> dict[str, check.Case]:
+def kernel_cases(decoder) -> dict[str, suite.Case]:
     table = workloads.katz_table(decoder.target.vocab_size, decoder.device)
-    return {case.name: case for case in check._kernel_cases(decoder.target, decoder.draft, table, check.TREE)}
+    return {case.name: case for case in suite._kernel_cases(decoder.target, decoder.draft, table, suite.TREE)}
 
 
 def last(name, index):
@@ -224,7 +226,7 @@ def test_a_broken_kernel_is_found_and_named(decoder, fixed_order, monkeypatch, b
 
     found = kernel_cases(decoder)[case]
     monkeypatch.setattr(module, name, wrong)
-    result = check._run(found)
+    result = suite._run(found)
     assert result.name == case and not result.passed
     assert re.search(remark, result.remark), result.remark
 
@@ -242,14 +244,14 @@ def test_a_kernel_that_does_not_run_has_failed(error, remark):
     def run():
         raise error
 
-    assert check._run(check.Case("a kernel", "3x4", run)) == check.Result("a kernel", "3x4", False, remark)
+    assert suite._run(suite.Case("a kernel", "3x4", run)) == check.Result("a kernel", "3x4", False, remark)
 
 
 def test_nothing_runs_after_an_error_of_the_gpu(decoder, monkeypatch):
     def run():
         raise torch.AcceleratorError("an illegal access")
 
-    monkeypatch.setattr(check, "_kernel_cases", lambda *_: [check.Case(name, "", run) for name in "ab"])
+    monkeypatch.setattr(suite, "_kernel_cases", lambda *_: [suite.Case(name, "", run) for name in "ab"])
     assert [result.name for result in check.check(decoder)] == ["a"]
 
 
@@ -270,7 +272,7 @@ def test_a_dry_run_meets_all_kernels(decoder, name):
 
         def run():
             registry.collector.set(collect)
-            return check._run(case).passed
+            return suite._run(case).passed
 
         assert copy_context().run(run) != dry
         return found
@@ -290,7 +292,7 @@ def test_other_tokens_are_found():
     fake = SimpleNamespace(
         generate=generate, target=SimpleNamespace(positions=48), last_stats=SimpleNamespace(tokens_per_step=2.0)
     )
-    results = [check._run(case) for case in check._decoding_cases(fake, ["chain", "tree"], PROMPTS)]
+    results = [suite._run(case) for case in suite._decoding_cases(fake, ["chain", "tree"], PROMPTS)]
     assert [result.passed for result in results] == [True, True, False] * 2
     assert results[0].remark == "same tokens, 2.00 a step"
     assert results[2].name == "decoding: tree, greedy"
@@ -370,7 +372,7 @@ def test_writing_fails_whole(tmp_path, monkeypatch):
     def full(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr(trusted.os, "replace", full)
+    monkeypatch.setattr("stagedspec.kernels.common.files.os.replace", full)
     with pytest.raises(OSError, match="no space"):
         trusted.write(SETUP, [80], torch.bfloat16, tmp_path)
     assert [path.read_text() for path in tmp_path.glob("*")] == [before]

@@ -10,13 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from rich.style import Style
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
 
 import stagedspec
-from stagedspec import cli
+from stagedspec.cli import app, options, origins, output
+from stagedspec.cli.demo import DEMO_PROMPTS
 from stagedspec.kernels.common import progress
+from stagedspec.planning.tree import MODES
 from stagedspec.training.corpus import train_tokenizer
 
 SOURCE = "import os\n\n\ndef read(path):\n    with open(path) as file:\n        return file.read()  # ü\n"
@@ -53,7 +56,7 @@ def models(tmp_path_factory) -> list[str]:
 
 
 def run(*arguments: str, **options):
-    return CliRunner().invoke(cli.app, list(arguments), **options)
+    return CliRunner().invoke(app, list(arguments), **options)
 
 
 def run_json(*arguments: str, **options) -> dict:
@@ -89,8 +92,8 @@ def test_version():
 
 
 def test_modes_are_the_library_s():
-    assert cli.MODES == stagedspec.MODES
-    assert set(cli.ORIGIN_STYLES) == {"target", "draft", "ngram"}
+    assert tuple(options.Mode.__members__) == tuple(stagedspec.MODES)
+    assert set(output.ORIGIN_STYLES) == {"target", "draft", "ngram"}
 
 
 # ---- generate
@@ -112,7 +115,7 @@ def test_generate_json_holds_text_origins_and_stats(models):
 
 @pytest.mark.parametrize("sampling", [[], ["--sample", "--top-k", "50", "--seed", "3"]], ids=["greedy", "sampled"])
 def test_generate_gives_the_same_tokens_in_every_mode(models, sampling):
-    outs = [run_json("generate", "import", "-n", "24", "--mode", mode, *sampling, *models) for mode in cli.MODES]
+    outs = [run_json("generate", "import", "-n", "24", "--mode", mode, *sampling, *models) for mode in MODES]
     assert all(out["tokens"] == outs[0]["tokens"] for out in outs)
 
 
@@ -195,7 +198,7 @@ def test_a_reader_that_leaves_is_no_error(models, monkeypatch):
     def broken(*_, **__):
         raise BrokenPipeError
 
-    monkeypatch.setattr(cli, "paint", broken)
+    monkeypatch.setattr(output, "paint", broken)
     result = run("generate", "import", *models)
     assert (result.exit_code, result.stderr) == (1, "")
 
@@ -204,20 +207,20 @@ def test_colours_have_a_second_cue(models):
     result = run("generate", "import", "-n", "12", *models, env={"FORCE_COLOR": "1", "TERM": "xterm-256color"})
     assert result.exit_code == 0
     assert "\x1b[" in result.stdout
-    cues = {(style.bold, style.italic, style.underline) for style in cli.ORIGIN_STYLES.values()}
+    cues = {(style.bold, style.italic, style.underline) for style in output.ORIGIN_STYLES.values()}
     assert len(cues) == 3
 
 
 def test_a_model_s_control_characters_do_not_reach_the_terminal(capsys):
-    console = cli.Console(force_terminal=True)
-    cli.paint(console, "a\x1b]0;title\x07\tb\n", cli.Style())
+    console = Console(force_terminal=True)
+    output.paint(console, "a\x1b]0;title\x07\tb\n", Style())
     assert capsys.readouterr().out == "a\u241b]0;title\u2407\tb\n"
 
 
 def test_pieces_keep_characters_whole():
     tokenizer = train_tokenizer([SOURCE], 257)  # bytes only
     tokens = tokenizer.encode("aü漢b", add_special_tokens=False)
-    parts = cli.pieces(tokenizer, tokens, ["draft"] * (len(tokens) - 1) + ["target"])
+    parts = origins.pieces(tokenizer, tokens, ["draft"] * (len(tokens) - 1) + ["target"])
     assert parts == [("a", "draft"), ("ü", "draft"), ("漢", "draft"), ("b", "target")]
 
 
@@ -231,15 +234,15 @@ def test_demo_json(models):
     assert out["identical"] is True
     assert [part["sampling"] for part in out["samplings"]] == ["greedy", "sampled, top-k 50, T=1"]
     for part in out["samplings"]:
-        assert [row["name"] for row in part["modes"]] == list(cli.MODES)
+        assert [row["name"] for row in part["modes"]] == list(MODES)
         assert all(row["identical"] and row["tokens_per_second"] > 0 for row in part["modes"])
-        assert [c["prompt"] for c in part["completions"]] == list(cli.DEMO_PROMPTS)
+        assert [c["prompt"] for c in part["completions"]] == list(DEMO_PROMPTS)
 
 
 def test_demo_prints_text_and_tables(models):
     result = run(*DEMO, *models, env={"COLUMNS": "140"})
     assert result.exit_code == 0, result.output
-    for part in (*cli.DEMO_PROMPTS, *cli.MODES, "same", "exactly the tokens"):
+    for part in (*DEMO_PROMPTS, *MODES, "same", "exactly the tokens"):
         assert part in result.stdout
     assert "proposed by" not in result.stdout  # there are no styles to explain
 
@@ -247,7 +250,7 @@ def test_demo_prints_text_and_tables(models):
 def test_demo_in_a_narrow_terminal_with_styles(models):
     result = run(*DEMO, *models, env={"COLUMNS": "40", "FORCE_COLOR": "1", "TERM": "xterm-256color"})
     assert "proposed by the" in result.stdout and "…" not in result.stdout
-    assert all(mode in result.stdout for mode in cli.MODES)
+    assert all(mode in result.stdout for mode in MODES)
 
 
 def test_demo_of_a_model_with_few_positions(models, tmp_path):
@@ -263,8 +266,8 @@ def test_demo_of_a_model_with_few_positions(models, tmp_path):
     short = ["--target", str(tmp_path / "1"), "--draft", str(tmp_path / "3"), "--device", "cpu"]
     result = run_json("demo", "--repeats", "1", *short)
     completions = result["samplings"][0]["completions"]
-    assert [len(c["origins"]) for c in completions] == [40] * len(cli.DEMO_PROMPTS)
-    assert all(whole.startswith(c["prompt"]) for whole, c in zip(cli.DEMO_PROMPTS, completions, strict=True))
+    assert [len(c["origins"]) for c in completions] == [40] * len(DEMO_PROMPTS)
+    assert all(whole.startswith(c["prompt"]) for whole, c in zip(DEMO_PROMPTS, completions, strict=True))
     refused = run("demo", *short, "--max-new-tokens", "41")
     assert_error(refused, "room for 40 new tokens, got 41")
 
@@ -372,14 +375,14 @@ def test_tune_tree(tmp_path, monkeypatch):
     prompts, out = tmp_path / "prompts.jsonl", tmp_path / "tree.json"
     prompts.write_text('{"prompt": "import os\\n"}\n\n{"prompt": "def f(x):\\n"}\n')
     options = ["tune-tree", "--device", "cpu", "--prompts", str(prompts), "-n", "8", "--out", str(out)]
-    result = CliRunner().invoke(cli.app, [*options, "--json"])
+    result = CliRunner().invoke(app, [*options, "--json"])
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     assert report["identical"] and report["saved"] == str(out) and len(report["measured"]) == 8
     assert Tuning.load(out).trees["staged", 1, False][-1].nodes == next(
         entry["tree"]["nodes"] for entry in report["trees"] if entry["mode"] == "staged" and not entry["sampled"]
     )
-    table = CliRunner().invoke(cli.app, options)
+    table = CliRunner().invoke(app, options)
     assert table.exit_code == 0 and "staged, sampled" in table.stdout and "Saved in" in table.stdout
 
 
@@ -387,7 +390,7 @@ def test_tune_tree(tmp_path, monkeypatch):
 def test_tune_tree_with_bad_prompts(tmp_path, content):
     path = tmp_path / "prompts.jsonl"
     path.write_text(content)
-    result = CliRunner().invoke(cli.app, ["tune-tree", "--prompts", str(path)])
+    result = CliRunner().invoke(app, ["tune-tree", "--prompts", str(path)])
     assert result.exit_code == 2 and "prompt" in result.stderr
 
 
@@ -404,15 +407,15 @@ def test_trees_from_a_file(models, tmp_path):
 
 def test_lists_take_a_line():
     value = {"a": [1, 2], "text": "[\n  1,  2]", "parts": ["x,\n  y", "]["], "of": [[1], {"b": []}, [2.5, None]]}
-    text = cli.as_lines(value)
+    text = output.as_lines(value)
     assert json.loads(text) == value
     assert '"a": [1, 2],' in text and "[2.5, null]" in text
 
 
 def test_compiling_shows_on_a_terminal(monkeypatch):
     shown = Console(file=io.StringIO(), force_terminal=True, width=80)
-    monkeypatch.setattr(cli, "Console", lambda **_: shown)
-    with cli.preparing():
+    monkeypatch.setattr(output, "Console", lambda **_: shown)
+    with output.preparing():
         progress.current.get()(3, 40)
         time.sleep(0.3)
     assert progress.current.get() is None

@@ -8,14 +8,16 @@ import pytest
 import typer
 from test_cli import assert_error, models, one_thread, run, run_json  # noqa: F401 (fixtures)
 
-from stagedspec import cli, decoder, early
+from stagedspec import decoder
+from stagedspec.cli import app, early_checks, generate, options, tune_tree
 from stagedspec.devices import DTYPES
 from stagedspec.kernels.backends import select as backend
+from stagedspec.models import embedded
 from stagedspec.planning.tree import MODES
 from stagedspec.training import recipe
 
-TARGET = str(decoder.files("stagedspec") / "assets" / "target")
-FILE, FOLDER = __file__, str(decoder.files("stagedspec"))
+TARGET = str(embedded.TARGET)
+FILE, FOLDER = __file__, str(embedded.TARGET.parent)
 
 REFUSED = [
     ("generate x -n -3", "--max-new-tokens must be at least 1, got -3"),
@@ -70,7 +72,7 @@ REFUSED = [
     ("tune-tree --backend triton", "choose --backend torch"),
     ("tune-tree -n 3", None),
     ("warm-up --tokens 1", "--tokens must be at least 2, got 1"),
-    ("warm-up --no-greedy --no-sample", "nothing to make ready"),
+    ("warm-up --no-greedy --no-sample", "nothing to prepare"),
     ("warm-up --top-p -3", "--top-p must be"),
     ("tune --op softmax", "--op must be one of linear, lm_head"),
     ("tune --model /nowhere", "/nowhere"),
@@ -98,9 +100,9 @@ REFUSED = [
 ALL = """
 import json, shlex, sys
 from typer.testing import CliRunner
-from stagedspec import cli
+from stagedspec.cli import app
 for line in json.load(sys.stdin):
-    result = CliRunner().invoke(cli.app, shlex.split(line))
+    result = CliRunner().invoke(app, shlex.split(line))
     heavy = {"torch", "triton", "transformers"} & set(sys.modules)
     print(json.dumps([result.exit_code, result.stderr, sorted(heavy)]))
 """
@@ -131,16 +133,18 @@ def test_no_model_is_loaded_for_a_backend_that_cannot_run(monkeypatch, arguments
 def test_the_words_are_the_library_s():
     from stagedspec.tuning import kernels as tune_kernels
 
-    assert set(early.DTYPES) == {"auto", *DTYPES} and set(early.BACKENDS) == set(backend.BACKENDS)
-    assert set(early.PRESETS) == set(recipe.PRESETS) and list(early.OPERATIONS) == list(tune_kernels.PROBLEMS)
-    assert set(cli.Mode.__members__) == set(MODES) and isinstance(cli.app, typer.Typer)
+    assert set(early_checks.DTYPES) == {"auto", *DTYPES} and set(early_checks.BACKENDS) == set(backend.BACKENDS)
+    assert set(early_checks.PRESETS) == set(recipe.PRESETS) and list(early_checks.OPERATIONS) == list(
+        tune_kernels.PROBLEMS
+    )
+    assert set(options.Mode.__members__) == set(MODES) and isinstance(app, typer.Typer)
 
 
 def test_outputs_that_can_be_written(tmp_path):
     (tmp_path / "old").write_text("old")
     for name in ("old", "new", "/dev/null"):
-        early.check_output(tmp_path / name, "--out")
-    early.check_output(tmp_path / "a" / "b" / "new", "--out", make_folder=True)
+        early_checks.check_output(tmp_path / name, "--out")
+    early_checks.check_output(tmp_path / "a" / "b" / "new", "--out", make_folder=True)
     assert [path.name for path in tmp_path.iterdir()] == ["old"] and (tmp_path / "old").read_text() == "old"
 
 
@@ -163,13 +167,13 @@ class Row(dict):
 
 def test_predictions_that_are_far_off_are_told():
     fine = [Row(2.0, 1.5), Row(1.0, 1.0), Row(3.0, None), Row(1.2, 2.0)]
-    assert cli._far_from_predicted(fine) == []
-    found = cli._far_from_predicted([*fine, Row(3.91, 1.11, "staged"), Row(1.0, 2.5, "chain", True)])
+    assert tune_tree._far_from_predicted(fine) == []
+    found = tune_tree._far_from_predicted([*fine, Row(3.91, 1.11, "staged"), Row(1.0, 2.5, "chain", True)])
     assert found == ["staged, 1 rows: 3.91x predicted, 1.11x measured", "chain, sampled, 1 rows: 1.00x predicted, 2.50x measured"]  # fmt: skip  # noqa: E501
 
 
 def test_statistics_end_at_the_last_depth_that_was_reached(capsys):
-    cli._print_stats({"accepted_per_depth": [5, 0, 2] + [0] * 30, "adapted": {}, "overhead": None, "steps": 0})
+    generate._print_stats({"accepted_per_depth": [5, 0, 2] + [0] * 30, "adapted": {}, "overhead": None, "steps": 0})
     said = " ".join(capsys.readouterr().err.split())
     assert said == "accepted per depth 5, 0, 2 steps 0"
 
@@ -232,16 +236,18 @@ def test_no_gpu_by_torchs_version_alone(tmp_path, monkeypatch):
 
     def there(version: str, driver: bool) -> bool:
         (tmp_path / "version.py").write_text(version, encoding="utf-8")
-        monkeypatch.setattr(early, "find_spec", lambda name: SimpleNamespace(origin=str(tmp_path / "__init__.py")))
+        monkeypatch.setattr(
+            early_checks, "find_spec", lambda name: SimpleNamespace(origin=str(tmp_path / "__init__.py"))
+        )
 
         def load(name):
             seen.append(name)
             if not driver:
                 raise OSError(name)
 
-        monkeypatch.setattr(early.ctypes, "CDLL", load)
-        early.no_gpu.cache_clear()
-        return early.no_gpu()
+        monkeypatch.setattr(early_checks.ctypes, "CDLL", load)
+        early_checks.no_gpu.cache_clear()
+        return early_checks.no_gpu()
 
     none = "__version__ = '2.13.0+cpu'\ncuda: Optional[str] = None\nhip: Optional[str] = None\n"
     cuda = none.replace("cuda: Optional[str] = None", "cuda: Optional[str] = '13.0'")
@@ -250,8 +256,8 @@ def test_no_gpu_by_torchs_version_alone(tmp_path, monkeypatch):
         assert there(cuda, driver=False) == (sys.platform == "linux")
         assert not there(cuda, driver=True)
         assert not there(none.replace("hip: Optional[str] = None", "hip = '6.4'"), driver=False)  # torch looks itself
-        monkeypatch.setattr(early, "find_spec", lambda name: None)
-        early.no_gpu.cache_clear()
-        assert not early.no_gpu()
+        monkeypatch.setattr(early_checks, "find_spec", lambda name: None)
+        early_checks.no_gpu.cache_clear()
+        assert not early_checks.no_gpu()
     finally:
-        early.no_gpu.cache_clear()
+        early_checks.no_gpu.cache_clear()

@@ -6,8 +6,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from stagedspec import origins
-from stagedspec.origins import Shown
+from stagedspec.cli import origins
+from stagedspec.cli.origins import Shown
 
 PROMPT = "\n  def f(x):\n\treturn x < 1 & y\n"
 PARTS = [

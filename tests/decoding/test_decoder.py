@@ -329,7 +329,7 @@ def test_committed_cache_is_that_of_a_fresh_prefill(decoders, place, target, dra
                 continue
             unread = 1 if place.backend == "torch" and row.caught_up else 2
             missed.add(unread)
-            caches = zip((target, drafts[kind]), run.stepper.caches, (1, unread), strict=True)
+            caches = zip((target, drafts[kind]), run.engine.caches, (1, unread), strict=True)
             for model, cache, missing in caches:
                 known = len(row.tokens) - missing
                 if known < 1:
@@ -504,10 +504,10 @@ def test_memory_is_freed_without_collecting_garbage(make_decoder, target, drafts
     gc.collect()
     gc.disable()
     try:
-        run = decoder._run(call.request, call.positions)
+        run = decoder._run(call.request, call.callbacks)
         for _ in run.steps():
             pass
-        held = [weakref.ref(cache) for cache in run.stepper.caches]
+        held = [weakref.ref(cache) for cache in run.engine.caches]
         del run
         assert [cache() for cache in held] == [None] * len(held)
     finally:

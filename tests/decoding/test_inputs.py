@@ -193,7 +193,7 @@ def test_vocabularies_of_the_same_size(tmp_path, alphabet):
 
 
 def test_no_embedded_models(monkeypatch, tmp_path):
-    monkeypatch.setattr("stagedspec.decoder.files", lambda _: tmp_path)
+    monkeypatch.setattr("stagedspec.models.embedded.TARGET", tmp_path)
     with pytest.raises(ValueError, match="no embedded models; train some with `stagedspec train`"):
         Decoder.default()
 

@@ -61,7 +61,7 @@ def test_everything_is_compiled_ahead(decoder, monkeypatch, mode, sampling):
 
     ids = torch.randint(1, 61, (1, 20), generator=torch.Generator().manual_seed(0)).to(PLACE)
     call = decoder._read(ids, None, 5, mode, 3, None, dict(SAMPLINGS[sampling]))
-    run = decoder._run(call.request, call.positions)
+    run = decoder._run(call.request, call.callbacks)
 
     def generate():
         registry.collector.set(launched)

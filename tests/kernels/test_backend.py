@@ -135,17 +135,17 @@ def test_a_step_allocates_nothing_and_reads_nothing_back(pair, prompts, device, 
     ids, mask = (tensor.to(device) for tensor in prompts)
     options = stagedspec.Sampling(**{k: v for k, v in SAMPLINGS[sampling].items() if k != "seed"})
     request = validate(decoder, ids, mask, 20, "staged", TREE, [], 3, options)
-    stepper = decoder._run(request).stepper
+    engine = decoder._run(request).engine
     with torch.inference_mode():
-        stepper.prefill(request.prompts)
-        stepper.step()
+        engine.prefill(request.prompts)
+        engine.step()
         with Calls() as calls:
             if device.type == "cuda":
                 torch.cuda.synchronize()
                 before = torch.cuda.memory_stats()["allocation.all.allocated"]
                 torch.cuda.set_sync_debug_mode("error")
             try:
-                stepper.step()
+                engine.step()
             finally:
                 if device.type == "cuda":
                     torch.cuda.set_sync_debug_mode("default")
@@ -421,10 +421,10 @@ def test_what_is_kept_of_generations(pair, device, monkeypatch):
 
     decoder.release()
     (small,) = kept()
-    monkeypatch.setattr("stagedspec.decoding.pool.KEPT_BYTES", 2 * small.stepper.nbytes)
+    monkeypatch.setattr("stagedspec.decoding.pool.KEPT_BYTES", 2 * small.engine.nbytes)
     assert len(kept(do_sample=True)) == len(kept(do_sample=True, top_k=2)) == 2
     before = list(decoder.pool.kept)
-    monkeypatch.setattr("stagedspec.decoding.pool.KEPT_BYTES", small.stepper.nbytes - 1)
+    monkeypatch.setattr("stagedspec.decoding.pool.KEPT_BYTES", small.engine.nbytes - 1)
     assert kept() == before
     torch_side = decoders(pair, device)[0]
     torch_side.generate(ids, max_new_tokens=1)
@@ -477,14 +477,14 @@ def test_idle_memory_makes_room(pair, device, monkeypatch):
     decoder = decoders(pair, device)[1]
     ids = torch.tensor([[5, 6, 7]], device=device)
     decoder.generate(ids, max_new_tokens=1, mode="autoregressive")
-    real = stagedspec.decoder.Run
+    real = stagedspec.decoding.pool.Generation
 
     def crowded(*arguments):
         if decoder.pool.kept:
             raise torch.OutOfMemoryError("no room")
         return real(*arguments)
 
-    monkeypatch.setattr("stagedspec.decoding.pool.Run", crowded)
+    monkeypatch.setattr("stagedspec.decoding.pool.Generation", crowded)
     decoder.generate(ids, max_new_tokens=1, mode="autoregressive", do_sample=True)
     assert len(decoder.pool.kept) == 1
 

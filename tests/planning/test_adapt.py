@@ -10,20 +10,20 @@ from helpers import left_pad, make_gpt2, random_prompts
 from stagedspec import Decoder, Sampling, TreeConfig
 from stagedspec.decoding.request import validate
 from stagedspec.kernels.state.host import Sequences, Unread
-from stagedspec.planning.adapt import CREDIT, OFF, WAITS, WON, Controller, Rung
+from stagedspec.planning.adapt import CREDIT, OFF, WAITS, WON, Controller, Level
 
 SMALL = TreeConfig(nodes=2, depth=1, passes=1, width=1, children=4, prefetch=0)
 MEDIUM = TreeConfig(nodes=6, depth=3, passes=2, width=1, children=4, prefetch=1, prefetch_width=1, node_floor=0.01)
 FULL = TreeConfig(nodes=12, depth=8, passes=4, width=1, children=4, prefetch=1, prefetch_width=1, node_floor=0.01)
 
 
-def ladder(draft: float = 0.25, expected: tuple[float, ...] = (1.6, 2.5, 4.0)) -> tuple[Rung, ...]:
+def levels(draft: float = 0.25, expected: tuple[float, ...] = (1.6, 2.5, 4.0)) -> tuple[Level, ...]:
     """A pass of the target takes 1 and a twentieth a node, one of the draft `draft`."""
     verify = tuple(1 + 0.05 * max(0, nodes - 1) for nodes in range(13))
-    rungs = [Rung("off", OFF, 1.0, 1.0, verify)]
+    make_levels = [Level("off", OFF, 1.0, 1.0, verify)]
     for name, tree, tokens in zip(("small", "medium", "full"), (SMALL, MEDIUM, FULL), expected, strict=True):
-        rungs.append(Rung(name, tree, tokens, verify[tree.nodes] + tree.passes * draft, verify, draft, draft))
-    return tuple(rungs)
+        make_levels.append(Level(name, tree, tokens, verify[tree.nodes] + tree.passes * draft, verify, draft, draft))
+    return tuple(make_levels)
 
 
 def play(controller: Controller, text: list[float], seed: int = 0) -> float:
@@ -36,14 +36,14 @@ def play(controller: Controller, text: list[float], seed: int = 0) -> float:
     while at < len(known):
         if controller.due:
             missed = known[at - controller.missed : at]
-            seconds += controller.ladder[1].first
+            seconds += controller.levels[1].first
             controller.read([[(0, -0.05) if hit else (-1, -9.0) for hit in missed]])
-        rung = controller.rung
+        level = controller.level
         taken = 0
-        while taken < rung.reach and at + taken < len(known) and known[at + taken]:
+        while taken < level.reach and at + taken < len(known) and known[at + taken]:
             taken += 1
-        seconds += rung.cost(rung.tree.nodes, rung.tree.passes)
-        controller.step(rung.tree.nodes, rung.tree.passes, [taken], [rung.reach])
+        seconds += level.cost(level.tree.nodes, level.tree.passes)
+        controller.step(level.tree.nodes, level.tree.passes, [taken], [level.reach])
         at += taken + 1
     return seconds
 
@@ -51,7 +51,7 @@ def play(controller: Controller, text: list[float], seed: int = 0) -> float:
 @pytest.mark.parametrize("draft", [0.25, 0.1, 0.02])
 @pytest.mark.parametrize("seed", range(5))
 def test_a_hopeless_draft_costs_little(seed, draft):
-    controller = Controller(ladder(draft))
+    controller = Controller(levels(draft))
     assert play(controller, [0.0] * 256, seed) < 256 / 0.9
     assert controller.made["off"] > 230
 
@@ -61,7 +61,7 @@ def test_a_draft_that_hardly_pays():
     brings a third more than it costs, short stretches of bad luck do not end it."""
 
     def speed(rate: float) -> float:
-        plain, _, medium, _ = ladder()
+        plain, _, medium, _ = levels()
         return 3600 / sum(play(Controller((plain, medium)), [rate] * 600, seed) for seed in range(6))
 
     assert speed(0.37) > 0.97 and speed(0.55) > 1.08
@@ -69,12 +69,12 @@ def test_a_draft_that_hardly_pays():
 
 def test_where_a_small_tree_is_enough():
     """Half of the guesses come true: the largest tree would not pay."""
-    assert 3600 / sum(play(Controller(ladder()), [0.5] * 600, seed) for seed in range(6)) > 1.08
+    assert 3600 / sum(play(Controller(levels()), [0.5] * 600, seed) for seed in range(6)) > 1.08
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_good_draft_gets_the_largest_tree(seed):
-    controller = Controller(ladder(expected=(1.1, 1.2, 1.3)))  # even against the cost model's expectation
+    controller = Controller(levels(expected=(1.1, 1.2, 1.3)))  # even against the cost model's expectation
     play(controller, [0.97] * 600, seed)
     made = controller.made
     assert made["full"] > 0.8 * sum(made.values())
@@ -82,26 +82,26 @@ def test_a_good_draft_gets_the_largest_tree(seed):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_middling_draft_gets_no_large_tree(seed):
-    controller = Controller(ladder(draft=0.2))
+    controller = Controller(levels(draft=0.2))
     play(controller, [0.45] * 600, seed)
     assert controller.made["full"] < 0.2 * sum(controller.made.values())
 
 
 def test_drafting_starts_again_when_it_pays():
-    controller = Controller(ladder())
+    controller = Controller(levels())
     play(controller, [0.0] * 200)
-    assert controller.rung.name == "off"
+    assert controller.level.name == "off"
     before = controller.made["off"]
     play(controller, [1.0] * 300)
-    assert controller.rung.name == "full" and controller.made["off"] - before <= 2 * max(WAITS)
+    assert controller.level.name == "full" and controller.made["off"] - before <= 2 * max(WAITS)
 
 
 def test_text_that_changes_is_followed():
     """Faster than plain decoding and than the largest tree throughout."""
     text = ([0.97] * 120 + [0.02] * 120) * 4
-    full = replace(ladder()[-1])
-    adaptive = play(Controller(ladder()), text)
-    fixed = Controller(ladder())
+    full = replace(levels()[-1])
+    adaptive = play(Controller(levels()), text)
+    fixed = Controller(levels())
     fixed._choose = lambda: None
     fixed.chosen = 3
     assert adaptive < 0.9 * play(fixed, text) and adaptive < 0.9 * len(text)
@@ -109,7 +109,7 @@ def test_text_that_changes_is_followed():
 
 
 def test_stopped_rows_say_nothing():
-    one, two = Controller(ladder()), Controller(ladder())
+    one, two = Controller(levels()), Controller(levels())
     for taken in (3, 0, 1, 8, 8):
         one.step(12, 4, [taken], [8])
         two.step(12, 4, [-1, taken, -1], [8, 8, 2])
@@ -127,7 +127,7 @@ def batch(controller: Controller, rates: list[float], new_tokens: int, slower: f
     """Writes as many tokens in every row, whose draft is right that often; returns the seconds, at ladder()'s prices
     where drafting takes `slower` times as long as the controller expects."""
     generator, left, seconds = random.Random(len(rates)), [new_tokens] * len(rates), 0.0
-    first = controller.ladder[-1].first
+    first = controller.levels[-1].first
     if controller.begin(prompt, new_tokens):
         seconds += first
     while max(left) > 0:
@@ -135,14 +135,14 @@ def batch(controller: Controller, rates: list[float], new_tokens: int, slower: f
             seconds += first * slower
             missed = [[(0, -0.05) if generator.random() < rate else (-1, -9.0) for _ in range(4)] for rate in rates]
             controller.read([row for row, more in zip(missed, left, strict=True) if more > 0])
-        tree, taken = controller.rung.tree, []
+        tree, taken = controller.level.tree, []
         for rate, more in zip(rates, left, strict=True):
             walk = 0
-            while walk < min(controller.rung.reach, more - 1) and generator.random() < rate:
+            while walk < min(controller.level.reach, more - 1) and generator.random() < rate:
                 walk += 1
             taken.append(walk if more > 0 else -1)
-        took = controller.rung.cost(tree.nodes, tree.passes) * (slower if tree.passes else 1.0)
-        controller.step(tree.nodes, tree.passes, taken, [controller.rung.reach] * len(rates), left, took)
+        took = controller.level.cost(tree.nodes, tree.passes) * (slower if tree.passes else 1.0)
+        controller.step(tree.nodes, tree.passes, taken, [controller.level.reach] * len(rates), left, took)
         left = [more - walk - 1 for more, walk in zip(left, taken, strict=True)]
         seconds += took
     return seconds
@@ -157,28 +157,28 @@ def test_never_far_behind_plain_decoding(rates, slower):
     the worst of ten takes a little more than plain decoding would, and all together hardly any more."""
     last, took = None, []
     for _ in range(11):
-        last = Controller(ladder(), last)
+        last = Controller(levels(), last)
         took.append(batch(last, rates, 96, slower))
     assert max(took[1:]) < 96 / 0.9 and sum(took[1:]) < 10 * 96 / 0.95
 
 
 def test_what_pays_is_kept_from_one_generation_to_the_next():
-    last = Controller(ladder())
+    last = Controller(levels())
     batch(last, [0.95], 96)
-    hard = Controller(ladder(), last)
-    assert hard.rung.name == "full"
+    hard = Controller(levels(), last)
+    assert hard.level.name == "full"
     batch(hard, [0.0], 12)  # a short one that the draft does not know
-    assert Controller(ladder(), hard).rung.name == "full"
+    assert Controller(levels(), hard).level.name == "full"
 
 
 def test_a_prompt_too_long_for_what_is_to_be_written():
     """The draft would read longer than its guesses save."""
-    rungs = tuple(replace(rung, read=0.02) for rung in ladder())
+    make_levels = tuple(replace(level, read=0.02) for level in levels())
     for prompt, new_tokens, reads in ((10, 96, True), (1000, 96, True), (1000, 8, False), (10, 8, True)):
-        last = Controller(rungs)
+        last = Controller(make_levels)
         for _ in range(3):
             batch(last, [0.95], 96)
-            last = Controller(rungs, last)
+            last = Controller(make_levels, last)
         assert last.begin(prompt, new_tokens) == reads
         assert last.unread == (0 if reads else prompt)
         if not reads:
@@ -187,12 +187,12 @@ def test_a_prompt_too_long_for_what_is_to_be_written():
 
 def test_a_busy_moment_is_forgotten():
     """A plain step that took ten times as long does not make drafting seem to pay for ever."""
-    last = Controller(ladder())
+    last = Controller(levels())
     batch(last, [0.3] * 8, 96)
-    assert last.rung.name == "off"
+    assert last.level.name == "off"
     last.pace.extend([10.0] * 9)
     for _ in range(3):
-        last = Controller(ladder(), last)
+        last = Controller(levels(), last)
         took = batch(last, [0.3] * 8, 96)
     assert took < 96 / 0.92
 
@@ -206,7 +206,7 @@ def plain_steps(controller: Controller, seconds: list[float]) -> None:
 
 def test_a_machine_that_slows_down_while_nothing_is_drafted_says_nothing_about_drafting():
     """Else plain steps of a busy moment would make drafting seem to pay."""
-    controller = Controller(ladder())
+    controller = Controller(levels())
     batch(controller, [0.3] * 8, 96)
     before = [controller.rate(index) / controller.rate(0) for index in range(4)]
     plain_steps(controller, [3.0] * 20)
@@ -215,11 +215,11 @@ def test_a_machine_that_slows_down_while_nothing_is_drafted_says_nothing_about_d
 
 
 def test_the_first_plain_step_after_other_work_is_not_counted():
-    controller = Controller(ladder())
+    controller = Controller(levels())
     plain_steps(controller, [9.0, 1.1, 1.1])
     assert 1 / controller.rate(0) == pytest.approx(1.1)
     controller.chosen = 3
-    controller.step(12, 4, [8], [8], seconds=controller.ladder[3].cost(12, 4))
+    controller.step(12, 4, [8], [8], seconds=controller.levels[3].cost(12, 4))
     plain_steps(controller, [9.0, 1.1])
     assert list(controller.pace) == pytest.approx([1.1] * 3)
 
@@ -227,7 +227,7 @@ def test_the_first_plain_step_after_other_work_is_not_counted():
 def test_what_drafting_has_won_may_be_lost_again():
     """A few steps of a batch in which the last row gets nothing do not end drafting that has long paid; without what
     was won they do, and plain steps earn no more than the little that drafting may fall behind."""
-    controller = Controller(ladder(), Controller(ladder()))
+    controller = Controller(levels(), Controller(levels()))
     plain_steps(controller, [1.0] * 2000)
     assert controller.credit == pytest.approx(CREDIT)
     batch(controller, [0.95], 96)
@@ -236,33 +236,33 @@ def test_what_drafting_has_won_may_be_lost_again():
     controller.trial = 0
     controller.step(12, 4, [0], [8], seconds=1 + CREDIT)
     assert before - CREDIT <= controller.credit < before - CREDIT / 2
-    poor = Controller(ladder(), Controller(ladder()))
+    poor = Controller(levels(), Controller(levels()))
     poor.chosen, poor.trial, poor.credit = 3, 0, CREDIT
     poor.step(12, 4, [0], [8], seconds=2 + CREDIT)
-    assert poor.credit < 0 and poor.rung.name == "off"
+    assert poor.credit < 0 and poor.level.name == "off"
 
 
 def test_readings_go_on_for_as_long_as_plain_steps_pay_for_them():
     """After a long stretch that the draft does not know, drafting comes back in the same generation."""
-    last = Controller(ladder())
+    last = Controller(levels())
     batch(last, [0.95], 96)
-    controller = Controller(ladder(), last)
+    controller = Controller(levels(), last)
     controller.begin(20, 900)
     play(controller, [0.0] * 600)
-    assert controller.rung.name == "off"
+    assert controller.level.name == "off"
     before = controller.made["off"]
     play(controller, [1.0] * 600)
-    assert controller.rung.name == "full" and controller.made["off"] - before < 150
+    assert controller.level.name == "full" and controller.made["off"] - before < 150
 
 
 def test_a_ladder_that_was_chosen_anew_starts_anew():
-    last = Controller(ladder())
+    last = Controller(levels())
     batch(last, [0.0], 96)
-    longer = (*ladder()[:2], *ladder()[1:])
-    for rungs in (longer, ladder(draft=0.02), ladder()[:2]):
-        fresh = Controller(rungs, last)
-        assert fresh.trial and len(fresh.tokens) == len(rungs)
-    assert not Controller(ladder(), last).trial
+    longer = (*levels()[:2], *levels()[1:])
+    for make_levels in (longer, levels(draft=0.02), levels()[:2]):
+        fresh = Controller(make_levels, last)
+        assert fresh.trial and len(fresh.tokens) == len(make_levels)
+    assert not Controller(levels(), last).trial
 
 
 # ---------------------------------------------------------------- whole generations
@@ -273,9 +273,9 @@ class Fickle(Controller):
 
     seed = 0
 
-    def __init__(self, rungs, last=None):
+    def __init__(self, make_levels, last=None):
         self.random, self.reads = random.Random(Fickle.seed), 0
-        super().__init__(rungs)
+        super().__init__(make_levels)
         self.trial = 0
 
     def begin(self, prompt, new_tokens) -> bool:
@@ -293,12 +293,12 @@ class Fickle(Controller):
     def step(self, nodes, passes, accepted, depths, left, seconds) -> None:
         self.steps[self.chosen] += 1
         self.missed += self.chosen == 0
-        self.chosen = 0 if 0 < self.missed < self.random.choice((1, 3, 9)) else self.random.randrange(len(self.ladder))
+        self.chosen = 0 if 0 < self.missed < self.random.choice((1, 3, 9)) else self.random.randrange(len(self.levels))
         if self.missed == max(WAITS):
-            self.chosen = len(self.ladder) - 1
+            self.chosen = len(self.levels) - 1
 
     def _choose(self) -> None:
-        self.chosen = self.random.randrange(len(self.ladder))
+        self.chosen = self.random.randrange(len(self.levels))
 
 
 @pytest.fixture(scope="module")
@@ -310,8 +310,8 @@ def decoders(target, drafts):
             trees = [tree.for_mode(mode) for tree in (SMALL, MEDIUM, FULL)]
             for batch in (1, 3):
                 for sampled in (False, True):
-                    rungs = [replace(rung, tree=tree) for rung, tree in zip(ladder()[1:], trees, strict=True)]
-                    made[kind].planner._ladders[mode, batch, sampled] = (ladder()[0], *rungs)
+                    make_levels = [replace(level, tree=tree) for level, tree in zip(levels()[1:], trees, strict=True)]
+                    made[kind].planner._chosen[mode, batch, sampled] = (levels()[0], *make_levels)
     return made
 
 
@@ -319,7 +319,7 @@ def decoders(target, drafts):
 @pytest.mark.parametrize("lengths", [[5], [1], [7, 1, 12]], ids=["one", "short", "ragged"])
 @pytest.mark.parametrize("kind", ["good", "random", "adversarial", "target"])
 def test_same_tokens_as_plain_decoding(decoders, kind, lengths, controller, monkeypatch):
-    monkeypatch.setattr("stagedspec.decoding.generation.Controller", controller)
+    monkeypatch.setattr("stagedspec.decoding.engine.Controller", controller)
     ids, mask = left_pad(random_prompts(lengths, seed=21))
     eos = [int(token) for token in random_prompts([2], seed=5)[0]]
     for seed, options in enumerate(
@@ -337,14 +337,14 @@ def test_same_tokens_as_plain_decoding(decoders, kind, lengths, controller, monk
 @pytest.mark.parametrize("lengths", [[6], [1, 9, 3]], ids=["one", "ragged"])
 def test_the_drafts_cache_after_it_was_left_out(decoders, drafts, lengths, monkeypatch):
     """Whenever the draft is in step again its cache is what transformers computes for the same tokens."""
-    monkeypatch.setattr("stagedspec.decoding.generation.Controller", Fickle)
+    monkeypatch.setattr("stagedspec.decoding.engine.Controller", Fickle)
     Fickle.seed = 4
     ids, mask = left_pad(random_prompts(lengths, seed=14))
     decoder, draft = decoders["good"], drafts["good"]
     run = decoder._run(validate(decoder, ids, mask, 34, "staged", None, [], 3, Sampling(do_sample=True)))
     checked = 0
     for _ in run.steps():
-        cascade = run.stepper.cascade
+        cascade = run.engine.proposer
         if cascade.controller.missed:
             continue
         for index, row in enumerate(run.sequences.rows):
@@ -365,7 +365,7 @@ def test_the_drafts_cache_has_room_for_the_longest_reading(decoders):
     ids, mask = left_pad(random_prompts([6], seed=14))
     decoder = decoders["good"]
     run = decoder._run(validate(decoder, ids, mask, 34, "staged", None, [], 3, Sampling()))
-    assert run.stepper.cascade.cache.tree_rows >= max(WAITS) > FULL.slots
+    assert run.engine.proposer.cache.tree_rows >= max(WAITS) > FULL.slots
 
 
 def test_what_is_unread():
@@ -387,12 +387,12 @@ class Untimed(Controller):
 
 
 def test_a_hopeless_draft_reads_now_and_then(decoders, monkeypatch):
-    monkeypatch.setattr("stagedspec.decoding.generation.Controller", Untimed)
+    monkeypatch.setattr("stagedspec.decoding.engine.Controller", Untimed)
     monkeypatch.setattr(decoders["adversarial"].planner, "_learned", {})
     ids, _ = left_pad(random_prompts([12], seed=3))
     decoders["adversarial"].generate(ids, max_new_tokens=36, eos_token_id=[])
     stats = decoders["adversarial"].last_stats
-    drafting = sum(rung.tree.passes * stats.adapted[rung.name] for rung in ladder())
+    drafting = sum(level.tree.passes * stats.adapted[level.name] for level in levels())
     assert stats.adapted["off"] >= 30 and 1 <= stats.draft_passes - drafting <= 4
 
 
@@ -404,9 +404,9 @@ def test_a_tree_that_is_given_is_kept_to(target, drafts):
 
 
 def test_drafts_of_fewer_positions_may_be_left_out_too(target, monkeypatch):
-    monkeypatch.setattr("stagedspec.decoding.generation.Controller", Fickle)
+    monkeypatch.setattr("stagedspec.decoding.engine.Controller", Fickle)
     decoder = Decoder.from_pretrained(target, make_gpt2(0, n_positions=8), device="cpu", dtype="float32")
-    decoder.planner._ladders["staged", 1, False] = ladder()
+    decoder.planner._chosen["staged", 1, False] = levels()
     ids = torch.tensor(random_prompts([10]))
     plain = decoder.generate(ids, max_new_tokens=30, mode="autoregressive")
     assert torch.equal(decoder.generate(ids, max_new_tokens=30), plain)

@@ -56,20 +56,20 @@ def test_expected_tokens_with_draft2_against_drawing():
 
 
 def test_trees_grow_with_acceptance_and_with_cheap_nodes():
-    sizes = [Model(Times(0.05, 0.1), 1, False, text(first)).ladder("chain")[-1].nodes for first in (0.3, 0.8, 0.97)]
+    sizes = [Model(Times(0.05, 0.1), 1, False, text(first)).levels("chain")[-1].nodes for first in (0.3, 0.8, 0.97)]
     assert sizes[0] < sizes[1] < sizes[2]
-    dear, cheap = (Model(Times(node, 0.1), 1, False, text(0.8)).ladder("chain")[-1].nodes for node in (0.5, 0.001))
+    dear, cheap = (Model(Times(node, 0.1), 1, False, text(0.8)).levels("chain")[-1].nodes for node in (0.5, 0.001))
     assert dear < cheap
 
 
 @pytest.mark.parametrize("mode", ["chain", "tree", "staged"])
 def test_the_ladder_ends_with_the_best_tree(mode):
     model = Model(Times(0.03, 0.1), 1, False)
-    ladder = model.ladder(mode)
+    levels = model.levels(mode)
     best = max(model.tokens_per_second(tree) for tree in candidates(mode))
-    assert model.tokens_per_second(ladder[-1]) == best
-    for tree in ladder:
-        assert tree.for_mode(mode) == tree and tree.nodes <= ladder[-1].nodes and tree.depth <= ladder[-1].depth
+    assert model.tokens_per_second(levels[-1]) == best
+    for tree in levels:
+        assert tree.for_mode(mode) == tree and tree.nodes <= levels[-1].nodes and tree.depth <= levels[-1].depth
 
 
 @pytest.mark.parametrize("mode", ["chain", "tree", "staged"])
@@ -81,7 +81,7 @@ def test_finalists_are_the_best_of_their_sizes(mode):
     finalists = model.finalists(mode, 3)
     assert [model.tokens_per_second(tree) for tree in finalists] == sorted(best.values(), reverse=True)[:3]
     for tree in finalists:
-        assert model.ladder(mode, tree)[-1] == tree
+        assert model.levels(mode, tree)[-1] == tree
 
 
 def test_the_finalist_that_decodes_fastest_is_kept(target, drafts, monkeypatch):
@@ -172,7 +172,7 @@ def test_a_perfect_draft_is_taken_at_its_first_word(target):
 
 def test_tuning(tuned, decoder):
     assert len(tuned.measured) == 16 and all(row["identical"] for row in tuned.measured)
-    assert set(tuned.stretches) == {False, True} and len(tuned.trees) == 12
+    assert set(tuned.profiles) == {False, True} and len(tuned.trees) == 12
     for row in tuned.measured:
         assert row["predicted_tokens_per_second"] > 0 and row["measured_tokens_per_second"] > 0
         if row["mode"] != "autoregressive":
@@ -186,8 +186,8 @@ def test_a_saved_tuning_is_used_again(tuned, decoder, target, drafts, tmp_path):
     path = tmp_path / "tree.json"
     tuned.save(path)
     read = Tuning.load(path)
-    assert (read.pair, read.seconds, read.stretches, read.trees) == (
-        tuned.pair, tuned.seconds, tuned.stretches, tuned.trees,
+    assert (read.pair, read.seconds, read.profiles, read.trees) == (
+        tuned.pair, tuned.seconds, tuned.profiles, tuned.trees,
     )  # fmt: skip
     assert [entry.name for entry in tmp_path.iterdir()] == ["tree.json"]
     for source in (path, str(path)):

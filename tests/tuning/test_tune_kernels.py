@@ -8,7 +8,7 @@ import torch
 from triton.runtime.errors import OutOfResources
 from typer.testing import CliRunner
 
-from stagedspec import cli
+from stagedspec.cli import app
 from stagedspec.kernels import linear
 from stagedspec.kernels.common import launch_configs as configs
 from stagedspec.tuning import kernels as tune_kernels
@@ -18,6 +18,7 @@ from stagedspec.tuning.workloads import ModelShape
 
 GPU = "NVIDIA Some GPU"
 DEFAULT = {"tile": 64, "warps": 4}
+PACKAGED = configs.PACKAGED  # before the fixture below replaces it
 
 
 @pytest.fixture(autouse=True)
@@ -183,7 +184,7 @@ def test_every_operation(op, monkeypatch, device):
 
 
 def run(*arguments: str):
-    return CliRunner().invoke(cli.app, ["tune", *arguments])
+    return CliRunner().invoke(app, ["tune", *arguments])
 
 
 def test_without_a_gpu(monkeypatch):
@@ -222,7 +223,7 @@ def test_sizes_and_models(tmp_path):
 
 
 def test_nothing_to_tune(tmp_path, monkeypatch):
-    monkeypatch.setattr("stagedspec.early.no_gpu", lambda: False)
+    monkeypatch.setattr("stagedspec.cli.early_checks.no_gpu", lambda: False)
     monkeypatch.setattr("stagedspec.devices.resolve_device", lambda device: torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(configs, "device_name", lambda device: GPU)
@@ -241,7 +242,7 @@ def test_what_was_found_before_an_interruption_is_kept(tmp_path, monkeypatch):
     def interrupted():
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("stagedspec.early.no_gpu", lambda: False)
+    monkeypatch.setattr("stagedspec.cli.early_checks.no_gpu", lambda: False)
     monkeypatch.setattr("stagedspec.devices.resolve_device", lambda device: torch.device("cuda", 0))
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(configs, "device_name", lambda device: GPU)
@@ -256,7 +257,7 @@ def test_what_was_found_before_an_interruption_is_kept(tmp_path, monkeypatch):
 def test_the_command(tmp_path, monkeypatch, to_file):
     """What was found is shown and lies where the kernels look for it, or in the file that was named."""
     problem, clock = problem_of({64: 10.0, 32: 8.0})
-    monkeypatch.setattr("stagedspec.early.no_gpu", lambda: False)
+    monkeypatch.setattr("stagedspec.cli.early_checks.no_gpu", lambda: False)
     for name, value in (("is_available", True), ("device_count", 2), ("current_device", 1)):
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     made_current = []
@@ -286,7 +287,7 @@ def test_the_package_s_settings_are_those_that_tuning_tries(monkeypatch):
         for problems in tune_kernels.PROBLEMS.values()
         for problem in problems(shape, torch.device("cpu"))
     }
-    files = sorted((configs.PACKAGED).glob("*.json"))
+    files = sorted(PACKAGED.glob("*.json"))
     assert files
     for file in files:
         device = json.loads(file.read_text(encoding="utf-8"))["device"]

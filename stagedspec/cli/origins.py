@@ -1,8 +1,8 @@
 """Completions that show which model first proposed each token (Spector & Ré, Figure 3), as HTML and SVG.
 
 Every origin has a colour of the Okabe-Ito palette, which all kinds of colour vision tell apart, and a cue that needs no
-colour: the target's tokens are bold, the draft's italic, the n-gram's underlined, as in the terminal. The files need
-nothing besides themselves and follow a reader's light or dark setting.
+colour: the target's tokens are bold, the draft's italic, the n-gram's underlined, as in the terminal. The files are
+self-contained and follow the reader's light or dark setting.
 """
 
 import unicodedata
@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from typing import Any
 
 NAMES = {"ngram": "n-gram", "draft": "draft", "target": "target"}
 CUES = {"ngram": "underlined", "draft": "italic", "target": "bold"}
-# What a model writes must reach neither a terminal nor a file as a control sequence; XML knows no U+FFFE and U+FFFF.
+# Control characters of a model's text must not reach a terminal or a file; XML does not allow U+FFFE and U+FFFF.
 VISIBLE = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"} | {127: "\u2421"}
 _IN_FILES = VISIBLE | dict.fromkeys([*range(0x80, 0xA0), *range(0xD800, 0xE000), 0xFFFE, 0xFFFF], "\ufffd")
 # Text on tint: at least 4.5:1 in both settings.
@@ -42,11 +43,11 @@ class Shown:
     parts: Sequence[tuple[str, str]]
 
     def share(self, origin: str) -> float:
-        """Of the pieces, those that `origin` proposed."""
+        """Fraction of the pieces that `origin` proposed."""
         return sum(part == origin for _, part in self.parts) / max(1, len(self.parts))
 
 
-def pieces(tokenizer, tokens: list[int], origins: list[str]) -> list[tuple[str, str]]:
+def pieces(tokenizer: Any, tokens: list[int], origins: list[str]) -> list[tuple[str, str]]:
     """The text of each token with its origin; tokens that only together make a character share the last one's."""
     result, first = [], 0
     for index, origin in enumerate(origins, 1):
@@ -80,7 +81,7 @@ def check_path(path: str | Path) -> Path:
 
 
 def html(completions: Sequence[Shown]) -> str:
-    """A page with a legend and every completion. Selecting and copying gives the text as it was written."""
+    """A page with a legend and every completion. Copied text is exactly what the model wrote."""
 
     def rules(palette: dict[str, tuple[str, str]]) -> str:
         page, *others = palette.items()
@@ -129,13 +130,13 @@ def _shares(shown: Shown) -> str:
 # ---------------------------------------------------------------- SVG
 
 _CELL, _LINE, _MARGIN, _TAB = 8, 20, 16, 4  # pixels of a character and a line; columns of a tab
-_WRAP = "\r"  # no text holds one: it has become visible
+_WRAP = "\r"  # never in a text, where VISIBLE has replaced it
 
 
 def svg(completions: Sequence[Shown], columns: int = 96) -> str:
     """One picture of a legend and every completion, lines broken at `columns`.
 
-    Every token's width is set, so that it looks the same whatever monospaced font there is.
+    The width of every token is fixed, so that the picture looks the same in every monospaced font.
     """
     body: list[str] = []
     y = _MARGIN + _LINE
@@ -176,8 +177,10 @@ def svg(completions: Sequence[Shown], columns: int = 96) -> str:
 
 
 def _runs(text: str, column: int, columns: int) -> list[tuple[int, str]]:
-    """A text that begins at `column`, cut at line ends and at the right margin: (first column, content); a line's end
-    is a run "\\n" of its own, a break at the margin a run _WRAP. Tabs become spaces."""
+    """Cuts a text that begins at `column` at line ends and at the right margin, into (first column, content).
+
+    A line end is a run "\\n" of its own, a break at the margin a run _WRAP. Tabs become spaces.
+    """
     runs: list[tuple[int, str]] = []
     start, content = column, ""
     for character in text:
@@ -194,7 +197,7 @@ def _runs(text: str, column: int, columns: int) -> list[tuple[int, str]]:
 
 
 def _columns(text: str) -> int:
-    """The columns of a monospaced font that a text takes."""
+    """Width of a text in columns of a monospaced font."""
     invisible = ("Cf", "Me", "Mn")
     seen = (character for character in text if unicodedata.category(character) not in invisible)
     return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in seen)

@@ -1,6 +1,6 @@
-"""Options of the command line, checked before torch and transformers are imported: what is wrong is said at once.
+"""Checks of command-line options that need neither torch nor a model, so that errors are reported at once.
 
-The library checks again what it is given; here is what can be known without a model.
+The library checks its arguments again. All checks raise ValueError with a message that names the option.
 """
 
 import ctypes
@@ -8,14 +8,16 @@ import json
 import os
 import re
 import sys
+from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from stagedspec.decoding.sampling import Sampling, counters
 from stagedspec.decoding.stats import marks_wanted
-from stagedspec.models import checkpoints
+from stagedspec.models import checkpoints, embedded
 from stagedspec.planning.tree import TreeConfig
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -23,7 +25,6 @@ BACKENDS = ("auto", "torch", "triton")
 OPERATIONS = (
     "linear", "lm_head", "choose", "compact", "ngram_lookup", "grow_pass", "harvest_tree", "verify_commit"
 )  # fmt: skip
-EMBEDDED = Path(__file__).with_name("assets") / "target"
 PRESETS = ("embedded", "embedded-cpu", "tiny", "gpt2-large")
 
 
@@ -31,16 +32,16 @@ def check_models(
     target: str | None,
     draft: str | None,
     ngram: Path | None,
-    device: str,
+    device: object,
     dtype: str,
     backend: str,
     tree: Path | None = None,
     shape: dict[str, int] | None = None,
-    modes: tuple[str, ...] = (),
+    modes: Sequence[str] = (),
 ) -> None:
-    """Checks the options that name models, and where and how they run.
+    """Checks the options that name models, device, dtype, backend and trees.
 
-    shape: fields of a TreeConfig. modes: those that will be used. Raises ValueError for what cannot be.
+    shape: fields of a TreeConfig. modes: those that will be used.
     """
     marks_wanted()
     if shape and tree is not None:
@@ -69,7 +70,10 @@ def check_models(
 
 
 def check_device(device: object, backend: str = "auto") -> None:
-    """device: a name, or a torch.device. Imports torch only where there may be a GPU, or to interpret kernels."""
+    """Checks that the device exists and can run the backend. device: a name or a torch.device.
+
+    Imports torch only if there may be a GPU, or if kernels are to be interpreted.
+    """
     device = str(device)
     if not re.fullmatch(r"auto|cpu(:0)?|cuda(:\d+)?", device):
         raise ValueError(f"--device must be auto, cpu, or a GPU such as cuda or cuda:1, got {device!r}")
@@ -91,7 +95,7 @@ def check_device(device: object, backend: str = "auto") -> None:
         resolve(backend, where)
 
 
-# What only a GPU can do, and what to do where there is none.
+# Commands that need a GPU: why, and what to do without one.
 GPU_TASKS = {
     "warm-up": ("warm-up prepares GPU kernels", "choose --device cuda on a machine with a GPU"),
     "tune": ("kernels are tuned on a GPU", "on a CPU there is nothing to tune"),
@@ -103,7 +107,7 @@ GPU_TASKS = {
 
 
 def check_gpu(task: str, device: object) -> None:
-    """Raises ValueError where a task of GPU_TASKS has no GPU, or is to run on a CPU."""
+    """Raises ValueError if a command of GPU_TASKS is to run on a CPU, or if there is no GPU."""
     device = str(device)
     there = not device.startswith("cpu") and not no_gpu()
     if there and device == "auto":
@@ -118,11 +122,16 @@ def check_gpu(task: str, device: object) -> None:
 
 @cache
 def no_gpu() -> bool:
-    """Whether torch can see no GPU: it was built for none, or there is no driver. False where it has to look itself.
-    Imports it not, which takes a second."""
+    """Whether torch certainly sees no GPU: it was built without CUDA and HIP, or there is no driver.
+
+    False if only torch itself can tell. Does not import torch, which takes a second.
+    """
     try:
-        version = Path(find_spec("torch").origin).with_name("version.py").read_text(encoding="utf-8")
-    except (AttributeError, OSError, ValueError):
+        package = find_spec("torch")
+        if package is None or package.origin is None:
+            return False
+        version = Path(package.origin).with_name("version.py").read_text(encoding="utf-8")
+    except (OSError, ValueError):
         return False
     cuda, hip = (re.search(rf"^{name}\b.*=\s*['\"]", version, re.MULTILINE) for name in ("cuda", "hip"))
     if hip or not cuda:
@@ -136,11 +145,11 @@ def no_gpu() -> bool:
     return False
 
 
-def check_room(target: str | None, new_tokens: int | None) -> None:
-    """Raises ValueError for more new tokens than the target has positions, where its config is at hand."""
+def check_new_tokens(target: str | None, new_tokens: int | None) -> None:
+    """Raises ValueError for more new tokens than the target has positions. A target on the hub is not checked."""
     if new_tokens is None:
         return
-    folder = EMBEDDED if target is None else checkpoints.find(target, "target")
+    folder = embedded.TARGET if target is None else checkpoints.find(target, "target")
     if folder is None:
         return
     values = checkpoints.read_config(folder, "target")
@@ -149,8 +158,8 @@ def check_room(target: str | None, new_tokens: int | None) -> None:
         raise ValueError(f"--max-new-tokens can be at most {positions}, the target's n_positions, got {new_tokens}")
 
 
-def check_sampling(seed: int = 0, **settings) -> dict:
-    """The settings that were given (others are None). Raises ValueError for values out of range."""
+def check_sampling(seed: int = 0, **settings: Any) -> dict[str, Any]:
+    """Returns the settings that were given, those that are not None. Raises ValueError for values out of range."""
     given = {name: value for name, value in settings.items() if value is not None}
     try:
         Sampling(**given | {"do_sample": True})
@@ -163,7 +172,7 @@ def check_sampling(seed: int = 0, **settings) -> dict:
 
 
 def check_at_least(least: float, **options: float | None) -> None:
-    """Raises ValueError for an option below `least`; None is left out."""
+    """Raises ValueError for an option below `least`; an option that is None is not checked."""
     for name, value in options.items():
         if value is not None and not value >= least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
@@ -189,7 +198,7 @@ def check_input(path: Path, option: str, expected: str) -> None:
     if path.is_dir():
         raise ValueError(f"{option} must be a file, {expected}, but {path} is a folder")
     if path.exists() and not path.is_file():
-        return  # a pipe: to open it would take what it holds
+        return  # opening a pipe would consume what it holds
     try:
         with path.open("rb"):
             pass

@@ -1,0 +1,29 @@
+"""Files that appear whole: written beside their place, then moved there in one step."""
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
+    """Gives the path of a file to write, which takes the place of `path` at the end, or is removed after an error.
+
+    shared: other threads and processes may write the same file at the same time. Without it, what a killed process
+    left is overwritten by the next one. Raises OSError where the file cannot be written.
+    """
+    writer = f".{os.getpid()}-{threading.get_ident()}" if shared else ""
+    part = path.with_name(f"{path.name}{writer}.part")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str, shared: bool = False) -> None:
+    """Writes UTF-8 text; a file that exists is replaced in one step. shared, errors: as `replacing`."""
+    with replacing(path, shared) as part:
+        part.write_text(text, encoding="utf-8")

@@ -1,0 +1,168 @@
+"""`stagedspec generate`: complete a prompt."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from stagedspec.cli import early_checks
+from stagedspec.cli.options import (
+    Backend,
+    Depth,
+    Device,
+    Draft,
+    Dtype,
+    Json,
+    Mode,
+    Ngram,
+    NoColor,
+    Nodes,
+    Passes,
+    Target,
+    Tree,
+    Width,
+    load_decoder,
+)
+from stagedspec.cli.origins import Shown, pieces, save
+from stagedspec.cli.output import as_lines, preparing, stream
+
+EXAMPLES = (
+    "Examples: [bold]stagedspec generate 'def fibonacci(n):'[/bold]; with sampling: [bold]stagedspec generate "
+    "--sample --top-k 50 --seed 7 'import os'[/bold]; from a pipe: "
+    "[bold]head -20 file.py | stagedspec generate -[/bold]"
+)
+
+
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="Text to complete; - reads it from stdin.")] = None,
+    file: Annotated[Path | None, typer.Option(help="Read the prompt from a file instead; - is stdin.")] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--max-new-tokens", "-n", help="New tokens at most. Default: 128, or what the model has room for."
+        ),
+    ] = None,
+    mode: Annotated[Mode, typer.Option(help="How to decode; the output is the same in every mode.")] = Mode.staged,
+    sample: Annotated[
+        bool, typer.Option("--sample", help="Sample; without it, greedy.", rich_help_panel="Sampling")
+    ] = False,
+    temperature: Annotated[float | None, typer.Option(help="Above 0; default 1.", rich_help_panel="Sampling")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Keep the k likeliest tokens.", rich_help_panel="Sampling")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Nucleus sampling.", rich_help_panel="Sampling")] = None,
+    min_p: Annotated[
+        float | None, typer.Option(help="Drop tokens below this share of the likeliest.", rich_help_panel="Sampling")
+    ] = None,
+    seed: Annotated[
+        int,
+        typer.Option(
+            help="The same seed gives the same text, so runs repeat unless it is changed.", rich_help_panel="Sampling"
+        ),
+    ] = 0,
+    target: Target = None,
+    draft: Draft = None,
+    ngram: Ngram = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    backend: Backend = "auto",
+    nodes: Nodes = None,
+    depth: Depth = None,
+    width: Width = None,
+    passes: Passes = None,
+    tree: Tree = None,
+    stats: Annotated[bool, typer.Option("--stats", help="Print statistics to stderr at the end.")] = False,
+    save_html: Annotated[
+        Path | None, typer.Option(help="Also write the coloured completion to a file: HTML, or SVG if it ends in .svg.")
+    ] = None,
+    as_json: Json = False,
+    no_color: NoColor = False,
+) -> None:
+    """Complete a prompt, streaming to the terminal; each token is coloured by the model that first proposed it."""
+    early_checks.check_at_least(1, max_new_tokens=max_new_tokens)
+    warpers = early_checks.check_sampling(seed, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    if warpers and not sample:
+        options = ", ".join("--" + name.replace("_", "-") for name in warpers)
+        raise ValueError(f"{options} given without --sample: greedy decoding would ignore it; add --sample")
+    if save_html is not None:
+        early_checks.check_output(save_html, "--save-html")
+    early_checks.check_new_tokens(target, max_new_tokens)
+    text = _prompt_text(prompt, file)
+    decoder = load_decoder(
+        target, draft, ngram, device, dtype, backend, tree, (mode.value,),
+        nodes=nodes, depth=depth, width=width, passes=passes,
+    )  # fmt: skip
+    tokenizer = decoder.tokenizer
+    assert tokenizer is not None  # load_decoder has checked
+    if max_new_tokens is None:
+        length = len(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+        max_new_tokens = max(1, min(128, decoder.target.positions - length))
+    settings: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "mode": mode.value,
+        "do_sample": sample,
+        "seed": seed,
+        **warpers,
+    }
+    with preparing():
+        decoder.tree_for(mode.value, do_sample=sample)
+    if as_json:
+        completion = decoder.complete(text, **settings)
+        result = {
+            "prompt": text,
+            "text": completion.text,
+            "tokens": list(completion.tokens),
+            "origins": list(completion.origins),
+            "settings": settings,
+            "stats": completion.stats.as_dict(),
+        }
+        typer.echo(as_lines(result))
+        parts = pieces(tokenizer, completion.tokens, completion.origins)
+    else:
+        parts = stream(Console(no_color=no_color or None, highlight=False), decoder, text, **settings)
+        if stats and decoder.last_stats is not None:
+            _print_stats(decoder.last_stats.as_dict())
+    if save_html is not None:
+        title = f"{mode.value}, {f'sampled, seed {seed}' if sample else 'greedy'}"
+        save(save_html, [Shown(title, text, parts)])
+
+
+def _prompt_text(prompt: str | None, file: Path | None) -> str:
+    if prompt is None and file is None:
+        raise ValueError("there is no prompt: give a text, - to read stdin, or --file")
+    if prompt is not None and file is not None:
+        raise ValueError("there is both a prompt and --file: leave one of them out")
+    if file is not None and str(file) != "-" and (file.is_dir() or not file.exists()):  # it may be a pipe
+        raise ValueError(f"{file} is a folder: name a file" if file.is_dir() else f"no such file: {file}")
+    try:
+        if "-" in (prompt, str(file)):
+            text = sys.stdin.read()
+        else:
+            text = prompt if file is None else file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the prompt is not UTF-8 text: {error}") from None
+    if not text:
+        raise ValueError("the prompt is empty; give at least one character")
+    return text
+
+
+def _print_stats(values: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    grid = Table(show_header=False, box=None)
+    for name, value in values.items():
+        if isinstance(value, dict):
+            shown = ", ".join(f"{key} {_number(part)}" for key, part in value.items())
+        elif isinstance(value, list):
+            while value and not value[-1]:  # depths that no step reached
+                value = value[:-1]
+            shown = ", ".join(_number(part) for part in value)
+        else:
+            shown = _number(value)
+        if shown:
+            grid.add_row(name.replace("_", " "), shown)
+    Console(stderr=True).print(grid)
+
+
+def _number(value: float | str | None) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,31 @@
+"""Files that are replaced in one step."""
+
+import pytest
+
+from stagedspec.kernels.common.files import replacing, write_text
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_file_changes_in_one_step_or_not_at_all(tmp_path, shared):
+    path = tmp_path / "a.json"
+    write_text(path, "old", shared)
+    with replacing(path, shared) as part:
+        part.write_text("ü", encoding="utf-8")
+        assert path.read_text() == "old"
+    assert path.read_text(encoding="utf-8") == "ü"
+    with pytest.raises(KeyboardInterrupt), replacing(path, shared) as part:
+        part.write_text("half")
+        raise KeyboardInterrupt
+    assert path.read_text(encoding="utf-8") == "ü" and list(tmp_path.iterdir()) == [path]
+
+
+def test_writers_of_a_shared_file_do_not_meet(tmp_path):
+    from concurrent.futures import ThreadPoolExecutor
+
+    path = tmp_path / "a.json"
+    with replacing(path, shared=True) as ours:
+        ours.write_text("ours")
+        with ThreadPoolExecutor(1) as other:
+            other.submit(write_text, path, "theirs", True).result()
+        assert path.read_text() == "theirs"
+    assert path.read_text() == "ours" and list(tmp_path.iterdir()) == [path]
