@@ -26,7 +26,7 @@ from stagedspec.decoding.stats import ORIGINS, Stats, marks_wanted
 from stagedspec.devices import resolve_device, resolve_dtype
 from stagedspec.kernels.backends import select as kernel_backend
 from stagedspec.models.gpt2 import GPT2
-from stagedspec.models.live import LiveModel, read_model
+from stagedspec.models.live_model import LiveModel, read_model
 from stagedspec.models.loading import (
     check_same_tokens,
     check_vocabularies,
