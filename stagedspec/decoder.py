@@ -21,7 +21,7 @@ from stagedspec.decoding.callbacks import Positions, ended
 from stagedspec.decoding.decoder_cache import assisted
 from stagedspec.decoding.generation import Request, Run, current, kind_of
 from stagedspec.decoding.output import StagedOutput, finish
-from stagedspec.decoding.request import Call
+from stagedspec.decoding.request import Call, encode
 from stagedspec.decoding.stats import ORIGINS, Stats, marks_wanted
 from stagedspec.devices import resolve_device, resolve_dtype
 from stagedspec.kernels.backends import select as kernel_backend
@@ -358,7 +358,7 @@ class Decoder:
 
         Closing the iterator, or Ctrl-C, ends it cleanly.
         """
-        input_ids = self._encode(prompt)
+        input_ids = encode(prompt, self.tokenizer)
         if len(input_ids) != 1:
             raise ValueError(f"stream and complete take one prompt, got a batch of {len(input_ids)}; use generate")
         for name in ("streamer", "return_dict_in_generate", "assistant_model"):
@@ -568,20 +568,6 @@ class Decoder:
                 f"{what} is not supported by backend {self.target.ops.name!r}: make the decoder with backend='torch' "
                 "(--backend torch)"
             )
-
-    def _encode(self, prompt: str | torch.Tensor) -> torch.Tensor:
-        if isinstance(prompt, torch.Tensor):
-            return prompt[None] if prompt.dim() == 1 else prompt
-        if not isinstance(prompt, str):
-            raise ValueError(f"prompt must be text or a LongTensor of token ids, got {type(prompt).__name__}")
-        try:
-            prompt.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"prompt must be text that UTF-8 can hold: {error}") from error
-        if self.tokenizer is None:
-            raise ValueError("this decoder has no tokenizer: give tokenizer=..., or a prompt of token ids")
-        ids = self.tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
-        return torch.tensor([ids], dtype=torch.long, device="cpu")
 
     def _decode(self, tokens: list[int]) -> str:
         if self.tokenizer is None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from stagedspec.decoding.callbacks import Positions
 from stagedspec.decoding.generation import Request
@@ -102,6 +103,22 @@ def _trees(
     if not settings.passes or tree is not None or decoder._tree is not None or decoder.target.ops.fixed_shapes:
         return settings, (), []
     return settings, decoder._ladder(mode, batch, do_sample), decoder._learned.setdefault((mode, batch, do_sample), [])
+
+
+def encode(prompt: str | torch.Tensor, tokenizer: PreTrainedTokenizerBase | None) -> torch.Tensor:
+    """The token ids [1, T] of a prompt: text, or ids [T] or [1, T]. Raises ValueError for anything else."""
+    if isinstance(prompt, torch.Tensor):
+        return prompt[None] if prompt.dim() == 1 else prompt
+    if not isinstance(prompt, str):
+        raise ValueError(f"prompt must be text or a LongTensor of token ids, got {type(prompt).__name__}")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"prompt must be text that UTF-8 can hold: {error}") from error
+    if tokenizer is None:
+        raise ValueError("this decoder has no tokenizer: give tokenizer=..., or a prompt of token ids")
+    ids = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
+    return torch.tensor([ids], dtype=torch.long, device="cpu")
 
 
 def _mask_of_padding(input_ids: torch.Tensor, pad: int) -> torch.Tensor | None:
