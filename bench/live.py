@@ -18,7 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from machine import arguments_of, header, where
 from stagedspec.cli.output import quiet_transformers
 from stagedspec.models.gpt2 import finite
-from stagedspec.models.plain import check_plain, fingerprint
+from stagedspec.models.plain_gpt2 import check_plain, fingerprint
 
 
 def sides(model: GPT2LMHeadModel) -> dict[str, Callable[[], object]]:

@@ -20,13 +20,13 @@ from stagedspec.decoding.decoder_cache import assisted
 from stagedspec.decoding.generation import Generation
 from stagedspec.decoding.output import StagedOutput, finish
 from stagedspec.decoding.pool import GenerationPool
-from stagedspec.decoding.request import Call, Request
+from stagedspec.decoding.request import Call, Request, encode
 from stagedspec.decoding.stats import ORIGINS, Stats, marks_wanted
 from stagedspec.devices import resolve_device, resolve_dtype
 from stagedspec.kernels.backends import select as kernel_backend
 from stagedspec.models import embedded
 from stagedspec.models.gpt2 import GPT2
-from stagedspec.models.live import LiveModel, read_model
+from stagedspec.models.live_model import LiveModel, read_model
 from stagedspec.models.loading import (
     check_same_tokens,
     check_vocabularies,
@@ -358,7 +358,7 @@ class Decoder:
 
         Closing the iterator, or Ctrl-C, ends it cleanly.
         """
-        input_ids = self._encode(prompt)
+        input_ids = encode(prompt, self.tokenizer)
         if len(input_ids) != 1:
             raise ValueError(f"stream and complete take one prompt, got a batch of {len(input_ids)}; use generate")
         for name in ("streamer", "return_dict_in_generate", "assistant_model"):
@@ -472,20 +472,6 @@ class Decoder:
                 f"{what} is not supported by backend {self.target.ops.name!r}: make the decoder with backend='torch' "
                 "(--backend torch)"
             )
-
-    def _encode(self, prompt: str | torch.Tensor) -> torch.Tensor:
-        if isinstance(prompt, torch.Tensor):
-            return prompt[None] if prompt.dim() == 1 else prompt
-        if not isinstance(prompt, str):
-            raise ValueError(f"prompt must be text or a LongTensor of token ids, got {type(prompt).__name__}")
-        try:
-            prompt.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"prompt must be text that UTF-8 can hold: {error}") from error
-        if self.tokenizer is None:
-            raise ValueError("this decoder has no tokenizer: give tokenizer=..., or a prompt of token ids")
-        ids = self.tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
-        return torch.tensor([ids], dtype=torch.long, device="cpu")
 
     def _decode(self, tokens: list[int]) -> str:
         if self.tokenizer is None:

@@ -42,13 +42,17 @@ def read(
     tree: TreeConfig | None,
     options: dict[str, Any],
 ) -> Call:
-    """Reads arguments of `Decoder.generate` as transformers reads those of its own."""
-    if unknown := options.keys() - _options():
+    """Reads the arguments of `Decoder.generate` as transformers' `generate` reads its own.
+
+    options: all further arguments of transformers' `generate`, by name. Raises ValueError for what is unknown, not
+    supported or wrong.
+    """
+    if unknown := options.keys() - _option_names():
         name = min(unknown)
-        alike = difflib.get_close_matches(name, _options(), n=1)
+        alike = difflib.get_close_matches(name, _option_names(), n=1)
         raise ValueError(f"unknown option {name!r}" + (f"; did you mean {alike[0]!r}?" if alike else ""))
     refuse_arguments(options)
-    _refuse_own_reading(decoder)
+    _refuse_own_readers(decoder)
     given = _copy_of_config(options.get("generation_config"))
     own = _own_settings(decoder)
     settings = Settings(options, {} if given is None else vars(given), own)
@@ -59,8 +63,8 @@ def read(
         raise ValueError("input_ids and inputs were both given, and mean the same: give one of them")
     if max_new_tokens is not None:
         options["max_new_tokens"] = at_least("max_new_tokens", max_new_tokens)
-    if input_ids is not None and given is None and options.keys() | decoder.defaults.keys() <= _PLAIN:
-        return _plain_call(decoder, input_ids, attention_mask, mode, seed, tree, settings)
+    if input_ids is not None and given is None and options.keys() | decoder.defaults.keys() <= _SIMPLE:
+        return _simple_call(decoder, input_ids, attention_mask, mode, seed, tree, settings)
 
     _check_callables(options)
     for source in (own, settings.given, options):
@@ -70,7 +74,7 @@ def read(
         if begin is None:
             raise ValueError("give input_ids: this model has no begin-of-sequence token to start from")
         input_ids = torch.tensor([[begin]], device="cpu")
-    unpad(input_ids, attention_mask, decoder.target.vocab_size)  # for its messages, before transformers' own
+    unpad(input_ids, attention_mask, decoder.target.vocab_size)  # its messages are clearer than transformers'
     if given is None:
         options.setdefault("top_k", own.get("top_k"))
         if all(settings.of(name) is None for name in ("max_new_tokens", "max_length")):
@@ -78,18 +82,9 @@ def read(
     else:
         options["generation_config"] = given
 
-    # transformers drops the tokenizer on the way to a custom generate, and then misses it.
-    tokenizer = options.pop("tokenizer", None)
-    if not isinstance(tokenizer, (PreTrainedTokenizerBase, NoneType)):
-        raise ValueError(f"tokenizer must be a tokenizer of transformers or None, got {type(tokenizer).__name__}")
-    tokenizer = tokenizer or decoder.tokenizer
-    strings = settings.of("stop_strings")
-    if strings is not None:
-        if tokenizer is None:
-            raise ValueError("stop_strings need a tokenizer: this decoder has none, give tokenizer=...")
-        found = StopStringCriteria(tokenizer, strings)
-        options |= {"stop_strings": None, "stopping_criteria": [*(options.get("stopping_criteria") or []), found]}
-
+    if attention_mask is not None:
+        options["attention_mask"] = attention_mask
+    _replace_stop_strings(options, settings.of("stop_strings"), decoder.tokenizer)
     calls: list[Call] = []
     streamer, began = options.get("streamer"), time.time()
 
@@ -105,27 +100,26 @@ def read(
         )  # fmt: skip
         return input_ids
 
-    if attention_mask is not None:
-        options["attention_mask"] = attention_mask
     try:
-        _skeleton(decoder).generate(input_ids, custom_generate=capture, **options)
+        _weightless_model(decoder).generate(input_ids, custom_generate=capture, **options)
     except TypeError as error:
-        if streamer is not None:  # the only code of the caller's that has run
+        if streamer is not None:  # it may have raised the error: no other code of the caller's has run
             raise
         raise ValueError(f"transformers cannot read these arguments: {error}") from error
     return calls[0]
 
 
-# Methods of a model in which its `generate` reads arguments. `Decoder.generate` goes through those of a plain GPT-2.
-_READING = (
+# Methods with which a model's `generate` reads its arguments. `Decoder.generate` uses those of a plain GPT-2.
+_READERS = (
     "_get_logits_processor", "_get_stopping_criteria", "_prepare_generation_config", "_prepare_special_tokens",
     "_merge_criteria_processor_list", "_prepare_generated_length", "generate",
 )  # fmt: skip
 
 
-def _refuse_own_reading(decoder: "Decoder") -> None:
+def _refuse_own_readers(decoder: "Decoder") -> None:
+    """Raises ValueError for a model object that overrides one of them."""
     model = decoder.live_target
-    for name in _READING if model is not None else ():
+    for name in _READERS if model is not None else ():
         used = vars(model).get(name, getattr(type(model), name, None))
         if used is not getattr(GPT2LMHeadModel, name, None):
             raise ValueError(
@@ -134,8 +128,25 @@ def _refuse_own_reading(decoder: "Decoder") -> None:
             )
 
 
+def _replace_stop_strings(options: dict[str, Any], strings: Any, own_tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Makes a stopping criterion of the stop strings, in place.
+
+    transformers cannot, because it does not pass the tokenizer on to a custom generate.
+    """
+    tokenizer = options.pop("tokenizer", None)
+    if not isinstance(tokenizer, (PreTrainedTokenizerBase, NoneType)):
+        raise ValueError(f"tokenizer must be a tokenizer of transformers or None, got {type(tokenizer).__name__}")
+    tokenizer = tokenizer or own_tokenizer
+    if strings is None:
+        return
+    if tokenizer is None:
+        raise ValueError("stop_strings need a tokenizer: this decoder has none, give tokenizer=...")
+    found = StopStringCriteria(tokenizer, strings)
+    options |= {"stop_strings": None, "stopping_criteria": [*(options.get("stopping_criteria") or []), found]}
+
+
 def _check_callables(options: dict[str, Any]) -> None:
-    """Raises ValueError where transformers would fail deep inside."""
+    """Raises ValueError for options on which transformers would fail with an error that does not name them."""
     for name in ("logits_processor", "stopping_criteria"):
         value = options.get(name)
         if value is not None and (not isinstance(value, (list, tuple)) or not all(map(callable, value))):
@@ -160,9 +171,9 @@ def _check_callables(options: dict[str, Any]) -> None:
         raise ValueError(f"stop_strings must be text or a list of texts, none of them empty, got {strings!r}")
 
 
-# Settings that say no more than how long and how to sample.
 _WARPING = ("temperature", "top_k", "top_p", "min_p")
-_PLAIN = {"max_new_tokens", "do_sample", *_WARPING, "eos_token_id", "pad_token_id"}
+# A call that sets nothing else is read without transformers.
+_SIMPLE = {"max_new_tokens", "do_sample", *_WARPING, "eos_token_id", "pad_token_id"}
 
 
 def _is_number(value: object) -> bool:
@@ -181,7 +192,7 @@ def _is_decay(value: object) -> bool:
     return isinstance(value, (list, tuple)) and len(value) == 2 and all(map(_is_number, value))
 
 
-# What transformers computes with without a look at it: its own error names no setting.
+# Settings that transformers does not check: its own error would not name the setting.
 _KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
     **dict.fromkeys(
         ("max_length", "min_length", "min_new_tokens", "num_beams", "num_return_sequences", "no_repeat_ngram_size",
@@ -199,16 +210,18 @@ _KINDS: dict[str, tuple[Callable[[object], bool], str]] = {
 
 
 class Settings:
-    """The settings of a call, with numbers made Python's own and checked: options of the call go before the given
-    generation config, and that before the model's own settings. An option that is None takes away what those say.
+    """The settings of a call, checked, with numbers as Python's own.
 
-    Raises ValueError for special tokens and sampling settings that cannot be.
+    A setting is taken from the call's options, else from the given generation config, else from the model's own
+    settings. An option that is None cancels what the other two set.
+
+    Raises ValueError for special tokens and sampling settings that are not valid.
     """
 
     def __init__(self, options: dict[str, Any], given: dict[str, Any], own: dict[str, Any]):
         self.given, self.own = given, own
         self.options = {
-            name: plain(value) if name in _settings() else value
+            name: plain(value) if name in _setting_names() else value
             for name, value in options.items()
             if value is not None or given.get(name) is not None or own.get(name) is not None
         }
@@ -225,25 +238,26 @@ class Settings:
         self._replace("do_sample", self.sampling.do_sample)
         for name in _WARPING:
             self._replace(name, getattr(self.sampling, name))
-        self._replace("eos_token_id", self.eos or None)  # of an empty list transformers would take the first
+        self._replace("eos_token_id", self.eos or None)  # transformers would index an empty list
         self._replace("pad_token_id", self.pad)
         if not self.sampling.do_sample:
             self._ignore_warping()
 
     def of(self, name: str) -> Any:
-        """What holds for a setting."""
+        """The value of a setting."""
         if name in self.options:
             return self.options[name]
         value = self.given.get(name)
         return self.own.get(name) if value is None else value
 
     def _replace(self, name: str, value: Any) -> None:
-        """Puts what was read of a setting where it came from."""
+        """Writes the checked value of a setting back to where it came from."""
         for source in (self.options, self.given):
             if source.get(name) is not None:
                 source[name] = value
 
     def _ignore_warping(self) -> None:
+        """Drops temperature, top-k, ... of a greedy call, with a warning."""
         names = [name for name in _WARPING if self.options.pop(name, None) not in (None, getattr(Sampling, name))]
         if names:
             warnings.warn(f"greedy decoding ignores {', '.join(names)}: add do_sample=True", stacklevel=6)
@@ -251,18 +265,18 @@ class Settings:
 
 
 def _copy_of_config(config: Any) -> GenerationConfig | None:
-    """With NumPy's and torch's numbers made Python's own."""
+    """A copy of a generation config, with NumPy's and torch's numbers as Python's own."""
     if config is None:
         return None
     if not isinstance(config, GenerationConfig):
         raise ValueError(f"generation_config must be a GenerationConfig or None, got {type(config).__name__}")
     config = copy.copy(config)
-    vars(config).update({name: plain(value) for name, value in vars(config).items() if name in _settings()})
+    vars(config).update({name: plain(value) for name, value in vars(config).items() if name in _setting_names()})
     return config
 
 
 def _own_settings(decoder: "Decoder") -> dict[str, Any]:
-    """What the model's own generation config sets."""
+    """The settings of the model's own generation config."""
     return decoder.defaults | {
         "eos_token_id": list(decoder.eos_token_ids) or None,
         "pad_token_id": decoder.pad_token_id,
@@ -270,7 +284,7 @@ def _own_settings(decoder: "Decoder") -> dict[str, Any]:
     }
 
 
-def _plain_call(
+def _simple_call(
     decoder: "Decoder",
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None,
@@ -279,7 +293,7 @@ def _plain_call(
     tree: TreeConfig | None,
     settings: Settings,
 ) -> Call:
-    """The call of plain settings, of which transformers has nothing to make."""
+    """A call whose settings are all in `_SIMPLE`."""
     new_tokens, eos, pad = settings.of("max_new_tokens"), settings.eos, settings.pad
     request = validate(
         decoder, input_ids, attention_mask, NEW_TOKENS if new_tokens is None else new_tokens, mode, tree, eos, seed,
@@ -289,26 +303,26 @@ def _plain_call(
 
 
 @lru_cache(maxsize=1)
-def _settings() -> frozenset[str]:
+def _setting_names() -> frozenset[str]:
     return frozenset(name for name in vars(GenerationConfig()) if name[0] != "_")
 
 
 @lru_cache(maxsize=1)
-def _options() -> frozenset[str]:
-    """What `generate` of a GPT-2 can be given by name."""
+def _option_names() -> frozenset[str]:
+    """All arguments of the `generate` of a transformers GPT-2."""
     functions = (GPT2LMHeadModel.generate, GPT2LMHeadModel.forward)
     names = {name for function in functions for name in inspect.signature(function).parameters}
-    return frozenset(names | _settings() | REFUSED_ARGUMENTS.keys() | {"tokenizer"})
+    return frozenset(names | _setting_names() | REFUSED_ARGUMENTS.keys() | {"tokenizer"})
 
 
-_skeletons: "weakref.WeakKeyDictionary[GPT2, GPT2LMHeadModel]" = weakref.WeakKeyDictionary()  # by the target
+_weightless: "weakref.WeakKeyDictionary[GPT2, GPT2LMHeadModel]" = weakref.WeakKeyDictionary()  # by the target
 
 
-def _skeleton(decoder: "Decoder") -> GPT2LMHeadModel:
-    """A model of the target's config without weights, whose `generate` reads arguments."""
-    if decoder.target not in _skeletons:
+def _weightless_model(decoder: "Decoder") -> GPT2LMHeadModel:
+    """A model of the target's config without weights, for its `generate` to read arguments."""
+    if decoder.target not in _weightless:
         with torch.device("meta"):
-            _skeletons[decoder.target] = GPT2LMHeadModel(decoder.target.config)
-    model = _skeletons[decoder.target]
+            _weightless[decoder.target] = GPT2LMHeadModel(decoder.target.config)
+    model = _weightless[decoder.target]
     model.generation_config = GenerationConfig(**_own_settings(decoder))
     return model

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import GPT2LMHeadModel
 
-from stagedspec.models.live import read_model
+from stagedspec.models.live_model import read_model
 from stagedspec.models.loading import check_vocabularies, read_checkpoint
 from stagedspec.models.ngram import KatzTable
 

@@ -1,4 +1,4 @@
-"""What `generate` returns."""
+"""`StagedOutput`: what `generate` returns with return_dict_in_generate=True."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,18 +12,21 @@ from stagedspec.decoding.stats import Stats
 
 @dataclass
 class StagedOutput(GenerateDecoderOnlyOutput):
-    """What `generate` returns with return_dict_in_generate=True.
+    """Sequences, scores and statistics of one `generate`.
 
-    sequences: LongTensor [B, prompt + new]. scores, logits: where asked for, a tensor fp32 [B, V] for each new
-    position, after and before processing; zeros in rows that have stopped (transformers leaves there what the model
-    says after padding). stats: what the generation cost.
+    sequences: LongTensor [B, prompt + new]. scores, logits: with output_scores and output_logits, a tuple of one tensor
+    fp32 [B, V] for each new position, after and before processing; zeros in rows that have stopped (transformers has
+    there what the model predicts after padding). stats: statistics of the generation.
     """
 
     stats: Stats | None = None
 
 
 def finish(call: Call, sequences: torch.Tensor, stats: Stats) -> torch.Tensor | StagedOutput:
-    """Ends the stream, and makes what `generate` returns."""
+    """Ends the streamer, and returns what `generate` returns.
+
+    sequences: LongTensor [B, prompt + new].
+    """
     callbacks = call.callbacks
     if callbacks is not None and callbacks.streamer is not None:
         callbacks.streamer.end()

@@ -1,7 +1,7 @@
 """Translates what transformers' `generate` prepares for a decoding loop into a `Call`.
 
-It prepares input ids, logits processors, stopping criteria and a generation config. The warpers become a `Sampling`,
-the criteria of length and of end-of-sequence tokens a part of the request; whatever else there is becomes callbacks.
+It prepares input ids, logits processors, stopping criteria and a generation config. Warpers become a `Sampling`, the
+criteria for length and end-of-sequence tokens become part of the request, all others become callbacks per position.
 """
 
 import time
@@ -43,7 +43,11 @@ def translate(
     streamer: Any,
     began: float,
 ) -> Call:
-    """Translates what transformers hands to a decoding loop. began: when the call came in (`time.time()`)."""
+    """The call that transformers has prepared. Raises ValueError for what is not supported.
+
+    processors to passed_on: the arguments that a custom generate receives. mode, seed, tree: as of `Decoder.generate`.
+    began: when the call came in, by `time.time()`.
+    """
     refuse_settings(vars(config))
     refuse_passed_on(passed_on)
     mask = passed_on.get("attention_mask")
@@ -69,8 +73,8 @@ def translate(
     keep = [name for name in ("scores", "logits") if return_dict and getattr(config, f"output_{name}")]
     if not rest and not others and streamer is None and not keep:
         return Call(input_ids, request, pad, None, return_dict)
-    # A first call measures pass times and may lay out weights: none of the time that a generation may take. What
-    # the criterion's clock had counted when the call came in, it keeps.
+    # The first call measures pass times and may lay out weights, which must not count as time of the generation: the
+    # clock of a MaxTimeCriteria goes on from where it stood when the call came in.
     now = time.time()
     others = [
         MaxTimeCriteria(one.max_time, now - max(0.0, began - one.initial_timestamp))
@@ -92,7 +96,7 @@ def translate(
     return Call(input_ids, request, pad, callbacks, return_dict)
 
 
-# The warpers that the token choice has built in, and what it calls them.
+# The warpers that are part of the token choice, and the field of `Sampling` for each, in the order of warping.
 _WARPERS = {
     TemperatureLogitsWarper: "temperature",
     TopKLogitsWarper: "top_k",
@@ -102,10 +106,10 @@ _WARPERS = {
 
 
 def _split_processors(processors: LogitsProcessorList, do_sample: bool) -> tuple[list[Callable], Sampling]:
-    """The processors to apply along the walk, and the warpers at their end as a `Sampling`.
+    """The processors to call at every position, and the warpers at the end of the list as a `Sampling`.
 
-    Only a tail in the order in which `Sampling` warps is taken off; anything else stays a processor, to which the
-    noise is then added as it is.
+    Warpers are taken off the end only in the order in which `Sampling` applies them. All others stay processors; the
+    noise is added to their scores.
     """
     rest, order, settings = list(processors), list(_WARPERS), {}
     while do_sample and rest and type(rest[-1]) in order and _keeps_one(rest[-1]):
@@ -116,12 +120,12 @@ def _split_processors(processors: LogitsProcessorList, do_sample: bool) -> tuple
 
 
 def _keeps_one(warper: Callable) -> bool:
-    """Whether at least one token is kept, and the others are excluded: what `Sampling` does."""
+    """Whether a warper does as `Sampling`: keeps at least one token, and excludes others by a score of -inf."""
     return getattr(warper, "filter_value", -torch.inf) == -torch.inf and getattr(warper, "min_tokens_to_keep", 1) == 1
 
 
 def _split_criteria(criteria: StoppingCriteriaList, vocab_size: int) -> tuple[list[int], int, list[Callable]]:
-    """End-of-sequence ids, the longest sequence, and the criteria that remain to be called."""
+    """End-of-sequence ids, the maximum length of a sequence, and the criteria that must be called."""
     eos: list[int] = []
     lengths: list[int] = []
     others = []
@@ -138,6 +142,7 @@ def _split_criteria(criteria: StoppingCriteriaList, vocab_size: int) -> tuple[li
 def _check_positions(
     position_ids: torch.Tensor | None, mask: torch.Tensor | None, input_ids: torch.Tensor, vocab_size: int
 ) -> None:
+    """Raises ValueError unless the position ids are those that follow from the attention mask."""
     if position_ids is None:
         return
     width = input_ids.shape[1]
@@ -146,7 +151,7 @@ def _check_positions(
     else:
         good = position_ids.shape == mask.shape and torch.equal(position_ids * mask, (mask.cumsum(-1) - 1) * mask)
     if not good:
-        unpad(input_ids, mask, vocab_size)  # for its messages: transformers makes position_ids of a wrong mask too
+        unpad(input_ids, mask, vocab_size)  # names a wrong mask, of which transformers has made the position ids
         if position_ids.shape[-1] != width:
             raise ValueError(
                 "attention_mask and position_ids must have the shape of input_ids, "

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from stagedspec.decoding.callbacks import Callbacks
 from stagedspec.decoding.sampling import Sampling, counters
@@ -109,6 +110,22 @@ def validate(
     return Request(
         prompts, max_new_tokens, mode, settings, sampling, seeds, streams, eos, levels, learned, prompt_lookup
     )
+
+
+def encode(prompt: str | torch.Tensor, tokenizer: PreTrainedTokenizerBase | None) -> torch.Tensor:
+    """The token ids [1, T] of a prompt: text, or ids [T] or [1, T]. Raises ValueError for anything else."""
+    if isinstance(prompt, torch.Tensor):
+        return prompt[None] if prompt.dim() == 1 else prompt
+    if not isinstance(prompt, str):
+        raise ValueError(f"prompt must be text or a LongTensor of token ids, got {type(prompt).__name__}")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"prompt must be text that UTF-8 can hold: {error}") from error
+    if tokenizer is None:
+        raise ValueError("this decoder has no tokenizer: give tokenizer=..., or a prompt of token ids")
+    ids = tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
+    return torch.tensor([ids], dtype=torch.long, device="cpu")
 
 
 def _mask_of_padding(input_ids: torch.Tensor, pad: int) -> torch.Tensor | None:

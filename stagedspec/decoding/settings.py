@@ -1,7 +1,7 @@
-"""Every setting of transformers' `generate`, and what becomes of it here: honoured, without effect, or refused.
+"""Tables of all settings of transformers' `generate`: honoured, without effect on the tokens, or refused.
 
-A setting that changes the output is never ignored. One that a later transformers adds is refused until it is in one of
-these tables (tests/test_hf.py holds them against the installed `GenerationConfig`).
+A setting that changes the output is never ignored. A setting that a later release of transformers adds is refused until
+it is in one of these tables (tests/test_hf.py compares them with the installed `GenerationConfig`).
 """
 
 from functools import lru_cache
@@ -17,7 +17,7 @@ HONOURED = {
     "special tokens": ("eos_token_id", "pad_token_id", "bos_token_id"),
     "output": ("return_dict_in_generate", "output_scores", "output_logits"),
     "proposals": ("prompt_lookup_num_tokens",),
-    # transformers makes these into logits processors, which are applied along the walk.
+    # transformers makes these into logits processors, which are called at every position.
     "logits processors": (
         "min_length", "min_new_tokens", "repetition_penalty", "encoder_repetition_penalty", "no_repeat_ngram_size",
         "encoder_no_repeat_ngram_size", "bad_words_ids", "sequence_bias", "suppress_tokens", "begin_suppress_tokens",
@@ -44,8 +44,8 @@ IRRELEVANT = {
 }  # fmt: skip
 
 _OWN = "use transformers' own generate, without stagedspec"
-_CACHE = ("cache", "past_key_values")  # its name from transformers 5.24 on, and before
-# name: (values that ask for nothing, what to use instead)
+_CACHE = ("cache", "past_key_values")  # the KV cache's name from transformers 5.24 on, and before
+# name: (values that have no effect, what to use instead)
 REFUSED: dict[str, tuple[tuple, str]] = {
     "num_beams": ((None, 1), f"sample, or {_OWN}"),
     "num_beam_groups": ((None, 1), f"sample, or {_OWN}"),
@@ -70,7 +70,7 @@ REFUSED: dict[str, tuple[tuple, str]] = {
     ),
 }
 
-# Arguments of `generate` and of the model that are no settings.
+# Arguments of `generate` and of the model's forward that are not settings: name -> what to do instead.
 REFUSED_ARGUMENTS = {
     "inputs_embeds": "give input_ids",
     **dict.fromkeys(_CACHE, "give the whole sequence as input_ids: the prefix is computed again"),
@@ -86,7 +86,7 @@ REFUSED_ARGUMENTS = {
     "synced_gpus": "run one decoder a process",
     "custom_generate": "leave it out: this is one",
 }
-# What transformers hands on to the model and does not matter here.
+# Arguments that transformers passes on to the model and that have no effect here.
 _PASSED_ON = ("attention_mask", "use_cache", "logits_to_keep", "cache_position", "return_dict", "labels")
 
 _KNOWN = {name for group in (HONOURED, IRRELEVANT) for names in group.values() for name in names} | REFUSED.keys()
@@ -123,7 +123,7 @@ def refuse_arguments(arguments: dict[str, Any]) -> None:
 
 
 def refuse_passed_on(arguments: dict[str, Any]) -> None:
-    """The same for what transformers' `generate` hands to a custom one, after its own preparations."""
+    """Raises ValueError for the first keyword that transformers' `generate` passes on and that is not supported."""
     for name, value in arguments.items():
         if value is None or value is False or name in _PASSED_ON or name == "position_ids":
             continue

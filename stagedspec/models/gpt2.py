@@ -1,6 +1,6 @@
 """GPT-2 weights, the KV cache and the forward pass over a batch of token trees.
 
-Everything of `GPT2Config` that changes the forward pass is honoured; what is not supported is refused by name.
+Every setting of `GPT2Config` that changes the forward pass is followed, or refused by name.
 """
 
 import copy
@@ -34,8 +34,8 @@ class Layer:
 class Cache:
     """A static KV cache [layers, B, S, 2, H, D]: the tree region, then the prefix.
 
-    Tree nodes live in rows [0, tree_rows); the token at position p lives in row tree_rows + p. The two lie side by
-    side so that one contiguous slice covers both.
+    Tree nodes are in rows [0, tree_rows); the token at position p is in row tree_rows + p. The two regions are adjacent
+    so that one contiguous slice covers both.
     """
 
     def __init__(self, model: "GPT2", batch: int, tree_rows: int, positions: int):
@@ -50,14 +50,14 @@ class Cache:
 
 
 class GPT2:
-    """Weights of one model, copied and laid out for a backend: what later happens to the model does not matter here.
+    """Weights of one model, copied and laid out for a backend. Later changes of the model object have no effect.
 
-    ops: the backend, of `stagedspec.kernels.backends.select.resolve`. invariant: whether a node's result must not
-    depend on the rest of the batch: always for a target; a draft cannot change the output and takes what is fastest.
-    vocabulary: of the target, for a draft with more or fewer rows of padding: token ids below it can be read, and those
-    that the draft has too can be proposed (`vocab_size`).
+    ops: the backend, from `stagedspec.kernels.backends.select.resolve`. invariant: whether a node's result must not
+    depend on the rest of the batch: True for a target; False for a draft, which cannot change the output, so that the
+    fastest arithmetic will do. vocabulary: vocabulary size of the target, for a draft with more or fewer rows of
+    padding: token ids below it can be read, and those that the draft has too can be proposed (`vocab_size`).
 
-    Raises ValueError for a config that cannot be decoded, for heads too wide for the backend, and for weights that are
+    Raises ValueError for a config that is not supported, for heads too wide for the backend, and for weights that are
     not finite in `dtype`.
     """
 
@@ -127,16 +127,16 @@ class GPT2:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of weights one pass reads: every layer and the head; of the embeddings only a few rows."""
+        """Bytes of weights that one pass reads: all layers and the head. Of the embeddings it reads only a few rows."""
         config = self.config
         inner = config.n_inner or 4 * config.n_embd
         layer = 4 * config.n_embd**2 + 2 * config.n_embd * inner
         return (config.n_layer * layer + self.vocab_size * config.n_embd) * self.dtype.itemsize
 
     def forward(self, batch: Batch, cache: Cache, write: int, first: int = 0) -> torch.Tensor:
-        """One pass over the B*N tokens of batch; returns the hidden states [B, N, d] before the last norm.
+        """One pass over the B*N tokens of batch; returns the hidden states [B, N, d] before the final LayerNorm.
 
-        Their K and V are written to cache rows write .. write + N; what they attend to begins at row `first`.
+        Keys and values are written to cache rows write .. write + N; rows before `first` are not attended to.
         """
         ops = self.ops
         if self.compiled is not None and self.compiled.knows(batch.tokens.numel()):
@@ -156,29 +156,30 @@ class GPT2:
         return self.ops.head_logits(hidden, *self.final_norm, self.epsilon, self.head)
 
     def choose(self, hidden: torch.Tensor, warping: dict | None, noise: Any) -> torch.Tensor:
-        """Hidden states [B, N, d] to the one token of every node [B, N]."""
+        """Hidden states [B, N, d] to the token chosen at every node [B, N]."""
         return self.ops.lm_head_choose(hidden, *self.final_norm, self.epsilon, self.head, warping, noise)
 
     def children(self, hidden: torch.Tensor, count: int, warping: dict | None, noise: Any) -> tuple[torch.Tensor, ...]:
-        """Hidden states [B, N, d] to the likeliest children: tokens and log-probabilities [B, N, count]."""
+        """Hidden states [B, N, d] to the most likely children: tokens and log-probabilities, both [B, N, count]."""
         if self.compiled is not None and self.compiled.knows(hidden.shape[:-1].numel(), warping):
             return cast(DraftCompiler, self.ops).compiled_children(self.compiled, hidden, count, warping, noise)
         return self.ops.lm_head_children(hidden, *self.final_norm, self.epsilon, self.head, count, warping, noise)
 
 
 class _Weights:
-    """The weights of a model object by name, each copied when it is asked for, so that no two copies of all exist.
+    """The weights of a model object by name. Each is copied when it is read, so that there is never a second full copy.
 
-    role ("target", "draft") is for messages. shared: the weights themselves, copied only for another device or dtype.
+    role ("target", "draft") is for messages.
     """
 
     def __init__(self, model: GPT2LMHeadModel, role: str, device: torch.device, dtype: torch.dtype):
         self._role, self._device, self._dtype = role, device, dtype
-        named = nn.Module.named_parameters(model, remove_duplicate=False)  # whatever a subclass makes of it
+        named = nn.Module.named_parameters(model, remove_duplicate=False)  # even if a subclass overrides it
         self._parameters = {name: one.detach() for name, one in named}
 
     @property
     def shared(self) -> dict[str, torch.Tensor]:
+        """The model's own tensors, copied only to another device or dtype."""
         return {name: one.to(self._device, self._dtype) for name, one in self._parameters.items()}
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -199,16 +200,18 @@ class _Weights:
 
 
 def finite(tensor: torch.Tensor) -> bool:
-    """Whether no value is infinite or NaN. Both pass through the extremes, which torch finds ten times faster than it
-    looks at every value."""
+    """Whether no value is infinite or NaN.
+
+    Either would be in the minimum or the maximum, which torch finds ten times faster than it tests every value.
+    """
     return not tensor.numel() or all(bool(extreme.isfinite()) for extreme in tensor.detach().aminmax())
 
 
 class Reader:
     """Fills a model's cache with the prompts, chunk by chunk.
 
-    sequences: the committed tokens, of the backend's `Sequences`. repeated: what makes a pass that runs often, the
-    backend's `repeated` or nothing; chunks of one size share the pass.
+    sequences: the committed tokens, the backend's `Sequences`. repeated: the backend's `repeated`, which prepares a
+    function that runs often (captures it as a CUDA graph), or None; chunks of one size share the prepared pass.
     """
 
     def __init__(
@@ -224,8 +227,8 @@ class Reader:
             self._pass(size)(self.sequences.chunk(start, size, self.model.kv_dtype), start)
 
     def calls(self, sizes: Iterable[int]) -> Iterator[tuple[Callable, tuple]]:
-        """A call of the pass over a chunk of each size, (pass, arguments), for the backend's `prepare`; without those
-        that are prepared."""
+        """The pass over a chunk of each size and its arguments, for the backend's `prepare`; those already prepared are
+        left out."""
         for size in sizes:
             if not getattr(self._pass(size), "prepared", False):
                 yield self._pass(size), (self.sequences.chunk(0, size, self.model.kv_dtype), 0)
@@ -238,12 +241,12 @@ class Reader:
 
 
 def read_chunk(model: GPT2, cache: Cache, chunk: Batch, start: int) -> None:
-    """The pass over a chunk of prompts, of `Sequences.chunk`, after their first `start` tokens."""
+    """The pass over one chunk of the prompts (`Sequences.chunk`), which begins at token `start`."""
     model.forward(chunk, cache, cache.tree_rows + start, cache.tree_rows)
 
 
 def check_config(config: GPT2Config) -> None:
-    """Raises ValueError, by name, for what cannot be decoded."""
+    """Raises ValueError, naming the setting, for a config that is not supported."""
     if getattr(config, "model_type", None) != "gpt2":
         kind = getattr(config, "model_type", None)
         raise ValueError(

@@ -12,7 +12,7 @@ from transformers.utils import cached_file, logging
 
 from stagedspec.models import checkpoints
 from stagedspec.models.gpt2 import check_config, finite
-from stagedspec.models.plain import check_plain
+from stagedspec.models.plain_gpt2 import check_plain
 from stagedspec.values import plain, whole
 
 

@@ -33,7 +33,7 @@ from transformers import (
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
-import stagedspec.models.live
+import stagedspec.models.live_model
 from stagedspec import Decoder, Sampling, TreeConfig, hf
 from stagedspec.decoding import prepared, settings
 from stagedspec.hf import custom_generate
@@ -573,13 +573,13 @@ def test_prompt_lookup_accepts_what_repeats(target, custom, place):
 def made(monkeypatch):
     """The models whose weights are laid out."""
     known = []
-    real = stagedspec.models.live.GPT2
+    real = stagedspec.models.live_model.GPT2
 
     def record(model, *args, **options):
         known.append(model)
         return real(model, *args, **options)
 
-    monkeypatch.setattr(stagedspec.models.live, "GPT2", record)
+    monkeypatch.setattr(stagedspec.models.live_model, "GPT2", record)
     return known
 
 

@@ -17,7 +17,7 @@ from transformers.models.gpt2 import modeling_gpt2
 
 from stagedspec import Decoder, TreeConfig
 from stagedspec.hf import custom_generate
-from stagedspec.models.plain import check_plain
+from stagedspec.models.plain_gpt2 import check_plain
 
 on_cpu = partial(Decoder.from_pretrained, device="cpu")
 IDS = torch.tensor(random_prompts([5], seed=3))

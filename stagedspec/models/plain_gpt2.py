@@ -1,8 +1,8 @@
-"""Is a model object a plain GPT-2, whose forward pass `GPT2` computes?
+"""Checks that a model object is a plain GPT-2, so that `GPT2` computes the same forward pass.
 
 A model object can be changed in ways that its config and the names of its weights do not show: hooks, a replaced
-forward or module, adapters, quantisation, dropout that is left on. Every module is therefore compared with that of an
-unchanged GPT-2 of the same config. What changes the forward pass is refused by name, with what to do about it.
+forward or module, adapters, quantisation, dropout left on. Every module is therefore compared with the one in an
+unchanged GPT-2 of the same config. Whatever changes the forward pass is refused by name, with a way out.
 """
 
 import functools
@@ -18,23 +18,23 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt2 import modeling_gpt2
 
-# What a forward pass and transformers' generation loop go through.
+# Methods that the forward pass and transformers' generation loop call.
 _METHODS = (
     "forward", "__call__", "_call_impl", "_wrapped_call_impl", "__getattr__", "__getattribute__", "_gelu_python",
     "_upcast_and_reordered_attn", "prepare_inputs_for_generation", "_update_model_kwargs_for_generation", "_sample",
     "_prefill",
 )  # fmt: skip
-# Wrappers made in these modules compute what is inside them: torch.compile, no_grad, autocast (but for the dtype).
+# Wrappers from these modules do not change what a function computes: torch.compile, no_grad, autocast (but the dtype).
 _AUTOCAST = "torch.amp.autocast_mode"
 _TRANSPARENT = ("torch._dynamo", "torch.utils._contextlib", _AUTOCAST, "accelerate.utils.operations")
-# Hooks of transformers' own that leave the output as it is: for output_attentions, and for training adapters.
+# Hooks of transformers that do not change the output: for output_attentions, and for training adapters.
 _HARMLESS_HOOKS = ("output_capturing_hook", "make_inputs_require_grads")
 # Attributes that the forward pass does not read.
 _IDLE = {
     "training", "gradient_checkpointing", "p", "inplace", "name_or_path", "loss_type", "padding_idx", "sparse",
     "scale_grad_by_freq", "num_embeddings", "embedding_dim", "in_features", "out_features", "nx",
 }  # fmt: skip
-# Names that a subclass may define again without a change of the output; `_METHODS` are checked apart.
+# Names that a subclass may redefine without changing the output; `_METHODS` are checked separately.
 _OF_A_CLASS = frozenset(
     ("__module__", "__qualname__", "__doc__", "__dict__", "__weakref__", "__annotations__", "__init__", "__repr__",
      "__firstlineno__", "__static_attributes__", "extra_repr", *_METHODS)
@@ -54,8 +54,8 @@ _ACCELERATE = (
 def check_plain(model: GPT2LMHeadModel, role: str) -> None:
     """Raises ValueError, naming the module, for a model whose forward pass is not that of its config and weights.
 
-    role ("target", "draft") is for messages. Values of weights are not looked at. Warns of a forward under autocast,
-    whose dtype is not followed.
+    role ("target", "draft") is for messages. Values of weights are not checked. Warns of a forward under autocast,
+    whose dtype has no effect here.
     """
     for table in (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks):
         if hook := _harmful(table):
@@ -63,7 +63,7 @@ def check_plain(model: GPT2LMHeadModel, role: str) -> None:
     _check_attention(model, role)
     with torch.device("meta"):
         plain = dict(GPT2LMHeadModel(model.config).named_modules(remove_duplicate=False))
-    found = dict(nn.Module.named_modules(model, remove_duplicate=False))  # whatever a subclass makes of it
+    found = dict(nn.Module.named_modules(model, remove_duplicate=False))  # even if a subclass overrides it
     for name, module in found.items():
         if name not in plain:
             _refuse(role, f"has a module {name!r}", _MERGE)
@@ -103,7 +103,7 @@ def _attention(model: GPT2LMHeadModel) -> dict[str, list[Callable]]:
 
 
 def _check_module(module: nn.Module, plain: nn.Module, name: str, role: str) -> None:
-    """module: at `name`; plain: what an unchanged model has there."""
+    """Compares one module with the one of an unchanged model. name: where it is in the model."""
     place = f"{name!r}" if name else "the model itself"
     if isinstance(plain, nn.Dropout) and type(module) is nn.Identity:
         plain = module  # never active here anyway
@@ -184,8 +184,11 @@ def _check_method(module: nn.Module, plain: nn.Module, method: str, place: str, 
 
 
 def _redefined(module: nn.Module, plain: nn.Module, part: bool) -> str | None:
-    """The first name that a subclass defines again: in a part anything that an unchanged part has, such as `__iter__`
-    or `weight`; in the whole model only its modules, because methods such as save_pretrained compute nothing."""
+    """The first name that a subclass redefines and that may change the output, or None.
+
+    part: whether the module is a part of the model. There any name of the unchanged class counts, such as `__iter__` or
+    `weight`; in the whole model only parameters and modules do: methods such as save_pretrained compute nothing.
+    """
     tables = plain._parameters.keys() | plain._buffers.keys() | plain._modules.keys()
     for cls in type(module).__mro__[: type(module).__mro__.index(type(plain))]:
         for name in vars(cls).keys() - _OF_A_CLASS:
@@ -195,7 +198,7 @@ def _redefined(module: nn.Module, plain: nn.Module, part: bool) -> str | None:
 
 
 def _unwrapped(function: Callable, module: nn.Module) -> tuple[Callable | None, bool]:
-    """The function inside transparent wrappers, None if one is bound to another object; whether one is autocast."""
+    """The function inside transparent wrappers, None if one is bound to another object; and whether one is autocast."""
     autocast = False
     while True:
         if getattr(function, "__self__", module) is not module:
@@ -209,7 +212,7 @@ def _unwrapped(function: Callable, module: nn.Module) -> tuple[Callable | None, 
 
 
 def _module_of(function: Callable) -> str:
-    """The module that a function's code is from; functools.wraps changes `__module__`, not this."""
+    """Name of the module that holds a function's code, which functools.wraps does not change (unlike `__module__`)."""
     code = getattr(function, "__func__", function)
     return str(getattr(code, "__globals__", {}).get("__name__") or getattr(type(code), "__module__", ""))
 
@@ -246,7 +249,7 @@ def _comparable(value: object) -> bool:
 
 
 def _content(value: object) -> object:
-    """What makes two attributes the same: functions are compared by what they call."""
+    """What to compare of an attribute: of a partial its parts, of a method its function."""
     if isinstance(value, functools.partial):
         return value.func, value.args, value.keywords
     return getattr(value, "__func__", value)
@@ -256,12 +259,12 @@ def _content(value: object) -> object:
 
 
 def fingerprint(model: GPT2LMHeadModel, sampled: bool) -> tuple:
-    """Changes when the forward pass or a weight does: hooks, modes, attributes; a parameter that is replaced, moved, or
-    written to in place (an optimizer's step, `load_state_dict`).
+    """A value that differs after the forward pass or a weight has changed: hooks, modes, attributes; a parameter that
+    was replaced, moved, or written to in place (an optimizer's step, `load_state_dict`).
 
-    Writing through `.data` leaves versions as they are; sampled adds a row, a column and the diagonal of every matrix
-    and the whole of every vector, which whatever writes to all of a parameter, to rows or to columns changes. To read
-    all weights would cost as much as a token.
+    Writing through `.data` does not change a parameter's version. sampled: also compare a row, a column and the
+    diagonal of every matrix and the whole of every vector, which shows writes to a whole parameter, row or column.
+    Comparing all weights would take as long as decoding a token.
     """
     everywhere = [*torch_module._global_forward_hooks, *torch_module._global_forward_pre_hooks]
     attention = [(name, list(map(id, functions))) for name, functions in _attention(model).items()]

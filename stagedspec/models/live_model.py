@@ -1,4 +1,4 @@
-"""Model objects of the caller's, which may change after a decoder was made of them."""
+"""Follows the weights of a caller's model object, which may change after a decoder was made of it."""
 
 import weakref
 from threading import Lock
@@ -8,18 +8,18 @@ from transformers import GPT2LMHeadModel
 
 from stagedspec.models.gpt2 import GPT2
 from stagedspec.models.loading import read_checkpoint
-from stagedspec.models.plain import fingerprint
+from stagedspec.models.plain_gpt2 import fingerprint
 
 
 class LiveModel:
-    """The weights of a model object as it is now.
+    """The current weights of a model object.
 
-    What is read is a copy, so that weights are never a mixture of old and new ones, not even in a generation during
-    which the model changes; but another thread must not write to the model while a call begins. The model itself is not
-    kept alive; once it is gone, the last copy stays.
+    Weights are copied, so that a generation never mixes old and new ones, even if the model changes meanwhile; but no
+    other thread may write to the model while a call begins. The model is not kept alive: after it is freed, the last
+    copy stays.
 
-    model: checked already, by `read_checkpoint`. layout: the other arguments of `GPT2`. Changes through `.data` are
-    looked for in a target alone (`plain.fingerprint`): a draft cannot change the output.
+    model: has passed `read_checkpoint`. layout: the other arguments of `GPT2`. Changes through `.data` are looked for
+    only in a target (`plain_gpt2.fingerprint`), because a draft cannot change the output.
     """
 
     def __init__(self, model: GPT2LMHeadModel, role: str, **layout: Any):
@@ -31,6 +31,7 @@ class LiveModel:
 
     @property
     def model(self) -> GPT2LMHeadModel | None:
+        """The model object, None after it was freed."""
         return self._model()
 
     def now(self) -> GPT2:
@@ -45,8 +46,10 @@ class LiveModel:
 
 
 def read_model(model: GPT2LMHeadModel, role: str, held: bool, **layout: Any) -> tuple[GPT2, LiveModel | None]:
-    """The weights of a model, laid out by the other arguments of `GPT2`; and the `LiveModel` that follows the model if
-    the caller holds it."""
+    """The weights of a model, and the `LiveModel` that follows it if the caller holds the model object.
+
+    layout: the other arguments of `GPT2`.
+    """
     if not held:
         return GPT2(model, **layout), None
     live = LiveModel(model, role, **layout)
