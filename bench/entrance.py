@@ -17,7 +17,7 @@ import torch
 from transformers import GenerationConfig, GPT2LMHeadModel
 
 from machine import arguments_of, header, where
-from sides import HERE, encode
+from sides import HERE, clear_errors, encode
 from stagedspec import Decoder
 from stagedspec.cli.output import quiet_transformers
 from stagedspec.hf import custom_generate
@@ -75,6 +75,7 @@ def costs(seconds: dict[str, list[float]]) -> dict[str, tuple[float, float, floa
     return found
 
 
+@clear_errors
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--prompts", type=Path, default=HERE / "prompts.jsonl")
@@ -87,13 +88,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     quiet_transformers()
-    try:
-        sides, tokenizer = ways(options.mode, options.max_new_tokens, options.device)
-        prompts, _ = encode(read_prompts(options.prompts), tokenizer, 256, options.limit)
-        seconds = measure(sides, prompts, options.repeats)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    sides, tokenizer = ways(options.mode, options.max_new_tokens, options.device)
+    prompts, _ = encode(read_prompts(options.prompts), tokenizer, 256, options.limit)
+    seconds = measure(sides, prompts, options.repeats)
     count = len(seconds["plain"])
     report = header("entrance.py", arguments_of(arguments), torch.device(options.device))
     print(f"{report['command']}: {count} pairs of {options.max_new_tokens} new tokens, {options.mode}; {where(report)}")

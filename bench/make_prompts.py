@@ -14,6 +14,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from sides import clear_errors
 from stagedspec.training.corpus import Corpus
 
 SHORTEST, LONGEST = 32, 128  # tokens
@@ -80,21 +81,18 @@ def make_prompts(run: Path, count: int) -> list[str]:
     return list(prompts)
 
 
+@clear_errors
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="folder written by `stagedspec train`")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "prompts.jsonl")
     parser.add_argument("--count", type=int, default=128)
     options = parser.parse_args()
-    try:
-        if options.count < 1:
-            raise ValueError(f"--count must be positive, got {options.count}")
-        prompts = make_prompts(options.run, options.count)
-        lines = (json.dumps({"prompt": prompt, "source": "held-out"}) + "\n" for prompt in prompts)
-        options.out.write_text("".join(lines), encoding="utf-8")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if options.count < 1:
+        raise ValueError(f"--count must be positive, got {options.count}")
+    prompts = make_prompts(options.run, options.count)
+    lines = (json.dumps({"prompt": prompt, "source": "held-out"}) + "\n" for prompt in prompts)
+    options.out.write_text("".join(lines), encoding="utf-8")
     print(f"{len(prompts)} prompts")
     return 0
 

@@ -4,7 +4,7 @@
 
 Table 1: weight bytes read per token. Table 2: tokens per second. Figure 1: the machine's roofline. Figure 2: the
 speed-up of every prompt. Figure 3: completions coloured by the model that first proposed each token. Every run is noted
-as soon as it is done: the same command goes on after an interruption. See bench/README.md.
+as soon as it is done: after an interruption the same command continues. See bench/README.md.
 """
 
 import argparse

@@ -1,5 +1,5 @@
-"""Four ways to draft m children of a node and to accept one of them, all lossless: the token that comes out has the
-target's distribution, whatever the draft's.
+"""Four rules for drafting m children of a node and accepting one of them. All are lossless: the resulting token has the
+target's distribution for every draft.
 
 Each takes the distributions p and q of the target and the draft, [R, V], whose rows sum to 1 and may hold zeros, the
 number of children m and a generator, and gives an Outcome for every row. Children are nested: the first j of m are

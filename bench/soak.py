@@ -41,10 +41,10 @@ from stagedspec.cli.output import quiet_transformers
 from stagedspec.devices import resolve_device
 
 TREE = TreeConfig(8, 4, 2, 2, 3, 1, 2)  # of the decoder whose trees do not adapt
-RELEASE_EVERY = 40  # about so many calls of a worker between releases of kept memory
+RELEASE_EVERY = 40  # calls of a worker between two releases of kept memory, about
 TIGHT_SECONDS = 15.0  # memory is nearly full for so long, then free for so long
 STUCK_SECONDS = 120.0  # a call that takes longer after the end of the run is taken to be stuck
-MOST_PROBLEMS = 20  # after so many the run ends
+MOST_PROBLEMS = 20  # the run ends after this many
 
 
 def decoders_of(options: argparse.Namespace) -> tuple[Decoder, dict[str, Decoder]]:

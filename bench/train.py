@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 import transformers
 
+from sides import clear_errors
 from stagedspec.devices import resolve_device
 from stagedspec.training import recipe
 from stagedspec.training.fit import cross_entropy, fit, sample_blocks
@@ -71,6 +72,7 @@ def training_rates(config: recipe.TrainConfig, device: torch.device, steps: int,
     return reports
 
 
+@clear_errors
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="gpt2-large", help=", ".join(recipe.PRESETS))
@@ -79,17 +81,13 @@ def main() -> int:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, help="write the result as JSON")
     options = parser.parse_args()
-    try:
-        config = recipe.preset(options.preset)
-        device = resolve_device(options.device)
-        if options.steps < 2 or (device.type == "cuda" and options.steps < 20):
-            raise ValueError(f"--steps must be at least 2, and 20 on a GPU, got {options.steps}")
-        micro_batch = options.micro_batch or config.target_micro_batch
-        roof = matrix_rate(device)
-        reports = training_rates(config, device, options.steps, micro_batch)[1:]
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    config = recipe.preset(options.preset)
+    device = resolve_device(options.device)
+    if options.steps < 2 or (device.type == "cuda" and options.steps < 20):
+        raise ValueError(f"--steps must be at least 2, and 20 on a GPU, got {options.steps}")
+    micro_batch = options.micro_batch or config.target_micro_batch
+    roof = matrix_rate(device)
+    reports = training_rates(config, device, options.steps, micro_batch)[1:]
     tflops = statistics.median(values["tflops"] for values in reports)
     result = {
         "preset": options.preset,

@@ -1,4 +1,4 @@
-"""What the two Nsight scripts share: step.py under a tool, and what must be there for it."""
+"""Code shared by the two Nsight scripts: runs step.py under a tool, and checks that the tool can run."""
 
 import argparse
 import os
@@ -39,7 +39,7 @@ def run(
 
 
 def missing(tool: str) -> str:
-    """What a tool lacks to profile a step, or nothing."""
+    """What a tool lacks to profile a step, or an empty text."""
     if shutil.which(tool) is None:
         return f"{tool} is not on the PATH: it comes with the CUDA toolkit and with NVIDIA's Nsight packages"
     import torch

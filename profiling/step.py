@@ -1,9 +1,9 @@
-"""Decodes a few steps, warmed up, for a profiler to watch: what every script here runs.
+"""Decodes a few steps under a profiler, after a warm-up. All scripts here run it.
 
     python profiling/step.py [--shape L | --target FOLDER --draft FOLDER --ngram FILE] [--mode staged] [--steps 4]
 
-Without a model the embedded ones decode; --shape takes random weights of a GPT-2's shape, with a draft of 40M
-parameters, which no hub is needed for. The tree is the same in every step. On a GPU the profiled steps run between
+By default the embedded models decode. --shape uses random weights in a GPT-2's shape, with a draft of 40M parameters,
+and downloads nothing. The tree is the same in every step. On a GPU the profiled steps run between
 cudaProfilerStart and cudaProfilerStop; with STAGEDSPEC_NVTX=1 their phases are NVTX ranges, and no step is captured.
 """
 
@@ -27,7 +27,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))  # machine.p
 from sides import check_options, clear_errors
 
 SHAPES = {name: SIZES[name] for name in ("S", "M", "L", "XL")}
-DRAFT = ModelShape(4, 512, 8)  # of 39M parameters, as large as the paper's
+DRAFT = ModelShape(4, 512, 8)  # 39M parameters, about the size of the paper's
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -130,7 +130,7 @@ def steps(decoder: stagedspec.Decoder, options: argparse.Namespace, mark: Mark =
 
 
 def synchronised(run: Generation) -> Generation:
-    """The generation, once its device is done."""
+    """The generation, after its device has finished."""
     device = run.engine.target.device
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -37,7 +37,7 @@ Place = tuple[str, ...]  # the ranges below a step's, outermost first: phase, op
 
 
 class Watched:
-    """A backend whose operations are ranges of the trace and tell the bytes that they must move.
+    """A backend whose operations are ranges of the trace, annotated with the bytes that they must move.
 
     prefix: committed tokens of all sequences; moved: bytes by place.
     """
@@ -70,7 +70,7 @@ class Watched:
 
 
 def size(value: object) -> int:
-    """Bytes of a tensor, an array, a linear layer's weight and bias, all of a sequence; 0 for what else there is."""
+    """Bytes of a tensor, an array, a linear layer's weight and bias, or a sequence of these; 0 for anything else."""
     if isinstance(value, (torch.Tensor, np.ndarray)):
         return value.nbytes
     if hasattr(value, "weight"):
@@ -130,7 +130,7 @@ FLOORS = {
 
 @dataclass
 class Row:
-    """Of one place, a step: kernels' names to (launches, µs), and the bytes that must be moved."""
+    """One operation in a step: kernel names to (launches, µs), and the bytes that it must move."""
 
     place: Place
     kernels: dict[str, tuple[float, float]]
@@ -156,7 +156,7 @@ class Launch:
 
 
 def launches(profile: torch.profiler.profile, ranges: set[str]) -> list[Launch]:
-    """What ran on the GPU. The profiler lists our ranges there too."""
+    """The kernels that ran on the GPU, without our ranges, which the profiler lists there too."""
     return [
         Launch(event.linked_correlation_id(), event.name(), event.start_ns() / 1e3, event.end_ns() / 1e3)
         for event in profile.profiler.kineto_results.events()
@@ -165,7 +165,7 @@ def launches(profile: torch.profiler.profile, ranges: set[str]) -> list[Launch]:
 
 
 def own_times(runs: list[Launch]) -> dict[int, list[tuple[str, float]]]:
-    """By operation, its kernels and the µs that the GPU took for each.
+    """The kernels of each operation, and the µs of each on the GPU.
 
     A kernel may start while the one ahead still runs (programmatic dependent launch), and then waits for it: its own
     time begins when the one ahead has ended. So no moment counts twice.
@@ -239,7 +239,7 @@ def table(rows: list[Row], roof: float, least: float = 0.03) -> str:
 
 
 def total(rows: list[Row]) -> Row:
-    """All of a step."""
+    """Sum over a step."""
     kernels = {(*row.place, name): cost for row in rows for name, cost in row.kernels.items()}
     return Row(("all",), kernels, sum(row.moved for row in rows))
 
@@ -249,7 +249,7 @@ def _times(launches: float, microseconds: float, step: Row) -> tuple[str, str, s
 
 
 def _short(name: str, most: int = 48) -> str:
-    """C++ kernels carry all their template's arguments."""
+    """Shortens the name of a kernel: C++ kernels carry all their template arguments."""
     name = name.removeprefix("void ").replace("|", "/")
     return name if len(name) <= most else name[: most - 1] + "…"
 
@@ -258,13 +258,13 @@ def _short(name: str, most: int = 48) -> str:
 
 
 def seconds_as_decoded(decoder: stagedspec.Decoder, options: argparse.Namespace) -> float:
-    """Wall-clock seconds a step, unwatched."""
+    """Wall-clock seconds of a step without the profiler."""
     times = [time.perf_counter() for _ in steps(decoder, options)]
     return (times[-1] - times[0]) / options.steps
 
 
 def trace(decoder: stagedspec.Decoder, options: argparse.Namespace) -> tuple[torch.profiler.profile, Watched]:
-    """Profiles the steps. The decoder is watched from then on."""
+    """Profiles the steps. The decoder stays instrumented afterwards."""
     watched = Watched(decoder.target.ops)
     if not options.as_decoded:
         decoder.mark = watched.mark
@@ -318,7 +318,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _buffer(step: Row, device: torch.device) -> int:
-    """Bytes to measure the roof on: more than a GPU's cache holds; on a CPU, whose caches differ, what a step moves."""
+    """Bytes for measuring the roof: more than a GPU's cache; on a CPU, whose caches differ, those that a step moves."""
     return 1 << 31 if device.type == "cuda" else max(int(step.moved), 1 << 20)
 
 

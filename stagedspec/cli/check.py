@@ -61,7 +61,7 @@ def check(
     from stagedspec.kernels.common import registry
 
     where = resolve_device(device)
-    if not registry.interpreted():
+    if not registry.interpreted():  # TRITON_INTERPRET may be set, to 0
         early_checks.check_gpu("check", device)
     decoder = load_decoder(target, draft, ngram, where, dtype, "triton", text=False)
     with progress_bar() as progress:

@@ -71,7 +71,7 @@ def load_decoder(
     tree: a file that tune-tree wrote. modes: those that will be used. text: whether a tokenizer is needed. shape:
     fields of a TreeConfig; None is left out.
 
-    Raises ValueError for options that cannot be, before torch is imported or a model loaded.
+    Raises ValueError for invalid options before torch is imported or a model is loaded.
     """
     settings = {name: value for name, value in shape.items() if value is not None}
     early_checks.check_models(target, draft, ngram, device, dtype, backend, tree, settings, modes)
