@@ -269,6 +269,20 @@ class Unread(Protocol):
 # ---------------------------------------------------------------- the backend
 
 
+class Captured(Protocol):
+    """A function that is replayed as a CUDA graph after its first call. Arguments and results must be the same tensors
+    at every call."""
+
+    @property
+    def prepared(self) -> bool:
+        """Whether all is compiled and allocated that `capture` needs (`Backend.prepare`)."""
+
+    def __call__(self, *given: Any) -> Any: ...
+
+    def capture(self, *given: Any) -> None:
+        """Makes the graph, unless there is one, without running it."""
+
+
 class Backend(Protocol):
     """The operations of one kind of device, and the makers of a generation's state.
 
@@ -306,8 +320,7 @@ class Backend(Protocol):
         """Raises ValueError for a `TreeConfig` that cannot be grown, with this n-gram table, or verified."""
 
     def repeated(self, part: Callable) -> Callable:
-        """Prepares a step, or a part of one, for being run many times. The arguments and results of the returned
-        function are the same tensors at every call, if the backend captures it as a CUDA graph."""
+        """A step, or a part of one, for being run many times: `part` itself, or a `Captured`."""
 
     def prepare(self, calls: Iterable[tuple[Callable, tuple]], device: torch.device) -> int:
         """Compiles, in parallel, the kernels of calls (function, arguments) that are to come, without running them.

@@ -1,4 +1,4 @@
-"""Chooses the implementation of the operations, once, when a decoder is made."""
+"""Chooses the backend, once, when a decoder is made."""
 
 import os
 import shutil
@@ -13,22 +13,23 @@ from stagedspec.kernels.backends.interface import Backend
 from stagedspec.kernels.common.limits import MAX_HEAD_SIZE
 
 BACKENDS = ("auto", "torch", "triton")
-# What "auto" trusts the kernels with: the compute capability they have run on, and the heads that their tests have.
+# "auto" takes the kernels without a check for the compute capability and the head sizes that they were tried with.
 TRIED, TRIED_HEAD_SIZE = (9, 0), 128
 
 
 def resolve(
     backend: str, device: torch.device, head_sizes: Collection[int] = (), dtype: torch.dtype | None = None
 ) -> Backend:
-    """Returns a backend of its own for the models of one decoder on `device`.
+    """Returns a new backend object for the models of one decoder on `device`.
 
-    "auto" is triton on a GPU of the kind that the kernels have been tried on, and on one where `stagedspec check` has
-    passed (trusted.py), if it can run there, else torch; on a GPU a warning says why. "triton" needs an NVIDIA GPU of
-    compute capability 8.0 or later and what Triton builds its launchers with; on the CPU it runs in Triton's
-    interpreter, for checking, and only if TRITON_INTERPRET=1 was set before Python started. head_sizes: the models',
-    none if they are not known yet; dtype: theirs, or None.
+    backend: "torch", "triton" or "auto". head_sizes, dtype: of the models, none if they are not known yet.
 
-    Raises ValueError for an unknown backend and for a forced one that cannot run.
+    "triton" needs an NVIDIA GPU of compute capability 8.0 or later, a C compiler and Python's headers. On a CPU it runs
+    in Triton's interpreter, for checking, if TRITON_INTERPRET=1 was set before Python started. "auto" is triton where
+    it can run on a GPU, if the kernels have been tried on that kind of GPU or `stagedspec check` has passed there
+    (trusted.py). Else it is torch, and on a GPU a warning says why.
+
+    Raises ValueError for an unknown backend, and for "triton" where it cannot run.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
@@ -55,7 +56,7 @@ def resolve(
 
 
 def _triton_problem(device: torch.device, head_size: int) -> str:
-    """Why kernels cannot run on the device, or nothing."""
+    """Why kernels cannot run on the device; "" if they can."""
     try:
         import triton
     except ImportError as error:
@@ -75,8 +76,10 @@ def _triton_problem(device: torch.device, head_size: int) -> str:
 
 
 def _cannot_build() -> str:
-    """What Triton lacks to build the modules that launch kernels, or nothing. It takes CC for the name of one program,
-    and does not look for another where CC is set."""
+    """What Triton lacks to build the modules that launch kernels; "" if nothing.
+
+    Triton takes CC as the name of one program, and looks for no other compiler if CC is set.
+    """
     named = os.environ.get("CC")
     if not any(map(shutil.which, ("gcc", "clang") if named is None else (named,))):
         return f"Triton needs a C compiler: install gcc or clang, or name one in CC (now {named!r})"
@@ -88,7 +91,7 @@ def _cannot_build() -> str:
 
 
 def _untried(device: torch.device, head_sizes: Collection[int], dtype: torch.dtype | None) -> str:
-    """Why "auto" leaves kernels alone that could run on the GPU, or nothing."""
+    """Why "auto" does not take kernels that could run on the GPU; "" if it does."""
     import triton
 
     from stagedspec.kernels.common import trusted

@@ -79,12 +79,6 @@ class TorchBackend:
     ) -> host.Growth:
         return host.Growth(sequences, config, table, noise, dtype)
 
-    def root_trees(self, sequences: host.Sequences) -> host.Trees:
-        return host.Trees.roots(sequences)
-
-    def lookup_trees(self, sequences: host.Sequences, depth: int) -> host.Trees:
-        return host.Trees.lookup(sequences, depth)
-
     def unread_pass(self, sequences: host.Sequences, count: int, tree_rows: int, dtype: torch.dtype) -> host.Unread:
         return host.Unread.before_last(sequences, count, tree_rows, dtype)
 
@@ -114,6 +108,8 @@ class TorchBackend:
     # ------------------------------------------------------------ operations
     # The functions themselves: a method around each would be one more call in Python, five times a layer.
 
+    root_trees = staticmethod(host.Trees.roots)
+    lookup_trees = staticmethod(host.Trees.lookup)
     prefill_batch = staticmethod(host.prefill_batch)
     kv_dtype = staticmethod(reference.kv_dtype)
     pack_linear = staticmethod(reference.pack_linear)

@@ -1,16 +1,15 @@
 """The Triton backend: every operation as a Triton kernel, with a generation's state on the device (state/device.py).
 
-An instance serves the models of one decoder. It owns the buffers that a step's operations write into, one for each
-operation and width: after the first step nothing is allocated, nothing is read back, and the step can be captured as a
-CUDA graph. Operations run in turn on one stream, so buffers of one width are shared between passes, layers and models.
+One object serves the models of one decoder. It owns the buffers that a step's operations write into, one for each
+operation and width. After the first step nothing is allocated and nothing is read back, so a step can be captured as a
+CUDA graph. Operations run one after the other on one stream: passes, layers and models share the buffers of one width.
 """
 
-import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from functools import cache, partial
-from threading import Lock, RLock
+from functools import partial
+from threading import RLock
 from typing import Any
 
 import torch
@@ -18,15 +17,16 @@ import torch
 from stagedspec.kernels import choose as choice
 from stagedspec.kernels import compact, embed, grow_tree, linear, lm_head, reference
 from stagedspec.kernels import tree_attention as attention
+from stagedspec.kernels.backends.cuda_graph import Captured
 from stagedspec.kernels.common import compiling, registry
 from stagedspec.kernels.common.limits import MAX_HEAD_SIZE
 from stagedspec.kernels.common.timing import Overheads
 from stagedspec.kernels.state import device as state
 from stagedspec.kernels.state.host import GREEDY_SHARPNESS
 
-ROWS = linear.MAX_TOKENS  # the most rows that one launch of a linear takes
-# Keys nearer than this are gathered node by node, so that it does not matter whether they are committed. A constant:
-# it fixes the order of every sum, so it must be the same for every tree that a decoder may use.
+ROWS = linear.MAX_TOKENS  # of one launch of a linear layer
+# Keys at most this many positions before a node are gathered for each node, so that it does not matter whether they are
+# committed. It fixes the order of every sum over keys, so it must be the same for all trees that a decoder may use.
 WINDOW = 32
 
 
@@ -42,19 +42,19 @@ class Linear:
 
 @dataclass(frozen=True)
 class NoiseAt:
-    """The counters of the noise of every node of a pass: seeds, streams [B], positions [B, N]."""
+    """Counters of the noise at every node of a pass: seeds int64, streams int32 [B], positions int32 [B, N]."""
 
     seeds: torch.Tensor
     streams: torch.Tensor
     positions: torch.Tensor
 
     def at_nodes(self, nodes: torch.Tensor) -> "NoiseAt":
-        """Of one node [B] of each row."""
+        """The counters at one node of each row: nodes int64 [B]."""
         return replace(self, positions=self.positions.gather(1, nodes[:, None]))
 
 
 class Noise:
-    """The Gumbel noise as counters: kernels make each value where they need it. A seed and a stream of each row."""
+    """The Gumbel noise as counters, a seed and a stream for each row: kernels compute each value where they need it."""
 
     def __init__(self, seeds: list[int], streams: list[int], device: torch.device):
         self.seeds = torch.empty(len(seeds), dtype=torch.int64, device=device)
@@ -63,7 +63,7 @@ class Noise:
 
     @torch.inference_mode()
     def restart(self, seeds: list[int], streams: list[int]) -> None:
-        """Another generation's noise, in place."""
+        """Begins another generation in the same tensors."""
         self.seeds.copy_(torch.tensor(seeds, dtype=torch.int64, device="cpu"))
         self.streams.copy_(torch.tensor(streams, dtype=torch.int32, device="cpu"))
 
@@ -80,12 +80,8 @@ class TritonBackend:
     name = "triton"
     max_head_size = MAX_HEAD_SIZE
     max_depth = WINDOW - 2  # the draft's pass begins one token above the root
-    timed_rows: tuple[int, ...] = (
-        1,
-        16,
-        64,
-    )  # of the passes that the cost model measures: each has kernels of its own to compile
-    # The kernels of tree growth, verification and commit on an H200 (bench/README.md), and a graph's launch.
+    timed_rows: tuple[int, ...] = (1, 16, 64)  # few: each number of rows has kernels of its own to compile
+    # On an H200 (bench/README.md): the kernels of tree growth, verification and commit, and the launch of a graph.
     overheads = Overheads(step=2.5e-5, node=0.0, drafting=0.0, draft_pass=1e-5, row=0.0)
 
     # A step is a CUDA graph: its passes, its tree and its tensors never change.
@@ -95,8 +91,12 @@ class TritonBackend:
     keeps_generations = True
     times_phases = False
 
+    def __init__(self) -> None:
+        self._buffers: dict[tuple, torch.Tensor] = {}
+        self._scratch: registry.Scratch | None = None
+        self.lock: AbstractContextManager[Any] = RLock()  # whatever uses this object shares its buffers
+
     def check_tree(self, tree: Any, table: Any = None) -> None:
-        """Raises ValueError for a `TreeConfig` that the kernels cannot grow, with the n-gram table, or verify."""
         if tree.depth > self.max_depth:
             raise ValueError(
                 f"a tree of this backend can be at most {self.max_depth} deep, got depth {tree.depth}; lower it, or "
@@ -111,15 +111,10 @@ class TritonBackend:
         grow_tree.check_candidates("tree", tree)
         grow_tree.check_options("tree", tree, table)
 
-    def __init__(self) -> None:
-        self._buffers: dict[tuple, torch.Tensor] = {}
-        self._scratch: registry.Scratch | None = None
-        self.lock: AbstractContextManager[Any] = RLock()  # whatever uses this object shares its buffers
-
     # ---------------------------------------------------------------- memory
 
     def _buffer(self, op: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """The first rows of a buffer that is as long as the longest that was asked for."""
+        """A buffer of this shape: the first rows of the longest one that was needed so far."""
         key = (op, shape[1:], dtype, device)
         held = self._buffers.get(key)
         if held is None or held.shape[0] < shape[0]:
@@ -127,7 +122,7 @@ class TritonBackend:
         return held[: shape[0]]
 
     def _need(self, size: tuple[int, int], device: torch.device) -> registry.Scratch:
-        """Scratch of at least `size`; grows in the first step alone."""
+        """Scratch of at least `size` (partials, counters). It grows in the first step only."""
         held = self._scratch
         if held is None or held.partials.numel() < size[0] or held.counters.numel() < size[1]:
             sizes = [size] if held is None else [size, (held.partials.numel(), held.counters.numel())]
@@ -135,30 +130,28 @@ class TritonBackend:
         return held
 
     def release(self) -> None:
-        """Lets go of all of it. Graphs that use it hold on to it; what comes next makes its own."""
+        """Drops buffers and scratch. Graphs over them keep theirs; the next operation makes new ones."""
         with self.lock:
             self._buffers, self._scratch = {}, None
 
     # ---------------------------------------------------------------- steps
 
     def repeated(self, part: Callable) -> Callable:
-        """On a GPU it becomes a CUDA graph when it first runs."""
-        return _Captured(part, self)
+        """A CUDA graph, made when it first runs."""
+        return Captured(part, self)
 
     def prepare(self, calls: Iterable[tuple[Callable, tuple]], device: torch.device) -> int:
-        """Makes the buffers and compiles the kernels, in parallel, of calls (part, arguments) that are to come; returns
-        how many kernels were new."""
+        """Makes the buffers of the calls, too."""
         fresh = [(part, given) for part, given in calls if not getattr(part, "prepared", False)]
         if not fresh:
             return 0
         made = compiling.compile_ahead((partial(getattr(part, "part", part), *given) for part, given in fresh), device)
         for part, _ in fresh:
-            if isinstance(part, _Captured):
+            if isinstance(part, Captured):
                 part.buffers = self._buffers
         return made
 
     def seconds(self, run: Callable[[], object], device: torch.device) -> float:
-        """What the device takes for what `run` launches."""
         watch = state.Stopwatch(device)
         watch.start()
         run()
@@ -198,7 +191,7 @@ class TritonBackend:
     # ---------------------------------------------------------------- weights
 
     def kv_dtype(self, dtype: torch.dtype, device: torch.device, invariant: bool) -> torch.dtype:
-        """Keys and values are kept as computed: every sum over them has one order."""
+        """As computed: the kernels sum over keys in one order, whatever else is in the pass."""
         return dtype
 
     def pack_linear(
@@ -208,7 +201,7 @@ class TritonBackend:
         invariant: bool,
         norm: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> Linear:
-        """Rows of the weight [out, in] contiguous, as the kernels stream them, with the norm folded in."""
+        """Folds the norm into weight and bias; makes the rows contiguous, as the kernels read them."""
         if norm is not None:
             folded = linear.Folded.of(*norm, weight, bias)
             return Linear(folded.weight, folded.bias, folded)
@@ -231,7 +224,6 @@ class TritonBackend:
         layer: Linear,
         activation: str | Callable = "none",
     ) -> torch.Tensor:
-        """Of a layer that was packed with this norm."""
         outputs, inputs = layer.weight.shape
         name = activation if isinstance(activation, str) else "none"
         out = self._buffer("norm_linear", (x.shape[0], outputs), x.dtype, x.device)
@@ -242,7 +234,7 @@ class TritonBackend:
         return out if isinstance(activation, str) else activation(out)
 
     def linear_add(self, x: torch.Tensor, layer: Linear, residual: torch.Tensor) -> torch.Tensor:
-        """Adds in place: the residual stream of a pass is one buffer, and the statistics of its rows another."""
+        """Adds in place: the residual stream of a pass is one buffer, the LayerNorm statistics of its rows another."""
         outputs, inputs = layer.weight.shape
         stats = self._stats(residual)
         for rows, known, result in zip(x.split(ROWS), stats.split(ROWS), residual.split(ROWS), strict=True):
@@ -251,7 +243,7 @@ class TritonBackend:
         return residual
 
     def _stats(self, x: torch.Tensor) -> torch.Tensor:
-        """The statistics of a residual stream's rows: written by `embed` and `linear_add`, read by `norm_linear`."""
+        """LayerNorm statistics of the residual stream: `embed` and `linear_add` write, `norm_linear` reads them."""
         return self._buffer("stats", (x.shape[0], linear.stat_tiles(x.shape[1]), 2), torch.float32, x.device)
 
     def embed(
@@ -270,7 +262,6 @@ class TritonBackend:
     # ---------------------------------------------------------------- attention
 
     def prefill_batch(self, tokens: torch.Tensor, start: int, kv_dtype: torch.dtype) -> state.Batch:
-        """The pass over a chunk of prompts: a chain after `start` committed tokens."""
         rows, nodes = tokens.shape
         batch = state.Batch.chain(rows, nodes, tokens.device)
         batch.tokens.copy_(tokens)
@@ -278,7 +269,7 @@ class TritonBackend:
         return batch
 
     def timed_batch(self, tokens: torch.Tensor, context: int, kv_dtype: torch.dtype) -> tuple[state.Batch, int]:
-        """A pass over a root and its children [B, N] after `context` tokens, and the tree rows that it needs."""
+        """A root and its children."""
         rows, nodes = tokens.shape
         batch = state.Batch.chain(rows, nodes, tokens.device)
         star = torch.eye(nodes, dtype=torch.bool, device=tokens.device)
@@ -292,7 +283,7 @@ class TritonBackend:
     def layer_views(
         self, cache: torch.Tensor, tree_rows: int, batch: state.Batch, write: int, first: int
     ) -> Iterator[tuple[torch.Tensor, int, bool]]:
-        """For each layer: its part of the cache, rows of the tree region, and whether this is a chunk of a prompt."""
+        """For each layer: its part of the cache, tree_rows, and whether the pass is a chunk of a prompt."""
         return ((layer, tree_rows, write >= tree_rows) for layer in cache.unbind(0))
 
     def tree_attention(
@@ -323,7 +314,7 @@ class TritonBackend:
     def head_logits(
         self, x: torch.Tensor, norm_weight: torch.Tensor, norm_bias: torch.Tensor, epsilon: float, head: Linear
     ) -> torch.Tensor:
-        """fp32 logits [..., V] in a tensor of their own: of the bits that `lm_head_choose` chooses by."""
+        """Logits in a new tensor."""
         rows, (vocab_size, width) = x.flatten(0, -2), head.weight.shape
         count = rows.shape[0]
         out = torch.empty(count, vocab_size, dtype=torch.float32, device=x.device)
@@ -337,7 +328,6 @@ class TritonBackend:
 
     @torch.inference_mode()
     def choose(self, logits: torch.Tensor, warping: dict | None, noise: NoiseAt | None) -> torch.Tensor:
-        """Of logits [B, N, V] at hand, as `lm_head_choose` of its own: tokens [B, N]."""
         shape, device = logits.shape[:2], logits.device
         out = self._buffer("choose", shape, torch.int32, device)
         choice.choose(
@@ -398,7 +388,7 @@ class TritonBackend:
     def _counters(
         self, shape: tuple[int, ...], noise: NoiseAt | None, device: torch.device
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Seeds, streams and positions; of no account, but there, when greedy."""
+        """Seeds, streams and positions of the noise; unused placeholders in greedy mode."""
         if noise is not None:
             return noise.seeds, noise.streams, noise.positions
         return (
@@ -410,13 +400,13 @@ class TritonBackend:
     # ---------------------------------------------------------------- KV cache
 
     def move_rows(self, cache: torch.Tensor, tree_rows: int, moves: torch.Tensor) -> None:
-        """moves int32 [2, B, K]: tree rows, and the positions they move to."""
+        """moves: int32 [2, B, K], tree rows and the positions that they move to."""
         sources, positions = moves.unbind(0)
         compact.compact(cache, sources, positions, tree_rows)
 
 
 def warping_settings(warping: dict | None) -> dict:
-    """`Sampling.warping` as the kernels take it."""
+    """`Sampling.warping` as arguments of the kernels."""
     if warping is None:
         return {"greedy": True}
     top_p = warping["top_p"]
@@ -426,67 +416,3 @@ def warping_settings(warping: dict | None) -> dict:
         "top_p": 1.0 if top_p is None else top_p,
         "min_p": warping["min_p"] or 0.0,
     }
-
-
-_CAPTURING = Lock()  # torch allows one capture at a time in a process
-
-
-@cache
-def _capture_stream(index: int) -> torch.cuda.Stream:
-    """The stream of a GPU that steps are captured on. torch hands out streams in turn, and a launch by whoever else has
-    the same one would end up in the graph: this one is of those with priority, which are seldom asked for."""
-    return torch.cuda.Stream(index, priority=-1)
-
-
-@contextmanager
-def _alone() -> Iterator[None]:
-    """Keeps Python from collecting garbage meanwhile: a CUDA graph that is destroyed would spoil the capture."""
-    with _CAPTURING:
-        collects = gc.isenabled()
-        gc.disable()
-        try:
-            yield
-        finally:
-            if collects:
-                gc.enable()
-
-
-class _Captured:
-    """A step, or a part of one, as a CUDA graph. In the interpreter it is a plain call.
-
-    The first call captures it, after `TritonBackend.prepare` has compiled its kernels and made its buffers. Arguments
-    and results must be the same tensors at every call; numbers among them must not change what is launched.
-    """
-
-    def __init__(self, part: Callable, ops: TritonBackend):
-        self.part, self.ops = part, ops
-        self.graph: Any = None  # the torch.cuda.CUDAGraph
-        self.buffers: dict | None = None  # the backend's, when it was prepared
-        self.value = None
-
-    @property
-    def prepared(self) -> bool:
-        """Whether its kernels are compiled and its buffers are there: none may be made while it is captured."""
-        return self.graph is not None or self.buffers is self.ops._buffers
-
-    def __call__(self, *given: Any) -> Any:
-        if registry.interpreted():
-            return self.part(*given)
-        self.capture(*given)
-        self.graph.replay()
-        return self.value
-
-    def capture(self, *given: Any) -> None:
-        """Makes the graph, if there is none; nothing that it launches runs."""
-        if self.graph is not None or registry.interpreted():
-            return
-        self.ops.prepare([(self, given)], torch.device("cuda", torch.cuda.current_device()))
-        graph = torch.cuda.CUDAGraph()
-        # Only this thread's calls could spoil it: others may go on decoding, or whatever they do on the GPU. What torch
-        # itself makes for its first graph is shared by all: it must not be bound to inference mode.
-        stream = _capture_stream(torch.cuda.current_device())
-        captured = torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local")
-        with _alone(), torch.inference_mode(False), captured, torch.inference_mode():
-            self.value = self.part(*given)
-        # The graph reads and writes through addresses: what lies there must outlive it.
-        self.graph, self.held = graph, (self.ops._scratch, dict(self.ops._buffers))

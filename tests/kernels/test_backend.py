@@ -19,7 +19,8 @@ from stagedspec import Decoder, Sampling, TreeConfig
 from stagedspec.decoding.request import validate
 from stagedspec.kernels import lm_head
 from stagedspec.kernels.backends import select as backend
-from stagedspec.kernels.backends.triton_backend import TritonBackend, _Captured, warping_settings
+from stagedspec.kernels.backends.cuda_graph import Captured
+from stagedspec.kernels.backends.triton_backend import TritonBackend, warping_settings
 from stagedspec.kernels.common import registry
 from stagedspec.models.gpt2 import GPT2, Cache, Reader
 from stagedspec.planning.profile import Tuning, fingerprint, pair_of
@@ -332,7 +333,7 @@ def test_generations_of_a_kind_share_memory_and_graphs(pair, device, monkeypatch
     """Whatever the last one left behind: other prompts, lengths, chunks, seeds and ends."""
     monkeypatch.setattr("stagedspec.kernels.state.device.CHUNKS", (2, 4, 8))
     monkeypatch.setattr("stagedspec.kernels.state.device.CHUNK_COST", 1)
-    parts, repeated = [], Replay if device.type == "cpu" else _Captured
+    parts, repeated = [], Replay if device.type == "cpu" else Captured
     monkeypatch.setattr(TritonBackend, "repeated", lambda ops, part: (parts.append(repeated(part, ops)), parts[-1])[1])
     options, draft, tree = {"mode": "staged", **KINDS[kind]}, pair[1], TREE
     if kind == "lookup":
