@@ -27,7 +27,6 @@ import triton.language as tl
 
 from stagedspec.kernels.common.launch_configs import config
 from stagedspec.kernels.common.registry import (
-    CompileCase,
     architecture,
     check_runs,
     check_tensor,
@@ -708,60 +707,3 @@ def choose_children(
         logits, seeds, streams, positions, temperature, top_k, top_p, min_p, greedy, sharpness, noise, out_tokens,
         out_logprobs, scratch.partials, scratch.counters,
     )  # fmt: skip
-
-
-# ---------------------------------------------------------------- compiling without a GPU
-
-TYPES = {
-    "p_seeds": "*i64", "p_streams": "*i32", "p_positions": "*i32", "p_masses": "*i32", "p_ids": "*i32",
-    "p_groups": "*i32", "p_counters": "*i32", "p_out": "*i32",
-    "M": "i32", "N": "i32", "scale": "fp32", "top_p": "fp32", "min_p": "fp32",
-    "epsilon": "fp32",
-}  # fmt: skip
-
-
-def compile_case(
-    name: str, kernel, constexprs: dict, num_warps: int, num_stages: int = 3, matrix: bool = False,
-    maxnreg: int | None = None, **types
-):  # fmt: skip
-    """A `CompileCase` of a kernel of this file or lm_head.py; pointers are fp32 unless said otherwise."""
-    known = TYPES | types
-    names = [argument for argument in kernel.arg_names if argument not in constexprs]
-    signature = {argument: known.get(argument, "*fp32") for argument in names}
-    aligned = tuple(argument for argument in names if signature[argument].startswith("*") and argument not in COUNTERS)
-    return CompileCase(name, kernel, signature, constexprs, num_warps, num_stages, matrix, aligned, maxnreg=maxnreg)
-
-
-def compile_cases(arch: int) -> list[CompileCase]:
-    cases = []
-    for vocab_size in (50257, 2048):
-        groups, slices = groups_of(vocab_size), -(-vocab_size // SLICE)
-        shape = {"V": vocab_size, "G": groups}
-        for name, choosing, noise in (("choose", True, 1), ("greedy", True, 0), ("groups", False, 0)):
-            settings = {
-                "T": SLICE, "SLICES": slices, "SLICES_UP": triton.next_power_of_2(slices), "SCALING": noise,
-                "NOISE": noise, "CHOOSE": choosing, "MASSES": not choosing, "SCORES": False, "PDL": False,
-            }  # fmt: skip
-            cases.append(compile_case(f"scan-{name}-{vocab_size}", scan_kernel, shape | settings, 4))
-        for name, top_k, top_p, min_p, children, whole in (
-            ("top_k", 50, False, False, 0, False),
-            ("top_p", 0, True, False, 0, False),
-            ("all", 50, True, True, 0, False),
-            ("children-top_k", 50, False, False, 8, False),
-            ("children", 0, False, False, 8, True),
-        ):
-            settings = {
-                "STRIDE": groups * GROUP, "GROUPS": triton.next_power_of_2(groups),
-                "SCALING": int(not whole), "NOISE": int(not whole),
-                "TOP_K": top_k, "TOP_P": top_p, "MIN_P": min_p, "CHILDREN": children, "WHOLE": whole,
-                "BLOCK": BLOCK, "FEW": FEW, "TOGETHER": TOGETHER,
-                "SPAN": min(SPAN, triton.next_power_of_2(groups)), "PDL": False,
-            }  # fmt: skip
-            registers = most_registers(arch, WARPS["select_warps"], SPILLING)
-            cases.append(
-                compile_case(
-                    f"select-{name}-{vocab_size}", select_kernel, shape | settings, WARPS["select_warps"],
-                    maxnreg=registers,
-                )
-            )  # fmt: skip
-    return cases

@@ -46,7 +46,6 @@ import triton.language as tl
 
 from stagedspec.kernels.common.launch_configs import config
 from stagedspec.kernels.common.registry import (
-    CompileCase,
     architecture,
     check_runs,
     check_tensor,
@@ -625,7 +624,7 @@ def _blocks(
     }
 
 
-def _pass_constants(
+def pass_constants(
     width: int, prefetch: int, prefetch_width: int, children: int, slots: int, successors_: int, block: int
 ) -> dict[str, object]:
     """The compile-time arguments of `grow_pass_kernel` that a tree, a table and its settings decide."""
@@ -640,7 +639,7 @@ def _pass_constants(
     }
 
 
-def _harvest_constants(
+def harvest_constants(
     width: int, prefetch: int, prefetch_width: int, children: int, slots: int, nodes: int
 ) -> dict[str, object]:
     """The compile-time arguments of `harvest_tree_kernel` that a tree decides."""
@@ -667,12 +666,12 @@ def tile(op: str, config) -> int:
     return _blocks(*tree, nodes)["CANDIDATES"]
 
 
-def _warps(op: str, size: int) -> int:
+def default_warps(op: str, size: int) -> int:
     most = 8 if op == "harvest_tree" else 16  # which spills with 16
     return min(most, 4 if size <= 2048 else 8 if size <= 4096 else 16)
 
 
-def _pass_warps(warps: int, constants: dict[str, int]) -> int:
+def pass_warps(warps: int, constants: dict[str, int]) -> int:
     """Of grow_pass: more than are set where draft²'s options would not fit into their registers."""
     options = constants["LANES"] * constants["NGRAM_RANKS"]
     return warps if options < 2048 else max(warps, 16 if options >= 4096 else 8)
@@ -680,7 +679,7 @@ def _pass_warps(warps: int, constants: dict[str, int]) -> int:
 
 def candidates(op: str, shape: tuple[int], device: torch.device) -> list[dict[str, int]]:
     """Settings of grow_pass or harvest_tree to try at the shape (tile of candidates,), the default first."""
-    every = [{"warps": warps} for warps in (_warps(op, *shape), 1, 2, 4, 8, 16)]
+    every = [{"warps": warps} for warps in (default_warps(op, *shape), 1, 2, 4, 8, 16)]
     if op == "grow_pass":
         every = [one | {"block": block} for block in (BLOCK, 256, 1024) for one in every]
     return [one for index, one in enumerate(every) if one not in every[:index]]
@@ -703,8 +702,8 @@ def _launch_pass(
     successors_ = 0 if table_tokens is None else table_tokens.shape[1]
     tree = width, prefetch, prefetch_width, children, size
     settings = _settings("grow_pass", _blocks(*tree)["CANDIDATES"], tokens.device)
-    constants = _pass_constants(*tree, successors_, settings["block"])
-    warps = _pass_warps(settings["warps"], constants)
+    constants = pass_constants(*tree, successors_, settings["block"])
+    warps = pass_warps(settings["warps"], constants)
     launch_kernel(
         grow_pass_kernel,
         (count,),
@@ -734,7 +733,7 @@ def _launch_harvest(
 ) -> None:  # fmt: skip
     count, size = slots.shape[1:]
     children, nodes = candidates.shape[2] // size, tree.shape[2]
-    constants = _harvest_constants(width, prefetch, prefetch_width, children, size, nodes)
+    constants = harvest_constants(width, prefetch, prefetch_width, children, size, nodes)
     warps = _settings("harvest_tree", constants["CANDIDATES"], tokens.device)["warps"]
     launch_kernel(
         harvest_tree_kernel,
@@ -900,59 +899,3 @@ def harvest_tree(
         tree, batch, batch_masks, prefix, pass_start(config, number), config.width if number else 2,
         _floor(config), config.width, config.prefetch, config.prefetch_width, config.depth,
     )  # fmt: skip
-
-
-POINTERS = {
-    "p_tokens": "*i32", "p_lengths": "*i32", "p_seeds": "*i64", "p_streams": "*i32", "p_keys": "*i64",
-    "p_rows": "*i32", "p_table_tokens": "*i32", "p_table_logprobs": "*fp32", "p_names": "*i32", "p_values": "*fp32",
-    "p_slots": "*i32", "p_masks": "*i32", "p_scores": "*fp32", "p_candidates": "*i32", "p_candidate_scores": "*fp32",
-    "p_tree": "*i32", "p_batch": "*i32", "p_batch_masks": "*i32", "p_prefix": "*i32", "floor": "fp32",
-}  # fmt: skip
-
-
-def _case(
-    op: str, arch: int, name: str, nodes: int, passes: int, width: int, children: int, prefetch: int,
-    prefetch_width: int, first: bool = False, table: int = 8,
-) -> CompileCase:  # fmt: skip
-    """The kernel of `op` as it is launched for a tree, sampled. first: the first pass. table: successors, 0: none."""
-    slots = 2 + (passes - 1) * width + passes * prefetch * prefetch_width
-    tree = width, prefetch, prefetch_width, children, slots
-    if op == "grow_pass":
-        kernel = grow_pass_kernel
-        constants = _pass_constants(*tree, table, BLOCK) | {"FIRST": first, "SAMPLED": True}
-        spilling = GROW_SPILLING
-    else:
-        kernel, constants, spilling = harvest_tree_kernel, _harvest_constants(*tree, nodes), HARVEST_SPILLING
-    warps = _warps(op, constants["CANDIDATES"])
-    if op == "grow_pass":
-        warps = _pass_warps(warps, constants)
-    registers = most_registers(arch, warps, spilling)
-    constants["PDL"] = False
-    signature = {argument: POINTERS.get(argument, "i32") for argument in kernel.arg_names if argument not in constants}
-    return CompileCase(f"{op} {name}", kernel, signature, constants, num_warps=warps, maxnreg=registers)
-
-
-def compile_cases(arch: int) -> list[CompileCase]:
-    """Trees of 16, 64 and 256 nodes with the default table, and settings that make the largest tiles and longest loops.
-
-    A tree: nodes, passes, width, children, prefetch, prefetch_width.
-    """
-    trees = {
-        "N=16": (16, 3, 4, 4, 1, 2),
-        "N=64": (64, 6, 8, 8, 2, 4),
-        "N=256": (256, 8, 16, 16, 2, 8),
-        "levels=8": (64, 6, 2, 8, 8, 1),  # the largest that mode "staged" chooses by itself
-        "levels=28": (256, 2, 2, 8, 28, 9),
-        "width=128": (256, 4, 128, 8, 0, 1),
-        "guesses=126": (256, 3, 2, 8, 1, 126),
-        "children=4096": (256, 1, 1, 4096, 0, 1),
-        "candidates=16384": (256, 4, 128, 16, 2, 64),
-        "options=4096": (17, 1, 250, 16, 1, 6),
-    }
-    cases = []
-    for name, tree in trees.items():
-        cases.append(_case("grow_pass", arch, f"first {name}", *tree, first=True))
-        cases.append(_case("grow_pass", arch, name, *tree))
-        cases.append(_case("harvest_tree", arch, name, *tree))
-    cases.append(_case("harvest_tree", arch, "root", 1, 0, 1, 1, 0, 1))
-    return cases

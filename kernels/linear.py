@@ -33,8 +33,6 @@ import triton.language as tl
 
 from stagedspec.kernels.common.launch_configs import config
 from stagedspec.kernels.common.registry import (
-    SHARED_LIMIT,
-    CompileCase,
     Scratch,
     architecture,
     check_runs,
@@ -273,7 +271,7 @@ def stat_tiles(width: int) -> int:
     return triton.cdiv(width, ROWS)
 
 
-def _splits(outputs: int, inputs: int) -> tuple[int, int]:
+def split_columns(outputs: int, inputs: int) -> tuple[int, int]:
     """How many parts the columns are cut into, and how long each is. The weight's shape decides, and nothing else:
     this fixes the order of every sum."""
     tiles = triton.cdiv(outputs, ROWS)
@@ -290,7 +288,7 @@ def token_tile(count: int, itemsize: int) -> int:
 
 def scratch_size(count: int, outputs: int, inputs: int) -> tuple[int, int]:
     """(partials, counters) that a linear of `count` tokens needs, in any dtype and on any device."""
-    splits, hopper = _splits(outputs, inputs)[0], triton.cdiv(inputs, HOPPER_SPLIT)
+    splits, hopper = split_columns(outputs, inputs)[0], triton.cdiv(inputs, HOPPER_SPLIT)
     splits = max(splits, hopper if hopper <= MOST_SPLITS else 1)
     tiles, tokens = triton.cdiv(outputs, ROWS), token_tile(count, 2)
     if splits == 1:
@@ -304,7 +302,7 @@ def by_hopper(itemsize: int, inputs: int, device: torch.device) -> bool:
     return itemsize == 2 and inputs % 8 == 0 and inputs <= HOPPER_SPLIT * MOST_SPLITS and architecture(device) == 90
 
 
-def _default(itemsize: int, tokens: int, length: int, roomy: bool = False) -> dict[str, int]:
+def default_settings(itemsize: int, tokens: int, length: int, roomy: bool = False) -> dict[str, int]:
     """BLOCK_K columns are multiplied at a time, num_stages of them are in flight. AHEAD: the weight's are asked for
     before the kernel ahead has ended; then x's come a block at a time, which pays where there are few blocks. roomy:
     whether a block may take 128 KB of shared memory."""
@@ -324,7 +322,7 @@ def candidates(shape: tuple[int, ...], device: torch.device) -> list[dict[str, i
     """Settings to try at the shape (bytes of an element, tokens of a program, outputs, inputs), the default first.
     Splits, which fix the order of every sum, are not among them."""
     itemsize, tokens, outputs, inputs = shape
-    default = _default(itemsize, tokens, _splits(outputs, inputs)[1], _roomy(device))
+    default = default_settings(itemsize, tokens, split_columns(outputs, inputs)[1], _roomy(device))
     if itemsize == 4:
         others = [default | {"num_stages": stages} for stages in (2, 4)]
     else:
@@ -358,7 +356,7 @@ def _launch(
         arguments = stats, sums, epsilon, weight, bias, activation, residual, out, stats_out, partials, counters
         return linear_hopper.launch(x, *arguments)
     outputs = weight.shape[0]
-    splits, length = _splits(outputs, inputs)
+    splits, length = split_columns(outputs, inputs)
     tokens = token_tile(count, x.element_size())
     settings = config("linear", (x.element_size(), tokens, outputs, inputs), x.device, candidates)
     launch_kernel(
@@ -551,78 +549,3 @@ def _check(
     need, have = scratch_size(count, outputs, inputs), (scratch.partials.numel(), scratch.counters.numel())
     if have[0] < need[0] or have[1] < need[1]:
         raise ValueError(f"{op}: scratch must hold {need} (partials, counters), got {have}; see scratch_size")
-
-
-# ---------------------------------------------------------------- compiling without a GPU
-
-
-def model_linears() -> list[tuple[str, int, int, bool, int]]:
-    """The four linears of GPT-2 S to XL and of the embedded models: name, outputs, inputs, whether there is a LayerNorm
-    before (else a residual after), activation."""
-    models = {"s": (768, 3072), "m": (1024, 4096), "l": (1280, 5120), "xl": (1600, 6400), "target": (384, 1792)}
-    return [
-        (f"{model} {layer}", *rest)
-        for model, (width, inner) in models.items()
-        for layer, *rest in (
-            ("qkv", 3 * width, width, True, 0),
-            ("projection", width, width, False, 0),
-            ("up", inner, width, True, 3),
-            ("down", width, inner, False, 0),
-        )
-    ]
-
-
-def compile_cases(arch: int) -> list[CompileCase]:
-    """`model_linears` in bf16, at 16 and 64 tokens."""
-    return [_case(arch, f"{name} {tokens}", *rest, tokens) for name, *rest in model_linears() for tokens in (16, 64)]
-
-
-def _case(arch: int, name: str, outputs: int, inputs: int, norm: bool, activation: int, tokens: int) -> CompileCase:
-    splits, length = _splits(outputs, inputs)
-    chosen = _default(2, tokens, length, SHARED_LIMIT[arch] >= ROOMY)
-    settings = {"SPLITS": splits, "SPLIT_K": length, "TOKENS": tokens}
-    settings |= {key: chosen[key] for key in ("BLOCK_K", "AHEAD")}
-    options = {key: chosen[key] for key in ("num_warps", "num_stages")}
-    options["maxnreg"] = most_registers(arch, chosen["num_warps"], SPILLING)
-    kinds = dict.fromkeys(("p_x", "p_weight"), "*bf16")
-    return compile_case(_linear, name, outputs, inputs, norm, activation, kinds, settings, **options)
-
-
-def compile_case(
-    kernel,
-    name: str,
-    outputs: int,
-    inputs: int,
-    norm: bool,
-    activation: int,
-    kinds: dict[str, str],
-    settings: dict[str, int],
-    **options: int | None,
-) -> CompileCase:
-    """A case of this file's kernel or of linear_hopper.py's, of `model_linears`. kinds: the types of x and the weight,
-    where the two differ; settings: what else is constant; options: the launch's."""
-    absent = ("p_residual", "p_stats_out") if norm else ("p_stats", "p_sums")
-    kinds = kinds | {"p_bias": "*fp32" if norm else "*bf16", "p_residual": "*bf16", "p_out": "*bf16"}
-    kinds |= dict.fromkeys(("p_stats", "p_sums", "p_stats_out", "p_partials"), "*fp32")
-    kinds |= {"p_counters": "*i32", "M": "i32", "epsilon": "fp32"}
-    constants = {
-        "OUT": outputs,
-        "K": inputs,
-        "NORM": norm,
-        "STAT_TILES": stat_tiles(inputs),
-        "BIAS": True,
-        "RESIDUAL": not norm,
-        "ACTIVATION": activation,
-        "STATS": not norm,
-        "ROWS": ROWS,
-        "PDL": False,
-    } | settings
-    return CompileCase(
-        name,
-        kernel,
-        {key: kinds.get(key, "constexpr") for key in kernel.arg_names},
-        constants | dict.fromkeys(absent),
-        matrix=True,
-        aligned=tuple(key for key, kind in kinds.items() if kind.startswith("*") and key not in absent),
-        **options,
-    )

@@ -41,8 +41,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra import cuda
 
 from stagedspec.kernels.common.launch_configs import config
-from stagedspec.kernels.common.registry import SHARED_LIMIT, CompileCase, launch_kernel, launch_options
-from stagedspec.kernels.linear import HOPPER_SPLIT, ROWS, _activate, compile_case, model_linears, stat_tiles
+from stagedspec.kernels.common.registry import SHARED_LIMIT, launch_kernel, launch_options
+from stagedspec.kernels.linear import HOPPER_SPLIT, ROWS, _activate, stat_tiles
 
 copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name in Triton 3.9 and in 3.6
 WHOLE = 1600  # columns that are not split
@@ -350,28 +350,3 @@ def launch(
         num_warps=4 * chosen["GROUPS"],
         **launch_options(x.device),
     )
-
-
-# ---------------------------------------------------------------- compiling without a GPU
-
-
-def compile_cases(arch: int) -> list[CompileCase]:
-    """`model_linears` in bf16, at 8 to 64 tokens, and chunks of prompts, for Hopper alone."""
-    if arch != 90:
-        return []
-    programs = [(tokens, 1) for tokens in (8, 16, 32, 64)] + [(128, 2)]
-    return [
-        _case(f"{name} {tokens}", *rest, tokens, groups)
-        for name, *rest in model_linears()
-        for tokens, groups in programs
-    ]
-
-
-def _case(name: str, outputs: int, inputs: int, norm: bool, activation: int, tokens: int, groups: int) -> CompileCase:
-    chosen = settings(tokens, inputs, groups)
-    block = chosen["BLOCK_K"]
-    kinds = {
-        key: f"tensordesc<bf16[{rows}, {block}],{layout(rows, block)!r}>"
-        for key, rows in (("x", tokens), ("weight", groups * ROWS))
-    }
-    return compile_case(_linear_hopper, name, outputs, inputs, norm, activation, kinds, chosen, num_warps=4 * groups)

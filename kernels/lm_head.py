@@ -32,7 +32,6 @@ from stagedspec.kernels.choose import (
     best_of,
     check_children,
     check_sampling,
-    compile_case,
     decided,
     groups_of,
     launch_select,
@@ -45,7 +44,6 @@ from stagedspec.kernels.choose import (
 )
 from stagedspec.kernels.common.launch_configs import config
 from stagedspec.kernels.common.registry import (
-    CompileCase,
     architecture,
     check_runs,
     check_tensor,
@@ -347,39 +345,3 @@ def lm_head_topm(
     check_runs(x, op)
     _topm(x, norm_weight, norm_bias, epsilon, head, seeds, streams, positions, temperature, top_k, top_p, min_p, greedy,
           sharpness, noise, out_tokens, out_logprobs, scratch.partials, scratch.counters)  # fmt: skip
-
-
-# ---------------------------------------------------------------- compiling without a GPU
-
-
-def compile_cases(arch: int) -> list[CompileCase]:
-    """bf16, at the heads of GPT-2 S, M, L, XL and the embedded models."""
-    cases = []
-    for vocab_size, width in ((50257, 768), (50257, 1024), (50257, 1280), (50257, 1600), (2048, 384), (2048, 96)):
-        shape = {"V": vocab_size, "K": width}
-        settings = {"BLOCK": triton.next_power_of_2(width), "PDL": False}
-        halves = dict.fromkeys(("p_x", "p_head", "p_weight", "p_bias"), "*bf16")
-        name = f"{vocab_size}x{width}"
-        cases.append(
-            compile_case(f"norm-{name}", norm_kernel, {"K": width} | settings, 4, **halves | {"p_out": "*bf16"})
-        )
-        for rows, warps in ((16, 4), (32, 4), (64, 8)):
-            for kind, choosing, noise, store in (
-                ("greedy", 1, 0, 0),
-                ("sampled", 1, 1, 0),
-                ("logits", 0, 0, 1),
-                ("topm", 0, 1, 2),
-            ):
-                settings = {
-                    "STRIDE": groups_of(vocab_size) * GROUP, "G": groups_of(vocab_size), "T": default_tile(arch),
-                    "R": rows, "BLOCK_K": block_k(width, torch.bfloat16),
-                    "SCALING": 0, "NOISE": noise, "CHOOSE": bool(choosing), "STORE": store, "MASSES": store == 2,
-                    "PDL": False,
-                }  # fmt: skip
-                cases.append(
-                    compile_case(
-                        f"head-{kind}-{name}-r{rows}", head_kernel, shape | settings, warps, 4, True,
-                        most_registers(arch, warps, SPILLING), **halves,
-                    )
-                )  # fmt: skip
-    return cases

@@ -31,9 +31,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra import cuda
 
-from stagedspec.kernels.choose import COUNTERS, GROUP, NOISES, compile_case, decided, groups_of, scale_logits
-from stagedspec.kernels.common.registry import CompileCase, launch_kernel, launch_options
-from stagedspec.kernels.linear_hopper import SHARED, SPARE, copy, described, layout
+from stagedspec.kernels.choose import COUNTERS, GROUP, NOISES, decided, groups_of, scale_logits
+from stagedspec.kernels.common.registry import launch_kernel, launch_options
+from stagedspec.kernels.linear_hopper import SHARED, SPARE, copy, described
 from stagedspec.kernels.philox import gumbel, key_words, philox
 
 ROWS = GROUP  # of the weight, a tile: the least that the matrix instructions take, and one group of tokens
@@ -369,51 +369,3 @@ def launch(
         num_warps=4,
         **launch_options(x.device),
     )
-
-
-# ---------------------------------------------------------------- compiling without a GPU
-
-
-def compile_cases(arch: int) -> list[CompileCase]:
-    """bf16, at the heads of GPT-2 S, M, L, XL and the embedded models, for Hopper alone."""
-    if arch != 90:
-        return []
-    return [
-        _case(vocab_size, width, rows, *form)
-        for vocab_size, width in ((50257, 768), (50257, 1024), (50257, 1280), (50257, 1600), (2048, 384), (2048, 96))
-        for rows in (8, 16, 32, 64)
-        for form in (
-            ("greedy", True, 0, 0, False),
-            ("sampled", True, 1, 0, False),
-            ("logits", False, 0, 1, False),
-            ("topm", False, 1, 2, True),
-            ("greedy-stored", True, 0, 1, False),
-            ("sampled-stored", True, 1, 1, False),
-            ("masses", False, 0, 1, True),
-        )
-    ]
-
-
-def _case(
-    vocab_size: int, width: int, rows: int, form: str, choose: bool, noise: int, store: int, masses: bool
-) -> CompileCase:
-    chosen = settings(rows, width, noise == NOISES["made"], store == 1)
-    kinds = {
-        key: f"tensordesc<bf16[{count}, {BLOCK_K}],{layout(count, BLOCK_K)!r}>"
-        for key, count in (("x", chosen["TOKENS"]), ("head", ROWS))
-    }
-    constants = {
-        "V": vocab_size,
-        "STRIDE": groups_of(vocab_size) * GROUP,
-        "K": width,
-        "G": groups_of(vocab_size),
-        "ROWS": ROWS,
-        "BLOCK_K": BLOCK_K,
-        "SCALING": 1,
-        "NOISE": noise,
-        "CHOOSE": choose,
-        "STORE": store,
-        "MASSES": masses,
-        "PDL": False,
-    } | chosen
-    return compile_case(f"{form}-{vocab_size}x{width}-r{rows}", _head_hopper, constants, 4, matrix=True, **kinds)

@@ -41,7 +41,6 @@ import triton.language as tl
 
 from stagedspec.kernels.backends.select import MAX_HEAD_SIZE
 from stagedspec.kernels.common.registry import (
-    CompileCase,
     Scratch,
     architecture,
     check_runs,
@@ -137,10 +136,10 @@ def _far_end(prefix, first_bit, N, WINDOW: tl.constexpr):
     return tl.minimum(tl.maximum(prefix + first_bit + N - WINDOW, 0), prefix)
 
 
-_INTEGERS = ("N", "S", "first_bit", "tree_rows", "splits")
+INTEGERS = ("N", "S", "first_bit", "tree_rows", "splits")
 
 
-@triton.jit(do_not_specialize=_INTEGERS)
+@triton.jit(do_not_specialize=INTEGERS)
 def _attend_far(
     p_qkv,  # [B, N, (H + 2*H_kv)*D]
     p_cache,  # [B, S, 2, H_kv, D]
@@ -220,7 +219,7 @@ def _attend_far(
         tl.store(p_sum + part, tl.sum(b_p, axis=0), mask=ok)
 
 
-@triton.jit(do_not_specialize=_INTEGERS)
+@triton.jit(do_not_specialize=INTEGERS)
 def _attend_near(
     p_qkv,
     p_cache,
@@ -358,7 +357,7 @@ def _attend_near(
     tl.store(p_result, b_out.to(p_out.dtype.element_ty), mask=ok[:, None] & in_head)
 
 
-@triton.jit(do_not_specialize=_INTEGERS)
+@triton.jit(do_not_specialize=INTEGERS)
 def _attend_prompt(
     p_qkv,
     p_cache,
@@ -441,7 +440,7 @@ _KERNELS = {
     False: tuple(
         triton.jit(
             kernel.fn,
-            do_not_specialize=_INTEGERS,
+            do_not_specialize=INTEGERS,
             do_not_specialize_on_alignment=("p_qkv", "p_cache", "p_out"),
         )
         for kernel in (_attend_far, _attend_near, _attend_prompt)
@@ -452,7 +451,7 @@ _KERNELS = {
 # ---------------------------------------------------------------- launcher
 
 
-def _tiles(head_size: int, itemsize: int, window: int) -> dict[str, int]:
+def tree_tiles(head_size: int, itemsize: int, window: int) -> dict[str, int]:
     """Tile sizes, by the head, the dtype and the window only: they fix the order of every sum."""
     padded = max(triton.next_power_of_2(head_size), 64)  # the least left side of Hopper's matrix instructions
     split = 128 if padded * itemsize <= 256 and itemsize == 2 else 64
@@ -463,25 +462,25 @@ def _tiles(head_size: int, itemsize: int, window: int) -> dict[str, int]:
     return {"D_PAD": padded, "SPLIT": split, "FAR_ROWS": far, "NEAR_ROWS": near, "TOGETHER": 8}
 
 
-def _prompt_tiles(head_size: int, itemsize: int) -> dict[str, int]:
+def prompt_tiles(head_size: int, itemsize: int) -> dict[str, int]:
     """Of `_attend_prompt`, by the head and the dtype only, for the same reason."""
     padded = max(triton.next_power_of_2(head_size), 16)
     rows, keys = (64, 64) if itemsize == 2 and padded <= 128 else (16, 32)
     return {"D_PAD": padded, "ROWS": rows, "KEYS": keys}
 
 
-def _far_warps(arch: int, head_size: int) -> int:
+def far_warps(arch: int, head_size: int) -> int:
     """Wide heads spill in four warps where the matrix instructions take their operands from registers."""
     return 2 * WARPS if head_size > 64 and arch in (80, 120) else WARPS
 
 
-def _near_warps(head_size: int, itemsize: int) -> int:
+def near_warps(head_size: int, itemsize: int) -> int:
     """A near tile of heads of 64 is small: with two warps more of them run at once (on an H200 at 64 nodes attention
     takes 4% to 7% less). Wider heads, and those that do not begin where wide loads can, spill then."""
     return 2 if itemsize == 2 and head_size <= 64 and head_size * itemsize % 16 == 0 else WARPS
 
 
-def _near_registers(arch: int, head_size: int, warps: int) -> int | None:
+def near_registers(arch: int, head_size: int, warps: int) -> int | None:
     return most_registers(arch, warps, SPILLING if head_size <= 64 else (arch,))
 
 
@@ -522,14 +521,14 @@ def _launch(
     scale *= LOG2E
     queries = nodes * group
     if chunk:
-        tiles = _prompt_tiles(size, qkv.element_size())
+        tiles = prompt_tiles(size, qkv.element_size())
         grid = triton.cdiv(queries, tiles["ROWS"]), batch * kv_heads
         launch_kernel(
             prompt, grid, qkv, cache, prefix, out, scale, nodes, rows, tree_rows,
-            num_warps=_far_warps(architecture(qkv.device), size), **tiles, **shared,
+            num_warps=far_warps(architecture(qkv.device), size), **tiles, **shared,
         )  # fmt: skip
         return
-    tiles = _tiles(size, qkv.element_size(), window)
+    tiles = tree_tiles(size, qkv.element_size(), window)
     splits = _splits(rows, tree_rows, tiles["SPLIT"])
     count = batch * kv_heads * splits * queries
     acc, top, total = partials[: count * size], partials[count * size :], partials[count * (size + 1) :]
@@ -543,16 +542,16 @@ def _launch(
         scale,
         *sizes,
         ROWS=tiles["FAR_ROWS"],
-        num_warps=_far_warps(architecture(qkv.device), size),
+        num_warps=far_warps(architecture(qkv.device), size),
         **shared,
     )
-    warps = _near_warps(size, qkv.element_size())
+    warps = near_warps(size, qkv.element_size())
     launch_kernel(
         near,
         (triton.cdiv(queries, tiles["NEAR_ROWS"]), batch * kv_heads),
         *inputs, *parts, out, scale, *sizes,
         ROWS=tiles["NEAR_ROWS"], FILLED=16, TOGETHER=tiles["TOGETHER"], num_warps=warps,
-        maxnreg=_near_registers(architecture(qkv.device), size, warps), **shared,
+        maxnreg=near_registers(architecture(qkv.device), size, warps), **shared,
     )  # fmt: skip
 
 
@@ -659,48 +658,3 @@ def tree_attention(
         out,
         scratch.partials,
     )
-
-
-# ---------------------------------------------------------------- compiling without a GPU
-
-_TYPES = {"p_qkv": "*bf16", "p_cache": "*bf16", "p_masks": "*i32", "p_prefix": "*i32", "p_acc": "*fp32"}
-_TYPES |= {"p_max": "*fp32", "p_sum": "*fp32", "p_out": "*bf16", "scale": "fp32"}
-_TYPES |= dict.fromkeys(_INTEGERS, "i32")
-
-
-def compile_cases(arch: int) -> list[CompileCase]:
-    """The shapes of GPT-2 S to XL and the embedded models in bf16, few and many nodes, trees and prompts; wide heads,
-    and heads that share keys."""
-    models = {"s": (12, 64), "m": (16, 64), "l": (20, 64), "xl": (25, 64), "target": (6, 64), "draft": (3, 32)}
-    models |= {"wide": (8, 128), "grouped": (5, 64)}
-    passes = {"n1": 1, "n64": 2, "prompt": 0}
-    widest = {"n256": 8, "rows1024": 32}  # the most that a tree may have: nodes, and rows that the draft evaluates
-    cases = []
-    for model, (heads, size) in models.items():
-        tiles = _tiles(size, 2, WINDOW)
-        for name, words in (passes | (widest if model in ("l", "wide") else {})).items():
-            group = 4 if model == "grouped" else 1
-            constants = {"KV_HEADS": heads, "GROUP": group, "D": size, "WORDS": words, "WINDOW": WINDOW}
-            constants |= {"PDL": False, "FILLED": 16} | tiles
-            warps, near = _far_warps(arch, size), _near_warps(size, 2)
-            kernels = [
-                (_attend_far, {"ROWS": tiles["FAR_ROWS"]}, warps, None),
-                (_attend_near, {"ROWS": tiles["NEAR_ROWS"]}, near, _near_registers(arch, size, near)),
-            ]
-            if name == "prompt":
-                kernels = [(_attend_prompt, _prompt_tiles(size, 2), warps, None)]
-            for kernel, own, warps, registers in kernels:
-                names = kernel.arg_names
-                cases.append(
-                    CompileCase(
-                        f"tree_attention-{kernel.__name__.removeprefix('_attend_')}-{model}-{name}",
-                        kernel,
-                        {key: _TYPES[key] for key in names if key in _TYPES},
-                        {key: value for key, value in (constants | own).items() if key in names},
-                        warps,
-                        matrix=True,
-                        maxnreg=registers,
-                        aligned=tuple(key for key in names if key.startswith("p_")),
-                    )
-                )
-    return cases

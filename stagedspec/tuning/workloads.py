@@ -31,13 +31,14 @@ WORDS = 200  # distinct tokens of the random text
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A GPT-2: layers, width, heads, vocabulary, width inside the MLP."""
+    """A GPT-2: layers, width, heads, vocabulary, width inside the MLP (0: four times the width), positions."""
 
     layers: int
     width: int
     heads: int
     vocab: int = 50257
     inner: int = 0
+    positions: int = 1024
 
     @property
     def size(self) -> int:
@@ -54,8 +55,8 @@ SIZES = {
     "M": ModelShape(24, 1024, 16),
     "L": ModelShape(36, 1280, 20),
     "XL": ModelShape(48, 1600, 25),
-    "target": ModelShape(4, 384, 6, 2048, 1792),  # the embedded models
-    "draft": ModelShape(2, 96, 3, 2048, 640),
+    "target": ModelShape(4, 384, 6, 2048, 1792, 512),  # the embedded models
+    "draft": ModelShape(2, 96, 3, 2048, 640, 512),
 }
 
 

@@ -286,9 +286,3 @@ def test_hopper_refuses_views(x_from, stats_from):
     weight, out = torch.zeros(16, 64, dtype=torch.bfloat16), torch.zeros(1, 16, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="must start at a multiple of"):
         linear_hopper.launch(x, stats, rest[0], 1e-5, weight, rest[1], 0, None, out, None, rest[2], rest[3])
-
-
-@pytest.mark.parametrize("module", [linear, linear_hopper], ids=lambda module: module.__name__)
-def test_compile_cases(module):
-    cases = module.compile_cases(90)
-    assert all(case.matrix for case in cases) and len({case.name for case in cases}) == len(cases)

@@ -223,10 +223,3 @@ def test_hopper_refuses_views(x_from, head_from, monkeypatch):
         lm_head_hopper.launch(
             x, head, None, one, one, one, many, many, one, many, one, one, one, (0, 1.0), 0, True, 0, False
         )
-
-
-@pytest.mark.parametrize("module", [lm_head, lm_head_hopper], ids=lambda module: module.__name__)
-def test_compile_cases(module):
-    cases = module.compile_cases(90)
-    assert len({case.name for case in cases}) == len(cases)
-    assert all(case.matrix for case in cases if not case.name.startswith("norm"))
