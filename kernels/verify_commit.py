@@ -48,7 +48,7 @@ from stagedspec.kernels.common.registry import (
     launch_options,
     register,
 )
-from stagedspec.kernels.grow_tree import TOKEN, TREE_DEPTH, TREE_ORIGIN, TREE_PARENT, TREE_SLOT, words
+from stagedspec.kernels.grow_tree.state import TOKEN, TREE_DEPTH, TREE_ORIGIN, TREE_PARENT, TREE_SLOT, words
 from stagedspec.kernels.state.host import INVALID, UNCHOSEN
 
 NEVER_ENDS = tl.constexpr(2**30)

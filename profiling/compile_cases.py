@@ -10,20 +10,23 @@ from dataclasses import dataclass
 import torch
 import triton
 
-from stagedspec.kernels import (
-    choose,
-    compact,
-    embed,
-    grow_tree,
-    linear,
-    linear_hopper,
-    lm_head,
-    lm_head_hopper,
-    ngram_lookup,
-    tree_attention,
-    verify_commit,
-)
+from stagedspec.kernels import compact, embed, ngram_lookup, verify_commit
+from stagedspec.kernels.choose import op as choose
+from stagedspec.kernels.choose.kernel import scan_kernel, select_kernel
+from stagedspec.kernels.choose.scores import COUNTERS, GROUP, NOISES
+from stagedspec.kernels.common.hopper import layout
 from stagedspec.kernels.common.registry import SHARED_LIMIT, most_registers
+from stagedspec.kernels.grow_tree import op as grow_tree
+from stagedspec.kernels.grow_tree.harvest_kernel import harvest_tree_kernel
+from stagedspec.kernels.grow_tree.pass_kernel import grow_pass_kernel
+from stagedspec.kernels.linear import hopper as linear_hopper
+from stagedspec.kernels.linear import op as linear
+from stagedspec.kernels.linear.kernel import ROWS, stat_tiles
+from stagedspec.kernels.lm_head import hopper as lm_head_hopper
+from stagedspec.kernels.lm_head import op as lm_head
+from stagedspec.kernels.lm_head.kernel import head_kernel, norm_kernel
+from stagedspec.kernels.tree_attention import op as tree_attention
+from stagedspec.kernels.tree_attention.shared import INTEGERS
 from stagedspec.tuning.workloads import SIZES, ModelShape
 
 MODELS = {name.lower(): shape for name, shape in SIZES.items()}
@@ -93,8 +96,7 @@ def linears_hopper(arch: int) -> list[CompileCase]:
         for tokens, groups in (*((tokens, 1) for tokens in (8, 16, 32, 64)), (128, 2)):
             chosen = linear_hopper.settings(tokens, inputs, groups)
             kinds = {
-                key: _described(rows, chosen["BLOCK_K"])
-                for key, rows in (("x", tokens), ("weight", groups * linear.ROWS))
+                key: _described(rows, chosen["BLOCK_K"]) for key, rows in (("x", tokens), ("weight", groups * ROWS))
             }
             what = f"{name} {tokens}", outputs, inputs, norm, activation
             cases.append(_linear(linear_hopper._linear_hopper, *what, kinds, chosen, num_warps=4 * groups))
@@ -103,7 +105,7 @@ def linears_hopper(arch: int) -> list[CompileCase]:
 
 def _described(rows: int, columns: int) -> str:
     """The type of a tensor that is copied in blocks."""
-    return f"tensordesc<bf16[{rows}, {columns}],{linear_hopper.layout(rows, columns)!r}>"
+    return f"tensordesc<bf16[{rows}, {columns}],{layout(rows, columns)!r}>"
 
 
 def _linear(
@@ -124,8 +126,8 @@ def _linear(
     kinds |= dict.fromkeys(("p_stats", "p_sums", "p_stats_out", "p_partials"), "*fp32")
     kinds |= {"p_counters": "*i32", "M": "i32", "epsilon": "fp32"}
     constants = {
-        "OUT": outputs, "K": inputs, "NORM": norm, "STAT_TILES": linear.stat_tiles(inputs), "BIAS": True,
-        "RESIDUAL": not norm, "ACTIVATION": activation, "STATS": not norm, "ROWS": linear.ROWS, "PDL": False,
+        "OUT": outputs, "K": inputs, "NORM": norm, "STAT_TILES": stat_tiles(inputs), "BIAS": True,
+        "RESIDUAL": not norm, "ACTIVATION": activation, "STATS": not norm, "ROWS": ROWS, "PDL": False,
     } | settings  # fmt: skip
     return CompileCase(
         name,
@@ -157,9 +159,7 @@ def _choosing(
     known = TYPES | types
     names = [argument for argument in kernel.arg_names if argument not in constexprs]
     signature = {argument: known.get(argument, "*fp32") for argument in names}
-    aligned = tuple(
-        argument for argument in names if signature[argument].startswith("*") and argument not in choose.COUNTERS
-    )
+    aligned = tuple(argument for argument in names if signature[argument].startswith("*") and argument not in COUNTERS)
     return CompileCase(name, kernel, signature, constexprs, num_warps, num_stages, matrix, aligned, maxnreg)
 
 
@@ -173,7 +173,7 @@ def chooses(arch: int) -> list[CompileCase]:
                 "T": choose.SLICE, "SLICES": slices, "SLICES_UP": triton.next_power_of_2(slices), "SCALING": noise,
                 "NOISE": noise, "CHOOSE": choosing, "MASSES": not choosing, "SCORES": False, "PDL": False,
             }  # fmt: skip
-            cases.append(_choosing(f"scan-{name}-{vocab_size}", choose.scan_kernel, shape | settings, 4))
+            cases.append(_choosing(f"scan-{name}-{vocab_size}", scan_kernel, shape | settings, 4))
         for name, top_k, top_p, min_p, children, whole in (
             ("top_k", 50, False, False, 0, False),
             ("top_p", 0, True, False, 0, False),
@@ -182,7 +182,7 @@ def chooses(arch: int) -> list[CompileCase]:
             ("children", 0, False, False, 8, True),
         ):
             settings = {
-                "STRIDE": groups * choose.GROUP, "GROUPS": triton.next_power_of_2(groups),
+                "STRIDE": groups * GROUP, "GROUPS": triton.next_power_of_2(groups),
                 "SCALING": int(not whole), "NOISE": int(not whole),
                 "TOP_K": top_k, "TOP_P": top_p, "MIN_P": min_p, "CHILDREN": children, "WHOLE": whole,
                 "BLOCK": choose.BLOCK, "FEW": choose.FEW, "TOGETHER": choose.TOGETHER,
@@ -190,7 +190,7 @@ def chooses(arch: int) -> list[CompileCase]:
             }  # fmt: skip
             warps = choose.WARPS["select_warps"]
             registers = most_registers(arch, warps, choose.SPILLING)
-            kernel = choose.select_kernel
+            kernel = select_kernel
             cases.append(_choosing(f"select-{name}-{vocab_size}", kernel, shape | settings, warps, maxnreg=registers))
     return cases
 
@@ -200,7 +200,7 @@ def lm_heads(arch: int) -> list[CompileCase]:
     for name, shape in HEADS.items():
         halves = dict.fromkeys(("p_x", "p_head", "p_weight", "p_bias"), "*bf16")
         constants = {"K": shape.width, "BLOCK": triton.next_power_of_2(shape.width), "PDL": False}
-        cases.append(_choosing(f"norm-{name}", lm_head.norm_kernel, constants, 4, **halves | {"p_out": "*bf16"}))
+        cases.append(_choosing(f"norm-{name}", norm_kernel, constants, 4, **halves | {"p_out": "*bf16"}))
         groups = choose.groups_of(shape.vocab)
         for rows, warps in ((16, 4), (32, 4), (64, 8)):
             for kind, choosing, noise, store in (
@@ -210,13 +210,13 @@ def lm_heads(arch: int) -> list[CompileCase]:
                 ("topm", False, 1, 2),
             ):
                 constants = {
-                    "V": shape.vocab, "K": shape.width, "STRIDE": groups * choose.GROUP, "G": groups,
+                    "V": shape.vocab, "K": shape.width, "STRIDE": groups * GROUP, "G": groups,
                     "T": lm_head.default_tile(arch), "R": rows,
                     "BLOCK_K": lm_head.block_k(shape.width, torch.bfloat16), "SCALING": 0, "NOISE": noise,
                     "CHOOSE": choosing, "STORE": store, "MASSES": store == 2, "PDL": False,
                 }  # fmt: skip
                 registers = most_registers(arch, warps, lm_head.SPILLING)
-                what = f"head-{kind}-{name}-r{rows}", lm_head.head_kernel, constants, warps, 4, True, registers
+                what = f"head-{kind}-{name}-r{rows}", head_kernel, constants, warps, 4, True, registers
                 cases.append(_choosing(*what, **halves))
     return cases
 
@@ -241,11 +241,11 @@ def lm_heads_hopper(arch: int) -> list[CompileCase]:
 def _head_hopper(
     name: str, shape: ModelShape, rows: int, form: str, choosing: bool, noise: int, store: int, masses: bool
 ) -> CompileCase:
-    chosen = lm_head_hopper.settings(rows, shape.width, noise == choose.NOISES["made"], store == 1)
+    chosen = lm_head_hopper.settings(rows, shape.width, noise == NOISES["made"], store == 1)
     block, groups = lm_head_hopper.BLOCK_K, choose.groups_of(shape.vocab)
     kinds = {key: _described(count, block) for key, count in (("x", chosen["TOKENS"]), ("head", lm_head_hopper.ROWS))}
     constants = {
-        "V": shape.vocab, "STRIDE": groups * choose.GROUP, "K": shape.width, "G": groups,
+        "V": shape.vocab, "STRIDE": groups * GROUP, "K": shape.width, "G": groups,
         "ROWS": lm_head_hopper.ROWS, "BLOCK_K": block, "SCALING": 1, "NOISE": noise, "CHOOSE": choosing,
         "STORE": store, "MASSES": masses, "PDL": False,
     } | chosen  # fmt: skip
@@ -259,7 +259,7 @@ def attentions(arch: int) -> list[CompileCase]:
     """Few and many nodes, trees and prompts; beside the models wide heads, and heads that share keys."""
     types = {"p_qkv": "*bf16", "p_cache": "*bf16", "p_masks": "*i32", "p_prefix": "*i32", "p_acc": "*fp32"}
     types |= {"p_max": "*fp32", "p_sum": "*fp32", "p_out": "*bf16", "scale": "fp32"}
-    types |= dict.fromkeys(tree_attention.INTEGERS, "i32")
+    types |= dict.fromkeys(INTEGERS, "i32")
     models = {name: (shape.heads, shape.size) for name, shape in MODELS.items()}
     models |= {"wide": (8, 128), "grouped": (5, 64)}
     passes = {"n1": 1, "n64": 2, "prompt": 0}
@@ -396,14 +396,14 @@ def _grow_pass(arch: int, name: str, nodes: int, *tree: int, first: bool = False
     constants = grow_tree.pass_constants(*_grown(*tree), 8, grow_tree.BLOCK) | {"FIRST": first, "SAMPLED": True}
     warps = grow_tree.pass_warps(grow_tree.default_warps("grow_pass", constants["CANDIDATES"]), constants)
     registers = most_registers(arch, warps, grow_tree.GROW_SPILLING)
-    return _tree_case(name, grow_tree.grow_pass_kernel, constants, num_warps=warps, maxnreg=registers)
+    return _tree_case(name, grow_pass_kernel, constants, num_warps=warps, maxnreg=registers)
 
 
 def _harvest_tree(arch: int, name: str, nodes: int, *tree: int) -> CompileCase:
     constants = grow_tree.harvest_constants(*_grown(*tree), nodes)
     warps = grow_tree.default_warps("harvest_tree", constants["CANDIDATES"])
     registers = most_registers(arch, warps, grow_tree.HARVEST_SPILLING)
-    return _tree_case(name, grow_tree.harvest_tree_kernel, constants, num_warps=warps, maxnreg=registers)
+    return _tree_case(name, harvest_tree_kernel, constants, num_warps=warps, maxnreg=registers)
 
 
 def verify_commits(arch: int) -> list[CompileCase]:

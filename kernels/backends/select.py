@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 
+from stagedspec.kernels.common.limits import MAX_HEAD_SIZE
+
 BACKENDS = ("auto", "torch", "triton")
-MAX_HEAD_SIZE = 256  # that tree_attention.py takes
 # What "auto" trusts the kernels with: the compute capability they have run on, and the heads that their tests have.
 TRIED, TRIED_HEAD_SIZE = (9, 0), 128
 

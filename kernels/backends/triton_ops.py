@@ -18,9 +18,9 @@ from stagedspec.kernels import choose as choice
 from stagedspec.kernels import compact, embed, grow_tree, linear, lm_head
 from stagedspec.kernels import tree_attention as attention
 from stagedspec.kernels.backends import torch_ops as reference
-from stagedspec.kernels.backends.select import MAX_HEAD_SIZE
 from stagedspec.kernels.backends.torch_ops import GREEDY_SHARPNESS
 from stagedspec.kernels.common import compiling, registry
+from stagedspec.kernels.common.limits import MAX_HEAD_SIZE
 from stagedspec.kernels.common.timing import Overheads
 from stagedspec.kernels.state import device
 

@@ -16,18 +16,21 @@ import torch
 import triton
 
 LIBRARY = torch.library.Library("stagedspec", "DEF")
-# The files that hold kernels.
+# The modules that hold kernels which are launched.
 MODULES = (
-    "linear",
-    "linear_hopper",
+    "linear.kernel",
+    "linear.hopper",
     "embed",
-    "tree_attention",
+    "tree_attention.far",
+    "tree_attention.near",
+    "tree_attention.prompt",
     "compact",
-    "lm_head",
-    "lm_head_hopper",
-    "choose",
+    "lm_head.kernel",
+    "lm_head.hopper",
+    "choose.kernel",
     "ngram_lookup",
-    "grow_tree",
+    "grow_tree.pass_kernel",
+    "grow_tree.harvest_kernel",
     "verify_commit",
 )
 

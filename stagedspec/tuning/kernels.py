@@ -16,10 +16,15 @@ from functools import partial
 import torch
 from triton.errors import TritonError
 
-from stagedspec.kernels import choose, compact, grow_tree, linear, linear_hopper, lm_head, ngram_lookup, verify_commit
+from stagedspec.kernels import compact, ngram_lookup, verify_commit
+from stagedspec.kernels.choose import op as choose
 from stagedspec.kernels.common import launch_configs as configs
 from stagedspec.kernels.common.registry import Scratch
 from stagedspec.kernels.common.timing import time_run
+from stagedspec.kernels.grow_tree import op as grow_tree
+from stagedspec.kernels.linear import hopper as linear_hopper
+from stagedspec.kernels.linear import op as linear
+from stagedspec.kernels.lm_head import op as lm_head
 from stagedspec.models.loading import read_checkpoint
 from stagedspec.tuning import workloads
 from stagedspec.tuning.workloads import Growing, Head, ModelShape, Moving

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stagedspec.kernels import choose as kernels
 from stagedspec.kernels.backends import torch_ops as reference
+from stagedspec.kernels.choose import op as kernels
 from stagedspec.kernels.common.registry import Scratch
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -5,9 +5,11 @@ import torch
 import torch.nn.functional as F
 from conftest import GPU
 
-from stagedspec.kernels import lm_head, lm_head_hopper
+from stagedspec.kernels import lm_head
 from stagedspec.kernels.backends import torch_ops as reference
+from stagedspec.kernels.common.hopper import SHARED
 from stagedspec.kernels.common.registry import Scratch
+from stagedspec.kernels.lm_head import hopper
 
 WARPERS = {
     "greedy": {"greedy": True},
@@ -200,26 +202,24 @@ def test_errors(device):
 
 def test_hopper_has_room():
     """A ring of a few slots at least, beside x or with its blocks, whatever the width and the number of rows."""
-    row = lm_head_hopper.BLOCK_K * 2
+    row = hopper.BLOCK_K * 2
     for width in range(8, 7681, 8):
         for count in (1, 9, 20, 200):
             for noisy in (False, True):
-                chosen = lm_head_hopper.settings(count, width, noisy)
+                chosen = hopper.settings(count, width, noisy)
                 tokens, slots = chosen["TOKENS"], chosen["SLOTS"]
-                assert tokens >= min(count, lm_head_hopper.TOKENS) and slots >= lm_head_hopper.RING
-                x = -(-width // lm_head_hopper.BLOCK_K) if chosen["STAYS"] else slots
-                noise = lm_head_hopper.ROWS * tokens * 2 if noisy else 0
-                taken = (slots * lm_head_hopper.ROWS + x * tokens) * row + slots * 8 + noise
-                assert taken <= lm_head_hopper.SHARED
+                assert tokens >= min(count, hopper.TOKENS) and slots >= hopper.RING
+                x = -(-width // hopper.BLOCK_K) if chosen["STAYS"] else slots
+                noise = hopper.ROWS * tokens * 2 if noisy else 0
+                taken = (slots * hopper.ROWS + x * tokens) * row + slots * 8 + noise
+                assert taken <= SHARED
 
 
 @pytest.mark.parametrize(("x_from", "head_from"), [(1, 0), (0, 1)])
 def test_hopper_refuses_views(x_from, head_from, monkeypatch):
-    monkeypatch.setattr(lm_head_hopper, "_multiprocessors", lambda device: 1)
+    monkeypatch.setattr(hopper, "_multiprocessors", lambda device: 1)
     x = torch.zeros(65, dtype=torch.bfloat16)[x_from:][:64].view(1, 64)
     head = torch.zeros(16 * 64 + 1, dtype=torch.bfloat16)[head_from:][: 16 * 64].view(16, 64)
     one, many = torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, 64)
     with pytest.raises(ValueError, match="must start at a multiple of 16 bytes"):
-        lm_head_hopper.launch(
-            x, head, None, one, one, one, many, many, one, many, one, one, one, (0, 1.0), 0, True, 0, False
-        )
+        hopper.launch(x, head, None, one, one, one, many, many, one, many, one, one, one, (0, 1.0), 0, True, 0, False)
