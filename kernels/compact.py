@@ -14,6 +14,7 @@ import triton.language as tl
 
 from stagedspec.kernels.common.launch_configs import config
 from stagedspec.kernels.common.registry import (
+    FLOATS,
     check_runs,
     check_tensor,
     launch_kernel,
@@ -105,8 +106,7 @@ def compact(cache: torch.Tensor, source: torch.Tensor, target: torch.Tensor, off
     """
     op = "compact"
     check_runs(cache, op)
-    dtypes = (torch.float32, torch.float16, torch.bfloat16)
-    check_tensor(op, "cache", cache, (None, None, None, 2, None, None), dtypes, cache.device)
+    check_tensor(op, "cache", cache, (None, None, None, 2, None, None), FLOATS, cache.device)
     check_tensor(op, "source", source, (cache.shape[1], None), torch.int32, cache.device)
     check_tensor(op, "target", target, tuple(source.shape), torch.int32, cache.device)
     if not 1 <= source.shape[1] <= 256:

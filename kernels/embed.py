@@ -9,14 +9,13 @@ import triton
 import triton.language as tl
 
 from stagedspec.kernels.common.registry import (
+    FLOATS,
     check_runs,
     check_tensor,
     launch_kernel,
     launch_options,
     register,
 )
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @triton.jit(do_not_specialize_on_alignment=("p_tokens", "p_positions"))  # rows of a batch, wherever they begin
@@ -91,7 +90,7 @@ def embed(
     """
     op, device = "embed", out.device
     check_runs(out, op)
-    check_tensor(op, "token_table", token_table, (None, None), DTYPES, device)
+    check_tensor(op, "token_table", token_table, (None, None), FLOATS, device)
     width, dtype = token_table.shape[1], token_table.dtype
     check_tensor(op, "position_table", position_table, (None, width), dtype, device)
     check_tensor(op, "tokens", tokens, (None, None), (torch.int32, torch.int64), device)

@@ -171,7 +171,7 @@ def chooses(arch: int) -> list[CompileCase]:
         for name, choosing, noise in (("choose", True, 1), ("greedy", True, 0), ("groups", False, 0)):
             settings = {
                 "T": choose.SLICE, "SLICES": slices, "SLICES_UP": triton.next_power_of_2(slices), "SCALING": noise,
-                "NOISE": noise, "CHOOSE": choosing, "MASSES": not choosing, "SCORES": False, "PDL": False,
+                "NOISE": noise, "CHOOSE": choosing, "MASSES": not choosing, "PDL": False,
             }  # fmt: skip
             cases.append(_choosing(f"scan-{name}-{vocab_size}", scan_kernel, shape | settings, 4))
         for name, top_k, top_p, min_p, children, whole in (

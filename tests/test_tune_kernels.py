@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -287,7 +286,7 @@ def test_the_package_s_settings_are_those_that_tuning_tries(monkeypatch):
         for problems in tune_kernels.PROBLEMS.values()
         for problem in problems(shape, torch.device("cpu"))
     }
-    files = sorted((Path(configs.__file__).parent / "configs").glob("*.json"))
+    files = sorted(configs.PACKAGED.glob("*.json"))
     assert files
     for file in files:
         device = json.loads(file.read_text(encoding="utf-8"))["device"]

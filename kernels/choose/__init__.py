@@ -3,6 +3,6 @@
 kernel.py has the kernels, scores.py what they share with the head, op.py the operation.
 """
 
-from stagedspec.kernels.choose.op import choose, choose_children, scratch_size, warped
+from stagedspec.kernels.choose.op import choose, scratch_size, warped
 
-__all__ = ["choose", "choose_children", "scratch_size", "warped"]
+__all__ = ["choose", "scratch_size", "warped"]

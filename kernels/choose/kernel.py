@@ -1,7 +1,8 @@
 """The token-choice rule over logits in memory: warping, noise, argmax; and the draft's children by the same rule.
 
-    choose:   argmax(warp(logits / temperature) + g), the lowest id on ties             (`reference.choose`)
-    children: the top m of softmax(warp(logits / temperature) + g), and their logarithms (`reference.choose_children`)
+    choose:   argmax(warp(logits / temperature) + g), the lowest id on ties              (`reference.choose`)
+    children: the top m of softmax(warp(logits / temperature) + g), and their logarithms (`reference.choose_children`),
+              by `select_kernel` for `lm_head_topm` alone
 
 logits [M, V] fp32, M = B*N nodes. Nothing here sums in floating point across nodes or in an order that depends on
 them: a row's result is a function of the row alone, bit for bit.
@@ -47,10 +48,10 @@ from stagedspec.kernels.philox import gumbel_at
 
 @triton.jit(do_not_specialize=("N",), do_not_specialize_on_alignment=COUNTERS)
 def scan_kernel(
-    p_logits, p_noise, p_seeds, p_streams, p_positions, p_scores, p_maxima, p_masses, p_best, p_ids, p_counters, p_out,
+    p_logits, p_noise, p_seeds, p_streams, p_positions, p_maxima, p_masses, p_best, p_ids, p_counters, p_out,
     N, scale, V: tl.constexpr, G: tl.constexpr, T: tl.constexpr, SLICES: tl.constexpr, SLICES_UP: tl.constexpr,
     SCALING: tl.constexpr,
-    NOISE: tl.constexpr, CHOOSE: tl.constexpr, MASSES: tl.constexpr, SCORES: tl.constexpr, PDL: tl.constexpr,
+    NOISE: tl.constexpr, CHOOSE: tl.constexpr, MASSES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (row, slice). CHOOSE: the best token of the row; else the groups' maxima and masses of the scores."""
     if PDL:
@@ -65,8 +66,6 @@ def scan_kernel(
     scores = scale_logits(tl.load(p_logits + at, real, float("-inf")), scale, SCALING)
     scores = add_noise(scores, first, tokens, rows, real, p_noise, p_seeds, p_streams, p_positions, V, N, NOISE, T, 1)
     scores = tl.where(real, scores, float("-inf"))
-    if SCORES:
-        tl.store(p_scores + at, scores, real)
     if CHOOSE:
         best, ids = best_of(scores, tokens, V)
         tl.store(p_best + rows * SLICES + i_slice, best)

@@ -58,9 +58,9 @@ class Parts:
 
 
 def scratch_size(rows: int, vocab_size: int) -> tuple[int, int]:
-    """Partials and counters for M rows of any operation of this file."""
+    """Partials and counters for M rows."""
     groups = groups_of(vocab_size)
-    return 3 * rounded(rows * groups) + 3 * rounded(rows * vocab_size), rows
+    return 3 * rounded(rows * groups) + 2 * rounded(rows * vocab_size), rows
 
 
 def scaling(greedy: bool, temperature: float, sharpness: float = 1.0) -> tuple[int, float]:
@@ -113,7 +113,7 @@ def launch_select(
     )  # fmt: skip
 
 
-def _scan(logits, noise, seeds, streams, positions, scores, maxima, masses, best, ids, counters, out, scale, kind,
+def _scan(logits, noise, seeds, streams, positions, maxima, masses, best, ids, counters, out, scale, kind,
           choose, need_masses):  # fmt: skip
     rows, vocab_size = logits.shape
     settings = _settings(vocab_size, logits.device)
@@ -122,10 +122,10 @@ def _scan(logits, noise, seeds, streams, positions, scores, maxima, masses, best
     launch_kernel(
         scan_kernel,
         (rows, slices),
-        logits, logits if noise is None else noise, seeds, streams, positions, scores, maxima, masses, best, ids,
+        logits, logits if noise is None else noise, seeds, streams, positions, maxima, masses, best, ids,
         counters, out, positions.shape[1], scale[1], V=vocab_size, G=groups_of(vocab_size), T=size, SLICES=slices,
         SLICES_UP=triton.next_power_of_2(slices), SCALING=scale[0], NOISE=kind, CHOOSE=choose, MASSES=need_masses,
-        SCORES=scores is not logits, num_warps=settings["scan_warps"], **launch_options(logits.device),
+        num_warps=settings["scan_warps"], **launch_options(logits.device),
     )  # fmt: skip
 
 
@@ -138,37 +138,14 @@ def _launch_choose(
     groups = rows * groups_of(vocab_size)
     maxima, masses = parts.take(groups), parts.take(groups, torch.int32)
     if not warped(greedy, top_k, top_p, min_p, vocab_size):
-        _scan(logits, noise, seeds, streams, positions, logits, maxima, masses, maxima, masses, counters, out, scale,
+        _scan(logits, noise, seeds, streams, positions, maxima, masses, maxima, masses, counters, out, scale,
               kind, True, False)  # fmt: skip
         return
     need = top_p < 1.0 and not 0 < top_k < vocab_size
-    _scan(logits, None, seeds, streams, positions, logits, maxima, masses, maxima, masses, counters, out, scale, 0,
+    _scan(logits, None, seeds, streams, positions, maxima, masses, maxima, masses, counters, out, scale, 0,
           False, need)  # fmt: skip
     launch_select(logits, maxima, masses, parts, noise, seeds, streams, positions, scale, top_k, top_p, min_p, kind,
                   out, None, False)  # fmt: skip
-
-
-def _launch_children(
-    logits, seeds, streams, positions, temperature, top_k, top_p, min_p, greedy, sharpness, noise, out_tokens,
-    out_logprobs, partials, counters,
-):  # fmt: skip
-    rows, vocab_size = logits.shape
-    scale, kind = scaling(greedy, temperature, sharpness), noise_kind(greedy, noise)
-    parts = Parts(partials)
-    groups = rows * groups_of(vocab_size)
-    maxima, masses = parts.take(groups), parts.take(groups, torch.int32)
-    whole = not warped(greedy, top_k, top_p, min_p, vocab_size)
-    if whole:  # the scan writes the final scores
-        scores = parts.take(rows * vocab_size).view(rows, vocab_size)
-        _scan(logits, noise, seeds, streams, positions, scores, maxima, masses, maxima, masses, counters, out_tokens,
-              scale, kind, False, True)  # fmt: skip
-        logits, scale, kind, noise = scores, (0, 1.0), 0, None
-    else:
-        need = top_p < 1.0 and not 0 < top_k < vocab_size
-        _scan(logits, None, seeds, streams, positions, logits, maxima, masses, maxima, masses, counters, out_tokens,
-              scale, 0, False, need)  # fmt: skip
-    launch_select(logits, maxima, masses, parts, noise, seeds, streams, positions, scale, top_k, top_p, min_p, kind,
-                  out_tokens, out_logprobs, whole)  # fmt: skip
 
 
 SAMPLING = (
@@ -179,11 +156,6 @@ SAMPLING = (
 _choose = register(
     f"choose(Tensor logits, {SAMPLING}, Tensor? noise, Tensor(a!) out, Tensor(b!) partials, Tensor(c!) counters) -> ()",
     _launch_choose,
-)
-_children = register(
-    f"choose_children(Tensor logits, {SAMPLING}, float sharpness, Tensor? noise, Tensor(a!) out_tokens, "
-    "Tensor(b!) out_logprobs, Tensor(c!) partials, Tensor(d!) counters) -> ()",
-    _launch_children,
 )
 
 
@@ -250,27 +222,4 @@ def choose(
     _choose(
         logits, seeds, streams, positions, temperature, top_k, top_p, min_p, greedy, noise, out, scratch.partials,
         scratch.counters,
-    )  # fmt: skip
-
-
-def choose_children(
-    logits, seeds, streams, positions, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, greedy=False, sharpness=1.0,
-    noise=None, out_tokens, out_logprobs, scratch,
-):  # fmt: skip
-    """The draft's likeliest children (`reference.choose_children`): logits [M, V] fp32 -> out_tokens [M, m] int32 and
-    out_logprobs [M, m] fp32, best first, at most -1e-4, -inf (and token 0) where fewer than m tokens can come up.
-
-    sharpness multiplies the logits when greedy. The other arguments and the errors are those of `choose`.
-    """
-    check_tensor("choose_children", "logits", logits, (None, None), torch.float32, logits.device)
-    rows, vocab_size = logits.shape
-    check_sampling(
-        "choose_children", rows, vocab_size, logits.device, seeds, streams, positions, temperature, top_k, top_p, min_p,
-        noise, scratch, scratch_size(rows, vocab_size),
-    )  # fmt: skip
-    check_children("choose_children", rows, vocab_size, logits.device, out_tokens, out_logprobs)
-    check_runs(logits, "choose_children")
-    _children(
-        logits, seeds, streams, positions, temperature, top_k, top_p, min_p, greedy, sharpness, noise, out_tokens,
-        out_logprobs, scratch.partials, scratch.counters,
     )  # fmt: skip

@@ -138,6 +138,8 @@ def most_registers(arch: int, warps: int, spilling: tuple[int, ...]) -> int | No
 
 # ---------------------------------------------------------------- checks
 
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # what models may be in
+
 
 def check_runs(tensor: torch.Tensor, op: str) -> None:
     """Raises ValueError where no kernel can run on the tensor's device."""

@@ -8,6 +8,7 @@ import triton
 
 from stagedspec.kernels.common.launch_configs import config
 from stagedspec.kernels.common.registry import (
+    FLOATS,
     Scratch,
     architecture,
     check_runs,
@@ -29,7 +30,6 @@ MOST_SPLITS = 6  # whoever adds the parts up holds all of them in registers
 SHORTEST_SPLIT = 256  # columns
 SPILLING = (120,)  # see `most_registers`
 ROOMY = 160 << 10  # shared memory a block may take, bytes, as on A100 and H100
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def activation_known(name: str) -> bool:
@@ -194,7 +194,7 @@ def row_stats(x: torch.Tensor, stats: torch.Tensor) -> None:
     """
     op = "row_stats"
     check_runs(x, op)
-    check_tensor(op, "x", x, (None, None), DTYPES, x.device)
+    check_tensor(op, "x", x, (None, None), FLOATS, x.device)
     check_tensor(op, "stats", stats, (x.shape[0], stat_tiles(x.shape[1]), 2), torch.float32, x.device)
     _stats_op(x, stats)
 
@@ -224,13 +224,6 @@ class Folded:
         if bias is not None:
             shift = shift + bias.double()
         return cls(folded, folded.double().sum(1).float(), shift.float())
-
-
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, scratch: Scratch):
-    """out = x @ weight.T + bias. Arguments as of `norm_linear`, bias of x's dtype or None."""
-    _check("linear", x, weight, out, (x.dtype, torch.float32), scratch)
-    _check_bias("linear", bias, weight, x.dtype)
-    _op(x, None, None, 0.0, weight, bias, 0, None, out, None, scratch.partials, scratch.counters)
 
 
 def norm_linear(
@@ -303,7 +296,7 @@ def _check(
     scratch: Scratch,
 ) -> None:
     check_runs(x, op)
-    check_tensor(op, "x", x, (None, None), DTYPES, x.device)
+    check_tensor(op, "x", x, (None, None), FLOATS, x.device)
     count, inputs = x.shape
     if not 1 <= count <= MAX_TOKENS:
         raise ValueError(f"{op}: x must have 1 to {MAX_TOKENS} rows, got {count}; split it")

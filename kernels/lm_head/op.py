@@ -18,6 +18,7 @@ from stagedspec.kernels.choose.op import (
 from stagedspec.kernels.choose.scores import GROUP
 from stagedspec.kernels.common.launch_configs import config
 from stagedspec.kernels.common.registry import (
+    FLOATS,
     architecture,
     check_runs,
     check_tensor,
@@ -29,8 +30,6 @@ from stagedspec.kernels.common.registry import (
 from stagedspec.kernels.linear.op import by_hopper
 from stagedspec.kernels.lm_head import hopper
 from stagedspec.kernels.lm_head.kernel import head_kernel, norm_kernel
-
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 ROWS = 64  # most rows of one program: with noise and masses 128 spill
 PROGRAMS = 512  # most programs along the vocabulary
@@ -212,7 +211,8 @@ def lm_head_topm(
     x, norm_weight, norm_bias, epsilon, head, seeds, streams, positions, *, temperature=1.0, top_k=0, top_p=1.0,
     min_p=0.0, greedy=False, sharpness=1.0, noise=None, out_tokens, out_logprobs, scratch,
 ):  # fmt: skip
-    """The draft's m children a node: out_tokens [M, m] int32, out_logprobs [M, m] fp32 (see `choose.choose_children`).
+    """The draft's m likeliest children a node: out_tokens [M, m] int32, out_logprobs [M, m] fp32, best first, at most
+    -1e-4, -inf (and token 0) where fewer than m tokens can come up (`reference.choose_children`).
 
     The other arguments and the errors are those of `lm_head_choose`; sharpness multiplies the logits when greedy.
     """

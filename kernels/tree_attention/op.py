@@ -6,6 +6,7 @@ import triton
 
 from stagedspec.kernels.common.limits import MAX_HEAD_SIZE
 from stagedspec.kernels.common.registry import (
+    FLOATS,
     Scratch,
     architecture,
     check_runs,
@@ -26,7 +27,6 @@ MAX_CHUNK = 1024
 WARPS = 4
 SPILLING = (80,)  # the near part's, see `most_registers`; heads wider than 64 spill everywhere
 LOG2E = 1.4426950408889634
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 # Alignment decides layouts, and layouts the order of sums. Where heads are no multiple of 16 bytes, a layer's rows can
@@ -202,7 +202,7 @@ def tree_attention(
     op = "tree_attention"
     check_runs(qkv, op)
     device = qkv.device
-    check_tensor(op, "qkv", qkv, (None, None), DTYPES, device)
+    check_tensor(op, "qkv", qkv, (None, None), FLOATS, device)
     check_tensor(op, "cache", cache, (None, None, 2, None, None), qkv.dtype, device)
     batch, rows, _, kv_heads, size = cache.shape
     check_tensor(op, "masks", masks, (batch, None, None), torch.int32, device)
@@ -220,7 +220,7 @@ def tree_attention(
         raise ValueError(
             f"{op}: out must have H*{size} columns with H a multiple of the cache's {kv_heads}, got {out.shape[1]}"
         )
-    check_tensor(op, "qkv", qkv, (batch * nodes, (heads + 2 * kv_heads) * size), DTYPES, device)
+    check_tensor(op, "qkv", qkv, (batch * nodes, (heads + 2 * kv_heads) * size), FLOATS, device)
     if not (8 <= window <= 256 and window & (window - 1) == 0):
         raise ValueError(f"{op}: window must be a power of two from 8 to 256, got {window}")
     if not 0 <= tree_rows <= rows:

@@ -247,8 +247,6 @@ def _choose(shape: ModelShape, device: torch.device) -> Iterator[Problem]:
             for sampling in ("greedy", "top-k", "top-p"):
                 run = partial(rule.choose, sampling)
                 found.append(Launch(run, lambda run=run: [run()]))
-            run = partial(rule.children, "top-k")
-            found.append(Launch(run, lambda run=run: list(run())))
         return found
 
     yield Problem("choose", (shape.vocab,), choose.candidates((shape.vocab,), device), launches)

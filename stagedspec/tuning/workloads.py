@@ -168,21 +168,12 @@ class Choosing:
         at = self.counters
         self.inputs, self.shared = (self.logits, at.seeds, at.streams, at.positions), {"scratch": scratch}
         self.out = torch.empty(len(self.logits), dtype=torch.int32, device=self.device)
-        self.out_tokens = self.out.new_empty(len(self.logits), CHILDREN)
-        self.out_logprobs = torch.empty(self.out_tokens.shape, device=self.device)
 
     def choose(self, sampling: str, noise: torch.Tensor | None = None) -> torch.Tensor:
         """int32 [M]; noise: [M, V] in place of the counters'."""
         settings = warping_settings(SAMPLINGS[sampling])
         rule.choose(*self.inputs, **settings, **self.shared, noise=noise, out=self.out)
         return self.out
-
-    def children(self, sampling: str, noise: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """int32 and fp32 [M, CHILDREN]."""
-        settings = warping_settings(SAMPLINGS[sampling])
-        out = {"out_tokens": self.out_tokens, "out_logprobs": self.out_logprobs}
-        rule.choose_children(*self.inputs, **settings, **self.shared, noise=noise, **out)
-        return self.out_tokens, self.out_logprobs
 
 
 # ---------------------------------------------------------------- trees

@@ -17,7 +17,6 @@ from stagedspec.kernels.linear import (
     Folded,
     activation_known,
     hopper,
-    linear,
     linear_add,
     norm_linear,
     op,
@@ -159,16 +158,6 @@ def test_settings_on_hopper_change_no_bit(device, dtype, count):
             assert torch.equal(problem.normed(), normed), settings
             some, known = problem.added()
         assert torch.equal(some, added) and torch.equal(known, stats), settings
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_linear_alone(device, dtype, shape, error_ratio):
-    problem = Problem(device, dtype, *shape)
-    out = torch.full((shape[0], shape[1]), float("nan"), device=device)
-    linear(problem.x, problem.weight, problem.bias, out, problem.scratch)
-    x, weight, bias = (t.double() for t in (problem.x, problem.weight, problem.bias))
-    plain = F.linear(problem.x, problem.weight, problem.bias)
-    assert error_ratio(out, plain, F.linear(x, weight, bias)) <= 2
 
 
 def test_opcheck(device):

@@ -131,15 +131,21 @@ def test_choice_by_counters(name, shape, device, dtype):
     assert (out != wanted).sum() <= len(out) // 50
 
 
-@pytest.mark.parametrize("shape", [(3, 257, 40), *LARGE], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "count"), [((3, 257, 40), 6), ((4, 1003, 24), 12), *((s, 6) for s in LARGE)], ids=str
+)
 @pytest.mark.parametrize("name", WARPERS)
-def test_children(name, shape, device, dtype):
+def test_children(name, shape, count, device, dtype):
     case, options = Case(device, dtype, *shape), WARPERS[name]
     _, logits = case.choose(greedy=True)
     more = {"sharpness": reference.GREEDY_SHARPNESS} if name == "greedy" else {"noise": case.noise}
-    tokens, logprobs = case.children(6, **more, **options)
-    (expected,), (gains,) = reference.choose_children(logits[None], 6, warping(options), case.given(name))
+    tokens, logprobs = case.children(count, **more, **options)
+    (expected,), (gains,) = reference.choose_children(logits[None], count, warping(options), case.given(name))
+    known = gains.shape[-1]  # with top-k the reference gives no more than k
+    assert (logprobs[:, known:] == float("-inf")).all()
+    tokens, logprobs = tokens[:, :known], logprobs[:, :known]
     possible = gains.isfinite()
+    assert torch.equal(logprobs.isfinite(), possible)
     assert torch.equal(tokens[possible].long(), expected[possible])
     torch.testing.assert_close(logprobs, gains, rtol=1e-5, atol=1e-4 if shape in LARGE else 2e-5)
 

@@ -24,8 +24,8 @@ for module in walk_packages(stagedspec.kernels.__path__, "stagedspec.kernels."):
     import_module(module.name)
 REGISTERED = {name.removeprefix("stagedspec::") for name in registry.LIBRARY._op_defs}
 
-FUNCTIONS = ("row_stats", "linear", "linear_add", "norm_linear", "tree_attention", "compact", "embed", "choose",
-             "choose_children", "lm_head_choose", "lm_head_topm", "ngram_lookup", "grow_pass", "harvest_tree",
+FUNCTIONS = ("row_stats", "linear_add", "norm_linear", "tree_attention", "compact", "embed", "choose",
+             "lm_head_choose", "lm_head_topm", "ngram_lookup", "grow_pass", "harvest_tree",
              "verify_commit")  # fmt: skip
 M, K, V = 2, 24, 61
 
@@ -58,7 +58,6 @@ def calls(device) -> dict[str, tuple]:
     }
     return {
         "row_stats": (linear.row_stats, {"x": floats(M, K), "stats": stats}),
-        "linear": (linear.linear, plain | out),
         "linear_add": (linear.linear_add, plain | out | {"residual": floats(M, V), "stats": floats(M, 1, 2)}),
         "norm_linear": (
             linear.norm_linear,
@@ -73,7 +72,6 @@ def calls(device) -> dict[str, tuple]:
         "compact": (compact.compact, moves),
         "embed": (embed.embed, tables | {"out": floats(M, K)}),
         "choose": (choose.choose, {"logits": floats(M, V), **at, **chosen}),
-        "choose_children": (choose.choose_children, {"logits": floats(M, V), **at, **likely}),
         "lm_head_choose": (lm_head.lm_head_choose, head | at | chosen | {"logits": floats(M, V)}),
         "lm_head_topm": (lm_head.lm_head_topm, head | at | likely),
         "ngram_lookup": (
