@@ -14,7 +14,7 @@ import triton.language as tl
 
 from stagedspec.kernels.common.launch_configs import config
 from stagedspec.kernels.common.registry import (
-    CompileCase,
+    FLOATS,
     check_runs,
     check_tensor,
     launch_kernel,
@@ -57,7 +57,7 @@ def _compact(
     tl.store(p_rows + (target + OFFSET).to(tl.int64)[:, None] * COLUMNS, b_rows, mask=moved)
 
 
-def _tiles(count: int, elements: int = DEFAULT["elements"]) -> dict[str, int]:
+def tiles_of(count: int, elements: int = DEFAULT["elements"]) -> dict[str, int]:
     rows = triton.next_power_of_2(count)
     return {"ROWS": rows, "WIDTH": max(elements // rows, 16)}
 
@@ -73,7 +73,7 @@ def _launch(cache: torch.Tensor, source: torch.Tensor, target: torch.Tensor, off
     layers, batch, rows = cache.shape[:3]
     columns, count = cache.shape[3:].numel(), source.shape[1]
     settings = config("compact", (columns,), cache.device, candidates)
-    tiles = _tiles(count, settings["elements"])
+    tiles = tiles_of(count, settings["elements"])
     launch_kernel(
         _compact,
         (triton.cdiv(columns, tiles["WIDTH"]), batch, layers),
@@ -106,8 +106,7 @@ def compact(cache: torch.Tensor, source: torch.Tensor, target: torch.Tensor, off
     """
     op = "compact"
     check_runs(cache, op)
-    dtypes = (torch.float32, torch.float16, torch.bfloat16)
-    check_tensor(op, "cache", cache, (None, None, None, 2, None, None), dtypes, cache.device)
+    check_tensor(op, "cache", cache, (None, None, None, 2, None, None), FLOATS, cache.device)
     check_tensor(op, "source", source, (cache.shape[1], None), torch.int32, cache.device)
     check_tensor(op, "target", target, tuple(source.shape), torch.int32, cache.device)
     if not 1 <= source.shape[1] <= 256:
@@ -122,20 +121,3 @@ def compact_reference(cache: torch.Tensor, source: torch.Tensor, target: torch.T
         for old, new in zip(sources, targets, strict=True):
             if old >= 0 and new >= 0:
                 cache[:, i_b, new] = before[:, i_b, old]
-
-
-def compile_cases(arch: int) -> list[CompileCase]:
-    """The rows of GPT-2 S to XL and the embedded models in bf16, paths of 16 nodes."""
-    widths = {"s": 768, "m": 1024, "l": 1280, "xl": 1600, "target": 384, "draft": 96}
-    numbers = dict.fromkeys(("B", "S", "K", "OFFSET"), "i32")
-    signature = {"p_cache": "*bf16", "p_source": "*i32", "p_target": "*i32"} | numbers
-    return [
-        CompileCase(
-            f"compact-{name}",
-            _compact,
-            signature,
-            {"COLUMNS": 2 * width, "PDL": False} | _tiles(16),
-            aligned=("p_cache",),
-        )
-        for name, width in widths.items()
-    ]

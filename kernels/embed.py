@@ -9,15 +9,13 @@ import triton
 import triton.language as tl
 
 from stagedspec.kernels.common.registry import (
-    CompileCase,
+    FLOATS,
     check_runs,
     check_tensor,
     launch_kernel,
     launch_options,
     register,
 )
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @triton.jit(do_not_specialize_on_alignment=("p_tokens", "p_positions"))  # rows of a batch, wherever they begin
@@ -92,27 +90,10 @@ def embed(
     """
     op, device = "embed", out.device
     check_runs(out, op)
-    check_tensor(op, "token_table", token_table, (None, None), DTYPES, device)
+    check_tensor(op, "token_table", token_table, (None, None), FLOATS, device)
     width, dtype = token_table.shape[1], token_table.dtype
     check_tensor(op, "position_table", position_table, (None, width), dtype, device)
     check_tensor(op, "tokens", tokens, (None, None), (torch.int32, torch.int64), device)
     check_tensor(op, "positions", positions, tuple(tokens.shape), (torch.int32, torch.int64), device)
     check_tensor(op, "out", out, (tokens.numel(), width), dtype, device)
     _op(token_table, position_table, tokens, positions, out)
-
-
-def compile_cases(arch: int) -> list[CompileCase]:
-    """GPT-2 S to XL and the embedded models in bf16."""
-    tables = ("p_token_table", "p_position_table", "p_out")
-    kinds = dict.fromkeys(("p_tokens", "p_positions"), "*i32") | dict.fromkeys(tables, "*bf16")
-    cases = []
-    for name, (vocab, positions, width) in {
-        "s": (50257, 1024, 768), "m": (50257, 1024, 1024), "l": (50257, 1024, 1280), "xl": (50257, 1024, 1600),
-        "target": (2048, 512, 384), "draft": (2048, 512, 96),
-    }.items():  # fmt: skip
-        constants = {
-            "V": vocab, "P": positions, "D": width, "WIDE": triton.next_power_of_2(width), "PDL": False
-        }  # fmt: skip
-        signature = {key: kinds.get(key, "constexpr") for key in _embed.arg_names}
-        cases.append(CompileCase(name, _embed, signature, constants, aligned=tables))
-    return cases

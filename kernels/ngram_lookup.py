@@ -22,7 +22,6 @@ import triton.language as tl
 
 from stagedspec.kernels.common.launch_configs import config
 from stagedspec.kernels.common.registry import (
-    CompileCase,
     check_runs,
     check_tensor,
     launch_kernel,
@@ -219,21 +218,3 @@ def ngram_lookup(
     check_tensor(name, "out_tokens", out_tokens, shape, torch.int32, device)
     check_tensor(name, "out_logprobs", out_logprobs, shape, torch.float32, device)
     _op(contexts, sequence, lengths, *tensors, vocab_size, out_tokens, out_logprobs)
-
-
-def compile_cases(arch: int) -> list[CompileCase]:
-    """The tables that fit-ngram makes by default, and none."""
-    signature = {
-        "p_contexts": "*i32", "p_sequence": "*i32", "p_lengths": "*i32", "p_keys": "*i64", "p_rows": "*i32",
-        "p_tokens": "*i32", "p_logprobs": "*fp32", "p_out_tokens": "*i32", "p_out_logprobs": "*fp32",
-        "contexts": "i32", "stride": "i32", "vocab_size": "i32", "hash_slots": "i32",
-    }  # fmt: skip
-    return [
-        CompileCase(
-            f"ngram_lookup r={width}",
-            ngram_lookup_kernel,
-            signature,
-            {"SUCCESSORS": width, "RANKS": ranks(width), "TILE": TILE, "BLOCK": BLOCK, "PDL": False},
-        )
-        for width in (0, 8)
-    ]

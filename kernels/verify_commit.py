@@ -42,14 +42,13 @@ import triton.language as tl
 
 from stagedspec.kernels.common.launch_configs import config
 from stagedspec.kernels.common.registry import (
-    CompileCase,
     check_runs,
     check_tensor,
     launch_kernel,
     launch_options,
     register,
 )
-from stagedspec.kernels.grow_tree import TOKEN, TREE_DEPTH, TREE_ORIGIN, TREE_PARENT, TREE_SLOT, words
+from stagedspec.kernels.grow_tree.state import TOKEN, TREE_DEPTH, TREE_ORIGIN, TREE_PARENT, TREE_SLOT, words
 from stagedspec.kernels.state.host import INVALID, UNCHOSEN
 
 NEVER_ENDS = tl.constexpr(2**30)
@@ -199,12 +198,12 @@ def _launch(
         (batch,),
         chosen, tree, masks, tokens, origins, lengths, limits, running, active, eos,
         accepted, counts, target_moves, draft_moves, tokens.shape[1], eos.shape[0], nodes, deepest, words(nodes),
-        **_blocks(nodes, deepest),
+        **blocks_of(nodes, deepest),
         num_warps=_settings(nodes, tokens.device)["warps"], **launch_options(tokens.device),
     )  # fmt: skip
 
 
-def _blocks(nodes: int, deepest: int) -> dict[str, int]:
+def blocks_of(nodes: int, deepest: int) -> dict[str, int]:
     """Tile sizes: powers of two, large enough that most trees share a compiled kernel."""
     up = triton.next_power_of_2
     block = max(32, up(nodes))
@@ -216,13 +215,13 @@ def _blocks(nodes: int, deepest: int) -> dict[str, int]:
     }
 
 
-def _warps(nodes: int) -> int:
+def default_warps(nodes: int) -> int:
     return 1 if nodes <= 32 else 4
 
 
 def candidates(shape: tuple[int], device: torch.device) -> list[dict[str, int]]:
     """Settings to try at the shape (nodes,), the default first."""
-    default = {"warps": _warps(*shape)}
+    default = {"warps": default_warps(*shape)}
     return [default, *({"warps": warps} for warps in (1, 2, 4, 8) if warps != default["warps"])]
 
 
@@ -277,23 +276,3 @@ def verify_commit(
     check_tensor(name, "target_moves", target_moves, (2, rows, deepest + 1), torch.int32, device)
     check_tensor(name, "draft_moves", draft_moves, (2, rows, deepest + 2), torch.int32, device)
     _op(chosen, tree, masks, *state.tensors, accepted, counts, target_moves, draft_moves)
-
-
-def compile_cases(arch: int) -> list[CompileCase]:
-    """Trees of at most 32 nodes, of 64 and of 256."""
-    signature = {
-        "p_chosen": "*i32", "p_tree": "*i32", "p_masks": "*i32", "p_tokens": "*i32", "p_origins": "*i8",
-        "p_lengths": "*i32", "p_limits": "*i32", "p_running": "*i32", "p_active": "*i32", "p_eos": "*i32",
-        "p_accepted": "*i32", "p_counts": "*i32", "p_target_moves": "*i32", "p_draft_moves": "*i32",
-        "stride": "i32", "ends": "i32", "nodes": "i32", "deepest": "i32", "words": "i32",
-    }  # fmt: skip
-    return [
-        CompileCase(
-            f"verify_commit N={nodes}",
-            verify_commit_kernel,
-            signature,
-            _blocks(nodes, deepest) | {"PDL": False},
-            num_warps=_warps(nodes),
-        )
-        for nodes, deepest in ((32, 8), (64, 12), (256, 30))
-    ]

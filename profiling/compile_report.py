@@ -2,7 +2,7 @@
 
     python profiling/compile_report.py [--arch 80 --arch 90] [--match tree_attention] [--out report.json]
 
-For each kernel at the shapes of GPT-2 S, M, L, XL and of the embedded models (`compile_cases` of the kernel files):
+For each kernel at the shapes of GPT-2 S, M, L, XL and of the embedded models (compile_cases.py):
 
     registers            of a thread
     shared, bytes        shared memory of a block
@@ -27,16 +27,16 @@ import tempfile
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 
 import triton
+from compile_cases import CASES, CompileCase
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from stagedspec.kernels.common.registry import FUSION, MODULES, SHARED_LIMIT, CompileCase, pdl
+from stagedspec.kernels.common.registry import FUSION, SHARED_LIMIT, pdl
 
 SECONDS_LIMIT = 10.0  # a user waits for every kernel that is compiled for the first time
 MATRIX = re.compile(r"\b(UTCHMMA|UTCQMMA|HGMMA|HMMA|DMMA|IMMA)\b")
@@ -58,25 +58,24 @@ class Report:
 
 
 def cases(matches: list[str], arch: int) -> list[tuple[str, int, int]]:
-    """(module, index of the case, architecture) of every case whose name contains one of `matches`."""
+    """(operation, index of the case, architecture) of every case whose name contains one of `matches`."""
     return [
-        (module, index, arch)
-        for module in MODULES
-        if any(":" not in match or match.split(":")[0] in module for match in matches)
-        for index, case in enumerate(import_module(f"stagedspec.kernels.{module}").compile_cases(arch))
-        if any(match in label(module, case) for match in matches)
+        (op, index, arch)
+        for op, of_op in CASES.items()
+        for index, case in enumerate(of_op(arch))
+        if any(match in label(op, case) for match in matches)
     ]
 
 
-def label(module: str, case: CompileCase) -> str:
+def label(op: str, case: CompileCase) -> str:
     """ "linear: l qkv 16"."""
-    return f"{module}: {case.name.removeprefix(module).lstrip('- ')}"
+    return f"{op}: {case.name}"
 
 
 def compile_case(job: tuple[str, int, int]) -> Report:
-    """Compiles case `index` of a kernel file for one architecture."""
-    module, index, arch = job
-    case: CompileCase = import_module(f"stagedspec.kernels.{module}").compile_cases(arch)[index]
+    """Compiles case `index` of an operation for one architecture."""
+    op, index, arch = job
+    case = CASES[op](arch)[index]
     constants = dict(case.constexprs)
     if "PDL" in constants:
         constants["PDL"] = pdl(arch)
@@ -87,7 +86,7 @@ def compile_case(job: tuple[str, int, int]) -> Report:
     source = kind(fn=case.kernel, signature=signature, constexprs=constants, attrs=attrs)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "enable_fp_fusion": FUSION}
     options["maxnreg"] = case.maxnreg
-    name = label(module, case)
+    name = label(op, case)
     start = cpu_seconds()
     try:
         with triton.knobs.compilation.scope():

@@ -8,34 +8,28 @@ from harness import SMALL, Case, again, exact
 from models import DEVICE, MODELS, Choice
 
 from stagedspec.kernels import reference
-from stagedspec.tuning.workloads import CHILDREN, SAMPLINGS, Choosing
+from stagedspec.tuning.workloads import SAMPLINGS, Choosing
 
 
 def cases(choice: Choice) -> Iterator[Case]:
     for batch, nodes in choice.all("batch", "nodes"):
         choosing = Choosing(MODELS["L"].vocab, batch, nodes, DEVICE)
         for sampling in SAMPLINGS:
-            yield _case("choose", choosing, sampling)
-        yield _case("choose_children", choosing, "top-k")
+            yield _case(choosing, sampling)
 
 
-def _case(op: str, choosing: Choosing, sampling: str) -> Case:
+def _case(choosing: Choosing, sampling: str) -> Case:
     logits = choosing.logits.unflatten(0, (choosing.batch, choosing.nodes))
     warping = SAMPLINGS[sampling]
     noise = None if warping is None else choosing.counters.made(choosing.vocab)
-    if op == "choose":
-        ours = partial(choosing.choose, sampling)
-        plain = partial(reference.choose, logits, warping, noise)
-    else:
-        ours = partial(choosing.children, sampling)
-        plain = partial(reference.choose_children, logits, CHILDREN, warping, noise)
+    ours = partial(choosing.choose, sampling)
+    plain = partial(reference.choose, logits, warping, noise)
 
     def check() -> float:
         got, wanted = ours(None if noise is None else noise.values.flatten(0, 1).contiguous()), plain()
-        got, wanted = (got, wanted) if op == "choose" else (got[0], wanted[0])
         return exact((torch.equal(got.long(), wanted.reshape(got.shape)), True))
 
     # The peer finds its noise made.
     where = {"B": choosing.batch, "N": choosing.nodes, "rule": sampling}
     bytes_read = choosing.logits.numel() * 4
-    return Case(op, "L", where, bytes_read, SMALL, again(ours), {"torch eager": again(plain)}, check)
+    return Case("choose", "L", where, bytes_read, SMALL, again(ours), {"torch eager": again(plain)}, check)

@@ -1,4 +1,4 @@
-"""What every kernel file shares: registration, the checks of its arguments, scratch memory, compile cases.
+"""What every kernel file shares: registration, the checks of its arguments, scratch memory.
 
 Operations are registered with `torch.library` define/impl (a call costs 2 microseconds; `custom_op` costs 11). All of
 them write into tensors that the caller gives and return nothing: a step allocates nothing and can be captured.
@@ -7,7 +7,7 @@ them write into tensors that the caller gives and return nothing: a step allocat
 import sys
 from collections.abc import Callable
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from threading import RLock
@@ -16,18 +16,21 @@ import torch
 import triton
 
 LIBRARY = torch.library.Library("stagedspec", "DEF")
-# The files that hold kernels.
+# The modules that hold kernels which are launched.
 MODULES = (
-    "linear",
-    "linear_hopper",
+    "linear.kernel",
+    "linear.hopper",
     "embed",
-    "tree_attention",
+    "tree_attention.far",
+    "tree_attention.near",
+    "tree_attention.prompt",
     "compact",
-    "lm_head",
-    "lm_head_hopper",
-    "choose",
+    "lm_head.kernel",
+    "lm_head.hopper",
+    "choose.kernel",
     "ngram_lookup",
-    "grow_tree",
+    "grow_tree.pass_kernel",
+    "grow_tree.harvest_kernel",
     "verify_commit",
 )
 
@@ -135,6 +138,8 @@ def most_registers(arch: int, warps: int, spilling: tuple[int, ...]) -> int | No
 
 # ---------------------------------------------------------------- checks
 
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # what models may be in
+
 
 def check_runs(tensor: torch.Tensor, op: str) -> None:
     """Raises ValueError where no kernel can run on the tensor's device."""
@@ -194,26 +199,3 @@ class Scratch:
             torch.empty(max(partials, 1), dtype=torch.float32, device=device),
             torch.zeros(max(counters, 1), dtype=torch.int32, device=device),
         )
-
-
-# ---------------------------------------------------------------- compiling without a GPU
-
-
-@dataclass(frozen=True)
-class CompileCase:
-    """One kernel at one shape, as `triton.compile` wants it.
-
-    signature: argument name to type ("*bf16", "i32", "fp32"); constexprs: the compile-time arguments.
-    matrix: the kernel is expected to use matrix instructions. aligned: arguments divisible by 16.
-    maxnreg: registers a thread may have, see `most_registers`.
-    """
-
-    name: str
-    kernel: object
-    signature: dict[str, str]
-    constexprs: dict[str, object]
-    num_warps: int = 4
-    num_stages: int = 3
-    matrix: bool = False
-    aligned: tuple[str, ...] = field(default_factory=tuple)
-    maxnreg: int | None = None

@@ -19,10 +19,15 @@ from typing import Any, cast
 import torch
 from triton.errors import TritonError
 
-from stagedspec.kernels import choose, compact, grow_tree, linear, linear_hopper, lm_head, ngram_lookup, verify_commit
+from stagedspec.kernels import compact, ngram_lookup, verify_commit
+from stagedspec.kernels.choose import op as choose
 from stagedspec.kernels.common import launch_configs as configs
 from stagedspec.kernels.common.registry import Scratch
 from stagedspec.kernels.common.timing import time_run
+from stagedspec.kernels.grow_tree import op as grow_tree
+from stagedspec.kernels.linear import hopper as linear_hopper
+from stagedspec.kernels.linear import op as linear
+from stagedspec.kernels.lm_head import op as lm_head
 from stagedspec.models.loading import read_checkpoint
 from stagedspec.tuning import workloads
 from stagedspec.tuning.workloads import Growing, Head, ModelShape, Moving
@@ -269,7 +274,6 @@ def _choose(shape: ModelShape, device: torch.device) -> Iterator[Problem]:
             rule = workloads.Choosing(shape.vocab, 1, nodes, device)
             for sampling in ("greedy", "top-k", "top-p"):
                 found.append(Launch.returning(partial(rule.choose, sampling)))
-            found.append(Launch.returning(partial(rule.children, "top-k")))
         return found
 
     yield Problem("choose", (shape.vocab,), choose.candidates((shape.vocab,), device), launches)

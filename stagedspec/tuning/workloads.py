@@ -34,13 +34,14 @@ WORDS = 200  # distinct tokens of the random text
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Shape of a GPT-2. inner: width inside the MLP; 0: 4 * width."""
+    """A GPT-2: layers, width, heads, vocabulary, width inside the MLP (0: four times the width), positions."""
 
     layers: int
     width: int
     heads: int
     vocab: int = 50257
     inner: int = 0
+    positions: int = 1024
 
     @property
     def size(self) -> int:
@@ -57,8 +58,8 @@ SIZES = {
     "M": ModelShape(24, 1024, 16),
     "L": ModelShape(36, 1280, 20),
     "XL": ModelShape(48, 1600, 25),
-    "target": ModelShape(4, 384, 6, 2048, 1792),  # the embedded models
-    "draft": ModelShape(2, 96, 3, 2048, 640),
+    "target": ModelShape(4, 384, 6, 2048, 1792, 512),  # the embedded models
+    "draft": ModelShape(2, 96, 3, 2048, 640, 512),
 }
 
 
@@ -174,21 +175,12 @@ class Choosing:
         self.inputs = self.logits, at.seeds, at.streams, at.positions
         self.shared: dict[str, Any] = {"scratch": scratch}
         self.out = torch.empty(len(self.logits), dtype=torch.int32, device=self.device)
-        self.out_tokens = self.out.new_empty(len(self.logits), CHILDREN)
-        self.out_logprobs = torch.empty(self.out_tokens.shape, device=self.device)
 
     def choose(self, sampling: str, noise: torch.Tensor | None = None) -> torch.Tensor:
         """Chosen tokens, int32 [M]. noise: [M, V] instead of the counters'."""
         settings = warping_settings(SAMPLINGS[sampling])
         rule.choose(*self.inputs, **settings, **self.shared, noise=noise, out=self.out)  # type: ignore[misc]
         return self.out
-
-    def children(self, sampling: str, noise: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens and log-probabilities of children, int32 and fp32 [M, CHILDREN]."""
-        settings = warping_settings(SAMPLINGS[sampling])
-        out = {"out_tokens": self.out_tokens, "out_logprobs": self.out_logprobs}
-        rule.choose_children(*self.inputs, **settings, **self.shared, noise=noise, **out)  # type: ignore[misc]
-        return self.out_tokens, self.out_logprobs
 
 
 # ---------------------------------------------------------------- trees
@@ -256,7 +248,7 @@ class Growing:
         return names.to(self.device), values.to(self.device)
 
     def passes(self, harvest: bool = True) -> Any:
-        """Runs the draft's passes of a step. Returns the finished trees (TritonOps.Trees), or None without harvest."""
+        """Runs the draft's passes of a step. Returns the finished `Trees` of state/device.py, or None without harvest."""
         if self.growth is None:
             return device_state.Trees.roots(self.sequences)
         self.growth.begin()

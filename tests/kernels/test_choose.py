@@ -5,10 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stagedspec.kernels import choose as kernels
 from stagedspec.kernels import reference
+from stagedspec.kernels.choose import op as kernels
 from stagedspec.kernels.common.registry import Scratch
-from stagedspec.kernels.state.host import GREEDY_SHARPNESS
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WARPERS = {
@@ -44,17 +43,6 @@ def choose(logits, batch=1, at=None, **settings):
     kernels.choose(logits, *at, **settings, out=out, scratch=scratch)
     assert not scratch.counters.any(), "counters are zero between kernels"
     return out
-
-
-def children(logits, count, batch=1, **settings):
-    rows, vocab_size = logits.shape
-    tokens = torch.full((rows, count), -1, dtype=torch.int32, device=DEVICE)
-    logprobs = torch.full((rows, count), torch.nan, device=DEVICE)
-    kernels.choose_children(
-        logits, *counters(batch, rows // batch), **settings, out_tokens=tokens, out_logprobs=logprobs,
-        scratch=scratch_for(rows, vocab_size),
-    )  # fmt: skip
-    return tokens, logprobs
 
 
 def warping(settings):
@@ -241,40 +229,14 @@ def test_frequencies(name):
 
 @pytest.mark.parametrize("name", WARPERS)
 def test_rows_do_not_depend_on_each_other(name):
-    """Bitwise, children's log-probabilities included: alone, and among others."""
+    """Bitwise: alone, and among others."""
     generator = torch.Generator().manual_seed(3)
     logits = (torch.randn(7, 321, generator=generator) * 2).to(DEVICE)
     noise = torch.randn(7, 321, generator=generator).to(DEVICE)
-    tokens, logprobs = children(logits, 4, noise=noise, **WARPERS[name])
     chosen = choose(logits, noise=noise, **WARPERS[name])
-    assert torch.equal(tokens[:, 0], chosen)
     for row in (0, 3, 6):
         one = slice(row, row + 1)
-        alone = children(logits[one].clone(), 4, noise=noise[one].clone(), **WARPERS[name])
-        assert torch.equal(alone[0][0], tokens[row]) and torch.equal(alone[1][0], logprobs[row])
         assert choose(logits[one].clone(), noise=noise[one].clone(), **WARPERS[name])[0] == chosen[row]
-
-
-@pytest.mark.parametrize("name", [*WARPERS, "greedy"])
-@pytest.mark.parametrize("vocab_size", [61, 1003])
-def test_children(name, vocab_size):
-    generator = torch.Generator().manual_seed(4)
-    logits = (torch.randn(4, vocab_size, generator=generator) * 2).to(DEVICE)
-    noise = torch.randn(4, vocab_size, generator=generator).to(DEVICE)
-    if name == "greedy":
-        tokens, logprobs = children(logits, 8, greedy=True, sharpness=GREEDY_SHARPNESS)
-        expected = reference.choose_children(logits[None], 8, None, None)
-    else:
-        tokens, logprobs = children(logits, 8, noise=noise, **WARPERS[name])
-        given_noise = reference.NoiseAt(noise[None], torch.arange(4, device=DEVICE)[None])
-        expected = reference.choose_children(logits[None], 8, warping(WARPERS[name]), given_noise)
-    known = expected[0].shape[-1]  # with top-k the reference gives no more than k
-    assert (logprobs[:, known:] == float("-inf")).all()
-    tokens, logprobs = tokens[:, :known], logprobs[:, :known]
-    possible = expected[1][0].isfinite()
-    assert torch.equal(logprobs.isfinite(), possible)
-    assert torch.equal(tokens[possible].long(), expected[0][0][possible])
-    torch.testing.assert_close(logprobs, expected[1][0], rtol=1e-5, atol=1e-5)
 
 
 def test_opcheck():
@@ -286,9 +248,6 @@ def test_opcheck():
     for top_k in (0, 5):
         args = (logits, *at, 0.9, top_k, 1.0, 0.0, False, None, out, scratch.partials, scratch.counters)
         torch.library.opcheck(torch.ops.stagedspec.choose.default, args)
-    tokens, logprobs = torch.zeros(2, 3, dtype=torch.int32, device=DEVICE), torch.zeros(2, 3, device=DEVICE)
-    args = (logits, *at, 0.9, 5, 1.0, 0.0, False, 1.0, None, tokens, logprobs, scratch.partials, scratch.counters)
-    torch.library.opcheck(torch.ops.stagedspec.choose_children.default, args)
 
 
 BAD = {

@@ -123,6 +123,14 @@ for device in (torch.device("cpu"), gpu):
     registry._keyed.clear()
     compiling.hash_sources().join()
     assert {f"stagedspec.kernels.{name}" for name in registry.MODULES} <= registry._keyed
+# No module with a jitted function is missing: neither kernels, nor what they call.
+from importlib import import_module
+from pkgutil import walk_packages
+import stagedspec.kernels
+for found in walk_packages(stagedspec.kernels.__path__, "stagedspec.kernels."):
+    values = vars(import_module(found.name)).values()
+    jitted = [value for value in values if isinstance(value, triton.JITFunction) and value.__module__ == found.name]
+    assert not jitted or found.name in registry._keyed, found.name
 """,
     "threads": """
 from concurrent.futures import ThreadPoolExecutor

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from stagedspec.kernels.embed import _op, compile_cases, embed
+from stagedspec.kernels.embed import _op, embed
 
 
 @pytest.mark.parametrize("width", [24, 37, 96])
@@ -43,7 +43,3 @@ def test_errors(device, change, message):
         values["out"] = values["out"].t().contiguous().t()
     with pytest.raises(ValueError, match=message):
         embed(**values)
-
-
-def test_compile_cases():
-    assert len({case.name for case in compile_cases(90)}) == len(compile_cases(90))

@@ -9,19 +9,22 @@ import triton
 from helpers import GPU
 from transformers.activations import ACT2FN
 
-from stagedspec.kernels import linear, linear_hopper
 from stagedspec.kernels.common import launch_configs as configs
+from stagedspec.kernels.common.hopper import SHARED
 from stagedspec.kernels.common.registry import Scratch
 from stagedspec.kernels.linear import (
     ACTIVATIONS,
     Folded,
     activation_known,
+    hopper,
     linear_add,
     norm_linear,
+    op,
     row_stats,
     scratch_size,
     stat_tiles,
 )
+from stagedspec.kernels.linear.kernel import ROWS
 
 EPSILON = 1e-5
 # Tokens, outputs, inputs: odd, aligned, one split and several, more tokens than a program takes.
@@ -133,8 +136,8 @@ def test_a_row_has_the_same_bits_in_any_batch(device, dtype, shape, fixed_order)
 def test_settings_change_no_bit(device, dtype, fixed_order):
     problem = Problem(device, dtype, 20, 70, 640)
     normed, (added, stats) = problem.normed(), problem.added()
-    shape = dtype.itemsize, linear.token_tile(20, dtype.itemsize), 70, 640
-    default, *others = linear.candidates(shape, device)
+    shape = dtype.itemsize, op.token_tile(20, dtype.itemsize), 70, 640
+    default, *others = op.candidates(shape, device)
     for settings in others:
         if device.type == "cpu" and settings["BLOCK_K"] != default["BLOCK_K"]:
             continue  # the interpreter sums a block and then adds it, where matrix instructions go on summing
@@ -146,41 +149,31 @@ def test_settings_change_no_bit(device, dtype, fixed_order):
 
 @pytest.mark.parametrize("count", [9, 20, 64, 130] if GPU else [9])
 def test_settings_on_hopper_change_no_bit(device, dtype, count):
-    """Where linear_hopper.py serves; there is nothing to choose elsewhere. The columns are split, too."""
+    """Where the Hopper kernel serves; there is nothing to choose elsewhere. The columns are split, too."""
     problem = Problem(device, dtype, count, 72, 2600)
     normed, (added, stats) = problem.normed(), problem.added()
-    shape = linear_hopper.padded(count), 72, 2600
-    for settings in linear_hopper.candidates(shape, device)[1:]:
+    shape = hopper.padded(count), 72, 2600
+    for settings in hopper.candidates(shape, device)[1:]:
         with configs.trying("linear_hopper", shape, settings):
             assert torch.equal(problem.normed(), normed), settings
             some, known = problem.added()
         assert torch.equal(some, added) and torch.equal(known, stats), settings
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_linear_alone(device, dtype, shape, error_ratio):
-    problem = Problem(device, dtype, *shape)
-    out = torch.full((shape[0], shape[1]), float("nan"), device=device)
-    linear.linear(problem.x, problem.weight, problem.bias, out, problem.scratch)
-    x, weight, bias = (t.double() for t in (problem.x, problem.weight, problem.bias))
-    plain = F.linear(problem.x, problem.weight, problem.bias)
-    assert error_ratio(out, plain, F.linear(x, weight, bias)) <= 2
-
-
 def test_opcheck(device):
     problem = Problem(device, torch.float32, 3, 40, 130)
     out, stats = problem.residual.clone(), torch.zeros(3, 3, 2, device=device)
     scratch = problem.scratch
-    torch.library.opcheck(linear._stats_op, (problem.x, stats))
+    torch.library.opcheck(op._stats_op, (problem.x, stats))
     known = problem.stats(problem.x)
     weight, sums, bias = problem.folded.weight, problem.folded.sums, problem.folded.bias
     torch.library.opcheck(
-        linear._op,
+        op._op,
         (problem.x, known, sums, EPSILON, weight, bias, 3, None, out, None, scratch.partials, scratch.counters),
     )
     more = torch.zeros(3, 1, 2, device=device)
     torch.library.opcheck(
-        linear._op,
+        op._op,
         (problem.x, None, None, 0.0, problem.weight, problem.bias, 0, problem.residual, out, more,
          scratch.partials, scratch.counters),
     )  # fmt: skip
@@ -226,46 +219,46 @@ def test_errors(device):
 def test_hopper_has_room():
     """Every block of x has a slot or takes turns in three at least, beside the weights, at every width it serves; parts
     begin at the same columns for any number of tokens."""
-    assert not linear.by_hopper(2, 640, torch.device("cpu"))
-    for inputs in range(8, linear.HOPPER_SPLIT * linear.MOST_SPLITS + 1, 8):
-        splits, part = linear_hopper.splits_of(inputs)
-        assert splits <= triton.cdiv(inputs, linear.HOPPER_SPLIT) <= linear.MOST_SPLITS
+    assert not op.by_hopper(2, 640, torch.device("cpu"))
+    for inputs in range(8, hopper.HOPPER_SPLIT * op.MOST_SPLITS + 1, 8):
+        splits, part = hopper.splits_of(inputs)
+        assert splits <= triton.cdiv(inputs, hopper.HOPPER_SPLIT) <= op.MOST_SPLITS
         for count in (1, 9, 20, 200):
-            chosen = linear_hopper.settings(min(64, linear_hopper.padded(count)), inputs)
+            chosen = hopper.settings(min(64, hopper.padded(count)), inputs)
             length, slots = chosen["SPLIT_K"], chosen["SLOTS"]
             assert chosen["SPLITS"] == splits and length * splits >= inputs and (splits == 1 or length == part)
             blocks, rest = divmod(length, chosen["BLOCK_K"])
             assert rest == 0 and min(blocks, 3) <= slots <= blocks
-            elements = length * linear.ROWS + slots * chosen["BLOCK_K"] * chosen["TOKENS"]
-            assert elements * 2 + (blocks + slots) * 8 <= linear_hopper.SHARED
+            elements = length * ROWS + slots * chosen["BLOCK_K"] * chosen["TOKENS"]
+            assert elements * 2 + (blocks + slots) * 8 <= SHARED
 
 
 @pytest.mark.parametrize("inputs", [640, 2600, 5120])
 def test_hopper_s_parts_have_room_with_any_settings(inputs):
-    outputs, (splits, _) = 200, linear_hopper.splits_of(inputs)
-    for count in range(1, linear.MAX_TOKENS + 1):
-        partials, counters = linear.scratch_size(count, outputs, inputs)
-        shape = linear_hopper.padded(count), outputs, inputs
-        for tried in linear_hopper.candidates(shape, torch.device("cpu")):
+    outputs, (splits, _) = 200, hopper.splits_of(inputs)
+    for count in range(1, op.MAX_TOKENS + 1):
+        partials, counters = scratch_size(count, outputs, inputs)
+        shape = hopper.padded(count), outputs, inputs
+        for tried in hopper.candidates(shape, torch.device("cpu")):
             tokens, groups = tried["TOKENS"], tried["GROUPS"]
-            chosen = linear_hopper.settings(tokens, inputs, groups)
+            chosen = hopper.settings(tokens, inputs, groups)
             assert (chosen["TOKENS"], chosen["GROUPS"], chosen["SPLITS"]) == (tokens, groups, splits)
             if splits > 1:
-                tiles = triton.cdiv(outputs, groups * linear.ROWS) * triton.cdiv(count, tokens)
+                tiles = triton.cdiv(outputs, groups * ROWS) * triton.cdiv(count, tokens)
                 assert tiles <= counters and splits * count * outputs <= partials
 
 
 @pytest.mark.parametrize(("tokens", "groups"), [(128, 2), (128, 1), (64, 2)])
 def test_hopper_s_rings_have_room(tokens, groups):
     """Operands that take turns: at least two blocks of each, parts as long as those of any other program."""
-    for inputs in range(8, linear.HOPPER_SPLIT * linear.MOST_SPLITS + 1, 8):
-        splits, part = linear_hopper.splits_of(inputs)
-        chosen = linear_hopper.settings(tokens, inputs, groups)
+    for inputs in range(8, hopper.HOPPER_SPLIT * op.MOST_SPLITS + 1, 8):
+        splits, part = hopper.splits_of(inputs)
+        chosen = hopper.settings(tokens, inputs, groups)
         assert chosen["SPLITS"] == splits and chosen["SPLIT_K"] == part and part % chosen["BLOCK_K"] == 0
         slots = chosen["SLOTS"]
         assert chosen["WEIGHT_SLOTS"] == slots >= min(2, part // chosen["BLOCK_K"])
-        elements = slots * chosen["BLOCK_K"] * (tokens + groups * linear.ROWS)
-        assert elements * 2 + slots * 16 <= linear_hopper.SHARED
+        elements = slots * chosen["BLOCK_K"] * (tokens + groups * ROWS)
+        assert elements * 2 + slots * 16 <= SHARED
 
 
 def test_hopper_refuses_settings_that_it_has_no_scratch_for():
@@ -275,7 +268,7 @@ def test_hopper_refuses_settings_that_it_has_no_scratch_for():
         configs.trying("linear_hopper", (32, 16, 64), {"TOKENS": 8, "GROUPS": 1}),
         pytest.raises(ValueError, match="no such settings"),
     ):
-        linear_hopper.launch(x, None, None, 1e-5, weight, None, 0, None, out, None, part, part)
+        hopper.launch(x, None, None, 1e-5, weight, None, 0, None, out, None, part, part)
 
 
 @pytest.mark.parametrize(("x_from", "stats_from"), [(1, 0), (0, 1)])
@@ -285,10 +278,4 @@ def test_hopper_refuses_views(x_from, stats_from):
     rest = [torch.zeros(16, dtype=torch.float32) for _ in range(4)]
     weight, out = torch.zeros(16, 64, dtype=torch.bfloat16), torch.zeros(1, 16, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="must start at a multiple of"):
-        linear_hopper.launch(x, stats, rest[0], 1e-5, weight, rest[1], 0, None, out, None, rest[2], rest[3])
-
-
-@pytest.mark.parametrize("module", [linear, linear_hopper], ids=lambda module: module.__name__)
-def test_compile_cases(module):
-    cases = module.compile_cases(90)
-    assert all(case.matrix for case in cases) and len({case.name for case in cases}) == len(cases)
+        hopper.launch(x, stats, rest[0], 1e-5, weight, rest[1], 0, None, out, None, rest[2], rest[3])

@@ -35,7 +35,7 @@ def run(contexts, sequences, table, device):
 
 
 def expected(sequence, first, last, table):
-    """Pairs (token, log-probability) in the order of control.py."""
+    """Pairs (token, log-probability) in the order of state/host.py."""
     if last < 0:
         return []
     found = Row(list(sequence), 10**6).follower.get((first, last))

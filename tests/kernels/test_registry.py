@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
 from importlib import import_module
-from pkgutil import iter_modules
+from pkgutil import walk_packages
 
 import pytest
 import torch
@@ -20,12 +20,12 @@ from stagedspec.kernels.common.registry import Scratch
 from stagedspec.kernels.state import device as on_device
 from stagedspec.tuning.workloads import Growing, katz_table
 
-for module in iter_modules(stagedspec.kernels.__path__):
-    import_module(f"stagedspec.kernels.{module.name}")
+for module in walk_packages(stagedspec.kernels.__path__, "stagedspec.kernels."):
+    import_module(module.name)
 REGISTERED = {name.removeprefix("stagedspec::") for name in registry.LIBRARY._op_defs}
 
-FUNCTIONS = ("row_stats", "linear", "linear_add", "norm_linear", "tree_attention", "compact", "embed", "choose",
-             "choose_children", "lm_head_choose", "lm_head_topm", "ngram_lookup", "grow_pass", "harvest_tree",
+FUNCTIONS = ("row_stats", "linear_add", "norm_linear", "tree_attention", "compact", "embed", "choose",
+             "lm_head_choose", "lm_head_topm", "ngram_lookup", "grow_pass", "harvest_tree",
              "verify_commit")  # fmt: skip
 M, K, V = 2, 24, 61
 
@@ -58,7 +58,6 @@ def calls(device) -> dict[str, tuple]:
     }
     return {
         "row_stats": (linear.row_stats, {"x": floats(M, K), "stats": stats}),
-        "linear": (linear.linear, plain | out),
         "linear_add": (linear.linear_add, plain | out | {"residual": floats(M, V), "stats": floats(M, 1, 2)}),
         "norm_linear": (
             linear.norm_linear,
@@ -73,7 +72,6 @@ def calls(device) -> dict[str, tuple]:
         "compact": (compact.compact, moves),
         "embed": (embed.embed, tables | {"out": floats(M, K)}),
         "choose": (choose.choose, {"logits": floats(M, V), **at, **chosen}),
-        "choose_children": (choose.choose_children, {"logits": floats(M, V), **at, **likely}),
         "lm_head_choose": (lm_head.lm_head_choose, head | at | chosen | {"logits": floats(M, V)}),
         "lm_head_topm": (lm_head.lm_head_topm, head | at | likely),
         "ngram_lookup": (
@@ -182,10 +180,13 @@ def test_tensors_elsewhere_are_refused(name, known):
 KEYS = """
 import sys
 import triton
-from stagedspec.kernels import choose, grow_tree, lm_head, ngram_lookup
+from stagedspec.kernels.choose.kernel import select_kernel
 from stagedspec.kernels.common import registry
+from stagedspec.kernels.grow_tree.pass_kernel import grow_pass_kernel
+from stagedspec.kernels.lm_head.kernel import head_kernel
+from stagedspec.kernels.ngram_lookup import ngram_lookup_kernel
 
-kernels = [choose.select_kernel, grow_tree.grow_pass_kernel, lm_head.head_kernel, ngram_lookup.ngram_lookup_kernel]
+kernels = [select_kernel, grow_pass_kernel, head_kernel, ngram_lookup_kernel]
 for kernel in kernels[:: int(sys.argv[1])]:
     registry.key_functions(kernel.__module__)
     kernel.cache_key

@@ -1,13 +1,13 @@
 """Kernels compiled for real GPUs without one: no spills, within the chip's shared memory, with matrix instructions, and
 quickly."""
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import compile_report
 import pytest
 
 SCRIPT = Path(__file__).parents[2] / "profiling" / "compile_report.py"
@@ -73,13 +73,17 @@ def test_compiles_clean(tmp_path, arch):
         assert entry["seconds"] > 0 and entry["problem"] == "", entry
 
 
-def compile_report():
-    """The script as a module."""
-    specification = importlib.util.spec_from_file_location("compile_report", SCRIPT)
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[module.__name__] = module  # dataclasses look their module up
-    specification.loader.exec_module(module)
-    return module
+@pytest.mark.parametrize("op", compile_report.CASES)
+def test_cases_are_complete(op):
+    """Every argument of a kernel is in the signature, no case comes twice, and what multiplies matrices says so."""
+    cases = compile_report.CASES[op](90)
+    assert cases and len({case.name for case in cases}) == len(cases)
+    for case in cases:
+        constants = {name for name, kind in case.signature.items() if kind == "constexpr"} | set(case.constexprs)
+        assert {*case.signature, *constants} == set(case.kernel.arg_names)
+        assert case.constexprs.keys() >= constants
+        multiplies = op.startswith(("linear", "lm_head", "tree_attention")) and not case.name.startswith("norm")
+        assert case.matrix or not multiplies
 
 
 SUM = """
@@ -102,17 +106,16 @@ SUM = """
 )
 def test_wrong_addresses_are_seen(lower, between, upper, expected):
     """What ptxas made of two products that shared a buffer, and sums that only look like it."""
-    module = compile_report()
     code = SUM.format(lower=lower, between=between, upper=upper)
-    assert module.miscompiled(code) is expected
-    assert module.miscompiled(code.replace("UP1, UR4, 0x20", "UP1, UP2, UR4, 0x20")) is expected  # on Blackwell
+    on_blackwell = code.replace("UP1, UR4, 0x20", "UP1, UP2, UR4, 0x20")
+    assert compile_report.miscompiled(code) is compile_report.miscompiled(on_blackwell) is expected
 
 
 @pytest.mark.parametrize(("seconds", "problem"), [(9.9, ""), (12.3, "takes 12 s to compile, at most 10 are allowed")])
 def test_a_slow_compilation_is_a_problem(seconds, problem):
-    module = compile_report()
-    case = module.CompileCase("slow", None, {}, {})
-    assert module.find_problem(case, module.Report("slow", 90, registers=32, seconds=seconds), "") == problem
+    case = compile_report.CompileCase("slow", None, {}, {})
+    report = compile_report.Report("slow", 90, registers=32, seconds=seconds)
+    assert compile_report.find_problem(case, report, "") == problem
 
 
 def test_nothing_matches(tmp_path):

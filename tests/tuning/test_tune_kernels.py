@@ -9,8 +9,8 @@ from triton.runtime.errors import OutOfResources
 from typer.testing import CliRunner
 
 from stagedspec.cli import app
-from stagedspec.kernels import linear
 from stagedspec.kernels.common import launch_configs as configs
+from stagedspec.kernels.linear import op as linear
 from stagedspec.tuning import kernels as tune_kernels
 from stagedspec.tuning import workloads
 from stagedspec.tuning.kernels import Launch, Problem, tune
@@ -166,8 +166,8 @@ def test_every_operation(op, monkeypatch, device):
         return settings
 
     real = configs.config
-    modules = "choose", "compact", "grow_tree", "linear", "linear_hopper", "lm_head", "ngram_lookup", "verify_commit"
-    for name in modules:
+    ops = *(f"{name}.op" for name in ("choose", "grow_tree", "linear", "lm_head")), "linear.hopper"
+    for name in (*ops, "compact", "ngram_lookup", "verify_commit"):
         monkeypatch.setattr(f"stagedspec.kernels.{name}.config", config)
     shape = ModelShape(1, 32, 2, vocab=150)
     for problem in tune_kernels.PROBLEMS[op](shape, device):

@@ -1,11 +1,11 @@
-"""The linears of linear.py on Hopper: the weights wait in shared memory for the kernel ahead to end.
+"""The linears of kernel.py on Hopper: the weights wait in shared memory for the kernel ahead to end.
 
     out = activation(LayerNorm(x) @ weight.T + bias)   or   residual + x @ weight.T + bias
 
 x [M, K], weight [OUT, K] and what is added to them bf16 or fp16, fp32 sums. Bytes: the weight once, 2*OUT*K; through L2
 also x, 2*M*K for every 64 rows of the weight, and where columns are split the parts, 8*OUT*M a split.
 
-Between the end of one such kernel and the end of the next, linear.py fetches weights. Here they are there before: a
+Between the end of one such kernel and the end of the next, kernel.py fetches weights. Here they are there before: a
 program asks for all of its weights (64 rows of up to HOPPER_SPLIT columns, 160 KB) when it starts, and it starts once
 the programs of the kernel ahead have. What is left to do after that kernel are x from L2, the products and the
 epilogue. This needs a say in what is in flight and when: it is Gluon, Triton's language a level below Triton.
@@ -20,10 +20,8 @@ epilogue. This needs a say in what is in flight and when: it is Gluon, Triton's 
   before the one ahead of it has. So several kernels ahead are already fetching while one computes.
 
 Sums run over columns in their order, 16 at a time, in the same instructions for any number of tokens; a row is summed
-in a layout that is the same for any number of tokens. The bits are those of this kernel, not of linear.py's.
+in a layout that is the same for any number of tokens. The bits are those of this kernel, not of kernel.py's.
 """
-
-from functools import cache
 
 import torch
 import triton
@@ -33,21 +31,18 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra import cuda
 
+from stagedspec.kernels.common.hopper import SHARED, SPARE, copy, described
 from stagedspec.kernels.common.launch_configs import config
-from stagedspec.kernels.common.registry import SHARED_LIMIT, CompileCase, launch_kernel, launch_options
-from stagedspec.kernels.linear import HOPPER_SPLIT, ROWS, _activate, compile_case, model_linears, stat_tiles
+from stagedspec.kernels.common.registry import launch_kernel, launch_options
+from stagedspec.kernels.linear.kernel import ROWS, activate, stat_tiles
 
-copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name in Triton 3.9 and in 3.6
+HOPPER_SPLIT = 1280  # columns that shared memory has room for
 WHOLE = 1600  # columns that are not split
-SHARED = SHARED_LIMIT[90]
-SPARE = 2048  # of them for barriers
 MANY = 60  # programs of 128 tokens and 128 outputs
 RING = 64  # columns a block where the weight's blocks take turns
 
@@ -187,7 +182,7 @@ def _linear_hopper(
             b_sum = (b_sum - b_mean[:, None, None] * b_sums[None, :, :]) * b_scale[:, None, None]
         if BIAS:
             b_sum += b_bias.to(gl.float32)[None, :, :]
-        b_sum = _activate(b_sum, ACTIVATION)
+        b_sum = activate(b_sum, ACTIVATION)
         if RESIDUAL:
             b_sum += b_residual.to(gl.float32)
         b_out = b_sum.to(p_out.dtype.element_ty)
@@ -253,7 +248,7 @@ def candidates(shape: tuple[int, ...], device: torch.device) -> list[dict[str, i
 
     With fewer tokens there are more programs, each waits for less of x, and L2 gives the weights more often. At 128
     rows and more, programs of two groups read both operands less often than their products take. Counters are there
-    for programs of 16 tokens (`linear.scratch_size`)."""
+    for programs of 16 tokens (`op.scratch_size`)."""
     most, outputs, inputs = shape
     found = [(tokens, 1) for tokens in (64, 32, 16) if tokens <= most] or [(most, 1)]
     if most >= 128:
@@ -285,18 +280,6 @@ def settings(tokens: int, inputs: int, groups: int = 1) -> dict[str, int]:
         if fits and slots >= min(3, blocks):
             break
     return chosen | {"SPLIT_K": length, "BLOCK_K": block, "WEIGHT_SLOTS": blocks, "SLOTS": min(blocks, slots)}
-
-
-@cache
-def layout(rows: int, columns: int) -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout.get_default_for([rows, columns], gl.bfloat16)  # for any type of 16 bits
-
-
-def described(op: str, name: str, tensor: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """The tensor, to be copied in blocks [rows, columns]."""
-    if tensor.data_ptr() % 16:
-        raise ValueError(f"{op}: {name} must start at a multiple of 16 bytes, got {tensor.data_ptr():#x}; clone it")
-    return TensorDescriptor.from_tensor(tensor, [rows, columns], layout(rows, columns))
 
 
 def launch(
@@ -350,28 +333,3 @@ def launch(
         num_warps=4 * chosen["GROUPS"],
         **launch_options(x.device),
     )
-
-
-# ---------------------------------------------------------------- compiling without a GPU
-
-
-def compile_cases(arch: int) -> list[CompileCase]:
-    """`model_linears` in bf16, at 8 to 64 tokens, and chunks of prompts, for Hopper alone."""
-    if arch != 90:
-        return []
-    programs = [(tokens, 1) for tokens in (8, 16, 32, 64)] + [(128, 2)]
-    return [
-        _case(f"{name} {tokens}", *rest, tokens, groups)
-        for name, *rest in model_linears()
-        for tokens, groups in programs
-    ]
-
-
-def _case(name: str, outputs: int, inputs: int, norm: bool, activation: int, tokens: int, groups: int) -> CompileCase:
-    chosen = settings(tokens, inputs, groups)
-    block = chosen["BLOCK_K"]
-    kinds = {
-        key: f"tensordesc<bf16[{rows}, {block}],{layout(rows, block)!r}>"
-        for key, rows in (("x", tokens), ("weight", groups * ROWS))
-    }
-    return compile_case(_linear_hopper, name, outputs, inputs, norm, activation, kinds, chosen, num_warps=4 * groups)

@@ -1,4 +1,4 @@
-"""The head of lm_head.py on Hopper: a ring of weight blocks that is never empty, the tokens at rest in shared memory.
+"""The head of kernel.py on Hopper: a ring of weight blocks that is never empty, the tokens at rest in shared memory.
 
     logits = h @ head.T    h [M, d] after the final norm, head [V, d], both bf16 or fp16, fp32 sums
 
@@ -6,7 +6,7 @@ Bytes: the head once, 2*V*d; through L2 h too, 2*M*d a program or, where it does
 
 What must be moved is the weight, and a multiprocessor takes its share in one go: one program a multiprocessor, tile
 after tile of ROWS tokens of the vocabulary, in blocks of columns that come by bulk tensor copies into a ring of slots.
-The ring is filled before the kernel ahead has ended (see linear_hopper.py) and goes on filling while a finished tile is
+The ring is filled before the kernel ahead has ended (see linear/hopper.py) and goes on filling while a finished tile is
 looked at. The blocks of the normalised x come with those of the first tile and stay; where there is no room beside a
 ring of some length they come with those of every tile. More than TOKENS rows share the multiprocessors: programs beside
 each other read the same tiles, which memory gives once.
@@ -31,16 +31,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra import cuda
 
-from stagedspec.kernels.choose import COUNTERS, GROUP, NOISES, compile_case, decided, groups_of, scale_logits
-from stagedspec.kernels.common.registry import CompileCase, launch_kernel, launch_options
-from stagedspec.kernels.linear_hopper import SHARED, SPARE, copy, described, layout
+from stagedspec.kernels.choose.op import groups_of
+from stagedspec.kernels.choose.scores import COUNTERS, GROUP, GROUP_UNIT, NOISES, decided, scale_logits
+from stagedspec.kernels.common.hopper import SHARED, SPARE, copy, described
+from stagedspec.kernels.common.registry import launch_kernel, launch_options
 from stagedspec.kernels.philox import gumbel, key_words, philox
 
 ROWS = GROUP  # of the weight, a tile: the least that the matrix instructions take, and one group of tokens
 TOKENS = 64  # most rows of x, a program
 BLOCK_K = 128  # columns of a block: half as many take turns too often at 64 tokens
 RING = 6  # slots; a shorter ring runs empty while a tile is looked at, and costs more than x from L2 does
-_UNIT = gl.constexpr(float(2**24))  # of masses, see choose.py
 _BROKEN = gl.constexpr(-(2**20))  # below the first token of any tile: where the best is NaN
 
 
@@ -79,7 +79,7 @@ def _head_hopper(
     PDL: gl.constexpr,
 ):
     """Program (p, c): tiles p, p + programs, ... for rows c * TOKENS .. + TOKENS of x. CHOOSE, STORE and MASSES as of
-    `lm_head.head_kernel`; STAYS: whether all of x has room."""
+    `kernel.head_kernel`; STAYS: whether all of x has room."""
     TILES: gl.constexpr = (V + ROWS - 1) // ROWS
     BLOCKS: gl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     X_SLOTS: gl.constexpr = BLOCKS if STAYS else SLOTS
@@ -161,7 +161,7 @@ def _head_hopper(
             gl.store(p_maxima + i_group, b_most, mask=kept)
             if MASSES:
                 b_base = gl.where(b_most == float("-inf"), 0.0, b_most)
-                b_part = (gl.exp(b_score - b_base[None, :]) * _UNIT + 0.5).to(gl.int32)
+                b_part = (gl.exp(b_score - b_base[None, :]) * GROUP_UNIT + 0.5).to(gl.int32)
                 gl.store(p_masses + i_group, gl.sum(b_part, 0), mask=kept)
     if CHOOSE:
         b_best = gl.max(b_top, 0)
@@ -329,7 +329,7 @@ def launch(
     store: int,
     need_masses: bool,
 ) -> None:
-    """Arguments as of `lm_head.head_kernel`; scale: (SCALING, number); kind: NOISE."""
+    """Arguments as of `kernel.head_kernel`; scale: (SCALING, number); kind: NOISE."""
     (rows, width), vocab_size = x.shape, head.shape[0]
     chosen = settings(rows, width, kind == NOISES["made"], store == 1)
     tokens = chosen["TOKENS"]
@@ -369,51 +369,3 @@ def launch(
         num_warps=4,
         **launch_options(x.device),
     )
-
-
-# ---------------------------------------------------------------- compiling without a GPU
-
-
-def compile_cases(arch: int) -> list[CompileCase]:
-    """bf16, at the heads of GPT-2 S, M, L, XL and the embedded models, for Hopper alone."""
-    if arch != 90:
-        return []
-    return [
-        _case(vocab_size, width, rows, *form)
-        for vocab_size, width in ((50257, 768), (50257, 1024), (50257, 1280), (50257, 1600), (2048, 384), (2048, 96))
-        for rows in (8, 16, 32, 64)
-        for form in (
-            ("greedy", True, 0, 0, False),
-            ("sampled", True, 1, 0, False),
-            ("logits", False, 0, 1, False),
-            ("topm", False, 1, 2, True),
-            ("greedy-stored", True, 0, 1, False),
-            ("sampled-stored", True, 1, 1, False),
-            ("masses", False, 0, 1, True),
-        )
-    ]
-
-
-def _case(
-    vocab_size: int, width: int, rows: int, form: str, choose: bool, noise: int, store: int, masses: bool
-) -> CompileCase:
-    chosen = settings(rows, width, noise == NOISES["made"], store == 1)
-    kinds = {
-        key: f"tensordesc<bf16[{count}, {BLOCK_K}],{layout(count, BLOCK_K)!r}>"
-        for key, count in (("x", chosen["TOKENS"]), ("head", ROWS))
-    }
-    constants = {
-        "V": vocab_size,
-        "STRIDE": groups_of(vocab_size) * GROUP,
-        "K": width,
-        "G": groups_of(vocab_size),
-        "ROWS": ROWS,
-        "BLOCK_K": BLOCK_K,
-        "SCALING": 1,
-        "NOISE": noise,
-        "CHOOSE": choose,
-        "STORE": store,
-        "MASSES": masses,
-        "PDL": False,
-    } | chosen
-    return compile_case(f"{form}-{vocab_size}x{width}-r{rows}", _head_hopper, constants, 4, matrix=True, **kinds)

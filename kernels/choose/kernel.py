@@ -1,0 +1,349 @@
+"""The token-choice rule over logits in memory: warping, noise, argmax; and the draft's children by the same rule.
+
+    choose:   argmax(warp(logits / temperature) + g), the lowest id on ties              (`reference.choose`)
+    children: the top m of softmax(warp(logits / temperature) + g), and their logarithms (`reference.choose_children`),
+              by `select_kernel` for `lm_head_topm` alone
+
+logits [M, V] fp32, M = B*N nodes. Nothing here sums in floating point across nodes or in an order that depends on
+them: a row's result is a function of the row alone, bit for bit.
+
+Without warpers one kernel reads every logit once (4*M*V bytes), each program the best of a slice; the last program of
+a row reduces the slices. With warpers two kernels run:
+
+1. `scan`, once over the logits: the largest of each group of 64, [M, V/64], and for top-p the group's probability mass
+   in fixed point. (`lm_head` writes these from its own tiles, and this pass is not needed.)
+2. `select`, one program a row, reads only what can survive: the k-th largest of the groups' maxima is a lower bound of
+   the k-th largest logit, so for top-k of 50 about 50 groups of 64 are read and 50 to 200 candidates remain. Thresholds
+   are then found exactly on order-preserving integer keys of the candidates: by comparing each with all while they are
+   few, else four bits at a time.
+
+top-p sums probabilities in 64-bit fixed point (2^-40 of the largest probability), so the sum has no order. The torch
+reference sums in fp32, in sorted order: the two can differ only for a token at which the cumulative probability is
+within about 1e-6 of the threshold. Tied tokens go lowest id first, the best stays, as in transformers.
+"""
+
+import triton
+import triton.language as tl
+
+from stagedspec.kernels.choose.scores import (
+    COUNTERS,
+    GROUP_SIZE,
+    GROUP_UNIT,
+    NO_CHOICE,
+    UNIT,
+    add_noise,
+    best_of,
+    decided,
+    order_key,
+    rank_key,
+    scale_logits,
+    store_groups,
+    value_and_id,
+    value_of,
+)
+from stagedspec.kernels.philox import gumbel_at
+
+# ---------------------------------------------------------------- scan
+
+
+@triton.jit(do_not_specialize=("N",), do_not_specialize_on_alignment=COUNTERS)
+def scan_kernel(
+    p_logits, p_noise, p_seeds, p_streams, p_positions, p_maxima, p_masses, p_best, p_ids, p_counters, p_out,
+    N, scale, V: tl.constexpr, G: tl.constexpr, T: tl.constexpr, SLICES: tl.constexpr, SLICES_UP: tl.constexpr,
+    SCALING: tl.constexpr,
+    NOISE: tl.constexpr, CHOOSE: tl.constexpr, MASSES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Program (row, slice). CHOOSE: the best token of the row; else the groups' maxima and masses of the scores."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    i_row, i_slice = tl.program_id(0), tl.program_id(1)
+    first = i_slice * T
+    tokens = first + tl.arange(0, T)  # [T]
+    rows = i_row + tl.arange(0, 1)  # [1]
+    real = (tokens < V)[:, None]  # [T, 1]
+    at = rows[None, :].to(tl.int64) * V + tokens[:, None]
+    scores = scale_logits(tl.load(p_logits + at, real, float("-inf")), scale, SCALING)
+    scores = add_noise(scores, first, tokens, rows, real, p_noise, p_seeds, p_streams, p_positions, V, N, NOISE, T, 1)
+    scores = tl.where(real, scores, float("-inf"))
+    if CHOOSE:
+        best, ids = best_of(scores, tokens, V)
+        tl.store(p_best + rows * SLICES + i_slice, best)
+        tl.store(p_ids + rows * SLICES + i_slice, ids)
+        tl.debug_barrier()
+        if tl.atomic_add(p_counters + i_row, 1, sem="acq_rel") == SLICES - 1:
+            slices = tl.arange(0, SLICES_UP)
+            inside = slices < SLICES
+            all_best = tl.load(p_best + i_row * SLICES + slices, inside, float("-inf"), cache_modifier=".cg")
+            all_ids = tl.load(p_ids + i_row * SLICES + slices, inside, V, cache_modifier=".cg")
+            top = tl.max(all_best, 0)
+            chosen = tl.min(tl.where(all_best == top, all_ids, V), 0)
+            tl.store(p_out + i_row, decided(tl.minimum(chosen, V - 1), top, NOISE))
+            tl.store(p_counters + i_row, 0)
+    else:
+        store_groups(scores, first, rows, rows >= 0, p_maxima, p_masses, G, MASSES, T, 1)
+
+
+# ---------------------------------------------------------------- select
+
+
+@triton.jit
+def _floor(values, target, top, TESTS: tl.constexpr):
+    """At most the `target`-th largest of values [n] up to `top`, and how many reach it: nearly `target`, or all of them
+    where no bound is known. Absent values are -inf.
+
+    Where the bound lies is narrowed down between the smallest and the largest in steps of a TESTS-th, until a quarter
+    too many reach it, which takes two or three rounds for logits as models make them.
+    """
+    low = tl.min(tl.where(values > float("-inf"), values, top), 0)
+    step = (top - low) * (1.0 / TESTS)
+    reached = tl.sum((values > float("-inf")).to(tl.int32), 0)
+    rounds = 0
+    while (reached > target + tl.maximum(target // 4, 8)) & (rounds < 8):
+        tests = low + step * tl.arange(0, TESTS)
+        total = tl.sum((values[None, :] >= tests[:, None]).to(tl.int32), 1)
+        low = tl.maximum(low, tl.max(tl.where(total >= target, tests, float("-inf")), 0))
+        reached = tl.minimum(reached, tl.min(tl.where(total >= target, total, reached), 0))
+        step = step * (1.0 / TESTS)
+        rounds += 1
+    return tl.where(reached >= target, low, float("-inf")), reached
+
+
+@triton.jit
+def _threshold(
+    p_values, p_ids, count, target, top, WHAT: tl.constexpr, BLOCK: tl.constexpr, FEW: tl.constexpr,
+    TOGETHER: tl.constexpr,
+):  # fmt: skip
+    """`_search` for WHAT 0 and 1, where there are few values by `_compare`."""
+    if count <= FEW:
+        bound = _compare(p_values, count, target, top, WHAT, FEW, TOGETHER)
+    elif count <= 4 * FEW:
+        bound = _compare(p_values, count, target, top, WHAT, 4 * FEW, TOGETHER // 2)
+    else:
+        bound = _search(p_values, p_ids, count, target, top, 0, WHAT, BLOCK)
+    return bound
+
+
+@triton.jit
+def _compare(p_values, count, target, top, WHAT: tl.constexpr, FEW: tl.constexpr, TOGETHER: tl.constexpr):
+    """`_search` for WHAT 0 and 1 and at most FEW values, by comparing each with all: there are no rounds."""
+    at = tl.arange(0, FEW)
+    keys = order_key(tl.load(p_values + at, at < count, float("-inf")))
+    if WHAT == 1:
+        parts = tl.full((FEW, TOGETHER), 0, tl.int64)
+    else:
+        parts = tl.full((FEW, TOGETHER), 0, tl.int32)
+    for start in range(0, count, TOGETHER):
+        others = start + tl.arange(0, TOGETHER)
+        values = tl.load(p_values + others, others < count, float("-inf"))
+        above = (order_key(values)[None, :] >= keys[:, None]) & (others < count)[None, :]  # [FEW, TOGETHER]
+        if WHAT == 1:
+            parts += tl.where(above, (tl.exp(values - top) * UNIT).to(tl.int64)[None, :], 0)
+        else:
+            parts += above.to(tl.int32)
+    # Signed integers of the keys' order, which every reduction takes.
+    reached = (at < count) & (tl.sum(parts, 1) >= target)
+    bound = tl.max(tl.where(reached, (keys ^ 0x80000000).to(tl.int32, bitcast=True), -(2**31)), 0)
+    return bound.to(tl.uint32, bitcast=True) ^ 0x80000000
+
+
+@triton.jit
+def _search(p_values, p_ids, count, target, top, tie, WHAT: tl.constexpr, BLOCK: tl.constexpr):
+    """The largest uint32 t with at least `target` above or at it, four bits at a time.
+
+    WHAT 0: counts values with key >= t. 1: sums their probability, relative to exp(top), in fixed point. 2: counts
+    ids >= t among the values with key == tie.
+    """
+    bound = tl.full((), 0, tl.uint32)
+    shift = tl.full((), 28, tl.uint32)
+    for _ in range(8):
+        tests = bound + (tl.arange(0, 16).to(tl.uint32) << shift)
+        if WHAT == 1:
+            total = tl.full((16,), 0, tl.int64)
+        else:
+            total = tl.full((16,), 0, tl.int32)
+        for start in range(0, count, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            values = tl.load(p_values + at, at < count, float("-inf"))
+            keys = order_key(values)
+            if WHAT == 2:
+                hits = keys == tie
+                keys = tl.load(p_ids + at, at < count, 0).to(tl.uint32)
+                above = (keys[None, :] >= tests[:, None]) & (hits & (at < count))[None, :]
+            else:
+                above = (keys[None, :] >= tests[:, None]) & (at < count)[None, :]
+            if WHAT == 1:
+                parts = (tl.exp(values - top) * UNIT).to(tl.int64)
+                total += tl.sum(tl.where(above, parts[None, :], 0), 1)
+            else:
+                total += tl.sum(above.to(tl.int32), 1)
+        digit = tl.maximum(tl.sum((total >= target).to(tl.int32), 0) - 1, 0)
+        bound = bound + (digit.to(tl.uint32) << shift)
+        shift = (shift - 4) & 31
+    return bound
+
+
+@triton.jit
+def _mass(p_values, count, top, least, BLOCK: tl.constexpr):
+    """Probability, in fixed point relative to exp(top), of the values whose key is at least `least`."""
+    total = tl.full((), 0, tl.int64)
+    for start in range(0, count, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        values = tl.load(p_values + at, at < count, float("-inf"))
+        parts = (tl.exp(values - top) * UNIT).to(tl.int64)
+        total += tl.sum(tl.where((order_key(values) >= least) & (at < count), parts, 0), 0)
+    return total
+
+
+@triton.jit(do_not_specialize=("N",), do_not_specialize_on_alignment=COUNTERS)
+def select_kernel(
+    p_logits, p_maxima, p_masses, p_noise, p_seeds, p_streams, p_positions, p_groups, p_values, p_ids, p_out,
+    p_logprobs,
+    N, scale, top_p, min_p, V: tl.constexpr, STRIDE: tl.constexpr, G: tl.constexpr, GROUPS: tl.constexpr,
+    SCALING: tl.constexpr, NOISE: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr,
+    CHILDREN: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr, FEW: tl.constexpr, TOGETHER: tl.constexpr,
+    SPAN: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program a row. CHILDREN 0: the choice; m: the m best and their log-probabilities.
+
+    WHOLE: no warpers, the scores are final and every token of the vocabulary is in the normaliser (children only).
+    p_groups [M, G], p_values, p_ids [M, V]: lists of candidates.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    i_row = tl.program_id(0)
+    row = i_row.to(tl.int64)
+    p_logits += row * STRIDE
+    p_maxima += i_row * G
+    p_masses += i_row * G
+    p_groups += i_row * G
+    p_values += row * V
+    p_ids += row * V
+    if NOISE == 1:
+        seed, stream = tl.load(p_seeds + i_row // N), tl.load(p_streams + i_row // N)
+        position = tl.load(p_positions + i_row)
+
+    # A floor below which nothing can survive, from the groups' maxima.
+    groups = tl.arange(0, GROUPS)
+    inside = groups < G
+    maxima = tl.load(p_maxima + groups, inside, float("-inf"))  # [GROUPS]
+    top = tl.max(maxima, 0)
+    valid = (top > float("-inf")) & (top < float("inf"))  # else the row has no candidates
+    maxima = tl.where(valid, maxima, float("-inf"))
+    top = tl.where(valid, top, 0.0)
+    floor = tl.full((), float("-inf"), tl.float32)
+    least: tl.constexpr = CHILDREN if WHOLE else TOP_K
+    COUNTED: tl.constexpr = least > 0 and least <= G
+    if COUNTED:
+        floor, n_groups = _floor(maxima, least, top, 8)
+    total = tl.full((), 0, tl.int64)
+    if WHOLE or (TOP_P and TOP_K == 0):
+        peaks = tl.where(inside & (maxima > float("-inf")), tl.exp(maxima - top), 0.0)
+        weights = tl.load(p_masses + groups, inside, 0).to(tl.float32) * (1.0 / GROUP_UNIT) * peaks
+        total = tl.sum((weights * UNIT).to(tl.int64), 0)
+        if not WHOLE and top_p < 0.9999:
+            # What a group has below t weighs at most 64 exp(t), and at most what it weighs without its largest if that
+            # is not below t. All groups' together: safely less than is dropped?
+            spare = total.to(tl.float32) * (0.9 / UNIT) * (1.0 - top_p)
+            step = tl.full((), 64, tl.int32)
+            for start in range(0, 64, 16):
+                steps = start + tl.arange(0, 16)
+                depths = 0.5 * (steps + 1).to(tl.float32)[:, None]  # [16, 1]
+                most = tl.where(maxima[None, :] >= top - depths, (weights - peaks)[None, :], weights[None, :])
+                below = tl.sum(tl.minimum(most, GROUP_SIZE * tl.exp(-depths)), 1)
+                step = tl.minimum(step, tl.min(tl.where(below <= spare, steps, 64), 0))
+            floor = tl.where(step < 64, top - 0.5 * (step + 1).to(tl.float32), float("-inf"))
+    elif MIN_P and TOP_K == 0:
+        floor = tl.where(min_p > 1e-37, top + tl.log(tl.maximum(min_p, 1e-37)) - 0.01, float("-inf"))
+
+    # The groups that reach the floor, then their tokens that do.
+    alive = inside & (maxima >= floor) & (maxima > float("-inf"))
+    place = tl.cumsum(alive.to(tl.int32), 0) - 1
+    tl.store(p_groups + place, groups, alive)
+    if not COUNTED:
+        n_groups = tl.sum(alive.to(tl.int32), 0)
+    tl.debug_barrier()
+    count = tl.full((), 0, tl.int32)
+    for start in range(0, n_groups, SPAN):
+        at = start + tl.arange(0, SPAN)
+        group = tl.load(p_groups + at, at < n_groups, G)  # [SPAN]
+        tokens = group[:, None] * GROUP_SIZE + tl.arange(0, GROUP_SIZE)[None, :]  # [SPAN, 64]
+        real = tokens < V
+        if STRIDE >= G * GROUP_SIZE:  # there is something behind the row: whole groups may be read at once
+            values = tl.load(p_logits + tokens, (group < G)[:, None], float("-inf"))
+        else:
+            values = tl.load(p_logits + tokens, real, float("-inf"))
+        values = scale_logits(values, scale, SCALING)
+        found = tl.reshape(real & (values >= floor) & (values > float("-inf")), (SPAN * GROUP_SIZE,))
+        slot = count + tl.cumsum(found.to(tl.int32), 0) - 1
+        tl.store(p_values + slot, tl.reshape(values, (SPAN * GROUP_SIZE,)), found)
+        tl.store(p_ids + slot, tl.reshape(tokens, (SPAN * GROUP_SIZE,)), found)
+        count += tl.sum(found.to(tl.int32), 0)
+    tl.debug_barrier()
+
+    # Thresholds: keys above `least_key` stay; of the keys equal to it the ids from `least_id` on.
+    least_key = tl.full((), 0, tl.uint32)
+    least_id = tl.full((), 0, tl.uint32)
+    if TOP_K > 0:
+        least_key = _threshold(p_values, p_ids, count, TOP_K, top, 0, BLOCK, FEW, TOGETHER)
+    if TOP_P:
+        if TOP_K > 0:
+            total = _mass(p_values, count, top, least_key, BLOCK)
+        target = tl.maximum((total.to(tl.float64) * top_p).to(tl.int64), 1)
+        key = _threshold(p_values, p_ids, count, target, top, 1, BLOCK, FEW, TOGETHER)
+        if key >= least_key:
+            least_key = key
+            above = _mass(p_values, count, top, key + 1, BLOCK)
+            tied = _mass(p_values, count, top, key, BLOCK) - above
+            one = (tl.exp(value_of(key) - top) * UNIT).to(tl.int64)
+            if tied > one:
+                stay = (target - above + one - 1) // tl.maximum(one, 1)
+                least_id = _search(p_values, p_ids, count, stay.to(tl.int32), top, key, 2, BLOCK)
+
+    # The scores of what stays, over the candidates' values.
+    nothing = rank_key(tl.full((), float("-inf"), tl.float32), tl.full((), V, tl.int32))
+    winner = nothing
+    for start in range(0, count, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        values = tl.load(p_values + at, at < count, float("-inf"))
+        tokens = tl.load(p_ids + at, at < count, V)
+        keys = order_key(values)
+        stays = (at < count) & ((keys > least_key) | ((keys == least_key) & (tokens.to(tl.uint32) >= least_id)))
+        if MIN_P:
+            stays = stays & ((values == top) | (tl.exp(values - top) >= min_p))  # the best stays
+        if NOISE == 1:
+            values = values + gumbel_at(tokens, seed, stream, position)
+        elif NOISE == 2:
+            values = values + tl.load(p_noise + row * V + tokens, at < count, 0.0)
+        values = tl.where(stays, values, float("-inf"))
+        if CHILDREN > 0:
+            tl.debug_barrier()  # in a small vocabulary several warps hold the same values: all have read them
+            tl.store(p_values + at, values, at < count)
+        winner = tl.maximum(winner, tl.max(tl.where(stays, rank_key(values, tokens), nothing), 0))
+    best, chosen = value_and_id(winner)
+    if CHILDREN == 0:
+        tl.store(p_out + i_row, tl.where(valid & (chosen < V), chosen, NO_CHOICE))
+    else:
+        tl.debug_barrier()
+        if WHOLE:
+            normaliser = total.to(tl.float32) * (1.0 / UNIT)
+        else:
+            mass = tl.full((), 0, tl.int64)
+            for start in range(0, count, BLOCK):
+                at = start + tl.arange(0, BLOCK)
+                values = tl.load(p_values + at, at < count, float("-inf"))
+                mass += tl.sum((tl.exp(values - best) * UNIT).to(tl.int64), 0)
+            normaliser = mass.to(tl.float32) * (1.0 / UNIT)
+        for child in range(CHILDREN):
+            value, token = value_and_id(winner)
+            possible = value > float("-inf")
+            logprob = tl.minimum(value - best - tl.log(normaliser), -1e-4)
+            tl.store(p_out + i_row * CHILDREN + child, tl.where(possible, token, 0))
+            tl.store(p_logprobs + i_row * CHILDREN + child, tl.where(possible, logprob, float("-inf")))
+            last, winner = winner, nothing
+            for start in range(0, count, BLOCK):
+                at = start + tl.arange(0, BLOCK)
+                values = tl.load(p_values + at, at < count, float("-inf"))
+                ranked = rank_key(values, tl.load(p_ids + at, at < count, V))
+                winner = tl.maximum(winner, tl.max(tl.where(ranked < last, ranked, nothing), 0))

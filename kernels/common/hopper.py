@@ -1,0 +1,27 @@
+"""What the Gluon kernels for Hopper share: bulk tensor copies, their layouts, and how much shared memory there is."""
+
+from functools import cache
+
+import torch
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from stagedspec.kernels.common.registry import SHARED_LIMIT
+
+copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name in Triton 3.9 and in 3.6
+SHARED = SHARED_LIMIT[90]  # bytes of shared memory that a block may take
+SPARE = 2048  # bytes of it that stay free for barriers
+
+
+@cache
+def layout(rows: int, columns: int) -> gl.NVMMASharedLayout:
+    """How blocks [rows, columns] of a 16-bit type lie in shared memory."""
+    return gl.NVMMASharedLayout.get_default_for([rows, columns], gl.bfloat16)
+
+
+def described(op: str, name: str, tensor: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """The tensor, to be copied in blocks [rows, columns]."""
+    if tensor.data_ptr() % 16:
+        raise ValueError(f"{op}: {name} must start at a multiple of 16 bytes, got {tensor.data_ptr():#x}; clone it")
+    return TensorDescriptor.from_tensor(tensor, [rows, columns], layout(rows, columns))

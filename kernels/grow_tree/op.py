@@ -1,0 +1,328 @@
+"""The kernels of growing trees as operations: tile sizes, launch settings, launchers, checks of arguments."""
+
+import math
+from functools import partial
+
+import torch
+import triton
+
+from stagedspec.kernels.common.launch_configs import config
+from stagedspec.kernels.common.registry import (
+    architecture,
+    check_runs,
+    check_tensor,
+    launch_kernel,
+    launch_options,
+    most_registers,
+    register,
+)
+from stagedspec.kernels.grow_tree.harvest_kernel import harvest_tree_kernel
+from stagedspec.kernels.grow_tree.pass_kernel import grow_pass_kernel
+from stagedspec.kernels.grow_tree.state import GrowthState, words
+from stagedspec.kernels.ngram_lookup import check_table, ranks
+
+BLOCK = 512  # positions of the sequence compared at once: a block is a round trip to L2
+MAX_CANDIDATES = 16384
+# The least and most that tiles hold: smaller trees share compiled kernels, larger ones loop.
+LEAST_CANDIDATES, LEAST_NODES, LEAST_WORDS = 512, 16, 2
+MOST_OPTIONS = 4096  # of draft², for a level of guesses
+MOST_RECORDED = 2048  # candidates recorded together
+MOST_RANKS = 128  # of one slot
+MOST_PLACED = 2048  # candidates put into a tree together
+MOST_COMPARED = 4096  # pairs of nodes
+MOST_SEARCHED = 8192  # contexts times positions of the sequence
+MAX_VOCAB = 2**21 - 1
+# On these architectures the kernels spill without `most_registers`.
+GROW_SPILLING, HARVEST_SPILLING = (90, 100), (80, 89, 90, 100, 120)
+
+
+def _blocks(
+    width: int, prefetch: int, prefetch_width: int, children: int, slots: int, nodes: int = 1
+) -> dict[str, int]:
+    """Tile sizes of a setting: powers of two. nodes: of the tree to be harvested, if one is."""
+    up = triton.next_power_of_2
+    lanes = up(max(width, prefetch_width if prefetch else 1, 2))
+    ranks = min(up(max(children, 2)), MOST_RANKS)
+    return {
+        "LANES": lanes,
+        "RECORDED": min(lanes, MOST_RECORDED // ranks),
+        "RANKS": ranks,
+        "CANDIDATES": up(max(slots * children, lanes, nodes - 1, LEAST_CANDIDATES)),
+    }
+
+
+def pass_constants(
+    width: int, prefetch: int, prefetch_width: int, children: int, slots: int, successors_: int, block: int
+) -> dict[str, object]:
+    """The compile-time arguments of `grow_pass_kernel` that a tree, a table and its settings decide."""
+    blocks = _blocks(width, prefetch, prefetch_width, children, slots)
+    return blocks | {
+        "GUESSES": prefetch > 0,
+        "CHILDREN": children,
+        "WORDS_BLOCK": max(triton.next_power_of_2(words(slots)), LEAST_WORDS),
+        "SUCCESSORS": successors_,
+        "NGRAM_RANKS": ranks(successors_),
+        "BLOCK": min(block, MOST_SEARCHED // blocks["LANES"]),
+    }
+
+
+def harvest_constants(
+    width: int, prefetch: int, prefetch_width: int, children: int, slots: int, nodes: int
+) -> dict[str, object]:
+    """The compile-time arguments of `harvest_tree_kernel` that a tree decides."""
+    up = triton.next_power_of_2
+    blocks = _blocks(width, prefetch, prefetch_width, children, slots, nodes)
+    nodes_block = max(up(nodes - 1), LEAST_NODES)
+    return {
+        "GROWN": nodes > 1,
+        "CHILDREN": children,
+        "RECORDED": blocks["RECORDED"],
+        "RANKS": blocks["RANKS"],
+        "CANDIDATES": blocks["CANDIDATES"],
+        "PLACED": min(blocks["CANDIDATES"], MOST_PLACED),
+        "NODES_BLOCK": nodes_block,
+        "COMPARED": min(nodes_block, MOST_COMPARED // nodes_block),
+        "WORDS_BLOCK": max(up(words(nodes)), LEAST_WORDS),
+    }
+
+
+def tile(op: str, config) -> int:
+    """The candidates that grow_pass or harvest_tree looks at together, by which its settings are kept."""
+    nodes = config.nodes if op == "harvest_tree" else 1
+    tree = config.width, config.prefetch, config.prefetch_width, config.children, config.slots
+    return _blocks(*tree, nodes)["CANDIDATES"]
+
+
+def default_warps(op: str, size: int) -> int:
+    most = 8 if op == "harvest_tree" else 16  # which spills with 16
+    return min(most, 4 if size <= 2048 else 8 if size <= 4096 else 16)
+
+
+def pass_warps(warps: int, constants: dict[str, int]) -> int:
+    """Of grow_pass: more than are set where draft²'s options would not fit into their registers."""
+    options = constants["LANES"] * constants["NGRAM_RANKS"]
+    return warps if options < 2048 else max(warps, 16 if options >= 4096 else 8)
+
+
+def candidates(op: str, shape: tuple[int], device: torch.device) -> list[dict[str, int]]:
+    """Settings of grow_pass or harvest_tree to try at the shape (tile of candidates,), the default first."""
+    every = [{"warps": warps} for warps in (default_warps(op, *shape), 1, 2, 4, 8, 16)]
+    if op == "grow_pass":
+        every = [one | {"block": block} for block in (BLOCK, 256, 1024) for one in every]
+    return [one for index, one in enumerate(every) if one not in every[:index]]
+
+
+def _settings(op: str, size: int, device: torch.device) -> dict[str, int]:
+    return config(op, (size,), device, partial(candidates, op))
+
+
+# ---------------------------------------------------------------- operations
+
+
+def _launch_pass(
+    tokens, lengths, seeds, streams, keys, rows, table_tokens, table_logprobs, names, values,
+    slots, slot_masks, slot_scores, candidates, candidate_scores, batch, batch_masks, prefix,
+    vocab_size, start, record, floor, width, prefetch, prefetch_width, depth,
+) -> None:  # fmt: skip
+    count, size = slots.shape[1:]
+    children = candidates.shape[2] // size
+    successors_ = 0 if table_tokens is None else table_tokens.shape[1]
+    tree = width, prefetch, prefetch_width, children, size
+    settings = _settings("grow_pass", _blocks(*tree)["CANDIDATES"], tokens.device)
+    constants = pass_constants(*tree, successors_, settings["block"])
+    warps = pass_warps(settings["warps"], constants)
+    launch_kernel(
+        grow_pass_kernel,
+        (count,),
+        tokens, lengths, seeds, streams, keys, rows, table_tokens, table_logprobs, names, values,
+        slots, slot_masks, slot_scores, candidates, candidate_scores, batch, batch_masks, prefix,
+        tokens.shape[1], vocab_size, 0 if keys is None else keys.shape[0], start,
+        record, 0 if names is None else names.shape[2], width, prefetch, prefetch_width, size, words(size), depth,
+        floor, FIRST=names is None, SAMPLED=seeds is not None, **constants,
+        num_warps=warps, maxnreg=most_registers(architecture(tokens.device), warps, GROW_SPILLING),
+        **launch_options(tokens.device),
+    )  # fmt: skip
+
+
+_grow_pass = register(
+    "grow_pass(Tensor tokens, Tensor lengths, Tensor? seeds, Tensor? streams, Tensor? keys, Tensor? rows, "
+    "Tensor? table_tokens, Tensor? table_logprobs, Tensor? names, Tensor? values, Tensor(a!) slots, "
+    "Tensor(b!) slot_masks, Tensor(c!) slot_scores, Tensor(d!) candidates, Tensor(e!) candidate_scores, "
+    "Tensor(f!) batch, Tensor(g!) batch_masks, Tensor(h!) prefix, int vocab_size, int start, int record, float floor, "
+    "int width, int prefetch, int prefetch_width, int depth) -> ()",
+    _launch_pass,
+)
+
+
+def _launch_harvest(
+    tokens, lengths, names, values, slots, slot_scores, candidates, candidate_scores, tree, batch, batch_masks, prefix,
+    start, record, floor, width, prefetch, prefetch_width, depth,
+) -> None:  # fmt: skip
+    count, size = slots.shape[1:]
+    children, nodes = candidates.shape[2] // size, tree.shape[2]
+    constants = harvest_constants(width, prefetch, prefetch_width, children, size, nodes)
+    warps = _settings("harvest_tree", constants["CANDIDATES"], tokens.device)["warps"]
+    launch_kernel(
+        harvest_tree_kernel,
+        (count,),
+        tokens, lengths, names, values, slots, slot_scores, candidates, candidate_scores,
+        tree, batch, batch_masks, prefix, tokens.shape[1], start, record, 0 if names is None else names.shape[2],
+        prefetch, prefetch_width, size, depth, nodes, words(nodes), floor, **constants,
+        num_warps=warps, maxnreg=most_registers(architecture(tokens.device), warps, HARVEST_SPILLING),
+        **launch_options(tokens.device),
+    )  # fmt: skip
+
+
+_harvest_tree = register(
+    "harvest_tree(Tensor tokens, Tensor lengths, Tensor? names, Tensor? values, Tensor(a!) slots, "
+    "Tensor(b!) slot_scores, Tensor(c!) candidates, Tensor(d!) candidate_scores, Tensor(e!) tree, Tensor(f!) batch, "
+    "Tensor(g!) batch_masks, Tensor(h!) prefix, int start, int record, float floor, int width, int prefetch, "
+    "int prefetch_width, int depth) -> ()",
+    _launch_harvest,
+)
+
+
+def check_candidates(name: str, config) -> None:
+    """Raises ValueError for a `TreeConfig` with more candidates than are held together."""
+    size, children = max(config.slots, 1), config.children
+    if size * children > MAX_CANDIDATES:
+        raise ValueError(
+            f"{name}: a tree may have at most {MAX_CANDIDATES} candidates on a GPU, got {size} draft evaluations with "
+            f"{children} children each; use fewer passes, guesses or children"
+        )
+
+
+def check_options(name: str, config, table) -> None:
+    """Raises ValueError for a `TreeConfig` and a table (or None) that give draft² too many options to choose from."""
+    if config.prefetch and _options(config, 0 if table is None else table.successors) > MOST_OPTIONS:
+        raise ValueError(
+            f"{name}: draft² may have at most {MOST_OPTIONS} options a level on a GPU, got a table of "
+            f"{0 if table is None else table.successors} successors, width {config.width} and prefetch_width "
+            f"{config.prefetch_width}; lower one"
+        )
+
+
+def _options(config, successors: int) -> int:
+    blocks = _blocks(config.width, config.prefetch, config.prefetch_width, config.children, config.slots)
+    return blocks["LANES"] * ranks(successors)
+
+
+def _check_state(name: str, state: GrowthState, batch: int, config, device: torch.device) -> None:
+    check_candidates(name, config)
+    size, children = max(config.slots, 1), config.children
+    check_tensor(name, "slots", state.slots, (5, batch, size), torch.int32, device)
+    check_tensor(name, "slot_masks", state.slot_masks, (batch, size, words(size)), torch.int32, device)
+    check_tensor(name, "slot_scores", state.slot_scores, (batch, size), torch.float32, device)
+    check_tensor(name, "candidates", state.candidates, (3, batch, size * children), torch.int32, device)
+    check_tensor(name, "candidate_scores", state.candidate_scores, (batch, size * children), torch.float32, device)
+
+
+def _check_proposals(name: str, number: int, config, batch: int, names, values, device: torch.device) -> None:
+    """What the draft proposed in pass `number`."""
+    shape = (batch, pass_size(config, number), None)
+    check_tensor(name, "names", names, shape, (torch.int32, torch.int64), device)
+    check_tensor(name, "values", values, tuple(names.shape), torch.float32, device)
+    if not 1 <= names.shape[2] <= config.children:
+        raise ValueError(f"{name}: names must hold 1 to {config.children} children, got {names.shape[2]}")
+
+
+def pass_size(config, number: int) -> int:
+    """The rows of draft pass `number`."""
+    return (config.width if number else 2) + config.guesses
+
+
+def pass_start(config, number: int) -> int:
+    """The first slot of draft pass `number`."""
+    return 2 + config.guesses + (number - 1) * pass_size(config, 1) if number else 0
+
+
+def _floor(config) -> float:
+    return math.log(config.node_floor) if config.node_floor else -math.inf
+
+
+def grow_pass(
+    tokens: torch.Tensor,
+    lengths: torch.Tensor,
+    state: GrowthState,
+    config,
+    number: int,
+    proposed: tuple[torch.Tensor, torch.Tensor] | None,
+    table,
+    noise: tuple[torch.Tensor, torch.Tensor] | None,
+    batch: torch.Tensor,
+    batch_masks: torch.Tensor,
+    prefix: torch.Tensor,
+) -> None:
+    """Records what the draft `proposed` in pass number - 1 and writes the inputs of pass `number`.
+
+    tokens int32 [B, S], lengths int32 [B]: what is committed. config: a TreeConfig. proposed: tokens int32 or int64
+    and log-probabilities fp32 [B, rows of the last pass, children], descending; None before pass 0. table: a
+    `KatzTable`, or None. noise: seeds int64 [B] and streams int32 or int64 [B], or None when greedy. batch,
+    batch_masks, prefix: see the package's docstring. Raises ValueError for a wrong shape, dtype, device or layout.
+    """
+    name, device = "grow_pass", tokens.device
+    check_runs(tokens, name)
+    check_tensor(name, "tokens", tokens, (None, None), torch.int32, device)
+    rows = tokens.shape[0]
+    check_tensor(name, "lengths", lengths, (rows,), torch.int32, device)
+    _check_state(name, state, rows, config, device)
+    if not 0 <= number < config.passes:
+        raise ValueError(f"{name}: a step has the passes 0 to {config.passes - 1}, got {number}")
+    names, values = None, None
+    if number:
+        names, values = proposed if proposed is not None else (None, None)
+        _check_proposals(name, number - 1, config, rows, names, values, device)
+    *tensors, vocab_size = check_table(name, table, device)
+    if vocab_size > MAX_VOCAB:
+        raise ValueError(f"{name}: the vocabulary may have at most {MAX_VOCAB} tokens, got {vocab_size}")
+    check_options(name, config, table)
+    seeds, streams = noise or (None, None)
+    if noise is not None:
+        check_tensor(name, "seeds", seeds, (rows,), torch.int64, device)
+        check_tensor(name, "streams", streams, (rows,), (torch.int32, torch.int64), device)
+    count = pass_size(config, number)
+    check_tensor(name, "batch", batch, (3, rows, count), torch.int32, device)
+    check_tensor(name, "batch_masks", batch_masks, (rows, count, words(config.slots)), torch.int32, device)
+    check_tensor(name, "prefix", prefix, (rows,), torch.int32, device)
+    _grow_pass(
+        tokens, lengths, seeds, streams, *tensors, names, values, *state.tensors, batch, batch_masks, prefix,
+        vocab_size, pass_start(config, max(number - 1, 0)), (config.width if number > 1 else 2) if number else 0,
+        _floor(config), config.width, config.prefetch, config.prefetch_width, config.depth,
+    )  # fmt: skip
+
+
+def harvest_tree(
+    tokens: torch.Tensor,
+    lengths: torch.Tensor,
+    state: GrowthState,
+    config,
+    proposed: tuple[torch.Tensor, torch.Tensor] | None,
+    tree: torch.Tensor,
+    batch: torch.Tensor,
+    batch_masks: torch.Tensor,
+    prefix: torch.Tensor,
+) -> None:
+    """Records what the draft `proposed` in the last pass and writes the finished trees and the target's inputs.
+
+    Arguments as of `grow_pass`; with config.nodes 1 nothing is recorded, and the trees are roots. tree int32 [5, B, N].
+    Raises ValueError for a wrong shape, dtype, device or layout.
+    """
+    name, device = "harvest_tree", tokens.device
+    check_runs(tokens, name)
+    check_tensor(name, "tokens", tokens, (None, None), torch.int32, device)
+    rows, nodes = tokens.shape[0], config.nodes
+    check_tensor(name, "lengths", lengths, (rows,), torch.int32, device)
+    _check_state(name, state, rows, config, device)
+    names, values, number = None, None, max(config.passes - 1, 0)
+    if nodes > 1:
+        names, values = proposed if proposed is not None else (None, None)
+        _check_proposals(name, number, config, rows, names, values, device)
+    check_tensor(name, "tree", tree, (5, rows, nodes), torch.int32, device)
+    check_tensor(name, "batch", batch, (3, rows, nodes), torch.int32, device)
+    check_tensor(name, "batch_masks", batch_masks, (rows, nodes, words(nodes)), torch.int32, device)
+    check_tensor(name, "prefix", prefix, (rows,), torch.int32, device)
+    _harvest_tree(
+        tokens, lengths, names, values, state.slots, state.slot_scores, state.candidates, state.candidate_scores,
+        tree, batch, batch_masks, prefix, pass_start(config, number), config.width if number else 2,
+        _floor(config), config.width, config.prefetch, config.prefetch_width, config.depth,
+    )  # fmt: skip
