@@ -1,4 +1,4 @@
-"""Imports point one way, lazy ones included: no room imports one above it, and no files import each other in a circle."""
+"""Imports point one way, lazy ones included: no room imports one above it, and there are no circles."""
 
 import ast
 from pathlib import Path
