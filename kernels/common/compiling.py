@@ -25,7 +25,7 @@ from triton.runtime.cache import triton_key
 from stagedspec.kernels.common import progress, registry
 
 log = logging.getLogger("stagedspec")
-PATIENCE = 1.0  # seconds of compiling after which the log hears of it
+PATIENCE = 1.0  # seconds of compiling after which it is logged
 # One dry run at a time: two would compile the same kernel, and Triton 3.9 unloads the one that it then forgets. What a
 # CUDA graph launches must stay loaded, so what was loaded is never let go.
 _compiling = RLock()

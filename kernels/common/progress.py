@@ -1,4 +1,4 @@
-"""Who hears of compiling: a progress bar, or the log. Apart from compiling.py, which needs Triton."""
+"""Reports progress of compiling to a progress bar or the log. Apart from compiling.py, which needs Triton."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

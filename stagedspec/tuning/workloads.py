@@ -248,7 +248,7 @@ class Growing:
         return names.to(self.device), values.to(self.device)
 
     def passes(self, harvest: bool = True) -> Any:
-        """Runs the draft's passes of a step. Returns the finished `Trees` of state/device.py, or None without harvest."""
+        """Runs the draft's passes of a step. Returns the finished trees, or None without harvest."""
         if self.growth is None:
             return device_state.Trees.roots(self.sequences)
         self.growth.begin()
