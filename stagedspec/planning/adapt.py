@@ -1,5 +1,335 @@
+"""Trees that adapt to the text: each step of a generation uses one of a few levels, from no tree to the largest.
+
+The controller sees what every step proposed, what was accepted and how long it took, and estimates for each level the
+tokens and the seconds of a step. A batch is done when its last row is: what a step brings is by how much less is left
+of the row that has most left to write. Where drafting does not pay it stops: the target then decodes plainly, and now
+and then the draft reads what was written without it, all in one pass, which shows how much of it it would have guessed.
+
+Estimates can be wrong, so there is an account beside them: drafting may fall behind plain decoding by no more than a
+few steps, a small share of the plain steps made since, and a part of what it has won before. The next generation starts
+from what this one has learned, account included. So a hopeless draft, or one too slow for a batch of this size, costs
+next to nothing. All this changes which nodes are verified, never the tokens.
+"""
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median_low
+
+from stagedspec.planning.cost import Model
+from stagedspec.planning.tree import TreeConfig
+
+OFF = TreeConfig().for_mode("autoregressive")
+# Weights are counted in steps. A memory of 1 / (1 - KEEP) steps follows the text, and does not start at every miss.
+KEEP = 0.9
+PRIOR = 3.0  # of what was known before: the cost model's expectation, or what the last generation learned
+LASTING = 0.98  # KEEP of what the next generation starts from
+# Plain steps made in a row to learn what they take. The first of them comes after other work, and is not counted.
+TRIAL = 3
+# Drafted steps, over all generations, after which that is learned again, by how fast drafting seems beside plain
+# decoding: where the gain is small an error could be larger. (at most so fast, drafted steps)
+REFRESH = ((1.5, 32), (math.inf, 64))
+TIMES = 9  # of the last steps whose median counts: what else the machine does makes some of them much longer
+READ = 0.25  # of one token that the draft has read
+READS = 8.0  # at most, of one reading
+RESUME = 1.05  # how fast a tree must seem, beside plain decoding, before drafting starts again
+# Stop drafting when it recovers less than this fraction of its cost. Ten steps of sampled text say little, and to
+# leave a draft that pays costs more than to keep one that just does not.
+LEAVE = 0.7
+# Plain steps by which drafting and reading may fall behind plain decoding, and what each plain step adds to that; how
+# much of what drafting has won may be lost again, as in a batch a few steps that bring the last row nothing cost much;
+# and how much more the first generation may lose, which knows nothing yet.
+CREDIT, SHARE, WON, FIRST = 8.0, 0.02, 24.0, 6.0
+SMALLER = 1.15  # how much faster a smaller tree must seem than the largest
+WAITS = (4, 8, 16, 32)  # plain steps between two readings, longer each time that the draft fails; the first goes for
+# the prompt's end too, backwards
+
+
+@dataclass(frozen=True)
+class Level:
+    """One of the trees that a generation adapts between, and what the cost model expects of it.
+
+    tokens, seconds: expected of a step. verify[n]: seconds of a step that verifies n nodes, drafting left out.
+    first, later: seconds of its first and of every later draft pass. read: seconds in which the draft reads one more
+    token of every row. name: for statistics.
+    """
+
+    name: str
+    tree: TreeConfig
+    tokens: float
+    seconds: float
+    verify: tuple[float, ...]
+    first: float = 0.0
+    later: float = 0.0
+    read: float = 0.0
+
+    @property
+    def reach(self) -> int:
+        """The longest path that the tree can hold."""
+        return min(self.tree.depth, self.tree.nodes - 1)
+
+    def cost(self, nodes: int, passes: int) -> float:
+        """Seconds of a step that needed as many; a tree without floors always takes all."""
+        tree = self.tree
+        nodes = min(nodes, tree.nodes) if tree.node_floor else tree.nodes
+        passes = min(passes, tree.passes) if tree.pass_floor else tree.passes
+        return self.verify[nodes] + (self.first + (passes - 1) * self.later if passes else 0.0)
+
+
+def make_levels(model: Model, trees: Sequence[TreeConfig]) -> list[Level]:
+    """Plain decoding and then `trees`, smallest first, as the cost model sees them."""
+    verify = tuple(model.verify_seconds(max(1, nodes)) for nodes in range(1 + max(tree.nodes for tree in trees)))
+    found = [Level("off", OFF, 1.0, verify[1], verify)]
+    for index, tree in enumerate(trees):
+        tokens, seconds = model.step(tree)
+        first, later = (model.draft_seconds(tree, number) for number in (0, 1))
+        name = ("small", "medium", "full")[index - len(trees)]
+        found.append(Level(name, tree, tokens, seconds, verify, first, later, model.read_seconds()))
+    return found
+
+
+class _Mean:
+    """A mean that forgets: what came n steps ago counts keep**n."""
+
+    def __init__(self, value: float, weight: float, keep: float = KEEP):
+        self.total, self.weight, self.keep = value * weight, weight, keep
+
+    @property
+    def value(self) -> float:
+        return self.total / self.weight
+
+    def add(self, value: float, weight: float = 1.0) -> None:
+        kept = self.keep**weight
+        self.total = self.total * kept + value * weight
+        self.weight = self.weight * kept + weight
+
+
+class Controller:
+    """Chooses the level of every step of one generation; a batch has one.
 
     levels: of `make_levels`, plain decoding first. last: the controller of the generation before, None for the first.
-    `begin` says whether the draft reads the prompts. A step goes: if `due`, the draft reads what it has missed and
-    `read` is told; then the step is made with the tree of `level`, and `step` is told.
+    `begin` says whether the draft reads the prompts. Before a step, if `due`, the draft reads what it has missed, and
+    `read` takes what it would have proposed. After the step, made with the tree of `level`, `step` takes its results.
     """
+
+    def __init__(self, levels: Sequence[Level], last: "Controller | None" = None):
+        self.levels = list(levels)
+        if last is not None and last.levels != self.levels:
+            last = None  # the trees were chosen anew meanwhile
+        tokens = [level.tokens for level in levels] if last is None else [mean.value for mean in last.lasting]
+        seconds = [level.seconds for level in levels] if last is None else [mean.value for mean in last.seconds]
+        self.tokens = [_Mean(value, PRIOR) for value in tokens]
+        weights = [PRIOR] * len(tokens) if last is None else [mean.weight for mean in last.lasting]
+        self.lasting: list[_Mean] = [
+            _Mean(value, weight, LASTING) for value, weight in zip(tokens, weights, strict=True)
+        ]
+        self.seconds: list[_Mean] = [_Mean(value, PRIOR) for value in seconds]
+        # Seconds measured over seconds expected of the last plain steps; and how much larger that was for the last
+        # steps that drafted. So a machine that gets slower while nothing is drafted says nothing about drafting.
+        self.pace: deque[float] = deque(() if last is None else last.pace, TIMES)
+        self.slower: deque[float] = deque([1.0] if last is None else last.slower, TIMES)
+        self._drafted: int = 0 if last is None else last._drafted  # steps since the last plain one
+        self._drafts: bool | None = None  # whether the last step drafted
+        self.onward = _Mean(0.5, PRIOR)  # how often a walk along the tree goes on by one more node
+        self.missed = 0  # tokens of each row that the draft has not read
+        self.unread = 0  # tokens of the longest prompt, while the draft has read none of it
+        self.steps = [0] * len(self.levels)  # made, with each level
+        self.trial = TRIAL if last is None else 0  # plain steps that are to be made now, whatever pays
+        self.credit: float = CREDIT if last is None else max(0.0, last.credit)  # plain steps
+        self._floor = -FIRST if last is None else 0.0
+        self.chosen: int = 0 if last is None else last.chosen
+        self._since = 0
+        self._wait: int = 0 if last is None else last._wait
+        self._choose()
+
+    def begin(self, prompt: int, new_tokens: int) -> bool:
+        """Whether the draft is to read the prompts before the first step: where drafting pays, and enough is left to
+        write. prompt: tokens of the longest."""
+        cost = self._reading(prompt)
+        if cost >= min(self.credit, new_tokens * (1 - self.rate(0) / self.rate(self.chosen))):
+            self.chosen = 0
+        self.unread = 0 if self.chosen else prompt
+        if self.chosen:
+            self._account(-cost)
+        return self.chosen > 0
+
+    def _reading(self, count: int) -> float:
+        """Plain steps in whose time the draft reads so many tokens of every row."""
+        return (self.levels[-1].first + count * self.levels[-1].read) * self._pace(True) / self._takes(0)
+
+    @property
+    def level(self) -> Level:
+        return self.levels[0 if self.trial else self.chosen]
+
+    @property
+    def made(self) -> dict[str, int]:
+        """Steps made with each level, by name."""
+        return {level.name: steps for level, steps in zip(self.levels, self.steps, strict=True)}
+
+    @property
+    def due(self) -> bool:
+        """Whether the draft should read before this step."""
+        if not self.missed or self.trial:
+            return False
+        affordable = self._reading(self.unread + self.missed) <= self.credit / 4
+        return self.chosen > 0 or (affordable and self.missed >= WAITS[self._wait])
+
+    def rate(self, index: int) -> float:
+        """Expected tokens a second of each row with a level."""
+        return self.tokens[index].value / self._takes(index)
+
+    def _takes(self, index: int) -> float:
+        """Expected seconds of a step with a level."""
+        return self.seconds[index].value * self._pace(index > 0)
+
+    def _pace(self, drafts: bool) -> float:
+        """Seconds of such steps over the seconds that were expected of them."""
+        plain = median_low(self.pace) if self.pace else 1.0
+        return plain * median_low(self.slower) if drafts else plain
+
+    def read(self, rows: Sequence[Sequence[tuple[int, float]]]) -> None:
+        """What the draft made of tokens written without it. In a batch the row that it knows least of counts.
+
+        rows: for each row that is running, of each token in turn: its rank among the draft's children, -1 for none, and
+        the log-probability that the draft gave it.
+        """
+        if not self.chosen:
+            self._account(-self._reading(self.unread + self.missed))
+        self.missed = self.unread = 0
+        rows = [row for row in rows if row]
+        count = sum(map(len, rows))
+        if not count:
+            return
+        weight = min(READS, READ * count / len(rows))
+        known = sum(rank >= 0 for row in rows for rank, _ in row) / count
+        self.onward.add(known, weight)
+        for index, level in enumerate(self.levels[1:], 1):
+            self._gained(index, 1.0 + min(_walks(level.tree, level.reach, [row], known) for row in rows), weight)
+        if self.chosen == 0:
+            self._wait = min(self._wait + 1, len(WAITS) - 1)
+        self._choose()
+
+    def _gained(self, index: int, tokens: float, weight: float = 1.0) -> None:
+        self.tokens[index].add(tokens, weight)
+        self.lasting[index].add(tokens, weight)
+
+    def step(
+        self,
+        nodes: int,
+        passes: int,
+        accepted: Sequence[int],
+        depths: Sequence[int],
+        left: Sequence[int] | None = None,
+        seconds: float | None = None,
+    ) -> None:
+        """What a step took and brought.
+
+        nodes, passes: that were run. Of each row: accepted, tokens taken from nodes below the root, -1 for a row that
+        had stopped; depths, of its deepest node; left, tokens to write before the step, None if as many for all.
+        seconds: that it took, None if as many as expected.
+        """
+        level = self.level
+        self.steps[self.levels.index(level)] += 1
+        self._since += 1
+        drafts = level.tree.passes > 0
+        # The first of its kind comes on cold caches, and says something only where little is known.
+        if seconds is not None and (self._drafts == drafts or (drafts and len(self.slower) < 3)):
+            pace = seconds / level.cost(nodes, passes)
+            if drafts:
+                self.slower.append(pace / self._pace(False))
+            else:
+                self.pace.append(pace)
+        self._drafts = drafts
+        if not drafts:
+            self.missed += 1
+            self.trial, self._drafted = max(0, self.trial - 1), 0
+            self._account(SHARE, CREDIT)
+            return
+        self._drafted += 1
+        faster = self.rate(self.chosen) / self.rate(0)
+        if self._drafted >= next(steps for bound, steps in REFRESH if faster <= bound):
+            self.trial = TRIAL
+        rows = zip(accepted, depths, left or [0] * len(depths), strict=True)
+        walks = [(taken, depth, more) for taken, depth, more in rows if taken >= 0]
+        if not walks:
+            return
+        tree = self.level.tree
+        walked = sum(taken for taken, _, _ in walks)
+        tried = sum(taken + (taken < depth) for taken, depth, _ in walks)
+        if tried:
+            self.onward.add(walked / tried)
+        # Whether this level was too small to show what a larger one would have brought.
+        bound = nodes >= tree.nodes or passes >= tree.passes
+        deepest, most = max(depth for _, depth, _ in walks), max(more for _, _, more in walks)
+        took = level.cost(nodes, passes) * self._pace(True) if seconds is None else seconds
+        self._account(1.0 + most - max(more - taken for taken, _, more in walks) - took / self._takes(0))
+        for index, level in enumerate(self.levels[1:], 1):
+            # A tree grows at an even pace: with fewer passes it is as much shallower.
+            pace = min(1.0, level.tree.passes / passes)
+            still, further = [], 0.0
+            for taken, depth, more in walks:
+                gained = min(taken, level.reach, depth * pace)
+                if bound and index > self.chosen and taken >= depth:
+                    beyond = _geometric(self.onward.value, level.reach - taken)
+                    gained, further = gained + beyond, max(further, beyond)
+                still.append(more - gained)
+            grown = (deepest + further) / deepest if deepest else 1.0
+            self._gained(index, 1.0 + most - max(still))
+            self.seconds[index].add(level.cost(round(1 + (nodes - 1) * pace * grown), math.ceil(passes * grown)))
+        self._choose()
+
+    def _account(self, won: float, most: float = WON) -> None:
+        """Plain steps that were won beside plain decoding; most: that are kept of them."""
+        self.credit = min(max(most, self.credit), self.credit + won)
+
+    def _pays(self, index: int) -> bool:
+        """Whether the level's tokens beyond the first are worth their time, or nearly so."""
+        bought, spent = self.tokens[index].value - 1.0, self._takes(index) / self._takes(0) - 1.0
+        return bought > LEAVE * spent
+
+    def _choose(self) -> None:
+        rates = [self.rate(index) for index in range(len(self.levels))]
+        best, last = max(range(1, len(rates)), key=rates.__getitem__), len(rates) - 1
+        # What other levels would have brought is a guess, and floors keep the largest small where that pays.
+        if rates[best] < rates[last] * SMALLER:
+            best = last
+        if self.credit < self._floor or not (self._pays(best) if self.chosen else rates[best] > rates[0] * RESUME):
+            best = 0
+        if (best == 0) != (self.chosen == 0):
+            # Drafting that did not last is no reason to try again soon.
+            if best == 0 and self._since > WAITS[self._wait]:
+                self._wait = 0
+            self._since = 0
+        self.chosen = best
+
+
+def _geometric(rate: float, count: int) -> float:
+    """Expected further nodes of a walk that goes on with probability `rate`, at most `count` times."""
+    if count <= 0:
+        return 0.0
+    return float(count) if rate >= 1.0 else rate * (1.0 - rate**count) / (1.0 - rate)
+
+
+def _walks(tree: TreeConfig, reach: int, rows: Sequence[Sequence[tuple[int, float]]], onward: float) -> float:
+    """The mean number of nodes that walks along the tokens that were written would have taken, one from each token.
+
+    A node is in the tree if its path is likely enough for one of so few nodes, and not under the floor.
+    """
+    floor = math.log(max(tree.node_floor, 0.25 / tree.nodes))
+    total, count = 0.0, 0
+    for row in rows:
+        for start in range(len(row)):
+            score, taken = 0.0, 0
+            while taken < reach:
+                if start + taken == len(row):
+                    total += _geometric(onward, reach - taken)
+                    break
+                rank, logprob = row[start + taken]
+                score += logprob
+                if not 0 <= rank < min(tree.children, tree.nodes - 1 - taken) or score < floor:
+                    break
+                taken += 1
+            total += taken
+            count += 1
+    return total / count
