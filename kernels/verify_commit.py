@@ -1,6 +1,6 @@
 """Verification on the device: the walk down each tree, what it commits, when a row stops, and which KV rows move.
 
-`control.Trees.verify_commit` without walking. Node n agrees if it is the root or if its token is what was chosen at its
+`Trees.verify_commit` of state/host.py without a loop over nodes. Node n agrees if it is the root or if its token is what was chosen at its
 parent; siblings have different tokens, so the nodes all of whose ancestors agree are one path from the root, the
 accepted one, and a node's depth is its place in it:
 
@@ -21,7 +21,7 @@ Shapes, for N nodes and W = ceil(N / 32) words: chosen int32 or int64 [B, N]; tr
     origins int8 [B, S]    who proposed each         active int32 [1]: rows that still run
     eos int32 [E]          ids that end a row, E >= 1, filled up with -1
 
-running is 1 while a row runs, 0 once it has stopped, -1 if it had to.
+running is 1 while a row runs, 0 once it has stopped, -1 if it stopped because no token could be chosen.
 
 Out, for D = the deepest path:
 

@@ -141,8 +141,8 @@ class Decoder:
         checked and read again at the start of the next call, so that every call decodes with all of its weights as they
         were then: never with some old and some new ones. torch keeps no trace of what is written through `.data`,
         outside of torch, or into parameters made in inference mode: that is noticed where it changes a whole parameter,
-        row or column (one row, one column and the diagonal of every matrix are compared). Else all weights stay those
-        read before: make a new decoder then. `hf.custom_generate` does the same.
+        row or column (one row, one column and the diagonal of every matrix are compared). A change that goes
+        unnoticed leaves the old weights in use: make a new decoder. `hf.custom_generate` does the same.
         A vocabulary of draft or table may differ from the target's by rows of padding or a few added tokens: ids that
         the draft does not have are never proposed.
 
@@ -311,7 +311,7 @@ class Decoder:
         logits_processor, stopping_criteria, streamer, return_dict_in_generate (then a `hf.StagedOutput`, with
         `stats`), output_scores, repetition_penalty and the rest; assistant_model is a draft for this call, and
         prompt_lookup_num_tokens proposes by the context n-gram where there is no draft (a draft takes precedence).
-        `stagedspec.hf` lists what is honoured and what is refused. An option left out is the generation_config's, else
+        `stagedspec.decoding.settings` lists what is honoured and what is refused. An option left out is the generation_config's, else
         the model's own, else 128 new tokens, greedy, nothing warped (with a generation_config: transformers' defaults,
         such as top_k=50).
 

@@ -89,10 +89,10 @@ def scan_kernel(
 
 @triton.jit
 def _floor(values, target, top, TESTS: tl.constexpr):
-    """At most the `target`-th largest of values [n] up to `top`, and how many reach it: nearly `target`, or all of them
-    where no bound is known. Absent values are -inf.
+    """A lower bound of the `target`-th largest of values [n], which reach up to `top`, and how many values reach the
+    bound; -inf and the number of all if none was found. Absent values are -inf.
 
-    Where the bound lies is narrowed down between the smallest and the largest in steps of a TESTS-th, until a quarter
+    The bound is narrowed down between the smallest and the largest in steps of a TESTS-th, until a quarter
     too many reach it, which takes two or three rounds for logits as models make them.
     """
     low = tl.min(tl.where(values > float("-inf"), values, top), 0)

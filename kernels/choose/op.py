@@ -92,7 +92,8 @@ def launch_select(
     whole
 ):  # fmt: skip
     """`select_kernel` for every row of logits, which need not lie close together; scale: (SCALING, number); kind:
-    NOISE; whole: children of final scores."""
+    NOISE; whole: logits already hold the final scores, noise
+    included, and no warpers apply."""
     rows, vocab_size = logits.shape
     groups, settings = groups_of(vocab_size), _settings(vocab_size, logits.device)
     warps = settings["select_warps"]

@@ -7,7 +7,7 @@ from stagedspec.kernels.philox import gumbel_tile
 from stagedspec.kernels.state.host import INVALID
 
 GROUP = 64  # tokens that share one maximum
-# Parts of a batch, which start aligned in one and not in another: a kernel of its own for each would gain nothing.
+# Their alignment differs between batches; specialising on it would only compile more kernels.
 COUNTERS = ("p_seeds", "p_streams", "p_positions")
 
 GROUP_SIZE = tl.constexpr(GROUP)
@@ -34,7 +34,7 @@ def value_of(key):
 
 @triton.jit
 def rank_key(values, tokens):
-    """int64 in the order of the values, among equal ones of falling ids: its largest is the choice."""
+    """int64 keys ordered by value, then by lower id: the token with the largest key is chosen."""
     return ((order_key(values).to(tl.int64) - 0x80000000) << 32) | (0x7FFFFFFF - tokens).to(tl.int64)
 
 

@@ -130,8 +130,8 @@ def launch_kernel(kernel, grid: tuple[int, ...], *arguments, **options) -> None:
 
 def most_registers(arch: int, warps: int, spilling: tuple[int, ...]) -> int | None:
     """`maxnreg` of a kernel that spills on some architectures if the compiler decides how many registers a thread has:
-    it aims at more programs a multiprocessor than the grid or shared memory allows. There they are all that a program
-    can have. None, elsewhere: the compiler decides, and does it better.
+    it aims at more programs a multiprocessor than the grid or shared memory allows. On those architectures: the most
+    registers that a thread can have. Elsewhere None: the compiler's own choice is better.
     """
     return min(255, 2048 // warps) if arch in spilling else None
 

@@ -19,7 +19,7 @@ from stagedspec.kernels.grow_tree.state import (
     TREE_SLOT,
 )
 
-GUESSED = tl.constexpr(2)  # origin, as control.NGRAM
+GUESSED = tl.constexpr(2)  # origin, as NGRAM of state/host.py
 DRAFTED = tl.constexpr(1)
 
 

@@ -5,10 +5,10 @@
 x [M, K], weight [OUT, K] and what is added to them bf16 or fp16, fp32 sums. Bytes: the weight once, 2*OUT*K; through L2
 also x, 2*M*K for every 64 rows of the weight, and where columns are split the parts, 8*OUT*M a split.
 
-Between the end of one such kernel and the end of the next, kernel.py fetches weights. Here they are there before: a
+Between the end of one such kernel and the end of the next, kernel.py fetches weights. Here the weights are already loaded: a
 program asks for all of its weights (64 rows of up to HOPPER_SPLIT columns, 160 KB) when it starts, and it starts once
 the programs of the kernel ahead have. What is left to do after that kernel are x from L2, the products and the
-epilogue. This needs a say in what is in flight and when: it is Gluon, Triton's language a level below Triton.
+epilogue. This needs control of what is in flight and when, so it is written in Gluon, a level below Triton.
 
 - Weights and x come by bulk tensor copies, a barrier for each block of columns; the matrix instructions read both from
   shared memory. Where x has no room beside the weights its blocks take turns in a ring of slots.
@@ -16,8 +16,8 @@ epilogue. This needs a say in what is in flight and when: it is Gluon, Triton's 
 - Passes over many tokens, such as chunks of a prompt, wait for L2 instead, which every program asks for both operands.
   There a program takes up to 128 tokens and two groups of 64 weight rows, each for four warps, and the weights' blocks
   take turns in a ring too (`settings`).
-- The next kernel may start at once, not only after this one's wait: it finds out itself when to read, and it cannot end
-  before the one ahead of it has. So several kernels ahead are already fetching while one computes.
+- The next kernel may start at once, not only after this one's wait: it waits by itself before reading, and it cannot
+  end before the previous kernel has. So several kernels ahead are already fetching while one computes.
 
 Sums run over columns in their order, 16 at a time, in the same instructions for any number of tokens; a row is summed
 in a layout that is the same for any number of tokens. The bits are those of this kernel, not of kernel.py's.

@@ -3,7 +3,7 @@
     norm_linear:  out = activation(LayerNorm(x) @ weight.T + bias)
     linear_add:   out = residual + x @ weight.T + bias
 
-x [M, K], weight [OUT, K], M from 1 to 256. What must be moved is the weight, once: 2 * OUT * K bytes in bf16. All else
+x [M, K], weight [OUT, K], M from 1 to 1024. What must be moved is the weight, once: 2 * OUT * K bytes in bf16. All else
 stays in L2. On a large GPU one such kernel takes microseconds, so what costs is whatever stands between the end of the
 kernel before and the end of this one; the design keeps that chain short:
 

@@ -50,8 +50,8 @@ def split_columns(outputs: int, inputs: int) -> tuple[int, int]:
 
 
 def token_tile(count: int, itemsize: int) -> int:
-    """Tokens a program takes. In fp32 there are no wide matrix instructions and another tile is another order of sums:
-    there is one."""
+    """Tokens a program takes. In fp32, without wide matrix instructions, the tile changes the order of sums, so only one
+    tile is used."""
     return 16 if itemsize == 4 else min(64, max(16, triton.next_power_of_2(count)))
 
 
@@ -71,8 +71,8 @@ def by_hopper(itemsize: int, inputs: int, device: torch.device) -> bool:
 
 
 def default_settings(itemsize: int, tokens: int, length: int, roomy: bool = False) -> dict[str, int]:
-    """BLOCK_K columns are multiplied at a time, num_stages of them are in flight. AHEAD: the weight's are asked for
-    before the kernel ahead has ended; then x's come a block at a time, which pays where there are few blocks. roomy:
+    """BLOCK_K columns are multiplied at a time, num_stages of them are in flight. AHEAD: load weight columns before
+    the previous kernel ends; x is then loaded one block at a time, which pays where there are few blocks. roomy:
     whether a block may take 128 KB of shared memory."""
     if itemsize == 4:
         return {"BLOCK_K": 32, "num_warps": 4, "num_stages": 3, "AHEAD": 0}
@@ -237,7 +237,7 @@ def norm_linear(
 ) -> None:
     """out = activation(LayerNorm(x) @ weight.T + bias).
 
-    x: [M, K] of fp32, fp16 or bf16, M from 1 to 256. stats: of `row_stats` or `linear_add`. layer: its weight [OUT, K]
+    x: [M, K] of fp32, fp16 or bf16, M from 1 to MAX_TOKENS. stats: of `row_stats` or `linear_add`. layer: its weight [OUT, K]
     of x's dtype. out: [M, OUT] of x's dtype or fp32. Sums are in fp32. activation: a name `activation_known` knows.
 
     Raises ValueError for a wrong shape, dtype, device or layout, and for an unknown activation; where hopper.py
@@ -267,7 +267,7 @@ def linear_add(
 ) -> None:
     """out = residual + x @ weight.T + bias, and the statistics of out for the LayerNorm that comes next.
 
-    x: [M, K] of fp32, fp16 or bf16, M from 1 to 256. weight [OUT, K], bias [OUT] or None, residual and out [M, OUT]: of
+    x: [M, K] of fp32, fp16 or bf16, M from 1 to MAX_TOKENS. weight [OUT, K], bias [OUT] or None, residual and out [M, OUT]: of
     x's dtype; out may be the residual itself. stats: fp32 [M, stat_tiles(OUT), 2] or None. Rounded once.
 
     Raises ValueError for a wrong shape, dtype, device or layout; where hopper.py serves also for views: x and

@@ -39,7 +39,7 @@ from stagedspec.kernels.philox import gumbel, key_words, philox
 
 ROWS = GROUP  # of the weight, a tile: the least that the matrix instructions take, and one group of tokens
 TOKENS = 64  # most rows of x, a program
-BLOCK_K = 128  # columns of a block: half as many take turns too often at 64 tokens
+BLOCK_K = 128  # columns of a block; 64 would synchronise too often at 64 tokens
 RING = 6  # slots; a shorter ring runs empty while a tile is looked at, and costs more than x from L2 does
 _BROKEN = gl.constexpr(-(2**20))  # below the first token of any tile: where the best is NaN
 

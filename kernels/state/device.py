@@ -222,8 +222,8 @@ class Sequences:
     def finished(self) -> bool:
         """Whether all rows have stopped, or one has no next token (`check`), as far as the host knows.
 
-        The host runs at most one step ahead: it waits for the last step but one. It waits for the last step too if
-        every row would end in it by gaining as many tokens as the best step so far: a superfluous step changes nothing,
+        The host runs at most one step ahead: it waits for the last step but one. It also waits for the newest step if
+        that step may have finished every row, judging by the largest gain so far: a superfluous step changes nothing,
         but costs more time than waiting. Stays False without a `publish` after each step.
         """
         if not self._published:

@@ -12,17 +12,17 @@ depends on its distance alone:
   the cache or from this pass's qkv, in order of position. A tile holds the keys of a few nodes one after another.
 - *far* keys, positions <= p - window: one row of the cache for all nodes, in splits at absolute multiples of SPLIT.
 
-Of the far part, keys and values are the wide left operand of the matrix products and the queries their narrow right
-side, which is one family of matrix instructions for every number of nodes. A near tile has always one shape.
+In the far part, keys and values are the left operand of the matrix products and the queries the narrow right one, so
+that one family of matrix instructions serves every number of nodes. A near tile always has the same shape.
 Keys that a node does not see, its neighbours' near keys too, have a weight of exactly zero and add exactly nothing.
 
 Sums run over splits in ascending order, then the near part, each relative to the greatest score so far.
 
 Two launches. The far one leaves (maximum, sum, weighted values) of each split in scratch; the near one adds the near
 part and writes the result. With programmatic dependent launch the near one starts when the far one has seen the pass's
-qkv complete, does its own part meanwhile, and waits only then. That it sees qkv rests on the far one's waiting in every
-program before it lets anything start, and on the fence at its own beginning: what is complete lies in L2. PTX promises
-as much only to the grid that waited.
+qkv complete, does its own part meanwhile, and waits only then. It may read qkv because every far
+program waits for qkv before it lets the near kernel start, and because of the fence at its own beginning: complete
+results are in L2. PTX itself promises that only to the grid that waited.
 
 Bytes: the keys and values of the prefix once, 2*L*H_kv*D elements a sequence (and a tile of queries), the qkv
 and the appended rows; through L2 also the gathered near rows, 2*window*D a query, and the partial results,

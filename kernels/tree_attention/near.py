@@ -97,7 +97,7 @@ def _attend_near(
     p_k = (tl.where(fresh, p_pass, p_cache) + offset)[:, None] + dims[None, :]  # [KEYS, D]
     p_v = (tl.where(fresh, p_pass + V_STEP, p_cache + V_STEP) + offset)[:, None] + dims[None, :]
     ALIGN: tl.constexpr = 16 if D * p_cache.dtype.element_ty.primitive_bitwidth % 128 == 0 else 1
-    p_k, p_v = tl.multiple_of(p_k, [1, ALIGN]), tl.multiple_of(p_v, [1, ALIGN])  # lost in the choice
+    p_k, p_v = tl.multiple_of(p_k, [1, ALIGN]), tl.multiple_of(p_v, [1, ALIGN])  # tl.where drops it
     seen = (keys >= 0) & (position >= 0) & known
     b_k = tl.load(p_k, mask=seen[:, None] & in_head, other=0.0)
     b_v = tl.load(p_v, mask=seen[:, None] & in_head, other=0.0)

@@ -1,7 +1,7 @@
 """Tables of all settings of transformers' `generate`: honoured, without effect on the tokens, or refused.
 
 A setting that changes the output is never ignored. A setting that a later release of transformers adds is refused until
-it is in one of these tables (tests/test_hf.py compares them with the installed `GenerationConfig`).
+it is in one of these tables (tests/hf/test_hf.py compares them with the installed `GenerationConfig`).
 """
 
 from functools import lru_cache

@@ -1,8 +1,8 @@
 """Trees that adapt to the text: each step of a generation uses one of a few levels, from no tree to the largest.
 
 The controller sees what every step proposed, what was accepted and how long it took, and estimates for each level the
-tokens and the seconds of a step. A batch is done when its last row is: what a step brings is by how much less is left
-of the row that has most left to write. Where drafting does not pay it stops: the target then decodes plainly, and now
+tokens and the seconds of a step. A batch is done when its last row is, so a step's gain is how much it shortens the
+longest remaining row. Where drafting does not pay it stops: the target then decodes plainly, and now
 and then the draft reads what was written without it, all in one pass, which shows how much of it it would have guessed.
 
 Estimates can be wrong, so there is an account beside them: drafting may fall behind plain decoding by no more than a
@@ -34,16 +34,17 @@ TIMES = 9  # of the last steps whose median counts: what else the machine does m
 READ = 0.25  # of one token that the draft has read
 READS = 8.0  # at most, of one reading
 RESUME = 1.05  # how fast a tree must seem, beside plain decoding, before drafting starts again
-# Stop drafting when it recovers less than this fraction of its cost. Ten steps of sampled text say little, and to
-# leave a draft that pays costs more than to keep one that just does not.
+# Stop drafting when it recovers less than this fraction of its cost. Ten steps of sampled text say little, and
+# dropping a useful draft costs more than keeping a slightly useless one.
 LEAVE = 0.7
 # Plain steps by which drafting and reading may fall behind plain decoding, and what each plain step adds to that; how
-# much of what drafting has won may be lost again, as in a batch a few steps that bring the last row nothing cost much;
-# and how much more the first generation may lose, which knows nothing yet.
+# much of what drafting has won may be lost again, because in a batch a few steps without gain for the slowest row are
+# expensive; and how much more the first generation may lose, which knows nothing yet.
 CREDIT, SHARE, WON, FIRST = 8.0, 0.02, 24.0, 6.0
 SMALLER = 1.15  # how much faster a smaller tree must seem than the largest
-WAITS = (4, 8, 16, 32)  # plain steps between two readings, longer each time that the draft fails; the first goes for
-# the prompt's end too, backwards
+# Plain steps between two readings, longer each time that the draft fails. Also how many of the prompt's last tokens the
+# draft is tested on: the largest that fits.
+WAITS = (4, 8, 16, 32)
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ class PassTimes:
             before = False, batch, 1, False
             self._make([*keys, before])
             least = _least_times(self.target, [self._passes[key] for key in keys], self._passes[before])
-            # Nor do fewer rows take longer than more.
+            # Noise aside, fewer rows never take longer than more.
             for index, key in enumerate(keys):
                 self.seconds[key] = min(least[index:])
                 self._passes.pop(key, None)
@@ -282,8 +282,8 @@ class Model:
         return tokens / seconds
 
     def finalists(self, mode: str, most: int) -> list[TreeConfig]:
-        """The best tree of each size, best first, at most `most`: sizes lie closer together than predictions are
-        right."""
+        """The best tree of each size, best first, at most `most`. Predictions are not exact enough to tell
+        neighbouring sizes apart."""
         found: dict[int, TreeConfig] = {}
         for tree in self._ranked(mode):
             found.setdefault(tree.nodes, tree)

@@ -9,7 +9,7 @@ MODES = ("autoregressive", "chain", "tree", "staged")
 
 @dataclass(frozen=True)
 class TreeConfig:
-    """The most that one step's tree may take, and what a node and a pass must promise.
+    """Limits of one step's tree, and the least acceptance probabilities of a node and of a pass.
 
     nodes: N, the nodes the target verifies, root included.
     depth: the longest path below the root.
