@@ -39,9 +39,8 @@ from triton.language.extra import cuda
 from stagedspec.kernels.common.hopper import SHARED, SPARE, copy, described
 from stagedspec.kernels.common.launch_configs import config
 from stagedspec.kernels.common.registry import launch_kernel, launch_options
-from stagedspec.kernels.linear.kernel import ROWS, activate, stat_tiles
+from stagedspec.kernels.linear.kernel import HOPPER_SPLIT, ROWS, activate, stat_tiles
 
-HOPPER_SPLIT = 1280  # columns that shared memory has room for
 WHOLE = 1600  # columns that are not split
 MANY = 60  # programs of 128 tokens and 128 outputs
 RING = 64  # columns a block where the weight's blocks take turns

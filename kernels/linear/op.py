@@ -18,9 +18,7 @@ from stagedspec.kernels.common.registry import (
     most_registers,
     register,
 )
-from stagedspec.kernels.linear import hopper
-from stagedspec.kernels.linear.hopper import HOPPER_SPLIT
-from stagedspec.kernels.linear.kernel import ACTIVATIONS, ROWS, _linear, _row_stats, stat_tiles
+from stagedspec.kernels.linear.kernel import ACTIVATIONS, HOPPER_SPLIT, ROWS, _linear, _row_stats, stat_tiles
 
 MAX_TOKENS = 1024
 # Splits: a weight of WIDE tiles of rows has enough programs without them; a narrower one is cut for PROGRAMS.
@@ -119,6 +117,8 @@ def _launch(
     check_runs(x, "linear")
     count, inputs = x.shape
     if by_hopper(x.element_size(), inputs, x.device):
+        from stagedspec.kernels.linear import hopper  # Gluon takes a while to import
+
         arguments = stats, sums, epsilon, weight, bias, activation, residual, out, stats_out, partials, counters
         return hopper.launch(x, *arguments)
     outputs = weight.shape[0]

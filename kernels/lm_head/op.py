@@ -28,7 +28,6 @@ from stagedspec.kernels.common.registry import (
     register,
 )
 from stagedspec.kernels.linear.op import by_hopper
-from stagedspec.kernels.lm_head import hopper
 from stagedspec.kernels.lm_head.kernel import head_kernel, norm_kernel
 
 ROWS = 64  # most rows of one program: with noise and masses 128 spill
@@ -93,6 +92,8 @@ def _head(x, norm_weight, norm_bias, epsilon, head, noise, seeds, streams, posit
         **options,
     )  # fmt: skip
     if by_hopper(head.element_size(), width, x.device):
+        from stagedspec.kernels.lm_head import hopper  # Gluon takes a while to import
+
         return hopper.launch(
             normed.view(rows, width), head, noise, seeds, streams, positions, logits, maxima, masses, best, ids,
             counters, out, scale, kind, choose, store, need_masses,
