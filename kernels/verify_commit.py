@@ -1,8 +1,8 @@
 """Verification on the device: the walk down each tree, what it commits, when a row stops, and which KV rows move.
 
-`Trees.verify_commit` of state/host.py without a loop over nodes. Node n agrees if it is the root or if its token is what was chosen at its
-parent; siblings have different tokens, so the nodes all of whose ancestors agree are one path from the root, the
-accepted one, and a node's depth is its place in it:
+`Trees.verify_commit` of state/host.py without a loop over nodes. Node n agrees if it is the root or if its token is
+what was chosen at its parent; siblings have different tokens, so the nodes all of whose ancestors agree are one path
+from the root, the accepted one, and a node's depth is its place in it:
 
     agrees[n]   = (n == 0 or chosen[parent[n]] == token[n]) and chosen[n] != UNCHOSEN
     accepted[n] = agrees[n] and not (mask[n] & ~agrees)           words of bits

@@ -311,9 +311,9 @@ class Decoder:
         logits_processor, stopping_criteria, streamer, return_dict_in_generate (then a `hf.StagedOutput`, with
         `stats`), output_scores, repetition_penalty and the rest; assistant_model is a draft for this call, and
         prompt_lookup_num_tokens proposes by the context n-gram where there is no draft (a draft takes precedence).
-        `stagedspec.decoding.settings` lists what is honoured and what is refused. An option left out is the generation_config's, else
-        the model's own, else 128 new tokens, greedy, nothing warped (with a generation_config: transformers' defaults,
-        such as top_k=50).
+        `stagedspec.decoding.settings` lists what is honoured and what is refused. An option left out is the
+        generation_config's, else the model's own, else 128 new tokens, greedy, nothing warped (with a
+        generation_config: transformers' defaults, such as top_k=50).
 
         seed: of the sampled tokens, an integer of 64 bits or one a row (then a row can be reproduced alone). None draws
         it from torch's generator of the CPU: two calls differ, and `torch.manual_seed` repeats them. For a given seed

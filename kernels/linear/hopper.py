@@ -5,7 +5,7 @@
 x [M, K], weight [OUT, K] and what is added to them bf16 or fp16, fp32 sums. Bytes: the weight once, 2*OUT*K; through L2
 also x, 2*M*K for every 64 rows of the weight, and where columns are split the parts, 8*OUT*M a split.
 
-Between the end of one such kernel and the end of the next, kernel.py fetches weights. Here the weights are already loaded: a
+Between the end of one such kernel and the end of the next, kernel.py fetches weights. Here they are already loaded: a
 program asks for all of its weights (64 rows of up to HOPPER_SPLIT columns, 160 KB) when it starts, and it starts once
 the programs of the kernel ahead have. What is left to do after that kernel are x from L2, the products and the
 epilogue. This needs control of what is in flight and when, so it is written in Gluon, a level below Triton.

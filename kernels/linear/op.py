@@ -48,8 +48,8 @@ def split_columns(outputs: int, inputs: int) -> tuple[int, int]:
 
 
 def token_tile(count: int, itemsize: int) -> int:
-    """Tokens a program takes. In fp32, without wide matrix instructions, the tile changes the order of sums, so only one
-    tile is used."""
+    """Tokens a program takes. In fp32, without wide matrix instructions, the tile changes the order of sums, so
+    there is only one."""
     return 16 if itemsize == 4 else min(64, max(16, triton.next_power_of_2(count)))
 
 
@@ -237,7 +237,7 @@ def norm_linear(
 ) -> None:
     """out = activation(LayerNorm(x) @ weight.T + bias).
 
-    x: [M, K] of fp32, fp16 or bf16, M from 1 to MAX_TOKENS. stats: of `row_stats` or `linear_add`. layer: its weight [OUT, K]
+    x: [M, K] of fp32, fp16 or bf16, M <= MAX_TOKENS. stats: of `row_stats` or `linear_add`. layer: its weight [OUT, K]
     of x's dtype. out: [M, OUT] of x's dtype or fp32. Sums are in fp32. activation: a name `activation_known` knows.
 
     Raises ValueError for a wrong shape, dtype, device or layout, and for an unknown activation; where hopper.py
@@ -267,7 +267,7 @@ def linear_add(
 ) -> None:
     """out = residual + x @ weight.T + bias, and the statistics of out for the LayerNorm that comes next.
 
-    x: [M, K] of fp32, fp16 or bf16, M from 1 to MAX_TOKENS. weight [OUT, K], bias [OUT] or None, residual and out [M, OUT]: of
+    x: [M, K] of fp32, fp16 or bf16, M <= MAX_TOKENS. weight [OUT, K], bias [OUT] or None, residual and out [M, OUT]: of
     x's dtype; out may be the residual itself. stats: fp32 [M, stat_tiles(OUT), 2] or None. Rounded once.
 
     Raises ValueError for a wrong shape, dtype, device or layout; where hopper.py serves also for views: x and
