@@ -33,8 +33,12 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 $(ARGS)
 
+# Those of tests/kernels that interpret no kernel belong to the quick ones.
+HOST_TESTS = $(addprefix tests/kernels/test_,host_state.py reference.py compiled_draft.py)
+INTERPRETED = $(filter-out $(HOST_TESTS),$(wildcard tests/kernels/test_*.py)) tests/profiling/test_compile_report.py
+
 test-quick: $(VENV)/.installed-test
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 -m "not slow" --ignore tests/kernels $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 -m "not slow" $(addprefix --ignore=,$(INTERPRETED)) $(ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -62,7 +66,8 @@ GPU_PYTHON = PYTHONPATH=$(CURDIR)/$(GPU_PATH) $(PYTHON)
 $(GPU_PATH): $(shell find kernels stagedspec -type f ! -path '*/__pycache__/*')
 	rm -rf $@ && mkdir -p $@ && cp -r stagedspec $@/ && cp -r kernels $@/stagedspec/kernels
 
-GPU_TESTS = decoding hf kernels check profiling/test_compile_report.py
+GPU_TESTS = $(addprefix decoding/test_,decoder.py inputs.py warm_up.py torch_state.py invalid_logits.py) hf/test_hf.py \
+	check kernels profiling/test_compile_report.py
 
 test-gpu: $(GPU_PATH)
 	cd $(GPU_PATH) && $(GPU_PYTHON) -m pytest -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) \

@@ -237,6 +237,13 @@ class Decoder:
         """Chooses trees on what `tuning.trees.tune` found. Raises ValueError if that was for other models."""
         self.planner.use(tuning, "the tuning")
 
+    def with_draft(self, draft: GPT2, ngram: KatzTable | None = None, live: LiveModel | None = None) -> "Decoder":
+        """This decoder with another draft; it shares the target. ngram: in place of this decoder's table."""
+        return Decoder(
+            self.target, draft, self.ngram if ngram is None else ngram, self.tokenizer, self.planner.fixed,
+            self.eos_token_ids, self.pad_token_id, self.defaults, (self._live[0], live),
+        )  # fmt: skip
+
     def __deepcopy__(self, memo: dict) -> "Decoder":
         """Weights are never written to, so the copy shares them; it has its own buffers."""
         made = Decoder(
@@ -340,11 +347,11 @@ class Decoder:
         for _ in run.steps():
             if call.callbacks is not None:
                 call.callbacks.notify(run)
-        self.last_stats = run.stats()
+        stats = self.last_stats = run.stats()  # another thread may set last_stats at any time
         new = run.new_tokens(call.pad)
-        self._keep(run, self.last_stats)
+        self._keep(run, stats)
         sequences = torch.cat((call.input_ids, new.to(call.input_ids.device)), 1)
-        return finish(call, sequences, self.last_stats)
+        return finish(call, sequences, stats)
 
     def complete(self, prompt: str | torch.Tensor, max_new_tokens: int | None = None, **options: Any) -> Completion:
         """Completes one prompt, text or LongTensor [T] or [1, T]; options as in `generate`, but 64 new tokens."""
@@ -395,9 +402,9 @@ class Decoder:
             whole = True
             raise
         finally:
-            self.last_stats = run.stats()  # before another generation may use the run
+            stats = self.last_stats = run.stats()  # before another call may use the generation
             if whole:
-                self._keep(run, self.last_stats)
+                self._keep(run, stats)
 
     # ------------------------------------------------------------ runs
 

@@ -26,8 +26,6 @@ from stagedspec.kernels.state.host import GREEDY_SHARPNESS
 from stagedspec.kernels.tree_attention.op import WINDOW
 
 ROWS = linear.MAX_TOKENS  # of one launch of a linear layer
-# Keys at most this many positions before a node are gathered for each node, so that it does not matter whether they are
-# committed. It fixes the order of every sum over keys, so it must be the same for all trees that a decoder may use.
 
 
 @dataclass(frozen=True)

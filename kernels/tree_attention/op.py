@@ -21,7 +21,9 @@ from stagedspec.kernels.tree_attention.near import _attend_near
 from stagedspec.kernels.tree_attention.prompt import _attend_prompt
 from stagedspec.kernels.tree_attention.shared import INTEGERS
 
-WINDOW = 32  # near keys; more than the depth of any tree
+# Keys at most this many positions before a node are gathered for each node, so that it does not matter whether they are
+# committed: more than the depth of any tree. It fixes the order of sums over keys, so it is the same for all trees.
+WINDOW = 32
 MAX_NODES = 256
 MAX_CHUNK = 1024
 WARPS = 4

@@ -84,10 +84,7 @@ def assisted(
             draft, role, held, ops=target.ops, device=target.device, dtype=target.dtype, invariant=False,
             vocabulary=target.vocab_size,
         )  # fmt: skip
-        return type(decoder)(
-            target, weights, decoder.ngram if table is None else table, decoder.tokenizer, decoder.planner.fixed,
-            decoder.eos_token_ids, decoder.pad_token_id, decoder.defaults, (decoder._live[0], live),
-        )  # fmt: skip
+        return decoder.with_draft(weights, table, live)
 
     if not isinstance(assistant, (str, GPT2LMHeadModel)):
         read_checkpoint(assistant, role)  # for its message

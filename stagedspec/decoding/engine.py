@@ -99,7 +99,7 @@ class Engine:
 
     def step(
         self,
-        choose: Callable | None = None,
+        choose: Any = None,
         propose: Callable[[], Trees] | None = None,
         verify_forward: Callable[[Trees], tuple[torch.Tensor, Any]] | None = None,
     ) -> int:
@@ -110,7 +110,7 @@ class Engine:
         """
         trees = (propose or self.propose)()
         chosen, noise = (verify_forward or self.verify_forward)(trees)
-        if choose is not None:
+        if self.host_chooses:
             with self.clock("target"):
                 chosen = choose(self.target.ops, trees, chosen, self.warping, noise)
         with self.clock("verify"):

@@ -57,11 +57,12 @@ def test_backends_offer_every_member(backend):
     assert part is print or problems(part, interface.Captured) == []
 
 
-def test_state_offers_every_member(backend):
+def test_state_offers_every_member(backend, device):
     """Sequences, noise, growth, trees, moves and batches, as a generation makes them."""
     kept, adapts = backend.keeps_generations, backend.adapts_trees
-    sequences = backend.make_sequences([[3, 1, 2], [5, 4]], 4, (), CPU, most=3)
-    noise = backend.make_noise([1, 2], [0, 1], 11, 3, [7, 6], CPU)
+    place = device if backend.name == "triton" else CPU
+    sequences = backend.make_sequences([[3, 1, 2], [5, 4]], 4, (), place, most=3)
+    noise = backend.make_noise([1, 2], [0, 1], 11, 3, [7, 6], place)
     growth = backend.make_growth(sequences, TREE, None, noise, torch.float32)
     wanted = interface.ReusableSequences if kept else interface.Sequences
     assert problems(sequences, wanted) == problems(growth, interface.Growth) == []
