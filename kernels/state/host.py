@@ -49,6 +49,18 @@ UNCHOSEN, INVALID = -1, -2
 GREEDY_SHARPNESS = 1.7
 
 
+def ngram_guesses(follower: dict[tuple[int, int], int], table, first: int, last: int) -> list[tuple[int, float]]:
+    """What draft² guesses after the tokens first, last: (token, log-probability), the context n-gram's guess first.
+
+    follower: the latest token after every pair of tokens in the sequence. table: a `KatzTable` or None.
+    """
+    found = follower.get((first, last))
+    guesses = [] if found is None else [(found, CONTEXT_LOGPROB)]
+    if table is not None:
+        guesses += [pair for pair in table.successors_of(first, last) if pair[0] != found]
+    return guesses
+
+
 # ---------------------------------------------------------------- committed sequences
 
 
@@ -305,11 +317,7 @@ class _RowGrowth:
         above = self.slots[slot]
         if above.depth >= self.config.depth - 1 or above.token < 0:
             return []  # its children would be leaves, which need no evaluation
-        found = self.follower.get((above.previous, above.token))
-        result = [] if found is None else [(found, CONTEXT_LOGPROB)]
-        if self.table is not None:
-            result += [pair for pair in self.table.successors_of(above.previous, above.token) if pair[0] != found]
-        return result
+        return ngram_guesses(self.follower, self.table, above.previous, above.token)
 
     def guess(self, options: list[tuple[float, int, int]]) -> list[tuple[float, int]]:
         """Makes slots of the best `prefetch_width` of options (score, parent slot, token); returns (score, slot)."""

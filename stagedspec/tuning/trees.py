@@ -14,7 +14,7 @@ import torch
 
 from stagedspec.decoder import Decoder
 from stagedspec.kernels.reference import NoiseAt, choose_children, gumbel_noise
-from stagedspec.kernels.state.host import Batch, causal_bias
+from stagedspec.kernels.state.host import Batch, causal_bias, ngram_guesses
 from stagedspec.models.gpt2 import Cache
 from stagedspec.planning.cost import CHILDREN, SAMPLED, AcceptanceProfile, Model, PassTimes
 from stagedspec.planning.profile import Tuning, pair_of
@@ -60,9 +60,7 @@ def outcomes(decoder: Decoder, prompt: Sequence[int], new_tokens: int, sampled: 
     found = []
     for index, names in enumerate(ranked):
         first, last = tokens[start + index - 1] if start + index else -1, tokens[start + index]
-        known = table.successors_of(first, last) if table is not None else []
-        latest = follower.get((first, last))
-        scored = ([] if latest is None else [(latest, -0.25)]) + [pair for pair in known if pair[0] != latest]
+        scored = ngram_guesses(follower, table, first, last)
         if noise is not None:
             scored = [(token, score + noise.values[0, index, token].item()) for token, score in scored]
         named = bool(scored) and max(scored, key=lambda pair: pair[1])[0] == names[0]
