@@ -181,6 +181,15 @@ def table(reports: list[Report]) -> str:
     return "\n".join(lines)
 
 
+def show_progress(done: int, total: int, report: Report) -> None:
+    """Writes to stderr how far the report is: on a terminal one line that changes, else a line for every tenth part."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{done}/{total} {report.name} (sm_{report.arch})", end="" if done < total else "\n",
+              file=sys.stderr, flush=True)  # fmt: skip
+    elif done * 10 // total > (done - 1) * 10 // total:
+        print(f"{done} of {total} kernels", file=sys.stderr, flush=True)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, action="append", choices=SHARED_LIMIT, help="default: all")
@@ -196,7 +205,10 @@ def main() -> int:
         print(f"error: no kernel's name contains {' or '.join(map(repr, options.match))}", file=sys.stderr)
         return 2
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
-        reports = list(pool.map(compile_case, jobs))
+        reports = []
+        for report in pool.map(compile_case, jobs):
+            reports.append(report)
+            show_progress(len(reports), len(jobs), report)
     print(table(reports))
     if options.out:
         options.out.write_text(json.dumps([asdict(report) for report in reports], indent=1), encoding="utf-8")

@@ -190,7 +190,11 @@ def lm_head_choose(
 ):  # fmt: skip
     """One token a node: x [M, d] (hidden states before the final norm), head [V, d] of x's dtype -> out [M] int32.
 
-    logits: [M, V] fp32 to fill, or None. The sampling arguments are those of `choose.choose`.
+    norm_weight, norm_bias [d], epsilon: of the final LayerNorm. seeds [B] int64 and streams [B] int32: counters of the
+    noise of each sequence; positions [B, N] int32: the absolute position of the token that each row chooses, M = B*N.
+    temperature, top_k (0: none), top_p (1: none), min_p (0: none): as in transformers; greedy: no warping, no noise.
+    noise: [M, V] fp32 in place of the counters' noise, or None. logits: [M, V] fp32 to fill, or None. scratch: of
+    `scratch_size`, or more.
 
     Raises ValueError for a wrong shape, dtype, device or layout, a setting out of range, or too little scratch memory.
     """

@@ -193,8 +193,8 @@ def tree_attention(
 
     chunk: False for a pass of a tree: its K and V go to the tree rows from first_bit on, and no node may have more than
     `window` bits set. True for a chunk of a prompt: every node sees those before it, masks and scratch are not read,
-    and the K and V follow the prefix. window: a power of two, the same for everything that must agree bitwise. Scores
-    and sums are in fp32.
+    and the K and V follow the prefix. scale: factor of the scores, as a rule D**-0.5. scratch: of `scratch_size`, or
+    more. window: a power of two, the same for everything that must agree bitwise. Scores and sums are in fp32.
 
     What lies in masks and prefix is on the device and not checked: bits below first_bit + N only, prefix at most
     S - tree_rows, of a chunk at most S - tree_rows - N.
