@@ -1,7 +1,7 @@
 # make demo      install into .venv and complete a few prompts in every mode
 # make test      the same set-up with the test extra, then the tests
 # make test-quick   the same, but for what takes long: tests marked slow and the kernels in Triton's interpreter
-# make lint      ruff check and format check, mypy on the public API
+# make lint      ruff check and format check, mypy
 # make bench     what makes sense on a CPU: the reference's operations one by one (bench/ops.py, pytest-benchmark), then the
 #                modes side by side (bench/decode.py), whose options are ARGS="..."
 # make compile-report   compile every kernel for real GPUs, without one: registers, memory, spills, instructions, seconds

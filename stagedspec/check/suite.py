@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from functools import cache, partial
 from itertools import chain, cycle, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -20,6 +20,7 @@ from stagedspec.check import trees as check_trees
 from stagedspec.check.kernels import Wrong, expect
 from stagedspec.check.logits import check_tokens, compare_logits
 from stagedspec.decoder import Decoder
+from stagedspec.decoding.stats import Stats
 from stagedspec.devices import current_device, memory_errors, out_of_memory
 from stagedspec.kernels.common import trusted
 from stagedspec.kernels.common.compiling import compile_ahead
@@ -249,8 +250,7 @@ def _decoding_cases(decoder: Decoder, modes: Sequence[str], prompts: list[list[i
                 at = next((at for at, pair in enumerate(zip(tokens, expected, strict=True)) if len({*pair}) > 1), None)
                 where = "alone" if len(found) == 1 else f"in a batch of {len(found)}"
                 expect(at is None, f"prompt {row} {where}: new token {at} is another one")
-        assert decoder.last_stats is not None
-        return f"same tokens, {decoder.last_stats.tokens_per_step:.2f} a step"
+        return f"same tokens, {cast(Stats, decoder.last_stats).tokens_per_step:.2f} a step"
 
     for sampling in SAMPLINGS:
         for mode in ["autoregressive", *modes]:

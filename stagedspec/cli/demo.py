@@ -18,6 +18,7 @@ from stagedspec.cli.options import (
     Tree,
     fit_prompts,
     load_decoder,
+    tokenizer_of,
 )
 from stagedspec.cli.output import as_lines, preparing, print_legend, progress_bar, stream, wide_console
 from stagedspec.planning.tree import MODES
@@ -62,8 +63,7 @@ def demo(
     console = wide_console(no_color, quiet=as_json)
     decoder = load_decoder(target, draft, ngram, device, dtype, backend, tree, modes=MODES)
     encoded, max_new_tokens = fit_prompts(DEMO_PROMPTS, decoder, max_new_tokens, 96)
-    tokenizer = decoder.tokenizer
-    assert tokenizer is not None  # load_decoder has checked
+    tokenizer = tokenizer_of(decoder)
     prompts = [str(tokenizer.decode(row, clean_up_tokenization_spaces=False)) for row in encoded]
     samplings: dict[str, dict[str, Any]] = {
         "greedy": {"do_sample": False},

@@ -24,6 +24,7 @@ from stagedspec.cli.options import (
     Tree,
     Width,
     load_decoder,
+    tokenizer_of,
 )
 from stagedspec.cli.origins import Shown, pieces, save
 from stagedspec.cli.output import as_lines, preparing, stream
@@ -92,8 +93,7 @@ def generate(
         target, draft, ngram, device, dtype, backend, tree, (mode.value,),
         nodes=nodes, depth=depth, width=width, passes=passes,
     )  # fmt: skip
-    tokenizer = decoder.tokenizer
-    assert tokenizer is not None  # load_decoder has checked
+    tokenizer = tokenizer_of(decoder)
     if max_new_tokens is None:
         length = len(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
         max_new_tokens = max(1, min(128, decoder.target.positions - length))

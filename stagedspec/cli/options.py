@@ -13,6 +13,7 @@ from stagedspec.cli.output import preparing, quiet_transformers
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedTokenizerBase
 
     from stagedspec.decoder import Decoder
 
@@ -95,6 +96,13 @@ def load_decoder(
     return decoder
 
 
+def tokenizer_of(decoder: "Decoder") -> "PreTrainedTokenizerBase":
+    """The decoder's tokenizer. Raises ValueError if it has none."""
+    if decoder.tokenizer is None:
+        raise ValueError("there is no tokenizer, so text cannot be turned into tokens; save one in the target's folder")
+    return decoder.tokenizer
+
+
 def fit_prompts(
     texts: Sequence[str], decoder: "Decoder", wanted: int | None, usual: int
 ) -> tuple[list[list[int]], int]:
@@ -103,8 +111,7 @@ def fit_prompts(
     Prompts are cut to leave room for the new tokens, but not below half of the model's positions. `usual` is lowered
     to the room that is left. Raises ValueError if `wanted` is more than that.
     """
-    positions, tokenizer = decoder.target.positions, decoder.tokenizer
-    assert tokenizer is not None  # load_decoder has checked
+    positions, tokenizer = decoder.target.positions, tokenizer_of(decoder)
     keep = max(1, positions // 2, positions - (wanted or usual))
     rows = [tokenizer(text, add_special_tokens=False).input_ids[:keep] for text in texts]
     room = positions - max(map(len, rows))

@@ -104,7 +104,7 @@ class TreePlanner:
         with self._measuring:
             if key not in self._chosen:
                 self._chosen[key] = self._choose(*key)
-        return self._chosen[key]
+            return self._chosen[key]  # inside: `reconsider` in another thread may forget it
 
     def _choose(self, mode: str, batch: int, do_sample: bool) -> tuple[Level, ...]:
         """Asks the cost model, and measures the passes that it does not know yet."""

@@ -8,11 +8,12 @@ With it the cost model proposes a few trees of each mode, and the one that decod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise, product
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from stagedspec.decoder import Decoder
+from stagedspec.decoding.stats import Stats
 from stagedspec.kernels.reference import NoiseAt, choose_children, gumbel_noise
 from stagedspec.kernels.state.host import Batch, causal_bias, ngram_guesses
 from stagedspec.models.gpt2 import Cache
@@ -190,8 +191,7 @@ class _Side:
 
     def __call__(self, group: Group) -> Run:
         output = self.decoder.generate(*group, **self.options)
-        stats = self.decoder.last_stats
-        assert stats is not None  # a generation has just ended
+        stats = cast(Stats, self.decoder.last_stats)  # a generation has just ended
         self.tokens += stats.new_tokens
         self.seconds += stats.total_seconds - stats.seconds.get("prefill", 0.0)
         return Run(output[:, group[0].shape[1] :].flatten().tolist(), stats.as_dict())
