@@ -101,7 +101,7 @@ def read(
         return input_ids
 
     try:
-        _weightless_model(decoder).generate(input_ids, custom_generate=capture, **options)
+        _weightless_model(decoder, input_ids).generate(input_ids, custom_generate=capture, **options)
     except TypeError as error:
         if streamer is not None:  # it may have raised the error: no other code of the caller's has run
             raise
@@ -315,14 +315,21 @@ def _option_names() -> frozenset[str]:
     return frozenset(names | _setting_names() | REFUSED_ARGUMENTS.keys() | {"tokenizer"})
 
 
-_weightless: "weakref.WeakKeyDictionary[GPT2, GPT2LMHeadModel]" = weakref.WeakKeyDictionary()  # by the target
+class _Weightless(GPT2LMHeadModel):
+    """A model without weights, for its `generate` to read arguments."""
+
+    device = torch.device("meta")  # an attribute, so that it can be where the prompt is
 
 
-def _weightless_model(decoder: "Decoder") -> GPT2LMHeadModel:
-    """A model of the target's config without weights, for its `generate` to read arguments."""
+_weightless: "weakref.WeakKeyDictionary[GPT2, _Weightless]" = weakref.WeakKeyDictionary()  # by the target
+
+
+def _weightless_model(decoder: "Decoder", input_ids: torch.Tensor) -> GPT2LMHeadModel:
+    """One of the target's config, with the decoder's settings. It says that it is on the prompt's device: transformers
+    would warn of a prompt elsewhere, and where the decoder moves prompts to is no concern of its."""
     if decoder.target not in _weightless:
         with torch.device("meta"):
-            _weightless[decoder.target] = GPT2LMHeadModel(decoder.target.config)
-    model = _weightless[decoder.target]
-    model.generation_config = GenerationConfig(**_own_settings(decoder))
+            _weightless[decoder.target] = _Weightless(decoder.target.config)
+    model = copy.copy(_weightless[decoder.target])  # calls in other threads have their own
+    model.generation_config, model.device = GenerationConfig(**_own_settings(decoder)), input_ids.device
     return model

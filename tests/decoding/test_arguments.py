@@ -192,7 +192,7 @@ def test_the_warning_of_greedy_decoding_is_the_same_on_both_ways(decoder):
 
 def test_plain_settings_need_no_transformers(decoder, monkeypatch):
     """Reading them costs some ten microseconds, through transformers a millisecond."""
-    monkeypatch.setattr(arguments, "_weightless_model", lambda _: pytest.fail("transformers was asked"))
+    monkeypatch.setattr(arguments, "_weightless_model", lambda *_: pytest.fail("transformers was asked"))
     decoder.generate(IDS, MASK, 4, do_sample=True, temperature=0.5, top_k=3, eos_token_id=[5], streamer=None)
 
 
