@@ -1,5 +1,7 @@
 """The kernels of kernel.py as operations: launch settings, launchers, checks of arguments."""
 
+from typing import NamedTuple
+
 import torch
 import triton
 
@@ -7,6 +9,7 @@ from stagedspec.kernels.choose.kernel import scan_kernel, select_kernel
 from stagedspec.kernels.choose.scores import GROUP, NOISES
 from stagedspec.kernels.common.launch_configs import config
 from stagedspec.kernels.common.registry import (
+    Scratch,
     architecture,
     check_runs,
     check_tensor,
@@ -63,15 +66,69 @@ def scratch_size(rows: int, vocab_size: int) -> tuple[int, int]:
     return 3 * rounded(rows * groups) + 2 * rounded(rows * vocab_size), rows
 
 
-def scaling(greedy: bool, temperature: float, sharpness: float = 1.0) -> tuple[int, float]:
-    """SCALING of the kernels and its number."""
-    if greedy:
-        return (2, sharpness) if sharpness != 1.0 else (0, 1.0)
-    return (1, temperature) if temperature != 1.0 else (0, 1.0)
+class Sampling(NamedTuple):
+    """How a token is chosen: the counters of the noise, and the warpers (shapes and ranges in `choose`)."""
+
+    seeds: torch.Tensor
+    streams: torch.Tensor
+    positions: torch.Tensor
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    greedy: bool
+
+    def warped(self, vocab_size: int) -> bool:
+        return warped(self.greedy, self.top_k, self.top_p, self.min_p, vocab_size)
+
+    def needs_masses(self, vocab_size: int) -> bool:
+        """Whether the warpers need the masses of groups: top-p does, unless top-k has left few tokens."""
+        return self.top_p < 1.0 and not 0 < self.top_k < vocab_size
 
 
-def noise_kind(greedy: bool, noise: torch.Tensor | None) -> int:
-    return NOISES["none" if greedy else "made" if noise is None else "given"]
+class Scoring(NamedTuple):
+    """How a kernel makes scores of logits: SCALING and its number, NOISE and the noise that is given, if any is."""
+
+    scaling: int
+    scale: float
+    noise_kind: int
+    noise: torch.Tensor | None
+
+    @classmethod
+    def of(cls, sampling: Sampling, noise: torch.Tensor | None, sharpness: float = 1.0) -> "Scoring":
+        kind = NOISES["none" if sampling.greedy else "made" if noise is None else "given"]
+        scale = sharpness if sampling.greedy else sampling.temperature
+        scaling = 0 if scale == 1.0 else 2 if sampling.greedy else 1
+        return cls(scaling, scale, kind, noise)
+
+    def without_noise(self) -> "Scoring":
+        return Scoring(self.scaling, self.scale, NOISES["none"], None)
+
+
+AS_THEY_ARE = Scoring(0, 1.0, NOISES["none"], None)  # logits that are scores already
+
+
+class Maxima(NamedTuple):
+    """The largest score, fp32, of each program where programs choose a token, else of each group of 64 tokens; and
+    beside it, int32, the token that has it or the group's mass. In scratch memory."""
+
+    scores: torch.Tensor
+    ids_or_masses: torch.Tensor
+
+    @classmethod
+    def take(cls, parts: Parts, count: int) -> "Maxima":
+        return cls(parts.take(count), parts.take(count, torch.int32))
+
+
+class Outputs(NamedTuple):
+    """What a kernel makes of scores. choose: out takes the best token of each row, which the last of the row's programs
+    writes, by the counters. Else maxima are of groups, for `launch_select`; masses: with their masses."""
+
+    maxima: Maxima
+    counters: torch.Tensor
+    out: torch.Tensor
+    choose: bool
+    masses: bool
 
 
 def candidates(shape: tuple[int], device: torch.device) -> list[dict[str, int]]:
@@ -88,34 +145,42 @@ def _settings(vocab_size: int, device: torch.device) -> dict[str, int]:
 
 
 def launch_select(
-    logits, maxima, masses, parts, noise, seeds, streams, positions, scale, top_k, top_p, min_p, kind, out, logprobs,
-    whole
-):  # fmt: skip
-    """`select_kernel` for every row of logits, which need not lie close together; scale: (SCALING, number); kind:
-    NOISE; whole: logits already hold the final scores, noise
-    included, and no warpers apply."""
+    logits: torch.Tensor,
+    sampling: Sampling,
+    scoring: Scoring,
+    groups: Maxima,
+    parts: Parts,
+    out: torch.Tensor,
+    logprobs: torch.Tensor | None = None,
+) -> None:
+    """`select_kernel` for every row of logits, which need not lie close together: the choice, or with logprobs the
+    children. Without warpers logits already hold the final scores, noise included."""
     rows, vocab_size = logits.shape
-    groups, settings = groups_of(vocab_size), _settings(vocab_size, logits.device)
+    count, settings = groups_of(vocab_size), _settings(vocab_size, logits.device)
+    whole = not sampling.warped(vocab_size)
+    if whole:
+        scoring = AS_THEY_ARE
     warps = settings["select_warps"]
-    members = parts.take(rows * groups, torch.int32)
+    members = parts.take(rows * count, torch.int32)
     values, ids = parts.take(rows * vocab_size), parts.take(rows * vocab_size, torch.int32)
+    top_k, top_p, min_p = sampling.top_k, sampling.top_p, sampling.min_p
     launch_kernel(
         select_kernel,
         (rows,),
-        logits, maxima, masses, logits if noise is None else noise, seeds, streams, positions, members, values, ids,
-        out, out if logprobs is None else logprobs, positions.shape[1], scale[1], top_p, min_p, V=vocab_size,
-        STRIDE=logits.stride(0), G=groups, GROUPS=triton.next_power_of_2(groups), SCALING=scale[0], NOISE=kind,
-        TOP_K=top_k if 0 < top_k < vocab_size else 0, TOP_P=top_p < 1.0, MIN_P=min_p > 0.0,
+        logits, *groups, logits if scoring.noise is None else scoring.noise, sampling.seeds, sampling.streams,
+        sampling.positions, members, values, ids, out, out if logprobs is None else logprobs,
+        sampling.positions.shape[1], scoring.scale, top_p, min_p,
+        V=vocab_size, STRIDE=logits.stride(0), G=count, GROUPS=triton.next_power_of_2(count), SCALING=scoring.scaling,
+        NOISE=scoring.noise_kind, TOP_K=top_k if 0 < top_k < vocab_size else 0, TOP_P=top_p < 1.0, MIN_P=min_p > 0.0,
         CHILDREN=0 if logprobs is None else out.shape[1], WHOLE=whole,
         BLOCK=min(settings["block"], triton.next_power_of_2(vocab_size)),
-        FEW=FEW, TOGETHER=TOGETHER, SPAN=min(settings["span"], triton.next_power_of_2(groups)),
+        FEW=FEW, TOGETHER=TOGETHER, SPAN=min(settings["span"], triton.next_power_of_2(count)),
         num_warps=warps, maxnreg=most_registers(architecture(logits.device), warps, SPILLING),
         **launch_options(logits.device),
     )  # fmt: skip
 
 
-def _scan(logits, noise, seeds, streams, positions, maxima, masses, best, ids, counters, out, scale, kind,
-          choose, need_masses):  # fmt: skip
+def _scan(logits: torch.Tensor, sampling: Sampling, scoring: Scoring, outputs: Outputs) -> None:
     rows, vocab_size = logits.shape
     settings = _settings(vocab_size, logits.device)
     size = min(settings["slice"], max(GROUP, triton.next_power_of_2(vocab_size)))
@@ -123,32 +188,30 @@ def _scan(logits, noise, seeds, streams, positions, maxima, masses, best, ids, c
     launch_kernel(
         scan_kernel,
         (rows, slices),
-        logits, logits if noise is None else noise, seeds, streams, positions, maxima, masses, best, ids,
-        counters, out, positions.shape[1], scale[1], V=vocab_size, G=groups_of(vocab_size), T=size, SLICES=slices,
-        SLICES_UP=triton.next_power_of_2(slices), SCALING=scale[0], NOISE=kind, CHOOSE=choose, MASSES=need_masses,
-        num_warps=settings["scan_warps"], **launch_options(logits.device),
+        logits, logits if scoring.noise is None else scoring.noise, sampling.seeds, sampling.streams,
+        sampling.positions, *outputs.maxima, *outputs.maxima, outputs.counters, outputs.out,
+        sampling.positions.shape[1], scoring.scale, V=vocab_size, G=groups_of(vocab_size), T=size,
+        SLICES=slices, SLICES_UP=triton.next_power_of_2(slices), SCALING=scoring.scaling, NOISE=scoring.noise_kind,
+        CHOOSE=outputs.choose, MASSES=outputs.masses, num_warps=settings["scan_warps"],
+        **launch_options(logits.device),
     )  # fmt: skip
 
 
 def _launch_choose(
-    logits, seeds, streams, positions, temperature, top_k, top_p, min_p, greedy, noise, out, partials, counters
-):
+    logits: torch.Tensor, sampling: Sampling, noise: torch.Tensor | None, out: torch.Tensor, scratch: Scratch
+) -> None:
     rows, vocab_size = logits.shape
-    scale, kind = scaling(greedy, temperature), noise_kind(greedy, noise)
-    parts = Parts(partials)
-    groups = rows * groups_of(vocab_size)
-    maxima, masses = parts.take(groups), parts.take(groups, torch.int32)
-    if not warped(greedy, top_k, top_p, min_p, vocab_size):
-        _scan(logits, noise, seeds, streams, positions, maxima, masses, maxima, masses, counters, out, scale,
-              kind, True, False)  # fmt: skip
+    scoring, parts = Scoring.of(sampling, noise), Parts(scratch.partials)
+    maxima = Maxima.take(parts, rows * groups_of(vocab_size))
+    if not sampling.warped(vocab_size):
+        _scan(logits, sampling, scoring, Outputs(maxima, scratch.counters, out, True, False))
         return
-    need = top_p < 1.0 and not 0 < top_k < vocab_size
-    _scan(logits, None, seeds, streams, positions, maxima, masses, maxima, masses, counters, out, scale, 0,
-          False, need)  # fmt: skip
-    launch_select(logits, maxima, masses, parts, noise, seeds, streams, positions, scale, top_k, top_p, min_p, kind,
-                  out, None, False)  # fmt: skip
+    outputs = Outputs(maxima, scratch.counters, out, False, sampling.needs_masses(vocab_size))
+    _scan(logits, sampling, scoring.without_noise(), outputs)
+    launch_select(logits, sampling, scoring, maxima, parts, out)
 
 
+# `Sampling` in a schema.
 SAMPLING = (
     "Tensor seeds, Tensor streams, Tensor positions, "
     "float temperature, int top_k, float top_p, float min_p, bool greedy"
@@ -164,9 +227,18 @@ _choose = register(
 
 
 def check_sampling(
-    op, rows, vocab_size, device, seeds, streams, positions, temperature, top_k, top_p, min_p, noise, scratch, needed
-):
-    """Checks of the arguments that all choosing operations share; `needed`: their `scratch_size`."""
+    op: str,
+    sampling: Sampling,
+    noise: torch.Tensor | None,
+    shape: tuple[int, int],
+    device: torch.device,
+    scratch: Scratch,
+    needed: tuple[int, int],
+) -> None:
+    """Checks of the arguments that all choosing operations share. shape: of the logits, (M, V); needed: the operation's
+    `scratch_size`."""
+    rows, vocab_size = shape
+    seeds, streams, positions, temperature, top_k, top_p, min_p, _ = sampling
     if positions.dim() != 2 or positions.numel() != rows:
         raise ValueError(f"{op}: positions must be [B, N] with B * N = {rows} rows, got {list(positions.shape)}")
     batch = positions.shape[0]
@@ -190,7 +262,10 @@ def check_sampling(
         raise ValueError(f"{op}: scratch must hold (partials, counters) of {needed}, got {got}; see scratch_size")
 
 
-def check_children(op, rows, vocab_size, device, out_tokens, out_logprobs):
+def check_children(
+    op: str, shape: tuple[int, int], device: torch.device, out_tokens: torch.Tensor, out_logprobs: torch.Tensor
+) -> None:
+    rows, vocab_size = shape
     if out_tokens.dim() != 2 or not 1 <= out_tokens.shape[1] <= vocab_size:
         raise ValueError(
             f"{op}: out_tokens must be [M, m], m from 1 to the vocabulary {vocab_size}, got {list(out_tokens.shape)}"
@@ -214,13 +289,9 @@ def choose(
     """
     check_tensor("choose", "logits", logits, (None, None), torch.float32, logits.device)
     rows, vocab_size = logits.shape
-    check_sampling(
-        "choose", rows, vocab_size, logits.device, seeds, streams, positions, temperature, top_k, top_p, min_p, noise,
-        scratch, scratch_size(rows, vocab_size),
-    )  # fmt: skip
+    sampling = Sampling(seeds, streams, positions, temperature, top_k, top_p, min_p, greedy)
+    needed = scratch_size(rows, vocab_size)
+    check_sampling("choose", sampling, noise, (rows, vocab_size), logits.device, scratch, needed)
     check_tensor("choose", "out", out, (rows,), torch.int32, logits.device)
     check_runs(logits, "choose")
-    _choose(
-        logits, seeds, streams, positions, temperature, top_k, top_p, min_p, greedy, noise, out, scratch.partials,
-        scratch.counters,
-    )  # fmt: skip
+    _choose(logits, *sampling, noise, out, *scratch)

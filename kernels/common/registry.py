@@ -7,10 +7,11 @@ them write into tensors that the caller gives and return nothing: a step allocat
 import sys
 from collections.abc import Callable
 from contextvars import ContextVar
-from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
+from inspect import signature
 from threading import RLock
+from typing import NamedTuple, get_type_hints
 
 import torch
 import triton
@@ -38,14 +39,36 @@ MODULES = (
 def register(schema: str, launch: Callable, fake: Callable | None = None) -> Callable:
     """Registers `launch` as the operation `schema`, on CUDA and (for the interpreter) on the CPU; returns it.
 
-    schema: "name(Tensor x, ..., Tensor(a!) out) -> ()". fake: checks for tensors without data; by default nothing.
+    schema: "name(Tensor x, ..., Tensor(a!) out) -> ()". It is flat. A parameter of `launch` that is annotated with a
+    NamedTuple takes as many of its arguments as the NamedTuple has fields; a call of the operation gives `*record`.
+    fake: checks for tensors without data; by default nothing.
     """
     name = schema.split("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    operation = getattr(torch.ops.stagedspec, name).default
     for key in ("CUDA", "CPU"):
-        LIBRARY.impl(name, launch, key)
+        LIBRARY.impl(name, _with_records(launch, len(operation._schema.arguments)), key)
     torch.library.register_fake(f"stagedspec::{name}", fake or (lambda *_: None), lib=LIBRARY)
-    return getattr(torch.ops.stagedspec, name).default
+    return operation
+
+
+def _with_records(launch: Callable, count: int) -> Callable:
+    """`launch` for the `count` flat arguments of an operation: makes its records of them."""
+    types, places, end = get_type_hints(launch), [], 0
+    for name in signature(launch).parameters:
+        fields = getattr(types.get(name), "_fields", None)
+        start, end = end, end + (1 if fields is None else len(fields))
+        places.append((None, start) if fields is None else (types[name], slice(start, end)))
+    if end != count:
+        raise TypeError(f"{launch.__module__}.{launch.__name__} takes {end} flat arguments, its schema has {count}")
+    if all(record is None for record, _ in places):
+        return launch
+    make = tuple.__new__  # a record's own constructor takes twice as long
+
+    def launch_flat(*flat: object) -> None:
+        launch(*[flat[at] if record is None else make(record, flat[at]) for record, at in places])
+
+    return launch_flat
 
 
 def interpreted() -> bool:
@@ -180,8 +203,7 @@ def check_tensor(
 # ---------------------------------------------------------------- scratch memory
 
 
-@dataclass(frozen=True)
-class Scratch:
+class Scratch(NamedTuple):
     """Memory that kernels pass partial results through; one serves all kernels of a stream, which run in turn.
 
     partials: fp32 [n], garbage between kernels. counters: int32 [m], zero between kernels: whoever counts up to the

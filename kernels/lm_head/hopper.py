@@ -31,7 +31,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra import cuda
 
-from stagedspec.kernels.choose.op import groups_of
+from stagedspec.kernels.choose.op import Outputs, Sampling, Scoring, groups_of
 from stagedspec.kernels.choose.scores import COUNTERS, GROUP, GROUP_UNIT, NOISES, decided, scale_logits
 from stagedspec.kernels.common.hopper import SHARED, SPARE, copy, described
 from stagedspec.kernels.common.registry import launch_kernel, launch_options
@@ -312,26 +312,15 @@ def _multiprocessors(device: torch.device) -> int:
 def launch(
     x: torch.Tensor,
     head: torch.Tensor,
-    noise: torch.Tensor | None,
-    seeds: torch.Tensor,
-    streams: torch.Tensor,
-    positions: torch.Tensor,
+    sampling: Sampling,
+    scoring: Scoring,
     logits: torch.Tensor,
-    maxima: torch.Tensor,
-    masses: torch.Tensor,
-    best: torch.Tensor,
-    ids: torch.Tensor,
-    counters: torch.Tensor,
-    out: torch.Tensor,
-    scale: tuple[int, float],
-    kind: int,
-    choose: bool,
     store: int,
-    need_masses: bool,
+    outputs: Outputs,
 ) -> None:
-    """Arguments as of `kernel.head_kernel`; scale: (SCALING, number); kind: NOISE."""
+    """As `op._head`, of x after its LayerNorm."""
     (rows, width), vocab_size = x.shape, head.shape[0]
-    chosen = settings(rows, width, kind == NOISES["made"], store == 1)
+    chosen = settings(rows, width, scoring.noise_kind == NOISES["made"], store == 1)
     tokens = chosen["TOKENS"]
     chunks = triton.cdiv(rows, tokens)
     programs = min(triton.cdiv(vocab_size, ROWS), max(1, _multiprocessors(x.device) // chunks))
@@ -340,31 +329,29 @@ def launch(
         (programs, chunks),
         described("lm_head", "x", x, tokens, BLOCK_K),
         described("lm_head", "head", head, ROWS, BLOCK_K),
-        x if noise is None else noise,
-        seeds,
-        streams,
-        positions,
+        x if scoring.noise is None else scoring.noise,
+        sampling.seeds,
+        sampling.streams,
+        sampling.positions,
         logits,
-        maxima,
-        masses,
-        best,
-        ids,
-        counters,
-        out,
+        *outputs.maxima,
+        *outputs.maxima,
+        outputs.counters,
+        outputs.out,
         rows,
-        positions.shape[1],
-        scale[1],
+        sampling.positions.shape[1],
+        scoring.scale,
         V=vocab_size,
         STRIDE=logits.stride(0),
         K=width,
         G=groups_of(vocab_size),
         ROWS=ROWS,
         BLOCK_K=BLOCK_K,
-        SCALING=scale[0],
-        NOISE=kind,
-        CHOOSE=choose,
+        SCALING=scoring.scaling,
+        NOISE=scoring.noise_kind,
+        CHOOSE=outputs.choose,
         STORE=store,
-        MASSES=need_masses,
+        MASSES=outputs.masses,
         **chosen,
         num_warps=4,
         **launch_options(x.device),

@@ -1,24 +1,28 @@
 """The head of kernel.py and hopper.py as operations: launch settings, launchers, checks of arguments."""
 
+from typing import NamedTuple
+
 import torch
 import triton
 
 from stagedspec.kernels.choose.op import (
     SAMPLING,
+    Maxima,
+    Outputs,
     Parts,
+    Sampling,
+    Scoring,
     check_children,
     check_sampling,
     groups_of,
     launch_select,
-    noise_kind,
     rounded,
-    scaling,
-    warped,
 )
 from stagedspec.kernels.choose.scores import GROUP
 from stagedspec.kernels.common.launch_configs import config
 from stagedspec.kernels.common.registry import (
     FLOATS,
+    Scratch,
     architecture,
     check_runs,
     check_tensor,
@@ -81,8 +85,33 @@ def _through_memory(parts: Parts, rows: int, vocab_size: int) -> torch.Tensor:
     return parts.take(rows * groups_of(vocab_size) * GROUP).view(rows, -1)[:, :vocab_size]
 
 
-def _head(x, norm_weight, norm_bias, epsilon, head, noise, seeds, streams, positions, logits, maxima, masses, best, ids,
-          counters, out, normed, scale, kind, choose, store, need_masses):  # fmt: skip
+class HeadInputs(NamedTuple):
+    """What the logits are made of: hidden states x [M, d], the final LayerNorm, the head's weight [V, d]."""
+
+    x: torch.Tensor
+    norm_weight: torch.Tensor
+    norm_bias: torch.Tensor
+    epsilon: float
+    head: torch.Tensor
+
+
+def _normed(parts: Parts, inputs: HeadInputs) -> torch.Tensor:
+    """Room for LayerNorm(x), of the head's dtype."""
+    elements, dtype = inputs.x.numel(), inputs.head.dtype
+    return parts.take(elements)[: -(-elements * dtype.itemsize // 4)].view(dtype)
+
+
+def _head(
+    inputs: HeadInputs,
+    normed: torch.Tensor,
+    sampling: Sampling,
+    scoring: Scoring,
+    logits: torch.Tensor,
+    store: int,
+    outputs: Outputs,
+) -> None:
+    """The final LayerNorm, then the head's kernel. store: STORE of `head_kernel`; logits: any tensor where it is 0."""
+    x, norm_weight, norm_bias, epsilon, head = inputs
     (rows, width), vocab_size = x.shape, head.shape[0]
     options = launch_options(x.device)
     launch_kernel(
@@ -94,10 +123,7 @@ def _head(x, norm_weight, norm_bias, epsilon, head, noise, seeds, streams, posit
     if by_hopper(head.element_size(), width, x.device):
         from stagedspec.kernels.lm_head import hopper  # Gluon takes a while to import
 
-        return hopper.launch(
-            normed.view(rows, width), head, noise, seeds, streams, positions, logits, maxima, masses, best, ids,
-            counters, out, scale, kind, choose, store, need_masses,
-        )  # fmt: skip
+        return hopper.launch(normed.view(rows, width), head, sampling, scoring, logits, store, outputs)
     settings = _settings(vocab_size, width, x.device)
     tile, block = settings["tile"], min(ROWS, max(16, triton.next_power_of_2(rows)))
     programs = min(-(-vocab_size // tile), settings["programs"], PROGRAMS)
@@ -105,61 +131,64 @@ def _head(x, norm_weight, norm_bias, epsilon, head, noise, seeds, streams, posit
     launch_kernel(
         head_kernel,
         (programs, -(-rows // block)),
-        normed, head, x if noise is None else noise, seeds, streams, positions, logits, maxima, masses, best, ids,
-        counters, out, rows, positions.shape[1], scale[1], V=vocab_size, STRIDE=logits.stride(0), K=width,
-        G=groups_of(vocab_size), T=tile, R=block, BLOCK_K=block_k(width, head.dtype), SCALING=scale[0], NOISE=kind,
-        CHOOSE=choose, STORE=store, MASSES=need_masses, num_warps=warps, num_stages=settings["stages"],
-        maxnreg=most_registers(architecture(x.device), warps, SPILLING), **options,
+        normed, head, x if scoring.noise is None else scoring.noise, sampling.seeds, sampling.streams,
+        sampling.positions, logits, *outputs.maxima, *outputs.maxima, outputs.counters, outputs.out,
+        rows, sampling.positions.shape[1], scoring.scale, V=vocab_size, STRIDE=logits.stride(0), K=width,
+        G=groups_of(vocab_size), T=tile, R=block, BLOCK_K=block_k(width, head.dtype), SCALING=scoring.scaling,
+        NOISE=scoring.noise_kind, CHOOSE=outputs.choose, STORE=store, MASSES=outputs.masses, num_warps=warps,
+        num_stages=settings["stages"], maxnreg=most_registers(architecture(x.device), warps, SPILLING), **options,
     )  # fmt: skip
 
 
 def _launch_choose(
-    x, norm_weight, norm_bias, epsilon, head, seeds, streams, positions, temperature, top_k, top_p, min_p, greedy,
-    noise, logits, out, partials, counters,
-):  # fmt: skip
-    rows, vocab_size = x.shape[0], head.shape[0]
-    scale, kind = scaling(greedy, temperature), noise_kind(greedy, noise)
-    parts = Parts(partials)
-    normed = parts.take(rows * x.shape[1])[: -(-rows * x.shape[1] * head.dtype.itemsize // 4)].view(head.dtype)
-    norm = x, norm_weight, norm_bias, epsilon, head
-    if not warped(greedy, top_k, top_p, min_p, vocab_size):
-        best, ids = parts.take(PROGRAMS * rows), parts.take(PROGRAMS * rows, torch.int32)
-        _head(*norm, noise, seeds, streams, positions, best if logits is None else logits, best, ids, best, ids,
-              counters, out, normed, scale, kind, True, int(logits is not None), False)  # fmt: skip
+    inputs: HeadInputs,
+    sampling: Sampling,
+    noise: torch.Tensor | None,
+    logits: torch.Tensor | None,
+    out: torch.Tensor,
+    scratch: Scratch,
+) -> None:
+    rows, vocab_size = inputs.x.shape[0], inputs.head.shape[0]
+    scoring, parts = Scoring.of(sampling, noise), Parts(scratch.partials)
+    normed = _normed(parts, inputs)
+    if not sampling.warped(vocab_size):
+        best = Maxima.take(parts, PROGRAMS * rows)
+        outputs = Outputs(best, scratch.counters, out, True, False)
+        store, logits = (0, best.scores) if logits is None else (1, logits)
+        _head(inputs, normed, sampling, scoring, logits, store, outputs)
         return
-    groups = rows * groups_of(vocab_size)
-    maxima, masses = parts.take(groups), parts.take(groups, torch.int32)
+    groups = Maxima.take(parts, rows * groups_of(vocab_size))
     if logits is None:
         logits = _through_memory(parts, rows, vocab_size)
-    need = top_p < 1.0 and not 0 < top_k < vocab_size
-    _head(*norm, None, seeds, streams, positions, logits, maxima, masses, maxima, masses, counters, out, normed,
-          scale, 0, False, 1, need)  # fmt: skip
-    launch_select(logits, maxima, masses, parts, noise, seeds, streams, positions, scale, top_k, top_p, min_p, kind,
-                  out, None, False)  # fmt: skip
+    outputs = Outputs(groups, scratch.counters, out, False, sampling.needs_masses(vocab_size))
+    _head(inputs, normed, sampling, scoring.without_noise(), logits, 1, outputs)
+    launch_select(logits, sampling, scoring, groups, parts, out)
 
 
 def _launch_topm(
-    x, norm_weight, norm_bias, epsilon, head, seeds, streams, positions, temperature, top_k, top_p, min_p, greedy,
-    sharpness, noise, out_tokens, out_logprobs, partials, counters,
-):  # fmt: skip
-    rows, vocab_size = x.shape[0], head.shape[0]
-    scale, kind = scaling(greedy, temperature, sharpness), noise_kind(greedy, noise)
-    parts = Parts(partials)
-    normed = parts.take(rows * x.shape[1])[: -(-rows * x.shape[1] * head.dtype.itemsize // 4)].view(head.dtype)
-    groups = rows * groups_of(vocab_size)
-    maxima, masses = parts.take(groups), parts.take(groups, torch.int32)
+    inputs: HeadInputs,
+    sampling: Sampling,
+    sharpness: float,
+    noise: torch.Tensor | None,
+    out_tokens: torch.Tensor,
+    out_logprobs: torch.Tensor,
+    scratch: Scratch,
+) -> None:
+    rows, vocab_size = inputs.x.shape[0], inputs.head.shape[0]
+    scoring, parts = Scoring.of(sampling, noise, sharpness), Parts(scratch.partials)
+    normed = _normed(parts, inputs)
+    groups = Maxima.take(parts, rows * groups_of(vocab_size))
     logits = _through_memory(parts, rows, vocab_size)
-    whole = not warped(greedy, top_k, top_p, min_p, vocab_size)
-    need = whole or (top_p < 1.0 and not 0 < top_k < vocab_size)
-    _head(x, norm_weight, norm_bias, epsilon, head, noise, seeds, streams, positions, logits, maxima, masses, maxima,
-          masses, counters, out_tokens, normed, scale, kind if whole else 0, False, 2 if whole else 1,
-          need)  # fmt: skip
-    if whole:
-        scale, kind, noise = (0, 1.0), 0, None
-    launch_select(logits, maxima, masses, parts, noise, seeds, streams, positions, scale, top_k, top_p, min_p, kind,
-                  out_tokens, out_logprobs, whole)  # fmt: skip
+    if sampling.warped(vocab_size):
+        outputs = Outputs(groups, scratch.counters, out_tokens, False, sampling.needs_masses(vocab_size))
+        _head(inputs, normed, sampling, scoring.without_noise(), logits, 1, outputs)
+    else:
+        outputs = Outputs(groups, scratch.counters, out_tokens, False, True)
+        _head(inputs, normed, sampling, scoring, logits, 2, outputs)
+    launch_select(logits, sampling, scoring, groups, parts, out_tokens, out_logprobs)
 
 
+# `HeadInputs` in a schema.
 _HEAD = "Tensor x, Tensor norm_weight, Tensor norm_bias, float epsilon, Tensor head"
 
 _choose = register(
@@ -177,7 +206,8 @@ _topm = register(
 # ---------------------------------------------------------------- public functions
 
 
-def _check(op, x, norm_weight, norm_bias, head):
+def _check(op: str, inputs: HeadInputs) -> None:
+    x, norm_weight, norm_bias, _, head = inputs
     check_tensor(op, "x", x, (None, None), FLOATS, x.device)
     check_tensor(op, "norm_weight", norm_weight, (x.shape[1],), FLOATS, x.device)
     check_tensor(op, "norm_bias", norm_bias, (x.shape[1],), FLOATS, x.device)
@@ -198,18 +228,17 @@ def lm_head_choose(
 
     Raises ValueError for a wrong shape, dtype, device or layout, a setting out of range, or too little scratch memory.
     """
-    op = "lm_head_choose"
-    _check(op, x, norm_weight, norm_bias, head)
-    rows, vocab_size = x.shape[0], head.shape[0]
-    through_memory = warped(greedy, top_k, top_p, min_p, vocab_size)
-    check_sampling(op, rows, vocab_size, x.device, seeds, streams, positions, temperature, top_k, top_p, min_p, noise,
-                   scratch, scratch_size(rows, vocab_size, x.shape[1], through_memory))  # fmt: skip
+    op, inputs = "lm_head_choose", HeadInputs(x, norm_weight, norm_bias, epsilon, head)
+    _check(op, inputs)
+    rows, vocab_size = shape = x.shape[0], head.shape[0]
+    sampling = Sampling(seeds, streams, positions, temperature, top_k, top_p, min_p, greedy)
+    needed = scratch_size(rows, vocab_size, x.shape[1], sampling.warped(vocab_size))
+    check_sampling(op, sampling, noise, shape, x.device, scratch, needed)
     check_tensor(op, "out", out, (rows,), torch.int32, x.device)
     if logits is not None:
         check_tensor(op, "logits", logits, (rows, vocab_size), torch.float32, x.device)
     check_runs(x, op)
-    _choose(x, norm_weight, norm_bias, epsilon, head, seeds, streams, positions, temperature, top_k, top_p, min_p,
-            greedy, noise, logits, out, scratch.partials, scratch.counters)  # fmt: skip
+    _choose(*inputs, *sampling, noise, logits, out, *scratch)
 
 
 def lm_head_topm(
@@ -221,12 +250,11 @@ def lm_head_topm(
 
     The other arguments and the errors are those of `lm_head_choose`; sharpness multiplies the logits when greedy.
     """
-    op = "lm_head_topm"
-    _check(op, x, norm_weight, norm_bias, head)
-    rows, vocab_size = x.shape[0], head.shape[0]
-    check_sampling(op, rows, vocab_size, x.device, seeds, streams, positions, temperature, top_k, top_p, min_p, noise,
-                   scratch, scratch_size(rows, vocab_size, x.shape[1]))  # fmt: skip
-    check_children(op, rows, vocab_size, x.device, out_tokens, out_logprobs)
+    op, inputs = "lm_head_topm", HeadInputs(x, norm_weight, norm_bias, epsilon, head)
+    _check(op, inputs)
+    shape = x.shape[0], head.shape[0]
+    sampling = Sampling(seeds, streams, positions, temperature, top_k, top_p, min_p, greedy)
+    check_sampling(op, sampling, noise, shape, x.device, scratch, scratch_size(*shape, x.shape[1]))
+    check_children(op, shape, x.device, out_tokens, out_logprobs)
     check_runs(x, op)
-    _topm(x, norm_weight, norm_bias, epsilon, head, seeds, streams, positions, temperature, top_k, top_p, min_p, greedy,
-          sharpness, noise, out_tokens, out_logprobs, scratch.partials, scratch.counters)  # fmt: skip
+    _topm(*inputs, *sampling, sharpness, noise, out_tokens, out_logprobs, *scratch)

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from helpers import GPU
 
 from stagedspec.kernels import lm_head, reference
+from stagedspec.kernels.choose.op import AS_THEY_ARE, Maxima, Outputs, Sampling
 from stagedspec.kernels.common.hopper import SHARED
 from stagedspec.kernels.common.registry import Scratch
 from stagedspec.kernels.lm_head import hopper
@@ -227,5 +228,6 @@ def test_hopper_refuses_views(x_from, head_from, monkeypatch):
     x = torch.zeros(65, dtype=torch.bfloat16)[x_from:][:64].view(1, 64)
     head = torch.zeros(16 * 64 + 1, dtype=torch.bfloat16)[head_from:][: 16 * 64].view(16, 64)
     one, many = torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, 64)
+    sampling = Sampling(one, one, one, 1.0, 0, 1.0, 0.0, greedy=True)
     with pytest.raises(ValueError, match="must start at a multiple of 16 bytes"):
-        hopper.launch(x, head, None, one, one, one, many, many, one, many, one, one, one, (0, 1.0), 0, True, 0, False)
+        hopper.launch(x, head, sampling, AS_THEY_ARE, many, 0, Outputs(Maxima(many, one), one, one, True, False))

@@ -152,6 +152,10 @@ def one_elsewhere(value, name: str) -> Iterator[tuple[str, object]]:
         for part in fields(value):
             for path, changed in one_elsewhere(getattr(value, part.name), f"{name}.{part.name}"):
                 yield path, replace(value, **{part.name: changed})
+    elif hasattr(value, "_fields"):  # a NamedTuple
+        for part, held in value._asdict().items():
+            for path, changed in one_elsewhere(held, f"{name}.{part}"):
+                yield path, value._replace(**{part: changed})
     elif isinstance(value, tuple):
         for i, part in enumerate(value):
             for path, changed in one_elsewhere(part, f"{name}.{i}"):
