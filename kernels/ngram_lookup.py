@@ -4,17 +4,17 @@
     ranks 1 .. r  the table's successors of the pair if it has a row, else of its second token (`KatzTable.lookup`),
                   most probable first, without the token of rank 0
 
-A rank without a token holds -1 and the log-probability -inf.
-
 Shapes: contexts int32 [B, K, 2], the first of a pair -1 where there is no earlier token, the second -1 for no context;
 sequence int32 [B, S] of which row b holds `lengths[b]` tokens; the table as `KatzTable` keeps it. Out: tokens int32 and
-logprobs fp32 [B, K, 1 + r], [B, K, 1] without a table.
+logprobs fp32 [B, K, 1 + r], [B, K, 1] without a table; a rank without a token holds -1 and -inf.
 
 The sequence is compared with all contexts at once, a block of positions after the other. A key of the table lies in one
 of PROBES slots: all are read together, with the rows that they name.
 Bytes: 4 S of each sequence, and per context PROBES * 12 of the hash table and 8 r of a row. None of it is much; what
 counts is the chain of loads: the sequence's length, one block, one probe, one row.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -159,15 +159,41 @@ def candidates(shape: tuple[int], device: torch.device) -> list[dict[str, int]]:
     return [default, *(other for other in others if other != default)]
 
 
-def _launch(contexts, sequence, lengths, keys, rows, tokens, logprobs, vocab_size, out_tokens, out_logprobs) -> None:
+class Table(NamedTuple):
+    """The tensors of a KatzTable as kernels take them: hash keys and their rows, tokens, log-probabilities. All None
+    without a table."""
+
+    keys: torch.Tensor | None
+    rows: torch.Tensor | None
+    tokens: torch.Tensor | None
+    logprobs: torch.Tensor | None
+
+    @property
+    def slots(self) -> int:
+        return 0 if self.keys is None else self.keys.shape[0]
+
+    @property
+    def successors(self) -> int:
+        return 0 if self.tokens is None else self.tokens.shape[1]
+
+
+def _launch(
+    contexts: torch.Tensor,
+    sequence: torch.Tensor,
+    lengths: torch.Tensor,
+    table: Table,
+    vocab_size: int,
+    out_tokens: torch.Tensor,
+    out_logprobs: torch.Tensor,
+) -> None:
     batch, count, _ = contexts.shape
-    width = 0 if tokens is None else tokens.shape[1]
+    width = table.successors
     settings = config("ngram_lookup", (width,), contexts.device, candidates)
     launch_kernel(
         ngram_lookup_kernel,
         (batch, triton.cdiv(count, settings["tile"])),
-        contexts, sequence, lengths, keys, rows, tokens, logprobs, out_tokens, out_logprobs,
-        count, sequence.shape[1], vocab_size, 0 if keys is None else keys.shape[0],
+        contexts, sequence, lengths, *table, out_tokens, out_logprobs,
+        count, sequence.shape[1], vocab_size, table.slots,
         SUCCESSORS=width, RANKS=ranks(width), TILE=settings["tile"], BLOCK=settings["block"],
         num_warps=settings["warps"], **launch_options(contexts.device),
     )  # fmt: skip
@@ -180,11 +206,11 @@ _op = register(
 )
 
 
-def check_table(op: str, table, device: torch.device) -> tuple:
-    """The tensors of a KatzTable as kernels take them: hash keys and their rows, tokens, log-probabilities, and the
-    size of the vocabulary; Nones and 0 without a table. Raises ValueError for a table on another device."""
+def check_table(op: str, table, device: torch.device) -> tuple[Table, int]:
+    """The `Table` of a KatzTable or None, and the size of its vocabulary, 0 for None. Raises ValueError for a table on
+    another device."""
     if table is None:
-        return None, None, None, None, 0
+        return Table(None, None, None, None), 0
     slots, width = table.slots.shape[0], table.successors
     check_tensor(op, "table.slots", table.slots, (slots,), torch.int64, device)
     check_tensor(op, "table.rows", table.rows, (slots,), torch.int32, device)
@@ -192,7 +218,7 @@ def check_table(op: str, table, device: torch.device) -> tuple:
     check_tensor(op, "table.logprobs", table.logprobs, table.tokens.shape, torch.float32, device)
     if slots & (slots - 1):
         raise ValueError(f"{op}: table.slots must be a power of two long, got {slots}; make it with KatzTable.build")
-    return table.slots, table.rows, table.tokens, table.logprobs, table.vocab_size
+    return Table(table.slots, table.rows, table.tokens, table.logprobs), table.vocab_size
 
 
 def ngram_lookup(
@@ -213,8 +239,8 @@ def ngram_lookup(
     batch, count, _ = contexts.shape
     check_tensor(name, "sequence", sequence, (batch, None), torch.int32, device)
     check_tensor(name, "lengths", lengths, (batch,), torch.int32, device)
-    *tensors, vocab_size = check_table(name, table, device)
-    shape = (batch, count, 1 + (0 if table is None else table.successors))
+    tensors, vocab_size = check_table(name, table, device)
+    shape = (batch, count, 1 + tensors.successors)
     check_tensor(name, "out_tokens", out_tokens, shape, torch.int32, device)
     check_tensor(name, "out_logprobs", out_logprobs, shape, torch.float32, device)
     _op(contexts, sequence, lengths, *tensors, vocab_size, out_tokens, out_logprobs)

@@ -34,7 +34,7 @@ Out, for D = the deepest path:
 A row that had stopped before the step is left as it is. Bytes: 24 N + 4 N W a row.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -170,8 +170,7 @@ def verify_commit_kernel(
 # ---------------------------------------------------------------- the operation
 
 
-@dataclass(frozen=True)
-class CommitState:
+class CommitState(NamedTuple):
     """What is committed, and which rows run (the module's docstring has shapes)."""
 
     tokens: torch.Tensor
@@ -182,24 +181,26 @@ class CommitState:
     active: torch.Tensor
     eos: torch.Tensor
 
-    @property
-    def tensors(self) -> tuple[torch.Tensor, ...]:
-        return self.tokens, self.origins, self.lengths, self.limits, self.running, self.active, self.eos
-
 
 def _launch(
-    chosen, tree, masks, tokens, origins, lengths, limits, running, active, eos,
-    accepted, counts, target_moves, draft_moves,
-) -> None:  # fmt: skip
+    chosen: torch.Tensor,
+    tree: torch.Tensor,
+    masks: torch.Tensor,
+    state: CommitState,
+    accepted: torch.Tensor,
+    counts: torch.Tensor,
+    target_moves: torch.Tensor,
+    draft_moves: torch.Tensor,
+) -> None:
     batch, nodes = chosen.shape
     deepest = counts.shape[1] - 1
     launch_kernel(
         verify_commit_kernel,
         (batch,),
-        chosen, tree, masks, tokens, origins, lengths, limits, running, active, eos,
-        accepted, counts, target_moves, draft_moves, tokens.shape[1], eos.shape[0], nodes, deepest, words(nodes),
+        chosen, tree, masks, *state, accepted, counts, target_moves, draft_moves,
+        state.tokens.shape[1], state.eos.shape[0], nodes, deepest, words(nodes),
         **blocks_of(nodes, deepest),
-        num_warps=_settings(nodes, tokens.device)["warps"], **launch_options(tokens.device),
+        num_warps=_settings(nodes, chosen.device)["warps"], **launch_options(chosen.device),
     )  # fmt: skip
 
 
@@ -275,4 +276,4 @@ def verify_commit(
         raise ValueError(f"{name}: counts must have the shape [{rows}, deepest path + 1], got {list(counts.shape)}")
     check_tensor(name, "target_moves", target_moves, (2, rows, deepest + 1), torch.int32, device)
     check_tensor(name, "draft_moves", draft_moves, (2, rows, deepest + 2), torch.int32, device)
-    _op(chosen, tree, masks, *state.tensors, accepted, counts, target_moves, draft_moves)
+    _op(chosen, tree, masks, *state, accepted, counts, target_moves, draft_moves)

@@ -386,21 +386,20 @@ def grow_trees(arch: int) -> list[CompileCase]:
     return cases
 
 
-def _grown(passes: int, width: int, children: int, prefetch: int, guesses: int) -> tuple[int, ...]:
-    """A tree as `pass_constants` takes it: width, prefetch, prefetch_width, children, slots."""
+def _grown(passes: int, width: int, children: int, prefetch: int, guesses: int) -> grow_tree.TreeShape:
     slots = 2 + (passes - 1) * width + passes * prefetch * guesses
-    return width, prefetch, guesses, children, slots
+    return grow_tree.TreeShape(width, prefetch, guesses, children, slots)
 
 
 def _grow_pass(arch: int, name: str, nodes: int, *tree: int, first: bool = False) -> CompileCase:
-    constants = grow_tree.pass_constants(*_grown(*tree), 8, grow_tree.BLOCK) | {"FIRST": first, "SAMPLED": True}
+    constants = grow_tree.pass_constants(_grown(*tree), 8, grow_tree.BLOCK) | {"FIRST": first, "SAMPLED": True}
     warps = grow_tree.pass_warps(grow_tree.default_warps("grow_pass", constants["CANDIDATES"]), constants)
     registers = most_registers(arch, warps, grow_tree.GROW_SPILLING)
     return _tree_case(name, grow_pass_kernel, constants, num_warps=warps, maxnreg=registers)
 
 
 def _harvest_tree(arch: int, name: str, nodes: int, *tree: int) -> CompileCase:
-    constants = grow_tree.harvest_constants(*_grown(*tree), nodes)
+    constants = grow_tree.harvest_constants(_grown(*tree), nodes)
     warps = grow_tree.default_warps("harvest_tree", constants["CANDIDATES"])
     registers = most_registers(arch, warps, grow_tree.HARVEST_SPILLING)
     return _tree_case(name, harvest_tree_kernel, constants, num_warps=warps, maxnreg=registers)

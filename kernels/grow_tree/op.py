@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import triton
@@ -18,8 +19,8 @@ from stagedspec.kernels.common.registry import (
 )
 from stagedspec.kernels.grow_tree.harvest_kernel import harvest_tree_kernel
 from stagedspec.kernels.grow_tree.pass_kernel import grow_pass_kernel
-from stagedspec.kernels.grow_tree.state import GrowthState, words
-from stagedspec.kernels.ngram_lookup import check_table, ranks
+from stagedspec.kernels.grow_tree.state import GrowthState, Recorded, words
+from stagedspec.kernels.ngram_lookup import Table, check_table, ranks
 
 BLOCK = 512  # positions of the sequence compared at once: a block is a round trip to L2
 MAX_CANDIDATES = 16384
@@ -36,46 +37,50 @@ MAX_VOCAB = 2**21 - 1
 GROW_SPILLING, HARVEST_SPILLING = (90, 100), (80, 89, 90, 100, 120)
 
 
-def _blocks(
-    width: int, prefetch: int, prefetch_width: int, children: int, slots: int, nodes: int = 1
-) -> dict[str, int]:
-    """Tile sizes of a setting: powers of two. nodes: of the tree to be harvested, if one is."""
+class TreeShape(NamedTuple):
+    """What tile sizes depend on, by the names that it has in `TreeConfig`, which serves as well."""
+
+    width: int
+    prefetch: int
+    prefetch_width: int
+    children: int
+    slots: int
+
+
+def _blocks(tree, nodes: int = 1) -> dict[str, int]:
+    """Tile sizes of a `TreeShape`: powers of two. nodes: of the tree to be harvested, if one is."""
     up = triton.next_power_of_2
-    lanes = up(max(width, prefetch_width if prefetch else 1, 2))
-    ranks = min(up(max(children, 2)), MOST_RANKS)
+    lanes = up(max(tree.width, tree.prefetch_width if tree.prefetch else 1, 2))
+    ranks = min(up(max(tree.children, 2)), MOST_RANKS)
     return {
         "LANES": lanes,
         "RECORDED": min(lanes, MOST_RECORDED // ranks),
         "RANKS": ranks,
-        "CANDIDATES": up(max(slots * children, lanes, nodes - 1, LEAST_CANDIDATES)),
+        "CANDIDATES": up(max(tree.slots * tree.children, lanes, nodes - 1, LEAST_CANDIDATES)),
     }
 
 
-def pass_constants(
-    width: int, prefetch: int, prefetch_width: int, children: int, slots: int, successors_: int, block: int
-) -> dict[str, object]:
+def pass_constants(tree: TreeShape, successors: int, block: int) -> dict[str, object]:
     """The compile-time arguments of `grow_pass_kernel` that a tree, a table and its settings decide."""
-    blocks = _blocks(width, prefetch, prefetch_width, children, slots)
+    blocks = _blocks(tree)
     return blocks | {
-        "GUESSES": prefetch > 0,
-        "CHILDREN": children,
-        "WORDS_BLOCK": max(triton.next_power_of_2(words(slots)), LEAST_WORDS),
-        "SUCCESSORS": successors_,
-        "NGRAM_RANKS": ranks(successors_),
+        "GUESSES": tree.prefetch > 0,
+        "CHILDREN": tree.children,
+        "WORDS_BLOCK": max(triton.next_power_of_2(words(tree.slots)), LEAST_WORDS),
+        "SUCCESSORS": successors,
+        "NGRAM_RANKS": ranks(successors),
         "BLOCK": min(block, MOST_SEARCHED // blocks["LANES"]),
     }
 
 
-def harvest_constants(
-    width: int, prefetch: int, prefetch_width: int, children: int, slots: int, nodes: int
-) -> dict[str, object]:
+def harvest_constants(tree: TreeShape, nodes: int) -> dict[str, object]:
     """The compile-time arguments of `harvest_tree_kernel` that a tree decides."""
     up = triton.next_power_of_2
-    blocks = _blocks(width, prefetch, prefetch_width, children, slots, nodes)
+    blocks = _blocks(tree, nodes)
     nodes_block = max(up(nodes - 1), LEAST_NODES)
     return {
         "GROWN": nodes > 1,
-        "CHILDREN": children,
+        "CHILDREN": tree.children,
         "RECORDED": blocks["RECORDED"],
         "RANKS": blocks["RANKS"],
         "CANDIDATES": blocks["CANDIDATES"],
@@ -88,9 +93,7 @@ def harvest_constants(
 
 def tile(op: str, config) -> int:
     """The candidates that grow_pass or harvest_tree looks at together, by which its settings are kept."""
-    nodes = config.nodes if op == "harvest_tree" else 1
-    tree = config.width, config.prefetch, config.prefetch_width, config.children, config.slots
-    return _blocks(*tree, nodes)["CANDIDATES"]
+    return _blocks(config, config.nodes if op == "harvest_tree" else 1)["CANDIDATES"]
 
 
 def default_warps(op: str, size: int) -> int:
@@ -119,26 +122,76 @@ def _settings(op: str, size: int, device: torch.device) -> dict[str, int]:
 # ---------------------------------------------------------------- operations
 
 
+class Noise(NamedTuple):
+    """The seed and the stream of each row's noise; None when greedy."""
+
+    seeds: torch.Tensor | None
+    streams: torch.Tensor | None
+
+
+class Proposed(NamedTuple):
+    """The children that the draft proposed in the last pass, and their log-probabilities; None before pass 0."""
+
+    names: torch.Tensor | None
+    values: torch.Tensor | None
+
+    @property
+    def children(self) -> int:
+        return 0 if self.names is None else self.names.shape[2]
+
+
+class Inputs(NamedTuple):
+    """Inputs of a model's pass, which the kernels write."""
+
+    batch: torch.Tensor
+    masks: torch.Tensor
+    prefix: torch.Tensor
+
+
+class PassSettings(NamedTuple):
+    """start: the first slot of the pass that is recorded; record: how many of its slots are no guesses; floor: the
+    least log-probability of a candidate; the rest as in `TreeConfig`."""
+
+    start: int
+    record: int
+    floor: float
+    width: int
+    prefetch: int
+    prefetch_width: int
+    depth: int
+
+    @classmethod
+    def of(cls, config, start: int, record: int) -> "PassSettings":
+        floor = math.log(config.node_floor) if config.node_floor else -math.inf
+        return cls(start, record, floor, config.width, config.prefetch, config.prefetch_width, config.depth)
+
+    def shape(self, state: GrowthState | Recorded) -> TreeShape:
+        size = state.slots.shape[2]
+        return TreeShape(self.width, self.prefetch, self.prefetch_width, state.candidates.shape[2] // size, size)
+
+
 def _launch_pass(
-    tokens, lengths, seeds, streams, keys, rows, table_tokens, table_logprobs, names, values,
-    slots, slot_masks, slot_scores, candidates, candidate_scores, batch, batch_masks, prefix,
-    vocab_size, start, record, floor, width, prefetch, prefetch_width, depth,
-) -> None:  # fmt: skip
-    count, size = slots.shape[1:]
-    children = candidates.shape[2] // size
-    successors_ = 0 if table_tokens is None else table_tokens.shape[1]
-    tree = width, prefetch, prefetch_width, children, size
-    settings = _settings("grow_pass", _blocks(*tree)["CANDIDATES"], tokens.device)
-    constants = pass_constants(*tree, successors_, settings["block"])
-    warps = pass_warps(settings["warps"], constants)
+    tokens: torch.Tensor,
+    lengths: torch.Tensor,
+    noise: Noise,
+    table: Table,
+    proposed: Proposed,
+    state: GrowthState,
+    inputs: Inputs,
+    vocab_size: int,
+    settings: PassSettings,
+) -> None:
+    tree = settings.shape(state)
+    tuned = _settings("grow_pass", _blocks(tree)["CANDIDATES"], tokens.device)
+    constants = pass_constants(tree, table.successors, tuned["block"])
+    warps = pass_warps(tuned["warps"], constants)
     launch_kernel(
         grow_pass_kernel,
-        (count,),
-        tokens, lengths, seeds, streams, keys, rows, table_tokens, table_logprobs, names, values,
-        slots, slot_masks, slot_scores, candidates, candidate_scores, batch, batch_masks, prefix,
-        tokens.shape[1], vocab_size, 0 if keys is None else keys.shape[0], start,
-        record, 0 if names is None else names.shape[2], width, prefetch, prefetch_width, size, words(size), depth,
-        floor, FIRST=names is None, SAMPLED=seeds is not None, **constants,
+        (tokens.shape[0],),
+        tokens, lengths, *noise, *table, *proposed, *state, *inputs, tokens.shape[1], vocab_size, table.slots,
+        settings.start, settings.record, proposed.children, settings.width, settings.prefetch,
+        settings.prefetch_width, tree.slots, words(tree.slots), settings.depth, settings.floor,
+        FIRST=proposed.names is None, SAMPLED=noise.seeds is not None, **constants,
         num_warps=warps, maxnreg=most_registers(architecture(tokens.device), warps, GROW_SPILLING),
         **launch_options(tokens.device),
     )  # fmt: skip
@@ -155,19 +208,23 @@ _grow_pass = register(
 
 
 def _launch_harvest(
-    tokens, lengths, names, values, slots, slot_scores, candidates, candidate_scores, tree, batch, batch_masks, prefix,
-    start, record, floor, width, prefetch, prefetch_width, depth,
-) -> None:  # fmt: skip
-    count, size = slots.shape[1:]
-    children, nodes = candidates.shape[2] // size, tree.shape[2]
-    constants = harvest_constants(width, prefetch, prefetch_width, children, size, nodes)
+    tokens: torch.Tensor,
+    lengths: torch.Tensor,
+    proposed: Proposed,
+    state: Recorded,
+    tree: torch.Tensor,
+    inputs: Inputs,
+    settings: PassSettings,
+) -> None:
+    shape, nodes = settings.shape(state), tree.shape[2]
+    constants = harvest_constants(shape, nodes)
     warps = _settings("harvest_tree", constants["CANDIDATES"], tokens.device)["warps"]
     launch_kernel(
         harvest_tree_kernel,
-        (count,),
-        tokens, lengths, names, values, slots, slot_scores, candidates, candidate_scores,
-        tree, batch, batch_masks, prefix, tokens.shape[1], start, record, 0 if names is None else names.shape[2],
-        prefetch, prefetch_width, size, depth, nodes, words(nodes), floor, **constants,
+        (tokens.shape[0],),
+        tokens, lengths, *proposed, *state, tree, *inputs, tokens.shape[1], settings.start, settings.record,
+        proposed.children, settings.prefetch, settings.prefetch_width, shape.slots, settings.depth, nodes,
+        words(nodes), settings.floor, **constants,
         num_warps=warps, maxnreg=most_registers(architecture(tokens.device), warps, HARVEST_SPILLING),
         **launch_options(tokens.device),
     )  # fmt: skip
@@ -203,8 +260,7 @@ def check_options(name: str, config, table) -> None:
 
 
 def _options(config, successors: int) -> int:
-    blocks = _blocks(config.width, config.prefetch, config.prefetch_width, config.children, config.slots)
-    return blocks["LANES"] * ranks(successors)
+    return _blocks(config)["LANES"] * ranks(successors)
 
 
 def _check_state(name: str, state: GrowthState, batch: int, config, device: torch.device) -> None:
@@ -217,13 +273,17 @@ def _check_state(name: str, state: GrowthState, batch: int, config, device: torc
     check_tensor(name, "candidate_scores", state.candidate_scores, (batch, size * children), torch.float32, device)
 
 
-def _check_proposals(name: str, number: int, config, batch: int, names, values, device: torch.device) -> None:
+def _check_proposals(
+    name: str, number: int, config, batch: int, proposed: tuple | None, device: torch.device
+) -> Proposed:
     """What the draft proposed in pass `number`."""
+    names, values = proposed if proposed is not None else (None, None)
     shape = (batch, pass_size(config, number), None)
     check_tensor(name, "names", names, shape, (torch.int32, torch.int64), device)
     check_tensor(name, "values", values, tuple(names.shape), torch.float32, device)
     if not 1 <= names.shape[2] <= config.children:
         raise ValueError(f"{name}: names must hold 1 to {config.children} children, got {names.shape[2]}")
+    return Proposed(names, values)
 
 
 def pass_size(config, number: int) -> int:
@@ -234,10 +294,6 @@ def pass_size(config, number: int) -> int:
 def pass_start(config, number: int) -> int:
     """The first slot of draft pass `number`."""
     return 2 + config.guesses + (number - 1) * pass_size(config, 1) if number else 0
-
-
-def _floor(config) -> float:
-    return math.log(config.node_floor) if config.node_floor else -math.inf
 
 
 def grow_pass(
@@ -268,11 +324,10 @@ def grow_pass(
     _check_state(name, state, rows, config, device)
     if not 0 <= number < config.passes:
         raise ValueError(f"{name}: a step has the passes 0 to {config.passes - 1}, got {number}")
-    names, values = None, None
+    known = Proposed(None, None)
     if number:
-        names, values = proposed if proposed is not None else (None, None)
-        _check_proposals(name, number - 1, config, rows, names, values, device)
-    *tensors, vocab_size = check_table(name, table, device)
+        known = _check_proposals(name, number - 1, config, rows, proposed, device)
+    tensors, vocab_size = check_table(name, table, device)
     if vocab_size > MAX_VOCAB:
         raise ValueError(f"{name}: the vocabulary may have at most {MAX_VOCAB} tokens, got {vocab_size}")
     check_options(name, config, table)
@@ -284,10 +339,10 @@ def grow_pass(
     check_tensor(name, "batch", batch, (3, rows, count), torch.int32, device)
     check_tensor(name, "batch_masks", batch_masks, (rows, count, words(config.slots)), torch.int32, device)
     check_tensor(name, "prefix", prefix, (rows,), torch.int32, device)
+    record = (config.width if number > 1 else 2) if number else 0
+    settings = PassSettings.of(config, pass_start(config, max(number - 1, 0)), record)
     _grow_pass(
-        tokens, lengths, seeds, streams, *tensors, names, values, *state.tensors, batch, batch_masks, prefix,
-        vocab_size, pass_start(config, max(number - 1, 0)), (config.width if number > 1 else 2) if number else 0,
-        _floor(config), config.width, config.prefetch, config.prefetch_width, config.depth,
+        tokens, lengths, seeds, streams, *tensors, *known, *state, batch, batch_masks, prefix, vocab_size, *settings
     )  # fmt: skip
 
 
@@ -313,16 +368,12 @@ def harvest_tree(
     rows, nodes = tokens.shape[0], config.nodes
     check_tensor(name, "lengths", lengths, (rows,), torch.int32, device)
     _check_state(name, state, rows, config, device)
-    names, values, number = None, None, max(config.passes - 1, 0)
+    known, number = Proposed(None, None), max(config.passes - 1, 0)
     if nodes > 1:
-        names, values = proposed if proposed is not None else (None, None)
-        _check_proposals(name, number, config, rows, names, values, device)
+        known = _check_proposals(name, number, config, rows, proposed, device)
     check_tensor(name, "tree", tree, (5, rows, nodes), torch.int32, device)
     check_tensor(name, "batch", batch, (3, rows, nodes), torch.int32, device)
     check_tensor(name, "batch_masks", batch_masks, (rows, nodes, words(nodes)), torch.int32, device)
     check_tensor(name, "prefix", prefix, (rows,), torch.int32, device)
-    _harvest_tree(
-        tokens, lengths, names, values, state.slots, state.slot_scores, state.candidates, state.candidate_scores,
-        tree, batch, batch_masks, prefix, pass_start(config, number), config.width if number else 2,
-        _floor(config), config.width, config.prefetch, config.prefetch_width, config.depth,
-    )  # fmt: skip
+    settings = PassSettings.of(config, pass_start(config, number), config.width if number else 2)
+    _harvest_tree(tokens, lengths, *known, *state.recorded, tree, batch, batch_masks, prefix, *settings)

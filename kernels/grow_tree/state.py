@@ -1,6 +1,6 @@
 """What a step's growth keeps on the device, and where in it the fields lie (the package's docstring has them)."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton.language as tl
@@ -13,8 +13,7 @@ POSITION, NOISE = tl.constexpr(1), tl.constexpr(2)
 TREE_PARENT, TREE_DEPTH, TREE_SLOT, TREE_ORIGIN = (tl.constexpr(field) for field in (1, 2, 3, 4))
 
 
-@dataclass(frozen=True)
-class GrowthState:
+class GrowthState(NamedTuple):
     """What a step's growth keeps on the device (the package's docstring has the fields)."""
 
     slots: torch.Tensor
@@ -38,8 +37,17 @@ class GrowthState:
         )
 
     @property
-    def tensors(self) -> tuple[torch.Tensor, ...]:
-        return self.slots, self.slot_masks, self.slot_scores, self.candidates, self.candidate_scores
+    def recorded(self) -> "Recorded":
+        return Recorded(self.slots, self.slot_scores, self.candidates, self.candidate_scores)
+
+
+class Recorded(NamedTuple):
+    """`GrowthState` without the masks, of which finished trees need nothing."""
+
+    slots: torch.Tensor
+    slot_scores: torch.Tensor
+    candidates: torch.Tensor
+    candidate_scores: torch.Tensor
 
 
 def words(bits: int) -> int:

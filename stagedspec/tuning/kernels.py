@@ -324,10 +324,10 @@ def _grow(op: str, shape: ModelShape, device: torch.device) -> Iterator[Problem]
                 run = partial(growing.passes, harvest=False) if op == "grow_pass" else growing.growth.harvest
 
                 def results(growing: Growing = growing) -> list[torch.Tensor]:
-                    for tensor in growing.growth.state.tensors:
+                    for tensor in growing.growth.state:
                         tensor.zero_()
                     trees = growing.passes()
-                    return [trees.tree, trees.inputs.packed, trees.inputs.masks, *growing.growth.state.tensors]
+                    return [trees.tree, trees.inputs.packed, trees.inputs.masks, *growing.growth.state]
 
                 growing.passes()
                 found.append(Launch(run, results))
@@ -343,7 +343,7 @@ def _verify(shape: ModelShape, device: torch.device) -> Iterator[Problem]:
             growing = Growing(nodes, CONTEXT, 1, workloads.katz_table(shape.vocab, device), device, room=16384)
             trees = growing.passes()
             chosen = growing.likely(trees)
-            state = growing.sequences.state.tensors
+            state = growing.sequences.state
             start = [tensor.clone() for tensor in state]
 
             def results() -> list[torch.Tensor]:
