@@ -1,5 +1,7 @@
 """The kernels of tree attention as an operation: tile sizes, launcher, checks of arguments."""
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -94,20 +96,22 @@ def scratch_size(
     return batch * kv_heads * _splits(rows, tree_rows, 64) * queries * (head_size + 2), 0
 
 
+class PassNodes(NamedTuple):
+    """What the nodes of a pass see, and where their rows lie (`tree_attention` has the meaning of each)."""
+
+    masks: torch.Tensor
+    prefix: torch.Tensor
+    first_bit: int
+    chunk: bool
+    tree_rows: int
+    window: int
+
+
 def _launch(
-    qkv: torch.Tensor,
-    cache: torch.Tensor,
-    masks: torch.Tensor,
-    prefix: torch.Tensor,
-    first_bit: int,
-    chunk: bool,
-    tree_rows: int,
-    window: int,
-    scale: float,
-    out: torch.Tensor,
-    partials: torch.Tensor,
+    qkv: torch.Tensor, cache: torch.Tensor, placed: PassNodes, scale: float, out: torch.Tensor, partials: torch.Tensor
 ) -> None:
     check_runs(qkv, "tree_attention")
+    masks, prefix, first_bit, chunk, tree_rows, window = placed
     batch, nodes, words = masks.shape
     _, rows, _, kv_heads, size = cache.shape
     group = out.shape[1] // size // kv_heads
@@ -170,6 +174,28 @@ def mask_words(seen: torch.Tensor) -> torch.Tensor:
     return torch.where(words >= 2**31, words - 2**32, words).int()
 
 
+def _check_nodes(op: str, placed: PassNodes, rows: int) -> None:
+    """Whether the nodes' rows lie where the pass may write, in a cache of `rows` rows, and masks reach them."""
+    masks, _, first_bit, chunk, tree_rows, window = placed
+    _, nodes, words = masks.shape
+    if not (8 <= window <= 256 and window & (window - 1) == 0):
+        raise ValueError(f"{op}: window must be a power of two from 8 to 256, got {window}")
+    if not 0 <= tree_rows <= rows:
+        raise ValueError(f"{op}: tree_rows must be 0 to the cache's {rows} rows, got {tree_rows}")
+    if not chunk and not 0 <= first_bit <= tree_rows - nodes:
+        raise ValueError(
+            f"{op}: a pass of a tree must lie inside the {tree_rows} tree rows, got {nodes} nodes from row {first_bit} "
+            "on"
+        )
+    if chunk and (first_bit != 0 or tree_rows + nodes > rows):
+        raise ValueError(
+            f"{op}: a chunk of a prompt must have first_bit 0 and fit into the cache's {rows - tree_rows} rows after "
+            f"the tree, got first_bit {first_bit} and {nodes} nodes"
+        )
+    if 32 * words < first_bit + nodes:
+        raise ValueError(f"{op}: masks must have {triton.cdiv(first_bit + nodes, 32)} words a node, got {words}")
+
+
 def tree_attention(
     qkv: torch.Tensor,
     cache: torch.Tensor,
@@ -208,7 +234,7 @@ def tree_attention(
     check_tensor(op, "cache", cache, (None, None, 2, None, None), qkv.dtype, device)
     batch, rows, _, kv_heads, size = cache.shape
     check_tensor(op, "masks", masks, (batch, None, None), torch.int32, device)
-    nodes, words = masks.shape[1:]
+    nodes = masks.shape[1]
     check_tensor(op, "prefix", prefix, (batch,), torch.int32, device)
     check_tensor(op, "out", out, (batch * nodes, None), qkv.dtype, device)
     check_tensor(op, "scratch.partials", scratch.partials, (None,), torch.float32, device)
@@ -223,36 +249,10 @@ def tree_attention(
             f"{op}: out must have H*{size} columns with H a multiple of the cache's {kv_heads}, got {out.shape[1]}"
         )
     check_tensor(op, "qkv", qkv, (batch * nodes, (heads + 2 * kv_heads) * size), FLOATS, device)
-    if not (8 <= window <= 256 and window & (window - 1) == 0):
-        raise ValueError(f"{op}: window must be a power of two from 8 to 256, got {window}")
-    if not 0 <= tree_rows <= rows:
-        raise ValueError(f"{op}: tree_rows must be 0 to the cache's {rows} rows, got {tree_rows}")
-    if not chunk and not 0 <= first_bit <= tree_rows - nodes:
-        raise ValueError(
-            f"{op}: a pass of a tree must lie inside the {tree_rows} tree rows, got {nodes} nodes from row {first_bit} "
-            "on"
-        )
-    if chunk and (first_bit != 0 or tree_rows + nodes > rows):
-        raise ValueError(
-            f"{op}: a chunk of a prompt must have first_bit 0 and fit into the cache's {rows - tree_rows} rows after "
-            f"the tree, got first_bit {first_bit} and {nodes} nodes"
-        )
-    if 32 * words < first_bit + nodes:
-        raise ValueError(f"{op}: masks must have {triton.cdiv(first_bit + nodes, 32)} words a node, got {words}")
+    placed = PassNodes(masks, prefix, first_bit, chunk, tree_rows, window)
+    _check_nodes(op, placed, rows)
     need = (0, 0) if chunk else scratch_size(batch, nodes, heads, kv_heads, size, rows, tree_rows)
     if scratch.partials.numel() < need[0]:
         have = scratch.partials.numel()
         raise ValueError(f"{op}: scratch must hold {need[0]} partials, got {have}; see scratch_size")
-    _op(
-        qkv,
-        cache,
-        masks,
-        prefix,
-        first_bit,
-        chunk,
-        tree_rows,
-        window,
-        scale,
-        out,
-        scratch.partials,
-    )
+    _op(qkv, cache, *placed, scale, out, scratch.partials)
