@@ -38,7 +38,7 @@ from triton.language.extra import cuda
 
 from stagedspec.kernels.common.hopper import SHARED, SPARE, copy, described
 from stagedspec.kernels.common.launch_configs import config
-from stagedspec.kernels.common.registry import launch_kernel, launch_options
+from stagedspec.kernels.common.registry import Scratch, launch_kernel, launch_options
 from stagedspec.kernels.linear.kernel import HOPPER_SPLIT, ROWS, activate, stat_tiles
 
 WHOLE = 1600  # columns that are not split
@@ -283,18 +283,15 @@ def settings(tokens: int, inputs: int, groups: int = 1) -> dict[str, int]:
 
 def launch(
     x: torch.Tensor,
-    stats: torch.Tensor | None,
-    sums: torch.Tensor | None,
-    epsilon: float,
+    norm,
     weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    activation: int,
-    residual: torch.Tensor | None,
+    epilogue,
     out: torch.Tensor,
     stats_out: torch.Tensor | None,
-    partials: torch.Tensor,
-    counters: torch.Tensor,
+    scratch: Scratch,
 ) -> None:
+    """As `op._launch`: norm an `op.Norm`, epilogue an `op.Epilogue`."""
+    (stats, sums, epsilon), (bias, activation, residual) = norm, epilogue
     if stats is not None and stats.data_ptr() % 8:  # a sum and its squares are read at once
         raise ValueError(f"linear: stats must start at a multiple of 8 bytes, got {stats.data_ptr():#x}; clone it")
     (count, inputs), outputs = x.shape, weight.shape[0]
@@ -315,8 +312,7 @@ def launch(
         residual,
         out,
         stats_out,
-        partials,
-        counters,
+        *scratch,
         count,
         epsilon,
         OUT=outputs,

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -100,27 +101,40 @@ def candidates(shape: tuple[int, ...], device: torch.device) -> list[dict[str, i
     return [default] + [other for other in others if other != default]
 
 
+class Norm(NamedTuple):
+    """The LayerNorm that is folded into a weight (`Folded`): statistics of x's rows, sums of the weight's."""
+
+    stats: torch.Tensor | None
+    sums: torch.Tensor | None
+    epsilon: float
+
+
+NO_NORM = Norm(None, None, 0.0)
+
+
+class Epilogue(NamedTuple):
+    """What follows the product: + bias, the activation (ACTIVATION of the kernels), + residual."""
+
+    bias: torch.Tensor | None
+    activation: int
+    residual: torch.Tensor | None
+
+
 def _launch(
     x: torch.Tensor,
-    stats: torch.Tensor | None,
-    sums: torch.Tensor | None,
-    epsilon: float,
+    norm: Norm,
     weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    activation: int,
-    residual: torch.Tensor | None,
+    epilogue: Epilogue,
     out: torch.Tensor,
     stats_out: torch.Tensor | None,
-    partials: torch.Tensor,
-    counters: torch.Tensor,
+    scratch: Scratch,
 ) -> None:
     check_runs(x, "linear")
     count, inputs = x.shape
     if by_hopper(x.element_size(), inputs, x.device):
         from stagedspec.kernels.linear import hopper  # Gluon takes a while to import
 
-        arguments = stats, sums, epsilon, weight, bias, activation, residual, out, stats_out, partials, counters
-        return hopper.launch(x, *arguments)
+        return hopper.launch(x, norm, weight, epilogue, out, stats_out, scratch)
     outputs = weight.shape[0]
     splits, length = split_columns(outputs, inputs)
     tokens = token_tile(count, x.element_size())
@@ -129,24 +143,23 @@ def _launch(
         _linear,
         (triton.cdiv(outputs, ROWS), splits, triton.cdiv(count, tokens)),
         x,
-        stats,
-        sums,
+        norm.stats,
+        norm.sums,
         weight,
-        bias,
-        residual,
+        epilogue.bias,
+        epilogue.residual,
         out,
         stats_out,
-        partials,
-        counters,
+        *scratch,
         count,
-        epsilon,
+        norm.epsilon,
         OUT=outputs,
         K=inputs,
-        NORM=stats is not None,
+        NORM=norm.stats is not None,
         STAT_TILES=stat_tiles(inputs),
-        BIAS=bias is not None,
-        RESIDUAL=residual is not None,
-        ACTIVATION=activation,
+        BIAS=epilogue.bias is not None,
+        RESIDUAL=epilogue.residual is not None,
+        ACTIVATION=epilogue.activation,
         STATS=stats_out is not None,
         SPLITS=splits,
         SPLIT_K=length,
@@ -250,10 +263,8 @@ def norm_linear(
     check_tensor(op, "stats", stats, (x.shape[0], stat_tiles(x.shape[1]), 2), torch.float32, x.device)
     if activation not in ACTIVATIONS:
         raise ValueError(f"{op}: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    _op(
-        x, stats, layer.sums, epsilon, layer.weight, layer.bias, ACTIVATIONS[activation],
-        None, out, None, scratch.partials, scratch.counters,
-    )  # fmt: skip
+    norm, epilogue = Norm(stats, layer.sums, epsilon), Epilogue(layer.bias, ACTIVATIONS[activation], None)
+    _op(x, *norm, layer.weight, *epilogue, out, None, *scratch)
 
 
 def linear_add(
@@ -279,7 +290,7 @@ def linear_add(
     check_tensor(op, "residual", residual, tuple(out.shape), x.dtype, x.device)
     if stats is not None:
         check_tensor(op, "stats", stats, (x.shape[0], stat_tiles(out.shape[1]), 2), torch.float32, x.device)
-    _op(x, None, None, 0.0, weight, bias, 0, residual, out, stats, scratch.partials, scratch.counters)
+    _op(x, *NO_NORM, weight, *Epilogue(bias, ACTIVATIONS["none"], residual), out, stats, *scratch)
 
 
 def _check_bias(op: str, bias: torch.Tensor | None, weight: torch.Tensor, dtype: torch.dtype) -> None:

@@ -268,7 +268,7 @@ def test_hopper_refuses_settings_that_it_has_no_scratch_for():
         configs.trying("linear_hopper", (32, 16, 64), {"TOKENS": 8, "GROUPS": 1}),
         pytest.raises(ValueError, match="no such settings"),
     ):
-        hopper.launch(x, None, None, 1e-5, weight, None, 0, None, out, None, part, part)
+        hopper.launch(x, op.NO_NORM, weight, op.Epilogue(None, 0, None), out, None, Scratch(part, part))
 
 
 @pytest.mark.parametrize(("x_from", "stats_from"), [(1, 0), (0, 1)])
@@ -278,4 +278,5 @@ def test_hopper_refuses_views(x_from, stats_from):
     rest = [torch.zeros(16, dtype=torch.float32) for _ in range(4)]
     weight, out = torch.zeros(16, 64, dtype=torch.bfloat16), torch.zeros(1, 16, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="must start at a multiple of"):
-        hopper.launch(x, stats, rest[0], 1e-5, weight, rest[1], 0, None, out, None, rest[2], rest[3])
+        norm, epilogue = op.Norm(stats, rest[0], 1e-5), op.Epilogue(rest[1], 0, None)
+        hopper.launch(x, norm, weight, epilogue, out, None, Scratch(rest[2], rest[3]))
