@@ -157,13 +157,13 @@ def launch_select(
     children. Without warpers logits already hold the final scores, noise included."""
     rows, vocab_size = logits.shape
     count, settings = groups_of(vocab_size), _settings(vocab_size, logits.device)
+    top_k, top_p, min_p = sampling.top_k, sampling.top_p, sampling.min_p
     whole = not sampling.warped(vocab_size)
-    if whole:
-        scoring = AS_THEY_ARE
+    if whole:  # also where greedy decoding ignores warpers
+        scoring, top_k, top_p, min_p = AS_THEY_ARE, 0, 1.0, 0.0
     warps = settings["select_warps"]
     members = parts.take(rows * count, torch.int32)
     values, ids = parts.take(rows * vocab_size), parts.take(rows * vocab_size, torch.int32)
-    top_k, top_p, min_p = sampling.top_k, sampling.top_p, sampling.min_p
     launch_kernel(
         select_kernel,
         (rows,),

@@ -151,6 +151,13 @@ def test_children(name, shape, count, device, dtype):
     torch.testing.assert_close(logprobs, gains, rtol=1e-5, atol=1e-4 if shape in LARGE else 2e-5)
 
 
+@pytest.mark.parametrize("warper", [{"top_k": 2}, {"top_p": 0.1}, {"min_p": 0.9}], ids=str)
+def test_greedy_children_ignore_warpers(warper, device):
+    case = Case(device, torch.float32, 3, 257, 40)
+    for got, expected in zip(case.children(6, greedy=True, **warper), case.children(6, greedy=True), strict=True):
+        assert torch.equal(got, expected)
+
+
 @pytest.mark.parametrize("shape", [(6, 257, 40), *LARGE], ids=str)
 @pytest.mark.parametrize("name", ["plain", "top_k"])
 def test_children_by_counters(name, shape, device, dtype):
