@@ -49,7 +49,6 @@ def _check(growing: Growing) -> float:
     trees, wanted = growing.passes(), on_host(growing).trees
     pairs = []
     for row, tree in enumerate(wanted):
-        fields = tree.tokens, tree.parents, tree.depths, tree.slots, tree.origins
-        for got, values in zip(trees.tree[:, row].tolist(), fields, strict=True):
-            pairs.append((got[: len(values)], list(values)))
+        for got, values in zip(trees.tree[:, row].tolist(), tree.fields, strict=True):
+            pairs.append((got[: len(values)], values))
     return exact(*pairs)

@@ -489,9 +489,11 @@ class Trees:
         masks = np.zeros((rows, self.nodes, words), np.int32)
         masks[..., 0] = 1
         for row, one in enumerate(trees):
-            count = len(one.tokens)
-            tree[:, row, :count] = one.tokens, one.parents, one.depths, one.slots, one.origins
-            masks[row, :count] = [np.frombuffer(mask.to_bytes(4 * words, "little"), np.int32) for mask in one.masks]
+            count = len(one.nodes)
+            tree[:, row, :count] = one.fields
+            masks[row, :count] = [
+                np.frombuffer(node.mask.to_bytes(4 * words, "little"), np.int32) for node in one.nodes
+            ]
         self.tree.copy_(torch.from_numpy(tree))
         self.inputs.masks.copy_(torch.from_numpy(masks))
         self.inputs.prefix.copy_(self.sequences.lengths).sub_(1)

@@ -31,6 +31,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -174,22 +175,23 @@ def causal_bias(start: int, count: int, device: torch.device, dtype: torch.dtype
 
 
 def _batch(
-    tokens: list[list[int]],
-    depths: list[list[int]],
-    masks: list[list[int]],
+    rows: Sequence[Sequence["_Slot | Node"]],
     region: int,
     roots: list[int],
     prefixes: list[int],
     dtype: torch.dtype,
     device: torch.device,
 ) -> Batch:
-    """Makes a `Batch`. masks: for each node, one bit for each of `region` tree rows that it attends to; roots: for each
-    row, the position of depth 0; prefixes: for each row, committed tokens that its nodes attend to."""
+    """Makes a `Batch` of slots or nodes. region: the tree rows that masks have bits for; roots: for each row, the
+    position of depth 0; prefixes: for each row, committed tokens that its nodes attend to."""
     # numpy takes a third of torch's time.
+    tokens = [[max(node.token, 0) for node in row] for row in rows]
+    depths = [[node.depth for node in row] for row in rows]
+    masks = [[node.mask for node in row] for row in rows]
     positions = [[max(root + depth, 0) for depth in row] for root, row in zip(roots, depths, strict=True)]
     inputs = torch.from_numpy(np.array((tokens, positions))).to(device)
     span = max(max(prefixes), 0)
-    bias = np.zeros((len(masks), 1, len(masks[0]), region + span), np.float64 if dtype == torch.float64 else np.float32)
+    bias = np.zeros((len(rows), 1, len(rows[0]), region + span), np.float64 if dtype == torch.float64 else np.float32)
     bias[:, 0, :, :region] = [
         [[0.0 if mask >> bit & 1 else NEVER for bit in range(region)] for mask in row] for row in masks
     ]
@@ -214,21 +216,18 @@ class Unread:
     @classmethod
     def before_last(cls, sequences: Sequences, count: int, region: int, dtype: torch.dtype) -> "Unread":
         """Reads the last `count` tokens but two of each sequence. Every step's first draft pass reads those two."""
-        tokens, following, masks, moves = [], [], [], []
+        slots, following, moves = [], [], []
         for row in sequences.rows:
             start = len(row.tokens) - 2 - count  # below 0 for a short row, whose first slots are then unused
-            known = row.tokens[max(start, 0) :]
-            dead = [0] * max(-start, 0)
-            tokens.append((dead + known)[:count])
-            following.append((dead + known[1:])[:count])
-            masks.append([1 << slot if slot < len(dead) else (2 << slot) - (1 << len(dead)) for slot in range(count)])
-            moves.append([(slot, start + slot) for slot in range(len(dead), count)] if row.running else [])
+            dead, known = max(-start, 0), row.tokens[max(start, 0) :]
+            tokens = [0] * dead + known
+            masks = [1 << slot if slot < dead else (2 << slot) - (1 << dead) for slot in range(count)]
+            slots.append([_Slot(tokens[slot], -1, slot - 1 - count, masks[slot], NEVER) for slot in range(count)])
+            following.append(([0] * dead + known[1:])[:count])
+            moves.append([(slot, start + slot) for slot in range(dead, count)] if row.running else [])
         lengths = sequences.lengths
-        depths = [list(range(-1 - count, -1))] * len(tokens)
         batch = _batch(
-            tokens,
-            depths,
-            masks,
+            slots,
             region,
             [length - 1 for length in lengths],
             [length - 2 - count for length in lengths],
@@ -244,7 +243,8 @@ class Unread:
 @dataclass
 class _Slot:
     """A row that the draft evaluates. score: the draft's log-probability of its path, -inf for a guess that is not
-    confirmed; mask: one bit for each slot that it attends to; parent: the slot above a guess."""
+    confirmed; mask: one bit for each slot that it attends to; parent: the slot above a guess; candidates: what it
+    proposed."""
 
     token: int
     previous: int
@@ -254,6 +254,7 @@ class _Slot:
     guess: bool = False
     parent: int = -1
     candidate: "_Candidate | None" = None
+    candidates: "list[_Candidate]" = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -284,7 +285,6 @@ class _RowGrowth:
             _Slot(max(previous, 0), -1, -1, 1, NEVER),
             _Slot(tokens[-1], previous, 0, 0b10 if caught_up or previous < 0 else 0b11, 0.0),
         ]
-        self.candidates: list[list[_Candidate]] = [[]] if caught_up else []
         self.open: list[tuple[float, int, int, _Candidate]] = []
 
     def _add(self, token: int, parent: int, score: float, **more) -> int:
@@ -333,21 +333,19 @@ class _RowGrowth:
         for index, (names, values) in enumerate(zip(tokens, logprobs, strict=True), start):
             slot = self.slots[index]
             if slot.guess and slot.token >= 0:
-                for candidate in self.candidates[slot.parent]:
+                for candidate in self.slots[slot.parent].candidates:
                     if candidate.token == slot.token and candidate.score > NEVER:
                         candidate.slot, slot.candidate, slot.score = index, candidate, candidate.score
             alive = slot.score > NEVER and slot.depth < self.config.depth
-            found = []
             if alive:
                 for name, value in zip(names, values, strict=True):
                     score = slot.score + value
                     if score <= self.floor:  # so are all that follow, and everything below them
                         break
-                    found.append(_Candidate(name, score, index))
+                    slot.candidates.append(_Candidate(name, score, index))
                 if slot.depth < self.config.depth - 1:
-                    for rank, candidate in enumerate(found):
+                    for rank, candidate in enumerate(slot.candidates):
                         heapq.heappush(self.open, (-candidate.score, index, rank, candidate))
-            self.candidates.append(found)
 
 
 class Growth:
@@ -404,9 +402,7 @@ class Growth:
         start, stop = self.start, len(self.rows[0].slots)
         lengths = self.sequences.lengths
         return _batch(
-            [[max(slot.token, 0) for slot in row.slots[start:stop]] for row in self.rows],
-            [[slot.depth for slot in row.slots[start:stop]] for row in self.rows],
-            [[slot.mask for slot in row.slots[start:stop]] for row in self.rows],
+            [row.slots[start:stop] for row in self.rows],
             self.config.slots,
             [length - 1 for length in lengths],
             [length - 2 + self.caught_up for length in lengths],
@@ -425,7 +421,7 @@ class Growth:
         nodes = 1 if self.sequences.roots_only else self.config.nodes
         trees = []
         for row in self.rows:
-            found = [candidate for candidates in row.candidates for candidate in candidates]
+            found = [candidate for slot in row.slots for candidate in slot.candidates]
             best = heapq.nlargest(nodes - 1, found, key=lambda candidate: candidate.score)
             tree = _Tree.root(row.slots[1].token, 1)
             for candidate in best:
@@ -434,39 +430,48 @@ class Growth:
                 guessed = candidate.slot >= 0 and row.slots[candidate.slot].guess
                 candidate.node = tree.add(candidate.token, above, candidate.slot, NGRAM if guessed else DRAFT)
             trees.append(tree)
-        return Trees(self.sequences, trees, max(len(tree.tokens) for tree in trees), self.caught_up)
+        return Trees(self.sequences, trees, max(len(tree.nodes) for tree in trees), self.caught_up)
 
 
 # ---------------------------------------------------------------- finished trees
 
 
+class Node(NamedTuple):
+    """A node of a finished tree. slot: where the draft evaluated it, -1 if it did not; origin: who proposed it; mask:
+    one bit for each node on the path, its own included."""
+
+    token: int
+    parent: int
+    depth: int
+    slot: int
+    origin: int
+    mask: int
+
+
+PADDING = Node(0, 0, 0, -1, TARGET, 1)
+
+
 @dataclass
 class _Tree:
-    """The finished tree of one row, parents before children. Lists by node: masks have one bit for each node on the
-    path; slots: where the draft evaluated the node, -1 if it did not; children: (parent, token) -> node."""
+    """The finished tree of one row, parents before children. children: (parent, token) -> node."""
 
-    tokens: list[int]
-    parents: list[int]
-    depths: list[int]
-    masks: list[int]
-    slots: list[int]
-    origins: list[int]
+    nodes: list[Node]
     children: dict[tuple[int, int], int]
 
     @classmethod
     def root(cls, token: int, slot: int = -1) -> "_Tree":
-        return cls([token], [0], [0], [1], [slot], [TARGET], {})
+        return cls([Node(token, 0, 0, slot, TARGET, 1)], {})
 
     def add(self, token: int, parent: int, slot: int, origin: int) -> int:
-        node = len(self.tokens)
-        self.tokens.append(token)
-        self.parents.append(parent)
-        self.depths.append(self.depths[parent] + 1)
-        self.masks.append(self.masks[parent] | 1 << node)
-        self.slots.append(slot)
-        self.origins.append(origin)
+        node, above = len(self.nodes), self.nodes[parent]
+        self.nodes.append(Node(token, parent, above.depth + 1, slot, origin, above.mask | 1 << node))
         self.children[parent, token] = node
         return node
+
+    @property
+    def fields(self) -> list[list[int]]:
+        """Tokens, parents, depths, slots and origins of the nodes, as the device keeps a tree."""
+        return [list(values) for values in zip(*self.nodes, strict=True)][:5]
 
 
 class Trees:
@@ -489,19 +494,14 @@ class Trees:
     @property
     def depths(self) -> list[int]:
         """For each row, the depth of its deepest node."""
-        return [max(tree.depths) for tree in self.trees]
+        return [max(node.depth for node in tree.nodes) for tree in self.trees]
 
     def batch(self, dtype: torch.dtype) -> Batch:
         """Inputs of the target's pass over all nodes. Smaller trees are padded with nodes that no node attends to."""
 
-        def full(values: list[int], fill: int) -> list[int]:
-            return values + [fill] * (self.nodes - len(values))
-
         prefixes = [length - 1 for length in self.sequences.lengths]
         return _batch(
-            [full(tree.tokens, 0) for tree in self.trees],
-            [full(tree.depths, 0) for tree in self.trees],
-            [full(tree.masks, 1) for tree in self.trees],
+            [tree.nodes + [PADDING] * (self.nodes - len(tree.nodes)) for tree in self.trees],
             self.nodes,
             prefixes,
             prefixes,
@@ -517,12 +517,12 @@ class Trees:
         for row in sequences.rows:
             tree, pair, node = _Tree.root(row.tokens[-1]), tuple(row.tokens[-2:]), 0
             while (
-                not sequences.roots_only and len(tree.tokens) <= depth and (token := row.follower.get(pair)) is not None
+                not sequences.roots_only and len(tree.nodes) <= depth and (token := row.follower.get(pair)) is not None
             ):
                 node = tree.add(token, node, -1, NGRAM)
                 pair = pair[1], token
             trees.append(tree)
-        return cls(sequences, trees, max(len(tree.tokens) for tree in trees))
+        return cls(sequences, trees, max(len(tree.nodes) for tree in trees))
 
     def verify_commit(self, chosen: torch.Tensor) -> "Moves":
         """Accepts a path of each tree and appends the chosen tokens along it to the sequences.
@@ -534,7 +534,7 @@ class Trees:
         The path ends before an INVALID node. In a tree of several nodes the cause may be another node that this one
         does not attend to, because 0 * NaN is NaN. So the next step verifies roots alone, and there the row ends.
         """
-        moves = Moves([], [], [], [], self.caught_up)
+        moves = Moves([], self.caught_up)
         self.sequences.steps += not self.sequences.finished
         self.sequences.roots_only = False
         for row, tree, picks in zip(self.sequences.rows, self.trees, chosen.tolist(), strict=True):
@@ -542,9 +542,8 @@ class Trees:
             while node >= 0 and picks[node] >= 0:
                 path.append(node)
                 node = tree.children.get((node, picks[node]), -1)
-            moves.lengths.append(length)
             last = node  # not on the path; -1 if the tree has no such child
-            origins = [tree.origins[node] for node in path[1:]] + [TARGET]
+            origins = [tree.nodes[node].origin for node in path[1:]] + [TARGET]
             if not ran:
                 path = []
             for node, origin in zip(path, origins, strict=False):
@@ -556,43 +555,59 @@ class Trees:
                 self.sequences.roots_only = self.nodes > 1
                 row.invalid = not self.sequences.roots_only
                 row.running = not row.invalid
-            moves.accepted.append(max(min(len(row.tokens) - length, len(path) - 1), 0) if ran else -1)
+            accepted = max(min(len(row.tokens) - length, len(path) - 1), 0) if ran else -1
             # A stopped row needs no more keys and values, and its path may reach past the end of the cache.
-            moves.nodes.append(path if row.running else [])
-            moves.slots.append([tree.slots[node] for node in path] if row.running else [])
+            steps = [PathStep(node, tree.nodes[node].slot) for node in path] if row.running else []
+            moves.rows.append(RowMoves(accepted, length, steps))
             if path:
-                row.caught_up = row.running and tree.slots[path[-1]] >= 0
+                row.caught_up = row.running and tree.nodes[path[-1]].slot >= 0
         self.sequences.accepted.update(count for count in moves.accepted if count >= 0)
         return moves
 
 
+class PathStep(NamedTuple):
+    """A node of an accepted path, and the draft's slot of it, -1 if it has none."""
+
+    node: int
+    slot: int
+
+
+class RowMoves(NamedTuple):
+    """What a step accepted in one row. accepted: tokens from nodes below the root, -1 for a row that had stopped;
+    length: committed tokens before the step; path: root first, empty for a row that has stopped."""
+
+    accepted: int
+    length: int
+    path: list[PathStep]
+
+
 @dataclass
 class Moves:
-    """What a step accepted, and the KV rows to move. Lists by row of the batch.
+    """What a step accepted, and the KV rows to move. rows: of the batch; caught_up: as of `Trees`."""
 
-    accepted: tokens accepted from nodes below the root, -1 for a row that had stopped; lengths: committed tokens before
-    the step; nodes: the accepted path, root first, empty for a row that has stopped; slots: the draft's slot of each
-    node; caught_up: as of `Trees`.
-    """
-
-    accepted: list[int]
-    lengths: list[int]
-    nodes: list[list[int]]
-    slots: list[list[int]]
+    rows: list[RowMoves]
     caught_up: bool = False
+
+    @property
+    def accepted(self) -> list[int]:
+        return [row.accepted for row in self.rows]
+
+    @property
+    def lengths(self) -> list[int]:
+        return [row.length for row in self.rows]
 
     def target_rows(self, first: int) -> list[list[tuple[int, int]]]:
         """(tree row, position) pairs of the accepted path in the target's cache. first: the tree row of node 0."""
         return [
-            [(first + node, length - 1 + depth) for depth, node in enumerate(path)]
-            for path, length in zip(self.nodes, self.lengths, strict=True)
+            [(first + node, length - 1 + depth) for depth, (node, _) in enumerate(path)]
+            for _, length, path in self.rows
         ]
 
     def draft_rows(self, first: int = 0) -> list[list[tuple[int, int]]]:
         """(tree row, position) pairs of the accepted nodes that the draft has evaluated, in its cache: all but perhaps
         the last of the path, which then is the next step's catch-up token. first: the tree row of slot 0."""
         return [
-            [(first, length - 2)] * (length > 1 and bool(slots) and not self.caught_up)
-            + [(first + slot, length - 1 + depth) for depth, slot in enumerate(slots) if slot >= 0]
-            for slots, length in zip(self.slots, self.lengths, strict=True)
+            [(first, length - 2)] * (length > 1 and bool(path) and not self.caught_up)
+            + [(first + slot, length - 1 + depth) for depth, (_, slot) in enumerate(path) if slot >= 0]
+            for _, length, path in self.rows
         ]

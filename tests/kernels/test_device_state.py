@@ -60,18 +60,11 @@ def same_batch(ours: device_state.Batch, host: host_state.Batch, region: int, le
 
 
 def same_trees(ours: device_state.Trees, host: host_state.Trees) -> None:
-    tokens, parents, depths, slots, origins = ours.tree.cpu().tolist()
+    fields = ours.tree.cpu()
     for row, tree in enumerate(host.trees):
-        count = len(tree.tokens)
-        for got, expected in (
-            (tokens, tree.tokens),
-            (parents, tree.parents),
-            (depths, tree.depths),
-            (slots, tree.slots),
-            (origins, tree.origins),
-        ):
-            assert got[row][:count] == expected
-        assert parents[row][count:] == [-1] * (ours.nodes - count)
+        count = len(tree.nodes)
+        assert fields[:, row, :count].tolist() == tree.fields
+        assert fields[1, row, count:].tolist() == [-1] * (ours.nodes - count)
 
 
 def pairs(moves: torch.Tensor) -> list[list[tuple[int, int]]]:
@@ -129,7 +122,9 @@ def replay(prompts, new_tokens, eos, config: TreeConfig, table, seed: int | None
         else:
             host_trees, trees = host_state.Trees.roots(host), device_state.Trees.roots(ours)
             for tree in host_trees.trees:
-                tree.slots = [1]  # that no draft has evaluated these roots, the host alone wants to know
+                tree.nodes = [
+                    tree.nodes[0]._replace(slot=1)
+                ]  # that no draft has evaluated these roots, the host alone wants to know
         same_trees(trees, host_trees)
         same_batch(trees.batch(), host_trees.batch(torch.float32), host_trees.nodes, host.lengths, host_trees.nodes)
         chosen = pick(generator, host_trees, config.nodes)
@@ -226,7 +221,7 @@ def test_nodes_exactly_as_likely_as_the_floor_are_left_out(table, seed):
     batch = growth.batch()
     values = torch.tensor([-1.0, -1.5, -1.5625]).expand(*batch.tokens.shape, -1)
     growth.record(torch.tensor([4, 5, 6]).expand_as(values), values)
-    assert all(len(tree.tokens) == 2 for tree in growth.harvest().trees)
+    assert all(len(tree.nodes) == 2 for tree in growth.harvest().trees)
 
 
 def test_no_step_after_the_last_changes_anything(table):
@@ -255,10 +250,8 @@ def load(trees: device_state.Trees, host: list[host_state._Tree]) -> None:
     trees.tree[1].fill_(-1)
     trees.inputs.masks.fill_(1)
     for row, tree in enumerate(host):
-        count = len(tree.tokens)
-        for field, values in enumerate((tree.tokens, tree.parents, tree.depths, tree.slots, tree.origins)):
-            trees.tree[field, row, :count] = torch.tensor(values, dtype=torch.int32)
-        for node, mask in enumerate(tree.masks):
+        trees.tree[:, row, : len(tree.nodes)] = torch.tensor(tree.fields, dtype=torch.int32)
+        for node, (*_, mask) in enumerate(tree.nodes):
             words = [mask >> 32 * word & 0xFFFFFFFF for word in range(trees.inputs.masks.shape[2])]
             words = [word - 2**32 if word >= 2**31 else word for word in words]
             trees.inputs.masks[row, node] = torch.tensor(words, dtype=torch.int32)

@@ -100,14 +100,15 @@ def grow(prompts, config, draft, table=None, noise=None):
 
 def paths_of(tree) -> list[tuple[int, ...]]:
     """Token paths of the nodes below the root; checks that parents come first and everything agrees."""
-    assert tree.parents[0] == 0 and tree.depths[0] == 0 and tree.masks[0] == 1
+    root, *others = tree.nodes
+    assert root.parent == 0 and root.depth == 0 and root.mask == 1
     paths = [()]
-    for node in range(1, len(tree.tokens)):
-        parent = tree.parents[node]
-        assert parent < node and tree.depths[node] == tree.depths[parent] + 1
-        assert tree.masks[node] == tree.masks[parent] | 1 << node
-        assert tree.children[parent, tree.tokens[node]] == node
-        paths.append((*paths[parent], tree.tokens[node]))
+    for index, node in enumerate(others, 1):
+        above = tree.nodes[node.parent]
+        assert node.parent < index and node.depth == above.depth + 1
+        assert node.mask == above.mask | 1 << index
+        assert tree.children[node.parent, node.token] == index
+        paths.append((*paths[node.parent], node.token))
     assert len(set(paths)) == len(paths)  # siblings are distinct
     return paths[1:]
 
@@ -142,7 +143,7 @@ def test_the_tree_is_the_best_one(seed, lengths, nodes, depth, width, children, 
     trees = grow(prompts, config, draft, RandomNgram(seed, size) if katz else None, RandomNoise() if noisy else None)
     for prompt, tree in zip(prompts, trees.trees, strict=True):
         found = paths_of(tree)
-        assert tree.tokens[0] == prompt[-1]
+        assert tree.nodes[0].token == prompt[-1]
         assert set(found) == best_paths(draft, (prompt[-1],), depth, nodes - 1)
 
 
@@ -169,7 +170,7 @@ def test_guesses_save_passes():
     config = TreeConfig(nodes=5, depth=4, passes=1, width=1, children=4, prefetch=3, prefetch_width=1)
     (tree,) = grow([[5, 0]], config, Certain(), oracle).trees
     assert paths_of(tree) == [(1,), (1, 2), (1, 2, 3), (1, 2, 3, 4)]
-    assert [["target", "draft", "ngram"][origin] for origin in tree.origins] == [
+    assert [["target", "draft", "ngram"][node.origin] for node in tree.nodes] == [
         "target",
         "ngram",
         "ngram",
@@ -249,24 +250,25 @@ def test_walk_against_recursion(rows, limit, eos):
     moves = Trees(sequences, [tree for tree, _, _ in rows], most).verify_commit(chosen)
     for index, ((tree, children, picks), row, prompt) in enumerate(zip(rows, sequences.rows, prompts, strict=True)):
         if row is stopped:
-            assert row.tokens == prompt and moves.nodes[index] == [] and moves.accepted[index] == -1
+            assert row.tokens == prompt and moves.rows[index].path == [] and moves.accepted[index] == -1
             continue
         walk = naive_walk(children, picks)
         ended = next((at + 1 for at, (token, _) in enumerate(walk) if token in eos), None)
         taken = walk[: min(ended or len(walk), limit)]
         assert row.tokens == prompt + [token for token, _ in taken]
-        assert row.origins == [TARGET if node is None else tree.origins[node] for _, node in taken]
+        assert row.origins == [TARGET if node is None else tree.nodes[node].origin for _, node in taken]
         assert row.running == (ended is None and len(walk) < limit)
         assert moves.accepted[index] == sum(node is not None for _, node in taken)
         if row.running:
             path = [0] + [node for _, node in walk[:-1]]
-            assert moves.nodes[index] == path
+            assert [node for node, _ in moves.rows[index].path] == path
             assert moves.target_rows(0)[index] == [(node, len(prompt) - 1 + at) for at, node in enumerate(path)]
             catch_up = [(0, len(prompt) - 2)] if len(prompt) > 1 else []
-            slots = [(tree.slots[node], len(prompt) - 1 + at) for at, node in enumerate(path) if tree.slots[node] >= 0]
+            slots = [(tree.nodes[node].slot, len(prompt) - 1 + at) for at, node in enumerate(path)]
+            slots = [(slot, position) for slot, position in slots if slot >= 0]
             assert moves.draft_rows()[index] == catch_up + slots
         else:
-            assert moves.nodes[index] == [] and moves.target_rows(0)[index] == moves.draft_rows()[index] == []
+            assert moves.rows[index].path == [] and moves.target_rows(0)[index] == moves.draft_rows()[index] == []
 
 
 def test_target_pass_of_rows_with_fewer_nodes():

@@ -50,11 +50,11 @@ def check_paths(model, prompts, trees, logits, tolerance=2e-4):
     """Every node's logits are those of transformers at the end of its path; all paths in one padded call."""
     paths, owners = [], []
     for row, (prompt, tree) in enumerate(zip(prompts, trees, strict=True)):
-        for node in range(len(tree.tokens)):
-            above = [at for at in range(node + 1) if tree.masks[node] >> at & 1]
-            assert above[0] == 0 and len(above) == tree.depths[node] + 1
-            paths.append(prompt[:-1] + [tree.tokens[at] for at in above])
-            owners.append((row, node))
+        for index, node in enumerate(tree.nodes):
+            above = [at for at in range(index + 1) if node.mask >> at & 1]
+            assert above[0] == 0 and len(above) == node.depth + 1
+            paths.append(prompt[:-1] + [tree.nodes[at].token for at in above])
+            owners.append((row, index))
     width = max(map(len, paths))
     with torch.no_grad():
         expected = model(torch.tensor([path + [0] * (width - len(path)) for path in paths])).logits
@@ -71,7 +71,7 @@ def check_paths(model, prompts, trees, logits, tolerance=2e-4):
 def test_random_trees(target, lengths, shapes, seed):
     prompts = random_prompts(lengths, seed=seed)
     trees = [random_tree(prompt[-1], shape, seed + row) for row, (prompt, shape) in enumerate(zip(prompts, shapes))]  # noqa: B905
-    logits = tree_logits(make(target), prompts, trees, max(len(tree.tokens) for tree in trees))
+    logits = tree_logits(make(target), prompts, trees, max(len(tree.nodes) for tree in trees))
     check_paths(target, prompts, trees, logits)
 
 
@@ -81,7 +81,7 @@ def test_every_configuration(name):
     prompts = random_prompts([6, 2], seed=2, vocab_size=50)
     trees = [random_tree(prompt[-1] % 50, [0, 0, 1, 3, 3], row) for row, prompt in enumerate(prompts)]
     for tree in trees:
-        tree.tokens = [token % 50 for token in tree.tokens]
+        tree.nodes = [node._replace(token=node.token % 50) for node in tree.nodes]
     check_paths(model, prompts, trees, tree_logits(make(model), prompts, trees, 6))
 
 
@@ -107,7 +107,7 @@ def test_node_count_changes_nothing(target, dtype):
         assert torch.equal(tree_logits(model, prompts, cut, nodes), reference[:, :nodes])
         assert torch.equal(tree_logits(model, prompts[1:], cut[1:], nodes)[0], reference[1, :nodes])
     for node in (1, 4, 20, 32):
-        path = [full[0].tokens[at] for at in range(node + 1) if full[0].masks[node] >> at & 1]
+        path = [full[0].nodes[at].token for at in range(node + 1) if full[0].nodes[node].mask >> at & 1]
         committed = tree_logits(model, [prompts[0] + path[1:]], [_Tree.root(path[-1])], 1)
         assert torch.equal(committed[0, 0], reference[0, node]), node
 
