@@ -106,6 +106,31 @@ class _Mean:
         self.weight = self.weight * kept + weight
 
 
+@dataclass
+class _Known:
+    """What a generation has seen of a level: tokens and seconds of a step, how many steps it made with it. lasting:
+    tokens again, as the next generation's controller begins with them."""
+
+    level: Level
+    tokens: _Mean
+    lasting: _Mean
+    seconds: _Mean
+    steps: int = 0
+
+    @classmethod
+    def of(cls, level: Level, last: "_Known | None") -> "_Known":
+        """last: of the generation before, None for the first."""
+        if last is None:
+            tokens, weight, seconds = level.tokens, PRIOR, level.seconds
+        else:
+            tokens, weight, seconds = last.lasting.value, last.lasting.weight, last.seconds.value
+        return cls(level, _Mean(tokens, PRIOR), _Mean(tokens, weight, LASTING), _Mean(seconds, PRIOR))
+
+    def gained(self, tokens: float, weight: float = 1.0) -> None:
+        self.tokens.add(tokens, weight)
+        self.lasting.add(tokens, weight)
+
+
 class Controller:
     """Chooses the level of every step of one generation; a batch has one.
 
@@ -115,17 +140,10 @@ class Controller:
     """
 
     def __init__(self, levels: Sequence[Level], last: "Controller | None" = None):
-        self.levels = list(levels)
-        if last is not None and last.levels != self.levels:
+        if last is not None and last.levels != list(levels):
             last = None  # the trees were chosen anew meanwhile
-        tokens = [level.tokens for level in levels] if last is None else [mean.value for mean in last.lasting]
-        seconds = [level.seconds for level in levels] if last is None else [mean.value for mean in last.seconds]
-        self.tokens = [_Mean(value, PRIOR) for value in tokens]
-        weights = [PRIOR] * len(tokens) if last is None else [mean.weight for mean in last.lasting]
-        self.lasting: list[_Mean] = [
-            _Mean(value, weight, LASTING) for value, weight in zip(tokens, weights, strict=True)
-        ]
-        self.seconds: list[_Mean] = [_Mean(value, PRIOR) for value in seconds]
+        before: Sequence[_Known | None] = [None] * len(levels) if last is None else last.known
+        self.known: list[_Known] = [_Known.of(level, known) for level, known in zip(levels, before, strict=True)]
         # Seconds measured over seconds expected of the last plain steps; and how much larger that was for the last
         # steps that drafted. So a machine that gets slower while nothing is drafted says nothing about drafting.
         self.pace: deque[float] = deque(() if last is None else last.pace, TIMES)
@@ -135,7 +153,6 @@ class Controller:
         self.onward = _Mean(0.5, PRIOR)  # how often a walk along the tree goes on by one more node
         self.missed = 0  # tokens of each row that the draft has not read
         self.unread = 0  # tokens of the longest prompt, while the draft has read none of it
-        self.steps = [0] * len(self.levels)  # made, with each level
         self.trial = TRIAL if last is None else 0  # plain steps that are to be made now, whatever pays
         self.credit: float = CREDIT if last is None else max(0.0, last.credit)  # plain steps
         self._floor = -FIRST if last is None else 0.0
@@ -143,6 +160,10 @@ class Controller:
         self._since = 0
         self._wait: int = 0 if last is None else last._wait
         self._choose()
+
+    @property
+    def levels(self) -> list[Level]:
+        return [known.level for known in self.known]
 
     def begin(self, prompt: int, new_tokens: int) -> bool:
         """Whether the draft is to read the prompts before the first step: where drafting pays, and enough is left to
@@ -157,16 +178,21 @@ class Controller:
 
     def _reading(self, count: int) -> float:
         """Plain steps in whose time the draft reads so many tokens of every row."""
-        return (self.levels[-1].first + count * self.levels[-1].read) * self._pace(True) / self._takes(0)
+        level = self.known[-1].level
+        return (level.first + count * level.read) * self._pace(True) / self._takes(0)
 
     @property
     def level(self) -> Level:
-        return self.levels[0 if self.trial else self.chosen]
+        return self._current.level
+
+    @property
+    def _current(self) -> _Known:
+        return self.known[0 if self.trial else self.chosen]
 
     @property
     def made(self) -> dict[str, int]:
         """Steps made with each level, by name."""
-        return {level.name: steps for level, steps in zip(self.levels, self.steps, strict=True)}
+        return {known.level.name: known.steps for known in self.known}
 
     @property
     def due(self) -> bool:
@@ -178,11 +204,11 @@ class Controller:
 
     def rate(self, index: int) -> float:
         """Expected tokens a second of each row with a level."""
-        return self.tokens[index].value / self._takes(index)
+        return self.known[index].tokens.value / self._takes(index)
 
     def _takes(self, index: int) -> float:
         """Expected seconds of a step with a level."""
-        return self.seconds[index].value * self._pace(index > 0)
+        return self.known[index].seconds.value * self._pace(index > 0)
 
     def _pace(self, drafts: bool) -> float:
         """Seconds of such steps over the seconds that were expected of them."""
@@ -203,17 +229,14 @@ class Controller:
         if not count:
             return
         weight = min(READS, READ * count / len(rows))
-        known = sum(rank >= 0 for row in rows for rank, _ in row) / count
-        self.onward.add(known, weight)
-        for index, level in enumerate(self.levels[1:], 1):
-            self._gained(index, 1.0 + min(_walks(level.tree, level.reach, [row], known) for row in rows), weight)
+        onward = sum(rank >= 0 for row in rows for rank, _ in row) / count
+        self.onward.add(onward, weight)
+        for known in self.known[1:]:
+            level = known.level
+            known.gained(1.0 + min(_walks(level.tree, level.reach, [row], onward) for row in rows), weight)
         if self.chosen == 0:
             self._wait = min(self._wait + 1, len(WAITS) - 1)
         self._choose()
-
-    def _gained(self, index: int, tokens: float, weight: float = 1.0) -> None:
-        self.tokens[index].add(tokens, weight)
-        self.lasting[index].add(tokens, weight)
 
     def step(
         self,
@@ -231,7 +254,7 @@ class Controller:
         seconds: that it took, None if as many as expected.
         """
         level = self.level
-        self.steps[self.levels.index(level)] += 1
+        self._current.steps += 1
         self._since += 1
         drafts = level.tree.passes > 0
         # The first of its kind comes on cold caches, and says something only where little is known.
@@ -265,7 +288,8 @@ class Controller:
         deepest, most = max(depth for _, depth, _ in walks), max(more for _, _, more in walks)
         took = level.cost(nodes, passes) * self._pace(True) if seconds is None else seconds
         self._account(1.0 + most - max(more - taken for taken, _, more in walks) - took / self._takes(0))
-        for index, level in enumerate(self.levels[1:], 1):
+        for index, known in enumerate(self.known[1:], 1):
+            level = known.level
             # A tree grows at an even pace: with fewer passes it is as much shallower.
             pace = min(1.0, level.tree.passes / passes)
             still, further = [], 0.0
@@ -276,8 +300,8 @@ class Controller:
                     gained, further = gained + beyond, max(further, beyond)
                 still.append(more - gained)
             grown = (deepest + further) / deepest if deepest else 1.0
-            self._gained(index, 1.0 + most - max(still))
-            self.seconds[index].add(level.cost(round(1 + (nodes - 1) * pace * grown), math.ceil(passes * grown)))
+            known.gained(1.0 + most - max(still))
+            known.seconds.add(level.cost(round(1 + (nodes - 1) * pace * grown), math.ceil(passes * grown)))
         self._choose()
 
     def _account(self, won: float, most: float = WON) -> None:
@@ -286,11 +310,11 @@ class Controller:
 
     def _pays(self, index: int) -> bool:
         """Whether the level's tokens beyond the first are worth their time, or nearly so."""
-        bought, spent = self.tokens[index].value - 1.0, self._takes(index) / self._takes(0) - 1.0
+        bought, spent = self.known[index].tokens.value - 1.0, self._takes(index) / self._takes(0) - 1.0
         return bought > LEAVE * spent
 
     def _choose(self) -> None:
-        rates = [self.rate(index) for index in range(len(self.levels))]
+        rates = [self.rate(index) for index in range(len(self.known))]
         best, last = max(range(1, len(rates)), key=rates.__getitem__), len(rates) - 1
         # What other levels would have brought is a guess, and floors keep the largest small where that pays.
         if rates[best] < rates[last] * SMALLER:

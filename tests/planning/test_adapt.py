@@ -113,11 +113,11 @@ def test_stopped_rows_say_nothing():
     for taken in (3, 0, 1, 8, 8):
         one.step(12, 4, [taken], [8])
         two.step(12, 4, [-1, taken, -1], [8, 8, 2])
-        assert [mean.value for mean in one.tokens] == [mean.value for mean in two.tokens]
+        assert [known.tokens.value for known in one.known] == [known.tokens.value for known in two.known]
     one.step(12, 4, [-1], [8])
     one.read([])
     one.read([[]])
-    assert [mean.value for mean in one.tokens] == [mean.value for mean in two.tokens]
+    assert [known.tokens.value for known in one.known] == [known.tokens.value for known in two.known]
 
 
 # ---------------------------------------------------------------- what drafting may cost
@@ -261,7 +261,7 @@ def test_a_ladder_that_was_chosen_anew_starts_anew():
     longer = (*levels()[:2], *levels()[1:])
     for make_levels in (longer, levels(draft=0.02), levels()[:2]):
         fresh = Controller(make_levels, last)
-        assert fresh.trial and len(fresh.tokens) == len(make_levels)
+        assert fresh.trial and len(fresh.levels) == len(make_levels)
     assert not Controller(levels(), last).trial
 
 
@@ -291,7 +291,7 @@ class Fickle(Controller):
         self.reads += 1
 
     def step(self, nodes, passes, accepted, depths, left, seconds) -> None:
-        self.steps[self.chosen] += 1
+        self.known[self.chosen].steps += 1
         self.missed += self.chosen == 0
         self.chosen = 0 if 0 < self.missed < self.random.choice((1, 3, 9)) else self.random.randrange(len(self.levels))
         if self.missed == max(WAITS):
