@@ -99,9 +99,10 @@ def pdl(arch: int) -> bool:
 FUSION = False
 
 
+@cache
 def launch_options(device: torch.device) -> dict[str, bool]:
     """Options of every launch: the kernel's PDL (`pdl`), and the compiler's and launcher's own, which the interpreter
-    lacks."""
+    lacks. Whoever adds to them makes another dict."""
     if interpreted():
         return {"PDL": False}
     early = pdl(architecture(device))
@@ -186,8 +187,9 @@ def check_tensor(
     dtypes = dtype if isinstance(dtype, tuple) else (dtype,)
     if not isinstance(tensor, torch.Tensor):
         raise ValueError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
-    fits = tensor.dim() == len(shape) and all(
-        want is None or size == want for size, want in zip(tensor.shape, shape, strict=True)
+    fits = tensor.shape == shape or (  # first, since it is fast
+        tensor.dim() == len(shape)
+        and all(want is None or size == want for size, want in zip(tensor.shape, shape, strict=True))
     )
     if not fits:
         wanted = ", ".join("any" if size is None else str(size) for size in shape)

@@ -181,6 +181,17 @@ def test_tensors_elsewhere_are_refused(name, known):
     assert tried > 1
 
 
+def test_flat_arguments_become_records():
+    def launch(x, scratch: Scratch, size: int, more: Scratch):
+        calls.append((x, scratch, size, more))
+
+    calls = []
+    registry._with_records(launch, 6)(1, 2, 3, 4, 5, 6)
+    assert calls == [(1, Scratch(2, 3), 4, Scratch(5, 6))] and calls[0][1].counters == 3
+    with pytest.raises(TypeError, match=r"launch takes 6 flat arguments, its schema has 7"):
+        registry._with_records(launch, 7)
+
+
 KEYS = """
 import sys
 import triton
