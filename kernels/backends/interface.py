@@ -269,6 +269,13 @@ class Unread(Protocol):
 # ---------------------------------------------------------------- the backend
 
 
+class CompiledDraft(Protocol):
+    """A draft that a backend has compiled as a whole (`Backend.compile_draft`). `DraftCompiler` runs it."""
+
+    def knows(self, rows: int, warping: dict | None = None) -> bool:
+        """Whether it takes a pass of so many rows, and children under this warping."""
+
+
 class Captured(Protocol):
     """A function that is replayed as a CUDA graph after its first call. Arguments and results must be the same tensors
     at every call."""
@@ -391,12 +398,11 @@ class Backend(Protocol):
     def fused_activation(self, name: str) -> bool:
         """Whether `norm_linear` takes the activation by name; others are given as functions."""
 
-    def compile_draft(self, config: Own, weights: dict[str, torch.Tensor], scales: list[float]) -> Own | None:
+    def compile_draft(self, config: Own, weights: dict[str, torch.Tensor], scales: list[float]) -> CompiledDraft | None:
         """A draft compiled as a whole, for `DraftCompiler`, or None where single operations serve it better.
 
         config: `GPT2Config`; weights: by their names in a `GPT2LMHeadModel`; scales: factors of each layer's attention
-        scores. The result has `knows(rows, warping=None)`: whether it takes a pass of so many rows, and children under
-        this warping.
+        scores.
         """
 
     # ------------------------------------------------------------ layers

@@ -3,13 +3,16 @@
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from stagedspec.kernels import reference
 from stagedspec.kernels.common.timing import Overheads
 from stagedspec.kernels.state import host
+
+if TYPE_CHECKING:  # it needs Numba
+    from stagedspec.kernels.compiled_draft import CompiledDraft
 
 
 class TorchBackend:
@@ -87,7 +90,9 @@ class TorchBackend:
 
     # ------------------------------------------------------------ drafts compiled as a whole
 
-    def compile_draft(self, config: Any, weights: dict[str, torch.Tensor], scales: list[float]) -> Any | None:
+    def compile_draft(
+        self, config: Any, weights: dict[str, torch.Tensor], scales: list[float]
+    ) -> "CompiledDraft | None":
         """A `CompiledDraft`. None, too, where Numba is missing."""
         try:
             from stagedspec.kernels.compiled_draft import CompiledDraft
@@ -96,12 +101,17 @@ class TorchBackend:
         return CompiledDraft.of(config, weights, scales)
 
     def compiled_forward(
-        self, draft: Any, batch: host.Batch, rows: torch.Tensor, write: int, first: int
+        self, draft: "CompiledDraft", batch: host.Batch, rows: torch.Tensor, write: int, first: int
     ) -> torch.Tensor:
         return draft.forward(batch, rows, write, first)
 
     def compiled_children(
-        self, draft: Any, hidden: torch.Tensor, count: int, warping: dict | None, noise: reference.NoiseAt | None
+        self,
+        draft: "CompiledDraft",
+        hidden: torch.Tensor,
+        count: int,
+        warping: dict | None,
+        noise: reference.NoiseAt | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return draft.children(hidden, count, warping, noise)
 

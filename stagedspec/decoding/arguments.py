@@ -17,7 +17,14 @@ from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import GenerationConfig, GPT2LMHeadModel, PreTrainedTokenizerBase, StopStringCriteria
+from transformers import (
+    GenerationConfig,
+    GPT2LMHeadModel,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
 from transformers.generation import BaseWatermarkingConfig
 
 from stagedspec.decoding import prepared
@@ -89,8 +96,8 @@ def read(
     streamer, began = options.get("streamer"), time.time()
 
     def capture(
-        model: Any, input_ids: Any, logits_processor: Any, stopping_criteria: Any, generation_config: Any,
-        **passed_on: Any,
+        model: GPT2LMHeadModel, input_ids: torch.Tensor, logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList, generation_config: GenerationConfig, **passed_on: Any,
     ) -> torch.Tensor:  # fmt: skip
         calls.append(
             prepared.translate(
@@ -264,7 +271,7 @@ class Settings:
         self.sampling = Sampling()
 
 
-def _copy_of_config(config: Any) -> GenerationConfig | None:
+def _copy_of_config(config: object) -> GenerationConfig | None:
     """A copy of a generation config, with NumPy's and torch's numbers as Python's own."""
     if config is None:
         return None

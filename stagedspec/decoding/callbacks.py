@@ -16,15 +16,23 @@ callables exactly the calls that it gets from transformers:
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from stagedspec.kernels.backends.interface import Backend, NoiseAt
+from stagedspec.kernels.backends.interface import Backend, NoiseAt, Trees
 from stagedspec.kernels.state.host import INVALID, UNCHOSEN
 
 if TYPE_CHECKING:
     from stagedspec.decoding.generation import Generation
+
+
+class Streamer(Protocol):
+    """A streamer of transformers, or an object of the caller's with the same two methods."""
+
+    def put(self, value: torch.Tensor) -> None: ...
+
+    def end(self) -> None: ...
 
 
 class Callbacks:
@@ -47,7 +55,7 @@ class Callbacks:
         eos: Sequence[int] = (),
         processors: Callable | None = None,
         criteria: Callable | None = None,
-        streamer: Any = None,
+        streamer: Streamer | None = None,
         pads: bool = True,
         keep: Sequence[str] = (),
     ):
@@ -69,7 +77,7 @@ class Callbacks:
     @torch.inference_mode(False)
     @torch.no_grad()
     def choose_with_processors(
-        self, ops: Backend, trees: Any, logits: torch.Tensor, warping: dict | None, noise: NoiseAt | None
+        self, ops: Backend, trees: Trees, logits: torch.Tensor, warping: dict | None, noise: NoiseAt | None
     ) -> torch.Tensor:
         """Chooses along the accepted path: logits [B, N, V] -> tokens [B, N], UNCHOSEN at all other nodes."""
         rows, device = trees.sequences.rows, logits.device
@@ -183,7 +191,7 @@ def checked(what: str, found: object, like: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def ended(streamer: Any) -> Iterator[None]:
+def ended(streamer: Streamer | None) -> Iterator[None]:
     """Ends the stream where the generation fails: whoever reads from it would wait forever."""
     try:
         yield

@@ -2,8 +2,8 @@
 
 import threading
 import weakref
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING
 
 from transformers import GPT2LMHeadModel
 
@@ -22,11 +22,17 @@ class _Entries(dict):
     """The decoders of one owner, the last used one last: key -> (setup, decoder, what must outlive the key)."""
 
 
-_entries: "weakref.WeakKeyDictionary[Any, _Entries]" = weakref.WeakKeyDictionary()  # by the owner
+_entries: "weakref.WeakKeyDictionary[Decoder | GPT2LMHeadModel, _Entries]" = weakref.WeakKeyDictionary()  # by the owner
 _lock = threading.RLock()
 
 
-def cached(owner: Any, key: Any, setup: Any, make: Callable[[], "Decoder"], keep: Any = None) -> "Decoder":
+def cached(
+    owner: "Decoder | GPT2LMHeadModel",
+    key: Hashable,
+    setup: object,
+    make: Callable[[], "Decoder"],
+    keep: object = None,
+) -> "Decoder":
     """The decoder cached for an owner under a key; a new one, of `make`, if there is none or its setup differs.
 
     owner: a model object or a decoder; its entries go when it does. keep: what must live as long as the entry, as the

@@ -1,17 +1,28 @@
 """One step of decoding: propose token trees, verify them in one pass of the target, commit what was accepted."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TypeAlias, cast
 
 import torch
 
 from stagedspec.decoding.proposers import DraftCascade, PromptLookup
 from stagedspec.decoding.request import Request
 from stagedspec.decoding.stats import Clock
-from stagedspec.kernels.backends.interface import Trees
+from stagedspec.kernels.backends.interface import (
+    Backend,
+    Noise,
+    NoiseAt,
+    ReusableNoise,
+    ReusableSequences,
+    Sequences,
+    Trees,
+)
 from stagedspec.models.gpt2 import Cache, Reader
 from stagedspec.models.model_set import Models
 from stagedspec.planning.adapt import WAITS, Controller
+
+# `Callbacks.choose_with_processors`: trees, logits, warping and noise to the token chosen at each node.
+Chooser: TypeAlias = Callable[[Backend, Trees, torch.Tensor, dict | None, NoiseAt | None], torch.Tensor]
 
 
 class Engine:
@@ -34,12 +45,12 @@ class Engine:
         ops, prompts = target.ops, request.prompts
         self.models, self.target, self.warping = models, target, request.sampling.warping
         self.host_chooses, self.clock = host_chooses, clock
-        # The state is the backend's own: which of interface.py's protocols it satisfies depends on its capabilities.
-        self.sequences: Any = ops.make_sequences(
+        # `ReusableSequences` and `ReusableNoise` with a backend that `keeps_generations`.
+        self.sequences: Sequences = ops.make_sequences(
             prompts, request.new_tokens, request.eos, target.device, most=tree.depth + 1
         )
         self.cache = Cache(target, len(prompts), tree.nodes, self.sequences.capacity)
-        self.noise: Any = None
+        self.noise: Noise | None = None
         if request.sampling.do_sample:
             self.noise = ops.make_noise(
                 request.seeds,
@@ -66,9 +77,9 @@ class Engine:
     @torch.inference_mode()  # the tensors may have been made in it
     def restart(self, request: Request) -> None:
         """Resets all state in place for another request of the same shapes."""
-        self.sequences.restart(request.prompts, request.new_tokens, request.eos)
+        cast(ReusableSequences, self.sequences).restart(request.prompts, request.new_tokens, request.eos)
         if self.noise is not None:
-            self.noise.restart(request.seeds, request.streams)
+            cast(ReusableNoise, self.noise).restart(request.seeds, request.streams)
 
     @property
     def nbytes(self) -> int:
@@ -92,27 +103,27 @@ class Engine:
         readers = [(self.reader, 1)] + ([(self.proposer.reader, 2)] if isinstance(self.proposer, DraftCascade) else [])
         for reader, trailing in readers:
             if prompts is None:
-                yield from reader.calls(self.sequences.chunk_sizes)
+                yield from reader.calls(cast(ReusableSequences, self.sequences).chunk_sizes)
             else:
                 chunks = self.sequences.chunks(max(map(len, prompts)) - trailing)
                 yield from reader.calls({size for _, size in chunks})
 
     def step(
         self,
-        choose: Any = None,
+        choose: Chooser | None = None,
         propose: Callable[[], Trees] | None = None,
-        verify_forward: Callable[[Trees], tuple[torch.Tensor, Any]] | None = None,
+        verify_forward: Callable[[Trees], tuple[torch.Tensor, NoiseAt | None]] | None = None,
     ) -> int:
         """Makes one step. Returns the number of draft passes.
 
-        choose: `Callbacks.choose_with_processors`, where the host chooses. propose, verify_forward: captured versions
+        choose: must be given where the host chooses. propose, verify_forward: captured versions
         of the methods of that name.
         """
         trees = (propose or self.propose)()
         chosen, noise = (verify_forward or self.verify_forward)(trees)
         if self.host_chooses:
             with self.clock("target"):
-                chosen = choose(self.target.ops, trees, chosen, self.warping, noise)
+                chosen = cast(Chooser, choose)(self.target.ops, trees, chosen, self.warping, noise)
         with self.clock("verify"):
             moves = trees.verify_commit(chosen)
         with self.clock("commit"):
@@ -128,7 +139,7 @@ class Engine:
                 self.noise.advance(self.sequences)
         return self.target.ops.root_trees(self.sequences) if self.proposer is None else self.proposer.propose()
 
-    def verify_forward(self, trees: Trees) -> tuple[torch.Tensor, Any]:
+    def verify_forward(self, trees: Trees) -> tuple[torch.Tensor, NoiseAt | None]:
         """The target's pass over all nodes: the token chosen at each, int [B, N], or, where the host chooses, logits
         fp32 [B, N, V]; and the noise at the nodes."""
         target = self.target

@@ -4,15 +4,16 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
-from typing import Any
+from typing import cast
 
 import torch
 
 from stagedspec.decoding.callbacks import Callbacks
-from stagedspec.decoding.engine import Engine
+from stagedspec.decoding.engine import Chooser, Engine
 from stagedspec.decoding.request import Request
 from stagedspec.decoding.stats import ORIGINS, Clock, Mark, Stats
 from stagedspec.devices import current_device
+from stagedspec.kernels.backends.interface import ReusableSequences, Sequences
 from stagedspec.models.model_set import Models
 
 
@@ -52,7 +53,8 @@ class Generation:
 
     def fits(self, kind: tuple, request: Request) -> bool:
         """Whether `restart` can take a request of this kind (`kind_of`): the same operations, and enough memory."""
-        return self.kind == kind and self.sequences.fits(request.prompts, request.new_tokens, request.eos)
+        sequences = cast(ReusableSequences, self.sequences)
+        return self.kind == kind and sequences.fits(request.prompts, request.new_tokens, request.eos)
 
     def restart(self, request: Request, callbacks: Callbacks | None, began: float | None = None) -> None:
         """Begins another generation, for which `fits` is true, after this one has ended."""
@@ -62,8 +64,8 @@ class Generation:
         self.engine.restart(request)
 
     @property
-    def sequences(self) -> Any:
-        """The committed tokens: `Sequences` of the backend's interface."""
+    def sequences(self) -> Sequences:
+        """The committed tokens."""
         return self.engine.sequences
 
     @torch.inference_mode()
@@ -170,6 +172,6 @@ def kind_of(models: Models, request: Request, callbacks: Callbacks | None, mark:
     return *parts, request.tree, request.sampling, request.prompt_lookup, _chooser(callbacks) is not None, mark
 
 
-def _chooser(callbacks: Callbacks | None) -> Callable | None:
+def _chooser(callbacks: Callbacks | None) -> Chooser | None:
     """What chooses tokens on the host, where processors or recorded scores need that; else None."""
     return callbacks.choose_with_processors if callbacks is not None and callbacks.chooses else None

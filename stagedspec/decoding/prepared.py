@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria
 
-from stagedspec.decoding.callbacks import Callbacks
+from stagedspec.decoding.callbacks import Callbacks, Streamer
 from stagedspec.decoding.request import Call, token_ids, unpad, validate
 from stagedspec.decoding.sampling import Sampling
 from stagedspec.decoding.settings import refuse_passed_on, refuse_settings
@@ -40,7 +40,7 @@ def translate(
     mode: str,
     seed: int | Sequence[int] | torch.Tensor | None,
     tree: TreeConfig | None,
-    streamer: Any,
+    streamer: Streamer | None,
     began: float,
 ) -> Call:
     """The call that transformers has prepared. Raises ValueError for what is not supported.

@@ -7,10 +7,20 @@ to the same pass, so that several levels grow at once. The best tree does not de
 
 import time
 from collections.abc import Callable
-from typing import Any, cast
+from typing import cast
 
 from stagedspec.decoding.stats import Clock
-from stagedspec.kernels.backends.interface import AdaptiveBackend, Backend, Trees
+from stagedspec.kernels.backends.interface import (
+    AdaptiveBackend,
+    AdaptiveMoves,
+    AdaptiveTrees,
+    Backend,
+    Growth,
+    Moves,
+    Noise,
+    Sequences,
+    Trees,
+)
 from stagedspec.models.gpt2 import GPT2, Cache, Reader
 from stagedspec.models.model_set import Models
 from stagedspec.planning.adapt import WAITS, Controller
@@ -30,9 +40,9 @@ class DraftCascade:
         self,
         models: Models,
         config: TreeConfig,
-        sequences: Any,
+        sequences: Sequences,
         warping: dict | None,
-        noise: Any,
+        noise: Noise | None,
         clock: Clock,
         controller: Controller | None = None,
         repeated: Callable[[Callable], Callable] | None = None,
@@ -41,11 +51,11 @@ class DraftCascade:
         self.table, self.config, self.sequences = models.ngram, config, sequences
         self.warping, self.noise, self.clock, self.controller = warping, noise, clock, controller
         self.passes = 0  # of the last step
-        self._seen: tuple[Any, int] = None, 0  # trees and draft passes of the last step
+        self._seen: tuple[Trees | None, int] = None, 0  # trees and draft passes of the last step
         trees = [config] if controller is None else [level.tree for level in controller.levels]
         rows = max([tree.slots for tree in trees] + ([] if controller is None else [max(WAITS)]))
         self.cache = Cache(draft, len(sequences.rows), rows, sequences.capacity)
-        self._growths: dict[TreeConfig, Any] = {}
+        self._growths: dict[TreeConfig, Growth] = {}
         self.reader = Reader(draft, self.cache, sequences, repeated)
 
     def prefill(self, lengths: list[int]) -> None:
@@ -59,7 +69,7 @@ class DraftCascade:
             last = max((count for count in WAITS if count <= min(lengths) - 2), default=0)
             self._read_all(lengths, last, None)  # a prompt was chosen under no noise
 
-    def _read_all(self, lengths: list[int], last: int, noise: Any) -> None:
+    def _read_all(self, lengths: list[int], last: int, noise: Noise | None) -> None:
         """Reads all tokens of all rows but two, and shows the controller the `last` ones of them."""
         self.reader.read(max(lengths) - 2 - last)
         if last:
@@ -67,7 +77,7 @@ class DraftCascade:
         else:
             cast(Controller, self.controller).read([])
 
-    def _growth(self, config: TreeConfig) -> Any:
+    def _growth(self, config: TreeConfig) -> Growth:
         """The `Growth` for a tree's settings, ready for a step."""
         if config not in self._growths:
             ops, dtype = self.draft.ops, self.draft.kv_dtype
@@ -88,8 +98,9 @@ class DraftCascade:
             self._begin = self.timer()
         config, before = self.config, self.passes
         if not config.passes:
-            self._seen = draft.ops.root_trees(self.sequences), 0
-            return self._seen[0]
+            roots = draft.ops.root_trees(self.sequences)
+            self._seen = roots, 0
+            return roots
         first, children = cache.tree_rows - config.slots, min(config.children, draft.vocab_size)
         with clock("grow"):
             growth = self._growth(config)
@@ -115,12 +126,13 @@ class DraftCascade:
         self._seen = trees, self.passes - before
         return trees
 
-    def commit(self, moves: Any) -> None:
+    def commit(self, moves: Moves) -> None:
         """Moves the accepted nodes' KV into the prefix (`Moves.draft_rows`), and informs the controller."""
         if self.config.passes:
             self.cache.commit(self.draft, moves.draft_rows(self.cache.tree_rows - self.config.slots))
         if self.controller is not None:
-            trees, passes = self._seen
+            trees, passes = cast(AdaptiveTrees, self._seen[0]), self._seen[1]
+            moves = cast(AdaptiveMoves, moves)
             rows = zip(self.sequences.rows, moves.lengths, strict=True)
             left = [row.limit - length for row, length in rows]
             seconds = self.timer() - self._begin
@@ -135,7 +147,7 @@ class DraftCascade:
         else:
             self._read(controller.missed, self.noise)
 
-    def _read(self, count: int, noise: Any) -> None:
+    def _read(self, count: int, noise: Noise | None) -> None:
         """Reads `count` tokens that were written without the draft, and shows the controller how the draft ranks them.
 
         All running rows lack the same number of tokens: plain decoding gives each one token a step.
@@ -167,7 +179,7 @@ class PromptLookup:
 
     passes, controller = 0, None  # no draft
 
-    def __init__(self, ops: Backend, depth: int, sequences: Any, clock: Clock):
+    def __init__(self, ops: Backend, depth: int, sequences: Sequences, clock: Clock):
         self.ops, self.depth, self.sequences, self.clock = ops, depth, sequences, clock
 
     def prefill(self, lengths: list[int]) -> None:
@@ -178,5 +190,5 @@ class PromptLookup:
         with self.clock("ngram"):
             return self.ops.lookup_trees(self.sequences, self.depth)
 
-    def commit(self, moves: Any) -> None:
+    def commit(self, moves: Moves) -> None:
         """There is nothing to move."""

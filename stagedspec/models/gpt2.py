@@ -7,7 +7,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.activations import ACT2FN
 
-from stagedspec.kernels.backends.interface import Backend, Batch, DraftCompiler, Own
+from stagedspec.kernels.backends.interface import Backend, Batch, CompiledDraft, DraftCompiler, NoiseAt, Own, Sequences
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class Cache:
         # Zeros, not garbage: masked rows are multiplied by zero, and zero times NaN is NaN.
         self.rows = torch.zeros(shape, dtype=model.kv_dtype, device=model.device)
 
-    def commit(self, model: "GPT2", moves: list[list[tuple[int, int]]]) -> None:
-        """Moves accepted nodes into the prefix: (tree row, position) pairs of each sequence."""
+    def commit(self, model: "GPT2", moves: Own) -> None:
+        """Moves accepted nodes into the prefix. moves: of the backend's `Moves` or `Unread`."""
         model.ops.move_rows(self.rows, self.tree_rows, moves)
 
 
@@ -97,7 +97,7 @@ class GPT2:
         self.invariant = invariant
         self.head = ops.pack_linear(head, None, invariant)
         self.layers = [self._layer(weights, index) for index in range(config.n_layer)]
-        self.compiled: Any = None  # of `Backend.compile_draft`
+        self.compiled: CompiledDraft | None = None
         if not invariant:
             own = weights.shared | {"transformer.wte.weight": self.token_table, "lm_head.weight": head}
             self.compiled = ops.compile_draft(config, own, [layer.scale for layer in self.layers])
@@ -155,11 +155,13 @@ class GPT2:
         """Hidden states [..., d] to fp32 logits [..., V]."""
         return self.ops.head_logits(hidden, *self.final_norm, self.epsilon, self.head)
 
-    def choose(self, hidden: torch.Tensor, warping: dict | None, noise: Any) -> torch.Tensor:
+    def choose(self, hidden: torch.Tensor, warping: dict | None, noise: NoiseAt | None) -> torch.Tensor:
         """Hidden states [B, N, d] to the token chosen at every node [B, N]."""
         return self.ops.lm_head_choose(hidden, *self.final_norm, self.epsilon, self.head, warping, noise)
 
-    def children(self, hidden: torch.Tensor, count: int, warping: dict | None, noise: Any) -> tuple[torch.Tensor, ...]:
+    def children(
+        self, hidden: torch.Tensor, count: int, warping: dict | None, noise: NoiseAt | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states [B, N, d] to the most likely children: tokens and log-probabilities, both [B, N, count]."""
         if self.compiled is not None and self.compiled.knows(hidden.shape[:-1].numel(), warping):
             return cast(DraftCompiler, self.ops).compiled_children(self.compiled, hidden, count, warping, noise)
@@ -210,12 +212,12 @@ def finite(tensor: torch.Tensor) -> bool:
 class Reader:
     """Fills a model's cache with the prompts, chunk by chunk.
 
-    sequences: the committed tokens, the backend's `Sequences`. repeated: the backend's `repeated`, which prepares a
+    sequences: the committed tokens. repeated: the backend's `repeated`, which prepares a
     function that runs often (captures it as a CUDA graph), or None; chunks of one size share the prepared pass.
     """
 
     def __init__(
-        self, model: GPT2, cache: Cache, sequences: Any, repeated: Callable[[Callable], Callable] | None = None
+        self, model: GPT2, cache: Cache, sequences: Sequences, repeated: Callable[[Callable], Callable] | None = None
     ):
         self.model, self.cache, self.sequences = model, cache, sequences
         self._repeated = repeated or (lambda part: part)

@@ -17,12 +17,15 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from stagedspec.models.ngram import MAX_VOCAB, KatzTable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 TEXT_CHUNK = 1 << 20  # characters of a text file tokenised at once
 
@@ -407,7 +410,7 @@ def fit_table(
 
 def fit_from_text(
     paths: Iterable[str | os.PathLike],
-    tokenizer: Any,
+    tokenizer: "PreTrainedTokenizerBase",
     vocab_size: int | None = None,
     successors: int = 8,
     max_contexts: int = 65536,

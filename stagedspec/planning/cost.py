@@ -13,10 +13,10 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache as memoise
-from typing import Any
 
 import torch
 
+from stagedspec.kernels.backends.interface import Backend
 from stagedspec.kernels.backends.torch_backend import TorchBackend
 from stagedspec.models.gpt2 import GPT2, Cache
 from stagedspec.planning.tree import TreeConfig
@@ -237,7 +237,7 @@ class Model:
         batch: int,
         sampled: bool,
         profiles: Sequence[AcceptanceProfile] | None = None,
-        ops: Any = None,
+        ops: Backend | None = None,
     ):
         self.times, self.batch, self.sampled, self.ops = times, batch, sampled, ops
         self.overheads = (ops or TorchBackend).overheads
