@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -34,7 +35,7 @@ def _distributions() -> Mapping[str, list[str]]:
     return metadata.packages_distributions()
 
 
-def _licence(found) -> str:
+def _licence(found: Any) -> str:  # Any: `PackageMetadata` declares `get` only from Python 3.12 on
     if found.get("License-Expression"):
         return found["License-Expression"]
     classified = [line.split("::")[-1].strip() for line in found.get_all("Classifier", []) if "License ::" in line]

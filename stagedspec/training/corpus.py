@@ -56,7 +56,9 @@ def read_documents(sources: list[str]) -> tuple[list[str], list[str]]:
 
     Raises ValueError if fewer than two files are found.
     """
-    train, heldout, seen = [], [], set()
+    train: list[tuple[bytes, str]] = []  # with their hashes
+    heldout: list[tuple[bytes, str]] = []
+    seen: set[bytes] = set()
     for source in sources:
         folder = source_folder(source)
         for path in sorted(folder.rglob("*.py")):

@@ -55,7 +55,7 @@ class FitConfig:
     seed: int = 0
     checkpoint_seconds: float = 120.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("tokens", "batch", "block"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -227,7 +227,7 @@ def fit(
             rate = (done - counted) * config.batch * config.block / seconds
             values = {"step": done, "steps": config.steps, "loss": value, "tokens_per_second": rate}
             values["tflops"] = rate * flops / 1e12
-            if due:
+            if due and evaluate is not None:
                 values |= evaluate()
             if save:
                 _checkpoint(folder, model, optimizer, config, done)
@@ -267,7 +267,9 @@ def _metadata(path: Path) -> dict[str, str]:
     return metadata
 
 
-def _checkpoint(folder: Path, model, optimizer, config: FitConfig, step: int) -> None:
+def _checkpoint(
+    folder: Path, model: GPT2LMHeadModel, optimizer: torch.optim.Optimizer, config: FitConfig, step: int
+) -> None:
     tensors = {}
     for name, parameter in model.named_parameters():
         tensors[f"weight.{name}"] = parameter.detach().contiguous()
@@ -277,7 +279,7 @@ def _checkpoint(folder: Path, model, optimizer, config: FitConfig, step: int) ->
         save_file(tensors, part, metadata={"step": str(step), "config": json.dumps(asdict(config))})
 
 
-def _restore(folder: Path, model, optimizer, config: FitConfig) -> int:
+def _restore(folder: Path, model: GPT2LMHeadModel, optimizer: torch.optim.Optimizer | None, config: FitConfig) -> int:
     path = folder / CHECKPOINT
     if not path.exists():
         return 0

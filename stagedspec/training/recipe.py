@@ -18,9 +18,10 @@ A stage whose result exists is not run again. A killed stage continues where it 
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import IO, Any
 
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
@@ -57,7 +58,7 @@ class Shape:
     inner: int | None = None
     activation: str = "gelu_pytorch_tanh"  # the same function as "gelu_new", in one kernel
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("layers", "width", "heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -131,7 +132,7 @@ class TrainConfig:
     seed: int = 0
     device: str = field(default="auto", compare=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.sources:
             raise ValueError('sources is empty: give "stdlib", an installed package or a folder')
         if self.vocab_size < 257:
@@ -232,7 +233,7 @@ PRESETS: dict[str, TrainConfig] = {
 }
 
 
-def preset(name: str, **settings) -> TrainConfig:
+def preset(name: str, **settings: Any) -> TrainConfig:
     """A preset with some settings replaced. Raises ValueError for an unknown preset or setting."""
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}: expected one of {', '.join(PRESETS)}")
@@ -309,7 +310,7 @@ class _Run:
 
     def _fit_target(self, report: Progress) -> None:
         corpus, config = self._corpus(), self.config
-        model = new_model(self.config, config.target).to(self.device)
+        model = _placed(new_model(self.config, config.target), self.device)
         fit(
             model,
             config.target_fit,
@@ -341,7 +342,7 @@ class _Run:
 
     def _fit_draft(self, report: Progress) -> None:
         corpus, config = self._corpus(), self.config
-        target, draft = self._trained("target"), new_model(self.config, config.draft).to(self.device)
+        target, draft = self._trained("target"), _placed(new_model(self.config, config.draft), self.device)
         samples = torch.cat([rows.flatten() for rows in sample.load_shards(self.out / "target-samples")])
         blocks = heldout_blocks(corpus.heldout, config.draft_fit.block, limit=16)
         fit(
@@ -403,7 +404,7 @@ class _Run:
         # What is reported is what is shipped: the half-precision weights, read back.
         with no_bars():
             target, draft = (
-                GPT2LMHeadModel.from_pretrained(assets / name, dtype=torch.float32).to(self.device)
+                _placed(GPT2LMHeadModel.from_pretrained(assets / name, dtype=torch.float32), self.device)
                 for name in ("target", "draft")
             )
         corpus, block = self._corpus(), self.config.target_fit.block
@@ -414,8 +415,8 @@ class _Run:
                 target, draft, heldout_blocks(corpus.heldout, block, limit=64), self.config.target_top_k
             ),
         }
-        name = next((name for name, config in PRESETS.items() if config == self.config), None)
-        text = card.model_card(asdict(self.config), name, self.out, STAGES[:-1], measured)
+        made_as = next((name for name, config in PRESETS.items() if config == self.config), None)
+        text = card.model_card(asdict(self.config), made_as, self.out, STAGES[:-1], measured)
         for path in assets.rglob("*.safetensors"):
             path.chmod(0o644)  # safetensors are written for the owner alone; these are installed for everybody
         with replacing(assets / "README.md") as part:  # last: the card marks the export as done
@@ -458,7 +459,7 @@ class _Run:
                     f"the {name} part has {len(tokens)} tokens, fewer than one block of {block} + 1: add source"
                 )
 
-    def _reporter(self, stage: str, log) -> Progress:
+    def _reporter(self, stage: str, log: IO[str]) -> Progress:
         def report(values: dict) -> None:
             log.write(json.dumps(values) + "\n")
             log.flush()
@@ -475,7 +476,7 @@ class _Run:
     def _done(self, name: str) -> bool:
         return (self.out / name / "done").exists()
 
-    def _finish(self, name: str, shards, report: Progress) -> None:
+    def _finish(self, name: str, shards: Iterable[torch.Tensor], report: Progress) -> None:
         for _ in shards:
             pass
         (self.out / name / "done").touch()
@@ -485,7 +486,7 @@ class _Run:
 
     def _trained(self, name: str) -> GPT2LMHeadModel:
         model = new_model(self.config, getattr(self.config, name))
-        return load_weights(model, self.out / name, getattr(self.config, f"{name}_fit")).to(self.device)
+        return _placed(load_weights(model, self.out / name, getattr(self.config, f"{name}_fit")), self.device)
 
     def _for_sampling(self, name: str) -> GPT2LMHeadModel:
         model = self._trained(name)
@@ -511,6 +512,11 @@ def new_model(config: TrainConfig, shape: Shape) -> GPT2LMHeadModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         return GPT2LMHeadModel(settings)
+
+
+def _placed(model: Any, device: torch.device) -> GPT2LMHeadModel:
+    """The model, moved to a device. Any: the annotations of transformers' `to` lack its self."""
+    return model.to(device)
 
 
 def heldout(model: GPT2LMHeadModel, corpus: Corpus, block: int, limit: int = 32) -> dict[str, float]:

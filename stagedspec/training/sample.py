@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -139,10 +140,22 @@ def sample_shards(
     )
 
 
-def _shards(model, tokens_wanted, temperatures, folder, corpus, batch, length, longest_prompt, seed, report, top_k):
+def _shards(
+    model: GPT2LMHeadModel,
+    tokens_wanted: int,
+    temperatures: Sequence[float],
+    folder: Path,
+    corpus: torch.Tensor,
+    batch: int,
+    length: int,
+    longest_prompt: int,
+    seed: int,
+    report: Callable[[dict], None],
+    top_k: int | None,
+) -> Iterator[torch.Tensor]:
     folder.mkdir(parents=True, exist_ok=True)
     count = -(-tokens_wanted // (batch * length))
-    end_of_text = model.config.eos_token_id
+    end_of_text = cast(int | None, model.config.eos_token_id)  # a model that was trained here has one at most
     for index in range(count):
         path = folder / f"shard-{index:05d}.safetensors"
         shard_seed = seed * 1_000_003 + index
