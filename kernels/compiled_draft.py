@@ -17,18 +17,21 @@ import logging
 import signal
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numba
 import numpy as np
 import torch
 
+from stagedspec.kernels.common.inputs import DraftConfig
 from stagedspec.kernels.common.launch_configs import cache_folder
-from stagedspec.kernels.state.host import GREEDY_SHARPNESS
+from stagedspec.kernels.reference.noise import NoiseAt
+from stagedspec.kernels.state.host import GREEDY_SHARPNESS, Batch
 
 MAX_ROWS = 16  # of a pass; more are faster as tensor operations on all cores
 MAX_PARAMETERS = 1 << 21  # of a model; a larger one is faster as tensor operations too
@@ -37,16 +40,20 @@ PATIENCE = 1.0  # seconds of compiling before the log says so
 log = logging.getLogger("stagedspec")
 f32 = np.float32
 NEVER = f32(np.finfo(f32).min)
-COMPILED = []  # all functions below that Numba compiles
+COMPILED: list[Any] = []  # all functions below that Numba compiles
 
 
-def compiled(function):
+def compiled(function: Callable) -> Callable:
     """Decorator: Numba compiles the function at its first call and keeps the result on disk.
 
     Sums may be reordered, but infinities and NaN keep their meaning, since masks are made of them. A division by zero
     raises nothing: a broken draft must not end a generation.
     """
-    options = {"fastmath": {"reassoc", "contract", "nsz", "arcp", "afn"}, "nogil": True, "error_model": "numpy"}
+    options: dict[str, Any] = {
+        "fastmath": {"reassoc", "contract", "nsz", "arcp", "afn"},
+        "nogil": True,
+        "error_model": "numpy",
+    }
     try:
         COMPILED.append(numba.njit(cache=True, **options)(function))
     except RuntimeError:  # no cache folder can be written
@@ -55,7 +62,7 @@ def compiled(function):
 
 
 @compiled
-def _multiply(x, weight, bias, y):
+def _multiply(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, y: np.ndarray) -> None:
     """y [M, out] = x [M, in] @ weight [in, out] + bias. Four rows of the weight at a time, for two rows of x."""
     rows, depth = x.shape
     width = weight.shape[1]
@@ -89,7 +96,7 @@ def _multiply(x, weight, bias, y):
 
 
 @compiled
-def _normalise(x, weight, bias, epsilon, y):
+def _normalise(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, epsilon: np.float32, y: np.ndarray) -> None:
     """y = LayerNorm(x), both [M, d]."""
     rows, width = x.shape
     for n in range(rows):
@@ -105,7 +112,7 @@ def _normalise(x, weight, bias, epsilon, y):
 
 
 @compiled
-def _add(x, y):
+def _add(x: np.ndarray, y: np.ndarray) -> None:
     """x += y, both [M, d]."""
     for n in range(x.shape[0]):
         for j in range(x.shape[1]):
@@ -113,7 +120,7 @@ def _add(x, y):
 
 
 @compiled
-def _activate(x, kind):
+def _activate(x: np.ndarray, kind: int) -> None:
     """Activation in place: relu (kind 0) or GELU by tanh (kind 1).
 
     The tanh is a continued fraction of nine terms, with an error of at most 1e-5: calling exp for every element would
@@ -135,7 +142,9 @@ def _activate(x, kind):
 
 
 @compiled
-def _attend(qkv, cache, write, first, bias, scale, out):
+def _attend(
+    qkv: np.ndarray, cache: np.ndarray, write: int, first: int, bias: np.ndarray, scale: np.float32, out: np.ndarray
+) -> None:
     """Attention of the N nodes of one sequence: qkv [N, 3*H*D], cache [S, 2, H, D], bias [N, R] -> out [N, H*D].
 
     Writes K and V to cache rows write .. write + N. bias, of 0 and -inf, is the mask of the R rows from `first` on.
@@ -172,7 +181,20 @@ def _attend(qkv, cache, write, first, bias, scale, out):
 
 
 @compiled
-def _forward(tokens, positions, bias, cache, write, first, tables, layers, scales, epsilon, activation, x):
+def _forward(
+    tokens: np.ndarray,
+    positions: np.ndarray,
+    bias: np.ndarray,
+    cache: np.ndarray,
+    write: int,
+    first: int,
+    tables: tuple[np.ndarray, ...],
+    layers: tuple[np.ndarray, ...],
+    scales: np.ndarray,
+    epsilon: np.float32,
+    activation: int,
+    x: np.ndarray,
+) -> None:
     """All layers: tokens, positions [B, N], bias [B or 1, N, R], cache [layers, B, S, 2, H, D] -> x [B*N, d].
 
     tables: of tokens and positions; layers: of `CompiledDraft.layers`; scales: of attention scores [layers].
@@ -205,7 +227,7 @@ def _forward(tokens, positions, bias, cache, write, first, tables, layers, scale
 
 
 @compiled
-def _kth(row, k):
+def _kth(row: np.ndarray, k: int) -> np.float32:
     """The k-th largest of row [V], from a heap of the k largest so far with the smallest on top."""
     heap = row[:k].copy()
     heap.sort()
@@ -224,7 +246,18 @@ def _kth(row, k):
 
 
 @compiled
-def _children(x, norm, head, epsilon, scale, k, noise, places, tokens, logprobs):
+def _children(
+    x: np.ndarray,
+    norm: tuple[np.ndarray, ...],
+    head: tuple[np.ndarray, ...],
+    epsilon: np.float32,
+    scale: np.float32,
+    k: int,
+    noise: np.ndarray,
+    places: np.ndarray,
+    tokens: np.ndarray,
+    logprobs: np.ndarray,
+) -> None:
     """The likeliest children of hidden states x [M, d] -> tokens, logprobs [M, C], best first.
 
     noise [P, V], places [M]: row n takes the noise noise[places[n]]; greedy without places. k: children are among the k
@@ -282,7 +315,7 @@ class CompiledDraft:
     activation: int
 
     @classmethod
-    def of(cls, config, weights: dict[str, torch.Tensor], scales: list[float]) -> "CompiledDraft | None":
+    def of(cls, config: DraftConfig, weights: dict[str, torch.Tensor], scales: list[float]) -> "CompiledDraft | None":
         """Lays out a model. None if tensor operations are faster (a large model, a GPU), if its activation or dtype is
         not supported, or if Numba fails (`ready`).
 
@@ -312,7 +345,7 @@ class CompiledDraft:
             activation=ACTIVATIONS[config.activation_function],
         )
 
-    def forward(self, batch, rows: torch.Tensor, write: int, first: int) -> torch.Tensor:
+    def forward(self, batch: Batch, rows: torch.Tensor, write: int, first: int) -> torch.Tensor:
         """Hidden states [B, N, d] of a pass, before the last norm, as `GPT2.forward`. batch: `host.Batch`; rows: the KV
         cache [layers, B, S, 2, H, D]; write: the row of node 0; first: the first row that is attended to."""
         tokens, positions = (np.ascontiguousarray(part.numpy()) for part in (batch.tokens, batch.positions))
@@ -329,7 +362,7 @@ class CompiledDraft:
         return rows <= MAX_ROWS and (warping is None or (warping["top_p"] is None and warping["min_p"] is None))
 
     def children(
-        self, hidden: torch.Tensor, count: int, warping: dict | None, noise
+        self, hidden: torch.Tensor, count: int, warping: dict | None, noise: NoiseAt | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The likeliest children of hidden states [B, N, d]: tokens, log-probabilities [B, N, C], as
         `reference.choose_children`. noise: `reference.NoiseAt`, or None when greedy."""
@@ -373,18 +406,26 @@ def ready() -> bool:
 
 def _keep_in(folder: Path) -> None:
     """Moves Numba's cache of this file's functions to a folder."""
-    before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(folder)
+    settings: Any = numba.config  # its names are set when it is imported
+    before, settings.CACHE_DIR = settings.CACHE_DIR, str(folder)
     try:
         for function in COMPILED:
             function.enable_caching()
     finally:
-        numba.config.CACHE_DIR = before
+        settings.CACHE_DIR = before
 
 
 def _try_out() -> None:
     """Runs one pass of a tiny model, which compiles the functions for the types of all passes."""
     zeros = lambda *shape: np.zeros(shape, f32)  # noqa: E731
-    layers = (zeros(1, 1), zeros(1, 1), zeros(1, 1, 3), zeros(1, 3), zeros(1, 1, 1), zeros(1, 1))
+    layers: tuple[np.ndarray, ...] = (
+        zeros(1, 1),
+        zeros(1, 1),
+        zeros(1, 1, 3),
+        zeros(1, 3),
+        zeros(1, 1, 1),
+        zeros(1, 1),
+    )
     layers += (zeros(1, 1), zeros(1, 1), zeros(1, 1, 1), zeros(1, 1), zeros(1, 1, 1), zeros(1, 1))
     tiny = CompiledDraft(
         (zeros(1, 1), zeros(1, 1)), layers, (zeros(1), zeros(1)), (zeros(1, 1), zeros(1)), zeros(1), f32(1), 0

@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
+from stagedspec.kernels.common.inputs import NgramTable
 from stagedspec.kernels.common.launch_configs import config
 from stagedspec.kernels.common.registry import (
     check_runs,
@@ -225,7 +226,7 @@ def ngram_lookup(
     contexts: torch.Tensor,
     sequence: torch.Tensor,
     lengths: torch.Tensor,
-    table,
+    table: NgramTable | None,
     out_tokens: torch.Tensor,
     out_logprobs: torch.Tensor,
 ) -> None:

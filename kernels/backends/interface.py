@@ -36,6 +36,7 @@ from typing import Any, Protocol, TypeAlias
 
 import torch
 
+from stagedspec.kernels.common.inputs import DraftConfig, NgramTable, TreeSettings
 from stagedspec.kernels.common.timing import Overheads
 
 # An object of a class of the backend's own. Whoever calls the backend only hands it back.
@@ -323,7 +324,7 @@ class Backend(Protocol):
 
     # ------------------------------------------------------------ running steps
 
-    def check_tree(self, tree: Own, table: Own = None) -> None:
+    def check_tree(self, tree: TreeSettings, table: NgramTable | None = None) -> None:
         """Raises ValueError for a `TreeConfig` that cannot be grown, with this n-gram table, or verified."""
 
     def repeated(self, part: Callable) -> Callable:
@@ -360,7 +361,9 @@ class Backend(Protocol):
         """Noise of a generation: a seed and a stream of each row. reach: positions that a step needs; limits: for each
         row, the position from which on no token is chosen; past: positions that are kept behind the committed ones."""
 
-    def make_growth(self, sequences: Own, config: Own, table: Own, noise: Own, dtype: torch.dtype) -> Growth:
+    def make_growth(
+        self, sequences: Own, config: TreeSettings, table: NgramTable | None, noise: Own, dtype: torch.dtype
+    ) -> Growth:
         """Grows trees of the `TreeConfig` config. table: n-grams (`KatzTable`) or None; noise: of `make_noise`, or None
         when greedy; dtype: of the draft's keys and values."""
 
@@ -398,7 +401,9 @@ class Backend(Protocol):
     def fused_activation(self, name: str) -> bool:
         """Whether `norm_linear` takes the activation by name; others are given as functions."""
 
-    def compile_draft(self, config: Own, weights: dict[str, torch.Tensor], scales: list[float]) -> CompiledDraft | None:
+    def compile_draft(
+        self, config: DraftConfig, weights: dict[str, torch.Tensor], scales: list[float]
+    ) -> CompiledDraft | None:
         """A draft compiled as a whole, for `DraftCompiler`, or None where single operations serve it better.
 
         config: `GPT2Config`; weights: by their names in a `GPT2LMHeadModel`; scales: factors of each layer's attention

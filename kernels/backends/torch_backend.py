@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from stagedspec.kernels import reference
+from stagedspec.kernels.common.inputs import DraftConfig, NgramTable, TreeSettings
 from stagedspec.kernels.common.timing import Overheads
 from stagedspec.kernels.state import host
 
@@ -39,7 +40,7 @@ class TorchBackend:
 
     # ------------------------------------------------------------ running steps
 
-    def check_tree(self, tree: Any, table: Any = None) -> None:
+    def check_tree(self, tree: TreeSettings, table: NgramTable | None = None) -> None:
         """Every `TreeConfig` can be grown and verified here."""
 
     def repeated(self, part: Callable) -> Callable:
@@ -78,7 +79,12 @@ class TorchBackend:
         return reference.Noise(seeds, streams, vocab_size, reach, limits, device, past)
 
     def make_growth(
-        self, sequences: host.Sequences, config: Any, table: Any, noise: reference.Noise | None, dtype: torch.dtype
+        self,
+        sequences: host.Sequences,
+        config: TreeSettings,
+        table: NgramTable | None,
+        noise: reference.Noise | None,
+        dtype: torch.dtype,
     ) -> host.Growth:
         return host.Growth(sequences, config, table, noise, dtype)
 
@@ -91,7 +97,7 @@ class TorchBackend:
     # ------------------------------------------------------------ drafts compiled as a whole
 
     def compile_draft(
-        self, config: Any, weights: dict[str, torch.Tensor], scales: list[float]
+        self, config: DraftConfig, weights: dict[str, torch.Tensor], scales: list[float]
     ) -> "CompiledDraft | None":
         """A `CompiledDraft`. None, too, where Numba is missing."""
         try:

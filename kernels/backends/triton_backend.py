@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from threading import RLock
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -19,6 +19,7 @@ from stagedspec.kernels import compact, embed, grow_tree, linear, lm_head, refer
 from stagedspec.kernels import tree_attention as attention
 from stagedspec.kernels.backends.cuda_graph import Captured
 from stagedspec.kernels.common import compiling, registry
+from stagedspec.kernels.common.inputs import DraftConfig, NgramTable, TreeSettings
 from stagedspec.kernels.common.limits import MAX_HEAD_SIZE
 from stagedspec.kernels.common.timing import Overheads
 from stagedspec.kernels.state import device as state
@@ -35,7 +36,7 @@ class Linear:
 
     weight: torch.Tensor
     bias: torch.Tensor | None
-    folded: Any = None
+    folded: linear.Folded | None = None
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class TritonBackend:
         self._scratch: registry.Scratch | None = None
         self.lock: AbstractContextManager[Any] = RLock()  # whatever uses this object shares its buffers
 
-    def check_tree(self, tree: Any, table: Any = None) -> None:
+    def check_tree(self, tree: TreeSettings, table: NgramTable | None = None) -> None:
         if tree.depth > self.max_depth:
             raise ValueError(
                 f"a tree of this backend can be at most {self.max_depth} deep, got depth {tree.depth}; lower it, or "
@@ -176,7 +177,12 @@ class TritonBackend:
         return Noise(seeds, streams, device)
 
     def make_growth(
-        self, sequences: state.Sequences, config: Any, table: Any, noise: Noise | None, dtype: torch.dtype
+        self,
+        sequences: state.Sequences,
+        config: TreeSettings,
+        table: NgramTable | None,
+        noise: Noise | None,
+        dtype: torch.dtype,
     ) -> state.Growth:
         return state.Growth(sequences, config, table, noise)
 
@@ -208,7 +214,7 @@ class TritonBackend:
     def fused_activation(self, name: str) -> bool:
         return linear.activation_known(name)
 
-    def compile_draft(self, config: Any, weights: dict[str, torch.Tensor], scales: list[float]) -> None:
+    def compile_draft(self, config: DraftConfig, weights: dict[str, torch.Tensor], scales: list[float]) -> None:
         """None: a draft is run as any model is, since its kernels are captured and cost no host time."""
 
     # ---------------------------------------------------------------- layers
@@ -224,11 +230,12 @@ class TritonBackend:
     ) -> torch.Tensor:
         outputs, inputs = layer.weight.shape
         name = activation if isinstance(activation, str) else "none"
+        folded = cast(linear.Folded, layer.folded)  # `pack_linear` was given the norm
         out = self._buffer("norm_linear", (x.shape[0], outputs), x.dtype, x.device)
         stats = self._stats(x)
         for rows, known, result in zip(x.split(ROWS), stats.split(ROWS), out.split(ROWS), strict=True):
             scratch = self._need(linear.scratch_size(rows.shape[0], outputs, inputs), x.device)
-            linear.norm_linear(rows, known, epsilon, layer.folded, name, result, scratch)
+            linear.norm_linear(rows, known, epsilon, folded, name, result, scratch)
         return out if isinstance(activation, str) else activation(out)
 
     def linear_add(self, x: torch.Tensor, layer: Linear, residual: torch.Tensor) -> torch.Tensor:

@@ -17,9 +17,12 @@ from contextvars import copy_context
 from dataclasses import is_dataclass
 from functools import cache
 from threading import RLock, Thread
+from typing import Any
 
 import torch
+import triton
 from triton import AsyncCompileMode
+from triton.compiler import CompiledKernel
 from triton.runtime.cache import triton_key
 
 from stagedspec.kernels.common import progress, registry
@@ -29,7 +32,7 @@ PATIENCE = 1.0  # seconds of compiling after which it is logged
 # One dry run at a time: two would compile the same kernel, and Triton 3.9 unloads the one that it then forgets. What a
 # CUDA graph launches must stay loaded, so what was loaded is never let go.
 _compiling = RLock()
-_all_loaded: list[object] = []
+_all_loaded: list[CompiledKernel] = []
 
 
 @cache
@@ -84,12 +87,12 @@ class _Loading:
         self.pool = pool
         self.futures: list[Future] = []
 
-    def submit(self, compile_kernel: Callable[[], object]) -> Future:
+    def submit(self, compile_kernel: Callable[[], CompiledKernel]) -> Future:
         self.futures.append(self.pool.submit(_loaded, compile_kernel))
         return self.futures[-1]
 
 
-def _loaded(compile_kernel: Callable[[], object]):
+def _loaded(compile_kernel: Callable[[], CompiledKernel]) -> CompiledKernel:
     kernel = compile_kernel()
     kernel.run  # noqa: B018 (the property loads the kernel and makes its launcher)
     kernel.asm.clear()
@@ -100,7 +103,7 @@ def _loaded(compile_kernel: Callable[[], object]):
 def _compile(parts: Iterable[Callable[[], object]], loading: _Loading) -> int:
     launches: dict[Hashable, tuple] = {}
 
-    def collect(kernel, grid: tuple, arguments: tuple, options: dict) -> None:
+    def collect(kernel: triton.JITFunction, grid: tuple, arguments: tuple, options: dict) -> None:
         kind = kernel, _kind(arguments), _kind(tuple(options.items()))
         launches.setdefault(kind, (kernel, grid, arguments, options))
 
@@ -108,7 +111,7 @@ def _compile(parts: Iterable[Callable[[], object]], loading: _Loading) -> int:
     often = Counter(launch[0] for launch in launches.values())
     # Kernels of few kinds first, and the longest of them: the many kinds of the linear layers' even out the end.
     order = sorted(launches.values(), key=lambda launch: (often[launch[0]], -len(launch[0].src)))
-    promised = []  # kernels, or what Triton puts in its cache in their place until they are compiled
+    promised: list[Any] = []  # kernels, or what Triton puts in its cache in their place until they are compiled
     try:
         # Errors are raised below: Triton would first wait for all others, and keep what has failed in its cache.
         with AsyncCompileMode(loading, ignore_errors=True):

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -25,6 +26,7 @@ PACKAGED = Path(__file__).parents[1] / "configs"
 INTERPRETER = "interpreter"  # what the device is called where kernels are interpreted
 
 Table = dict[str, dict[str, dict[str, int]]]
+Shape = TypeVar("Shape", bound=tuple[int, ...])
 
 _tried: dict[tuple[str, str], dict[str, int]] = {}
 _asked: dict[tuple[str, tuple[int, ...], torch.device], dict[str, int]] = {}  # what `config` answered, once for each
@@ -60,9 +62,9 @@ def device_name(device: torch.device) -> str:
 
 def config(
     op: str,
-    shape: tuple[int, ...],
+    shape: Shape,
     device: torch.device,
-    candidates: Callable[[tuple[int, ...], torch.device], list[dict[str, int]]],
+    candidates: Callable[[Shape, torch.device], list[dict[str, int]]],
 ) -> dict[str, int]:
     """The tuned settings of `op` at `shape` on the device, else the first of its candidates. Keys that this one lacks
     are ignored.

@@ -137,10 +137,12 @@ def key_all() -> None:
 
 
 # Takes launches (kernel, grid, arguments, options) in place of the GPU: a dry run, see compiling.py.
-collector: ContextVar[Callable[[object, tuple, tuple, dict], None] | None] = ContextVar("collector", default=None)
+collector: ContextVar[Callable[[triton.JITFunction, tuple, tuple, dict], None] | None] = ContextVar(
+    "collector", default=None
+)
 
 
-def launch_kernel(kernel, grid: tuple[int, ...], *arguments, **options) -> None:
+def launch_kernel(kernel: triton.JITFunction, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
     """Launches a Triton or Gluon kernel, or hands the launch to the collector of a dry run. All launches go through
     here."""
     if kernel.__module__ not in _keyed and not interpreted():
@@ -178,7 +180,7 @@ def check_runs(tensor: torch.Tensor, op: str) -> None:
 def check_tensor(
     op: str,
     name: str,
-    tensor: torch.Tensor,
+    tensor: torch.Tensor | None,
     shape: tuple[int | None, ...],
     dtype: torch.dtype | tuple[torch.dtype, ...],
     device: torch.device,

@@ -47,7 +47,7 @@ def graph_of(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
 
 def time_graphs(graphs: dict[str, torch.cuda.CUDAGraph], launches: int, repeats: int = REPEATS) -> dict[str, Timing]:
     """Replays all graphs in turn, `repeats` times; each does its work `launches` times."""
-    marks = {name: [] for name in graphs}
+    marks: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in graphs}
     for graph in graphs.values():
         graph.replay()
     for _ in range(repeats):

@@ -22,6 +22,7 @@ from stagedspec.kernels.common.launch_configs import PACKAGED, cache_folder, dev
 FORMAT = "stagedspec trusted GPU 1"
 
 Checked = dict[str, list[str]]  # head size to dtypes
+_Device = torch.device  # which a type checker does not find in `Setup`: a field hides torch there
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Setup:
     kernels: str
 
     @classmethod
-    def of(cls, device: torch.device) -> "Setup":
+    def of(cls, device: _Device) -> "Setup":
         """The setup here. In the interpreter the GPU is called "interpreter"."""
         import triton
 

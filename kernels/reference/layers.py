@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 # oneDNN's fused epilogues: the name and the algorithm of `mkldnn::_linear_pointwise`.
-_FUSED = {
+_FUSED: dict[str | Callable, tuple[str, str]] = {
     "none": ("none", ""),
     "relu": ("relu", ""),
     "gelu": ("gelu", "none"),
@@ -121,7 +121,7 @@ def _multiply(x: torch.Tensor, layer: Linear, activation: str | Callable) -> tor
             y = F.relu(y)
         elif name == "gelu":
             y = F.gelu(y, approximate=algorithm)
-    return y if fused else activation(y)
+    return y if fused else activation(y)  # type: ignore[operator]  # a name is always one of `_FUSED`
 
 
 def fused_activation(name: str) -> bool:

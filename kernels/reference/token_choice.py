@@ -3,6 +3,8 @@
 `lm_head_choose` and `lm_head_children` begin with the final LayerNorm and the head.
 """
 
+from typing import cast
+
 import numpy as np
 import torch
 
@@ -101,6 +103,7 @@ def _best_token(logits: torch.Tensor, warping: dict | None, noise: NoiseAt | Non
     sorted."""
     cpu, tokens = logits.device.type == "cpu", None
     if noise is not None:
+        warping = cast(dict, warping)  # given with noise
         k = warping["top_k"]
         if cpu and k is not None and k < logits.shape[-1]:
             if warping["temperature"] != 1.0:
@@ -128,6 +131,7 @@ def choose_children(
     if noise is None:
         scores = logits * GREEDY_SHARPNESS
     else:
+        warping = cast(dict, warping)  # given with noise
         k = warping["top_k"]
         if k is not None and k < logits.shape[-1]:
             # Before temperature, and without the ties: the draft's numerics are free.

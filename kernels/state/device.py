@@ -29,12 +29,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
 
 from stagedspec.kernels import grow_tree
+from stagedspec.kernels.common.inputs import NgramTable, TreeSettings
 from stagedspec.kernels.common.registry import check_runs
 from stagedspec.kernels.grow_tree import GrowthState, pass_size, pass_start, words
 from stagedspec.kernels.state import host
@@ -284,7 +285,7 @@ class Sequences:
     @property
     def steps(self) -> int:
         """Number of steps in which any row ran; waits for the device."""
-        return int(sum(counts[:, 0].cpu() for counts in self._counts).max()) if self._counts else 0
+        return int(cast(torch.Tensor, sum(counts[:, 0].cpu() for counts in self._counts)).max()) if self._counts else 0
 
 
 # ---------------------------------------------------------------- one pass's inputs
@@ -314,7 +315,9 @@ class Batch:
         """For `nodes` nodes in a tree region of `region` rows."""
         packed = torch.zeros(3, rows, nodes, dtype=torch.int32, device=device)
         masks = torch.zeros(rows, nodes, words(region), dtype=torch.int32, device=device)
-        return cls(*packed.unbind(), masks, torch.zeros(rows, dtype=torch.int32, device=device), packed=packed)
+        tokens, positions, noise_positions = packed.unbind()
+        prefix = torch.zeros(rows, dtype=torch.int32, device=device)
+        return cls(tokens, positions, noise_positions, masks, prefix, packed=packed)
 
     @classmethod
     def chain(cls, rows: int, nodes: int, device: torch.device) -> "Batch":
@@ -325,7 +328,7 @@ class Batch:
 
     def begin(self, start: int) -> None:
         """Places a chunk after `start` committed tokens."""
-        torch.add(self.steps, start, out=self.positions)
+        torch.add(cast(torch.Tensor, self.steps), start, out=self.positions)
         torch.add(self.positions, 1, out=self.noise_positions)
         self.prefix.fill_(start)
 
@@ -340,7 +343,8 @@ class Stopwatch:
     def __init__(self, device: torch.device):
         self.device = device
         on_gpu = device.type == "cuda"
-        self._marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if on_gpu else [0.0, 0.0]
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if on_gpu else []
+        self._times = [0.0, 0.0]  # where there are no events
 
     def start(self) -> None:
         self._mark(0)
@@ -350,16 +354,16 @@ class Stopwatch:
 
     def _mark(self, index: int) -> None:
         if self.device.type == "cuda":
-            self._marks[index].record(torch.cuda.current_stream(self.device))
+            self._events[index].record(torch.cuda.current_stream(self.device))
         else:
-            self._marks[index] = time.perf_counter()
+            self._times[index] = time.perf_counter()
 
     @property
     def seconds(self) -> float:
         """Seconds between both; waits for `stop`."""
-        begin, end = self._marks
         if self.device.type != "cuda":
-            return end - begin
+            return self._times[1] - self._times[0]
+        begin, end = self._events
         end.synchronize()
         return begin.elapsed_time(end) / 1e3
 
@@ -367,14 +371,30 @@ class Stopwatch:
 # ---------------------------------------------------------------- growing trees
 
 
+class Counters(Protocol):
+    """Counters of a generation's noise: seeds int64 [B] and streams int32 [B] on the device."""
+
+    @property
+    def seeds(self) -> torch.Tensor: ...
+
+    @property
+    def streams(self) -> torch.Tensor: ...
+
+
 class Growth:
     """Grows the trees of a batch over draft passes, for one step after the other.
 
-    config: `TreeConfig`; table: n-grams, a `KatzTable` on the device, or None; noise: an object with `seeds` int64 [B]
-    and `streams` int32 [B] on the device, or None when greedy; dtype: not used, since masks are bits.
+    table: of n-grams, on the device, or None; noise: None when greedy; dtype: not used, since masks are bits.
     """
 
-    def __init__(self, sequences: Sequences, config, table, noise, dtype: torch.dtype | None = None):
+    def __init__(
+        self,
+        sequences: Sequences,
+        config: TreeSettings,
+        table: NgramTable | None,
+        noise: Counters | None,
+        dtype: torch.dtype | None = None,
+    ):
         self.sequences, self.config, self.table = sequences, config, table
         self.noise = None if noise is None else (noise.seeds, noise.streams)
         rows, device = len(sequences), sequences.device
@@ -391,7 +411,8 @@ class Growth:
 
     def begin(self) -> None:
         """Starts the trees of a step."""
-        self.number, self.proposed = 0, None
+        self.number = 0
+        self.proposed: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property
     def start(self) -> int:
@@ -417,7 +438,7 @@ class Growth:
         batch, state = self.batches[self.number], self.sequences.state
         grow_tree.grow_pass(
             state.tokens, state.lengths, self.state, self.config, self.number, self.proposed, self.table, self.noise,
-            batch.packed, batch.masks, batch.prefix,
+            cast(torch.Tensor, batch.packed), batch.masks, batch.prefix,
         )  # fmt: skip
         return batch
 
@@ -441,18 +462,18 @@ class _RootOnly:
     """Tree settings of a root alone, as `TreeConfig.for_mode("autoregressive")` gives them."""
 
     nodes, depth, passes, width, children, slots = 1, 0, 0, 1, 1, 0
-    prefetch, prefetch_width, guesses, node_floor = 0, 1, 0, 0.0
+    prefetch, prefetch_width, guesses, node_floor, pass_floor = 0, 1, 0, 0.0, 0.0
 
 
 class Trees:
     """The trees of a batch, ready to be verified.
 
     nodes: of each; tree: int32 [5, B, N], the rows of `grow_tree.TREE_*`: token, parent, depth, slot and origin of each
-    node; growth: the candidates that `grow` chooses from; counts: int32 [B, deepest + 1], how often so many tokens and
-    more were accepted.
+    node; growth: the candidates that `grow` chooses from, None where it is not called; counts: int32 [B, deepest + 1],
+    how often so many tokens and more were accepted.
     """
 
-    def __init__(self, sequences: Sequences, config, growth: GrowthState):
+    def __init__(self, sequences: Sequences, config: TreeSettings, growth: GrowthState | None):
         self.sequences, self.config, self.growth = sequences, config, growth
         self.nodes, rows, device = config.nodes, len(sequences), sequences.device
         deepest = min(config.depth, config.nodes - 1)
@@ -476,12 +497,14 @@ class Trees:
         """Chains of up to `depth` nodes by prompt look-up, made on the host (`host.Trees.lookup`). Waits for the
         device."""
         if sequences._chains is None:
-            sequences._chains = cls(sequences, SimpleNamespace(nodes=depth + 1, depth=depth), None)
+            size = cast(TreeSettings, SimpleNamespace(nodes=depth + 1, depth=depth))  # no more is asked of chains
+            sequences._chains = cls(sequences, size, None)
         rows = [host.Row(row.tokens, row.limit) for row in sequences.rows]
-        sequences._chains.load(host.Trees.lookup(SimpleNamespace(rows=rows, roots_only=False), depth).trees)
+        known = cast(host.Sequences, SimpleNamespace(rows=rows, roots_only=False))  # all that `lookup` looks at
+        sequences._chains.load(host.Trees.lookup(known, depth).trees)
         return sequences._chains
 
-    def load(self, trees: list) -> None:
+    def load(self, trees: list[host._Tree]) -> None:
         """Copies trees from the host, one a row, of at most `nodes` nodes."""
         rows, words = len(trees), self.inputs.masks.shape[2]
         tree = np.zeros((5, rows, self.nodes), np.int32)
@@ -497,7 +520,7 @@ class Trees:
         self.tree.copy_(torch.from_numpy(tree))
         self.inputs.masks.copy_(torch.from_numpy(masks))
         self.inputs.prefix.copy_(self.sequences.lengths).sub_(1)
-        tokens, positions, noise_positions = self.inputs.packed.unbind()
+        tokens, positions, noise_positions = cast(torch.Tensor, self.inputs.packed).unbind()
         tokens.copy_(self.tree[0])
         torch.add(self.inputs.prefix[:, None], self.tree[grow_tree.TREE_DEPTH.value], out=positions)
         torch.add(positions, 1, out=noise_positions)
@@ -515,8 +538,8 @@ class Trees:
         """Makes the trees of the best candidates: those on record, and what the draft proposed last."""
         state, inputs = self.sequences.state, self.inputs
         grow_tree.harvest_tree(
-            state.tokens, state.lengths, self.growth, self.config, proposed,
-            self.tree, inputs.packed, inputs.masks, inputs.prefix,
+            state.tokens, state.lengths, cast(GrowthState, self.growth), self.config, proposed,
+            self.tree, cast(torch.Tensor, inputs.packed), inputs.masks, inputs.prefix,
         )  # fmt: skip
 
     def batch(self, dtype: torch.dtype | None = None) -> Batch:

@@ -36,6 +36,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from stagedspec.kernels.common.inputs import NgramTable, TreeSettings
 from stagedspec.kernels.state.invalid_logits import raise_invalid
 
 NEVER = float("-inf")
@@ -50,7 +51,9 @@ UNCHOSEN, INVALID = -1, -2
 GREEDY_SHARPNESS = 1.7
 
 
-def ngram_guesses(follower: dict[tuple[int, int], int], table, first: int, last: int) -> list[tuple[int, float]]:
+def ngram_guesses(
+    follower: dict[tuple[int, int], int], table: NgramTable | None, first: int, last: int
+) -> list[tuple[int, float]]:
     """What draft² guesses after the tokens first, last: (token, log-probability), the context n-gram's guess first.
 
     follower: the latest token after every pair of tokens in the sequence. table: a `KatzTable` or None.
@@ -82,7 +85,7 @@ class Row:
     caught_up: bool = False
     follower: dict[tuple[int, int], int] = field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         tokens = self.tokens
         self.follower.update(zip(pairwise(tokens), tokens[2:], strict=False))
 
@@ -198,7 +201,8 @@ def _batch(
     if min(prefixes) < span:
         hidden = np.arange(span) >= np.array(prefixes)[:, None]
         np.copyto(bias[..., region:], NEVER, where=hidden[:, None, None])
-    return Batch(*inputs.unbind(0), depths, torch.from_numpy(bias).to(device, dtype))
+    names, places = inputs.unbind(0)
+    return Batch(names, places, depths, torch.from_numpy(bias).to(device, dtype))
 
 
 @dataclass(frozen=True)
@@ -276,7 +280,7 @@ def _log(floor: float) -> float:
 class _RowGrowth:
     """Growth of one row's tree. `open`: a heap of candidates that may still be evaluated, best first."""
 
-    def __init__(self, row: Row, config, table, caught_up: bool):
+    def __init__(self, row: Row, config: TreeSettings, table: NgramTable | None, caught_up: bool):
         tokens = row.tokens
         self.config, self.table, self.follower = config, table, row.follower
         self.floor = _log(config.node_floor)
@@ -287,7 +291,7 @@ class _RowGrowth:
         ]
         self.open: list[tuple[float, int, int, _Candidate]] = []
 
-    def _add(self, token: int, parent: int, score: float, **more) -> int:
+    def _add(self, token: int, parent: int, score: float, **more: Any) -> int:
         above, index = self.slots[parent], len(self.slots)
         mask = above.mask | 1 << index
         self.slots.append(_Slot(token, above.token, above.depth + 1, mask, score, parent=parent, **more))
@@ -302,7 +306,7 @@ class _RowGrowth:
 
     def select(self, width: int) -> list[int]:
         """Makes slots of the best `width` candidates that have none; unused slots if there are too few."""
-        chosen = []
+        chosen: list[int] = []
         while self.open and len(chosen) < width:
             candidate = heapq.heappop(self.open)[-1]
             if candidate.slot < 0:
@@ -348,6 +352,13 @@ class _RowGrowth:
                         heapq.heappush(self.open, (-candidate.score, index, rank, candidate))
 
 
+class TokenNoise(Protocol):
+    """What growth asks of the noise (`reference.Noise`)."""
+
+    def of(self, row: int, depths: list[int], tokens: list[int]) -> list[float]:
+        """The noise of single tokens below nodes of one row."""
+
+
 class Growth:
     """Grows the trees of a batch over draft passes, for one step after the other.
 
@@ -355,7 +366,14 @@ class Growth:
     None when greedy; dtype: of the draft's keys and values. start: the first slot of the pass under way.
     """
 
-    def __init__(self, sequences: Sequences, config, table, noise, dtype: torch.dtype):
+    def __init__(
+        self,
+        sequences: Sequences,
+        config: TreeSettings,
+        table: NgramTable | None,
+        noise: TokenNoise | None,
+        dtype: torch.dtype,
+    ):
         self.sequences, self.config, self.table = sequences, config, table
         self.noise, self.dtype = noise, dtype
         self.begin()
@@ -515,7 +533,8 @@ class Trees:
         two tokens, then the same for the last token and that one, and so on."""
         trees = []
         for row in sequences.rows:
-            tree, pair, node = _Tree.root(row.tokens[-1]), tuple(row.tokens[-2:]), 0
+            tree, node = _Tree.root(row.tokens[-1]), 0
+            pair = cast("tuple[int, int]", tuple(row.tokens[-2:]))  # a single token finds nothing
             while (
                 not sequences.roots_only and len(tree.nodes) <= depth and (token := row.follower.get(pair)) is not None
             ):
