@@ -275,9 +275,20 @@ def check_children(
 
 
 def choose(
-    logits, seeds, streams, positions, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, greedy=False, noise=None, out,
-    scratch,
-):  # fmt: skip
+    logits: torch.Tensor,
+    seeds: torch.Tensor,
+    streams: torch.Tensor,
+    positions: torch.Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    greedy: bool = False,
+    noise: torch.Tensor | None = None,
+    out: torch.Tensor,
+    scratch: Scratch,
+) -> None:
     """The one token-choice rule (`reference.choose`): logits [M, V] fp32 -> out [M] int32.
 
     seeds [B] int64, streams [B] int32, positions [B, N] int32, the absolute position of the token each row chooses,
