@@ -230,7 +230,7 @@ def _ask_x(
 
 
 @triton.constexpr_function
-def _quads(tokens):
+def _quads(tokens: int) -> gl.DistributedLinearLayout:
     """Layout of [ROWS / 4, tokens] in which a warp has the rows' quads that it has the rows of in the product, so that
     what is made for four rows at once stays within the warp."""
     rest = [*([0, 1 << bit] for bit in range(3, tokens.bit_length() - 1)), [2, 0], [0, 1]]

@@ -215,9 +215,25 @@ def _check(op: str, inputs: HeadInputs) -> None:
 
 
 def lm_head_choose(
-    x, norm_weight, norm_bias, epsilon, head, seeds, streams, positions, *, temperature=1.0, top_k=0, top_p=1.0,
-    min_p=0.0, greedy=False, noise=None, logits=None, out, scratch,
-):  # fmt: skip
+    x: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    epsilon: float,
+    head: torch.Tensor,
+    seeds: torch.Tensor,
+    streams: torch.Tensor,
+    positions: torch.Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    greedy: bool = False,
+    noise: torch.Tensor | None = None,
+    logits: torch.Tensor | None = None,
+    out: torch.Tensor,
+    scratch: Scratch,
+) -> None:
     """One token a node: x [M, d] (hidden states before the final norm), head [V, d] of x's dtype -> out [M] int32.
 
     norm_weight, norm_bias [d], epsilon: of the final LayerNorm. seeds [B] int64 and streams [B] int32: counters of the
@@ -242,9 +258,26 @@ def lm_head_choose(
 
 
 def lm_head_topm(
-    x, norm_weight, norm_bias, epsilon, head, seeds, streams, positions, *, temperature=1.0, top_k=0, top_p=1.0,
-    min_p=0.0, greedy=False, sharpness=1.0, noise=None, out_tokens, out_logprobs, scratch,
-):  # fmt: skip
+    x: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    epsilon: float,
+    head: torch.Tensor,
+    seeds: torch.Tensor,
+    streams: torch.Tensor,
+    positions: torch.Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    greedy: bool = False,
+    sharpness: float = 1.0,
+    noise: torch.Tensor | None = None,
+    out_tokens: torch.Tensor,
+    out_logprobs: torch.Tensor,
+    scratch: Scratch,
+) -> None:
     """The draft's m likeliest children a node: out_tokens [M, m] int32, out_logprobs [M, m] fp32, best first, at most
     -1e-4, -inf (and token 0) where fewer than m tokens can come up (`reference.choose_children`).
 
