@@ -82,7 +82,10 @@ def default_settings(itemsize: int, tokens: int, length: int, roomy: bool = Fals
 
 @cache
 def _roomy(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= ROOMY
+    if device.type != "cuda":
+        return False
+    properties: Any = torch.cuda.get_device_properties(device)  # Any: torch's stub lacks the name
+    return properties.shared_memory_per_block_optin >= ROOMY
 
 
 def candidates(shape: tuple[int, ...], device: torch.device) -> list[dict[str, int]]:
