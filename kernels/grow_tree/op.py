@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 import triton
 
+from stagedspec.kernels.common.inputs import NgramTable, TreeSettings
 from stagedspec.kernels.common.launch_configs import config
 from stagedspec.kernels.common.registry import (
     architecture,
@@ -91,7 +92,7 @@ def harvest_constants(tree: TreeShape, nodes: int) -> dict[str, object]:
     }
 
 
-def tile(op: str, config) -> int:
+def tile(op: str, config: TreeSettings) -> int:
     """The candidates that grow_pass or harvest_tree looks at together, by which its settings are kept."""
     return _blocks(config, config.nodes if op == "harvest_tree" else 1)["CANDIDATES"]
 
@@ -239,7 +240,7 @@ _harvest_tree = register(
 )
 
 
-def check_candidates(name: str, config) -> None:
+def check_candidates(name: str, config: TreeSettings) -> None:
     """Raises ValueError for a `TreeConfig` with more candidates than are held together."""
     size, children = max(config.slots, 1), config.children
     if size * children > MAX_CANDIDATES:
@@ -249,7 +250,7 @@ def check_candidates(name: str, config) -> None:
         )
 
 
-def check_options(name: str, config, table) -> None:
+def check_options(name: str, config: TreeSettings, table: NgramTable | None) -> None:
     """Raises ValueError for a `TreeConfig` and a table (or None) that give draft² too many options to choose from."""
     if config.prefetch and _options(config, 0 if table is None else table.successors) > MOST_OPTIONS:
         raise ValueError(
@@ -263,7 +264,7 @@ def _options(config, successors: int) -> int:
     return _blocks(config)["LANES"] * ranks(successors)
 
 
-def _check_state(name: str, state: GrowthState, batch: int, config, device: torch.device) -> None:
+def _check_state(name: str, state: GrowthState, batch: int, config: TreeSettings, device: torch.device) -> None:
     check_candidates(name, config)
     size, children = max(config.slots, 1), config.children
     check_tensor(name, "slots", state.slots, (5, batch, size), torch.int32, device)
@@ -280,18 +281,19 @@ def _check_proposals(
     names, values = proposed if proposed is not None else (None, None)
     shape = (batch, pass_size(config, number), None)
     check_tensor(name, "names", names, shape, (torch.int32, torch.int64), device)
+    names = cast(torch.Tensor, names)  # the check refuses None
     check_tensor(name, "values", values, tuple(names.shape), torch.float32, device)
     if not 1 <= names.shape[2] <= config.children:
         raise ValueError(f"{name}: names must hold 1 to {config.children} children, got {names.shape[2]}")
     return Proposed(names, values)
 
 
-def pass_size(config, number: int) -> int:
+def pass_size(config: TreeSettings, number: int) -> int:
     """The rows of draft pass `number`."""
     return (config.width if number else 2) + config.guesses
 
 
-def pass_start(config, number: int) -> int:
+def pass_start(config: TreeSettings, number: int) -> int:
     """The first slot of draft pass `number`."""
     return 2 + config.guesses + (number - 1) * pass_size(config, 1) if number else 0
 
@@ -300,10 +302,10 @@ def grow_pass(
     tokens: torch.Tensor,
     lengths: torch.Tensor,
     state: GrowthState,
-    config,
+    config: TreeSettings,
     number: int,
     proposed: tuple[torch.Tensor, torch.Tensor] | None,
-    table,
+    table: NgramTable | None,
     noise: tuple[torch.Tensor, torch.Tensor] | None,
     batch: torch.Tensor,
     batch_masks: torch.Tensor,
@@ -350,7 +352,7 @@ def harvest_tree(
     tokens: torch.Tensor,
     lengths: torch.Tensor,
     state: GrowthState,
-    config,
+    config: TreeSettings,
     proposed: tuple[torch.Tensor, torch.Tensor] | None,
     tree: torch.Tensor,
     batch: torch.Tensor,
