@@ -11,7 +11,7 @@ from functools import cache
 from importlib import import_module
 from inspect import signature
 from threading import RLock
-from typing import NamedTuple, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 import triton
@@ -54,7 +54,8 @@ def register(schema: str, launch: Callable, fake: Callable | None = None) -> Cal
 
 def _with_records(launch: Callable, count: int) -> Callable:
     """`launch` for the `count` flat arguments of an operation: makes its records of them."""
-    types, places, end = get_type_hints(launch), [], 0
+    types, end = get_type_hints(launch), 0
+    places: list[tuple[Any, Any]] = []  # of an argument: its record or None, and which flat arguments it is
     for name in signature(launch).parameters:
         fields = getattr(types.get(name), "_fields", None)
         start, end = end, end + (1 if fields is None else len(fields))

@@ -2,7 +2,7 @@
 
 import math
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import triton
@@ -48,7 +48,7 @@ class TreeShape(NamedTuple):
     slots: int
 
 
-def _blocks(tree, nodes: int = 1) -> dict[str, int]:
+def _blocks(tree: TreeShape | TreeSettings, nodes: int = 1) -> dict[str, int]:
     """Tile sizes of a `TreeShape`: powers of two. nodes: of the tree to be harvested, if one is."""
     up = triton.next_power_of_2
     lanes = up(max(tree.width, tree.prefetch_width if tree.prefetch else 1, 2))
@@ -61,7 +61,7 @@ def _blocks(tree, nodes: int = 1) -> dict[str, int]:
     }
 
 
-def pass_constants(tree: TreeShape, successors: int, block: int) -> dict[str, object]:
+def pass_constants(tree: TreeShape, successors: int, block: int) -> dict[str, int]:
     """The compile-time arguments of `grow_pass_kernel` that a tree, a table and its settings decide."""
     blocks = _blocks(tree)
     return blocks | {
@@ -74,7 +74,7 @@ def pass_constants(tree: TreeShape, successors: int, block: int) -> dict[str, ob
     }
 
 
-def harvest_constants(tree: TreeShape, nodes: int) -> dict[str, object]:
+def harvest_constants(tree: TreeShape, nodes: int) -> dict[str, int]:
     """The compile-time arguments of `harvest_tree_kernel` that a tree decides."""
     up = triton.next_power_of_2
     blocks = _blocks(tree, nodes)
@@ -162,7 +162,7 @@ class PassSettings(NamedTuple):
     depth: int
 
     @classmethod
-    def of(cls, config, start: int, record: int) -> "PassSettings":
+    def of(cls, config: TreeSettings, start: int, record: int) -> "PassSettings":
         floor = math.log(config.node_floor) if config.node_floor else -math.inf
         return cls(start, record, floor, config.width, config.prefetch, config.prefetch_width, config.depth)
 
@@ -260,7 +260,7 @@ def check_options(name: str, config: TreeSettings, table: NgramTable | None) -> 
         )
 
 
-def _options(config, successors: int) -> int:
+def _options(config: TreeSettings, successors: int) -> int:
     return _blocks(config)["LANES"] * ranks(successors)
 
 
@@ -275,7 +275,7 @@ def _check_state(name: str, state: GrowthState, batch: int, config: TreeSettings
 
 
 def _check_proposals(
-    name: str, number: int, config, batch: int, proposed: tuple | None, device: torch.device
+    name: str, number: int, config: TreeSettings, batch: int, proposed: tuple | None, device: torch.device
 ) -> Proposed:
     """What the draft proposed in pass `number`."""
     names, values = proposed if proposed is not None else (None, None)
