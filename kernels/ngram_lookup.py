@@ -207,7 +207,7 @@ _op = register(
 )
 
 
-def check_table(op: str, table, device: torch.device) -> tuple[Table, int]:
+def check_table(op: str, table: NgramTable | None, device: torch.device) -> tuple[Table, int]:
     """The `Table` of a KatzTable or None, and the size of its vocabulary, 0 for None. Raises ValueError for a table on
     another device."""
     if table is None:

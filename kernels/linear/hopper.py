@@ -40,6 +40,7 @@ from stagedspec.kernels.common.hopper import SHARED, SPARE, copy, described
 from stagedspec.kernels.common.launch_configs import config
 from stagedspec.kernels.common.registry import Scratch, launch_kernel, launch_options
 from stagedspec.kernels.linear.kernel import HOPPER_SPLIT, ROWS, activate, stat_tiles
+from stagedspec.kernels.linear.records import Epilogue, Norm
 
 WHOLE = 1600  # columns that are not split
 MANY = 60  # programs of 128 tokens and 128 outputs
@@ -283,14 +284,14 @@ def settings(tokens: int, inputs: int, groups: int = 1) -> dict[str, int]:
 
 def launch(
     x: torch.Tensor,
-    norm,
+    norm: Norm,
     weight: torch.Tensor,
-    epilogue,
+    epilogue: Epilogue,
     out: torch.Tensor,
     stats_out: torch.Tensor | None,
     scratch: Scratch,
 ) -> None:
-    """As `op._launch`: norm an `op.Norm`, epilogue an `op.Epilogue`."""
+    """As `op._launch`."""
     (stats, sums, epsilon), (bias, activation, residual) = norm, epilogue
     if stats is not None and stats.data_ptr() % 8:  # a sum and its squares are read at once
         raise ValueError(f"linear: stats must start at a multiple of 8 bytes, got {stats.data_ptr():#x}; clone it")

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -20,6 +20,7 @@ from stagedspec.kernels.common.registry import (
     register,
 )
 from stagedspec.kernels.linear.kernel import ACTIVATIONS, HOPPER_SPLIT, ROWS, _linear, _row_stats, stat_tiles
+from stagedspec.kernels.linear.records import NO_NORM, Epilogue, Norm
 
 MAX_TOKENS = 1024
 # Splits: a weight of WIDE tiles of rows has enough programs without them; a narrower one is cut for PROGRAMS.
@@ -102,25 +103,6 @@ def candidates(shape: tuple[int, ...], device: torch.device) -> list[dict[str, i
             for ahead in (0, 1)
         ]
     return [default] + [other for other in others if other != default]
-
-
-class Norm(NamedTuple):
-    """The LayerNorm that is folded into a weight (`Folded`): statistics of x's rows, sums of the weight's."""
-
-    stats: torch.Tensor | None
-    sums: torch.Tensor | None
-    epsilon: float
-
-
-NO_NORM = Norm(None, None, 0.0)
-
-
-class Epilogue(NamedTuple):
-    """What follows the product: + bias, the activation (ACTIVATION of the kernels), + residual."""
-
-    bias: torch.Tensor | None
-    activation: int
-    residual: torch.Tensor | None
 
 
 def _launch(

@@ -1,0 +1,24 @@
+"""What stands before and after the product of a linear, as its launchers take it."""
+
+from typing import NamedTuple
+
+import torch
+
+
+class Norm(NamedTuple):
+    """The LayerNorm that is folded into a weight (`Folded`): statistics of x's rows, sums of the weight's."""
+
+    stats: torch.Tensor | None
+    sums: torch.Tensor | None
+    epsilon: float
+
+
+NO_NORM = Norm(None, None, 0.0)
+
+
+class Epilogue(NamedTuple):
+    """What follows the product: + bias, the activation (ACTIVATION of the kernels), + residual."""
+
+    bias: torch.Tensor | None
+    activation: int
+    residual: torch.Tensor | None
