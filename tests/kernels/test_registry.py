@@ -10,6 +10,7 @@ from pkgutil import walk_packages
 
 import pytest
 import torch
+from early_starts import EarlyStarts, bits
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import stagedspec.kernels
@@ -142,6 +143,36 @@ def test_opcheck(name, known):
         run(*known[name])
     for func, args in recorder.calls:
         torch.library.opcheck(func, args)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_every_kernel_waits_for_the_one_ahead(name, known, device, monkeypatch):
+    """The same bits where kernels start early."""
+    with Recorder() as recorder:
+        run(*known[name])
+    for func, args in recorder.calls:
+        early, late = (tuple(x.clone() if isinstance(x, torch.Tensor) else x for x in args) for _ in range(2))
+        memory, expected = ([x for x in given if isinstance(x, torch.Tensor)] for given in (early, late))
+        if device.type == "cuda":
+            func(*early)
+        else:
+            starts = EarlyStarts(memory)
+            starts.run(lambda func=func, early=early: func(*early))
+            assert starts.names
+        with monkeypatch.context() as patch:
+            patch.setattr(registry, "pdl", lambda arch: False)
+            func(*late)
+        assert all(torch.equal(bits(one), bits(other)) for one, other in zip(memory, expected, strict=True))
+
+
+@pytest.mark.parametrize("arch", [0, 80, 89, 90, 100, 120])
+def test_kernels_start_early_where_the_gpu_can(arch, monkeypatch):
+    """From Hopper on. A launch that asks for it without a kernel that waits, or the other way round, is a race."""
+    monkeypatch.setattr(registry, "architecture", lambda device: arch)
+    monkeypatch.setattr(registry, "interpreted", lambda: arch == 0)
+    options = registry.launch_options(torch.device("cpu"))
+    assert options["PDL"] == options.get("launch_pdl", False) == (arch >= 90)
+    assert options.get("enable_fp_fusion", False) is False
 
 
 def one_elsewhere(value, name: str) -> Iterator[tuple[str, object]]:
