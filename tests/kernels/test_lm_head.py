@@ -1,5 +1,7 @@
 """The head against fp64, its tokens against the reference's rule over its own logits."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -182,6 +184,27 @@ def test_rows_do_not_depend_on_each_other(name, shape, device, dtype, fixed_orde
         last = slice(shape[0] - count, None)
         part = *case.choose(last, **options), *case.children(4, last, **options)
         assert all(torch.equal(some, every[last]) for some, every in zip(part, whole, strict=True)), count
+
+
+@pytest.mark.parametrize("shape", [(6, 257, 24), *LARGE], ids=str)
+@pytest.mark.parametrize("name", WARPERS)
+def test_rows_of_a_batch_do_not_depend_on_each_other(name, shape, device, fixed_order):
+    """Each warper finds its thresholds in its own way: the token, the children and their log-probabilities of a row are
+    the same bits in a part of its sequence, without the other sequence, and beside rows that are something else."""
+    case, options = Case(device, torch.float16, *shape, batch=2), WARPERS[name]
+    nodes = case.rows // 2
+    whole = *case.choose(**options), *case.children(5, **options)
+    for sequence, first, last in ((0, nodes - 1, nodes), (1, 1, nodes)):
+        part, rows = copy.copy(case), slice(sequence * nodes + first, sequence * nodes + last)
+        part.seeds, part.streams = case.seeds[sequence:][:1].clone(), case.streams[sequence:][:1].clone()
+        chosen = *part.choose(rows, **options), *part.children(5, rows, **options)
+        assert all(torch.equal(some, every[rows]) for some, every in zip(chosen, whole, strict=True)), rows
+    others, kept = copy.copy(case), torch.tensor([1, case.rows - 1], device=device)
+    others.x = case.x.roll(1, 0) * 3
+    others.x[kept] = case.x[kept]
+    beside = *others.choose(**options), *others.children(5, **options)
+    assert not torch.equal(beside[1], whole[1])
+    assert all(torch.equal(some[kept], every[kept]) for some, every in zip(beside, whole, strict=True))
 
 
 def test_opcheck(device):

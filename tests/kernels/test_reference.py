@@ -180,15 +180,25 @@ def test_greedy_takes_the_lowest_of_tied_ids():
     assert ops.choose(logits, None, None).tolist() == [[0, 4]]
 
 
-def test_choose_does_not_depend_on_the_other_nodes():
+@pytest.mark.parametrize(
+    "warpers",
+    [{}, {"top_k": 5}, {"top_p": 0.8}, {"min_p": 0.1}, {"top_k": 5, "top_p": 0.9}],
+    ids=lambda warpers: "-".join(warpers) or "plain",
+)
+def test_choices_do_not_depend_on_the_other_nodes(warpers):
     generator = torch.Generator().manual_seed(3)
     logits = torch.randn(1, 30, 41, generator=generator).round()  # some nodes have ties and some have not
     values = torch.randn(1, 30, 41, generator=generator)
-    warping = {"temperature": 0.9, "top_k": 5, "top_p": 0.9, "min_p": None}
-    together = ops.choose(logits, warping, ops.NoiseAt(values, torch.arange(30)[None]))
+    warping = {"temperature": 0.9, "top_k": None, "top_p": None, "min_p": None} | warpers
+    noise = ops.NoiseAt(values, torch.arange(30)[None])
+    together, children = ops.choose(logits, warping, noise), ops.choose_children(logits, 4, warping, noise)
     for node in range(30):
-        alone = ops.choose(logits[:, node : node + 1], warping, ops.NoiseAt(values, torch.tensor([[node]])))
-        assert alone.item() == together[0, node]
+        one, noise = logits[:, node : node + 1], ops.NoiseAt(values, torch.tensor([[node]]))
+        assert ops.choose(one, warping, noise).item() == together[0, node]
+        tokens, logprobs = (found[:, 0] for found in ops.choose_children(one, 4, warping, noise))
+        possible = logprobs.isfinite()
+        assert torch.equal(tokens[possible], children[0][:, node][possible])
+        torch.testing.assert_close(logprobs, children[1][:, node], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("top_k", [None, 6])
