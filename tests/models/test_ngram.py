@@ -347,14 +347,42 @@ def test_round_trip(table, tmp_path):
     loaded.save(path)
     assert_same(KatzTable.load(str(path)), table)
     assert [file.name for file in path.parent.iterdir()] == ["table.safetensors"]
+    assert path.stat().st_mode & 0o777 == 0o644  # for all to read, whatever safetensors makes of it
     assert_same(table.to("cpu"), table)
 
 
-def test_round_trip_of_a_vocabulary_beyond_16_bits(tmp_path):
-    table = fit_table([torch.tensor([0, 69_999, 0, 69_999])], 70_000, successors=2)
+@pytest.mark.parametrize(("size", "dtype"), [(65_536, torch.uint16), (65_537, torch.int32), (70_000, torch.int32)])
+def test_round_trip_of_vocabularies_around_16_bits(tmp_path, size, dtype):
+    table = fit_table([torch.tensor([0, size - 1, 0, size - 1])], size, successors=2)
     table.save(tmp_path / "table")
-    assert load_file(tmp_path / "table")["tokens"].dtype == torch.int32
+    assert load_file(tmp_path / "table")["tokens"].dtype == dtype
     assert_same(KatzTable.load(tmp_path / "table"), table)
+
+
+@pytest.mark.parametrize("size", [27, 64])
+def test_other_rows_of_padding(tmp_path, size):
+    """The same successors of what it knows, of the rest nothing likely; it can be saved."""
+    tokens = zipf(4000, 25)
+    table = fit_table([tokens], 30, successors=6, max_contexts=40)
+    other = table.resized(size)
+    contexts = torch.cat([tokens.unfold(0, 2, 1).unique(dim=0), torch.tensor([[-1, 3]])])
+    for ours, expected in zip(other.lookup(contexts), table.lookup(contexts), strict=True):
+        assert torch.equal(ours, expected)
+    if size > 30:
+        assert (other.lookup(torch.tensor([40, 50]))[1] < -1e4).all()
+    other.save(tmp_path / "table")
+    assert_same(KatzTable.load(tmp_path / "table", vocab_size=size), other)
+
+
+@pytest.mark.parametrize("pair", [(4, 9), (9, 4)])
+def test_a_table_of_more_tokens_is_not_cut(pair):
+    """Neither the first token of a context nor its second may lie beyond the vocabulary."""
+    tokens, logprobs = torch.arange(2).expand(10 + 1, 2), torch.full((11, 2), -1.0).half()
+    table = KatzTable.build(10, torch.tensor([pair[0] * 10 + pair[1]]), tokens, logprobs, 1)
+    with pytest.raises(ValueError, match="knows contexts beyond a vocabulary of 9 tokens"):
+        table.resized(9)
+    with pytest.raises(ValueError, match="proposes tokens beyond a vocabulary of 1"):
+        KatzTable.build(10, torch.tensor([], dtype=torch.int64), tokens[:10], logprobs[:10], 1).resized(1)
 
 
 def test_file_is_compact(tmp_path):
@@ -407,6 +435,7 @@ def replaced(name, function):
         (edited("logprobs", (1, 5), -math.inf), "finite"),
         (edited("logprobs", (1, 0), 0.5), "at most 0"),
         (edited("logprobs", (1, 5), 0.0), "descend"),
+        (edited("logprobs", (1, 1), 0.0), "descend"),
     ],
 )
 def test_damaged_tensors(table, tmp_path, edit, message):
