@@ -46,6 +46,16 @@ def test_any_width(device, dtype, heads, size):
     assert torch.equal(cache, expected)
 
 
+def test_targets_behind_an_offset(device, dtype):
+    """And the most rows that can be moved."""
+    cache = make(device, dtype, 2, 1, 300, 1, 4)
+    expected = cache.clone()
+    source, target = pairs(device, [(row, 255 - row) for row in range(256)])
+    compact_reference(expected, source, target + 40)
+    compact(cache, source, target, 40)
+    assert torch.equal(cache, expected)
+
+
 def test_rows_that_do_not_move_are_not_read(device):
     cache = torch.full((1, 1, 6, 2, 1, 4), torch.nan, device=device)
     cache[:, :, 2] = 1.0
@@ -65,7 +75,8 @@ def test_opcheck(device):
         ({"cache": torch.zeros(2, 1, 4, 2, 4, 3).mT}, "contiguous"),
         ({"source": torch.zeros(1, 3)}, "source must be torch.int32"),
         ({"target": torch.zeros(1, 2, dtype=torch.int32)}, r"target must have the shape \[1, 3\]"),
-        ({name: torch.zeros(1, 300, dtype=torch.int32) for name in ("source", "target")}, "1 to 256 rows"),
+        ({name: torch.zeros(1, 0, dtype=torch.int32) for name in ("source", "target")}, "1 to 256 rows"),
+        ({name: torch.zeros(1, 257, dtype=torch.int32) for name in ("source", "target")}, "1 to 256 rows"),
     ],
 )
 def test_errors_name_what_was_expected(device, change, message):

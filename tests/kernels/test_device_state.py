@@ -297,6 +297,22 @@ class OurOperationsAlone(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize(("count", "place"), [(1, 0), (8, 7), (9, 0), (9, 8), (17, 8), (17, 16)])
+def test_any_of_many_ends(count, place):
+    """More end-of-sequence tokens than the kernel looks at together."""
+    eos = list(range(20, 20 + count))
+    eos[place] = 8
+    ours = device_state.Sequences([[4, 6], [4, 6]], 9, eos, DEVICE)
+    trees, tree = device_state.Trees(ours, SimpleNamespace(nodes=4, depth=3), None), host_state._Tree.root(6, 1)
+    for node, token in enumerate((7, 8, 9)):
+        tree.add(token, node, node, 1)
+    trees.load([tree, tree])
+    trees.verify_commit(torch.tensor([[7, 8, 9, 1], [7, 5, 1, 1]], dtype=torch.int32, device=DEVICE))
+    ours.publish()
+    assert [row.tokens[2:] for row in ours.rows] == [[7, 8], [7, 5]]
+    assert [row.running for row in ours.rows] == [False, True]
+
+
 def test_a_step_neither_allocates_nor_reads_back(table):
     config = TreeConfig(nodes=6, depth=3, passes=2, width=2, children=3, prefetch=1, prefetch_width=2)
     ours = device_state.Sequences([[1, 2, 3], [4]], 20, [5], DEVICE)

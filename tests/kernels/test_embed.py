@@ -12,11 +12,20 @@ def test_embed(device, dtype, width, index):
     generator = torch.Generator().manual_seed(width)
     table, places = (torch.randn(n, width, generator=generator).to(device, dtype) for n in (61, 20))
     tokens = torch.randint(0, 61, (3, 5), generator=generator).to(device, index)
-    positions = torch.tensor([[0, 19, 3, 20, -1]] * 3).to(device, index)  # the last two lie outside
+    tokens[0, 0], tokens[1, 1] = 61, -1  # outside the table, as the last two positions are
+    positions = torch.tensor([[0, 19, 3, 20, -1]] * 3).to(device, index)
     out = torch.full((15, width), float("nan"), dtype=dtype, device=device)
     embed(table, places, tokens, positions, out)
-    expected = table[tokens.long()].float() + places[positions.long().clamp(0, 19)].float()
+    expected = table[tokens.long().clamp(0, 60)].float() + places[positions.long().clamp(0, 19)].float()
     assert torch.equal(out, expected.to(dtype).flatten(0, 1))
+
+
+def test_nothing_is_written_behind_the_last_row(device, dtype):
+    """A row that is no power of two wide."""
+    room = torch.full((3, 37), 7.0, dtype=dtype, device=device)
+    ids = torch.zeros(1, 2, dtype=torch.int32, device=device)
+    embed(*torch.randn(2, 4, 37, device=device).to(dtype), ids, ids, room[:2])
+    assert (room[2] == 7.0).all()
 
 
 def test_opcheck(device):
@@ -29,6 +38,7 @@ def test_opcheck(device):
     ("change", "message"),
     [
         ({"position_table": torch.zeros(4, 7)}, r"position_table must have the shape \[any, 8\], got \[4, 7\]"),
+        ({"position_table": torch.zeros(4, 8).half()}, r"position_table must be torch.float32, got torch.float16"),
         ({"tokens": torch.zeros(2, 3)}, r"tokens must be torch.int32 or torch.int64, got torch.float32"),
         ({"positions": torch.zeros(3, 2, dtype=torch.int32)}, r"positions must have the shape \[2, 3\]"),
         ({"out": torch.zeros(5, 8)}, r"out must have the shape \[6, 8\], got \[5, 8\]"),
