@@ -16,6 +16,8 @@ from stagedspec.planning.adapt import (
     OFF,
     PRIOR,
     READ,
+    REFRESH,
+    TRIAL,
     WAITS,
     WON,
     Controller,
@@ -333,6 +335,19 @@ def test_a_larger_tree_is_credited_where_this_one_was_too_small():
             assert controller.tokens[3].value == pytest.approx(alone.value)
         else:
             assert controller.tokens[3].value > alone.value + 0.1
+
+
+def test_plain_steps_are_timed_again_after_so_many_drafted_ones():
+    """Sooner where drafting is not far ahead of plain decoding."""
+    plain, *_, full = levels()
+    for taken, (_, steps) in zip((2, 8), REFRESH, strict=True):
+        controller = Controller((plain, full), Controller((plain, full)))
+        controller.chosen = 1
+        for _ in range(steps - 1):
+            controller.step(12, 4, [taken], [8])
+        assert not controller.trial and controller.chosen
+        controller.step(12, 4, [taken], [8])
+        assert controller.trial == TRIAL and controller.level.name == "off"
 
 
 def test_a_debt_is_not_carried_on():

@@ -2,13 +2,14 @@
 
 import json
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import VOCAB, make_draft, make_gpt2, random_prompts
 
 from stagedspec import Decoder
-from stagedspec.planning.cost import CHILDREN, Model, candidates, expected
+from stagedspec.planning.cost import CHILDREN, Model, PassTimes, candidates, expected
 from stagedspec.planning.profile import Tuning, cache_file, keep, pair_of, recall
 from stagedspec.planning.tree import TreeConfig
 from stagedspec.tuning.compare import Run
@@ -26,6 +27,17 @@ class Times:
 
     def draft_pass(self, batch, nodes, sampled):
         return self.draft
+
+
+def test_times_between_and_beyond_the_measured_sizes():
+    """A straight line between two; beyond the last as long a row as there."""
+    known = {
+        (draft, 1, rows, False): seconds for draft in (False, True) for rows, seconds in ((1, 3.0), (2, 4.0), (6, 6.0))
+    }
+    model = SimpleNamespace(ops=SimpleNamespace(timed_rows=(1, 2, 6)))
+    times = PassTimes(model, model, known)
+    for timed in (times.target_pass, times.draft_pass):
+        assert [timed(1, rows, False) for rows in (1, 2, 3, 6, 9)] == pytest.approx([3.0, 4.0, 4.5, 6.0, 9.0])
 
 
 def text(first: float, hit: float = 0.0):
