@@ -1,12 +1,20 @@
 """Fixtures that several test files use."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy
 import pytest
 import torch
 from helpers import DTYPES, GPU, PLACES, Place, make_draft, make_gpt2  # first: it sets up triton
 from transformers import GPT2LMHeadModel
+
+
+@pytest.fixture(scope="session", autouse=True)
+def brief_measurements() -> Iterator[None]:
+    """A decoder that chooses its own trees measures passes first. No test depends on how exact that is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("stagedspec.planning.cost.BUDGET", 0.01)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -6,12 +6,14 @@ Import it before triton: it chooses the interpreter where there is no GPU.
 import copy
 import os
 import tempfile
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from functools import cache
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may wait for a network
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="stagedspec-tests-")  # nor leave anything in the user's cache
 
+import pytest
 import torch
 from hypothesis import settings
 
@@ -144,6 +146,11 @@ def oracle_gaps(model: GPT2LMHeadModel, ids, mask, new: int, **options) -> tuple
     logits = torch.stack(output.logits)
     best, second = logits.topk(2).values.unbind(-1)
     return output.sequences, (best - second).amin(0) / logits.abs().max()
+
+
+def slow_but(quick: Collection, cases: Iterable) -> list:
+    """Parameters of a test: those that are not among `quick` are marked slow."""
+    return [case if case in quick else pytest.param(case, marks=pytest.mark.slow) for case in cases]
 
 
 # ---------------------------------------------------------------- references

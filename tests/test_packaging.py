@@ -20,6 +20,7 @@ def run_in_root(code: str) -> str:
     return result.stdout.strip()
 
 
+@pytest.mark.slow
 def test_transformers_imports_from_the_root():
     # The folder kernels/ is then importable under the name of a distribution that transformers looks for.
     code = "import sys; from transformers import GPT2LMHeadModel; print(GPT2LMHeadModel.__name__, sys.path[0] == '')"

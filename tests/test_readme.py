@@ -25,6 +25,7 @@ def run(program: str, **environment: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_snippets_of_the_readme():
     """In the order in which they stand, with the embedded models in place of those that would be downloaded."""
     program = "\n".join(snippets("README.md"))
@@ -58,6 +59,7 @@ assert tokens.tolist() == logits.argmax(1).tolist()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("index", "check"), [(0, ATTENTION), (1, HEAD)], ids=["attention", "head"])
 def test_kernels_alone(index, check):
     """Against torch's own operations."""

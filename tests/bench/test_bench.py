@@ -62,6 +62,7 @@ def run(folder: Path, *arguments: str) -> int:
     return decode.main([*models, "--max-new-tokens", "12", "--threads", "1", *arguments])
 
 
+@pytest.mark.slow
 def test_results_of_a_run(folder, tmp_path, capsys):
     out = tmp_path / "results.json"
     assert run(folder, "--prompts", str(folder / "prompts.jsonl.gz"), "--out", str(out)) == 0
@@ -205,6 +206,7 @@ def test_entrance_on_the_embedded_models(capsys):
     assert entrance.main(["--prompts", "/none/such"]) == 2
 
 
+@pytest.mark.slow
 def test_batches(folder, tmp_path, capsys):
     out, prompts = tmp_path / "results.json", tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("abc", "x", "import os", "de", "fgh")))

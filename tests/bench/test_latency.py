@@ -167,6 +167,7 @@ def test_nothing_starts_after_the_budget(folder, tmp_path, capsys):
     assert "calls, staged, autoregressive, tree, chain, transformers, sampled, 8 tokens" in report["left_out"]
 
 
+@pytest.mark.slow
 def test_a_process_that_takes_too_long_is_noted(folder, tmp_path, monkeypatch):
     options = latency.parse(["--device", "cpu"])
     options.target, options.room = str(folder / "target"), 8
@@ -174,6 +175,7 @@ def test_a_process_that_takes_too_long_is_noted(folder, tmp_path, monkeypatch):
     assert "ended after 0" in latency.first_use_table([found])
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_says_why(folder, tmp_path):
     options = latency.parse(["--device", "cpu"])
     options.target, options.room = str(tmp_path / "nothing"), 8
@@ -181,6 +183,7 @@ def test_a_process_that_fails_says_why(folder, tmp_path):
         latency.measure_first_use(options, tmp_path, "autoregressive", "greedy", "cold", 300)
 
 
+@pytest.mark.slow
 def test_first_use_in_a_process_of_its_own(folder, tmp_path):
     options = latency.parse(["--device", "cpu", "--threads", "1", "--tree", "5,3,2,1,2,1,1", "--tokens", "3", "6"])
     options.target, options.draft, options.room = str(folder / "target"), str(folder / "draft"), 8

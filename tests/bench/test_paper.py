@@ -103,6 +103,7 @@ def test_paper_goes_on_after_an_interruption(options, tmp_path, monkeypatch, cap
     assert same == json.loads(first)["samplings"]
 
 
+@pytest.mark.slow
 def test_paper_measures_again_what_has_changed(options, tmp_path, folder):  # noqa: F811
     assert paper.main([*options, "--limit", "1"]) == 0
     assert len(lines(tmp_path)) == 14

@@ -120,6 +120,7 @@ def test_few_samples_are_not_judged():
 # ---------------------------------------------------------------- runs
 
 
+@pytest.mark.slow
 def test_a_short_run(folder, tmp_path, capsys, flat_memory):
     out, plot = tmp_path / "soak.json", tmp_path / "memory.svg"
     code = run(folder, "--minutes", "0.05", "--workers", "2", "--out", str(out), "--plot", str(plot))
@@ -131,6 +132,7 @@ def test_a_short_run(folder, tmp_path, capsys, flat_memory):
     assert "generations" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_memory_that_grows_fails_a_run(folder, tmp_path, capsys, monkeypatch):
     size = [100 * MIB]
 

@@ -58,6 +58,7 @@ def command(*arguments: str):
     return CliRunner().invoke(app, ["check", *arguments])
 
 
+@pytest.mark.slow
 def test_the_command_checks_everything_and_records_it(decoder, fixed_order, monkeypatch, tmp_path):
     monkeypatch.setattr("stagedspec.cli.check.load_decoder", lambda *_, **__: decoder)
     # Some of the samplings: the interpreter takes a minute for all of them.

@@ -368,6 +368,7 @@ def test_train_errors_are_one_line(tmp_path, arguments, part):
     assert_error(run("train", "--out", str(tmp_path / "run"), "--preset", "tiny", *arguments), part)
 
 
+@pytest.mark.slow
 def test_tune_tree(tmp_path, monkeypatch):
     """The embedded pair, briefly: the table, the JSON, and a file that can be used."""
     from stagedspec.planning.profile import Tuning

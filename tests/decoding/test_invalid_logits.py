@@ -1,6 +1,7 @@
 """Logits of which no token can be chosen end a generation with an error, in every mode and at every entrance."""
 
 import copy
+from functools import cache
 
 import pytest
 import torch
@@ -106,11 +107,17 @@ def broken(target):
     return made
 
 
+@pytest.fixture(scope="module")
+def decoder_of(target, broken, drafts, make_decoder):
+    """Decoders of the broken models and of the "sound" one, made when a test first asks: its weights are unchecked."""
+    return cache(lambda kind: make_decoder(target if kind == "sound" else broken[kind], drafts["good"]))
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", ["everywhere", "one token", "overflow"])
 @pytest.mark.parametrize("sampling", SAMPLINGS)
-def test_models_that_give_nan(broken, drafts, make_decoder, kind, sampling, mode):
-    decoder = make_decoder(broken[kind], drafts["good"])
+def test_models_that_give_nan(decoder_of, kind, sampling, mode):
+    decoder = decoder_of(kind)
     ids, mask = left_pad(random_prompts([5, 3]))
     with pytest.raises(RuntimeError, match="position 5 of row 0"):
         decoder.generate(ids, mask, 8, mode=mode, **SAMPLINGS[sampling])
@@ -129,9 +136,9 @@ def test_through_transformers(broken, place, sampling):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", BROKEN)
 @pytest.mark.parametrize("sampling", ["greedy", "top-k"])
-def test_processors(target, drafts, make_decoder, sampling, kind, mode):
+def test_processors(decoder_of, sampling, kind, mode):
     """What was chosen before is streamed first."""
-    decoder = make_decoder(target, drafts["good"])
+    decoder = decoder_of("sound")
     prompt = random_prompts([6])[0]
     options = {"mode": mode, "seed": 3, "eos_token_id": []} | SAMPLINGS[sampling]
     expected = decoder.generate(torch.tensor([prompt]), max_new_tokens=5, **options)[0, 6:].tolist()
@@ -148,8 +155,8 @@ def test_processors(target, drafts, make_decoder, sampling, kind, mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_one_row_of_a_batch(target, drafts, make_decoder, mode):
-    decoder = make_decoder(target, drafts["good"])
+def test_one_row_of_a_batch(decoder_of, mode):
+    decoder = decoder_of("sound")
     ids, mask = left_pad(random_prompts([4, 6, 2]))
     processors = LogitsProcessorList([From(9, torch.full((VOCAB,), -INF), row=2)])
     with pytest.raises(RuntimeError, match="position 5 of row 2"):
@@ -158,9 +165,9 @@ def test_one_row_of_a_batch(target, drafts, make_decoder, mode):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("how", ["eos", "length", "criterion"])
-def test_rows_that_end_before_are_not_looked_at(target, drafts, make_decoder, how, mode):
+def test_rows_that_end_before_are_not_looked_at(decoder_of, how, mode):
     """Nobody chooses of their logits any more, in transformers neither: whole batches end as they would."""
-    decoder = make_decoder(target, drafts["good"])
+    decoder = decoder_of("sound")
     ids, mask = left_pad(random_prompts([6, 6]))
     plain = decoder.generate(ids, mask, 8, eos_token_id=[])
     options = {"eos_token_id": [], "max_new_tokens": 8}

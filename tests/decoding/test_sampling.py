@@ -93,6 +93,7 @@ def test_the_g_test_sees_small_errors(conditionals, noise):
     assert g_test(counts, torch.tensor([0.5, 0.5], dtype=torch.float64)) == pytest.approx(0.05, abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain", "all"])
 def test_distribution_end_to_end(model, conditionals, name):
     """Whole generations in staged mode, batches of 16, a bad draft."""

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import POSITIONS, VOCAB, left_pad, make_draft, make_gpt2, random_prompts
+from helpers import POSITIONS, VOCAB, left_pad, make_draft, make_gpt2, random_prompts, slow_but
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stagedspec import Decoder, TreeConfig
@@ -110,31 +110,40 @@ def state():
     )
 
 
+@pytest.fixture(scope="module")
+def plain(models):
+    """A decoder that knows no other state than torch's own."""
+    return made(*models)
+
+
+@pytest.fixture(scope="module")
+def expected(models, plain):
+    """What it gives of CALLS."""
+    found = {call: tokens(plain, options) for call, options in CALLS.items()}
+    assert torch.equal(found["greedy"], models[0].generate(IDS, attention_mask=MASK, max_new_tokens=16))
+    return found
+
+
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("where", ["called", "made", "made-and-called"])
+@pytest.mark.parametrize("where", slow_but(["called", "made"], ["called", "made", "made-and-called"]))
 @pytest.mark.parametrize("name", STATES)
-def test_the_same_tokens(models, name, where):
+def test_the_same_tokens(models, expected, name, where):
     """Set while a decoder is made, while it is called, or both."""
-    plain = made(*models)
     inside, outside = STATES[name], contextlib.nullcontext
     with (outside if where == "called" else inside)():
         decoder = made(*models)
     for call, options in CALLS.items():
-        expected = tokens(plain, options)
         with (outside if where == "made" else inside)():
             before = state()
             found = tokens(decoder, options)
             assert state() == before
-        assert torch.equal(found, expected), call
-    if where == "called":
-        assert torch.equal(tokens(plain, {}), models[0].generate(IDS, attention_mask=MASK, max_new_tokens=16))
+        assert torch.equal(found, expected[call]), call
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", STATES)
-def test_custom_generate_and_streams(models, name):
+def test_custom_generate_and_streams(models, plain, name):
     target, draft = models
-    plain = made(*models)
     options = {"max_new_tokens": 16, "attention_mask": MASK, "do_sample": True, "seed": 3, "top_k": 20}
     expected, alone = plain.generate(IDS, **options), plain.generate(IDS[:1], max_new_tokens=16)
     with STATES[name]():
@@ -148,6 +157,7 @@ def test_custom_generate_and_streams(models, name):
     assert torch.equal(found, expected) and streamed == inner == alone[0, 6:].tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     "name", ["float64", "bfloat16", "device-meta", "autocast-bfloat16", "deterministic", "inference"]

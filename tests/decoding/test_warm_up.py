@@ -7,7 +7,7 @@ from contextvars import copy_context
 
 import pytest
 import torch
-from helpers import GPU, make_draft, make_gpt2
+from helpers import GPU, make_draft, make_gpt2, slow_but
 
 from stagedspec import Decoder, TreeConfig
 from stagedspec.kernels.common import compiling, registry
@@ -36,8 +36,8 @@ SAMPLINGS = {
 }
 
 
-@pytest.mark.parametrize("sampling", SAMPLINGS)
-@pytest.mark.parametrize("mode", ["autoregressive", "staged"])
+@pytest.mark.parametrize("sampling", slow_but(["greedy"], SAMPLINGS))
+@pytest.mark.parametrize("mode", slow_but(["autoregressive"], ["autoregressive", "staged"]))
 def test_everything_is_compiled_ahead(decoder, monkeypatch, mode, sampling):
     """Every kernel that a generation launches, with all that it is compiled for, was launched by the dry run before."""
     ahead, later, real = set(), set(), registry.launch_kernel
@@ -125,6 +125,7 @@ def test_chunks_are_the_cheapest():
 # ---------------------------------------------------------------- warm_up
 
 
+@pytest.mark.slow
 def test_warm_up_serves_the_first_generation(decoder):
     ids = torch.tensor([[5, 6, 7, 8]], device=PLACE)
     expected = decoder.generate(ids, max_new_tokens=6, mode="autoregressive")

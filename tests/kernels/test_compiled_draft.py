@@ -221,6 +221,7 @@ def in_a_process(before: str = "", load: str = "decoder = load()", **environment
     return run.stdout.split(), run.stderr
 
 
+@pytest.mark.slow
 def test_a_damaged_cache_is_left_alone(tmp_path):
     """Another one takes its place."""
     first, second = tmp_path / "first", tmp_path / "second"
@@ -234,6 +235,7 @@ def test_a_damaged_cache_is_left_alone(tmp_path):
     assert len(list(second.rglob("*.nbi"))) == len(indices)
 
 
+@pytest.mark.slow
 def test_a_full_disk(tmp_path):
     """Nothing can be kept anywhere: the draft runs as tensor operations."""
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))"
@@ -241,6 +243,7 @@ def test_a_full_disk(tmp_path):
     assert printed == ["True", "False"] and "cannot be compiled, so it is slower" in warned
 
 
+@pytest.mark.slow
 def test_an_interrupt_while_it_compiles(tmp_path):
     """It is acted on when that is done, and what was compiled works."""
     interrupted = """
@@ -267,6 +270,7 @@ decoder = load()
     assert printed == ["interrupted", "True", "True"]
 
 
+@pytest.mark.slow
 def test_without_numba():
     printed, warned = in_a_process(before="sys.modules['numba'] = None")
     assert printed == ["True", "False"] and "compiled" not in warned

@@ -143,6 +143,7 @@ for name in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_repositories_of_the_cache_get_the_words_of_folders(folder, tmp_path):
     def no_weights(path):
         (path / WEIGHTS).unlink()

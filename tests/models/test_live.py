@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from helpers import POSITIONS, VOCAB, byte_tokenizer, make_gpt2, random_prompts
+from helpers import POSITIONS, VOCAB, byte_tokenizer, make_gpt2, random_prompts, slow_but
 from tokenizers import pre_tokenizers
 
 import stagedspec
@@ -88,7 +88,7 @@ NOTICED = {
 }
 
 
-@pytest.mark.parametrize("way", NOTICED)
+@pytest.mark.parametrize("way", slow_but(["no-grad", "data", "data-of-a-norm", "replaced", "positions"], NOTICED))
 def test_a_call_decodes_the_weights_of_its_time(model, draft, way):
     before = model.generate(IDS, max_new_tokens=NEW, do_sample=False)
     calls = entrances(model, draft)
@@ -260,7 +260,11 @@ def resized(seed, size, **changes):
     return model.eval()
 
 
-@pytest.mark.parametrize("sizes", [(64, VOCAB), (128, VOCAB), (VOCAB, 64), (VOCAB + 1, VOCAB), (64, 62)], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    slow_but([(64, VOCAB)], [(64, VOCAB), (128, VOCAB), (VOCAB, 64), (VOCAB + 1, VOCAB), (64, 62)]),
+    ids=str,
+)
 @pytest.mark.parametrize("katz", [False, True], ids=["context", "katz"])
 def test_padded_vocabularies(sizes, katz, draft):
     """Either side may be padded, and tokens of the padding may even come up, which nobody proposes."""
@@ -387,6 +391,7 @@ def test_token_types_name_the_way_out(model, draft):
 # ---------------------------------------------------------------- through the kernels
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", [{}, {"do_sample": True, "top_k": 9, "seed": 1}], ids=["greedy", "top-k"])
 @pytest.mark.parametrize("case", ["padded-target", "padded-draft", "last-position", "changed"])
 def test_the_same_through_triton(device, case, sampling):

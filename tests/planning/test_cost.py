@@ -96,6 +96,7 @@ def test_finalists_are_the_best_of_their_sizes(mode):
         assert model.levels(mode, tree)[-1] == tree
 
 
+@pytest.mark.slow
 def test_the_finalist_that_decodes_fastest_is_kept(target, drafts, monkeypatch):
     """Though it was predicted to be the last of them."""
     decoder = Decoder.from_pretrained(target, drafts["good"], device="cpu", dtype="float32")

@@ -105,6 +105,7 @@ def test_micro_batches_add_up_to_the_batch(tmp_path, stream):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("distilled", [False, True], ids=["cross_entropy", "distillation"])
 def test_compiled_attention_is_causal_without_a_mask(stream, distilled):
     """What a GPU run compiles is one graph whose attention has no mask tensor, with the same loss."""
@@ -473,6 +474,7 @@ def test_a_second_run_does_nothing(trained, config):
     assert before == {path: path.stat().st_mtime_ns for path in trained[0].rglob("*.safetensors")}
 
 
+@pytest.mark.slow
 def test_a_run_killed_anywhere_ends_the_same(trained, config, tmp_path):
     for stop in (
         ("corpus", 0),

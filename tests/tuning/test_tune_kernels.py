@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers import slow_but
 from triton.runtime.errors import OutOfResources
 from typer.testing import CliRunner
 
@@ -152,7 +153,7 @@ def test_noise_does_not_displace_the_default():
     assert tune(problem, timed_by(clock)).settings == DEFAULT
 
 
-@pytest.mark.parametrize("op", tune_kernels.PROBLEMS)
+@pytest.mark.parametrize("op", slow_but(["linear", "verify_commit", "ngram_lookup", "compact"], tune_kernels.PROBLEMS))
 def test_every_operation(op, monkeypatch, device):
     """Runs, asks for its settings at every launch, and gives the same bits with some that would be tried."""
     monkeypatch.setattr(tune_kernels, "NODES", (1, 5))
