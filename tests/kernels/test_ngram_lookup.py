@@ -1,6 +1,7 @@
 """The n-gram look-up against the host's tables."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -108,6 +109,7 @@ def test_errors(device):
         ({"sequence": zeros(3, 9)}, r"sequence must have the shape \[2, any\]"),
         ({"sequence": zeros(9, 2).t()}, "sequence must be contiguous"),
         ({"lengths": zeros(3)}, "lengths must have the shape"),
+        ({"table": replace(table, slots=table.slots[:-1], rows=table.rows[:-1])}, "must be a power of two long"),
         ({"table": table}, r"out_tokens must have the shape \[2, 3, 4\], got \[2, 3, 1\]"),
         ({"out_logprobs": zeros(2, 3, 1)}, "out_logprobs must be torch.float32"),
     ):

@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -65,6 +66,20 @@ def test_expected_tokens_with_draft2_against_drawing():
             taken += 1
         total += 1 + taken
     assert kind.tokens == pytest.approx(total / 40000, rel=0.01)
+
+
+def test_guesses_that_are_always_right_are_not_evaluated_again():
+    """Each of two passes of width 1 takes its node and one guess below it: a chain of four."""
+    config = TreeConfig(nodes=9, depth=8, passes=2, width=1, children=8, prefetch=1, prefetch_width=1)
+    (kind,) = expected(config, ((1.0, (0.8,), 1.0),))
+    assert kind.tokens == pytest.approx(sum(0.8**depth for depth in range(5)))
+
+
+def test_guesses_below_more_nodes_of_a_pass():
+    config = TreeConfig(nodes=25, depth=8, passes=2, width=2, children=8, prefetch=2, prefetch_width=1)
+    profile = ((1.0, (0.5, 0.4), 0.6),)
+    one, two = (expected(replace(config, prefetch_width=width), profile)[0].tokens for width in (1, 2))
+    assert one < two - 0.01
 
 
 def test_trees_grow_with_acceptance_and_with_cheap_nodes():
