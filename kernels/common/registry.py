@@ -100,10 +100,9 @@ def pdl(arch: int) -> bool:
 FUSION = False
 
 
-@cache
 def launch_options(device: torch.device) -> dict[str, bool]:
     """Options of every launch: the kernel's PDL (`pdl`), and the compiler's and launcher's own, which the interpreter
-    lacks. Whoever adds to them makes another dict."""
+    lacks."""
     if interpreted():
         return {"PDL": False}
     early = pdl(architecture(device))

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import time
 from concurrent.futures import Future
 from contextvars import copy_context
 
@@ -226,9 +227,10 @@ def test_seconds_to_the_first_token(backend):
     decoder = Decoder.from_pretrained(target, device=PLACE, dtype="float32", backend=backend)
     ids = torch.tensor([[5, 6, 7]], device=PLACE)
     for _ in range(2):  # the second one uses the first one's memory
+        begin = time.perf_counter()
         decoder.generate(ids, max_new_tokens=3, mode="autoregressive", eos_token_id=[])
         stats = decoder.last_stats
-        assert 0 < stats.seconds_to_first_token < 1.1 * stats.total_seconds + 0.01
+        assert 0 < stats.seconds_to_first_token <= time.perf_counter() - begin
         assert stats.as_dict()["seconds_to_first_token"] == stats.seconds_to_first_token
     call = decoder._read(ids, None, 3, "autoregressive", 0, None, {})
     assert decoder._run(call.request).stats().seconds_to_first_token is None
