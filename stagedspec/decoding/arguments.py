@@ -179,8 +179,8 @@ def _check_callables(options: dict[str, Any]) -> None:
 
 
 _WARPING = ("temperature", "top_k", "top_p", "min_p")
-# A call that sets nothing else is read without transformers.
-_SIMPLE = {"max_new_tokens", "do_sample", *_WARPING, "eos_token_id", "pad_token_id"}
+# A call with a prompt that sets nothing else is read without transformers.
+_SIMPLE = {"max_new_tokens", "do_sample", *_WARPING, "eos_token_id", "pad_token_id", "bos_token_id"}
 
 
 def _is_number(value: object) -> bool:
@@ -287,7 +287,6 @@ def _own_settings(decoder: "Decoder") -> dict[str, Any]:
     return decoder.defaults | {
         "eos_token_id": list(decoder.eos_token_ids) or None,
         "pad_token_id": decoder.pad_token_id,
-        "bos_token_id": decoder.target.config.bos_token_id,
     }
 
 

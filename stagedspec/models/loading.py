@@ -156,30 +156,29 @@ def check_vocabularies(target: int, draft: int, tokenizer: PreTrainedTokenizerBa
 
 
 def padding(model: GPT2LMHeadModel) -> int | None:
-    """The model's own padding token, or None."""
-    pad = model.generation_config.pad_token_id
-    return model.config.pad_token_id if pad is None else pad
+    """The model's own padding token, or None. As to transformers, `model.config` does not matter."""
+    return model.generation_config.pad_token_id
 
 
 def end_of_sequence(model: GPT2LMHeadModel) -> list[int]:
     """The model's own end-of-sequence ids; ids outside its vocabulary can never come up and are dropped."""
-    eos = model.generation_config.eos_token_id
-    eos = model.config.eos_token_id if eos is None else eos
-    eos = plain(eos)
+    eos = plain(model.generation_config.eos_token_id)
     ids = [] if eos is None else eos if isinstance(eos, (list, tuple)) else [eos]
     numbers = [number for number in map(whole, ids) if number is not None]
     if len(numbers) < len(ids):
-        raise ValueError(f"the model's eos_token_id must be a token id or a list of them, got {eos!r}: mend its config")
+        raise ValueError(
+            f"the model's eos_token_id must be a token id or a list of them, got {eos!r}: mend its generation_config"
+        )
     return [token for token in numbers if 0 <= token < model.config.vocab_size]
 
 
 def generation_defaults(model: GPT2LMHeadModel) -> dict[str, Any]:
     """What the model's own generation config sets, by name.
 
-    Without special tokens, which `padding` and `end_of_sequence` read, and without what changes nothing.
+    Without what `padding` and `end_of_sequence` read, and without what changes nothing.
     """
     known = vars(GenerationConfig())
-    read = ("pad_token_id", "eos_token_id", "bos_token_id", "use_cache", "transformers_version")
+    read = ("pad_token_id", "eos_token_id", "use_cache", "transformers_version")
     own = vars(model.generation_config).items()
     return {
         name: copy.deepcopy(value)

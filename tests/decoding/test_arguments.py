@@ -125,6 +125,50 @@ def test_none_takes_away_what_the_models_own_settings_say(drafts, stop, settings
     assert torch.equal(decoder.generate(IDS, MASK, 12, min_length=1, **settings), expected)
 
 
+@pytest.mark.parametrize("own", [False, True], ids=["of-the-call", "of-the-model"])
+def test_token_0_ends_a_row(drafts, stop, own):
+    """As any other token does: here 0 and the token that ends the first row have changed places."""
+    model, swapped = make_gpt2(0), torch.arange(VOCAB)
+    swapped[[0, stop]] = swapped[[stop, 0]]
+    with torch.no_grad():
+        model.transformer.wte.weight.copy_(model.transformer.wte.weight[swapped])
+    ids, options = swapped[IDS], {"max_new_tokens": 12, "pad_token_id": 1}
+    if own:
+        model.generation_config.eos_token_id = 0
+    else:
+        options["eos_token_id"] = 0
+    expected = model.generate(ids, attention_mask=MASK, **options)
+    assert expected[0, -1] == 1 and 0 in expected[0]
+    decoder = Decoder.from_pretrained(model, draft=drafts["random"], device="cpu", tree=TREE)
+    assert torch.equal(decoder.generate(ids, MASK, **options), expected)
+    assert torch.equal(decoder.generate(ids, MASK, min_length=1, **options), expected)
+    generator = custom_generate(drafts["random"], tree=TREE)
+    assert torch.equal(model.generate(ids, attention_mask=MASK, custom_generate=generator, **options), expected)
+
+
+@pytest.mark.parametrize("name", ["eos_token_id", "pad_token_id"])
+def test_special_tokens_are_those_of_the_generation_config(stop, name):
+    """transformers does not look into the model's config for what it does not say."""
+    model = make_gpt2(0)
+    settings = {"eos_token_id": stop, "pad_token_id": 7}
+    setattr(model.config, name, settings.pop(name))
+    model.generation_config.update(**settings)
+    decoder = Decoder.from_pretrained(model, device="cpu")
+    expected = model.generate(IDS, attention_mask=MASK, max_new_tokens=12)
+    assert torch.equal(decoder.generate(IDS, MASK, 12, mode="autoregressive"), expected)
+
+
+@pytest.mark.parametrize("place", ["config", "generation_config"])
+def test_the_token_to_start_from_is_that_of_the_generation_config(place):
+    """The model's config does not matter here either."""
+    model = make_gpt2(0)
+    getattr(model, place).bos_token_id = 5
+    decoder = Decoder.from_pretrained(model, device="cpu")
+    expected = outcome(lambda: model.generate(max_new_tokens=8))
+    assert outcome(lambda: decoder.generate(max_new_tokens=8, mode="autoregressive")) == expected
+    assert (expected == "refused") == (place == "config")
+
+
 SAMPLED = {
     "temperature-0": ({"temperature": 0.0}, "refused"),
     "temperature-negative": ({"temperature": -0.5}, "refused"),
@@ -194,6 +238,13 @@ def test_plain_settings_need_no_transformers(decoder, monkeypatch):
     """Reading them costs some ten microseconds, through transformers a millisecond."""
     monkeypatch.setattr(arguments, "_weightless_model", lambda *_: pytest.fail("transformers was asked"))
     decoder.generate(IDS, MASK, 4, do_sample=True, temperature=0.5, top_k=3, eos_token_id=[5], streamer=None)
+
+
+def test_calls_at_the_same_time_have_models_of_their_own(decoder):
+    """The model without weights, whose `generate` reads the arguments, says where the call's prompt is."""
+    first, second = (arguments._weightless_model(decoder, ids) for ids in (IDS, IDS.to("meta")))
+    assert (first.device.type, second.device.type) == ("cpu", "meta")
+    assert first.generation_config is not second.generation_config
 
 
 # ---------------------------------------------------------------- sampling does not repeat itself
