@@ -3,6 +3,7 @@
 import copy
 import gc
 import json
+import queue
 import string
 import threading
 import time
@@ -37,6 +38,7 @@ import stagedspec.models.live_model
 from stagedspec import Decoder, Sampling, TreeConfig, hf
 from stagedspec.decoding import prepared, settings
 from stagedspec.hf import custom_generate
+from stagedspec.models.ngram_fit import fit_table
 
 TREE = TreeConfig()
 TOKENS = [*string.ascii_letters, "Ġ", "Ċ", *string.digits][:VOCAB]
@@ -163,6 +165,9 @@ CALLS = {
         "max_new_tokens": 25, "stopping_criteria": [StopsAt(EOS)], "logits_processor": [Notes()],
     },
     "criterion-length": lambda: {"max_new_tokens": 25, "stopping_criteria": [MaxLengthCriteria(14)]},
+    "criterion-lengths": lambda: {
+        "max_new_tokens": 25, "stopping_criteria": [MaxLengthCriteria(length) for length in (17, 14, 21)],
+    },
     "criterion-and-processor": lambda: {
         "max_new_tokens": 25, "eos_token_id": 8, "stopping_criteria": [StopsAt(EOS)], "repetition_penalty": 1.4,
     },
@@ -325,6 +330,15 @@ def test_a_streamer_bound_beforehand(target, draft, tokenizer, custom, place):
     assert bound.calls == theirs.calls
 
 
+def test_a_streamer_of_the_call_goes_before_a_bound_one(target, draft, custom, place):
+    ids = torch.tensor(random_prompts([5], seed=37))
+    theirs, given, bound = Records(), Records(), Records()
+    target.generate(ids, max_new_tokens=12, streamer=theirs)
+    generator = custom(draft, tree=TREE, streamer=bound)
+    place.generate(target, ids, max_new_tokens=12, streamer=given, custom_generate=generator)
+    assert given.calls == theirs.calls and bound.calls == []
+
+
 def test_text_streamers_reject_batches(ours, tokenizer):
     ids, mask = left_pad(random_prompts([5, 3], seed=37))
     with pytest.raises(ValueError, match="TextStreamer only supports batch size 1"):
@@ -413,6 +427,35 @@ def test_dictionaries(ours, target, options, theirs):
     for flag in ("output_scores", "output_logits"):
         options[flag] = False
     assert ours(ids, **options).scores is None
+
+
+def test_what_is_recorded_stays_as_it_was(ours):
+    """Logits are those before a processor that works in place; scores, what one returned that uses its tensor again."""
+    ids, held, said = torch.tensor(random_prompts([5], seed=41)), [], []
+
+    def doubled(ids, scores):
+        held[:] = held or [torch.empty_like(scores)]
+        held[0].copy_(scores.mul_(2))
+        said.append(held[0].cpu().clone())
+        return held[0]
+
+    options = {"max_new_tokens": 4, "return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+    out = ours(ids, logits_processor=[doubled], **options)
+    assert len(out.scores) == len(out.logits) == 4
+    for scores, logits, returned in zip(out.scores, out.logits, said, strict=False):
+        assert torch.equal(scores, returned) and torch.equal(2 * logits, returned)
+    plain = ours(ids, **options)
+    plain.scores[0].zero_()
+    assert plain.logits[0].any()
+
+
+def test_as_many_scores_as_tokens(ours):
+    """Also where a criterion ends the row within a step, whose tokens beyond it are dropped."""
+    ids, options = torch.tensor(random_prompts([5], seed=41)), {"max_new_tokens": 12}
+    for stop in ours(ids, **options)[0, 5:].unique().tolist():
+        more = {"stopping_criteria": [StopsAt([stop])], "return_dict_in_generate": True, "output_scores": True}
+        out = ours(ids, **options, **more)
+        assert len(out.scores) == out.sequences.shape[1] - 5
 
 
 def test_scores_are_warped_as_transformers_warps_them(ours, target, theirs):
@@ -508,6 +551,24 @@ def test_seeds(target, draft, decoder, custom, place):
     generator = custom(draft, tree=TREE)
     options = {"do_sample": True, "max_new_tokens": 30, "custom_generate": generator}
     assert place.generate(target, ids, **options).tolist() != place.generate(target, ids, **options).tolist()
+
+
+def test_arguments_of_one_call_go_first(target, draft, custom, place):
+    """Mode, tree and seed, also a seed of 0; the next call has the object's own again."""
+    ids = torch.tensor(random_prompts([5], seed=45))
+    small = TreeConfig(nodes=2, depth=1, passes=1, width=1, children=1, prefetch=0)
+    generator = custom(draft, tree=TREE, seed=7)
+
+    def sample(own, **call):
+        options = {"do_sample": True, "max_new_tokens": 20, "custom_generate": own}
+        return place.generate(target, ids, **options, **call).tolist()
+
+    first = sample(generator)
+    assert sample(generator, seed=0) == sample(custom(draft, tree=TREE, seed=0)) != first
+    assert sample(generator, mode="chain", tree=small) == first
+    assert (generator.last_stats.mode, generator.last_stats.tree["nodes"]) == ("chain", 2)
+    assert sample(generator) == first
+    assert (generator.last_stats.mode, generator.last_stats.tree["nodes"]) == ("staged", TREE.nodes)
 
 
 def test_seeds_of_a_decoder(decoder):
@@ -671,6 +732,62 @@ def test_the_models_dtype(target, draft, custom, place):
     assert torch.equal(found, model.generate(ids, max_new_tokens=20, custom_generate=custom(mode="autoregressive")))
 
 
+def test_a_model_whose_dtype_changes(custom, place):
+    """The decoder that was made for it before is made anew, not read again in the old dtype."""
+    model = make_gpt2(0).to(place.device)
+    ids = torch.tensor(random_prompts([5], seed=52), device=place.device)
+    options = {"max_new_tokens": 20, "custom_generate": custom(mode="autoregressive")}
+    model.generate(ids, **options)
+    model.to(torch.bfloat16)
+    assert hf.decoder_for(model, backend=place.backend).target.dtype == torch.bfloat16
+    fresh = make_gpt2(0).to(place.device, torch.bfloat16)
+    assert torch.equal(model.generate(ids, **options), fresh.generate(ids, **options))
+
+
+def test_each_backend_has_its_decoder(device):
+    model = make_gpt2(50, n_layer=1).to(device)
+    made = {name: hf.decoder_for(model, backend=name) for name in ("torch", "triton")}
+    assert all(decoder.backend == name for name, decoder in made.items())
+    assert all(hf.decoder_for(model, backend=name) is decoder for name, decoder in made.items())
+
+
+def test_a_decoder_is_where_its_model_is(monkeypatch):
+    """Not on the GPU that "auto" would take."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert hf.decoder_for(make_gpt2(50, n_layer=1), backend="torch").device == torch.device("cpu")
+
+
+def test_tables_of_a_draft(target, draft, tmp_path):
+    """With another table the same draft is another decoder's; a file is read once; what is no table is refused."""
+    table = fit_table([torch.randint(VOCAB, (300,))], VOCAB)
+    table.save(tmp_path / "table.safetensors")
+    plain, with_table = hf.decoder_for(target, draft), hf.decoder_for(target, draft, table)
+    assert plain.ngram is None and with_table.ngram is table
+    assert hf.decoder_for(target, draft) is plain and hf.decoder_for(target, draft, table) is with_table
+    read = hf.decoder_for(target, draft, tmp_path / "table.safetensors")
+    assert hf.decoder_for(target, draft, str(tmp_path / "table.safetensors")) is read
+    with pytest.raises(ValueError, match="ngram must be a path or a KatzTable, got int"):
+        hf.decoder_for(target, draft, 7)
+
+
+def test_the_table_of_the_object_is_used(made, custom, place):
+    """The decoder that a call makes is the one of its table."""
+    model, draft = make_gpt2(50).to(place.device), make_gpt2(51)
+    table = fit_table([torch.randint(VOCAB, (300,))], VOCAB)
+    ids = torch.tensor([[1, 2, 3]], device=place.device)
+    model.generate(ids, max_new_tokens=2, custom_generate=custom(draft, table, tree=TREE))
+    assert hf.decoder_for(model, draft, table, place.backend).ngram is not None and made == [model, draft]
+
+
+def test_settings_are_refused_before_weights_are_read(made, draft):
+    ids, generator = torch.tensor([[1, 2, 3]]), custom_generate(draft, tree=TREE)
+    with pytest.raises(ValueError, match=r"guidance_scale=1\.5 is not supported"):
+        make_gpt2(50).generate(ids, guidance_scale=1.5, custom_generate=generator)
+    assert made == []
+
+
 def test_models_that_would_be_decoded_wrongly(draft):
     ids = torch.tensor([[1, 2, 3]])
     call = {"max_new_tokens": 4, "custom_generate": custom_generate(draft, tree=TREE)}
@@ -757,6 +874,7 @@ BAD_OPTIONS = {
     "least-text": ({"min_length": "x"}, "min_length must be a whole number"),
     "penalty-text": ({"repetition_penalty": "1.2"}, "repetition_penalty must be a number or None, got '1.2'"),
     "begin-text": ({"bos_token_id": "x"}, "bos_token_id must be a whole number"),
+    "beams-true": ({"num_beams": True}, "num_beams=True is not supported"),
     "beams-text": ({"num_beams": "x"}, "num_beams must be a whole number"),
     "decay": ({"exponential_decay_length_penalty": 3}, r"must be a pair \(first position, factor\) or None, got 3"),
     "suppress": ({"begin_suppress_tokens": "x"}, "begin_suppress_tokens must be a list of token ids"),
@@ -833,6 +951,7 @@ def test_prompt_lookup_is_checked_with_a_draft_too(decoder, count):
         ({"logits_processor": lambda ids, scores: scores}, "put a single one into a list"),
         ({"stopping_criteria": [5]}, r"stopping_criteria must be a list of callables, got \[5\]"),
         ({"max_time": "x"}, "max_time must be a positive number of seconds, got 'x'"),
+        ({"max_time": 0}, "max_time must be a positive number of seconds, got 0"),
         ({"no_repeat_ngram_size": "x"}, "no_repeat_ngram_size must be a whole number or None, got 'x'"),
         ({"bad_words_ids": 5}, "bad_words_ids|transformers cannot read these arguments"),
         ({"stop_strings": 5}, "stop_strings must be text or a list of texts, none of them empty, got 5"),
@@ -857,10 +976,14 @@ def test_forced_tokens_beyond_the_vocabulary_are_refused(target, draft, name, to
         target.generate(ids, max_new_tokens=4, custom_generate=custom_generate(draft, tree=TREE), **{name: token})
 
 
-@pytest.mark.parametrize("name", ["forced_bos_token_id", "forced_eos_token_id"])
-def test_the_last_token_of_the_vocabulary_can_be_forced(target, draft, name):
+@pytest.mark.parametrize(
+    ("name", "token"),
+    [("forced_bos_token_id", VOCAB - 1), ("forced_eos_token_id", VOCAB - 1), ("forced_bos_token_id", -1)],
+)
+def test_the_last_token_of_the_vocabulary_can_be_forced(target, draft, name, token):
+    """Also counted from the end, where transformers allows that."""
     ids = torch.tensor([[1]])
-    options = {"max_new_tokens": 4, "do_sample": False, name: VOCAB - 1, "pad_token_id": 0}
+    options = {"max_new_tokens": 4, "do_sample": False, name: token, "pad_token_id": 0}
     found = target.generate(ids, custom_generate=custom_generate(draft, tree=TREE), **options)
     assert torch.equal(found, target.generate(ids, **options)) and VOCAB - 1 in found
 
@@ -941,6 +1064,8 @@ def test_a_mask_that_is_none_is_named_as_such(target, draft):
 def test_a_streamer_must_be_one(draft):
     with pytest.raises(ValueError, match=r"streamer must have put and end.*got int"):
         custom_generate(draft, streamer=5)
+    with pytest.raises(ValueError, match=r"streamer must have put and end.*got Queue"):  # it can only put
+        custom_generate(draft, streamer=queue.Queue())
 
 
 def test_custom_generate_is_called_first(target, draft):

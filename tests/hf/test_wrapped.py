@@ -169,6 +169,17 @@ def test_without_a_generate(target, drafts):
         custom_generate(drafts["good"])(target, IDS, LogitsProcessorList(), StoppingCriteriaList(), config)
 
 
+def test_a_generate_without_custom_generate_is_none(target, drafts):
+    """It has not called: what it was given is not for this object."""
+    custom, config = custom_generate(drafts["good"]), copy.deepcopy(target.generation_config)
+
+    def calls(ids, scores):
+        return custom(target, ids, LogitsProcessorList(), StoppingCriteriaList(), config)
+
+    with pytest.raises(ValueError, match="not by the generate of a transformers model"):
+        target.generate(IDS, max_new_tokens=2, logits_processor=[calls])
+
+
 def failing(ids, scores):
     raise RuntimeError("mine")
 
