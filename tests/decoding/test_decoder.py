@@ -6,6 +6,7 @@ import weakref
 from contextlib import contextmanager, nullcontext
 from itertools import cycle
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from transformers import GPT2LMHeadModel
 import stagedspec
 from stagedspec import Decoder, TreeConfig
 from stagedspec.decoding.request import validate
+from stagedspec.decoding.stats import Clock, Stats
 from stagedspec.devices import current_device, resolve_device
 from stagedspec.kernels.state.host import Growth
 from stagedspec.models.ngram_fit import fit_table
@@ -407,8 +409,54 @@ def test_statistics_add_up(decoders, place, mode, batch):
     assert read["new_tokens"] == stats.new_tokens and read["weight_bytes_per_token"] == stats.weight_bytes_per_token
 
 
-def test_weight_bytes_against_the_model(target, make_decoder):
+def test_figures_of_a_generation():
+    """Of four steps of three rows, by hand: a step reads 120 bytes of weights for 2.5 tokens of a row, where plain
+    decoding reads 100 for each; of five seconds after the prefill four are the models'."""
+    stats = Stats(
+        "staged", steps=4, row_steps=10, new_tokens=25, target_passes=4, draft_passes=8, target_bytes=100,
+        draft_bytes=10, seconds={"prefill": 1.0, "target": 3.0, "draft": 1.0, "grow": 0.5}, total_seconds=6.0,
+    )  # fmt: skip
+    assert stats.tokens_per_step == 2.5 and stats.tokens_per_second == pytest.approx(25 / 6)
+    assert stats.weight_bytes_per_token == pytest.approx(1.2 / 2.5)
+    assert stats.overhead == pytest.approx(1 / 5)
+
+
+def test_a_clock_adds_up(monkeypatch):
+    """All times of a phase, and only of those asked for."""
+    now, clock = [0.0], Clock(("draft",))
+    monkeypatch.setattr("stagedspec.decoding.stats.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    for phase, seconds in (("draft", 1.0), ("target", 3.0), ("draft", 4.0)):
+        with clock(phase):
+            now[0] += seconds
+    assert clock.seconds == {"draft": 1.0 + 4.0}
+
+
+def test_the_first_token_is_timed_from_the_beginning_of_the_call(decoders):
+    """Also what came before the generation, such as measuring."""
+    decoder = decoders["good", False]
+    call = decoder._read(torch.tensor([[5, 6, 7]]), None, 2, "autoregressive", 0, None, {})
+    run = decoder._run(call.request, began=call.began - 1000.0)
+    for _ in run.steps():
+        pass
+    assert run.stats().seconds_to_first_token > 1000.0 > run.stats().total_seconds
+
+
+def test_steps_in_vain_do_not_count(decoders):
+    """A host that learns late that all rows have stopped has launched a step more than was used."""
+    decoder = decoders["good", False]
+    call = decoder._read(torch.tensor([[5, 6, 7]]), None, 6, "staged", 0, TREES["default"], {})
+    run = decoder._run(call.request)
+    for _ in run.steps():
+        pass
+    stats = run.stats()
+    run.passes.append(3)
+    assert run.stats().draft_passes == stats.draft_passes == stats.steps * TREES["default"].passes
+
+
+@pytest.mark.parametrize("inner", [None, 37])
+def test_weight_bytes_against_the_model(inner, make_decoder):
     """What a pass multiplies by: every Linear of the blocks and the head."""
+    target = make_gpt2(0, n_inner=inner)
     weights = [p for name, p in target.transformer.h.named_parameters() if p.dim() == 2 and name.endswith("weight")]
     expected = 4 * (sum(p.numel() for p in weights) + target.lm_head.weight.numel())
     assert make_decoder(target).target.weight_bytes == expected
@@ -451,6 +499,17 @@ def test_sampling_with_trees_drafted_deeper_than_their_nodes_allow(target, make_
         )  # the shortest block there can be: every step at its end
         staged = decoder.generate(ids, tree=tree, **options)
     assert torch.equal(staged, decoder.generate(ids, mode="autoregressive", **options))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_trees_of_more_children_than_the_draft_has_tokens(device, backend):
+    """A draft proposes all of its tokens then; the kernels refuse to look for more."""
+    model = make_gpt2(52, n_positions=12, n_embd=16, n_head=1, n_layer=1)
+    tree = TreeConfig(nodes=4, depth=2, passes=1, width=1, children=VOCAB + 5, prefetch=0)
+    decoder = Decoder.from_pretrained(model, model, device=device, dtype="float32", backend=backend, tree=tree)
+    ids = torch.tensor([[1, 2, 3]], device=device)
+    expected = oracle_generate(model, ids.cpu(), None, 4)
+    assert torch.equal(decoder.generate(ids, max_new_tokens=4).cpu(), expected)
 
 
 # ---------------------------------------------------------------- GPUs

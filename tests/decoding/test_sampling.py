@@ -177,5 +177,6 @@ def test_warping_of_a_request():
     assert Sampling(temperature=0.5, top_k=3).warping is None  # greedy
     everything = Sampling(do_sample=True, temperature=2, top_k=0, top_p=1.0, min_p=0.0).warping
     assert everything == {"temperature": 2.0, "top_k": None, "top_p": 1.0, "min_p": 0.0}
+    assert Sampling(do_sample=True, top_p=0.0).warping["top_p"] > 0  # as the kernels want it
     off = Sampling(do_sample=True, temperature=None, top_k=None, top_p=1.5, min_p=None)
     assert off.warping == {"temperature": 1.0, "top_k": None, "top_p": 1.0, "min_p": None}

@@ -418,6 +418,12 @@ def test_what_is_kept_of_generations(pair, device, monkeypatch):
         models, ngram=object()
     )  # which plain decoding does not use, but a run of another table is another run
     assert kept()[:-1] == [plain, walked]
+    before = list(decoder.pool.kept)
+    stream = decoder.stream(ids, 9, mode="autoregressive", do_sample=True)
+    next(stream)
+    decoder.models = replace(models, draft=object())  # read again meanwhile: nothing can use the old draft's run
+    stream.close()
+    assert decoder.pool.kept == before
     decoder.models = models
 
     decoder.release()
