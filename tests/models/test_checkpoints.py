@@ -6,16 +6,18 @@ import shutil
 import subprocess
 import sys
 
+import huggingface_hub
 import pytest
 import torch
 from helpers import byte_tokenizer, make_gpt2
 from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
 from transformers import GPT2LMHeadModel
+from transformers.utils import logging
 
 from stagedspec import Decoder
 from stagedspec.models import checkpoints
-from stagedspec.models.loading import load_tokenizer, read_checkpoint
+from stagedspec.models.loading import load_tokenizer, no_bars, read_checkpoint
 
 WEIGHTS, INDEX = checkpoints.WEIGHTS, checkpoints.INDEX
 
@@ -99,6 +101,26 @@ def test_files_that_matter(folder, case):
         read_checkpoint(folder, "target")
 
 
+@pytest.mark.parametrize("ending", ["bin", "pt", "pth", "pkl"])
+def test_pickled_weights_are_told(folder, ending):
+    rename(folder, f"pytorch_model.{ending}")
+    with pytest.raises(ValueError, match="Pickled weights are never loaded: convert them"):
+        read_checkpoint(folder, "target")
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_progress_bars_are_as_before(folder, shown):
+    """transformers' own do not show while a folder is read; then whoever had switched them off has them off."""
+    before = logging.is_progress_bar_enabled()
+    try:
+        (logging.enable_progress_bar if shown else logging.disable_progress_bar)()
+        with no_bars():
+            assert not logging.is_progress_bar_enabled()
+        assert logging.is_progress_bar_enabled() == shown
+    finally:
+        (logging.enable_progress_bar if before else logging.disable_progress_bar)()
+
+
 # ---------------------------------------------------------------- tokenizers
 
 
@@ -179,3 +201,14 @@ def test_repositories_of_the_cache_get_the_words_of_folders(folder, tmp_path):
     assert "me/llama holds a 'llama' model; expected model_type 'gpt2'" in said["me/llama"]
     assert "ln_f.weight must be floating-point, it is I64" in said["me/whole-numbers"]
     assert "is not in the local cache, and the model hub cannot be reached" in said["me/absent"]
+
+
+@pytest.mark.parametrize("lacking", [(), (WEIGHTS,), (INDEX,), (WEIGHTS, INDEX)], ids=str)
+def test_repositories_known_to_lack_weights(monkeypatch, lacking):
+    """Only where the hub has said so of both files."""
+
+    def found(name, file):
+        return huggingface_hub._CACHED_NO_EXIST if file in lacking else None
+
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", found)
+    assert checkpoints.known_to_lack_weights("me/model") is (len(lacking) == 2)

@@ -139,6 +139,35 @@ def test_unused_cache_rows_do_not_matter(target):
     check_paths(target, prompts, trees, logits)
 
 
+def test_a_new_cache_holds_zeros(target):
+    """Whatever was in that memory: masked rows are multiplied by zero, and zero times NaN is NaN."""
+    torch.use_deterministic_algorithms(True)  # then torch fills memory that nobody has written to with NaN
+    try:
+        assert torch.empty(3).isnan().all()
+        rows = Cache(make(target), 2, 4, 15).rows
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert rows.eq(0).all()
+
+
+def test_changes_of_the_config_come_too_late():
+    """The config of the weights is a copy."""
+    model = make_gpt2(0)
+    weights = make(model)
+    before = weights.weight_bytes
+    model.config.n_layer, model.config.n_embd = 9, 9
+    assert weights.weight_bytes == before
+
+
+def test_the_widest_heads_of_a_backend(monkeypatch):
+    model = make_gpt2(0, n_layer=1)  # of heads 24 / 4 wide
+    monkeypatch.setattr(TorchBackend, "max_head_size", 6)
+    make(model)
+    monkeypatch.setattr(TorchBackend, "max_head_size", 5)
+    with pytest.raises(ValueError, match="can be at most 5 wide, the model's are 6"):
+        make(model)
+
+
 # ---------------------------------------------------------------- checkpoints
 
 

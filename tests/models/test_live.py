@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+import threading
 import weakref
 from functools import partial
 from pathlib import Path
@@ -17,11 +18,15 @@ import stagedspec
 from stagedspec import Decoder, TreeConfig, hf
 from stagedspec.decoding.decoder_cache import KEPT_DRAFTS
 from stagedspec.hf import custom_generate
+from stagedspec.kernels.backends.torch_backend import TorchBackend
+from stagedspec.models.live_model import LiveModel
+from stagedspec.models.loading import check_same_tokens, same_but_padding
 from stagedspec.models.ngram_fit import fit_table
 
 on_cpu = partial(Decoder.from_pretrained, device="cpu")
 IDS = torch.tensor(random_prompts([5], seed=4))
 NEW, TREE = 25, TreeConfig()
+LAYOUT = {"ops": TorchBackend(), "device": torch.device("cpu"), "dtype": torch.float32}
 
 
 @pytest.fixture
@@ -141,6 +146,61 @@ def test_a_model_that_can_no_longer_be_decoded(model, draft, way):
             call()
 
 
+PARTS = {
+    "column": lambda weight: weight.data[40:, :1].mul_(-5),  # neither in the first row nor on the diagonal
+    "diagonal": lambda weight: weight.data[5:9, 3:12].mul_(-5),
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_the_parts_of_a_matrix_that_are_compared(model, part):
+    """They show writes that leave the version as it is."""
+    decoder = on_cpu(model)
+    PARTS[part](model.transformer.wte.weight)
+    expected = model.generate(IDS, max_new_tokens=NEW, do_sample=False)
+    assert torch.equal(decoder.generate(IDS, max_new_tokens=NEW, mode="autoregressive"), expected)
+
+
+def test_a_change_of_any_single_weight_is_followed(model):
+    """Through its version, wherever it lies."""
+    decoder = on_cpu(model)
+    before = model.generate(IDS, max_new_tokens=NEW, do_sample=False)
+    with torch.no_grad():
+        model.transformer.h[1].mlp.c_proj.weight[2, 1] += 90
+    after = model.generate(IDS, max_new_tokens=NEW, do_sample=False)
+    assert not torch.equal(before, after)
+    assert torch.equal(decoder.generate(IDS, max_new_tokens=NEW, mode="autoregressive"), after)
+
+
+def test_a_change_is_read_once(model):
+    decoder = on_cpu(model)
+    model.load_state_dict(make_gpt2(77).state_dict())
+    decoder.follow()
+    read = decoder.target
+    decoder.follow()
+    assert decoder.target is read
+
+
+def test_two_decoders_of_a_model_read_a_change_once(model, monkeypatch):
+    """Calls of both, at the same time: the second one waits for the weights that the first one reads."""
+    live, readers = LiveModel(model, "target", **LAYOUT), []
+    second = threading.Thread(target=lambda: live.now())
+    real = stagedspec.models.live_model.GPT2
+
+    def slow(*given, **layout):
+        readers.append(threading.current_thread())
+        if len(readers) == 1:
+            second.start()
+            second.join(0.2)  # time enough to come here too, if it does not wait
+        return real(*given, **layout)
+
+    monkeypatch.setattr(stagedspec.models.live_model, "GPT2", slow)
+    model.load_state_dict(make_gpt2(77).state_dict())
+    live.now()
+    second.join()
+    assert len(readers) == 1
+
+
 def test_a_running_generation_keeps_its_weights(model, draft):
     decoder = on_cpu(model, draft)
     before = decoder.complete(IDS, NEW, tree=TREE).tokens
@@ -171,6 +231,17 @@ def test_a_model_that_is_gone(draft):
     with torch.no_grad():
         table.zero_()
     assert torch.equal(decoder.generate(IDS, max_new_tokens=NEW), before)
+
+
+def test_lists_of_the_models_own_settings_are_followed(model):
+    """Also where one is changed in place."""
+    model.generation_config.suppress_tokens = [1]
+    decoder = on_cpu(model)
+    first = decoder.generate(IDS, max_new_tokens=NEW, mode="autoregressive")
+    model.generation_config.suppress_tokens.append(int(first[0, 5]))
+    expected = model.generate(IDS, max_new_tokens=NEW, do_sample=False)
+    assert not torch.equal(first, expected)
+    assert torch.equal(decoder.generate(IDS, max_new_tokens=NEW, mode="autoregressive"), expected)
 
 
 def test_a_vocabulary_that_grows(model):
@@ -208,6 +279,25 @@ def test_few_decoders_are_kept_of_many_drafts(model):
     assert len(kept) == KEPT_DRAFTS
     assert len({id(decoder.target) for decoder in kept}) == 1  # whose weights they share
     assert hf.decoder_for(model, drafts[-1]) is kept[-1]
+
+
+def test_the_decoder_used_last_is_kept_longest(model):
+    drafts = [make_gpt2(60 + seed, n_layer=1) for seed in range(KEPT_DRAFTS + 1)]
+    decoders = [hf.decoder_for(model, draft) for draft in drafts[:KEPT_DRAFTS]]
+    assert hf.decoder_for(model, drafts[0]) is decoders[0]
+    hf.decoder_for(model, drafts[-1])  # takes the place of the second
+    assert hf.decoder_for(model, drafts[0]) is decoders[0]
+    assert hf.decoder_for(model, drafts[1]) is not decoders[1]
+
+
+def test_a_table_lives_as_long_as_its_decoder(model, draft):
+    """Even one that the decoder has resized for itself: another table in its place in memory is another table."""
+    table = fit_table([torch.randint(VOCAB - 1, (300,))], VOCAB - 1)
+    decoder, held = hf.decoder_for(model, draft, table), weakref.ref(table)
+    assert decoder.ngram is not table
+    del table
+    gc.collect()
+    assert held() is not None and hf.decoder_for(model, draft, held()) is decoder
 
 
 def test_no_weight_is_shared_with_the_model(model, draft):
@@ -286,6 +376,34 @@ def test_padded_vocabularies(sizes, katz, draft):
         sampling |= {"max_new_tokens": NEW, "do_sample": True, "seed": 3, "tree": TREE}
         plain = decoder.generate(ids, mode="autoregressive", **sampling)
         assert torch.equal(decoder.generate(ids, **sampling), plain), sampling
+
+
+SIZES = {
+    (50257, 50304): True, (50304, 50257): True,  # rounded up to a multiple of 64 and of 128
+    (61, 61): True, (61, 64): True, (61, 128): True, (61, 127): False, (61, 256): False,
+    (160, 170): True, (170, 160): True, (160, 171): False,  # a sixteenth more, and one more than that
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_sizes_that_differ_by_padding(sizes):
+    assert same_but_padding(*sizes, None) is SIZES[sizes]
+
+
+def test_ids_of_a_tokenizer_lie_below_both_sizes():
+    tokens = sorted(pre_tokenizers.ByteLevel.alphabet())[:VOCAB]
+    assert same_but_padding(VOCAB, 700, byte_tokenizer(tokens))
+    assert not same_but_padding(VOCAB - 1, 700, byte_tokenizer(tokens))
+
+
+def test_tokens_beyond_the_smaller_vocabulary_may_differ():
+    tokens = sorted(pre_tokenizers.ByteLevel.alphabet())[:VOCAB]
+    target, draft = byte_tokenizer(tokens), byte_tokenizer([*tokens[:-1], "added"])
+    check_same_tokens(target, draft, VOCAB - 1)
+    with pytest.raises(
+        ValueError, match=f"token {VOCAB - 1} is {tokens[-1]!r} for the target, .* draft has it as None"
+    ):
+        check_same_tokens(target, draft, VOCAB)
 
 
 def test_the_draft_of_a_padded_target_is_as_good(draft):
