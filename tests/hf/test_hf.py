@@ -198,6 +198,14 @@ def test_same_greedy_tokens_and_stream(ours, target, name, theirs):
     assert streamer.calls == wanted.calls
 
 
+def test_a_length_that_the_prompt_has_passed(ours, theirs):
+    """One token still comes."""
+    ids = torch.tensor(random_prompts([5], seed=31))
+    expected = theirs(ids, max_new_tokens=9, stopping_criteria=[MaxLengthCriteria(3)])
+    assert expected.shape[1] == 6
+    assert torch.equal(ours(ids, max_new_tokens=9, stopping_criteria=[MaxLengthCriteria(3)]), expected)
+
+
 @pytest.mark.parametrize("name", ["repetition", "many-processors", "criterion", "eos"])
 @pytest.mark.parametrize("kind", ["target", "random", "adversarial"])
 def test_any_draft(target, drafts, kind, name, custom, place):
@@ -449,12 +457,13 @@ def test_what_is_recorded_stays_as_it_was(ours):
     assert plain.logits[0].any()
 
 
-def test_as_many_scores_as_tokens(ours):
-    """Also where a criterion ends the row within a step, whose tokens beyond it are dropped."""
+def test_rows_that_a_criterion_ends_within_a_step(ours, theirs):
+    """Tokens beyond it are dropped, and their scores."""
     ids, options = torch.tensor(random_prompts([5], seed=41)), {"max_new_tokens": 12}
-    for stop in ours(ids, **options)[0, 5:].unique().tolist():
-        more = {"stopping_criteria": [StopsAt([stop])], "return_dict_in_generate": True, "output_scores": True}
-        out = ours(ids, **options, **more)
+    for stop in theirs(ids, **options)[0, 5:].unique().tolist():
+        more = {"return_dict_in_generate": True, "output_scores": True}
+        out = ours(ids, stopping_criteria=[StopsAt([stop])], **options, **more)
+        assert torch.equal(out.sequences, theirs(ids, stopping_criteria=[StopsAt([stop])], **options))
         assert len(out.scores) == out.sequences.shape[1] - 5
 
 
@@ -593,7 +602,7 @@ def test_assistant_models(target, draft, custom, make_decoder, place):
     generator = custom(tree=TREE)
     found = place.generate(target, ids, max_new_tokens=20, assistant_model=draft, custom_generate=generator)
     assert torch.equal(found, expected) and generator.last_stats.draft_passes > 0
-    with pytest.raises(ValueError, match="share the vocabulary"):
+    with pytest.raises(ValueError, match=f"share the vocabulary: the target has {VOCAB} tokens, the draft 50"):
         plain.generate(ids, assistant_model=make_gpt2(0, vocab_size=50, n_layer=1))
     with pytest.raises(ValueError, match="assistant_model must be a hub id, a folder or a GPT2LMHeadModel, got int"):
         plain.generate(ids, assistant_model=7)
@@ -682,7 +691,7 @@ def _changes(model):
         model.transformer.h[1].mlp.c_proj.weight.data[:, 3].mul_(-20.0)
 
     def one_value_through_data():
-        model.transformer.h[0].mlp.c_fc.weight.data[1, 1] += 30.0
+        model.transformer.h[0].mlp.c_fc.weight.data[1, 2] += 90.0
         hf.forget(model)
 
     def replaced():
@@ -927,6 +936,14 @@ def test_what_transformers_drops_is_refused(target, draft, name):
     value = True if name == "synced_gpus" else ids
     with pytest.raises(ValueError, match=f"{name} is not supported"):
         target.generate(ids, max_new_tokens=4, custom_generate=custom_generate(draft, tree=TREE), **{name: value})
+
+
+def test_what_is_refused_may_be_switched_off(target, decoder, draft, custom, place):
+    """As a caller does that passes on all of its options."""
+    ids, options = torch.tensor([[1, 2, 3]]), {"max_new_tokens": 4, "synced_gpus": False, "negative_prompt_ids": None}
+    expected = target.generate(ids, **options)
+    assert torch.equal(decoder.generate(ids, **options), expected)
+    assert torch.equal(place.generate(target, ids, custom_generate=custom(draft, tree=TREE), **options), expected)
 
 
 def test_two_different_drafts_are_refused(target, draft):

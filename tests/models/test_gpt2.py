@@ -17,6 +17,7 @@ from transformers import GPT2LMHeadModel
 
 from stagedspec.kernels.backends.torch_backend import TorchBackend
 from stagedspec.kernels.state.host import Sequences, Trees, _Tree
+from stagedspec.models.checkpoints import find
 from stagedspec.models.gpt2 import GPT2, Cache, Reader, check_config, read_chunk
 from stagedspec.models.loading import read_checkpoint
 
@@ -186,6 +187,12 @@ def test_round_trip(tmp_path, tied):
         ours, theirs = read.state_dict(), model.state_dict()
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert read_checkpoint(model, "draft") is model
+
+
+def test_a_folder_below_home(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert read_checkpoint("~/model", "target").config.n_layer == 1
+    assert find("~/model", "target") == folder
 
 
 def edit_config(folder, **changes):

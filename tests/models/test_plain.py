@@ -103,6 +103,11 @@ def derive(path, **members):
     return at(path, lambda one: setattr(one, "__class__", type("Own", (type(one),), members)))
 
 
+def output_capturing_hook(module, inputs, output):
+    """Named like a hook of transformers' that changes nothing."""
+    return -output
+
+
 def own_attention(model, layer=None):
     AttentionInterface.register("of-a-test", lambda *args, **kwargs: None)
     config = model.config
@@ -121,6 +126,10 @@ REFUSED = {
     "hook": (at("lm_head", lambda one: one.register_forward_hook(lambda *_: None)), "forward hook .*'lm_head'.*remove"),
     "hook-on-all": (lambda m: m.register_forward_hook(lambda *_: None), "forward hook .*the model itself.*remove"),
     "pre-hook": (at(MLP, lambda one: one.register_forward_pre_hook(lambda *_: None)), f"forward hook .*'{MLP}'"),
+    "hook-of-a-harmless-name": (
+        at("lm_head", lambda one: one.register_forward_hook(output_capturing_hook)),
+        "forward hook .*output_capturing_hook",
+    ),
     "forward-of-a-subclass": (become("", Shifted), "forward of its own at the model itself"),
     "call-of-a-subclass": (become("", Called), "__call__ of its own"),
     "inputs-of-a-subclass": (become("", OtherInputs), "prepare_inputs_for_generation of its own"),
@@ -200,6 +209,10 @@ REFUSED = {
     "accelerate": (
         at(MLP, lambda one: setattr(one, "_hf_hook", object())),
         f"a hook of accelerate at '{MLP}'.*device_map=None.*remove_hook_from_module",
+    ),
+    "whole-numbers": (
+        put("lm_head.weight", lambda weight: nn.Parameter(weight.long(), requires_grad=False)),
+        "has a Parameter of int64 at 'lm_head.weight'.*without quantisation",
     ),
     "meta": (lambda m: m.to("meta"), "wte.weight' is on the meta device.*folder"),
     "offloaded": (at(MLP, lambda one: one.to("meta")), f"'{MLP}.c_fc.weight' is on the meta device"),
@@ -292,10 +305,13 @@ def test_a_class_that_was_changed_for_all(monkeypatch):
 )
 def test_global_hooks(register):
     model = make_gpt2(0)
+    decoder = on_cpu(model)
     handle = register(lambda *_: None)
     try:
         with pytest.raises(ValueError, match=r"global forward hook .*remove"):
             on_cpu(model)
+        with pytest.raises(ValueError, match=r"global forward hook .*remove"):  # that has come since
+            decoder.generate(IDS, max_new_tokens=2, mode="autoregressive")
     finally:
         handle.remove()
     check_plain(model, "target")
