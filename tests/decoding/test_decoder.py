@@ -505,11 +505,11 @@ def test_sampling_with_trees_drafted_deeper_than_their_nodes_allow(target, make_
 def test_trees_of_more_children_than_the_draft_has_tokens(device, backend):
     """A draft proposes all of its tokens then; the kernels refuse to look for more."""
     model = make_gpt2(52, n_positions=12, n_embd=16, n_head=1, n_layer=1)
-    tree = TreeConfig(nodes=4, depth=2, passes=1, width=1, children=VOCAB + 5, prefetch=0)
+    tree = TreeConfig(nodes=2, depth=1, passes=1, width=1, children=VOCAB + 5, prefetch=0)
     decoder = Decoder.from_pretrained(model, model, device=device, dtype="float32", backend=backend, tree=tree)
-    ids = torch.tensor([[1, 2, 3]], device=device)
-    expected = oracle_generate(model, ids.cpu(), None, 4)
-    assert torch.equal(decoder.generate(ids, max_new_tokens=4).cpu(), expected)
+    ids = torch.tensor([[1, 2]], device=device)
+    expected = oracle_generate(model, ids.cpu(), None, 1)
+    assert torch.equal(decoder.generate(ids, max_new_tokens=1).cpu(), expected)
 
 
 # ---------------------------------------------------------------- GPUs
