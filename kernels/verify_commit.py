@@ -26,7 +26,7 @@ running is 1 while a row runs, 0 once it has stopped, -1 if it stopped because n
 Out, for D = the deepest path:
 
     accepted int32 [B]             tokens taken from nodes below the root, -1 for a row that had stopped
-    counts int32 [B, D + 1]        added to: row-steps, then how many of them accepted more than d tokens
+    counts int32 [B, D + 1]        added to: row-steps that accepted at least d tokens; d = 0 counts all
     target_moves int32 [2, B, D + 1]   tree rows and the positions they move to: the accepted path
     draft_moves int32 [2, B, D + 2]    the catch-up token, then the slots of the accepted path
                                        -1 in both where nothing moves, and everywhere for a row that has stopped

@@ -1,6 +1,6 @@
 """What a backend offers the decoder: operations of a model pass, state of a generation, and what it may leave out.
 
-The engine (`stagedspec.decoding`, `stagedspec.models.gpt2`) calls nothing else of a backend. Two classes satisfy
+The decoder (`stagedspec.decoding`, `models`, `planning`) calls nothing else of a backend. Two classes satisfy
 `Backend`: `TorchBackend` (torch_backend.py; state on the host, kernels/state/host.py) and `TritonBackend`
 (triton_backend.py; state on the device, kernels/state/device.py). `select.resolve` chooses one when a decoder is made.
 
@@ -26,7 +26,7 @@ A backend may leave out what belongs to a capability that it does not have. Each
     times_phases         of the phases of a step, the statistics have the time of prefill alone
 
 `compile_draft` may return None, for some models or for all. A backend whose `compile_draft` never returns anything else
-leaves out `DraftCompiler`.
+leaves out `DraftCompiler`. `repeated` may return the function itself: who calls it looks for the members of `Captured`.
 """
 
 from collections import Counter
@@ -278,7 +278,7 @@ class CompiledDraft(Protocol):
 
 
 class Captured(Protocol):
-    """A function that is replayed as a CUDA graph after its first call. Arguments and results must be the same tensors
+    """A function whose calls replay a CUDA graph, made at the first one. Arguments and results must be the same tensors
     at every call."""
 
     @property

@@ -40,7 +40,11 @@ def resolve(
     if backend == "auto" and wanted:
         problem = problem or _untried(device, head_sizes, dtype)
         if problem:
-            warnings.warn(f"backend 'auto' is torch on {device}, which is slower: {problem}", stacklevel=3)
+            warnings.warn(
+                f"backend 'auto' is torch on {device}, which is slower, and where tokens nearly tie one mode may choose "
+                f"another than the next: {problem}",
+                stacklevel=3,
+            )
     if wanted and not problem:
         import triton
 

@@ -16,8 +16,8 @@ epilogue. This needs control of what is in flight and when, so it is written in 
 - Passes over many tokens, such as chunks of a prompt, wait for L2 instead, which every program asks for both operands.
   There a program takes up to 128 tokens and two groups of 64 weight rows, each for four warps, and the weights' blocks
   take turns in a ring too (`settings`).
-- The next kernel may start at once, not only after this one's wait: it waits by itself before reading, and it cannot
-  end before the previous kernel has. So several kernels ahead are already fetching while one computes.
+- The next kernel may start before this one has waited: it waits before it reads, and no kernel ends before the one
+  ahead of it has. So several kernels behind are already fetching while one computes.
 
 Sums run over columns in their order, 16 at a time, in the same instructions for any number of tokens; a row is summed
 in a layout that is the same for any number of tokens. The bits are those of this kernel, not of kernel.py's.

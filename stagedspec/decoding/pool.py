@@ -18,7 +18,7 @@ class GenerationPool:
     """Generations of one decoder that have ended and can be used again, with a backend that `keeps_generations`."""
 
     def __init__(self) -> None:
-        self.kept: list[Generation] = []  # the last one used last
+        self.kept: list[Generation] = []  # the most recently used at the end
 
     def take(
         self, models: Models, request: Request, callbacks: Callbacks | None, mark: Mark | None, began: float | None

@@ -2,8 +2,8 @@
 
 The controller sees what every step proposed, what was accepted and how long it took, and estimates for each level the
 tokens and the seconds of a step. A batch is done when its last row is, so a step's gain is how much it shortens the
-longest remaining row. Where drafting does not pay it stops: the target then decodes plainly, and now
-and then the draft reads what was written without it, all in one pass, which shows how much of it it would have guessed.
+longest remaining row. Where drafting does not pay it stops: the target then decodes plainly, and now and then the draft
+reads what was written without it, all in one pass, which shows what share of that text it would have guessed.
 
 Estimates can be wrong, so there is an account beside them: drafting may fall behind plain decoding by no more than a
 few steps, a small share of the plain steps made since, and a part of what it has won before. The next generation starts

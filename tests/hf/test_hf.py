@@ -1,4 +1,4 @@
-"""At home beside transformers: the same calls with and without stagedspec, through both entrances."""
+"""At home beside transformers: the same calls with and without stagedspec, through both entry points."""
 
 import copy
 import gc
@@ -1096,7 +1096,7 @@ def test_custom_generate_is_called_first(target, draft):
 @pytest.mark.parametrize("called", [True, False])
 @pytest.mark.parametrize("name", ["eos_token_id", "repetition_penalty"])
 def test_a_decoder_follows_the_generation_config_of_its_model(draft, name, called):
-    """At both entrances, and not only the weights; whether it has been called before or not."""
+    """At both entry points, and not only the weights; whether it has been called before or not."""
     model = make_gpt2(3)
     decoder = Decoder.from_pretrained(model, draft=draft, tree=TREE, device="cpu", backend="torch")
     ids = torch.tensor([[1, 2, 3]])

@@ -1,4 +1,4 @@
-"""A model object is a plain GPT-2, and decoded as transformers decodes it, or refused by name, at both entrances."""
+"""A model object is a plain GPT-2, and decoded as transformers decodes it, or refused by name, at both entry points."""
 
 import copy
 import functools
