@@ -41,8 +41,8 @@ def resolve(
         problem = problem or _untried(device, head_sizes, dtype)
         if problem:
             warnings.warn(
-                f"backend 'auto' is torch on {device}, which is slower, and where tokens nearly tie one mode may choose "
-                f"another than the next: {problem}",
+                f"backend 'auto' is torch on {device}, which is slower, and where tokens nearly tie modes may "
+                f"differ: {problem}",
                 stacklevel=3,
             )
     if wanted and not problem:

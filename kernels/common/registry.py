@@ -40,7 +40,7 @@ def register(schema: str, launch: Callable, fake: Callable | None = None) -> Cal
     """Registers `launch` as the operation `schema`, on CUDA and (for the interpreter) on the CPU; returns it.
 
     schema: "name(Tensor x, ..., Tensor(a!) out) -> ()". It is flat. A parameter of `launch` that is annotated with a
-    NamedTuple takes as many of the flat arguments as the NamedTuple has fields; a call of the operation gives `*record`.
+    NamedTuple takes as many of the flat arguments as it has fields; a call of the operation gives `*record`.
     fake: checks for tensors without data; by default nothing.
     """
     name = schema.split("(")[0]
