@@ -122,6 +122,13 @@ def test_mean_far_from_zero(device):
     torch.testing.assert_close(problem.normed(), problem.plain(torch.float64).float(), rtol=2e-3, atol=2e-3)
 
 
+def test_mean_far_from_zero_in_half_precision(device, error_ratio):
+    """What is taken off for the mean is that of the rounded weight: its rounding is not multiplied by the mean."""
+    problem = Problem(device, torch.float16, 3, 40, 128)
+    problem.x += 100.0
+    assert error_ratio(problem.normed(), problem.plain(), problem.plain(torch.float64)) <= 2
+
+
 @pytest.mark.parametrize("shape", [(40, 192), (40, 640), (40, 1280), (40, 1600), (72, 2600)], ids=str)
 def test_a_row_has_the_same_bits_in_any_batch(device, dtype, shape, fixed_order):
     problem = Problem(device, dtype, 150, *shape)
@@ -210,6 +217,10 @@ def test_errors(device):
     for message, changes in wrong.items():
         with pytest.raises(ValueError, match=message):
             run(**changes)
+    with pytest.raises(ValueError, match=r"linear_add: bias must have the shape \[40\], got \[39\]"):
+        linear_add(x, problem.weight, problem.bias[1:], problem.residual, out, None, problem.scratch)
+    with pytest.raises(ValueError, match=r"linear_add: bias must be torch.float32, got torch.float64"):
+        linear_add(x, problem.weight, problem.bias.double(), problem.residual, out, None, problem.scratch)
     big = Problem(device, torch.float32, 3, 40, 640)
     small = Scratch.of([(1, 1)], device)
     with pytest.raises(ValueError, match=r"scratch must hold .* see scratch_size"):
@@ -223,6 +234,7 @@ def test_hopper_has_room():
     for inputs in range(8, hopper.HOPPER_SPLIT * op.MOST_SPLITS + 1, 8):
         splits, part = hopper.splits_of(inputs)
         assert splits <= triton.cdiv(inputs, hopper.HOPPER_SPLIT) <= op.MOST_SPLITS
+        assert (splits == 1) == (inputs <= hopper.WHOLE)
         for count in (1, 9, 20, 200):
             chosen = hopper.settings(min(64, hopper.padded(count)), inputs)
             length, slots = chosen["SPLIT_K"], chosen["SLOTS"]
@@ -233,9 +245,10 @@ def test_hopper_has_room():
             assert elements * 2 + (blocks + slots) * 8 <= SHARED
 
 
+@pytest.mark.parametrize("outputs", [200, 64 * op.WIDE])  # kernel.py splits the columns of the first alone
 @pytest.mark.parametrize("inputs", [640, 2600, 5120])
-def test_hopper_s_parts_have_room_with_any_settings(inputs):
-    outputs, (splits, _) = 200, hopper.splits_of(inputs)
+def test_hopper_s_parts_have_room_with_any_settings(inputs, outputs):
+    splits, _ = hopper.splits_of(inputs)
     for count in range(1, op.MAX_TOKENS + 1):
         partials, counters = scratch_size(count, outputs, inputs)
         shape = hopper.padded(count), outputs, inputs

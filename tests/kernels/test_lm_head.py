@@ -122,6 +122,17 @@ def test_of_equal_logits_the_lowest_id_wins(shape, period, device, dtype):
         assert torch.equal(out.long(), logits[:, :period].argmax(-1)), options
 
 
+def test_nothing_beyond_the_vocabulary_is_chosen(device, dtype):
+    """The last token's logit is far the largest, and its noise rules it out; the places after it have no noise."""
+    case = Case(device, dtype, 2, 61, 24)
+    case.weight.zero_()
+    case.head[-1] = 10 * case.bias
+    case.noise[:, -1] = -1e4
+    out, logits = case.choose(noise=case.noise)
+    assert (logits.argmax(-1) == 60).all()
+    assert torch.equal(out.long(), (logits + case.noise).argmax(-1))
+
+
 @pytest.mark.parametrize("shape", [(6, 257, 40), *LARGE], ids=str)
 @pytest.mark.parametrize("name", ["plain", "top_k", "top_p"])
 def test_choice_by_counters(name, shape, device, dtype):
@@ -245,7 +256,8 @@ def test_hopper_has_room():
             for noisy in (False, True):
                 chosen = hopper.settings(count, width, noisy)
                 tokens, slots = chosen["TOKENS"], chosen["SLOTS"]
-                assert tokens >= min(count, hopper.TOKENS) and slots >= hopper.RING
+                assert tokens >= max(8, min(count, hopper.TOKENS))  # the matrix instructions take 8 at least
+                assert slots >= hopper.RING
                 x = -(-width // hopper.BLOCK_K) if chosen["STAYS"] else slots
                 noise = hopper.ROWS * tokens * 2 if noisy else 0
                 taken = (slots * hopper.ROWS + x * tokens) * row + slots * 8 + noise
