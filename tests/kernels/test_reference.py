@@ -119,7 +119,7 @@ def warpings(draw, size):
     return {
         "temperature": draw(st.sampled_from([1.0, 0.3, 0.7, 1.7, 5.0])),
         "top_k": draw(st.one_of(st.none(), st.integers(1, size + 3))),
-        "top_p": draw(st.one_of(st.none(), st.sampled_from([1.0, 0.999, 0.9, 0.5, 0.1, 1e-6]))),
+        "top_p": draw(st.one_of(st.none(), st.sampled_from([1.0, 0.999, 0.9, 0.5, 0.1, 1e-6, 1e-9]))),
         "min_p": draw(st.one_of(st.none(), st.sampled_from([0.0, 1e-4, 0.05, 0.5, 1.0]))),
     }
 
@@ -174,6 +174,15 @@ def test_short_cut_over_a_large_vocabulary():
         assert len(expected.unique()) > 20
 
 
+@pytest.mark.parametrize("k", [1, 2, 7])
+def test_noise_does_not_lift_the_first_token_beyond_the_top_k(k):
+    """Exactly k logits are larger than that of the best sum."""
+    logits, values = torch.arange(9.0, 0, -1).view(1, 1, 9), torch.zeros(1, 1, 9)
+    values[..., k] = 50.0
+    warping = {"temperature": 1.0, "top_k": k, "top_p": None, "min_p": None}
+    assert ops.choose(logits, warping, ops.NoiseAt(values, torch.tensor([[0]]))).tolist() == [[0]]
+
+
 def test_greedy_takes_the_lowest_of_tied_ids():
     logits = torch.zeros(1, 2, 9)
     logits[0, 1, [4, 7]] = 1.0
@@ -222,6 +231,16 @@ def test_choose_children(top_k):
     torch.testing.assert_close(
         logprobs, (logits * GREEDY_SHARPNESS).log_softmax(-1).gather(-1, tokens), rtol=1e-4, atol=2e-4
     )
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_a_certain_child_is_less_likely_than_its_parent(sampled):
+    """A little less: the best nodes must form a tree."""
+    logits = torch.tensor([[[30.0, 0.0, 1.0]]])
+    noise = ops.NoiseAt(torch.zeros(1, 1, 3), torch.tensor([[0]])) if sampled else None
+    warping = Sampling(do_sample=True, top_k=None).warping if sampled else None
+    tokens, logprobs = ops.choose_children(logits, 2, warping, noise)
+    assert tokens.tolist() == [[[0, 2]]] and logprobs[0, 0, 0] == torch.tensor(-1e-4)
 
 
 def test_children_that_cannot_come_up():
