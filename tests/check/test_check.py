@@ -355,6 +355,8 @@ def test_a_damaged_record_is_ignored_with_a_warning(tmp_path, text):
         {"setup": {"gpu": "NVIDIA Some GPU"}},
         {"setup": vars(SETUP) | {"driver": 550}},
         {"checked": [64]},
+        {"checked": {}},
+        {"checked": {"64": []}},
         {"checked": {"64": "bfloat16"}},
         {"checked": {"64": [16]}},
     ],

@@ -512,11 +512,20 @@ def test_refusals(pair, device, prompts):
         tune(decoder, [[5, 6, 7]], 8)
 
 
+def test_scratch_only_grows(device):
+    """Else operations that need more of one part than of the other would take turns in making it anew."""
+    ops = backend.resolve("triton", device)
+    ops._need((40, 1), device)
+    held = ops._need((1, 30), device)
+    assert held.partials.numel() >= 40 and held.counters.numel() >= 30 and not held.counters.any()
+    assert ops._need((40, 30), device) is held
+
+
 def test_backend_resolution(device):
     import triton
 
     assert type(backend.resolve("torch", device)).__name__ == "TorchBackend"
-    assert type(backend.resolve("triton", device)).__name__ == "TritonBackend"
+    assert type(backend.resolve("triton", device, [64, 256])).__name__ == "TritonBackend"
     with pytest.raises(ValueError, match="backend must be one of auto, torch, triton, got 'cuda'"):
         backend.resolve("cuda", device)
     with pytest.raises(ValueError, match="heads can be at most 256 wide, the model's are 320; use 'auto' or 'torch'"):
@@ -588,7 +597,11 @@ def test_what_a_gpu_may_lack(gpu, monkeypatch, change, problem):
 
 @pytest.mark.parametrize(
     ("change", "problem"),
-    [({"capability": (8, 0)}, "it has .8, 0."), ({"head_sizes": [160, 64]}, "heads up to 128, not 160")],
+    [
+        ({"capability": (8, 0)}, "it has .8, 0."),
+        ({"capability": (10, 0)}, "it has .10, 0."),
+        ({"head_sizes": [160, 64]}, "heads up to 128, not 160"),
+    ],
 )
 def test_auto_leaves_alone_what_was_not_tried(gpu, change, problem):
     options = {key: value for key, value in change.items() if key == "head_sizes"}
@@ -604,6 +617,8 @@ def test_auto_does_not_interpret(gpu):
     triton.knobs.runtime.interpret = True
     with pytest.warns(UserWarning, match="TRITON_INTERPRET is set"):
         assert gpu.name() == "torch"
+    gpu.programs = set()  # nothing is built there
+    assert gpu.name("triton") == "triton"
 
 
 def test_heads_too_wide_are_refused_when_a_model_is_loaded(device):

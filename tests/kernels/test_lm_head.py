@@ -246,6 +246,10 @@ def test_errors(device):
         case.children(62)
     with pytest.raises(ValueError, match="noise must have the shape"):
         case.choose(noise=case.noise[:, :3].contiguous())
+    case = Case(device, torch.float32, 2, 1003, 24)
+    case.scratch = Scratch.of([lm_head.scratch_size(2, 1003, 24, through_memory=False)], device)
+    with pytest.raises(ValueError, match="scratch"):
+        case.choose(top_k=5)
 
 
 def test_hopper_has_room():

@@ -442,6 +442,7 @@ def test_opcheck(device):
         ({"masks": torch.zeros(2, 17, 1, dtype=torch.int32)}, r"masks must have the shape \[1, any, any\]"),
         ({"masks": torch.zeros(1, 17, 1)}, "masks must be torch.int32"),
         ({"masks": torch.zeros(1, 17, 0, dtype=torch.int32)}, "masks must have 1 words"),
+        ({"tree_rows": 40, "first_bit": 20}, "masks must have 2 words a node, got 1"),
         (
             {"masks": torch.zeros(1, 257, 9, dtype=torch.int32), "out": torch.zeros(257, 64)},
             "1 to 256 nodes, got masks",

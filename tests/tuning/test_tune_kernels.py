@@ -87,6 +87,7 @@ GOOD = {"format": configs.FORMAT, "device": GPU, "settings": {"op": {"8x4": {"ti
         (GOOD | {"settings": {"op": {"8x4": []}}}, "settings.op.8x4"),
         (GOOD | {"settings": {"op": {"8x4": {"tile": "32"}}}}, "settings.op.8x4.tile"),
         (GOOD | {"settings": {"op": {"8x4": {"tile": -1}}}}, "settings.op.8x4.tile"),
+        (GOOD | {"settings": {"op": {"8x4": {"tile": 65536}}}}, "settings.op.8x4.tile"),
         (GOOD | {"settings": {"op": {"8x4": {"tile": True}}}}, "settings.op.8x4.tile"),
         (GOOD | {"settings": {"op": {"8x4": {"tile": 32.0}}}}, "settings.op.8x4.tile"),
     ],
@@ -107,6 +108,9 @@ def test_trying_holds_inside_alone():
     with configs.trying("op", (8, 4), {"tile": 1}):
         assert asked() == {"tile": 1, "warps": 4}
         assert asked("other") == DEFAULT
+        with configs.trying("op", (8, 4), {"tile": 2}), configs.trying("other", (8, 4), {"tile": 3}):
+            assert (asked()["tile"], asked("other")["tile"]) == (2, 3)
+        assert asked() == {"tile": 1, "warps": 4} and asked("other") == DEFAULT
     assert asked() == DEFAULT
 
 
