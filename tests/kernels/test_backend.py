@@ -521,6 +521,30 @@ def test_scratch_only_grows(device):
     assert ops._need((40, 30), device) is held
 
 
+def test_a_buffer_is_shared_by_calls_of_one_kind(device):
+    ops = backend.resolve("triton", device)
+    held = ops._buffer("norm_linear", (4, 6), torch.float32, device).fill_(1.0)
+    assert ops._buffer("norm_linear", (2, 6), torch.float32, device).data_ptr() == held.data_ptr()
+    for op, rows, width, dtype in (
+        ("embed", 4, 6, torch.float32),
+        ("norm_linear", 5, 6, torch.float32),
+        ("norm_linear", 4, 7, torch.float32),
+        ("norm_linear", 4, 6, torch.float16),
+    ):
+        other = ops._buffer(op, (rows, width), dtype, device).zero_()
+        assert other.shape == (rows, width) and other.dtype == dtype
+    assert (held == 1.0).all()
+
+
+def test_trees_at_the_limits(device):
+    """The first pass has two rows beside the guesses, however narrow the others are."""
+    ops = backend.resolve("triton", device)
+    for depth, guesses, problem in ((30, 254, ""), (31, 254, "at most 30 deep, got depth 31"), (30, 255, "got 257")):
+        tree = TreeConfig(nodes=2, depth=depth, passes=1, width=1, children=1, prefetch=1, prefetch_width=guesses)
+        with pytest.raises(ValueError, match=problem) if problem else nullcontext():
+            ops.check_tree(tree)
+
+
 def test_backend_resolution(device):
     import triton
 

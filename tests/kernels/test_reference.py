@@ -329,6 +329,12 @@ def test_the_number_of_rows_is_found(monkeypatch):
         assert ops.pack_linear(torch.randn(7, 5 + index), None, invariant=True).rows == found
 
 
+def test_positions_past_the_table_use_its_last_row():
+    tokens, positions = torch.randn(7, 4), torch.randn(5, 4)
+    ours = ops.embed(tokens, positions, torch.tensor([[6, 0, 2]]), torch.tensor([[4, 5, 99]]))
+    assert torch.equal(ours, tokens[[6, 0, 2]] + positions[4])
+
+
 # ---------------------------------------------------------------- rows of the cache
 
 
