@@ -152,6 +152,31 @@ def test_the_fastest_that_is_right_wins():
     assert tune_kernels.table([found]) == {"op": {"8x4": {"tile": 32, "warps": 4}}}
 
 
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, torch.AcceleratorError])
+def test_an_error_of_the_gpu_is_not_the_candidate_s(kind):
+    problem, clock = problem_of({64: 10.0, 32: 8.0})
+
+    def run() -> torch.Tensor:
+        if asked()["tile"] == 32:
+            raise kind("of the GPU")
+        clock.append(10.0)
+        return torch.zeros(1)
+
+    with pytest.raises(kind, match="of the GPU"):
+        tune(replace(problem, launches=lambda: [Launch(run, lambda: [run()])]), timed_by(clock))
+    assert asked() == DEFAULT
+
+
+def test_progress_counts_the_candidates_of_all_problems(monkeypatch):
+    problem, clock = problem_of({64: 10.0, 32: 8.0, 9: 1.0})
+    monkeypatch.setitem(tune_kernels.PROBLEMS, "compact", lambda *_: iter([problem, replace(problem, op="other")]))
+    reports = []
+    shapes = [workloads.SIZES["S"]] * 2  # the same problems again: they are tuned once
+    found = tune_kernels.tune_all(["compact"], shapes, None, lambda *report: reports.append(report), timed_by(clock))
+    assert reports == [("op 8x4" if done <= 3 else "other 8x4", done, 6) for done in range(1, 7)]
+    assert [one.op for one in found] == ["op", "other"]
+
+
 def test_noise_does_not_displace_the_default():
     problem, clock = problem_of({64: 10.0, 32: 9.9})
     assert tune(problem, timed_by(clock)).settings == DEFAULT
