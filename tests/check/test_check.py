@@ -4,6 +4,7 @@ import json
 import re
 import warnings
 from contextvars import copy_context
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -22,6 +23,7 @@ from stagedspec.kernels import choose, compact, embed, grow_tree, linear, lm_hea
 from stagedspec.kernels import tree_attention as attention
 from stagedspec.kernels.backends import select as backend
 from stagedspec.kernels.backends.triton_backend import WINDOW
+from stagedspec.kernels.common import launch_configs as configs
 from stagedspec.kernels.common import registry, trusted
 from stagedspec.kernels.state import device
 from stagedspec.tuning import workloads
@@ -391,6 +393,16 @@ def test_the_setup_is_that_of_the_device(device, monkeypatch, tmp_path):
     assert trusted._driver() == "535.104.05"
     version.write_text("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.15  Release Build")
     assert trusted._driver() == "570.86.15"
+
+
+def test_tuned_settings_are_part_of_the_setup(device, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    setups = [trusted.Setup.of(device)]
+    for tile in (1, 2):
+        configs.write(configs.user_file(setups[0].gpu), setups[0].gpu, {"an operation": {"8x4": {"tile": tile}}})
+        setups.append(trusted.Setup.of(device))
+    assert len({setup.kernels for setup in setups}) == 3
+    assert len({replace(setup, kernels="") for setup in setups}) == 1
 
 
 @pytest.fixture

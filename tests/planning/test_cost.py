@@ -14,7 +14,7 @@ from stagedspec.planning.cost import CHILDREN, Model, PassTimes, candidates, exp
 from stagedspec.planning.profile import Tuning, cache_file, keep, pair_of, recall
 from stagedspec.planning.tree import TreeConfig
 from stagedspec.tuning.compare import Run
-from stagedspec.tuning.trees import FINALISTS, _fastest, fit_stretches, outcomes, tune
+from stagedspec.tuning.trees import FINALISTS, _fastest, _groups, _Side, fit_stretches, outcomes, tune
 
 
 class Times:
@@ -196,6 +196,47 @@ def test_a_perfect_draft_is_taken_at_its_first_word(target):
     decoder = Decoder.from_pretrained(target, target, device="cpu", dtype="float32")
     for sampled in (False, True):
         assert {rank for rank, _ in outcomes(decoder, [3, 1], 20, sampled, seed=4)} == {0}
+
+
+def test_draft2_guesses_from_what_has_been_written(target):
+    """By the latest earlier place of the last two tokens, in the prompt or after it."""
+    decoder = Decoder.from_pretrained(target, target, device="cpu", dtype="float32")
+    ids, new = [3, 1], 30
+    row = decoder.generate(torch.tensor([ids]), max_new_tokens=new, mode="autoregressive", eos_token_id=[])[0].tolist()
+    expected = []
+    for end in range(len(ids), len(row)):
+        after = [row[at + 2] for at in range(end - 2) if row[at : at + 2] == row[end - 2 : end]]
+        expected.append(after[-1:] == [row[end]])  # the draft's first child is what is written
+    assert [named for _, named in outcomes(decoder, ids, new, False)] == expected and any(expected)
+
+
+def test_a_prompt_that_just_leaves_room_is_measured(decoder):
+    class Measured(Exception):
+        pass
+
+    def stop(done, total):
+        raise Measured
+
+    room = decoder.target.positions - 8
+    with pytest.raises(Measured):
+        tune(decoder, [[1] * room], 8, progress=stop)
+    with pytest.raises(ValueError, match=f"at least one prompt of 1 to {room} tokens, got 1 of {room + 1}"):
+        tune(decoder, [[1] * (room + 1)], 8, progress=stop)
+
+
+def test_rates_are_without_prefill():
+    stats = SimpleNamespace(new_tokens=6, total_seconds=3.0, seconds={"prefill": 1.0, "verify": 2.0}, as_dict=dict)
+    decoder = SimpleNamespace(generate=lambda *group, **options: torch.arange(8).view(2, 4), last_stats=stats)
+    side = _Side(decoder, SimpleNamespace(sampled=False), "tree", 3)
+    group = torch.zeros(2, 1, dtype=torch.long), torch.ones(2, 1, dtype=torch.long)
+    assert side(group).tokens == [1, 2, 3, 5, 6, 7] and side.rate == 3.0
+    side(group)
+    assert (side.tokens, side.seconds, side.rate) == (12, 4.0, 3.0)
+
+
+def test_a_batch_is_filled_up_with_the_first_prompts():
+    (ids, mask), *rest = _groups([[1], [2, 3]], 3)
+    assert not rest and ids.tolist() == [[0, 1], [2, 3], [0, 1]] and mask.tolist() == [[0, 1], [1, 1], [0, 1]]
 
 
 def test_tuning(tuned, decoder):
