@@ -233,6 +233,16 @@ def test_no_step_after_the_last_changes_anything(table):
     assert [len(row.origins) for row in ours.rows] == [2, 2]
 
 
+def test_finished_with_the_last_row():
+    """A row that is stopped twice counts once."""
+    ours = device_state.Sequences([[1, 2], [3]], 5, [], DEVICE)
+    for index, finished in ((0, False), (0, False), (1, True)):
+        ours.stop(index, 2)
+        ours.publish()
+        assert [row.running for row in ours.rows] == [False, not finished]  # waits for the device
+        assert ours.finished == finished
+
+
 # ---------------------------------------------------------------- verification alone
 
 
@@ -286,6 +296,16 @@ def test_walks(kind, nodes):
         for row, snapshot in zip(host.rows, ours.rows, strict=True):
             assert (row.tokens, row.origins, row.running) == (snapshot.tokens, snapshot.origins, snapshot.running)
         assert ours.state.active.item() == sum(row.running for row in host.rows)
+
+
+def test_nodes_that_a_chain_lacks_are_never_accepted():
+    """Not where the token is chosen that fills them, 0."""
+    ours = device_state.Sequences([[5, 6, 7, 5, 6], [1]], 9, [], DEVICE)
+    trees = device_state.Trees.lookup(ours, 3)
+    assert trees.children == [{(0, 7): 1, (1, 5): 2, (2, 6): 3}, {}]
+    moves = trees.verify_commit(torch.zeros(2, 4, dtype=torch.int32, device=DEVICE))
+    assert moves.accepted.tolist() == [0, 0]
+    assert [row.tokens for row in ours.rows] == [[5, 6, 7, 5, 6, 0], [1, 0]]
 
 
 # ---------------------------------------------------------------- what a step may not do

@@ -432,6 +432,17 @@ def test_opcheck(device):
     torch.library.opcheck(op._op, (*values[:-1], WINDOW, scale, values[-1], scratch.partials))
 
 
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_scratch_has_room_for_every_split(itemsize):
+    batch, nodes, heads, kv_heads, tree_rows = 2, 17, 6, 3, 40
+    for size in (16, 33, 64, 80, 128, 256):
+        for positions in (1, 64, 65, 1000):
+            splits = -(-positions // op.tree_tiles(size, itemsize, op.WINDOW)["SPLIT"])
+            parts = batch * splits * nodes * heads  # of each the weighted values, a maximum and a sum
+            given = scratch_size(batch, nodes, heads, kv_heads, size, tree_rows + positions, tree_rows)
+            assert given[0] >= parts * (size + 2)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
