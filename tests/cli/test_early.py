@@ -1,7 +1,9 @@
 """Wrong options are refused before torch, transformers or a model is loaded."""
 
+import socket
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -140,6 +142,28 @@ def test_the_words_are_the_library_s():
     assert set(options.Mode.__members__) == set(MODES) and isinstance(app, typer.Typer)
 
 
+def test_parts_of_a_target_need_a_target():
+    for parts in (("draft", None), (None, Path("table.safetensors"))):
+        with pytest.raises(ValueError, match="belong to a target: add --target"):
+            early_checks.check_models(None, *parts, "cpu", "auto", "torch")
+
+
+@pytest.mark.parametrize("device", ["cpu:1", "cuda:", "gpu", "cuda:1x"])
+def test_devices_that_do_not_exist(device):
+    with pytest.raises(ValueError, match=f"--device must be .*, got '{device}'"):
+        early_checks.check_device(device)
+    early_checks.check_device("cpu:0")
+
+
+def test_what_is_no_file_is_not_opened(tmp_path):
+    """Opening a pipe consumes what it holds, or waits; a socket cannot be opened at all."""
+    path = tmp_path / "s"
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+        early_checks.check_output(path, "--out")
+        early_checks.check_input(path, "--prompts", "text")
+
+
 def test_outputs_that_can_be_written(tmp_path):
     (tmp_path / "old").write_text("old")
     for name in ("old", "new", "/dev/null"):
@@ -158,6 +182,12 @@ def test_generate_makes_as_many_tokens_as_there_is_room_for(models):  # noqa: F8
     assert_error(run("generate", prompt, "-n", "128", *models), "n_positions", "at most")
     assert_error(run("generate", prompt * 9, *models), "n_positions", "shorten the prompt")
     assert run_json("generate", "x", *models)["settings"]["max_new_tokens"] == 128
+
+
+def test_new_tokens_at_most_as_many_as_positions():
+    early_checks.check_new_tokens(None, 512)  # the embedded target's
+    with pytest.raises(ValueError, match=r"--max-new-tokens can be at most 512, .* got 513"):
+        early_checks.check_new_tokens(None, 513)
 
 
 class Row(dict):

@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
@@ -179,7 +180,43 @@ def test_too_few_tokens():
         sample_blocks(torch.zeros(16, dtype=torch.long), FitConfig(tokens=16, block=16), 0)
 
 
+def test_seeds_and_steps_do_not_share_batches(stream):
+    configs = [FitConfig(tokens=8000, batch=2, block=16, seed=seed) for seed in range(3)]
+    batches = {tuple(sample_blocks(stream, config, step).flatten().tolist()) for config in configs for step in range(3)}
+    assert len(batches) == 9
+
+
+def test_a_resumed_run_may_keep_its_checkpoints_at_other_times(tmp_path, stream):
+    config = FitConfig(tokens=64, batch=2, block=16)
+    trained = run_fit(tiny_model(), config, tmp_path, stream)
+    found = fit_module.load_weights(tiny_model(3), tmp_path, replace(config, checkpoint_seconds=7.0))
+    assert torch.equal(found.lm_head.weight, trained.lm_head.weight)
+    with pytest.raises(ValueError, match="was written with seed=0, not 1"):
+        fit_module.load_weights(tiny_model(3), tmp_path, replace(config, seed=1))
+
+
 # ---- sampling
+
+
+def test_a_quarter_of_the_prompts_starts_a_text():
+    corpus = torch.arange(1, 1001)
+    corpus[500] = 0  # the end of the only text
+    prompts = sample.prompt_rows(corpus, 8, 6, 0, seed=3)
+    length = prompts.shape[1]
+    assert (prompts[:2] == corpus[500 : 500 + length]).all()
+    assert not (prompts[2:, 0] == 0).any()
+    assert torch.equal(prompts[2:], sample.prompt_rows(corpus, 8, 6, None, seed=3)[2:])
+
+
+def test_shards_take_their_temperatures_in_turn(tmp_path, stream):
+    """And each has a seed of its own."""
+    shards = list(sample.sample_shards(tiny_model(spread=0.5), 480, [1.0, 0.5], tmp_path, stream, batch=8, length=20))
+    told = []
+    for path in sorted(tmp_path.iterdir()):
+        with safe_open(path, "pt") as file:
+            told.append(json.loads(file.metadata()["settings"]))
+    assert [settings["temperature"] for settings in told] == [1.0, 0.5, 1.0]
+    assert len({settings["seed"] for settings in told}) == 3 and not torch.equal(shards[0], shards[2])
 
 
 def test_shards_resume_and_depend_on_their_index_alone(tmp_path, stream):
@@ -589,6 +626,24 @@ def test_corpus_is_decided_by_content(source, tmp_path):
     assert corpus_module.read_documents([str(copy)]) == corpus_module.read_documents([str(source)])
     train, heldout = corpus_module.read_documents([str(source)])
     assert len(train) + len(heldout) == 60 and not set(train) & set(heldout)
+
+
+def test_folders_above_a_source_do_not_count(tmp_path):
+    folder = tmp_path / "tests" / "code"
+    folder.mkdir(parents=True)
+    for index in range(4):
+        (folder / f"{index}.py").write_text(f"number = {index}\n" * 30)
+    train, heldout = corpus_module.read_documents([str(folder)])
+    assert len(train) + len(heldout) == 4
+
+
+def test_bytes_of_the_held_out_part(tmp_path):
+    """Each document's UTF-8 bytes, and one for the token that ends it."""
+    for index in range(4):
+        (tmp_path / f"{index}.py").write_text(f"# Grüße {index}\n" * 30, encoding="utf-8")
+    corpus, tokenizer = corpus_module.build([str(tmp_path)], 300)
+    texts = tokenizer.decode(corpus.heldout).split(corpus_module.END_OF_TEXT)[:-1]
+    assert corpus.heldout_bytes == sum(len(text.encode()) + 1 for text in texts) > len("".join(texts)) + len(texts)
 
 
 def test_missing_sources_are_all_named(tmp_path):
