@@ -148,6 +148,13 @@ def test_parts_of_a_target_need_a_target():
             early_checks.check_models(None, *parts, "cpu", "auto", "torch")
 
 
+def test_only_modes_that_draft_need_a_draft():
+    options = {"draft": None, "ngram": None, "device": "cpu", "dtype": "auto", "backend": "torch"}
+    early_checks.check_models(str(embedded.TARGET), **options, modes=("autoregressive",))
+    with pytest.raises(ValueError, match=r"^chain, tree: a mode that drafts needs a draft model: add --draft$"):
+        early_checks.check_models(str(embedded.TARGET), **options, modes=("autoregressive", "chain", "tree"))
+
+
 @pytest.mark.parametrize("device", ["cpu:1", "cuda:", "gpu", "cuda:1x"])
 def test_devices_that_do_not_exist(device):
     with pytest.raises(ValueError, match=f"--device must be .*, got '{device}'"):

@@ -106,3 +106,8 @@ def test_save_writes_by_the_name_and_refuses_what_cannot_be(tmp_path):
     with pytest.raises(ValueError, match="is a folder"):
         origins.save(tmp_path, shown)
     assert Shown("", "", []).share("draft") == 0.0
+
+
+def test_tabs_end_at_every_fourth_column():
+    body = origins.svg([Shown("t", "ab\tc\td", [])])
+    assert ">ab  c   d</text>" in body

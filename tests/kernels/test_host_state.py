@@ -8,7 +8,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stagedspec.kernels.state.host import NEVER, TARGET, Growth, Row, Sequences, Trees, _Tree
+from stagedspec.kernels.state.host import (
+    CONTEXT_LOGPROB,
+    NEVER,
+    TARGET,
+    Growth,
+    Row,
+    Sequences,
+    Trees,
+    _Tree,
+    ngram_guesses,
+)
 from stagedspec.models.ngram_fit import fit_table
 from stagedspec.planning.tree import TreeConfig
 
@@ -203,6 +213,13 @@ def test_context_ngram_is_the_latest_occurrence(prompt, more):
             assert row.follower.get((a, b)) == expected
 
 
+def test_a_token_is_guessed_once():
+    table = SimpleNamespace(successors_of=lambda first, last: [(7, -1.0), (5, -2.0)])
+    assert ngram_guesses({(1, 2): 5}, table, 1, 2) == [(5, CONTEXT_LOGPROB), (7, -1.0)]
+    assert ngram_guesses({(1, 2): 5}, None, 1, 2) == [(5, CONTEXT_LOGPROB)]
+    assert ngram_guesses({}, table, 1, 2) == [(7, -1.0), (5, -2.0)]
+
+
 def test_successors_on_the_host_are_those_of_lookup():
     generator = torch.Generator().manual_seed(0)
     table = fit_table([torch.randint(11, (400,), generator=generator)], 11, successors=4, max_contexts=50)
@@ -269,6 +286,21 @@ def test_walk_against_recursion(rows, limit, eos):
             assert moves.draft_rows()[index] == catch_up + slots
         else:
             assert moves.rows[index].path == [] and moves.target_rows(0)[index] == moves.draft_rows()[index] == []
+
+
+def test_rows_that_have_stopped_count_for_nothing():
+    """Neither does their draft need to catch up, nor is a step counted in which no row runs."""
+    sequences = Sequences([[1, 2], [3, 4]], 9, [], CPU)
+    sequences.rows[1].caught_up = True
+    config = TreeConfig(nodes=2, depth=1, passes=1, width=1, children=1, prefetch=0)
+    starts = []
+    for stopped in ((), (0,), (0, 1)):
+        for index in stopped:
+            sequences.stop(index, 2)
+        starts.append(Growth(sequences, config, None, None, torch.float32).start)
+    assert starts == [0, 1, 0]
+    Trees.roots(sequences).verify_commit(torch.tensor([[5], [5]]))
+    assert sequences.steps == 0 and sequences.lengths == [2, 2]
 
 
 def test_target_pass_of_rows_with_fewer_nodes():
