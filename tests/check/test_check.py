@@ -17,7 +17,7 @@ from stagedspec import Decoder, TreeConfig, check
 from stagedspec.check import kernels as check_kernels
 from stagedspec.check import suite
 from stagedspec.check import trees as check_trees
-from stagedspec.check.logits import compare_logits
+from stagedspec.check.logits import compare_logits, logits_function
 from stagedspec.cli import app
 from stagedspec.kernels import choose, compact, embed, grow_tree, linear, lm_head
 from stagedspec.kernels import tree_attention as attention
@@ -472,6 +472,18 @@ def test_the_same_bits_however_many_tokens_a_pass_takes(model):
     found = compare_logits(ours, ours, random_prompts([9, 30]), tokens_per_pass=(1, 5), positions=16)
     assert found.identical and found.positions == 8 + 16 and str(found) == "the same bits at 24 positions"
     assert compare_logits(ours, ours, random_prompts([40]), (3, 64), 100).positions == 39
+
+
+@pytest.mark.parametrize("kind", ["decoder", "transformers"])
+def test_nothing_is_left_of_the_prompt_before(kind):
+    model = make_gpt2(1)
+    side = model if kind == "transformers" else Decoder.from_pretrained(model, device="cpu", dtype="float32")
+    first, second = random_prompts([9, 9])
+    used = logits_function(side)
+    used(first[:6], first[6:])
+    for prefix in (second, second[:-1]):  # as long as what was read, and shorter
+        torch.testing.assert_close(used(prefix, [3]), logits_function(side)(prefix, [3]))
+        used([], first)
 
 
 def test_logits_against_transformers(model):
