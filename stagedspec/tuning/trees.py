@@ -167,7 +167,7 @@ def tune(
 def _groups(prompts: Sequence[Sequence[int]], batch: int) -> list[Group]:
     """The prompts in batches. The last batch is filled up with the first prompts."""
     groups = []
-    for start in range(0, max(1, len(prompts) - batch + 1), batch):
+    for start in range(0, len(prompts), batch):
         rows = [prompts[(start + index) % len(prompts)] for index in range(batch)]
         width = max(map(len, rows))
         ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows])
