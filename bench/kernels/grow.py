@@ -9,6 +9,7 @@ from models import DEVICE, MODELS, Choice
 
 from stagedspec.kernels import reference
 from stagedspec.kernels.state import host as host_state
+from stagedspec.kernels.state import host_growth
 from stagedspec.tuning.workloads import Growing, katz_table
 
 
@@ -37,7 +38,7 @@ def on_host(growing: Growing) -> host_state.Trees:
         limits = [len(prompt) + reach for prompt in growing.prompts]
         noise = reference.Noise(seeds, streams, growing.table.vocab_size, reach, limits, cpu)
         noise.advance(sequences)
-    growth = host_state.Growth(sequences, config, growing.table.to(cpu), noise, torch.float32)
+    growth = host_growth.Growth(sequences, config, growing.table.to(cpu), noise, torch.float32)
     for number, (tokens, logprobs) in enumerate(growing.proposed):
         growth.prefetch(growth.select(number))
         growth.batch()

@@ -10,7 +10,7 @@ import torch
 from stagedspec.kernels import reference
 from stagedspec.kernels.common.inputs import DraftConfig, NgramTable, TreeSettings
 from stagedspec.kernels.common.timing import Overheads
-from stagedspec.kernels.state import host
+from stagedspec.kernels.state import host, host_growth
 
 if TYPE_CHECKING:  # it needs Numba
     from stagedspec.kernels.compiled_draft import CompiledDraft
@@ -85,8 +85,8 @@ class TorchBackend:
         table: NgramTable | None,
         noise: reference.Noise | None,
         dtype: torch.dtype,
-    ) -> host.Growth:
-        return host.Growth(sequences, config, table, noise, dtype)
+    ) -> host_growth.Growth:
+        return host_growth.Growth(sequences, config, table, noise, dtype)
 
     def unread_pass(self, sequences: host.Sequences, count: int, tree_rows: int, dtype: torch.dtype) -> host.Unread:
         return host.Unread.before_last(sequences, count, tree_rows, dtype)

@@ -1,6 +1,6 @@
 """Growing a step's trees on the device: best-first selection, draft²'s guesses, and the finished trees.
 
-`host.Growth` in two kernels. One CTA holds one sequence; nothing is read back and nothing is allocated.
+`host_growth.Growth` in two kernels. One CTA holds one sequence; nothing is read back and nothing is allocated.
 
     grow_pass     records what the draft proposed for the last pass, then chooses the slots of the next: the best
                   `width` candidates that no slot evaluates, and below them `prefetch` levels of draft²'s

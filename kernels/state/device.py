@@ -504,7 +504,7 @@ class Trees:
         sequences._chains.load(host.Trees.lookup(known, depth).trees)
         return sequences._chains
 
-    def load(self, trees: list[host._Tree]) -> None:
+    def load(self, trees: list[host.Tree]) -> None:
         """Copies trees from the host, one a row, of at most `nodes` nodes."""
         rows, words = len(trees), self.inputs.masks.shape[2]
         tree = np.zeros((5, rows, self.nodes), np.int32)
@@ -513,7 +513,7 @@ class Trees:
         masks[..., 0] = 1
         for row, one in enumerate(trees):
             count = len(one.nodes)
-            tree[:, row, :count] = one.fields
+            tree[:, row, :count] = one.device_fields
             masks[row, :count] = [
                 np.frombuffer(node.mask.to_bytes(4 * words, "little"), np.int32) for node in one.nodes
             ]

@@ -12,6 +12,7 @@ from stagedspec.check.kernels import CONTEXT, expect
 from stagedspec.kernels import reference
 from stagedspec.kernels.state import device as device_state
 from stagedspec.kernels.state import host as host_state
+from stagedspec.kernels.state import host_growth
 from stagedspec.kernels.tree_attention import mask_words
 from stagedspec.models.gpt2 import GPT2
 from stagedspec.models.ngram import KatzTable
@@ -54,7 +55,7 @@ class Drafting:
             seeds, streams = torch.tensor([seed] * len(prompts)), torch.zeros(len(prompts), dtype=torch.int32)
             host_noise = _HostNoise(seed, self.host, self.vocab)
             noise = SimpleNamespace(seeds=seeds.to(device), streams=streams.to(device))
-        self.host_growth = host_state.Growth(self.host, tree, table, host_noise, torch.float32)
+        self.host_growth = host_growth.Growth(self.host, tree, table, host_noise, torch.float32)
         self.growth = device_state.Growth(self.ours, tree, table, noise)
 
     def passes(self) -> Iterator[tuple[object, host_state.Batch]]:
@@ -100,7 +101,7 @@ def check_growth(model: GPT2, table: KatzTable, tree: TreeConfig, seed: int | No
     host, ours = drafting.host_growth.harvest(), drafting.growth.harvest()
     for row, one in enumerate(host.trees):
         count = len(one.nodes)
-        expect(ours.tree[:, row, :count].tolist() == one.fields, "the finished tree differs")
+        expect(ours.tree[:, row, :count].tolist() == one.device_fields, "the finished tree differs")
         expect(bool((ours.tree[1, row, count:] == -1).all()), "the finished tree has too many nodes")
     same = _same_inputs(ours.batch(), host.batch(torch.float32), host.nodes, drafting.host.lengths)
     expect(same, "the inputs of the target's pass differ")

@@ -28,7 +28,7 @@ from stagedspec import Decoder, TreeConfig
 from stagedspec.decoding.request import validate
 from stagedspec.decoding.stats import Clock, Stats
 from stagedspec.devices import current_device, resolve_device
-from stagedspec.kernels.state.host import Growth
+from stagedspec.kernels.state.host_growth import Growth
 from stagedspec.models.ngram_fit import fit_table
 
 TREES = {

@@ -15,6 +15,7 @@ from stagedspec.kernels import grow_tree
 from stagedspec.kernels.reference import gumbel_noise
 from stagedspec.kernels.state import device as device_state
 from stagedspec.kernels.state import host as host_state
+from stagedspec.kernels.state import host_growth
 from stagedspec.models.ngram_fit import fit_table
 from stagedspec.planning.tree import TreeConfig
 
@@ -65,7 +66,7 @@ def same_trees(ours: device_state.Trees, host: host_state.Trees) -> None:
     fields = ours.tree.cpu()
     for row, tree in enumerate(host.trees):
         count = len(tree.nodes)
-        assert fields[:, row, :count].tolist() == tree.fields
+        assert fields[:, row, :count].tolist() == tree.device_fields
         assert fields[1, row, count:].tolist() == [-1] * (ours.nodes - count)
 
 
@@ -108,7 +109,7 @@ def replay(prompts, new_tokens, eos, config: TreeConfig, table, seed: int | None
         if config.passes:
             for row in host.rows:
                 row.caught_up = False  # steps of one shape always read the catch-up token
-            expected = host_state.Growth(host, config, table, host_noise, torch.float32)
+            expected = host_growth.Growth(host, config, table, host_noise, torch.float32)
             growth.begin()
             for number in range(config.passes):
                 known = expected.select(number)
@@ -218,7 +219,7 @@ def test_nodes_exactly_as_likely_as_the_floor_are_left_out(table, seed):
         nodes=20, depth=4, passes=3, width=3, children=4, prefetch=1, prefetch_width=2, node_floor=floor
     )
     host, _ = replay([[1, 2, 1, 2, 1], [3]], 30, [], config, table, None, random.Random(seed), steps=2)
-    growth = host_state.Growth(host, TreeConfig(4, 1, 1, 1, 3, 0, node_floor=floor), None, None, torch.float32)
+    growth = host_growth.Growth(host, TreeConfig(4, 1, 1, 1, 3, 0, node_floor=floor), None, None, torch.float32)
     growth.prefetch(growth.select(0))
     batch = growth.batch()
     values = torch.tensor([-1.0, -1.5, -1.5625]).expand(*batch.tokens.shape, -1)
@@ -246,8 +247,8 @@ def test_finished_with_the_last_row():
 # ---------------------------------------------------------------- verification alone
 
 
-def random_tree(generator: random.Random, kind: str, nodes: int) -> host_state._Tree:
-    tree = host_state._Tree.root(generator.randrange(VOCAB))
+def random_tree(generator: random.Random, kind: str, nodes: int) -> host_state.Tree:
+    tree = host_state.Tree.root(generator.randrange(VOCAB))
     for node in range(1, nodes):
         parent = {"chain": node - 1, "star": 0, "random": generator.randrange(node)}[kind]
         used = {token for above, token in tree.children if above == parent}
@@ -256,13 +257,13 @@ def random_tree(generator: random.Random, kind: str, nodes: int) -> host_state._
     return tree
 
 
-def load(trees: device_state.Trees, host: list[host_state._Tree]) -> None:
+def load(trees: device_state.Trees, host: list[host_state.Tree]) -> None:
     """Puts host trees where `harvest` would; garbage first, so that nothing else is read."""
     trees.tree.fill_(10**6)
     trees.tree[1].fill_(-1)
     trees.inputs.masks.fill_(1)
     for row, tree in enumerate(host):
-        trees.tree[:, row, : len(tree.nodes)] = torch.tensor(tree.fields, dtype=torch.int32)
+        trees.tree[:, row, : len(tree.nodes)] = torch.tensor(tree.device_fields, dtype=torch.int32)
         for node, (*_, mask) in enumerate(tree.nodes):
             words = [mask >> 32 * word & 0xFFFFFFFF for word in range(trees.inputs.masks.shape[2])]
             words = [word - 2**32 if word >= 2**31 else word for word in words]
@@ -325,7 +326,7 @@ def test_any_of_many_ends(count, place):
     eos = list(range(20, 20 + count))
     eos[place] = 8
     ours = device_state.Sequences([[4, 6], [4, 6]], 9, eos, DEVICE)
-    trees, tree = device_state.Trees(ours, SimpleNamespace(nodes=4, depth=3), None), host_state._Tree.root(6, 1)
+    trees, tree = device_state.Trees(ours, SimpleNamespace(nodes=4, depth=3), None), host_state.Tree.root(6, 1)
     for node, token in enumerate((7, 8, 9)):
         tree.add(token, node, node, 1)
     trees.load([tree, tree])

@@ -12,13 +12,13 @@ from stagedspec.kernels.state.host import (
     CONTEXT_LOGPROB,
     NEVER,
     TARGET,
-    Growth,
     Row,
     Sequences,
+    Tree,
     Trees,
-    _Tree,
     ngram_guesses,
 )
+from stagedspec.kernels.state.host_growth import Growth
 from stagedspec.models.ngram_fit import fit_table
 from stagedspec.planning.tree import TreeConfig
 
@@ -242,7 +242,7 @@ def naive_walk(children, picks, node=0):
 def verifications(draw):
     nodes = draw(st.integers(1, 12))
     parents = [0] + [draw(st.integers(0, node - 1)) for node in range(1, nodes)]
-    tree, children = _Tree.root(0), {}
+    tree, children = Tree.root(0), {}
     for node in range(1, nodes):
         siblings = children.setdefault(parents[node], {})
         token = draw(st.sampled_from([t for t in range(13) if t not in siblings]))
@@ -305,7 +305,7 @@ def test_rows_that_have_stopped_count_for_nothing():
 
 def test_target_pass_of_rows_with_fewer_nodes():
     sequences = Sequences([[1, 2, 3], [4]], 9, [], CPU)
-    big, small = _Tree.root(3), _Tree.root(4)
+    big, small = Tree.root(3), Tree.root(4)
     a = big.add(5, 0, -1, 1)
     big.add(6, a, -1, 1)
     batch = Trees(sequences, [big, small], 4).batch(torch.float32)

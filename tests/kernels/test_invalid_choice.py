@@ -87,8 +87,8 @@ def given(case: Case) -> reference.NoiseAt:
     return reference.NoiseAt(case.noise[None], torch.arange(len(case.noise), device=case.device)[None])
 
 
-def chain(tokens: list[int]) -> host_state._Tree:
-    tree = host_state._Tree.root(tokens[0], 1)
+def chain(tokens: list[int]) -> host_state.Tree:
+    tree = host_state.Tree.root(tokens[0], 1)
     for node, token in enumerate(tokens[1:]):
         tree.add(token, node, node, 1)
     return tree

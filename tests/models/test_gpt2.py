@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2LMHeadModel
 
 from stagedspec.kernels.backends.torch_backend import TorchBackend
-from stagedspec.kernels.state.host import Sequences, Trees, _Tree
+from stagedspec.kernels.state.host import Sequences, Tree, Trees
 from stagedspec.models.checkpoints import find
 from stagedspec.models.gpt2 import GPT2, Cache, Reader, check_config, read_chunk
 from stagedspec.models.loading import read_checkpoint
@@ -28,9 +28,9 @@ def make(model, dtype=torch.float32) -> GPT2:
     return GPT2(model, TorchBackend(), CPU, dtype)
 
 
-def random_tree(root: int, parents: list[int], seed: int) -> _Tree:
+def random_tree(root: int, parents: list[int], seed: int) -> Tree:
     generator = torch.Generator().manual_seed(seed)
-    tree = _Tree.root(root)
+    tree = Tree.root(root)
     for node, parent in enumerate(parents, 1):
         tree.add(int(torch.randint(VOCAB - 10, (1,), generator=generator)) + node % 10, min(parent, node - 1), -1, 1)
     return tree
@@ -109,7 +109,7 @@ def test_node_count_changes_nothing(target, dtype):
         assert torch.equal(tree_logits(model, prompts[1:], cut[1:], nodes)[0], reference[1, :nodes])
     for node in (1, 4, 20, 32):
         path = [full[0].nodes[at].token for at in range(node + 1) if full[0].nodes[node].mask >> at & 1]
-        committed = tree_logits(model, [prompts[0] + path[1:]], [_Tree.root(path[-1])], 1)
+        committed = tree_logits(model, [prompts[0] + path[1:]], [Tree.root(path[-1])], 1)
         assert torch.equal(committed[0, 0], reference[0, node]), node
 
 

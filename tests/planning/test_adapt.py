@@ -293,10 +293,10 @@ def test_a_reading_weighs_by_the_tokens_of_a_row():
     row = [(0, -0.05), (-1, -9.0), (0, -0.05)]
     one.read([row])
     three.read([row] * 3)
-    assert [mean.value for mean in one.tokens] == pytest.approx([mean.value for mean in three.tokens])
-    assert one.tokens[3].weight == pytest.approx(three.tokens[3].weight)
+    assert [known.tokens.value for known in one.known] == pytest.approx([known.tokens.value for known in three.known])
+    assert one.known[3].tokens.weight == pytest.approx(three.known[3].tokens.weight)
     weight = READ * len(row)  # also in what the next generation starts from
-    assert one.lasting[3].weight == pytest.approx(second().lasting[3].weight * LASTING**weight + weight)
+    assert one.known[3].lasting.weight == pytest.approx(second().known[3].lasting.weight * LASTING**weight + weight)
 
 
 def test_a_walk_takes_no_more_siblings_than_the_tree_has_nodes_for():
@@ -332,9 +332,9 @@ def test_a_larger_tree_is_credited_where_this_one_was_too_small():
         controller.step(nodes, passes, [2], [2])
         alone.add(3.0)  # the tokens of the step
         if (nodes, passes) == (3, 1):
-            assert controller.tokens[3].value == pytest.approx(alone.value)
+            assert controller.known[3].tokens.value == pytest.approx(alone.value)
         else:
-            assert controller.tokens[3].value > alone.value + 0.1
+            assert controller.known[3].tokens.value > alone.value + 0.1
 
 
 def test_plain_steps_are_timed_again_after_so_many_drafted_ones():
@@ -360,13 +360,13 @@ def test_drafting_that_did_not_last_is_no_reason_to_try_again_soon():
     for lasted, wait in ((1, len(WAITS) - 1), (WAITS[-1], len(WAITS) - 1), (WAITS[-1] + 1, 0)):
         controller = second()
         controller.chosen, controller._wait, controller._since = 0, len(WAITS) - 1, 100
-        controller.tokens[3].add(9.0, 50)
+        controller.known[3].tokens.add(9.0, 50)
         controller._choose()
         assert controller.chosen == 3 and controller._wait == len(WAITS) - 1
         for _ in range(lasted):
             controller.step(12, 4, [8], [8])
-        for mean in controller.tokens[1:]:
-            mean.add(1.0, 200)
+        for known in controller.known[1:]:
+            known.tokens.add(1.0, 200)
         controller._choose()
         assert controller.chosen == 0 and controller._wait == wait
 
