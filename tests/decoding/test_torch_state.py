@@ -138,6 +138,7 @@ def test_the_same_tokens(models, expected, name, where):
             found = tokens(decoder, options)
             assert state() == before
         assert torch.equal(found, expected[call]), call
+    assert torch.equal(tokens(decoder, {}), expected["greedy"])  # the state has left nothing behind
 
 
 @pytest.mark.filterwarnings("ignore")
