@@ -39,6 +39,7 @@ state.py has the fields, record.py, pass_kernel.py and harvest_kernel.py the ker
 """
 
 from stagedspec.kernels.grow_tree.op import (
+    Inputs,
     check_candidates,
     check_options,
     grow_pass,
@@ -52,6 +53,7 @@ __all__ = [
     "TREE_DEPTH",
     "TREE_PARENT",
     "GrowthState",
+    "Inputs",
     "check_candidates",
     "check_options",
     "grow_pass",

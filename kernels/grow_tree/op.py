@@ -142,7 +142,7 @@ class Proposed(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """Inputs of a model's pass, which the kernels write."""
+    """Inputs of a model's pass, which the kernels write (the package's docstring has the shapes)."""
 
     batch: torch.Tensor
     masks: torch.Tensor
@@ -288,6 +288,13 @@ def _check_proposals(
     return Proposed(names, values)
 
 
+def _check_inputs(name: str, inputs: Inputs, rows: int, nodes: int, region: int, device: torch.device) -> None:
+    """region: the tree rows that masks have bits for."""
+    check_tensor(name, "batch", inputs.batch, (3, rows, nodes), torch.int32, device)
+    check_tensor(name, "batch_masks", inputs.masks, (rows, nodes, words(region)), torch.int32, device)
+    check_tensor(name, "prefix", inputs.prefix, (rows,), torch.int32, device)
+
+
 def pass_size(config: TreeSettings, number: int) -> int:
     """The rows of draft pass `number`."""
     return (config.width if number else 2) + config.guesses
@@ -307,16 +314,14 @@ def grow_pass(
     proposed: tuple[torch.Tensor, torch.Tensor] | None,
     table: NgramTable | None,
     noise: tuple[torch.Tensor, torch.Tensor] | None,
-    batch: torch.Tensor,
-    batch_masks: torch.Tensor,
-    prefix: torch.Tensor,
+    inputs: Inputs,
 ) -> None:
     """Records what the draft `proposed` in pass number - 1 and writes the inputs of pass `number`.
 
     tokens int32 [B, S], lengths int32 [B]: what is committed. config: a TreeConfig. proposed: tokens int32 or int64
     and log-probabilities fp32 [B, rows of the last pass, children], descending; None before pass 0. table: a
-    `KatzTable`, or None. noise: seeds int64 [B] and streams int32 or int64 [B], or None when greedy. batch,
-    batch_masks, prefix: see the package's docstring. Raises ValueError for a wrong shape, dtype, device or layout.
+    `KatzTable`, or None. noise: seeds int64 [B] and streams int32 or int64 [B], or None when greedy. inputs: of the
+    draft's pass (the package's docstring has the shapes). Raises ValueError for a wrong shape, dtype, device or layout.
     """
     name, device = "grow_pass", tokens.device
     check_runs(tokens, name)
@@ -338,14 +343,10 @@ def grow_pass(
         check_tensor(name, "seeds", seeds, (rows,), torch.int64, device)
         check_tensor(name, "streams", streams, (rows,), (torch.int32, torch.int64), device)
     count = pass_size(config, number)
-    check_tensor(name, "batch", batch, (3, rows, count), torch.int32, device)
-    check_tensor(name, "batch_masks", batch_masks, (rows, count, words(config.slots)), torch.int32, device)
-    check_tensor(name, "prefix", prefix, (rows,), torch.int32, device)
+    _check_inputs(name, inputs, rows, count, config.slots, device)
     record = (config.width if number > 1 else 2) if number else 0
     settings = PassSettings.of(config, pass_start(config, max(number - 1, 0)), record)
-    _grow_pass(
-        tokens, lengths, seeds, streams, *tensors, *known, *state, batch, batch_masks, prefix, vocab_size, *settings
-    )  # fmt: skip
+    _grow_pass(tokens, lengths, seeds, streams, *tensors, *known, *state, *inputs, vocab_size, *settings)
 
 
 def harvest_tree(
@@ -355,9 +356,7 @@ def harvest_tree(
     config: TreeSettings,
     proposed: tuple[torch.Tensor, torch.Tensor] | None,
     tree: torch.Tensor,
-    batch: torch.Tensor,
-    batch_masks: torch.Tensor,
-    prefix: torch.Tensor,
+    inputs: Inputs,
 ) -> None:
     """Records what the draft `proposed` in the last pass and writes the finished trees and the target's inputs.
 
@@ -374,8 +373,6 @@ def harvest_tree(
     if nodes > 1:
         known = _check_proposals(name, number, config, rows, proposed, device)
     check_tensor(name, "tree", tree, (5, rows, nodes), torch.int32, device)
-    check_tensor(name, "batch", batch, (3, rows, nodes), torch.int32, device)
-    check_tensor(name, "batch_masks", batch_masks, (rows, nodes, words(nodes)), torch.int32, device)
-    check_tensor(name, "prefix", prefix, (rows,), torch.int32, device)
+    _check_inputs(name, inputs, rows, nodes, nodes, device)
     settings = PassSettings.of(config, pass_start(config, number), config.width if number else 2)
-    _harvest_tree(tokens, lengths, *known, *state.recorded, tree, batch, batch_masks, prefix, *settings)
+    _harvest_tree(tokens, lengths, *known, *state.recorded, tree, *inputs, *settings)

@@ -326,6 +326,11 @@ class Batch:
         steps = torch.arange(nodes, dtype=torch.int32, device=device).expand(rows, -1)
         return replace(batch, steps=steps.contiguous())
 
+    @property
+    def written(self) -> grow_tree.Inputs:
+        """What the kernels that grow trees write of it."""
+        return grow_tree.Inputs(cast(torch.Tensor, self.packed), self.masks, self.prefix)
+
     def begin(self, start: int) -> None:
         """Places a chunk after `start` committed tokens."""
         torch.add(cast(torch.Tensor, self.steps), start, out=self.positions)
@@ -438,7 +443,7 @@ class Growth:
         batch, state = self.batches[self.number], self.sequences.state
         grow_tree.grow_pass(
             state.tokens, state.lengths, self.state, self.config, self.number, self.proposed, self.table, self.noise,
-            cast(torch.Tensor, batch.packed), batch.masks, batch.prefix,
+            batch.written,
         )  # fmt: skip
         return batch
 
@@ -536,10 +541,10 @@ class Trees:
 
     def grow(self, proposed: tuple[torch.Tensor, torch.Tensor] | None) -> None:
         """Makes the trees of the best candidates: those on record, and what the draft proposed last."""
-        state, inputs = self.sequences.state, self.inputs
+        state = self.sequences.state
         grow_tree.harvest_tree(
             state.tokens, state.lengths, cast(GrowthState, self.growth), self.config, proposed,
-            self.tree, cast(torch.Tensor, inputs.packed), inputs.masks, inputs.prefix,
+            self.tree, self.inputs.written,
         )  # fmt: skip
 
     def batch(self, dtype: torch.dtype | None = None) -> Batch:
