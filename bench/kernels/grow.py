@@ -50,6 +50,6 @@ def _check(growing: Growing) -> float:
     trees, wanted = growing.passes(), on_host(growing).trees
     pairs = []
     for row, tree in enumerate(wanted):
-        for got, values in zip(trees.tree[:, row].tolist(), tree.fields, strict=True):
+        for got, values in zip(trees.tree[:, row].tolist(), tree.device_fields, strict=True):
             pairs.append((got[: len(values)], values))
     return exact(*pairs)
