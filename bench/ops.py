@@ -80,9 +80,10 @@ def test_tree_attention(benchmark, model, nodes):
     shape = SIZES[model]
     dtype = reference.kv_dtype(torch.float32, CPU, model == "target")
     cache = torch.randn(1, 1, nodes + CONTEXT, 2, shape.heads, shape.size, dtype=dtype)
-    masks = [[1 | 1 << node for node in range(nodes)]]  # a star
-    depths = [[min(node, 1) for node in range(nodes)]]
-    batch = host_state._batch([[0] * nodes], depths, masks, nodes, [CONTEXT], [CONTEXT], dtype, CPU)
+    star = host_state.Tree.root(0)
+    for token in range(1, nodes):
+        star.add(token, 0, -1, host_state.DRAFT)
+    batch = host_state.tree_batch([star.nodes], nodes, [CONTEXT], [CONTEXT], dtype, CPU)
     (view,) = reference.layer_views(cache, nodes, batch, 0, 0)
     qkv = torch.randn(nodes, 3 * shape.width)
     benchmark(reference.tree_attention, qkv, view, batch, shape.size**-0.5, False)
