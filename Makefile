@@ -34,8 +34,9 @@ test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 $(ARGS)
 
 # Those of tests/kernels that interpret no kernel belong to the quick ones.
-HOST_TESTS = $(addprefix tests/kernels/test_,host_state.py reference.py compiled_draft.py)
-INTERPRETED = $(filter-out $(HOST_TESTS),$(wildcard tests/kernels/test_*.py)) tests/profiling/test_compile_report.py
+HOST_TESTS = $(addprefix tests/kernels/,state/test_host_state.py reference/test_reference.py test_compiled_draft.py)
+INTERPRETED = $(filter-out $(HOST_TESTS),$(wildcard tests/kernels/test_*.py tests/kernels/*/test_*.py)) \
+	tests/profiling/test_compile_report.py
 
 test-quick: $(VENV)/.installed-test
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 -m "not slow" $(addprefix --ignore=,$(INTERPRETED)) $(ARGS)
