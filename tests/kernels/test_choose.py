@@ -153,7 +153,7 @@ def test_floor_of_many_groups(name):
     """What a floor from the groups' maxima leaves out cannot survive, however the maxima lie."""
     generator = torch.Generator().manual_seed(6)
     size = 64 * 45 + 7
-    logits = torch.randn(9, size, generator=generator) * 5
+    logits = torch.randn(10, size, generator=generator) * 5
     logits[1] = logits[1] - 90  # all below zero
     logits[2, 1234] = 3e4  # one alone far above the rest
     logits[3, 700:] = torch.finfo(torch.float32).min  # as masked tokens are: the range of maxima overflows
@@ -162,7 +162,9 @@ def test_floor_of_many_groups(name):
     logits[6] = logits[6].round()  # ties at every threshold
     logits[7] = logits[7].sort().values
     logits[8, : 64 * 40] = -logits[8, : 64 * 40].abs() * 1e-3  # close together, on both sides of zero
-    noise = torch.randn(9, size, generator=generator)
+    noise = torch.randn(10, size, generator=generator)
+    logits[9], logits[9, ::64], logits[9, 5] = -40.0, -2.2, 0.0  # groups of a single token, a little below the best
+    noise[9, 64 * 30] = 9.0
     options = WARPERS[name]
     kept, close = exact_warp(logits, **options)
     assert not close[[0, 1, 2, 4, 6, 7]].any() or "top_p" in options, "choose another seed"
