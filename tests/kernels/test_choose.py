@@ -1,5 +1,7 @@
 """Choosing over logits in memory: equal to the reference on explicit noise; distributed as it must be on its own."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -153,7 +155,7 @@ def test_floor_of_many_groups(name):
     """What a floor from the groups' maxima leaves out cannot survive, however the maxima lie."""
     generator = torch.Generator().manual_seed(6)
     size = 64 * 45 + 7
-    logits = torch.randn(10, size, generator=generator) * 5
+    logits = torch.randn(11, size, generator=generator) * 5
     logits[1] = logits[1] - 90  # all below zero
     logits[2, 1234] = 3e4  # one alone far above the rest
     logits[3, 700:] = torch.finfo(torch.float32).min  # as masked tokens are: the range of maxima overflows
@@ -162,9 +164,11 @@ def test_floor_of_many_groups(name):
     logits[6] = logits[6].round()  # ties at every threshold
     logits[7] = logits[7].sort().values
     logits[8, : 64 * 40] = -logits[8, : 64 * 40].abs() * 1e-3  # close together, on both sides of zero
-    noise = torch.randn(10, size, generator=generator)
+    noise = torch.randn(11, size, generator=generator)
     logits[9], logits[9, ::64], logits[9, 5] = -40.0, -2.2, 0.0  # groups of a single token, a little below the best
     noise[9, 64 * 30] = 9.0
+    logits[10], logits[10, 5], logits[10, 64 * 20] = -40.0, 0.0, math.log(WARPERS["min_p"]["min_p"]) + 0.005
+    noise[10, 64 * 20] = 9.0  # alone in its group, just within min_p
     options = WARPERS[name]
     kept, close = exact_warp(logits, **options)
     assert not close[[0, 1, 2, 4, 6, 7]].any() or "top_p" in options, "choose another seed"
@@ -188,6 +192,14 @@ def test_choice_by_counters(name, vocab_size):
     sure = best[:, 0] - best[:, 1] > 1e-5
     assert sure.all(), "choose another seed"
     assert torch.equal(ours.long(), scores.argmax(-1))
+
+
+def test_zeros_of_both_signs_are_equal():
+    """The lowest id of the best ones is chosen."""
+    for first, second in ((-0.0, 0.0), (0.0, -0.0)):
+        logits = torch.full((1, 200), -1.0)
+        logits[0, 70], logits[0, 150] = first, second
+        assert choose(logits.to(DEVICE), greedy=True).tolist() == [70]
 
 
 def test_greedy():
