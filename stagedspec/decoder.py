@@ -4,7 +4,7 @@ import copy
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partialmethod
 from pathlib import Path
 from threading import Lock
@@ -463,8 +463,7 @@ class Decoder:
         """The arguments of `generate`, read and checked."""
         began = time.perf_counter()
         self.follow()
-        call = arguments.read(self, input_ids, attention_mask, max_new_tokens, mode, seed, tree, options)
-        return replace(call, began=began)
+        return arguments.read(self, input_ids, attention_mask, max_new_tokens, mode, seed, tree, options, began)
 
     def tree_for(
         self, mode: str, batch: int = 1, tree: TreeConfig | None = None, do_sample: bool = False

@@ -8,7 +8,6 @@ read here. For any other call transformers makes logits processors and stopping 
 import copy
 import difflib
 import inspect
-import time
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
@@ -48,10 +47,12 @@ def read(
     seed: int | Sequence[int] | torch.Tensor | None,
     tree: TreeConfig | None,
     options: dict[str, Any],
+    began: float,
 ) -> Call:
     """Reads the arguments of `Decoder.generate` as transformers' `generate` reads its own.
 
-    options: all further arguments of transformers' `generate`, by name. Raises ValueError for what is unknown, not
+    options: all further arguments of transformers' `generate`, by name. began: when the call came in, by
+    `time.perf_counter`. Raises ValueError for what is unknown, not
     supported or wrong.
     """
     if unknown := options.keys() - _option_names():
@@ -71,7 +72,7 @@ def read(
     if max_new_tokens is not None:
         options["max_new_tokens"] = at_least("max_new_tokens", max_new_tokens)
     if input_ids is not None and given is None and options.keys() | decoder.defaults.keys() <= _SIMPLE:
-        return _simple_call(decoder, input_ids, attention_mask, mode, seed, tree, settings)
+        return _simple_call(decoder, input_ids, attention_mask, mode, seed, tree, settings, began)
 
     _check_callables(options)
     for source in (own, settings.given, options):
@@ -93,7 +94,7 @@ def read(
         options["attention_mask"] = attention_mask
     _replace_stop_strings(options, settings.of("stop_strings"), decoder.tokenizer)
     calls: list[Call] = []
-    streamer, began = options.get("streamer"), time.time()
+    streamer = options.get("streamer")
 
     def capture(
         model: GPT2LMHeadModel, input_ids: torch.Tensor, logits_processor: LogitsProcessorList,
@@ -298,6 +299,7 @@ def _simple_call(
     seed: int | Sequence[int] | torch.Tensor | None,
     tree: TreeConfig | None,
     settings: Settings,
+    began: float,
 ) -> Call:
     """A call whose settings are all in `_SIMPLE`."""
     new_tokens, eos, pad = settings.of("max_new_tokens"), settings.eos, settings.pad
@@ -305,7 +307,7 @@ def _simple_call(
         decoder, input_ids, attention_mask, NEW_TOKENS if new_tokens is None else new_tokens, mode, tree, eos, seed,
         settings.sampling, pad,
     )  # fmt: skip
-    return Call(input_ids, request, (eos or [0])[0] if pad is None else pad)
+    return Call(input_ids, request, (eos or [0])[0] if pad is None else pad, began)
 
 
 @lru_cache(maxsize=1)

@@ -46,7 +46,7 @@ def translate(
     """The call that transformers has prepared. Raises ValueError for what is not supported.
 
     processors to passed_on: the arguments that a custom generate receives. mode, seed, tree: as of `Decoder.generate`.
-    began: when the call came in, by `time.time()`.
+    began: when the call came in, by `time.perf_counter`.
     """
     refuse_settings(vars(config))
     refuse_passed_on(passed_on)
@@ -72,12 +72,13 @@ def translate(
     return_dict = bool(config.return_dict_in_generate)
     keep = [name for name in ("scores", "logits") if return_dict and getattr(config, f"output_{name}")]
     if not rest and not others and streamer is None and not keep:
-        return Call(input_ids, request, pad, None, return_dict)
+        return Call(input_ids, request, pad, began, None, return_dict)
     # The first call measures pass times and may lay out weights, which must not count as time of the generation: the
-    # clock of a MaxTimeCriteria goes on from where it stood when the call came in.
+    # clock of a MaxTimeCriteria, which is `time.time`, goes on from where it stood when the call came in.
     now = time.time()
+    came_in = now - (time.perf_counter() - began)
     others = [
-        MaxTimeCriteria(one.max_time, now - max(0.0, began - one.initial_timestamp))
+        MaxTimeCriteria(one.max_time, now - max(0.0, came_in - one.initial_timestamp))
         if type(one) is MaxTimeCriteria
         else one
         for one in others
@@ -93,7 +94,7 @@ def translate(
         any(hasattr(one, "eos_token_id") for one in criteria),
         keep,
     )
-    return Call(input_ids, request, pad, callbacks, return_dict)
+    return Call(input_ids, request, pad, began, callbacks, return_dict)
 
 
 # The warpers that are part of the token choice, and the field of `Sampling` for each, in the order of warping.

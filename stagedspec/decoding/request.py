@@ -1,6 +1,5 @@
 """Checks what a call asks for, and turns it into a `Request`: prompts without padding, trees, seeds, stop tokens."""
 
-import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -45,15 +44,15 @@ class Call:
 
     input_ids: LongTensor [B, prompt], padding included. pad: the token that fills up rows that stop early. callbacks:
     logits processors, criteria and streamer, if there are any. return_dict: whether `generate` returns a
-    `StagedOutput`. began: when the call began, by `time.perf_counter`.
+    `StagedOutput`. began: when the call came in, by `time.perf_counter`.
     """
 
     input_ids: torch.Tensor
     request: Request
     pad: int
+    began: float
     callbacks: Callbacks | None = None
     return_dict: bool = False
-    began: float = field(default_factory=time.perf_counter)
 
 
 def validate(

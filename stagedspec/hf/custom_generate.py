@@ -87,7 +87,7 @@ class custom_generate:
         seed: int | Sequence[int] | None = None,
         **model_kwargs: Any,
     ) -> torch.Tensor | StagedOutput:
-        began = time.time()
+        began = time.perf_counter()
         dropped = _dropped_arguments(generation_config, input_ids)
         streamer = dropped["streamer"]
         own = streamer is None and self.streamer is not None

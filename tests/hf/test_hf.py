@@ -5,6 +5,7 @@ import gc
 import json
 import queue
 import string
+import sys
 import threading
 import time
 import weakref
@@ -389,6 +390,35 @@ def test_time_that_transformers_takes_does_not_move_the_deadline(ours, monkeypat
     monkeypatch.setattr(GPT2LMHeadModel, "_prepare_generation_config", slow)
     ids = torch.tensor(random_prompts([5], seed=39))
     assert ours(ids, max_new_tokens=25, max_time=1e-9).shape[1] == 6
+
+
+@pytest.mark.parametrize("options", [{}, {"max_time": 600.0}], ids=["plain", "deadline"])
+def test_what_comes_before_custom_generate_decodes_counts_to_the_first_token_alone(
+    target, draft, place, custom, options, monkeypatch
+):
+    """Making the decoder and measuring, here 1000 seconds of a clock turned on by hand: they are in the time to the
+    first token, not in the time that a deadline allows."""
+    passed, entered, began, custom_module = [0.0], [], [], sys.modules["stagedspec.hf.custom_generate"]
+    for clock in ("time", "perf_counter"):
+        real = getattr(time, clock)
+        monkeypatch.setattr(time, clock, lambda real=real: real() + passed[0])
+    make, decode = custom_module.decoder_for, Decoder.decode
+
+    def slow(*given):
+        entered.append(time.perf_counter())
+        passed[0] += 1000.0
+        return make(*given)
+
+    def noted(decoder, call):
+        began.append(call.began)
+        return decode(decoder, call)
+
+    monkeypatch.setattr(custom_module, "decoder_for", slow)
+    monkeypatch.setattr(Decoder, "decode", noted)
+    generate, ids = custom(draft, tree=TREE), torch.tensor(random_prompts([5], seed=39))
+    assert place.generate(target, ids, max_new_tokens=25, custom_generate=generate, **options).shape[1] == 30
+    assert began[0] <= entered[0]
+    assert generate.last_stats.seconds_to_first_token >= 1000.0 > generate.last_stats.total_seconds
 
 
 def test_streams_honour_everything_too(decoder):
