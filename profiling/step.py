@@ -19,6 +19,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import stagedspec
 from stagedspec.cli.output import quiet_transformers
 from stagedspec.decoding.generation import Generation
+from stagedspec.decoding.request import StagedOptions
 from stagedspec.decoding.stats import Mark
 from stagedspec.devices import resolve_device, resolve_dtype
 from stagedspec.tuning.workloads import SIZES, ModelShape
@@ -113,7 +114,7 @@ def steps(decoder: stagedspec.Decoder, options: argparse.Namespace, mark: Mark =
     ids = prompt(decoder, options)
     room = decoder.target.positions - ids.shape[1]
     sampling = {"do_sample": True, "top_k": 50} if options.sample else {}
-    call = decoder._read(ids, None, max(room, 1), options.mode, 0, None, {"eos_token_id": [], **sampling})
+    call = decoder._read(ids, None, max(room, 1), StagedOptions(options.mode, 0), {"eos_token_id": [], **sampling})
     run = decoder._run(call.request)
     generation = run.steps()
     for number in range(options.warm_up + options.steps):

@@ -16,11 +16,11 @@ from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 from stagedspec.decoding import arguments
 from stagedspec.decoding import warm_up as warmup
 from stagedspec.decoding.callbacks import Callbacks, ended
-from stagedspec.decoding.decoder_cache import assisted
+from stagedspec.decoding.decoder_cache import cached, draft_key
 from stagedspec.decoding.generation import Generation
 from stagedspec.decoding.output import StagedOutput, finish
 from stagedspec.decoding.pool import GenerationPool
-from stagedspec.decoding.request import Call, Request, encode
+from stagedspec.decoding.request import Call, CallContext, Request, StagedOptions, encode
 from stagedspec.decoding.stats import ORIGINS, Stats, marks_wanted
 from stagedspec.devices import resolve_device, resolve_dtype
 from stagedspec.kernels.backends import select as kernel_backend
@@ -244,6 +244,29 @@ class Decoder:
             self.eos_token_ids, self.pad_token_id, self.defaults, (self._live[0], live),
         )  # fmt: skip
 
+    def assisted(
+        self, assistant: GPT2LMHeadModel | str, table: KatzTable | None = None, role: str = "assistant_model"
+    ) -> "Decoder":
+        """This decoder with another draft, made once for every pair and cached for as long as both live.
+
+        assistant: a model object, or a checkpoint's folder or hub id. table: an n-gram table in place of this
+        decoder's. role: what messages call the draft.
+        """
+
+        def make() -> "Decoder":
+            draft = read_checkpoint(assistant, role)
+            target, held = self.target, draft is assistant
+            check_vocabularies(target.vocab_size, draft.config.vocab_size, self.tokenizer)
+            weights, live = read_model(
+                draft, role, held, ops=target.ops, device=target.device, dtype=target.dtype, invariant=False,
+                vocabulary=target.vocab_size,
+            )  # fmt: skip
+            return self.with_draft(weights, table, live)
+
+        if not isinstance(assistant, (str, GPT2LMHeadModel)):
+            read_checkpoint(assistant, role)  # for its message
+        return cached(self, draft_key(self, assistant, table), None, make, table)
+
     def __deepcopy__(self, memo: dict) -> "Decoder":
         """Weights are never written to, so the copy shares them; it has its own buffers."""
         made = Decoder(
@@ -336,8 +359,9 @@ class Decoder:
         decoder = self
         with ended(options.get("streamer")):
             if options.get("assistant_model") is not None:
-                decoder = assisted(self, options.pop("assistant_model"))
-            output = decoder.decode(decoder._read(input_ids, attention_mask, max_new_tokens, mode, seed, tree, options))
+                decoder = self.assisted(options.pop("assistant_model"))
+            staged = StagedOptions(mode, seed, tree)
+            output = decoder.decode(decoder._read(input_ids, attention_mask, max_new_tokens, staged, options))
         self.last_stats = decoder.last_stats
         return output
 
@@ -346,7 +370,7 @@ class Decoder:
         run = self._run(call.request, call.callbacks, call.began)
         for _ in run.steps():
             if call.callbacks is not None:
-                call.callbacks.notify(run)
+                call.callbacks.notify(run.sequences, run.prompt_lengths)
         stats = self.last_stats = run.stats()  # another thread may set last_stats at any time
         new = run.new_tokens(call.pad)
         self._keep(run, stats)
@@ -374,8 +398,8 @@ class Decoder:
         lengths = {"generation_config", "max_new_tokens", "max_length"}
         if max_new_tokens is None and not lengths & (options.keys() | self.defaults.keys()):
             max_new_tokens = 64
-        mode, seed, tree = options.pop("mode", "staged"), options.pop("seed", None), options.pop("tree", None)
-        return self._stream(self._read(input_ids, None, max_new_tokens, mode, seed, tree, options))
+        staged = StagedOptions(options.pop("mode", "staged"), options.pop("seed", None), options.pop("tree", None))
+        return self._stream(self._read(input_ids, None, max_new_tokens, staged, options))
 
     def _stream(self, call: Call) -> Iterator[Chunk]:
         run = self._run(call.request, call.callbacks, call.began)
@@ -384,7 +408,7 @@ class Decoder:
         try:
             for _ in run.steps():
                 if call.callbacks is not None:
-                    call.callbacks.notify(run)
+                    call.callbacks.notify(run.sequences, run.prompt_lengths)
                 row = run.sequences.rows[0]  # a snapshot, where the state lives on a device
                 # A character cut in the middle of its bytes decodes to U+FFFD: wait for the rest.
                 ready = self._decode(row.tokens[start:])
@@ -441,14 +465,8 @@ class Decoder:
         Raises ValueError for an unknown mode or option, without the Triton backend, and where GPU memory is too small.
         Interrupted, it leaves what was compiled.
         """
-        return warmup.warm_up(self, modes, samplings, batch, tokens, progress)
-
-    def _ready(self, call: Call) -> int:
-        """Compiles and captures what generations of this kind need, and keeps it for them."""
-        run = self._run(call.request, call.callbacks)
-        made = run.warm_up()
-        self._keep(run, None)
-        return made
+        self.follow()
+        return warmup.warm_up(self.context, self.pool, self.mark, modes, samplings, batch, tokens, progress)
 
     def release(self) -> None:
         """Frees the memory and the CUDA graphs that are kept of generations that have ended, and the backend's buffers.
@@ -457,13 +475,21 @@ class Decoder:
 
     # ------------------------------------------------------------ requests
 
+    @property
+    def context(self) -> CallContext:
+        """What calls are read with, as it is now."""
+        return CallContext(
+            self.models, self.planner, self.tokenizer, self.eos_token_ids, self.pad_token_id, self.defaults,
+            self.live_target,
+        )  # fmt: skip
+
     def _read(
-        self, input_ids: Any, attention_mask: Any, max_new_tokens: Any, mode: Any, seed: Any, tree: Any, options: dict
+        self, input_ids: Any, attention_mask: Any, max_new_tokens: Any, staged: StagedOptions, options: dict
     ) -> Call:
         """The arguments of `generate`, read and checked."""
         began = time.perf_counter()
         self.follow()
-        return arguments.read(self, input_ids, attention_mask, max_new_tokens, mode, seed, tree, options, began)
+        return arguments.read(self.context, input_ids, attention_mask, max_new_tokens, staged, options, began)
 
     def tree_for(
         self, mode: str, batch: int = 1, tree: TreeConfig | None = None, do_sample: bool = False

@@ -1,4 +1,5 @@
-"""Imports point one way, lazy ones included: no room imports one above it, and there are no circles."""
+"""Imports point one way, lazy ones and those for type checkers included: no room imports one above it, and there are
+no circles."""
 
 import ast
 from pathlib import Path
@@ -34,21 +35,14 @@ MODULES = modules()
 
 
 def imports(path: Path) -> set[str]:
-    """The package's modules that a file imports, at its top or in a function; not what only type checkers see."""
+    """The package's modules that a file imports: at its top, in a function, or under TYPE_CHECKING."""
     found: set[str] = set()
-
-    def visit(node: ast.AST) -> None:
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            return
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
             names = {f"{node.module}.{alias.name}" for alias in node.names}
             found.update(name if name in MODULES else node.module for name in names)
-        for child in ast.iter_child_nodes(node):
-            visit(child)
-
-    visit(ast.parse(path.read_text(encoding="utf-8")))
     return found & MODULES.keys()
 
 

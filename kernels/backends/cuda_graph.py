@@ -1,18 +1,16 @@
 """Steps as CUDA graphs: captured when they first run, replayed from then on."""
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
+from stagedspec.kernels.backends.memory import Memory
 from stagedspec.kernels.common import registry
-
-if TYPE_CHECKING:
-    from stagedspec.kernels.backends.triton_backend import TritonBackend
 
 _CAPTURING = Lock()  # torch allows one capture at a time in a process
 
@@ -40,23 +38,36 @@ def _without_disturbance() -> Iterator[None]:
                 gc.enable()
 
 
+class Preparing(Protocol):
+    """What a graph needs of the backend whose operations it captures.
+
+    memory: what these operations write into; another object after a `release`.
+    """
+
+    @property
+    def memory(self) -> Memory: ...
+
+    def prepare(self, calls: Iterable[tuple[Callable, tuple]], device: torch.device) -> int:
+        """Compiles the kernels of calls (function, arguments), and makes their buffers."""
+
+
 class Captured:
     """A step, or a part of one, as a CUDA graph. In the interpreter it is a plain call.
 
-    The first call captures it, after `TritonBackend.prepare` has compiled its kernels and made its buffers. Arguments
+    The first call captures it, after `ops.prepare` has compiled its kernels and made its buffers. Arguments
     and results must be the same tensors at every call; numbers among them must not change what is launched.
     """
 
-    def __init__(self, part: Callable, ops: "TritonBackend"):
+    def __init__(self, part: Callable, ops: Preparing):
         self.part, self.ops = part, ops
         self.graph: Any = None  # the torch.cuda.CUDAGraph
-        self.buffers: dict | None = None  # those of the backend when this was prepared
+        self.memory: Memory | None = None  # that of the backend when this was prepared
         self.value = None
 
     @property
     def prepared(self) -> bool:
         """Whether its kernels are compiled and its buffers exist: none may be made while it is captured."""
-        return self.graph is not None or self.buffers is self.ops._buffers
+        return self.graph is not None or self.memory is self.ops.memory
 
     def __call__(self, *given: Any) -> Any:
         if registry.interpreted():
@@ -78,4 +89,4 @@ class Captured:
         with _without_disturbance(), torch.inference_mode(False), captured, torch.inference_mode():
             self.value = self.part(*given)
         # The graph reads and writes at fixed addresses: what lies there must outlive it.
-        self.graph, self.held = graph, (self.ops._scratch, dict(self.ops._buffers))
+        self.graph, self.held = graph, self.ops.memory.held

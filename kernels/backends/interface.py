@@ -24,9 +24,11 @@ A backend may leave out what belongs to a capability that it does not have. Each
     explicit_trees       trees cannot be tuned here (`stagedspec tune-tree`)
     keeps_generations    `ReusableSequences` and `ReusableNoise` are left out; every generation makes its own state
     times_phases         of the phases of a step, the statistics have the time of prefill alone
+    compiles_kernels     `CompilingBackend` is left out; there is nothing to warm up (`Decoder.warm_up`) or to check
+                         (`stagedspec check`)
 
 `compile_draft` may return None, for some models or for all. A backend whose `compile_draft` never returns anything else
-leaves out `DraftCompiler`. `repeated` may return the function itself: who calls it looks for the members of `Captured`.
+leaves out `DraftCompiler`. `repeated` may return the function itself in place of a `Captured`.
 """
 
 from collections import Counter
@@ -321,6 +323,8 @@ class Backend(Protocol):
     keeps_generations: bool
     # The host sees when each phase of a step begins and ends: it is not replayed as a whole.
     times_phases: bool
+    # Operations are kernels of this package, which are compiled before they first run.
+    compiles_kernels: bool
 
     # ------------------------------------------------------------ running steps
 
@@ -508,6 +512,14 @@ class AdaptiveBackend(Backend, Protocol):
     def unread_pass(self, sequences: Own, count: int, tree_rows: int, dtype: torch.dtype) -> Unread:
         """The draft's pass over the last `count` tokens but two of each row. tree_rows: of its cache; dtype: of its
         keys and values. The two last tokens are read by the first draft pass of every step."""
+
+
+class CompilingBackend(Backend, Protocol):
+    """Only where `compiles_kernels`: steps are made ready before they run."""
+
+    def capture(self, calls: Iterable[tuple[Callable, tuple]]) -> None:
+        """Makes the CUDA graphs of those calls (function, arguments) whose function is a `Captured`, without running
+        them."""
 
 
 class DraftCompiler(Protocol):

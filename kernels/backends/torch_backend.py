@@ -37,6 +37,7 @@ class TorchBackend:
     explicit_trees = True
     keeps_generations = False
     times_phases = True
+    compiles_kernels = False
 
     # ------------------------------------------------------------ running steps
 

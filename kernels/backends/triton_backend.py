@@ -18,7 +18,8 @@ from stagedspec.kernels import choose as choice
 from stagedspec.kernels import compact, embed, grow_tree, linear, lm_head, reference
 from stagedspec.kernels import tree_attention as attention
 from stagedspec.kernels.backends.cuda_graph import Captured
-from stagedspec.kernels.common import compiling, registry
+from stagedspec.kernels.backends.memory import Memory
+from stagedspec.kernels.common import compiling
 from stagedspec.kernels.common.inputs import DraftConfig, NgramTable, TreeSettings
 from stagedspec.kernels.common.limits import MAX_HEAD_SIZE
 from stagedspec.kernels.common.timing import Overheads
@@ -74,7 +75,7 @@ class Noise:
 
 
 class TritonBackend:
-    """Satisfies `interface.Backend`, which documents every member."""
+    """Satisfies `interface.Backend`, which documents every member, and `CompilingBackend`."""
 
     name = "triton"
     max_head_size = MAX_HEAD_SIZE
@@ -89,10 +90,10 @@ class TritonBackend:
     explicit_trees = False
     keeps_generations = True
     times_phases = False
+    compiles_kernels = True
 
     def __init__(self) -> None:
-        self._buffers: dict[tuple, torch.Tensor] = {}
-        self._scratch: registry.Scratch | None = None
+        self.memory = Memory()
         self.lock: AbstractContextManager[Any] = RLock()  # whatever uses this object shares its buffers
 
     def check_tree(self, tree: TreeSettings, table: NgramTable | None = None) -> None:
@@ -110,28 +111,10 @@ class TritonBackend:
         grow_tree.check_candidates("tree", tree)
         grow_tree.check_options("tree", tree, table)
 
-    # ---------------------------------------------------------------- memory
-
-    def _buffer(self, op: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """A buffer of this shape: the first rows of the longest one that was needed so far."""
-        key = (op, shape[1:], dtype, device)
-        held = self._buffers.get(key)
-        if held is None or held.shape[0] < shape[0]:
-            held = self._buffers[key] = torch.empty(shape, dtype=dtype, device=device)
-        return held[: shape[0]]
-
-    def _need(self, size: tuple[int, int], device: torch.device) -> registry.Scratch:
-        """Scratch of at least `size` (partials, counters). It grows in the first step only."""
-        held = self._scratch
-        if held is None or held.partials.numel() < size[0] or held.counters.numel() < size[1]:
-            sizes = [size] if held is None else [size, (held.partials.numel(), held.counters.numel())]
-            self._scratch = held = registry.Scratch.of(sizes, device)
-        return held
-
     def release(self) -> None:
         """Drops buffers and scratch. Graphs over them keep theirs; the next operation makes new ones."""
         with self.lock:
-            self._buffers, self._scratch = {}, None
+            self.memory = Memory()
 
     # ---------------------------------------------------------------- steps
 
@@ -141,14 +124,20 @@ class TritonBackend:
 
     def prepare(self, calls: Iterable[tuple[Callable, tuple]], device: torch.device) -> int:
         """Makes the buffers of the calls, too."""
-        fresh = [(part, given) for part, given in calls if not getattr(part, "prepared", False)]
+        fresh = [(part, given) for part, given in calls if not (isinstance(part, Captured) and part.prepared)]
         if not fresh:
             return 0
-        made = compiling.compile_ahead((partial(getattr(part, "part", part), *given) for part, given in fresh), device)
+        plain = ((part.part if isinstance(part, Captured) else part, given) for part, given in fresh)
+        made = compiling.compile_ahead((partial(part, *given) for part, given in plain), device)
         for part, _ in fresh:
             if isinstance(part, Captured):
-                part.buffers = self._buffers
+                part.memory = self.memory
         return made
+
+    def capture(self, calls: Iterable[tuple[Callable, tuple]]) -> None:
+        for part, given in calls:
+            if isinstance(part, Captured):
+                part.capture(*given)
 
     def seconds(self, run: Callable[[], object], device: torch.device) -> float:
         watch = state.Stopwatch(device)
@@ -231,10 +220,10 @@ class TritonBackend:
         outputs, inputs = layer.weight.shape
         name = activation if isinstance(activation, str) else "none"
         folded = cast(linear.Folded, layer.folded)  # `pack_linear` was given the norm
-        out = self._buffer("norm_linear", (x.shape[0], outputs), x.dtype, x.device)
+        out = self.memory.buffer("norm_linear", (x.shape[0], outputs), x.dtype, x.device)
         stats = self._stats(x)
         for rows, known, result in zip(x.split(ROWS), stats.split(ROWS), out.split(ROWS), strict=True):
-            scratch = self._need(linear.scratch_size(rows.shape[0], outputs, inputs), x.device)
+            scratch = self.memory.scratch_of(linear.scratch_size(rows.shape[0], outputs, inputs), x.device)
             linear.norm_linear(rows, known, epsilon, folded, name, result, scratch)
         return out if isinstance(activation, str) else activation(out)
 
@@ -243,13 +232,13 @@ class TritonBackend:
         outputs, inputs = layer.weight.shape
         stats = self._stats(residual)
         for rows, known, result in zip(x.split(ROWS), stats.split(ROWS), residual.split(ROWS), strict=True):
-            scratch = self._need(linear.scratch_size(rows.shape[0], outputs, inputs), x.device)
+            scratch = self.memory.scratch_of(linear.scratch_size(rows.shape[0], outputs, inputs), x.device)
             linear.linear_add(rows, layer.weight, layer.bias, result, result, known, scratch)
         return residual
 
     def _stats(self, x: torch.Tensor) -> torch.Tensor:
         """LayerNorm statistics of the residual stream: `embed` and `linear_add` write, `norm_linear` reads them."""
-        return self._buffer("stats", (x.shape[0], linear.stat_tiles(x.shape[1]), 2), torch.float32, x.device)
+        return self.memory.buffer("stats", (x.shape[0], linear.stat_tiles(x.shape[1]), 2), torch.float32, x.device)
 
     def embed(
         self,
@@ -259,7 +248,7 @@ class TritonBackend:
         positions: torch.Tensor,
     ) -> torch.Tensor:
         shape = (tokens.numel(), token_table.shape[1])
-        out = self._buffer("embed", shape, token_table.dtype, token_table.device)
+        out = self.memory.buffer("embed", shape, token_table.dtype, token_table.device)
         embed.embed(token_table, position_table, tokens, positions, out)
         linear.row_stats(out, self._stats(out))
         return out
@@ -302,13 +291,13 @@ class TritonBackend:
         cache, tree_rows, chunk = view
         rows, _, kv_heads, size = cache.shape[1:]
         heads = qkv.shape[1] // size - 2 * kv_heads
-        out = self._buffer("tree_attention", (qkv.shape[0], heads * size), qkv.dtype, qkv.device)
+        out = self.memory.buffer("tree_attention", (qkv.shape[0], heads * size), qkv.dtype, qkv.device)
         need = (
             (0, 0)
             if chunk
             else attention.scratch_size(cache.shape[0], batch.nodes, heads, kv_heads, size, rows, tree_rows)
         )
-        scratch = self._need(need, qkv.device)
+        scratch = self.memory.scratch_of(need, qkv.device)
         attention.tree_attention(
             qkv, cache, batch.masks, batch.prefix, batch.first_bit, chunk, tree_rows, scale, out, scratch, WINDOW
         )
@@ -323,22 +312,22 @@ class TritonBackend:
         rows, (vocab_size, width) = x.flatten(0, -2), head.weight.shape
         count = rows.shape[0]
         out = torch.empty(count, vocab_size, dtype=torch.float32, device=x.device)
-        best = self._buffer("best", (count,), torch.int32, x.device)
+        need = lm_head.scratch_size(count, vocab_size, width, through_memory=False)
+        best = self.memory.buffer("best", (count,), torch.int32, x.device)
         lm_head.lm_head_choose(
             rows, norm_weight, norm_bias, epsilon, head.weight, *self._counters((1, count), None, x.device),
-            greedy=True, logits=out, out=best,
-            scratch=self._need(lm_head.scratch_size(count, vocab_size, width, through_memory=False), x.device),
+            greedy=True, logits=out, out=best, scratch=self.memory.scratch_of(need, x.device),
         )  # fmt: skip
         return out.unflatten(0, x.shape[:-1])
 
     @torch.inference_mode()
     def choose(self, logits: torch.Tensor, warping: dict | None, noise: NoiseAt | None) -> torch.Tensor:
         shape, device = logits.shape[:2], logits.device
-        out = self._buffer("choose", shape, torch.int32, device)
+        out = self.memory.buffer("choose", shape, torch.int32, device)
         choice.choose(
             logits.flatten(0, 1).float().contiguous(), *self._counters(shape, noise, device),
             **warping_settings(warping), out=out.view(-1),
-            scratch=self._need(choice.scratch_size(out.numel(), logits.shape[-1]), device),
+            scratch=self.memory.scratch_of(choice.scratch_size(out.numel(), logits.shape[-1]), device),
         )  # fmt: skip
         return out
 
@@ -355,7 +344,7 @@ class TritonBackend:
         noise: NoiseAt | None,
     ) -> torch.Tensor:
         shape, device = x.shape[:2], x.device
-        out = self._buffer("choose", shape, torch.int32, device)
+        out = self.memory.buffer("choose", shape, torch.int32, device)
         settings, (vocab_size, width) = warping_settings(warping), head.weight.shape
         through_memory = warping is not None and choice.warped(
             False, settings["top_k"], settings["top_p"], settings["min_p"], vocab_size
@@ -363,7 +352,8 @@ class TritonBackend:
         need = lm_head.scratch_size(out.numel(), vocab_size, width, through_memory)
         lm_head.lm_head_choose(
             x.view(-1, x.shape[-1]), norm_weight, norm_bias, epsilon, head.weight,
-            *self._counters(shape, noise, device), **settings, out=out.view(-1), scratch=self._need(need, device),
+            *self._counters(shape, noise, device), **settings, out=out.view(-1),
+            scratch=self.memory.scratch_of(need, device),
         )  # fmt: skip
         return out
 
@@ -379,14 +369,14 @@ class TritonBackend:
         noise: NoiseAt | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         shape, device = (*x.shape[:2], count), x.device
-        tokens = self._buffer("children", shape, torch.int32, device)
-        logprobs = self._buffer("logprobs", shape, torch.float32, device)
+        tokens = self.memory.buffer("children", shape, torch.int32, device)
+        logprobs = self.memory.buffer("logprobs", shape, torch.float32, device)
         need = lm_head.scratch_size(x.shape[:2].numel(), *head.weight.shape)
         lm_head.lm_head_topm(
             x.view(-1, x.shape[-1]), norm_weight, norm_bias, epsilon, head.weight,
             *self._counters(shape[:2], noise, device), **warping_settings(warping), sharpness=GREEDY_SHARPNESS,
             out_tokens=tokens.view(-1, count), out_logprobs=logprobs.view(-1, count),
-            scratch=self._need(need, device),
+            scratch=self.memory.scratch_of(need, device),
         )  # fmt: skip
         return tokens, logprobs
 
@@ -397,9 +387,9 @@ class TritonBackend:
         if noise is not None:
             return noise.seeds, noise.streams, noise.positions
         return (
-            self._buffer("no seeds", (shape[0],), torch.int64, device),
-            self._buffer("no streams", (shape[0],), torch.int32, device),
-            self._buffer("no positions", tuple(shape), torch.int32, device),
+            self.memory.buffer("no seeds", (shape[0],), torch.int64, device),
+            self.memory.buffer("no streams", (shape[0],), torch.int32, device),
+            self.memory.buffer("no positions", tuple(shape), torch.int32, device),
         )
 
     # ---------------------------------------------------------------- KV cache

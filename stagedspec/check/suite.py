@@ -78,7 +78,7 @@ def check(
     prompts that do not fit the model, and if memory runs out.
     """
     modes = check_modes(modes) if modes or decoder.draft is not None else []
-    if decoder.backend != "triton":
+    if not decoder.target.ops.compiles_kernels:
         raise ValueError(f"the kernels of backend 'triton' are checked, got a decoder of backend {decoder.backend!r}")
     for mode in modes:
         decoder.tree_for(mode, tree=TREE)

@@ -10,10 +10,10 @@ import difflib
 import inspect
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache
 from types import NoneType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import (
@@ -26,26 +26,20 @@ from transformers import (
 )
 from transformers.generation import BaseWatermarkingConfig
 
-from stagedspec.decoding import prepared
-from stagedspec.decoding.request import NEW_TOKENS, Call, token_ids, unpad, validate
+from stagedspec.decoding.prepared import Prepared, translate
+from stagedspec.decoding.request import NEW_TOKENS, Call, CallContext, StagedOptions, token_ids, unpad, validate
 from stagedspec.decoding.sampling import Sampling
 from stagedspec.decoding.settings import REFUSED_ARGUMENTS, refuse_arguments, refuse_settings
 from stagedspec.models.gpt2 import GPT2
-from stagedspec.planning.tree import TreeConfig
 from stagedspec.values import at_least, plain, whole
-
-if TYPE_CHECKING:
-    from stagedspec.decoder import Decoder
 
 
 def read(
-    decoder: "Decoder",
+    context: CallContext,
     input_ids: torch.Tensor | None,
     attention_mask: torch.Tensor | None,
     max_new_tokens: int | None,
-    mode: str,
-    seed: int | Sequence[int] | torch.Tensor | None,
-    tree: TreeConfig | None,
+    staged: StagedOptions,
     options: dict[str, Any],
     began: float,
 ) -> Call:
@@ -60,9 +54,9 @@ def read(
         alike = difflib.get_close_matches(name, _option_names(), n=1)
         raise ValueError(f"unknown option {name!r}" + (f"; did you mean {alike[0]!r}?" if alike else ""))
     refuse_arguments(options)
-    _refuse_own_readers(decoder)
+    _refuse_own_readers(context.live_target)
     given = _copy_of_config(options.get("generation_config"))
-    own = _own_settings(decoder)
+    own = context.own_settings
     settings = Settings(options, {} if given is None else vars(given), own)
     options = settings.options
     if input_ids is None:
@@ -71,8 +65,8 @@ def read(
         raise ValueError("input_ids and inputs were both given, and mean the same: give one of them")
     if max_new_tokens is not None:
         options["max_new_tokens"] = at_least("max_new_tokens", max_new_tokens)
-    if input_ids is not None and given is None and options.keys() | decoder.defaults.keys() <= _SIMPLE:
-        return _simple_call(decoder, input_ids, attention_mask, mode, seed, tree, settings, began)
+    if input_ids is not None and given is None and options.keys() | context.defaults.keys() <= _SIMPLE:
+        return _simple_call(context, staged, input_ids, attention_mask, settings, began)
 
     _check_callables(options)
     for source in (own, settings.given, options):
@@ -82,7 +76,7 @@ def read(
         if begin is None:
             raise ValueError("give input_ids: this model has no begin-of-sequence token to start from")
         input_ids = torch.tensor([[begin]], device="cpu")
-    unpad(input_ids, attention_mask, decoder.target.vocab_size)  # its messages are clearer than transformers'
+    unpad(input_ids, attention_mask, context.models.target.vocab_size)  # its messages are clearer than transformers'
     if given is None:
         options.setdefault("top_k", own.get("top_k"))
         if all(settings.of(name) is None for name in ("max_new_tokens", "max_length")):
@@ -92,24 +86,20 @@ def read(
 
     if attention_mask is not None:
         options["attention_mask"] = attention_mask
-    _replace_stop_strings(options, settings.of("stop_strings"), decoder.tokenizer)
+    _replace_stop_strings(options, settings.of("stop_strings"), context.tokenizer)
     calls: list[Call] = []
     streamer = options.get("streamer")
 
     def capture(
         model: GPT2LMHeadModel, input_ids: torch.Tensor, logits_processor: LogitsProcessorList,
-        stopping_criteria: StoppingCriteriaList, generation_config: GenerationConfig, **passed_on: Any,
+        stopping_criteria: StoppingCriteriaList, generation_config: GenerationConfig, **model_kwargs: Any,
     ) -> torch.Tensor:  # fmt: skip
-        calls.append(
-            prepared.translate(
-                decoder, input_ids, logits_processor, stopping_criteria, generation_config, passed_on, mode, seed, tree,
-                streamer, began,
-            )
-        )  # fmt: skip
+        given = Prepared(input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
+        calls.append(translate(context, staged, given, streamer, began))
         return input_ids
 
     try:
-        _weightless_model(decoder, input_ids).generate(input_ids, custom_generate=capture, **options)
+        _weightless_model(context, input_ids).generate(input_ids, custom_generate=capture, **options)
     except TypeError as error:
         if streamer is not None:  # it may have raised the error: no other code of the caller's has run
             raise
@@ -124,9 +114,8 @@ _READERS = (
 )  # fmt: skip
 
 
-def _refuse_own_readers(decoder: "Decoder") -> None:
+def _refuse_own_readers(model: GPT2LMHeadModel | None) -> None:
     """Raises ValueError for a model object that overrides one of them."""
-    model = decoder.live_target
     for name in _READERS if model is not None else ():
         used = vars(model).get(name, getattr(type(model), name, None))
         if used is not getattr(GPT2LMHeadModel, name, None):
@@ -283,29 +272,19 @@ def _copy_of_config(config: object) -> GenerationConfig | None:
     return config
 
 
-def _own_settings(decoder: "Decoder") -> dict[str, Any]:
-    """The settings of the model's own generation config."""
-    return decoder.defaults | {
-        "eos_token_id": list(decoder.eos_token_ids) or None,
-        "pad_token_id": decoder.pad_token_id,
-    }
-
-
 def _simple_call(
-    decoder: "Decoder",
+    context: CallContext,
+    staged: StagedOptions,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    mode: str,
-    seed: int | Sequence[int] | torch.Tensor | None,
-    tree: TreeConfig | None,
     settings: Settings,
     began: float,
 ) -> Call:
     """A call whose settings are all in `_SIMPLE`."""
     new_tokens, eos, pad = settings.of("max_new_tokens"), settings.eos, settings.pad
     request = validate(
-        decoder, input_ids, attention_mask, NEW_TOKENS if new_tokens is None else new_tokens, mode, tree, eos, seed,
-        settings.sampling, pad,
+        context, staged, input_ids, attention_mask, max_new_tokens=NEW_TOKENS if new_tokens is None else new_tokens,
+        sampling=settings.sampling, eos_token_id=eos, pad_token_id=pad,
     )  # fmt: skip
     return Call(input_ids, request, (eos or [0])[0] if pad is None else pad, began)
 
@@ -332,12 +311,16 @@ class _Weightless(GPT2LMHeadModel):
 _weightless: "weakref.WeakKeyDictionary[GPT2, _Weightless]" = weakref.WeakKeyDictionary()  # by the target
 
 
-def _weightless_model(decoder: "Decoder", input_ids: torch.Tensor) -> GPT2LMHeadModel:
-    """One of the target's config, with the decoder's settings. It says that it is on the prompt's device: transformers
-    would warn of a prompt elsewhere, and where the decoder moves prompts to is no concern of its."""
-    if decoder.target not in _weightless:
+def _weightless_model(context: CallContext, input_ids: torch.Tensor) -> GPT2LMHeadModel:
+    """One of the target's config, with the model's own settings.
+
+    It says that it is on the prompt's device: transformers would warn of a prompt elsewhere, and where the decoder
+    moves prompts to is no concern of its.
+    """
+    target = context.models.target
+    if target not in _weightless:
         with torch.device("meta"):
-            _weightless[decoder.target] = _Weightless(decoder.target.config)
-    model = copy.copy(_weightless[decoder.target])  # calls in other threads have their own
-    model.generation_config, model.device = GenerationConfig(**_own_settings(decoder)), input_ids.device
+            _weightless[target] = _Weightless(target.config)
+    model = copy.copy(_weightless[target])  # calls in other threads have their own
+    model.generation_config, model.device = GenerationConfig(**context.own_settings), input_ids.device
     return model

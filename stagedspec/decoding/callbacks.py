@@ -16,15 +16,12 @@ callables exactly the calls that it gets from transformers:
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 
-from stagedspec.kernels.backends.interface import Backend, NoiseAt, Trees
+from stagedspec.kernels.backends.interface import Backend, NoiseAt, Sequences, Trees
 from stagedspec.kernels.state.host import INVALID, UNCHOSEN
-
-if TYPE_CHECKING:
-    from stagedspec.decoding.generation import Generation
 
 
 class Streamer(Protocol):
@@ -125,12 +122,14 @@ class Callbacks:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def notify(self, generation: "Generation") -> None:
-        """Calls criteria and streamer for the positions that all rows have reached; ends the rows that they stop."""
+    def notify(self, sequences: Sequences, starts: list[int]) -> None:
+        """Calls criteria and streamer for the positions that all rows have reached; ends the rows that they stop.
+
+        starts: for each row, the length of its prompt.
+        """
         if self.criteria is None and self.streamer is None:
             return
-        rows = generation.sequences.rows  # a snapshot, where the state lives on a device
-        starts = [len(prompt) for prompt in generation.request.prompts]
+        rows = sequences.rows  # a snapshot, where the state lives on a device
         while any(self.unfinished):
             new = [len(row.tokens) - start for row, start in zip(rows, starts, strict=True)]
             at, longest = self.notified, max(new)
@@ -144,10 +143,10 @@ class Callbacks:
             self.notified += 1
             if self.streamer is not None:
                 self.streamer.put(torch.tensor(tokens, device="cpu"))
-            if self._stop(generation, tokens):
-                rows = generation.sequences.rows
+            if self._stop(sequences, starts, tokens):
+                rows = sequences.rows
 
-    def _stop(self, generation: "Generation", tokens: list[int]) -> bool:
+    def _stop(self, sequences: Sequences, starts: list[int], tokens: list[int]) -> bool:
         """Ends the rows that stop at the last notified position; whether there was any."""
         before, stopped = list(self.unfinished), [False] * self.batch
         if self.criteria is not None:
@@ -160,10 +159,10 @@ class Callbacks:
             if ended and self.unfinished[row]:
                 self.unfinished[row] = False
                 if self.pads:
-                    generation.stop(row, self.notified)
+                    sequences.stop(row, starts[row] + self.notified)
         if not any(self.unfinished):
-            for row in range(self.batch):
-                generation.stop(row, self.notified)
+            for row, start in enumerate(starts):
+                sequences.stop(row, start + self.notified)
         return before != self.unfinished
 
     @contextmanager

@@ -3,17 +3,11 @@
 import threading
 import weakref
 from collections.abc import Callable, Hashable
-from typing import TYPE_CHECKING
+from typing import Any, Protocol, TypeVar
 
 from transformers import GPT2LMHeadModel
 
-from stagedspec.models.live_model import read_model
-from stagedspec.models.loading import check_vocabularies, read_checkpoint
 from stagedspec.models.ngram import KatzTable
-
-if TYPE_CHECKING:
-    from stagedspec.decoder import Decoder
-
 
 KEPT_DRAFTS = 4  # decoders kept for one owner
 
@@ -22,17 +16,20 @@ class _Entries(dict):
     """The decoders of one owner, the last used one last: key -> (setup, decoder, what must outlive the key)."""
 
 
-_entries: "weakref.WeakKeyDictionary[Decoder | GPT2LMHeadModel, _Entries]" = weakref.WeakKeyDictionary()  # by the owner
+_entries: "weakref.WeakKeyDictionary[Any, _Entries]" = weakref.WeakKeyDictionary()  # by the owner
 _lock = threading.RLock()
 
 
-def cached(
-    owner: "Decoder | GPT2LMHeadModel",
-    key: Hashable,
-    setup: object,
-    make: Callable[[], "Decoder"],
-    keep: object = None,
-) -> "Decoder":
+class Releasable(Protocol):
+    """A decoder, as this room sees it."""
+
+    def release(self) -> None: ...
+
+
+Cached = TypeVar("Cached", bound=Releasable)
+
+
+def cached(owner: object, key: Hashable, setup: object, make: Callable[[], Cached], keep: object = None) -> Cached:
     """The decoder cached for an owner under a key; a new one, of `make`, if there is none or its setup differs.
 
     owner: a model object or a decoder; its entries go when it does. keep: what must live as long as the entry, as the
@@ -73,28 +70,10 @@ def forget(model: GPT2LMHeadModel) -> None:
         _entries.pop(model, None)
 
 
-def assisted(
-    decoder: "Decoder", assistant: GPT2LMHeadModel | str, table: KatzTable | None = None, role: str = "assistant_model"
-) -> "Decoder":
-    """The decoder with another draft, made once for every pair and cached for as long as both live.
-
-    assistant: a model object, or a checkpoint's folder or hub id. table: an n-gram table in place of the decoder's own.
-    role: what messages call the draft.
-    """
-
-    def make() -> "Decoder":
-        draft = read_checkpoint(assistant, role)
-        target, held = decoder.target, draft is assistant
-        check_vocabularies(target.vocab_size, draft.config.vocab_size, decoder.tokenizer)
-        weights, live = read_model(
-            draft, role, held, ops=target.ops, device=target.device, dtype=target.dtype, invariant=False,
-            vocabulary=target.vocab_size,
-        )  # fmt: skip
-        return decoder.with_draft(weights, table, live)
-
-    if not isinstance(assistant, (str, GPT2LMHeadModel)):
-        read_checkpoint(assistant, role)  # for its message
+def draft_key(owner: object, draft: GPT2LMHeadModel | str, table: KatzTable | None) -> Hashable:
+    """The key of an owner's decoder with this draft and n-gram table: the entry goes when a draft object does. The
+    table must live as long as the entry (`cached`'s keep)."""
     with _lock:
-        known = _entries.setdefault(decoder, _Entries())
-    name = assistant if isinstance(assistant, str) else _reference(assistant, known)
-    return cached(decoder, (name, None if table is None else id(table)), None, make, table)
+        known = _entries.setdefault(owner, _Entries())
+    name = draft if isinstance(draft, str) else _reference(draft, known)
+    return name, None if table is None else id(table)

@@ -13,7 +13,7 @@ from stagedspec.decoding.engine import Chooser, Engine
 from stagedspec.decoding.request import Request
 from stagedspec.decoding.stats import ORIGINS, Clock, Mark, Stats
 from stagedspec.devices import current_device
-from stagedspec.kernels.backends.interface import ReusableSequences, Sequences
+from stagedspec.kernels.backends.interface import CompilingBackend, ReusableSequences, Sequences
 from stagedspec.models.model_set import Models
 
 
@@ -107,14 +107,12 @@ class Generation:
     @torch.inference_mode()
     def warm_up(self) -> int:
         """Compiles what generations of this kind need for prompts of any length, and captures their CUDA graphs where
-        that is possible; returns how many kernels were new."""
+        that is possible; returns how many kernels were new. Only with a backend that `compiles_kernels`."""
         engine, target = self.engine, self.engine.target
         with target.ops.lock, current_device(target.device):
-            calls = [*engine.prefill_passes(), *self._unprepared()]
-            made = target.ops.prepare(calls, target.device)
-            for part, given in calls:
-                if hasattr(part, "capture"):
-                    part.capture(*given)
+            calls, ops = [*engine.prefill_passes(), *self._unprepared()], cast(CompilingBackend, target.ops)
+            made = ops.prepare(calls, target.device)
+            ops.capture(calls)
         return made
 
     def _repeated(self) -> Callable[..., int]:
@@ -127,9 +125,10 @@ class Generation:
         propose = engine.propose if self.request.prompt_lookup else repeated(engine.propose)
         return partial(engine.step, propose=propose, verify_forward=repeated(engine.verify_forward))
 
-    def stop(self, index: int, count: int) -> None:
-        """Ends a row after `count` new tokens and drops what was decoded beyond."""
-        self.sequences.stop(index, len(self.request.prompts[index]) + count)
+    @property
+    def prompt_lengths(self) -> list[int]:
+        """For each row, the tokens that its prompt has."""
+        return [len(prompt) for prompt in self.request.prompts]
 
     def new_tokens(self, pad: int) -> torch.Tensor:
         """The new tokens, LongTensor [B, most], shorter rows filled up with `pad`."""

@@ -5,8 +5,8 @@ criteria for length and end-of-sequence tokens become part of the request, all o
 """
 
 import time
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from transformers import (
@@ -21,39 +21,35 @@ from transformers import (
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria
 
 from stagedspec.decoding.callbacks import Callbacks, Streamer
-from stagedspec.decoding.request import Call, token_ids, unpad, validate
+from stagedspec.decoding.request import Call, CallContext, StagedOptions, token_ids, unpad, validate
 from stagedspec.decoding.sampling import Sampling
 from stagedspec.decoding.settings import refuse_passed_on, refuse_settings
-from stagedspec.planning.tree import TreeConfig
 
-if TYPE_CHECKING:
-    from stagedspec.decoder import Decoder
+
+class Prepared(NamedTuple):
+    """What transformers' `generate` gives to a custom decoding loop. model_kwargs: all further arguments."""
+
+    input_ids: torch.Tensor
+    processors: LogitsProcessorList
+    criteria: StoppingCriteriaList
+    config: GenerationConfig
+    model_kwargs: dict[str, Any]
 
 
 def translate(
-    decoder: "Decoder",
-    input_ids: torch.Tensor,
-    processors: LogitsProcessorList,
-    criteria: StoppingCriteriaList,
-    config: GenerationConfig,
-    passed_on: dict[str, Any],
-    mode: str,
-    seed: int | Sequence[int] | torch.Tensor | None,
-    tree: TreeConfig | None,
-    streamer: Streamer | None,
-    began: float,
+    context: CallContext, options: StagedOptions, prepared: Prepared, streamer: Streamer | None, began: float
 ) -> Call:
     """The call that transformers has prepared. Raises ValueError for what is not supported.
 
-    processors to passed_on: the arguments that a custom generate receives. mode, seed, tree: as of `Decoder.generate`.
     began: when the call came in, by `time.perf_counter`.
     """
+    input_ids, processors, criteria, config, model_kwargs = prepared
     refuse_settings(vars(config))
-    refuse_passed_on(passed_on)
-    mask = passed_on.get("attention_mask")
-    _check_positions(passed_on.get("position_ids"), mask, input_ids, decoder.target.vocab_size)
+    refuse_passed_on(model_kwargs)
+    width, vocab_size = input_ids.shape[1], context.models.target.vocab_size
+    mask = model_kwargs.get("attention_mask")
+    _check_positions(model_kwargs.get("position_ids"), mask, input_ids, vocab_size)
     rest, sampling = _split_processors(processors, bool(config.do_sample))
-    width, vocab_size = input_ids.shape[1], decoder.target.vocab_size
     names = ["forced_bos_token_id", "forced_eos_token_id"]
     if config.exponential_decay_length_penalty is not None:
         names.append("eos_token_id")
@@ -66,7 +62,7 @@ def translate(
     eos, longest, others = _split_criteria(criteria, vocab_size)
     pad = 0 if config._pad_token_tensor is None else int(config._pad_token_tensor)
     request = validate(
-        decoder, input_ids, mask, max(longest - width, 1), mode, tree, eos, seed, sampling,
+        context, options, input_ids, mask, max_new_tokens=max(longest - width, 1), sampling=sampling, eos_token_id=eos,
         lookup=config.prompt_lookup_num_tokens,
     )  # fmt: skip
     return_dict = bool(config.return_dict_in_generate)

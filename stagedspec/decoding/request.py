@@ -3,22 +3,53 @@
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, cast
+from typing import Any, NamedTuple, cast
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from stagedspec.decoding.callbacks import Callbacks
 from stagedspec.decoding.sampling import Sampling, counters
+from stagedspec.models.model_set import Models
 from stagedspec.planning.adapt import Controller, Level
+from stagedspec.planning.planner import TreePlanner
 from stagedspec.planning.tree import TreeConfig
 from stagedspec.values import at_least, plain, whole
 
-if TYPE_CHECKING:
-    from stagedspec.decoder import Decoder
-
 MAX_BATCH = 16
 NEW_TOKENS = 128  # default of max_new_tokens
+
+
+class CallContext(NamedTuple):
+    """What a decoder reads a call with, as it is when the call comes in.
+
+    planner: chooses the trees. tokenizer, eos_token_ids, pad_token_id, defaults: of the decoder, which documents them.
+    live_target: the caller's model object that the target was made of, if it was and is still there.
+    """
+
+    models: Models
+    planner: TreePlanner
+    tokenizer: PreTrainedTokenizerBase | None
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int | None
+    defaults: dict[str, Any]
+    live_target: GPT2LMHeadModel | None
+
+    @property
+    def own_settings(self) -> dict[str, Any]:
+        """The settings of the model's own generation config."""
+        return self.defaults | {
+            "eos_token_id": list(self.eos_token_ids) or None,
+            "pad_token_id": self.pad_token_id,
+        }
+
+
+class StagedOptions(NamedTuple):
+    """The arguments of `Decoder.generate` that transformers' `generate` does not have. Documented there."""
+
+    mode: str
+    seed: int | Sequence[int] | torch.Tensor | None = None
+    tree: TreeConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -56,24 +87,24 @@ class Call:
 
 
 def validate(
-    decoder: "Decoder",
+    context: CallContext,
+    options: StagedOptions,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None,
+    *,
     max_new_tokens: int,
-    mode: str,
-    tree: TreeConfig | None,
-    eos_token_id: int | Sequence[int] | None,
-    seed: int | Sequence[int] | torch.Tensor | None,
     sampling: Sampling,
+    eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
     lookup: int | None = None,
 ) -> Request:
     """Checks a request and chooses its trees. Raises ValueError for what this decoder cannot do.
 
-    seed: None draws one if tokens are sampled. lookup: length of the chains that the context n-gram proposes; it has no
-    effect where a draft proposes.
+    A seed of None is drawn here if tokens are sampled. lookup: length of the chains that the context n-gram proposes;
+    it has no effect where a draft proposes.
     """
-    target = decoder.target
+    models, (mode, seed, tree) = context.models, options
+    target = models.target
     # Other ids can never come up.
     eos = [token for token in token_ids("eos_token_id", eos_token_id) if 0 <= token < target.vocab_size]
     if attention_mask is None and pad_token_id is not None and pad_token_id not in eos:
@@ -91,7 +122,7 @@ def validate(
     seeds, streams = counters(0 if seed is None else seed, len(prompts))
     if lookup is not None and not 1 <= (whole(lookup) or 0) <= 255:
         raise ValueError(f"prompt_lookup_num_tokens must be a whole number from 1 to 255, got {lookup!r}")
-    prompt_lookup = lookup is not None and decoder.draft is None and mode != "autoregressive"
+    prompt_lookup = lookup is not None and models.draft is None and mode != "autoregressive"
     levels: tuple[Level, ...] = ()
     learned: list[Controller] = []
     if prompt_lookup:
@@ -99,8 +130,8 @@ def validate(
         settings = TreeConfig(chain + 1, chain, chain, width=1, children=1, prefetch=0)
         mode = "lookup"
     else:
-        settings, levels, learned = decoder.planner.plan(mode, len(prompts), tree, sampling.do_sample)
-    device = decoder.device.type
+        settings, levels, learned = context.planner.plan(mode, len(prompts), tree, sampling.do_sample)
+    device = models.device.type
     if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != target.dtype:
         warnings.warn(f"autocast has no effect here: decoding computes in {target.dtype}", stacklevel=2)
     if seed is None and sampling.do_sample:

@@ -13,10 +13,11 @@ import torch
 from transformers import GenerationConfig, GPT2LMHeadModel, LogitsProcessorList, StoppingCriteriaList
 
 from stagedspec.decoder import Decoder
-from stagedspec.decoding import prepared
 from stagedspec.decoding.callbacks import ended
-from stagedspec.decoding.decoder_cache import assisted, cached
+from stagedspec.decoding.decoder_cache import cached
 from stagedspec.decoding.output import StagedOutput
+from stagedspec.decoding.prepared import Prepared, translate
+from stagedspec.decoding.request import StagedOptions
 from stagedspec.decoding.settings import refuse_arguments, refuse_settings
 from stagedspec.decoding.stats import Stats
 from stagedspec.devices import DTYPES
@@ -105,15 +106,13 @@ class custom_generate:
                     "custom_generate has draft= and generate has another assistant_model=: give one of the two"
                 )
             decoder = decoder_for(model, draft, self.ngram, self.backend)
-            seed = self.seed if seed is None else seed
-            call = prepared.translate(
-                decoder, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs,
+            options = StagedOptions(
                 self.mode if mode is None else mode,
-                seed,
+                self.seed if seed is None else seed,
                 self.tree if tree is None else tree,
-                streamer, began,
-            )  # fmt: skip
-            output = decoder.decode(call)
+            )
+            prepared = Prepared(input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
+            output = decoder.decode(translate(decoder.context, options, prepared, streamer, began))
         self.last_stats = decoder.last_stats
         return output
 
@@ -195,7 +194,7 @@ def decoder_for(
     setup = getattr(model, "device", None), getattr(model, "dtype", None), model.config.vocab_size
     decoder = cached(model, backend, setup, make)
     if draft is not None:
-        decoder = assisted(decoder, str(draft) if isinstance(draft, Path) else draft, table, "draft")
+        decoder = decoder.assisted(str(draft) if isinstance(draft, Path) else draft, table, "draft")
     decoder.follow()
     return decoder
 

@@ -242,7 +242,7 @@ def test_plain_settings_need_no_transformers(decoder, monkeypatch):
 
 def test_calls_at_the_same_time_have_models_of_their_own(decoder):
     """The model without weights, whose `generate` reads the arguments, says where the call's prompt is."""
-    first, second = (arguments._weightless_model(decoder, ids) for ids in (IDS, IDS.to("meta")))
+    first, second = (arguments._weightless_model(decoder.context, ids) for ids in (IDS, IDS.to("meta")))
     assert (first.device.type, second.device.type) == ("cpu", "meta")
     assert first.generation_config is not second.generation_config
 

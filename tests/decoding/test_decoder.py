@@ -25,7 +25,7 @@ from transformers import GPT2LMHeadModel
 
 import stagedspec
 from stagedspec import Decoder, TreeConfig
-from stagedspec.decoding.request import validate
+from stagedspec.decoding.request import StagedOptions, validate
 from stagedspec.decoding.stats import Clock, Stats
 from stagedspec.devices import current_device, resolve_device
 from stagedspec.kernels.state.host_growth import Growth
@@ -322,7 +322,8 @@ def test_committed_cache_is_that_of_a_fresh_prefill(decoders, place, target, dra
     ids, mask = left_pad(random_prompts([5, 1, 8][:batch], seed=14))
     decoder = decoders[kind, katz]
     sampling = stagedspec.Sampling(do_sample=True, temperature=0.7)
-    run = decoder._run(validate(decoder, ids, mask, 20, "staged", TREES["default"], [], 3, sampling))
+    options = StagedOptions("staged", 3, TREES["default"])
+    run = decoder._run(validate(decoder.context, options, ids, mask, max_new_tokens=20, sampling=sampling))
     jumps, missed = 0, set()
     for _ in run.steps():
         jumps = max(run.sequences.accepted) > 1
@@ -434,7 +435,7 @@ def test_a_clock_adds_up(monkeypatch):
 def test_the_first_token_is_timed_from_the_beginning_of_the_call(decoders):
     """Also what came before the generation, such as measuring."""
     decoder = decoders["good", False]
-    call = decoder._read(torch.tensor([[5, 6, 7]]), None, 2, "autoregressive", 0, None, {})
+    call = decoder._read(torch.tensor([[5, 6, 7]]), None, 2, StagedOptions("autoregressive", 0), {})
     run = decoder._run(call.request, began=call.began - 1000.0)
     for _ in run.steps():
         pass
@@ -444,7 +445,7 @@ def test_the_first_token_is_timed_from_the_beginning_of_the_call(decoders):
 def test_steps_in_vain_do_not_count(decoders):
     """A host that learns late that all rows have stopped has launched a step more than was used."""
     decoder = decoders["good", False]
-    call = decoder._read(torch.tensor([[5, 6, 7]]), None, 6, "staged", 0, TREES["default"], {})
+    call = decoder._read(torch.tensor([[5, 6, 7]]), None, 6, StagedOptions("staged", 0, TREES["default"]), {})
     run = decoder._run(call.request)
     for _ in run.steps():
         pass
@@ -559,7 +560,7 @@ def test_a_gpu_is_made_current(monkeypatch):
 def test_memory_is_freed_without_collecting_garbage(make_decoder, target, drafts, mode, options):
     """Keys and values go with the last reference to a generation: in a cycle they would wait for Python's collector."""
     decoder = make_decoder(target, drafts["good"])
-    call = decoder._read(torch.tensor([[5, 6, 7]]), None, 4, mode, 0, None, dict(options))
+    call = decoder._read(torch.tensor([[5, 6, 7]]), None, 4, StagedOptions(mode, 0), dict(options))
     gc.collect()
     gc.disable()
     try:

@@ -5,7 +5,7 @@ import torch
 from helpers import left_pad, make_gpt2, random_prompts
 
 from stagedspec import Decoder, Sampling, TreeConfig
-from stagedspec.decoding.request import validate
+from stagedspec.decoding.request import StagedOptions, validate
 from stagedspec.planning.adapt import OFF, Controller, Level
 
 TREE = TreeConfig(nodes=4, depth=3, passes=2, width=1, children=4, prefetch=0)
@@ -51,7 +51,9 @@ def begin(monkeypatch):
             made[draft] = Decoder.from_pretrained(target, draft, device="cpu", dtype="float32")
             made[draft].planner._chosen |= {("staged", 2, sampled): LEVELS for sampled in (False, True)}
         ids, mask = left_pad(random_prompts([7, 1], seed=21))
-        return made[draft]._run(validate(made[draft], ids, mask, NEW, "staged", None, [], 3, sampling))
+        return made[draft]._run(
+            validate(made[draft].context, StagedOptions("staged", 3), ids, mask, max_new_tokens=NEW, sampling=sampling)
+        )
 
     return run
 

@@ -11,6 +11,8 @@ import torch
 from helpers import GPU, make_draft, make_gpt2, slow_but
 
 from stagedspec import Decoder, TreeConfig
+from stagedspec.decoding.generation import Generation
+from stagedspec.decoding.request import StagedOptions
 from stagedspec.kernels.common import compiling, registry
 from stagedspec.kernels.common.progress import reporting
 from stagedspec.kernels.state import device
@@ -61,7 +63,7 @@ def test_everything_is_compiled_ahead(decoder, monkeypatch, mode, sampling):
         kernel[grid](*arguments, **options)
 
     ids = torch.randint(1, 61, (1, 20), generator=torch.Generator().manual_seed(0)).to(PLACE)
-    call = decoder._read(ids, None, 5, mode, 3, None, dict(SAMPLINGS[sampling]))
+    call = decoder._read(ids, None, 5, StagedOptions(mode, 3), dict(SAMPLINGS[sampling]))
     run = decoder._run(call.request, call.callbacks)
 
     def generate():
@@ -208,10 +210,10 @@ def test_all_is_checked_before_any_of_it_is_made():
     ],
 )
 def test_warm_up_without_memory(decoder, monkeypatch, error):
-    def full(call):
+    def full(generation):
         raise error
 
-    monkeypatch.setattr(decoder, "_ready", full)
+    monkeypatch.setattr(Generation, "warm_up", full)
     with pytest.raises(
         ValueError, match=r"too little GPU memory to make staged, greedy ready .*Tried to allocate 3 GiB"
     ):
@@ -233,5 +235,5 @@ def test_seconds_to_the_first_token(backend):
         stats = decoder.last_stats
         assert 0 < stats.seconds_to_first_token <= time.perf_counter() - begin
         assert stats.as_dict()["seconds_to_first_token"] == stats.seconds_to_first_token
-    call = decoder._read(ids, None, 3, "autoregressive", 0, None, {})
+    call = decoder._read(ids, None, 3, StagedOptions("autoregressive", 0), {})
     assert decoder._run(call.request).stats().seconds_to_first_token is None

@@ -8,7 +8,7 @@ import torch
 from helpers import left_pad, make_gpt2, random_prompts, slow_but
 
 from stagedspec import Decoder, Sampling, TreeConfig
-from stagedspec.decoding.request import validate
+from stagedspec.decoding.request import StagedOptions, validate
 from stagedspec.kernels.state.host import Sequences, Unread
 from stagedspec.planning.adapt import (
     CREDIT,
@@ -447,7 +447,11 @@ def test_the_drafts_cache_after_it_was_left_out(decoders, drafts, lengths, monke
     Fickle.seed = 4
     ids, mask = left_pad(random_prompts(lengths, seed=14))
     decoder, draft = decoders["good"], drafts["good"]
-    run = decoder._run(validate(decoder, ids, mask, 34, "staged", None, [], 3, Sampling(do_sample=True)))
+    run = decoder._run(
+        validate(
+            decoder.context, StagedOptions("staged", 3), ids, mask, max_new_tokens=34, sampling=Sampling(do_sample=True)
+        )
+    )
     checked = 0
     for _ in run.steps():
         cascade = run.engine.proposer
@@ -470,7 +474,9 @@ def test_the_drafts_cache_after_it_was_left_out(decoders, drafts, lengths, monke
 def test_the_drafts_cache_has_room_for_the_longest_reading(decoders):
     ids, mask = left_pad(random_prompts([6], seed=14))
     decoder = decoders["good"]
-    run = decoder._run(validate(decoder, ids, mask, 34, "staged", None, [], 3, Sampling()))
+    run = decoder._run(
+        validate(decoder.context, StagedOptions("staged", 3), ids, mask, max_new_tokens=34, sampling=Sampling())
+    )
     assert run.engine.proposer.cache.tree_rows >= max(WAITS) > FULL.slots
 
 

@@ -16,10 +16,11 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import stagedspec.decoder
 from stagedspec import Decoder, Sampling, TreeConfig
-from stagedspec.decoding.request import validate
+from stagedspec.decoding.request import StagedOptions, validate
 from stagedspec.kernels import lm_head
 from stagedspec.kernels.backends import select as backend
 from stagedspec.kernels.backends.cuda_graph import Captured
+from stagedspec.kernels.backends.memory import Memory
 from stagedspec.kernels.backends.triton_backend import TritonBackend, warping_settings
 from stagedspec.kernels.common import registry
 from stagedspec.models.gpt2 import GPT2, Cache, Reader
@@ -135,7 +136,9 @@ def test_a_step_allocates_nothing_and_reads_nothing_back(pair, prompts, device, 
     decoder = decoders(pair, device)[1]
     ids, mask = (tensor.to(device) for tensor in prompts)
     options = stagedspec.Sampling(**{k: v for k, v in SAMPLINGS[sampling].items() if k != "seed"})
-    request = validate(decoder, ids, mask, 20, "staged", TREE, [], 3, options)
+    request = validate(
+        decoder.context, StagedOptions("staged", 3, TREE), ids, mask, max_new_tokens=20, sampling=options
+    )
     engine = decoder._run(request).engine
     with torch.inference_mode():
         engine.prefill(request.prompts)
@@ -273,34 +276,36 @@ def test_buffers_are_those_of_the_longest_prompt(pair, device):
     for length in (7, 4, 5, 6):
         ids = torch.randint(1, 61, (1, length), generator=torch.Generator().manual_seed(length)).to(device)
         decoder.generate(ids, max_new_tokens=4)
-        held.add(sum(buffer.numel() for buffer in decoder.target.ops._buffers.values()))
+        held.add(sum(buffer.numel() for buffer in decoder.target.ops.memory.buffers.values()))
     assert len(held) == 1
 
 
-class Replay(TorchDispatchMode):
+class Replay(TorchDispatchMode, Captured):
     """In place of a CUDA graph, where there is none: every call after the first must launch the same operations on the
     same addresses, whatever the backend's buffers have become since. What a part allocates for itself after the first
     lies in its graph's own memory, wherever that is.
     """
 
     def __init__(self, part, ops):
-        super().__init__()
-        self.part, self.ops, self.calls, self.graph = part, ops, 0, None
+        TorchDispatchMode.__init__(self)
+        Captured.__init__(self, part, ops)
+        self.calls = 0
 
     def __call__(self, *given):
         ops = self.ops
-        newest = ops._scratch, ops._buffers
+        newest = ops.memory
         if self.graph is not None:
-            ops._scratch, ops._buffers = self.held
+            ops.memory = Memory()
+            ops.memory.scratch, ops.memory.buffers = self.held
         self.launches, self.own = [], {}
         with self:
             value = self.part(*given)
         self.calls += 1
         if self.graph is not None:
             assert self.launches == self.graph
-            ops._scratch, ops._buffers = newest
+            ops.memory = newest
         elif self.calls > 1:
-            self.graph, self.held = self.launches, (ops._scratch, dict(ops._buffers))
+            self.graph, self.held = self.launches, ops.memory.held
         return value
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -443,9 +448,9 @@ def test_release_frees_the_buffers(pair, device):
     decoder = decoders(pair, device)[1]
     ids = torch.tensor([[5, 6, 7]], device=device)
     expected = decoder.generate(ids, max_new_tokens=9)[0, 3:].tolist()
-    assert decoder.target.ops._buffers and decoder.target.ops._scratch is not None
+    assert decoder.target.ops.memory.buffers and decoder.target.ops.memory.scratch is not None
     decoder.release()
-    assert not decoder.target.ops._buffers and decoder.target.ops._scratch is None
+    assert not decoder.target.ops.memory.buffers and decoder.target.ops.memory.scratch is None
     found = []
     for chunk in decoder.stream(ids, 9):
         found += chunk.tokens
@@ -457,13 +462,13 @@ def test_release_frees_the_buffers(pair, device):
 def test_a_part_is_prepared_again_after_a_release(pair, device):
     """Buffers made during a capture would lie in that graph's own memory, and be zeroed at each of its replays."""
     ops = decoders(pair, device)[1].target.ops
-    part = ops.repeated(lambda: ops._need((64, 8), torch.device(device)))
+    part = ops.repeated(lambda: ops.memory.scratch_of((64, 8), torch.device(device)))
     ops.prepare([(part, ())], torch.device(device))
-    assert part.prepared and ops._scratch is not None
+    assert part.prepared and ops.memory.scratch is not None
     ops.release()
     assert not part.prepared
     ops.prepare([(part, ())], torch.device(device))
-    assert part.prepared and ops._scratch is not None
+    assert part.prepared and ops.memory.scratch is not None
 
 
 def test_the_smallest_run_that_fits_is_used(pair, device):
@@ -515,23 +520,23 @@ def test_refusals(pair, device, prompts):
 def test_scratch_only_grows(device):
     """Else operations that need more of one part than of the other would take turns in making it anew."""
     ops = backend.resolve("triton", device)
-    ops._need((40, 1), device)
-    held = ops._need((1, 30), device)
+    ops.memory.scratch_of((40, 1), device)
+    held = ops.memory.scratch_of((1, 30), device)
     assert held.partials.numel() >= 40 and held.counters.numel() >= 30 and not held.counters.any()
-    assert ops._need((40, 30), device) is held
+    assert ops.memory.scratch_of((40, 30), device) is held
 
 
 def test_a_buffer_is_shared_by_calls_of_one_kind(device):
     ops = backend.resolve("triton", device)
-    held = ops._buffer("norm_linear", (4, 6), torch.float32, device).fill_(1.0)
-    assert ops._buffer("norm_linear", (2, 6), torch.float32, device).data_ptr() == held.data_ptr()
+    held = ops.memory.buffer("norm_linear", (4, 6), torch.float32, device).fill_(1.0)
+    assert ops.memory.buffer("norm_linear", (2, 6), torch.float32, device).data_ptr() == held.data_ptr()
     for op, rows, width, dtype in (
         ("embed", 4, 6, torch.float32),
         ("norm_linear", 5, 6, torch.float32),
         ("norm_linear", 4, 7, torch.float32),
         ("norm_linear", 4, 6, torch.float16),
     ):
-        other = ops._buffer(op, (rows, width), dtype, device).zero_()
+        other = ops.memory.buffer(op, (rows, width), dtype, device).zero_()
         assert other.shape == (rows, width) and other.dtype == dtype
     assert (held == 1.0).all()
 

@@ -52,6 +52,7 @@ def backend(request):
 def test_backends_offer_every_member(backend):
     assert problems(backend, interface.Backend) == []
     assert (problems(backend, interface.AdaptiveBackend) == []) == backend.adapts_trees
+    assert (problems(backend, interface.CompilingBackend) == []) == backend.compiles_kernels
     assert (problems(backend, interface.DraftCompiler) == []) == (backend.name == "torch")
     part = backend.repeated(print)
     assert part is print or problems(part, interface.Captured) == []
