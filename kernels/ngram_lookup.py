@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
+from stagedspec.kernels.common import constants
 from stagedspec.kernels.common.inputs import NgramTable
 from stagedspec.kernels.common.launch_configs import config
 from stagedspec.kernels.common.registry import (
@@ -29,9 +30,8 @@ from stagedspec.kernels.common.registry import (
     launch_options,
     register,
 )
-from stagedspec.kernels.state import host as control
 
-CONTEXT_LOGPROB = tl.constexpr(control.CONTEXT_LOGPROB)
+CONTEXT_LOGPROB = tl.constexpr(constants.CONTEXT_LOGPROB)
 NEVER = tl.constexpr(float("-inf"))
 # The layout of stagedspec.models.ngram's hash table, which kernels cannot import.
 PROBES = tl.constexpr(8)

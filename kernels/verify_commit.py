@@ -40,6 +40,7 @@ import torch
 import triton
 import triton.language as tl
 
+from stagedspec.kernels.common.constants import INVALID, UNCHOSEN
 from stagedspec.kernels.common.launch_configs import config
 from stagedspec.kernels.common.registry import (
     check_runs,
@@ -49,7 +50,6 @@ from stagedspec.kernels.common.registry import (
     register,
 )
 from stagedspec.kernels.grow_tree.state import TOKEN, TREE_DEPTH, TREE_ORIGIN, TREE_PARENT, TREE_SLOT, words
-from stagedspec.kernels.state.host import INVALID, UNCHOSEN
 
 NEVER_ENDS = tl.constexpr(2**30)
 _UNCHOSEN, _INVALID = tl.constexpr(UNCHOSEN), tl.constexpr(INVALID)

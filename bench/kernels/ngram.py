@@ -7,7 +7,7 @@ import torch
 from harness import SMALL, Case, again, exact
 from models import DEVICE, MODELS, Choice
 
-from stagedspec.kernels.state.host import CONTEXT_LOGPROB
+from stagedspec.kernels.common.constants import CONTEXT_LOGPROB
 from stagedspec.tuning.workloads import Looking, katz_table
 
 

@@ -51,8 +51,8 @@ Own: TypeAlias = Any
 class Row(Protocol):
     """One sequence of the batch, as the host sees it.
 
-    tokens: the prompt and all committed tokens; origins: who first proposed each new token (`host.TARGET`, `DRAFT`,
-    `NGRAM`); limit: the length at which the row ends; running: whether it has not ended.
+    tokens: the prompt and all committed tokens; origins: who first proposed each new token (TARGET, DRAFT or
+    NGRAM of common/constants.py); limit: the length at which the row ends; running: whether it has not ended.
     """
 
     @property
@@ -213,7 +213,7 @@ class Trees(Protocol):
         chosen tokens to the sequences.
 
         chosen: integers [B, N], the token chosen at each node; UNCHOSEN at nodes that must not be accepted; INVALID
-        where no token could be chosen (state/host.py). A row stops at an end-of-sequence token and at its limit.
+        where no token could be chosen (common/constants.py). A row stops at an end-of-sequence token and at its limit.
         """
 
 

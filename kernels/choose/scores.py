@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
+from stagedspec.kernels.common.constants import INVALID
 from stagedspec.kernels.philox import gumbel_tile
-from stagedspec.kernels.state.host import INVALID
 
 GROUP = 64  # tokens that share one maximum
 # Their alignment differs between batches; specialising on it would only compile more kernels.

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple, get_type_hints
 import torch
 import triton
 
+from stagedspec.kernels.common.constants import HOPPER_SPLIT, MOST_SPLITS
+
 LIBRARY = torch.library.Library("stagedspec", "DEF")
 # The modules that hold kernels which are launched.
 MODULES = (
@@ -88,6 +90,11 @@ def architecture(device: torch.device) -> int:
         return 0
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+def by_hopper(itemsize: int, inputs: int, device: torch.device) -> bool:
+    """Whether the kernel for Hopper runs, of linears and of heads alike. It copies rows of a multiple of 16 bytes."""
+    return itemsize == 2 and inputs % 8 == 0 and inputs <= HOPPER_SPLIT * MOST_SPLITS and architecture(device) == 90
 
 
 def pdl(arch: int) -> bool:

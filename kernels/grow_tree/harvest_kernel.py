@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from stagedspec.kernels.common.constants import DRAFT, NGRAM
 from stagedspec.kernels.grow_tree.record import NEVER, NOTHING, flip, pack, record_pass, reverse
 from stagedspec.kernels.grow_tree.state import (
     CANDIDATE,
@@ -19,8 +20,7 @@ from stagedspec.kernels.grow_tree.state import (
     TREE_SLOT,
 )
 
-GUESSED = tl.constexpr(2)  # origin, as NGRAM of state/host.py
-DRAFTED = tl.constexpr(1)
+GUESSED, DRAFTED = tl.constexpr(NGRAM), tl.constexpr(DRAFT)
 
 
 @triton.jit

@@ -36,10 +36,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra import cuda
 
+from stagedspec.kernels.common.constants import HOPPER_SPLIT
 from stagedspec.kernels.common.hopper import SHARED, SPARE, copy, described
 from stagedspec.kernels.common.launch_configs import config
 from stagedspec.kernels.common.registry import Scratch, launch_kernel, launch_options
-from stagedspec.kernels.linear.kernel import HOPPER_SPLIT, ROWS, activate, stat_tiles
+from stagedspec.kernels.linear.kernel import ROWS, activate, stat_tiles
 from stagedspec.kernels.linear.records import Epilogue, Norm
 
 WHOLE = 1600  # columns that are not split

@@ -30,7 +30,6 @@ import triton.language as tl
 # Rows of the weight, a program: the least that Hopper's matrix instructions take. Columns of the residual stream that
 # have statistics of their own: who writes a tile has all of it.
 ROWS = 64
-HOPPER_SPLIT = 1280  # columns that hopper.py has in shared memory at most
 # By their names in transformers: ACTIVATION of the kernels.
 ACTIVATIONS = {
     "none": 0,

@@ -7,11 +7,13 @@ from typing import Any
 import torch
 import triton
 
+from stagedspec.kernels.common.constants import HOPPER_SPLIT, MOST_SPLITS
 from stagedspec.kernels.common.launch_configs import config
 from stagedspec.kernels.common.registry import (
     FLOATS,
     Scratch,
     architecture,
+    by_hopper,
     check_runs,
     check_tensor,
     launch_kernel,
@@ -19,14 +21,13 @@ from stagedspec.kernels.common.registry import (
     most_registers,
     register,
 )
-from stagedspec.kernels.linear.kernel import ACTIVATIONS, HOPPER_SPLIT, ROWS, _linear, _row_stats, stat_tiles
+from stagedspec.kernels.linear.kernel import ACTIVATIONS, ROWS, _linear, _row_stats, stat_tiles
 from stagedspec.kernels.linear.records import NO_NORM, Epilogue, Norm
 
 MAX_TOKENS = 1024
 # Splits: a weight of WIDE tiles of rows has enough programs without them; a narrower one is cut for PROGRAMS.
 WIDE = 48
 PROGRAMS = 100
-MOST_SPLITS = 6  # whoever adds the parts up holds all of them in registers
 SHORTEST_SPLIT = 256  # columns
 SPILLING = (120,)  # see `most_registers`
 ROOMY = 160 << 10  # shared memory a block may take, bytes, as on A100 and H100
@@ -63,11 +64,6 @@ def scratch_size(count: int, outputs: int, inputs: int) -> tuple[int, int]:
     if splits == 1:
         return 0, 0
     return splits * tiles * ROWS * triton.cdiv(count, tokens) * tokens, tiles * triton.cdiv(count, 16)
-
-
-def by_hopper(itemsize: int, inputs: int, device: torch.device) -> bool:
-    """Whether the kernel for Hopper runs, of linears and of heads alike. It copies rows of a multiple of 16 bytes."""
-    return itemsize == 2 and inputs % 8 == 0 and inputs <= HOPPER_SPLIT * MOST_SPLITS and architecture(device) == 90
 
 
 def default_settings(itemsize: int, tokens: int, length: int, roomy: bool = False) -> dict[str, int]:

@@ -24,6 +24,7 @@ from stagedspec.kernels.common.registry import (
     FLOATS,
     Scratch,
     architecture,
+    by_hopper,
     check_runs,
     check_tensor,
     launch_kernel,
@@ -31,7 +32,6 @@ from stagedspec.kernels.common.registry import (
     most_registers,
     register,
 )
-from stagedspec.kernels.linear.op import by_hopper
 from stagedspec.kernels.lm_head.kernel import head_kernel, norm_kernel
 
 ROWS = 64  # most rows of one program: with noise and masses 128 spill

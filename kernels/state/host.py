@@ -34,15 +34,12 @@ from typing import NamedTuple, Protocol, cast
 import numpy as np
 import torch
 
+from stagedspec.kernels.common.constants import CONTEXT_LOGPROB, INVALID, NGRAM, TARGET
 from stagedspec.kernels.common.inputs import NgramTable
 from stagedspec.kernels.state.invalid_logits import raise_invalid
 
 NEVER = float("-inf")
-CONTEXT_LOGPROB = -0.25  # log-probability of a match of the context n-gram: on code, about 4 of 5 are right
 CHUNK = 256  # tokens of each prompt that one pass reads
-TARGET, DRAFT, NGRAM = range(3)  # who first proposed a token
-# In place of a chosen token: at a node that must not be accepted, and at one whose logits allow no choice.
-UNCHOSEN, INVALID = -1, -2
 # Factor of the draft's logits in greedy decoding. The target's best token is the draft's more often than the draft's
 # probability says: measured on the embedded models, on held-out text, where 1.5 to 2 do equally well. In sampling,
 # softmax(log q + g) needs no correction.

@@ -7,11 +7,10 @@ from typing import Any, Protocol
 
 import torch
 
+from stagedspec.kernels.common.constants import DRAFT, NGRAM
 from stagedspec.kernels.common.inputs import NgramTable, TreeSettings
 from stagedspec.kernels.state.host import (
-    DRAFT,
     NEVER,
-    NGRAM,
     Batch,
     Row,
     Sequences,

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from stagedspec.check.kernels import CONTEXT, expect
 from stagedspec.kernels import reference
+from stagedspec.kernels.common.constants import CONTEXT_LOGPROB
 from stagedspec.kernels.state import device as device_state
 from stagedspec.kernels.state import host as host_state
 from stagedspec.kernels.state import host_growth
@@ -30,7 +31,7 @@ def check_lookup(table: KatzTable, device: torch.device) -> str:
         follower = host_state.Row(sequence, len(sequence)).follower
         for node, (first, last) in enumerate(looking.contexts[row].tolist()):
             found = follower.get((first, last))
-            wanted = [] if found is None else [(found, host_state.CONTEXT_LOGPROB)]
+            wanted = [] if found is None else [(found, CONTEXT_LOGPROB)]
             wanted += [pair for pair in table.successors_of(first, last) if pair[0] != found]
             pairs = zip(tokens[row][node], logprobs[row][node], strict=True)
             expect([pair for pair in pairs if pair[0] >= 0] == wanted, f"what follows {first}, {last} differs")

@@ -21,7 +21,7 @@ from typing import Protocol
 import torch
 
 from stagedspec.kernels.backends.interface import Backend, NoiseAt, Sequences, Trees
-from stagedspec.kernels.state.host import INVALID, UNCHOSEN
+from stagedspec.kernels.common.constants import INVALID, UNCHOSEN
 
 
 class Streamer(Protocol):

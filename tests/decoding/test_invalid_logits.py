@@ -13,7 +13,8 @@ from stagedspec import Decoder
 from stagedspec.cli import app
 from stagedspec.hf import custom_generate
 from stagedspec.kernels import reference
-from stagedspec.kernels.state.host import INVALID, Sequences, Trees
+from stagedspec.kernels.common.constants import INVALID
+from stagedspec.kernels.state.host import Sequences, Trees
 from stagedspec.kernels.state.invalid_logits import raise_invalid
 
 NAN, INF = float("nan"), float("inf")

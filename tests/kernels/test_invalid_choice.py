@@ -12,9 +12,9 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from stagedspec import Decoder, TreeConfig
 from stagedspec.kernels import reference
+from stagedspec.kernels.common.constants import INVALID, UNCHOSEN
 from stagedspec.kernels.state import device as device_state
 from stagedspec.kernels.state import host as host_state
-from stagedspec.kernels.state.host import INVALID, UNCHOSEN
 
 NAN, INF = float("nan"), float("inf")
 RULES = {"greedy": {"greedy": True}} | WARPERS

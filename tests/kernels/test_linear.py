@@ -10,8 +10,9 @@ from helpers import GPU
 from transformers.activations import ACT2FN
 
 from stagedspec.kernels.common import launch_configs as configs
+from stagedspec.kernels.common.constants import HOPPER_SPLIT, MOST_SPLITS
 from stagedspec.kernels.common.hopper import SHARED
-from stagedspec.kernels.common.registry import Scratch
+from stagedspec.kernels.common.registry import Scratch, by_hopper
 from stagedspec.kernels.linear import (
     ACTIVATIONS,
     Folded,
@@ -230,10 +231,10 @@ def test_errors(device):
 def test_hopper_has_room():
     """Every block of x has a slot or takes turns in three at least, beside the weights, at every width it serves; parts
     begin at the same columns for any number of tokens."""
-    assert not op.by_hopper(2, 640, torch.device("cpu"))
-    for inputs in range(8, hopper.HOPPER_SPLIT * op.MOST_SPLITS + 1, 8):
+    assert not by_hopper(2, 640, torch.device("cpu"))
+    for inputs in range(8, HOPPER_SPLIT * MOST_SPLITS + 1, 8):
         splits, part = hopper.splits_of(inputs)
-        assert splits <= triton.cdiv(inputs, hopper.HOPPER_SPLIT) <= op.MOST_SPLITS
+        assert splits <= triton.cdiv(inputs, HOPPER_SPLIT) <= MOST_SPLITS
         assert (splits == 1) == (inputs <= hopper.WHOLE)
         for count in (1, 9, 20, 200):
             chosen = hopper.settings(min(64, hopper.padded(count)), inputs)
@@ -264,7 +265,7 @@ def test_hopper_s_parts_have_room_with_any_settings(inputs, outputs):
 @pytest.mark.parametrize(("tokens", "groups"), [(128, 2), (128, 1), (64, 2)])
 def test_hopper_s_rings_have_room(tokens, groups):
     """Operands that take turns: at least two blocks of each, parts as long as those of any other program."""
-    for inputs in range(8, hopper.HOPPER_SPLIT * op.MOST_SPLITS + 1, 8):
+    for inputs in range(8, HOPPER_SPLIT * MOST_SPLITS + 1, 8):
         splits, part = hopper.splits_of(inputs)
         chosen = hopper.settings(tokens, inputs, groups)
         assert chosen["SPLITS"] == splits and chosen["SPLIT_K"] == part and part % chosen["BLOCK_K"] == 0

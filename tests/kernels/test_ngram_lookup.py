@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from stagedspec.kernels import ngram_lookup as ops
+from stagedspec.kernels.common.constants import CONTEXT_LOGPROB
 from stagedspec.kernels.ngram_lookup import ngram_lookup
-from stagedspec.kernels.state.host import CONTEXT_LOGPROB, Row
+from stagedspec.kernels.state.host import Row
 from stagedspec.models import ngram
 from stagedspec.models.ngram_fit import fit_table
 

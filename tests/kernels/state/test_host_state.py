@@ -8,10 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stagedspec.kernels.common.constants import CONTEXT_LOGPROB, TARGET
 from stagedspec.kernels.state.host import (
-    CONTEXT_LOGPROB,
     NEVER,
-    TARGET,
     Row,
     Sequences,
     Tree,
