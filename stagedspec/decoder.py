@@ -433,7 +433,10 @@ class Decoder:
     # ------------------------------------------------------------ runs
 
     def _run(self, request: Request, callbacks: Callbacks | None = None, began: float | None = None) -> Generation:
-        return self.pool.take(self.models, request, callbacks, self.mark, began)
+        controller = self.planner.controller(
+            request.mode, len(request.prompts), request.sampling.do_sample, request.levels
+        )
+        return self.pool.take(self.models, request, callbacks, self.mark, controller, began)
 
     def _keep(self, run: Generation, stats: Stats | None) -> None:
         """Takes back a generation that has ended, of which nothing more is wanted."""

@@ -5,7 +5,7 @@ from typing import TypeAlias, cast
 
 import torch
 
-from stagedspec.decoding.proposers import DraftCascade, PromptLookup
+from stagedspec.decoding.proposers import DraftCascade, PromptLookup, Proposer
 from stagedspec.decoding.request import Request
 from stagedspec.decoding.stats import Clock
 from stagedspec.kernels.backends.interface import (
@@ -28,15 +28,17 @@ Chooser: TypeAlias = Callable[[Backend, Trees, torch.Tensor, dict | None, NoiseA
 class Engine:
     """The state of a generation and the step that advances it.
 
-    request: what to generate. host_chooses: tokens are chosen on the host (`Callbacks.choose_with_processors`), so the
-    target's pass ends with logits. repeated: the backend's `Backend.repeated`, which prepares a pass for many calls, or
-    None. With a backend that `keeps_generations` the same tensors serve one generation after the other.
+    request: what to generate. controller: chooses the tree of every step; None where each has the request's.
+    host_chooses: tokens are chosen on the host (`Callbacks.choose_with_processors`), so the target's pass ends with
+    logits. repeated: the backend's `Backend.repeated`, which prepares a pass for many calls, or None. With a backend
+    that `keeps_generations` the same tensors serve one generation after the other.
     """
 
     def __init__(
         self,
         models: Models,
         request: Request,
+        controller: Controller | None,
         host_chooses: bool,
         clock: Clock,
         repeated: Callable[[Callable], Callable] | None = None,
@@ -62,14 +64,10 @@ class Engine:
                 past=max(WAITS) + 1 if request.levels else 0,
             )
         self.reader = Reader(target, self.cache, self.sequences, repeated)
-        self.proposer: DraftCascade | PromptLookup | None = None
+        self.proposer: Proposer | None = None  # none in plain decoding
         if request.prompt_lookup:
             self.proposer = PromptLookup(ops, tree.depth, self.sequences, clock)
         elif tree.passes:
-            controller = None
-            if request.levels:
-                controller = Controller(request.levels, *request.learned)
-                request.learned[:] = [controller]
             self.proposer = DraftCascade(
                 models, tree, self.sequences, self.warping, self.noise, clock, controller, repeated
             )
@@ -89,7 +87,7 @@ class Engine:
     @property
     def caches(self) -> list[Cache]:
         """The KV caches: the target's, and the draft's if there is one."""
-        return [self.cache, *([self.proposer.cache] if isinstance(self.proposer, DraftCascade) else [])]
+        return [self.cache] if self.proposer is None else [self.cache, *self.proposer.caches]
 
     def prefill(self, prompts: list[list[int]]) -> None:
         """Fills the caches with the prompts, without the last tokens, which the first step reads."""
@@ -100,8 +98,8 @@ class Engine:
 
     def prefill_passes(self, prompts: list[list[int]] | None = None) -> Iterator[tuple[Callable, tuple]]:
         """The passes of `prefill`, (pass, arguments), for `Backend.prepare`. None: those of prompts of any length."""
-        readers = [(self.reader, 1)] + ([(self.proposer.reader, 2)] if isinstance(self.proposer, DraftCascade) else [])
-        for reader, trailing in readers:
+        readers = [] if self.proposer is None else self.proposer.readers
+        for reader, trailing in [(self.reader, 1), *readers]:
             if prompts is None:
                 yield from reader.calls(cast(ReusableSequences, self.sequences).chunk_sizes)
             else:

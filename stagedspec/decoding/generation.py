@@ -15,13 +15,15 @@ from stagedspec.decoding.stats import ORIGINS, Clock, Mark, Stats
 from stagedspec.devices import current_device
 from stagedspec.kernels.backends.interface import CompilingBackend, ReusableSequences, Sequences
 from stagedspec.models.model_set import Models
+from stagedspec.planning.adapt import Controller
 
 
 class Generation:
     """One generation. `restart` begins another one of the same kind, with the same memory and CUDA graphs.
 
-    callbacks: logits processors, criteria and streamer, if there are any. mark: marks phases for a profiler. began:
-    when the call began, by `time.perf_counter`; None for now.
+    callbacks: logits processors, criteria and streamer, if there are any. mark: marks phases for a profiler.
+    controller: of `TreePlanner.controller`, None where every step has the request's tree. began: when the call began,
+    by `time.perf_counter`; None for now.
     """
 
     def __init__(
@@ -30,13 +32,14 @@ class Generation:
         request: Request,
         callbacks: Callbacks | None = None,
         mark: Mark | None = None,
+        controller: Controller | None = None,
         began: float | None = None,
     ):
         self._set_start(began)
         ops = models.target.ops
         self.clock = Clock(None if ops.times_phases else ("prefill",), mark)
         repeated = ops.repeated if mark is None else None
-        self.engine = Engine(models, request, _chooser(callbacks) is not None, self.clock, repeated)
+        self.engine = Engine(models, request, controller, _chooser(callbacks) is not None, self.clock, repeated)
         self.kind = kind_of(models, request, callbacks, mark)
         self._begin(request, callbacks)
         self._step = self._repeated()

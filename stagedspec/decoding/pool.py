@@ -9,6 +9,7 @@ from stagedspec.decoding.generation import Generation, kind_of
 from stagedspec.decoding.request import Request
 from stagedspec.decoding.stats import Mark
 from stagedspec.models.model_set import Models
+from stagedspec.planning.adapt import Controller
 
 # At most so many generations, and so many bytes of keys and values, are kept.
 KEPT, KEPT_BYTES = 8, 2**31
@@ -21,11 +22,18 @@ class GenerationPool:
         self.kept: list[Generation] = []  # the most recently used at the end
 
     def take(
-        self, models: Models, request: Request, callbacks: Callbacks | None, mark: Mark | None, began: float | None
+        self,
+        models: Models,
+        request: Request,
+        callbacks: Callbacks | None = None,
+        mark: Mark | None = None,
+        controller: Controller | None = None,
+        began: float | None = None,
     ) -> Generation:
         """A generation for the request: the smallest of those kept that fit, else a new one.
 
-        began: when the call began, by `time.perf_counter`; None for now.
+        controller: of a new generation; those kept have none, as a backend that keeps them adapts no trees. began: when
+        the call began, by `time.perf_counter`; None for now.
         """
         wanted = models, request, callbacks, mark
         kind, began = kind_of(*wanted), time.perf_counter() if began is None else began
@@ -38,11 +46,11 @@ class GenerationPool:
             found.restart(request, callbacks, began)
             return found
         try:
-            return Generation(*wanted, began)
+            return Generation(*wanted, controller, began)
         except torch.OutOfMemoryError:
             pass  # leave the handler first: the error keeps the tensors made so far alive
         self.release(models)
-        return Generation(*wanted, began)
+        return Generation(*wanted, controller, began)
 
     def give(self, generation: Generation, models: Models) -> None:
         """Keeps a generation that has ended and whose results have been read, if it can serve these models again."""

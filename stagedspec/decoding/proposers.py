@@ -7,7 +7,7 @@ to the same pass, so that several levels grow at once. The best tree does not de
 
 import time
 from collections.abc import Callable
-from typing import cast
+from typing import Protocol, cast
 
 from stagedspec.decoding.stats import Clock
 from stagedspec.kernels.backends.interface import (
@@ -25,6 +25,36 @@ from stagedspec.models.gpt2 import GPT2, Cache, Reader
 from stagedspec.models.model_set import Models
 from stagedspec.planning.adapt import WAITS, Controller
 from stagedspec.planning.tree import TreeConfig
+
+
+class Proposer(Protocol):
+    """What proposes the trees of a generation's steps.
+
+    passes: of the draft, in the last step. controller: chooses the tree of every step; None where trees do not adapt.
+    """
+
+    @property
+    def passes(self) -> int: ...
+
+    @property
+    def controller(self) -> Controller | None: ...
+
+    @property
+    def caches(self) -> list[Cache]:
+        """The KV caches that it fills."""
+
+    @property
+    def readers(self) -> list[tuple[Reader, int]]:
+        """What reads the prompts into them, and how many of the last tokens it leaves out."""
+
+    def prefill(self, lengths: list[int]) -> None:
+        """Reads the prompts. lengths: of each row's."""
+
+    def propose(self) -> Trees:
+        """The trees of this step."""
+
+    def commit(self, moves: Moves) -> None:
+        """Takes note of what the step accepted."""
 
 
 class DraftCascade:
@@ -57,6 +87,7 @@ class DraftCascade:
         self.cache = Cache(draft, len(sequences.rows), rows, sequences.capacity)
         self._growths: dict[TreeConfig, Growth] = {}
         self.reader = Reader(draft, self.cache, sequences, repeated)
+        self.caches, self.readers = [self.cache], [(self.reader, 2)]
 
     def prefill(self, lengths: list[int]) -> None:
         """Reads the prompts without the last two tokens, which every step's first draft pass reads; or postpones that
@@ -180,6 +211,8 @@ class PromptLookup:
     passes, controller = 0, None  # no draft
 
     def __init__(self, ops: Backend, depth: int, sequences: Sequences, clock: Clock):
+        self.caches: list[Cache] = []
+        self.readers: list[tuple[Reader, int]] = []
         self.ops, self.depth, self.sequences, self.clock = ops, depth, sequences, clock
 
     def prefill(self, lengths: list[int]) -> None:

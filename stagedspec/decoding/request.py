@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -11,7 +11,7 @@ from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 from stagedspec.decoding.callbacks import Callbacks
 from stagedspec.decoding.sampling import Sampling, counters
 from stagedspec.models.model_set import Models
-from stagedspec.planning.adapt import Controller, Level
+from stagedspec.planning.adapt import Level
 from stagedspec.planning.planner import TreePlanner
 from stagedspec.planning.tree import TreeConfig
 from stagedspec.values import at_least, plain, whole
@@ -65,7 +65,6 @@ class Request:
     streams: list[int]
     eos: list[int]
     levels: tuple[Level, ...] = ()  # trees to adapt between; `tree` is the largest
-    learned: list[Controller] = field(default_factory=list)  # of the last generation with these levels, if any
     prompt_lookup: bool = False  # the context n-gram proposes, without a draft
 
 
@@ -124,22 +123,19 @@ def validate(
         raise ValueError(f"prompt_lookup_num_tokens must be a whole number from 1 to 255, got {lookup!r}")
     prompt_lookup = lookup is not None and models.draft is None and mode != "autoregressive"
     levels: tuple[Level, ...] = ()
-    learned: list[Controller] = []
     if prompt_lookup:
         chain = min(cast(int, whole(lookup)), target.ops.max_depth)
         settings = TreeConfig(chain + 1, chain, chain, width=1, children=1, prefetch=0)
         mode = "lookup"
     else:
-        settings, levels, learned = context.planner.plan(mode, len(prompts), tree, sampling.do_sample)
+        settings, levels = context.planner.plan(mode, len(prompts), tree, sampling.do_sample)
     device = models.device.type
     if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != target.dtype:
         warnings.warn(f"autocast has no effect here: decoding computes in {target.dtype}", stacklevel=2)
     if seed is None and sampling.do_sample:
         # Last, so that torch's generator is not advanced by a call that is refused or that samples nothing.
         seeds, streams = counters(int(torch.randint(2**63 - 1, (), device="cpu")), len(prompts))
-    return Request(
-        prompts, max_new_tokens, mode, settings, sampling, seeds, streams, eos, levels, learned, prompt_lookup
-    )
+    return Request(prompts, max_new_tokens, mode, settings, sampling, seeds, streams, eos, levels, prompt_lookup)
 
 
 def encode(prompt: str | torch.Tensor, tokenizer: PreTrainedTokenizerBase | None) -> torch.Tensor:

@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 ORIGINS = ("target", "draft", "ngram")
-MODEL_PHASES = ("prefill", "target", "draft")
 
 
 # A range of a profiler's timeline, made from its name: torch.cuda.nvtx.range, torch.profiler.record_function.

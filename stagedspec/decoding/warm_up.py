@@ -65,7 +65,7 @@ def warm_up(
         try:
             with reporting(report):
                 call = _read(context, mode, sampling, size, tokens)
-                generation = pool.take(models, call.request, call.callbacks, mark, None)
+                generation = pool.take(models, call.request, call.callbacks, mark)
                 made += generation.warm_up()
                 pool.give(generation, models)
         except RuntimeError as error:

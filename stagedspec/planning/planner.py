@@ -21,12 +21,10 @@ class Plan(NamedTuple):
     """Trees of one generation.
 
     tree: the largest one. levels: all that it adapts between, plain decoding first; empty where every step has `tree`.
-    learned: the controller of the last generation with these levels, if any; the next one puts its own there.
     """
 
     tree: TreeConfig
-    levels: tuple[Level, ...]
-    learned: list[Controller]
+    levels: tuple[Level, ...] = ()
 
 
 class TreePlanner:
@@ -45,7 +43,7 @@ class TreePlanner:
         self._remeasured = False
         self._costs: cost.PassTimes | None = None
         self._chosen: dict[tuple[str, int, bool], tuple[Level, ...]] = {}  # by mode, batch, sampled
-        self._learned: dict[tuple[str, int, bool], list[Controller]] = {}
+        self._controllers: dict[tuple[str, int, bool], Controller] = {}  # of the last generation of each kind
         self._measuring = Lock()  # two threads' measurements would disturb each other
 
     def copy(self) -> "TreePlanner":
@@ -94,9 +92,19 @@ class TreePlanner:
         """The trees of a generation with these arguments; raises as `tree_for`."""
         largest = self.tree_for(mode, batch, tree, do_sample)
         if not largest.passes or tree or self.fixed or not self._models.target.ops.adapts_trees:
-            return Plan(largest, (), [])
+            return Plan(largest)
+        return Plan(largest, self._levels(mode, batch, do_sample))
+
+    def controller(self, mode: str, batch: int, do_sample: bool, levels: tuple[Level, ...]) -> Controller | None:
+        """What adapts a new generation's trees between the levels of its `Plan`; None where there are none.
+
+        It starts from what the last generation of this kind has learned, as the next one will from this.
+        """
+        if not levels:
+            return None
         key = mode, batch, do_sample
-        return Plan(largest, self._levels(*key), self._learned.setdefault(key, []))
+        made = self._controllers[key] = Controller(levels, self._controllers.get(key))
+        return made
 
     def _levels(self, mode: str, batch: int, do_sample: bool) -> tuple[Level, ...]:
         """Trees to adapt between, plain decoding first, the cost model's best one last."""
@@ -154,4 +162,4 @@ class TreePlanner:
     def _forget(self) -> None:
         self._costs = None
         self._chosen.clear()
-        self._learned.clear()
+        self._controllers.clear()

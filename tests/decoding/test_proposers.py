@@ -42,7 +42,7 @@ class Scripted(Controller):
 def begin(monkeypatch):
     """begin(draft, sampling) -> a generation of two rows, one of whose prompts is a single token. draft: by default the
     target itself."""
-    monkeypatch.setattr("stagedspec.decoding.engine.Controller", Scripted)
+    monkeypatch.setattr("stagedspec.planning.planner.Controller", Scripted)
     target = make_gpt2(1)
     made = {}
 

@@ -425,7 +425,7 @@ def decoders(target, drafts):
 @pytest.mark.parametrize("lengths", [[5], [1], [7, 1, 12]], ids=["one", "short", "ragged"])
 @pytest.mark.parametrize("kind", slow_but(["good", "adversarial"], ["good", "random", "adversarial", "target"]))
 def test_same_tokens_as_plain_decoding(decoders, kind, lengths, controller, monkeypatch):
-    monkeypatch.setattr("stagedspec.decoding.engine.Controller", controller)
+    monkeypatch.setattr("stagedspec.planning.planner.Controller", controller)
     ids, mask = left_pad(random_prompts(lengths, seed=21))
     eos = [int(token) for token in random_prompts([2], seed=5)[0]]
     for seed, options in enumerate(
@@ -443,7 +443,7 @@ def test_same_tokens_as_plain_decoding(decoders, kind, lengths, controller, monk
 @pytest.mark.parametrize("lengths", [[6], [1, 9, 3]], ids=["one", "ragged"])
 def test_the_drafts_cache_after_it_was_left_out(decoders, drafts, lengths, monkeypatch):
     """Whenever the draft is in step again its cache is what transformers computes for the same tokens."""
-    monkeypatch.setattr("stagedspec.decoding.engine.Controller", Fickle)
+    monkeypatch.setattr("stagedspec.planning.planner.Controller", Fickle)
     Fickle.seed = 4
     ids, mask = left_pad(random_prompts(lengths, seed=14))
     decoder, draft = decoders["good"], drafts["good"]
@@ -499,8 +499,8 @@ class Untimed(Controller):
 
 
 def test_a_hopeless_draft_reads_now_and_then(decoders, monkeypatch):
-    monkeypatch.setattr("stagedspec.decoding.engine.Controller", Untimed)
-    monkeypatch.setattr(decoders["adversarial"].planner, "_learned", {})
+    monkeypatch.setattr("stagedspec.planning.planner.Controller", Untimed)
+    monkeypatch.setattr(decoders["adversarial"].planner, "_controllers", {})
     ids, _ = left_pad(random_prompts([12], seed=3))
     decoders["adversarial"].generate(ids, max_new_tokens=36, eos_token_id=[])
     stats = decoders["adversarial"].last_stats
@@ -516,7 +516,7 @@ def test_a_tree_that_is_given_is_kept_to(target, drafts):
 
 
 def test_drafts_of_fewer_positions_may_be_left_out_too(target, monkeypatch):
-    monkeypatch.setattr("stagedspec.decoding.engine.Controller", Fickle)
+    monkeypatch.setattr("stagedspec.planning.planner.Controller", Fickle)
     decoder = Decoder.from_pretrained(target, make_gpt2(0, n_positions=8), device="cpu", dtype="float32")
     decoder.planner._chosen["staged", 1, False] = levels()
     ids = torch.tensor(random_prompts([10]))

@@ -357,7 +357,7 @@ def test_what_a_busy_machine_measured_is_forgotten(target, drafts, tmp_path, mon
     keep(first, slow)
     second = make()
     assert run(second) == (expected, ["token trees were chosen while this machine was busy"])
-    assert second.planner._learned == {}  # controllers of ladders that are chosen anew
+    assert second.planner._controllers == {}  # their trees are chosen anew
     assert run(second) == (expected, ["measuring model passes to choose token trees (greedy, batch 1)"])
     assert max(recall(first).seconds.values()) < min(slow.seconds.values())
     second.planner._costs.seconds = slow.seconds
