@@ -112,12 +112,3 @@ def compact(cache: torch.Tensor, source: torch.Tensor, target: torch.Tensor, off
     if not 1 <= source.shape[1] <= 256:
         raise ValueError(f"{op}: 1 to 256 rows of a sequence can be moved, got {source.shape[1]}")
     _op(cache, source, target, offset)
-
-
-def compact_reference(cache: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:
-    """The same in plain torch, row by row."""
-    before = cache.clone()
-    for i_b, (sources, targets) in enumerate(zip(source.tolist(), target.tolist(), strict=True)):
-        for old, new in zip(sources, targets, strict=True):
-            if old >= 0 and new >= 0:
-                cache[:, i_b, new] = before[:, i_b, old]

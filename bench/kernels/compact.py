@@ -6,7 +6,7 @@ import torch
 from harness import SMALL, Case, again, exact
 from models import DEVICE, MODELS, Choice
 
-from stagedspec.kernels.compact import compact_reference
+from stagedspec.kernels import reference
 from stagedspec.tuning.workloads import Moving
 
 PATH = 13  # rows of an accepted path of depth 12
@@ -30,7 +30,7 @@ def _case(model: str, batch: int, nodes: int, count: int) -> Case:
 
     def check() -> float:
         wanted = cache.clone()
-        compact_reference(wanted, sources, targets + nodes)
+        reference.move_rows(wanted, nodes, moving.moves.permute(1, 2, 0).tolist())  # pairs of each sequence
         moving.move()
         return exact((torch.equal(cache, wanted), True))
 

@@ -28,7 +28,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from types import SimpleNamespace
 from typing import NamedTuple, Protocol, cast
 
 import numpy as np
@@ -82,6 +81,13 @@ class Row(NamedTuple):
     origins: list[int]
     limit: int
     running: bool
+
+
+class _Span(NamedTuple):
+    """Where a row's new tokens begin, and the length at which it ends."""
+
+    start: int
+    limit: int
 
 
 class Sequences:
@@ -144,9 +150,8 @@ class Sequences:
     def restart(self, prompts: list[list[int]], new_tokens: int, eos: Sequence[int]) -> None:
         """Begins another generation in the same tensors, so that CUDA graphs over them can be used again."""
         self._first_token.start()
-        self.prompt_lengths = [len(prompt) for prompt in prompts]
-        self.limits = [length + new_tokens for length in self.prompt_lengths]
-        self._lengths, self._gained = self.prompt_lengths, 1
+        self._spans = [_Span(len(prompt), len(prompt) + new_tokens) for prompt in prompts]
+        self._lengths, self._gained = [span.start for span in self._spans], 1  # as the host knows them
         if self._sent is not None:
             self._sent.synchronize()  # wait until the last generation's copy has read what is overwritten here
         initial = self._fields(self._initial.zero_())
@@ -154,8 +159,8 @@ class Sequences:
             row[: len(prompt)] = torch.tensor(prompt, dtype=torch.int32, device="cpu")
         ends = sorted(set(eos))
         initial["eos"].fill_(-1)[: len(ends)] = torch.tensor(ends, dtype=torch.int32, device="cpu")
-        initial["limits"].copy_(torch.tensor(self.limits, device="cpu"))
-        initial["lengths"].copy_(torch.tensor(self.prompt_lengths, device="cpu"))
+        initial["limits"].copy_(torch.tensor([span.limit for span in self._spans], device="cpu"))
+        initial["lengths"].copy_(torch.tensor(self._lengths, device="cpu"))
         initial["running"].fill_(1)
         initial["active"].fill_(len(prompts))
         self._block.copy_(self._initial, non_blocking=True)
@@ -231,15 +236,16 @@ class Sequences:
             return False
         newest = self._published - 1
         if self._copied and not self._copied[newest % 2].query():
-            left, most = [limit - length for limit, length in zip(self.limits, self._lengths, strict=True)], self.most
+            left = [span.limit - length for span, length in zip(self._spans, self._lengths, strict=True)]
+            most = self.most
             if newest:
                 self._copied[(newest - 1) % 2].synchronize()
                 known = self._progress_at(newest - 1)
                 lengths, running = known["lengths"].tolist(), known["running"].tolist()
                 gains = [now - before for now, before in zip(lengths, self._lengths, strict=True)]
                 self._lengths, self._gained = lengths, max(self._gained, *gains)
-                rows, most = zip(self.limits, lengths, running, strict=True), self._gained
-                left = [limit - length for limit, length, runs in rows if runs > 0]
+                rows, most = zip(self._spans, lengths, running, strict=True), self._gained
+                left = [span.limit - length for span, length, runs in rows if runs > 0]
             if all(count <= most for count in left):
                 self._copied[newest % 2].synchronize()
             elif newest:
@@ -268,9 +274,7 @@ class Sequences:
         lengths, running = state["lengths"].tolist(), state["running"].tolist()
         return [
             Row(state["tokens"][row, :length].tolist(), origins[row, start:length].tolist(), limit, runs > 0)
-            for row, (start, length, limit, runs) in enumerate(
-                zip(self.prompt_lengths, lengths, self.limits, running, strict=True)
-            )
+            for row, ((start, limit), length, runs) in enumerate(zip(self._spans, lengths, running, strict=True))
         ]
 
     @property
@@ -389,7 +393,7 @@ class Counters(Protocol):
 class Growth:
     """Grows the trees of a batch over draft passes, for one step after the other.
 
-    table: of n-grams, on the device, or None; noise: None when greedy; dtype: not used, since masks are bits.
+    table: of n-grams, on the device, or None; noise: None when greedy.
     """
 
     def __init__(
@@ -398,7 +402,6 @@ class Growth:
         config: TreeSettings,
         table: NgramTable | None,
         noise: Counters | None,
-        dtype: torch.dtype | None = None,
     ):
         self.sequences, self.config, self.table = sequences, config, table
         self.noise = None if noise is None else (noise.seeds, noise.streams)
@@ -463,11 +466,21 @@ class Growth:
 # ---------------------------------------------------------------- finished trees
 
 
-class _RootOnly:
-    """Tree settings of a root alone, as `TreeConfig.for_mode("autoregressive")` gives them."""
+class _Undrafted(NamedTuple):
+    """Tree settings without draft passes, as `TreeConfig.for_mode("autoregressive")` gives them: of a root alone, or of
+    the chains of prompt look-up."""
 
-    nodes, depth, passes, width, children, slots = 1, 0, 0, 1, 1, 0
-    prefetch, prefetch_width, guesses, node_floor, pass_floor = 0, 1, 0, 0.0, 0.0
+    nodes: int = 1
+    depth: int = 0
+    passes: int = 0
+    width: int = 1
+    children: int = 1
+    slots: int = 0
+    prefetch: int = 0
+    prefetch_width: int = 1
+    guesses: int = 0
+    node_floor: float = 0.0
+    pass_floor: float = 0.0
 
 
 class Trees:
@@ -492,21 +505,20 @@ class Trees:
     def roots(cls, sequences: Sequences) -> "Trees":
         """Trees of a root alone: plain decoding."""
         if sequences._roots is None:
-            growth = GrowthState.of(len(sequences), _RootOnly.slots, _RootOnly.children, sequences.device)
-            sequences._roots = cls(sequences, _RootOnly, growth)
+            root = _Undrafted()
+            growth = GrowthState.of(len(sequences), root.slots, root.children, sequences.device)
+            sequences._roots = cls(sequences, root, growth)
         sequences._roots.grow(None)
         return sequences._roots
 
     @classmethod
     def lookup(cls, sequences: Sequences, depth: int) -> "Trees":
-        """Chains of up to `depth` nodes by prompt look-up, made on the host (`host.Trees.lookup`). Waits for the
+        """Chains of up to `depth` nodes by prompt look-up, made on the host (`host.lookup_chain`). Waits for the
         device."""
         if sequences._chains is None:
-            size = cast(TreeSettings, SimpleNamespace(nodes=depth + 1, depth=depth))  # no more is asked of chains
-            sequences._chains = cls(sequences, size, None)
+            sequences._chains = cls(sequences, _Undrafted(depth + 1, depth), None)
         rows = [host.Row(row.tokens, row.limit) for row in sequences.rows]
-        known = cast(host.Sequences, SimpleNamespace(rows=rows, roots_only=False))  # all that `lookup` looks at
-        sequences._chains.load(host.Trees.lookup(known, depth).trees)
+        sequences._chains.load([host.lookup_chain(row, depth) for row in rows])
         return sequences._chains
 
     def load(self, trees: list[host.Tree]) -> None:

@@ -291,6 +291,17 @@ class Tree:
         return [list(values) for values in zip(*rows, strict=True)]
 
 
+def lookup_chain(row: Row, depth: int) -> Tree:
+    """A chain of up to `depth` nodes below the root by prompt look-up: the token after the latest earlier occurrence of
+    the last two tokens, then the same for the last token and that one, and so on."""
+    tree, node = Tree.root(row.tokens[-1]), 0
+    pair = cast("tuple[int, int]", tuple(row.tokens[-2:]))  # a single token finds nothing
+    while len(tree.nodes) <= depth and (token := row.follower.get(pair)) is not None:
+        node = tree.add(token, node, -1, NGRAM)
+        pair = pair[1], token
+    return tree
+
+
 class Trees:
     """The trees of a batch, ready to be verified. nodes: of the largest; caught_up: they were grown without the
     catch-up token."""
@@ -328,18 +339,8 @@ class Trees:
 
     @classmethod
     def lookup(cls, sequences: Sequences, depth: int) -> "Trees":
-        """Chains of up to `depth` nodes by prompt look-up: the token after the latest earlier occurrence of the last
-        two tokens, then the same for the last token and that one, and so on."""
-        trees = []
-        for row in sequences.rows:
-            tree, node = Tree.root(row.tokens[-1]), 0
-            pair = cast("tuple[int, int]", tuple(row.tokens[-2:]))  # a single token finds nothing
-            while (
-                not sequences.roots_only and len(tree.nodes) <= depth and (token := row.follower.get(pair)) is not None
-            ):
-                node = tree.add(token, node, -1, NGRAM)
-                pair = pair[1], token
-            trees.append(tree)
+        """Chains of up to `depth` nodes by prompt look-up (`lookup_chain`)."""
+        trees = [lookup_chain(row, 0 if sequences.roots_only else depth) for row in sequences.rows]
         return cls(sequences, trees, max(len(tree.nodes) for tree in trees))
 
     def verify_commit(self, chosen: torch.Tensor) -> "Moves":

@@ -62,11 +62,6 @@ class KatzTable:
         return self.tokens.shape[1]
 
     @property
-    def num_contexts(self) -> int:
-        """Pairs of tokens that have a row of their own, R."""
-        return len(self.keys) - 1
-
-    @property
     def device(self) -> torch.device:
         return self.tokens.device
 

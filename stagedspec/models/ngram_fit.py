@@ -77,18 +77,6 @@ class NgramCounts:
             keys, counts = torch.unique(keys.reshape(-1), return_counts=True)
             _push(runs, keys.cpu(), counts.cpu())
 
-    def merge(self, other: "NgramCounts") -> None:
-        """Adds the counts of another part of the same corpus. Raises ValueError if its vocabulary size differs."""
-        if other.vocab_size != self.vocab_size:
-            raise ValueError(
-                f"cannot merge counts over {other.vocab_size} tokens into counts over {self.vocab_size}: "
-                "count both with one vocabulary"
-            )
-        self.num_tokens += other.num_tokens
-        self.unigrams += other.unigrams
-        _push(self._bigrams, *other.bigrams())
-        _push(self._trigrams, *other.trigrams())
-
     def bigrams(self) -> tuple[Tensor, Tensor]:
         """Distinct bigrams: keys int64 [n], ascending, and their counts int64 [n]."""
         return _collapse(self._bigrams)

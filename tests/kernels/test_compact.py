@@ -1,12 +1,20 @@
 import pytest
 import torch
 
-from stagedspec.kernels.compact import _op, compact, compact_reference
+from stagedspec.kernels import reference
+from stagedspec.kernels.compact import _op, compact
 
 
 def make(device, dtype, layers=3, batch=2, rows=21, heads=3, size=5):
     generator = torch.Generator().manual_seed(0)
     return torch.randn(layers, batch, rows, 2, heads, size, generator=generator).to(device, dtype)
+
+
+def moved(cache, offset, *rows):
+    """The cache as the reference moves it, whose pairs are all to be moved."""
+    expected = cache.clone()
+    reference.move_rows(expected, offset, [[pair for pair in row if min(pair) >= 0] for row in rows])
+    return expected
 
 
 def pairs(device, *rows):
@@ -29,30 +37,24 @@ def pairs(device, *rows):
 )
 def test_moves_like_the_reference(device, dtype, rows):
     cache = make(device, dtype)
-    expected = cache.clone()
-    source, target = pairs(device, *rows)
-    compact_reference(expected, source, target)
-    compact(cache, source, target)
+    expected = moved(cache, 0, *rows)
+    compact(cache, *pairs(device, *rows))
     assert torch.equal(cache, expected)
 
 
 @pytest.mark.parametrize("heads, size", [(20, 64), (3, 32), (1, 1), (5, 40)])
 def test_any_width(device, dtype, heads, size):
-    cache = make(device, dtype, 2, 1, 12, heads, size)
-    expected = cache.clone()
-    source, target = pairs(device, [(0, 8), (3, 9), (4, 11)])
-    compact_reference(expected, source, target)
-    compact(cache, source, target)
+    cache, rows = make(device, dtype, 2, 1, 12, heads, size), [(0, 8), (3, 9), (4, 11)]
+    expected = moved(cache, 0, rows)
+    compact(cache, *pairs(device, rows))
     assert torch.equal(cache, expected)
 
 
 def test_targets_behind_an_offset(device, dtype):
     """And the most rows that can be moved."""
-    cache = make(device, dtype, 2, 1, 300, 1, 4)
-    expected = cache.clone()
-    source, target = pairs(device, [(row, 255 - row) for row in range(256)])
-    compact_reference(expected, source, target + 40)
-    compact(cache, source, target, 40)
+    cache, rows = make(device, dtype, 2, 1, 300, 1, 4), [(row, 255 - row) for row in range(256)]
+    expected = moved(cache, 40, rows)
+    compact(cache, *pairs(device, rows), 40)
     assert torch.equal(cache, expected)
 
 
