@@ -52,20 +52,38 @@ class StagedOptions(NamedTuple):
     tree: TreeConfig | None = None
 
 
+class RequestRow(NamedTuple):
+    """One sequence of a request. prompt: token ids without padding. seed, stream: of its noise, as of `counters`."""
+
+    prompt: list[int]
+    seed: int
+    stream: int
+
+
 @dataclass(frozen=True)
 class Request:
-    """What one generation is to do, checked and complete. prompts: token ids without padding."""
+    """What one generation is to do, checked and complete."""
 
-    prompts: list[list[int]]
+    rows: list[RequestRow]
     new_tokens: int
     mode: str
     tree: TreeConfig
     sampling: Sampling
-    seeds: list[int]
-    streams: list[int]
     eos: list[int]
     levels: tuple[Level, ...] = ()  # trees to adapt between; `tree` is the largest
     prompt_lookup: bool = False  # the context n-gram proposes, without a draft
+
+    @property
+    def prompts(self) -> list[list[int]]:
+        return [row.prompt for row in self.rows]
+
+    @property
+    def seeds(self) -> list[int]:
+        return [row.seed for row in self.rows]
+
+    @property
+    def streams(self) -> list[int]:
+        return [row.stream for row in self.rows]
 
 
 @dataclass(frozen=True)
@@ -135,7 +153,8 @@ def validate(
     if seed is None and sampling.do_sample:
         # Last, so that torch's generator is not advanced by a call that is refused or that samples nothing.
         seeds, streams = counters(int(torch.randint(2**63 - 1, (), device="cpu")), len(prompts))
-    return Request(prompts, max_new_tokens, mode, settings, sampling, seeds, streams, eos, levels, prompt_lookup)
+    rows = [RequestRow(*row) for row in zip(prompts, seeds, streams, strict=True)]
+    return Request(rows, max_new_tokens, mode, settings, sampling, eos, levels, prompt_lookup)
 
 
 def encode(prompt: str | torch.Tensor, tokenizer: PreTrainedTokenizerBase | None) -> torch.Tensor:
