@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from stagedspec.kernels import reference
+from stagedspec.kernels.common.constants import DRAFT
 from stagedspec.kernels.state import host as host_state
 from stagedspec.models import embedded
 from stagedspec.models.ngram import KatzTable
@@ -82,7 +83,7 @@ def test_tree_attention(benchmark, model, nodes):
     cache = torch.randn(1, 1, nodes + CONTEXT, 2, shape.heads, shape.size, dtype=dtype)
     star = host_state.Tree.root(0)
     for token in range(1, nodes):
-        star.add(token, 0, -1, host_state.DRAFT)
+        star.add(token, 0, -1, DRAFT)
     batch = host_state.tree_batch([star.nodes], nodes, [CONTEXT], [CONTEXT], dtype, CPU)
     (view,) = reference.layer_views(cache, nodes, batch, 0, 0)
     qkv = torch.randn(nodes, 3 * shape.width)

@@ -22,7 +22,7 @@ from stagedspec.kernels.backends.memory import Memory
 from stagedspec.kernels.common import compiling
 from stagedspec.kernels.common.inputs import DraftConfig, NgramTable, TreeSettings
 from stagedspec.kernels.common.limits import MAX_HEAD_SIZE
-from stagedspec.kernels.common.timing import Overheads
+from stagedspec.kernels.common.timing import Overheads, Stopwatch
 from stagedspec.kernels.state import device as state
 from stagedspec.kernels.state.host import GREEDY_SHARPNESS
 from stagedspec.kernels.tree_attention.op import WINDOW
@@ -140,7 +140,7 @@ class TritonBackend:
                 part.capture(*given)
 
     def seconds(self, run: Callable[[], object], device: torch.device) -> float:
-        watch = state.Stopwatch(device)
+        watch = Stopwatch(device)
         watch.start()
         run()
         watch.stop()

@@ -1,6 +1,7 @@
-"""Times on a GPU by replays of CUDA graphs, which take the host out; what a step takes beyond its passes."""
+"""Times on a GPU, by events and by replays of CUDA graphs; what a step takes beyond its passes."""
 
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,6 +20,37 @@ class Overheads:
     drafting: float
     draft_pass: float
     row: float
+
+
+class Stopwatch:
+    """Seconds between `start` and `stop`, by the GPU's clock on a GPU."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        on_gpu = device.type == "cuda"
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if on_gpu else []
+        self._times = [0.0, 0.0]  # where there are no events
+
+    def start(self) -> None:
+        self._mark(0)
+
+    def stop(self) -> None:
+        self._mark(1)
+
+    def _mark(self, index: int) -> None:
+        if self.device.type == "cuda":
+            self._events[index].record(torch.cuda.current_stream(self.device))
+        else:
+            self._times[index] = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds between both; waits for `stop`."""
+        if self.device.type != "cuda":
+            return self._times[1] - self._times[0]
+        begin, end = self._events
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,6 @@ changes the output.
 """
 
 import itertools
-import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -36,6 +35,7 @@ import torch
 from stagedspec.kernels import grow_tree
 from stagedspec.kernels.common.inputs import NgramTable, TreeSettings
 from stagedspec.kernels.common.registry import check_runs
+from stagedspec.kernels.common.timing import Stopwatch
 from stagedspec.kernels.grow_tree import GrowthState, pass_size, pass_start, words
 from stagedspec.kernels.state import host
 from stagedspec.kernels.state.invalid_logits import raise_invalid
@@ -344,37 +344,6 @@ class Batch:
     @property
     def nodes(self) -> int:
         return self.tokens.shape[1]
-
-
-class Stopwatch:
-    """Seconds between `start` and `stop`, by the GPU's clock on a GPU."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        on_gpu = device.type == "cuda"
-        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if on_gpu else []
-        self._times = [0.0, 0.0]  # where there are no events
-
-    def start(self) -> None:
-        self._mark(0)
-
-    def stop(self) -> None:
-        self._mark(1)
-
-    def _mark(self, index: int) -> None:
-        if self.device.type == "cuda":
-            self._events[index].record(torch.cuda.current_stream(self.device))
-        else:
-            self._times[index] = time.perf_counter()
-
-    @property
-    def seconds(self) -> float:
-        """Seconds between both; waits for `stop`."""
-        if self.device.type != "cuda":
-            return self._times[1] - self._times[0]
-        begin, end = self._events
-        end.synchronize()
-        return begin.elapsed_time(end) / 1e3
 
 
 # ---------------------------------------------------------------- growing trees

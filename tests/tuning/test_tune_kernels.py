@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from stagedspec.cli import app
 from stagedspec.kernels.common import launch_configs as configs
-from stagedspec.kernels.linear import op as linear
+from stagedspec.kernels.common import registry
 from stagedspec.tuning import kernels as tune_kernels
 from stagedspec.tuning import workloads
 from stagedspec.tuning.kernels import Launch, Problem, tune
@@ -309,7 +309,7 @@ def test_the_command(tmp_path, monkeypatch, to_file):
 
 def test_the_package_s_settings_are_those_that_tuning_tries(monkeypatch):
     """And differ from the default, which may change: others would go stale unseen, or be refused at a launch."""
-    monkeypatch.setattr(linear, "architecture", lambda device: 90)
+    monkeypatch.setattr(registry, "architecture", lambda device: 90)
     monkeypatch.setattr(workloads, "dtype_of", lambda device: torch.bfloat16)
     tried = {
         (problem.op, configs.shape_name(problem.shape)): problem.candidates[1:]
