@@ -15,7 +15,6 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 from contextlib import suppress
 from contextvars import copy_context
 from dataclasses import is_dataclass
-from functools import cache
 from threading import RLock, Thread
 from typing import Any
 
@@ -35,20 +34,27 @@ _compiling = RLock()
 _all_loaded: list[CompiledKernel] = []
 
 
-@cache
-def hash_sources() -> Thread:
-    """Computes, in the thread that it returns, the hashes that Triton looks for compiled kernels by: of Triton itself,
-    some hundred megabytes, and of our kernels. While a model is read from files half a second of it costs no time.
+_hashing: list[Thread] = []  # the thread of `hash_sources`, once it has been called
+
+
+def hash_sources(import_kernels: Callable[[], object]) -> None:
+    """Computes the hashes by which Triton finds compiled kernels, once a process, in a thread of its own.
+
+    Hashed are Triton itself, some hundred megabytes, and our kernels. It takes half a second, which costs no time while
+    a model is read from files. import_kernels: imports the modules of kernels that are imported late; those that are
+    imported already are hashed in any case.
     """
 
     def work() -> None:
-        with suppress(Exception):  # whoever compiles meets it again
+        with suppress(Exception):  # compiling raises the same error again
             triton_key()
-            registry.key_all()
+            import_kernels()
+            registry.key_loaded()
 
-    thread = Thread(target=work, name="hash sources", daemon=True)
-    thread.start()
-    return thread
+    if not _hashing:
+        thread = Thread(target=work, name="hash sources", daemon=True)
+        thread.start()
+        _hashing.append(thread)
 
 
 def compile_ahead(parts: Iterable[Callable[[], object]], device: torch.device) -> int:
@@ -62,7 +68,8 @@ def compile_ahead(parts: Iterable[Callable[[], object]], device: torch.device) -
     """
     if registry.interpreted():
         return copy_context().run(_collect, parts, lambda *launch: None)
-    hash_sources().join()
+    for thread in _hashing:
+        thread.join()
     with _compiling:
         pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)), "compile", torch.cuda.set_device, (device,))
         try:

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable
 from contextvars import ContextVar
 from functools import cache
-from importlib import import_module
 from inspect import signature
 from threading import RLock
 from typing import Any, NamedTuple, get_type_hints
@@ -17,23 +16,6 @@ import torch
 import triton
 
 LIBRARY = torch.library.Library("stagedspec", "DEF")
-# The modules that hold kernels which are launched.
-MODULES = (
-    "linear.kernel",
-    "linear.hopper",
-    "embed",
-    "tree_attention.far",
-    "tree_attention.near",
-    "tree_attention.prompt",
-    "compact",
-    "lm_head.kernel",
-    "lm_head.hopper",
-    "choose.kernel",
-    "ngram_lookup",
-    "grow_tree.pass_kernel",
-    "grow_tree.harvest_kernel",
-    "verify_commit",
-)
 
 
 def register(schema: str, launch: Callable, fake: Callable | None = None) -> Callable:
@@ -130,10 +112,11 @@ def key_functions(module: str) -> None:
         _keyed.add(module)
 
 
-def key_all() -> None:
-    """`key_functions` of all MODULES, which are imported for it."""
-    for module in MODULES:
-        key_functions(import_module(f"stagedspec.kernels.{module}").__name__)
+def key_loaded() -> None:
+    """`key_functions` of all of our modules that have been imported."""
+    for module in list(sys.modules):
+        if module.startswith("stagedspec.kernels."):
+            key_functions(module)
 
 
 # Takes launches (kernel, grid, arguments, options) in place of the GPU: a dry run, see compiling.py.
