@@ -29,9 +29,9 @@ from stagedspec.kernels.common.registry import (
     launch_options,
     register,
 )
-from stagedspec.kernels.state import host as control
+from stagedspec.kernels.state import host
 
-CONTEXT_LOGPROB = tl.constexpr(control.CONTEXT_LOGPROB)
+CONTEXT_LOGPROB = tl.constexpr(host.CONTEXT_LOGPROB)
 NEVER = tl.constexpr(float("-inf"))
 # The layout of stagedspec.models.ngram's hash table, which kernels cannot import.
 PROBES = tl.constexpr(8)
@@ -77,7 +77,7 @@ def successors(
     """Tokens int32 and log-probabilities fp32 [K, RANKS] of the contexts b_first, b_last [K]."""
     i_rank = tl.arange(0, RANKS)
     if SUCCESSORS > 0:
-        # Asked for first, and on its way while the sequence is searched.
+        # Loaded first, so that it is under way while the sequence is searched.
         # A key below 0 (no first token) is not in the table, or is -1 and meets empty slots, which name its right row.
         b_key = b_first.to(tl.int64) * vocab_size + b_last
         i_probe = ((b_key * HASH_MULTIPLIER) >> HASH_SHIFT)[:, None] + tl.arange(0, PROBES)[None, :]  # [K, PROBES]

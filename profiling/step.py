@@ -114,7 +114,7 @@ def steps(decoder: stagedspec.Decoder, options: argparse.Namespace, mark: Mark =
     room = decoder.target.positions - ids.shape[1]
     sampling = {"do_sample": True, "top_k": 50} if options.sample else {}
     call = decoder._read(ids, None, max(room, 1), options.mode, 0, None, {"eos_token_id": [], **sampling})
-    run = decoder._run(call.request)
+    run = decoder._start(call.request)
     generation = run.steps()
     for number in range(options.warm_up + options.steps):
         if number >= options.warm_up:

@@ -1,4 +1,4 @@
-"""The decoder: models, arguments of calls, and the runs that answer them."""
+"""The public `Decoder`: loads models, reads the arguments of calls, and decodes."""
 
 import copy
 import logging
@@ -77,8 +77,8 @@ class Decoder:
     one is refused.
     live: target and draft as the caller's model objects, where they are such: each call begins with their weights as
     they are then.
-    defaults: what the model's own generation config sets; it holds where a call says nothing else. That of a model
-    object is followed, as its weights are.
+    defaults: defaults for options that a call omits, from the model's own generation config. For a model object they
+    follow changes of that config, as weights follow changes of the model.
     mark: what the phases of its steps are marked with for a profiler; NVTX ranges if STAGEDSPEC_NVTX=1, else None.
     Steps that are marked are not captured as CUDA graphs, whose replays have no phases.
     """
@@ -342,8 +342,8 @@ class Decoder:
         return output
 
     def decode(self, call: Call) -> torch.Tensor | StagedOutput:
-        """Runs a call to its end: what `generate` does once its arguments are read."""
-        run = self._run(call.request, call.callbacks, call.began)
+        """Decodes a call whose arguments have been read: the second part of `generate`."""
+        run = self._start(call.request, call.callbacks, call.began)
         for _ in run.steps():
             if call.callbacks is not None:
                 call.callbacks.notify(run)
@@ -378,7 +378,7 @@ class Decoder:
         return self._stream(self._read(input_ids, None, max_new_tokens, mode, seed, tree, options))
 
     def _stream(self, call: Call) -> Iterator[Chunk]:
-        run = self._run(call.request, call.callbacks, call.began)
+        run = self._start(call.request, call.callbacks, call.began)
         start, shown, text = len(call.request.prompts[0]), 0, ""
         whole = False  # whether all steps that began have ended
         try:
@@ -390,7 +390,7 @@ class Decoder:
                 ready = self._decode(row.tokens[start:])
                 ready = ready.rstrip("\ufffd") if row.running else ready
                 if len(row.origins) == shown and ready == text:
-                    continue  # such a host learns a step late that the row has stopped
+                    continue  # with state on a device the host learns one step late that the row has stopped
                 yield Chunk(
                     ready[len(text) :],
                     row.tokens[start + shown :],
@@ -406,13 +406,13 @@ class Decoder:
             if whole:
                 self._keep(run, stats)
 
-    # ------------------------------------------------------------ runs
+    # ------------------------------------------------------------ generations
 
-    def _run(self, request: Request, callbacks: Callbacks | None = None, began: float | None = None) -> Generation:
+    def _start(self, request: Request, callbacks: Callbacks | None = None, began: float | None = None) -> Generation:
         return self.pool.take(self.models, request, callbacks, self.mark, began)
 
     def _keep(self, run: Generation, stats: Stats | None) -> None:
-        """Takes back a generation that has ended, of which nothing more is wanted."""
+        """Returns a generation that has ended to the pool; its results must have been read before."""
         if stats is not None and len(run.request.prompts) == 1:
             self.planner.reconsider(run.request.sampling.do_sample, stats.steps, stats.seconds.get("target"))
         self.pool.give(run, self.models)
@@ -445,7 +445,7 @@ class Decoder:
 
     def _ready(self, call: Call) -> int:
         """Compiles and captures what generations of this kind need, and keeps it for them."""
-        run = self._run(call.request, call.callbacks)
+        run = self._start(call.request, call.callbacks)
         made = run.warm_up()
         self._keep(run, None)
         return made

@@ -99,11 +99,11 @@ def _head_hopper(
     if PDL:
         cuda.gdc_launch_dependents()
     for i in range(SLOTS):
-        _ask_head(head, s_head, there, i, i_program, programs, True, V, BLOCKS, STAYS, TOKENS)
+        _load_head(head, s_head, there, i, i_program, programs, True, V, BLOCKS, STAYS, TOKENS)
     if PDL:
         cuda.gdc_wait()
     for i in range(SLOTS):
-        _ask_x(x, s_x, there, i, i_token, i_program, programs, True, V, BLOCKS, STAYS, SLOTS, ROWS)
+        _load_x(x, s_x, there, i, i_token, i_program, programs, True, V, BLOCKS, STAYS, SLOTS, ROWS)
 
     rows = gl.arange(0, ROWS, gl.SliceLayout(1, SUM))
     tokens = i_token + gl.arange(0, TOKENS, gl.SliceLayout(0, SUM))
@@ -127,8 +127,8 @@ def _head_hopper(
             # The block before this one is done with: its slot takes the next.
             tl.debug_barrier()
             i_next = i - 1 + SLOTS
-            _ask_head(head, s_head, there, i_next, i_program, programs, i > 0, V, BLOCKS, STAYS, TOKENS)
-            _ask_x(x, s_x, there, i_next, i_token, i_program, programs, i > 0, V, BLOCKS, STAYS, SLOTS, ROWS)
+            _load_head(head, s_head, there, i_next, i_program, programs, i > 0, V, BLOCKS, STAYS, TOKENS)
+            _load_x(x, s_x, there, i_next, i_token, i_program, programs, i > 0, V, BLOCKS, STAYS, SLOTS, ROWS)
             i += 1
         b_score = warpgroup_mma_wait(0, deps=(b_acc,))
         i_first = i_tile * ROWS
@@ -176,7 +176,7 @@ def _head_hopper(
 
 
 @gluon.jit
-def _ask_head(
+def _load_head(
     head,
     s_head,
     there,
@@ -189,7 +189,8 @@ def _ask_head(
     STAYS: gl.constexpr,
     TOKENS: gl.constexpr,
 ):
-    """Asks for the program's i-th block of the weight, and lets its slot wait for x's too where that comes along."""
+    """Starts the copy of the program's i-th block of the weight. The slot's barrier also counts the block of x, if one
+    comes with it."""
     SLOTS: gl.constexpr = s_head.shape[0]
     ROWS: gl.constexpr = s_head.shape[1]
     BLOCK_K: gl.constexpr = s_head.shape[2]
@@ -205,7 +206,7 @@ def _ask_head(
 
 
 @gluon.jit
-def _ask_x(
+def _load_x(
     x,
     s_x,
     there,
@@ -220,7 +221,8 @@ def _ask_x(
     SLOTS: gl.constexpr,
     ROWS: gl.constexpr,
 ):
-    """Asks for x's block beside the program's i-th of the weight; where x stays, in the first tile alone."""
+    """Starts the copy of the block of x that belongs to the program's i-th block of the weight. Where x stays in shared
+    memory, only the first tile copies it."""
     BLOCK_K: gl.constexpr = s_x.shape[2]
     wanted = wanted & ((i_program + (i // BLOCKS) * programs) * ROWS < V)
     if STAYS:

@@ -150,7 +150,7 @@ class Controller:
         self.slower: deque[float] = deque([1.0] if last is None else last.slower, TIMES)
         self._drafted: int = 0 if last is None else last._drafted  # steps since the last plain one
         self._drafts: bool | None = None  # whether the last step drafted
-        self.onward = _Mean(0.5, PRIOR)  # how often a walk along the tree goes on by one more node
+        self.onward = _Mean(0.5, PRIOR)  # probability that an accepted path goes on by one more node
         self.missed = 0  # tokens of each row that the draft has not read
         self.unread = 0  # tokens of the longest prompt, while the draft has read none of it
         self.trial = TRIAL if last is None else 0  # plain steps that are to be made now, whatever pays
@@ -233,7 +233,7 @@ class Controller:
         self.onward.add(onward, weight)
         for known in self.known[1:]:
             level = known.level
-            known.gained(1.0 + min(_walks(level.tree, level.reach, [row], onward) for row in rows), weight)
+            known.gained(1.0 + min(_mean_path(level.tree, level.reach, [row], onward) for row in rows), weight)
         if self.chosen == 0:
             self._wait = min(self._wait + 1, len(WAITS) - 1)
         self._choose()
@@ -275,25 +275,25 @@ class Controller:
         if self._drafted >= next(steps for bound, steps in REFRESH if faster <= bound):
             self.trial = TRIAL
         rows = zip(accepted, depths, left or [0] * len(depths), strict=True)
-        walks = [(taken, depth, more) for taken, depth, more in rows if taken >= 0]
-        if not walks:
+        running = [(taken, depth, more) for taken, depth, more in rows if taken >= 0]
+        if not running:
             return
         tree = self.level.tree
-        walked = sum(taken for taken, _, _ in walks)
-        tried = sum(taken + (taken < depth) for taken, depth, _ in walks)
+        total = sum(taken for taken, _, _ in running)
+        tried = sum(taken + (taken < depth) for taken, depth, _ in running)
         if tried:
-            self.onward.add(walked / tried)
+            self.onward.add(total / tried)
         # Whether this level was too small to show what a larger one would have brought.
         bound = nodes >= tree.nodes or passes >= tree.passes
-        deepest, most = max(depth for _, depth, _ in walks), max(more for _, _, more in walks)
+        deepest, most = max(depth for _, depth, _ in running), max(more for _, _, more in running)
         took = level.cost(nodes, passes) * self._pace(True) if seconds is None else seconds
-        self._account(1.0 + most - max(more - taken for taken, _, more in walks) - took / self._takes(0))
+        self._account(1.0 + most - max(more - taken for taken, _, more in running) - took / self._takes(0))
         for index, known in enumerate(self.known[1:], 1):
             level = known.level
             # A tree grows at an even pace: with fewer passes it is as much shallower.
             pace = min(1.0, level.tree.passes / passes)
             still, further = [], 0.0
-            for taken, depth, more in walks:
+            for taken, depth, more in running:
                 gained = min(taken, level.reach, depth * pace)
                 if bound and index > self.chosen and taken >= depth:
                     beyond = _geometric(self.onward.value, level.reach - taken)
@@ -330,16 +330,16 @@ class Controller:
 
 
 def _geometric(rate: float, count: int) -> float:
-    """Expected further nodes of a walk that goes on with probability `rate`, at most `count` times."""
+    """Expected further nodes of a path that goes on with probability `rate`, at most `count` times."""
     if count <= 0:
         return 0.0
     return float(count) if rate >= 1.0 else rate * (1.0 - rate**count) / (1.0 - rate)
 
 
-def _walks(tree: TreeConfig, reach: int, rows: Sequence[Sequence[tuple[int, float]]], onward: float) -> float:
-    """The mean number of nodes that walks along the tokens that were written would have taken, one from each token.
+def _mean_path(tree: TreeConfig, reach: int, rows: Sequence[Sequence[tuple[int, float]]], onward: float) -> float:
+    """The mean number of nodes that a tree grown at each of the written tokens would have had accepted.
 
-    A node is in the tree if its path is likely enough for one of so few nodes, and not under the floor.
+    A node counts as part of the tree if its path is probable enough for a tree of this size and not below its floor.
     """
     floor = math.log(max(tree.node_floor, 0.25 / tree.nodes))
     total, count = 0.0, 0

@@ -72,7 +72,7 @@ class Tuning:
             for (mode, batch, sampled), levels in self.trees.items()
         ]
         names = {"sampled" if sampled else "greedy": value for sampled, value in self.profiles.items()}
-        content = {"format": FORMAT, "pair": self.pair, "stretches": names, "trees": trees, "measured": self.measured}
+        content = {"format": FORMAT, "pair": self.pair, "profiles": names, "trees": trees, "measured": self.measured}
         write_text(path, json.dumps(content | {"passes": passes}, indent=1) + "\n", shared=True)
 
     @classmethod
@@ -101,17 +101,18 @@ class Tuning:
         for entry in content["passes"]:
             key = entry["model"] == "draft", entry["batch"], entry["rows"], entry["sampled"]
             found.seconds[key] = _number(entry["seconds"], "a pass's seconds", 1e-9, 1e6)
-        for name, profiles in content["stretches"].items():
+        # Files of earlier releases have the profiles under "stretches".
+        for name, profiles in content["profiles" if "profiles" in content else "stretches"].items():
             read = tuple(
                 (
-                    _number(share, "a stretch's share", 0, 1),
+                    _number(share, "a kind's share", 0, 1),
                     tuple(_number(rank, "an acceptance", 0, 1) for rank in ranks),
                     _number(hit, "a share of guesses", 0, 1),
                 )
                 for share, ranks, hit in profiles
             )
             if not read or abs(sum(share for share, _, _ in read) - 1) > 0.05:
-                raise ValueError(f"the shares of the {name} stretches must sum to 1: run `stagedspec tune-tree` again")
+                raise ValueError(f"the shares of the {name} profile must sum to 1: run `stagedspec tune-tree` again")
             found.profiles[{"greedy": False, "sampled": True}[name]] = read
         for entry in content["trees"]:
             levels = [TreeConfig(**tree) for tree in entry["trees"]]
@@ -119,7 +120,7 @@ class Tuning:
             if full is None or len(levels) > 3 or entry["mode"] not in MODES or any(
                 not tree.passes or tree.nodes > full.nodes or tree.depth > full.depth for tree in levels
             ):  # fmt: skip
-                raise ValueError("trees must be ladders of one to three, the largest last, for a mode that drafts")
+                raise ValueError("expected one to three trees, the largest last, for a mode that drafts")
             found.trees[entry["mode"], entry["batch"], entry["sampled"]] = levels
         return found
 

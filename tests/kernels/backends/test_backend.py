@@ -136,7 +136,7 @@ def test_a_step_allocates_nothing_and_reads_nothing_back(pair, prompts, device, 
     ids, mask = (tensor.to(device) for tensor in prompts)
     options = stagedspec.Sampling(**{k: v for k, v in SAMPLINGS[sampling].items() if k != "seed"})
     request = validate(decoder, ids, mask, 20, "staged", TREE, [], 3, options)
-    engine = decoder._run(request).engine
+    engine = decoder._start(request).engine
     with torch.inference_mode():
         engine.prefill(request.prompts)
         engine.step()
