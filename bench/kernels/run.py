@@ -28,7 +28,6 @@ from models import ALL, SOME, Choice
 
 from stagedspec.kernels.common.launch_configs import slug
 
-OPS = ("linears", "attention", "head", "choose", "ngram", "grow", "verify", "compact", "embed")
 # What has a goal, and is measured first: time may not suffice for all.
 FIRST = {
     "linears": {"nodes": (16, 64)},
@@ -37,6 +36,9 @@ FIRST = {
     "ngram": {},
     "grow": {},
 }
+# An operation has a file in this folder.
+_FILES = sorted(path.stem for path in Path(__file__).parent.glob("*.py"))
+OPS = (*FIRST, *(name for name in _FILES if name not in {*FIRST, "harness", "models", "run"}))
 COMPILED = ("FlexAttention", "torch.compile")
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 

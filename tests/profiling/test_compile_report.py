@@ -61,6 +61,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", CASES)
 def test_compiles_clean(tmp_path, arch):
     done, reports = report(tmp_path, arch, *CASES[arch])

@@ -145,6 +145,7 @@ assert sorted(made) == [0, 0, 12], made  # none is compiled by two
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_compiling_ahead(program, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

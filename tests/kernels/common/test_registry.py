@@ -247,6 +247,7 @@ print(*(kernel.cache_key for kernel in kernels))
 """
 
 
+@pytest.mark.slow
 def test_cache_keys_do_not_depend_on_what_ran_before():
     """Else a second process compiles again, with Triton 3.6, what the first one left in the cache."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
