@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
+from stagedspec.kernels.common import limits
 from stagedspec.kernels.common.inputs import NgramTable
 from stagedspec.kernels.common.launch_configs import config
 from stagedspec.kernels.common.registry import (
@@ -33,10 +34,9 @@ from stagedspec.kernels.state import host
 
 CONTEXT_LOGPROB = tl.constexpr(host.CONTEXT_LOGPROB)
 NEVER = tl.constexpr(float("-inf"))
-# The layout of stagedspec.models.ngram's hash table, which kernels cannot import.
-PROBES = tl.constexpr(8)
-HASH_MULTIPLIER = tl.constexpr(0x9E3779B97F4A7C15 - 2**64)
-HASH_SHIFT = tl.constexpr(32)
+PROBES = tl.constexpr(limits.PROBES)
+HASH_MULTIPLIER = tl.constexpr(limits.HASH_MULTIPLIER)
+HASH_SHIFT = tl.constexpr(limits.HASH_SHIFT)
 
 TILE = 8  # contexts of one CTA
 BLOCK = 256  # positions of the sequence compared at once

@@ -10,9 +10,8 @@ from pathlib import Path
 import torch
 
 from stagedspec.kernels.backends.interface import Backend
-from stagedspec.kernels.common.limits import MAX_HEAD_SIZE
+from stagedspec.kernels.common.limits import BACKENDS, MAX_HEAD_SIZE
 
-BACKENDS = ("auto", "torch", "triton")
 # "auto" takes the kernels without a check for the compute capability and the head sizes that they were tried with.
 TRIED, TRIED_HEAD_SIZE = (9, 0), 128
 

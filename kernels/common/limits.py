@@ -1,3 +1,13 @@
-"""Limits of the kernels that are needed where Triton may be missing."""
+"""Limits and constants that several layers share. Imports neither torch nor Triton."""
 
+BACKENDS = ("auto", "torch", "triton")  # what an option `backend` may be
+DTYPES = ("float32", "bfloat16", "float16")  # what models may be in, by torch's names
 MAX_HEAD_SIZE = 256  # widest attention head of `tree_attention`
+
+VOCAB_BITS = 21
+MAX_VOCAB = 2**VOCAB_BITS - 1  # the n-gram fit packs three tokens into an int64, `grow_pass` a token beside a slot
+
+# The n-gram table's hash table; `models.ngram.hash_slot` says how a key is hashed.
+PROBES = 8  # a key lies at most PROBES - 1 slots after the one it hashes to
+HASH_MULTIPLIER = 0x9E3779B97F4A7C15 - 2**64  # 2**64 over the golden ratio, as a signed 64-bit integer
+HASH_SHIFT = 32

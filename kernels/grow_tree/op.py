@@ -9,6 +9,7 @@ import triton
 
 from stagedspec.kernels.common.inputs import NgramTable, TreeSettings
 from stagedspec.kernels.common.launch_configs import config
+from stagedspec.kernels.common.limits import MAX_VOCAB
 from stagedspec.kernels.common.registry import (
     architecture,
     check_runs,
@@ -33,7 +34,6 @@ MOST_RANKS = 128  # of one slot
 MOST_PLACED = 2048  # candidates put into a tree together
 MOST_COMPARED = 4096  # pairs of nodes
 MOST_SEARCHED = 8192  # contexts times positions of the sequence
-MAX_VOCAB = 2**21 - 1
 # On these architectures the kernels spill without `most_registers`.
 GROW_SPILLING, HARVEST_SPILLING = (90, 100), (80, 89, 90, 100, 120)
 
