@@ -21,7 +21,7 @@ from stagedspec.cli.output import quiet_transformers
 from stagedspec.decoding.generation import Generation
 from stagedspec.decoding.stats import Mark
 from stagedspec.devices import resolve_device, resolve_dtype
-from stagedspec.tuning.workloads import SIZES, ModelShape
+from stagedspec.models.shapes import SIZES, ModelShape
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))  # machine.py, sides.py: shared with the benchmarks
 from sides import check_options, clear_errors

@@ -29,8 +29,9 @@ from stagedspec.kernels.linear import hopper as linear_hopper
 from stagedspec.kernels.linear import op as linear
 from stagedspec.kernels.lm_head import op as lm_head
 from stagedspec.models.loading import read_checkpoint
+from stagedspec.models.shapes import SIZES, ModelShape
 from stagedspec.tuning import workloads
-from stagedspec.tuning.workloads import Growing, Head, ModelShape, Moving
+from stagedspec.tuning.workloads import Growing, Head, Moving
 
 GAIN = 0.02  # a candidate replaces the default only if it is faster by more than this: less is noise
 NODES = (1, 16, 64)
@@ -195,16 +196,16 @@ def shapes(models: list[str]) -> list[ModelShape]:
     found = []
     for model in models:
         if model == "embedded":
-            found += [workloads.SIZES["target"], workloads.SIZES["draft"]]
+            found += [SIZES["target"], SIZES["draft"]]
         elif model in ("S", "M", "L", "XL"):
-            found.append(workloads.SIZES[model])
+            found.append(SIZES[model])
         else:
             try:
                 config = read_checkpoint(model, "model").config
             except ValueError as error:
                 raise ValueError(f"{error}, or S, M, L, XL or embedded") from error
-            inner = config.n_inner or 0
-            found.append(ModelShape(config.n_layer, config.n_embd, config.n_head, config.vocab_size, inner))
+            inner = config.n_inner or None
+            found.append(ModelShape(config.n_layer, config.n_embd, config.n_head, inner, vocab=config.vocab_size))
     return found
 
 

@@ -19,6 +19,7 @@ from stagedspec.kernels.ngram_lookup import ngram_lookup
 from stagedspec.kernels.state import device as device_state
 from stagedspec.models.ngram import KatzTable
 from stagedspec.models.ngram_fit import fit_table
+from stagedspec.models.shapes import ModelShape
 from stagedspec.planning.tree import TreeConfig
 
 SAMPLINGS = {
@@ -30,37 +31,6 @@ SAMPLINGS = {
 CHILDREN = 8  # proposed by the draft for a node
 SPREAD = 5.0  # of random logits: a few tokens hold most of the probability, as in text
 WORDS = 200  # distinct tokens of the random text
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """A GPT-2: layers, width, heads, vocabulary, width inside the MLP (0: four times the width), positions."""
-
-    layers: int
-    width: int
-    heads: int
-    vocab: int = 50257
-    inner: int = 0
-    positions: int = 1024
-
-    @property
-    def size(self) -> int:
-        """Head size."""
-        return self.width // self.heads
-
-    @property
-    def mlp(self) -> int:
-        return self.inner or 4 * self.width
-
-
-SIZES = {
-    "S": ModelShape(12, 768, 12),
-    "M": ModelShape(24, 1024, 16),
-    "L": ModelShape(36, 1280, 20),
-    "XL": ModelShape(48, 1600, 25),
-    "target": ModelShape(4, 384, 6, 2048, 1792, 512),  # the embedded models
-    "draft": ModelShape(2, 96, 3, 2048, 640, 512),
-}
 
 
 def tree_config(nodes: int) -> TreeConfig:
@@ -283,7 +253,7 @@ class Moving:
     def __post_init__(self) -> None:
         shape = self.shape
         rows = self.nodes + self.context + self.count
-        self.cache = randn(shape.layers, self.batch, rows, 2, shape.heads, shape.size, device=self.device)
+        self.cache = randn(shape.layers, self.batch, rows, 2, shape.heads, shape.head_size, device=self.device)
         self.ops = TritonBackend()
         sources = torch.arange(self.count, dtype=torch.int32) * max(1, (self.nodes - 1) // self.count)
         moves = torch.stack((sources, torch.arange(self.count, dtype=torch.int32) + self.context))
