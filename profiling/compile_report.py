@@ -36,6 +36,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
+from stagedspec.kernels.common.files import write_text
 from stagedspec.kernels.common.registry import FUSION, SHARED_LIMIT, pdl
 
 SECONDS_LIMIT = 10.0  # a user waits for every kernel that is compiled for the first time
@@ -211,7 +212,7 @@ def main() -> int:
             show_progress(len(reports), len(jobs), report)
     print(table(reports))
     if options.out:
-        options.out.write_text(json.dumps([asdict(report) for report in reports], indent=1), encoding="utf-8")
+        write_text(options.out, json.dumps([asdict(report) for report in reports], indent=1))
     bad = [report for report in reports if report.problem]
     print(f"\n{len(reports)} kernels compiled with triton {triton.__version__}, {len(bad)} with a problem")
     return 1 if bad else 0

@@ -27,7 +27,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from stagedspec.devices import resolve_device
-from stagedspec.kernels.common.files import replacing
+from stagedspec.kernels.common.files import replacing, write_text
 from stagedspec.models.loading import no_bars
 from stagedspec.models.ngram_fit import fit_table
 from stagedspec.models.shapes import SIZES, Shape
@@ -430,7 +430,7 @@ class _Run:
                     f"{self.out} has a vocabulary of {size}, not {self.config.vocab_size}: use another folder"
                 )
             self._check(self._corpus())
-        path.write_text(json.dumps(wanted, indent=1), encoding="utf-8")
+        write_text(path, json.dumps(wanted, indent=1))
 
     def _check(self, corpus: Corpus) -> None:
         block = max(self.config.target_fit.block, self.config.draft_fit.block)
