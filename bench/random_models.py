@@ -19,7 +19,7 @@ HEAD = 64
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options that choose models, device, dtype and backend. Default: the embedded models."""
-    parser.add_argument("--target", help="hub id or folder; default: the embedded trio")
+    parser.add_argument("--target", help="hub id or folder; default: the embedded target, draft and n-gram table")
     parser.add_argument("--draft", help="hub id or folder of the draft")
     parser.add_argument("--ngram", type=Path, help="n-gram table")
     parser.add_argument(

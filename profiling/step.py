@@ -31,7 +31,7 @@ DRAFT = ModelShape(4, 512, 8)  # 39M parameters, about the size of the paper's
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--target", help="hub id or folder; default: the embedded trio")
+    parser.add_argument("--target", help="hub id or folder; default: the embedded target, draft and n-gram table")
     parser.add_argument("--draft", help="hub id or folder of the draft")
     parser.add_argument("--ngram", type=Path, help="n-gram table")
     parser.add_argument("--shape", choices=SHAPES, help="random weights of this GPT-2's shape, and a draft of 40M")

@@ -26,7 +26,8 @@ STAGED = Mode("staged")
 Target = Annotated[
     str | None,
     typer.Option(
-        help="Target model: a hub id or a local folder. Default: the embedded trio.", rich_help_panel="Models"
+        help="Target model: a hub id or a local folder. Default: the embedded target, draft and table.",
+        rich_help_panel="Models",
     ),
 ]
 Draft = Annotated[str | None, typer.Option(help="Draft model with the target's vocabulary.", rich_help_panel="Models")]

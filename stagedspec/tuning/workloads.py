@@ -88,7 +88,7 @@ class Counters:
 
 
 @dataclass
-class Head:
+class HeadWorkload:
     """The head of a model over N nodes of each of B sequences.
 
     copies: of its weights, so that they exceed the cache.
@@ -129,7 +129,7 @@ class Head:
 
 
 @dataclass
-class Choosing:
+class ChooseWorkload:
     """Token choice alone, from logits in memory."""
 
     vocab: int
@@ -157,7 +157,7 @@ class Choosing:
 
 
 @dataclass
-class Looking:
+class LookupWorkload:
     """The n-gram look-up of N contexts in each of B sequences of `context` tokens, which contain a third of them."""
 
     nodes: int
@@ -177,13 +177,13 @@ class Looking:
         self.tokens = torch.empty(shape, dtype=torch.int32, device=self.device)
         self.logprobs = torch.empty(shape, device=self.device)
 
-    def look(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def lookup(self) -> tuple[torch.Tensor, torch.Tensor]:
         ngram_lookup(self.contexts, self.sequence, self.lengths, self.table, self.tokens, self.logprobs)
         return self.tokens, self.logprobs
 
 
 @dataclass
-class Growing:
+class TreeWorkload:
     """B trees of `nodes` nodes over sequences of `context` tokens, with room for `room` more tokens."""
 
     nodes: int
@@ -240,7 +240,7 @@ class Growing:
 
 
 @dataclass
-class Moving:
+class CompactWorkload:
     """KV compaction: an accepted path of `count` tree rows in each sequence is moved in the cache of a model."""
 
     shape: ModelShape
@@ -259,5 +259,5 @@ class Moving:
         moves = torch.stack((sources, torch.arange(self.count, dtype=torch.int32) + self.context))
         self.moves = moves[:, None].expand(-1, self.batch, -1).contiguous().to(self.device)
 
-    def move(self) -> None:
+    def compact(self) -> None:
         self.ops.move_rows(self.cache, self.nodes, self.moves)
