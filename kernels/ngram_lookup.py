@@ -1,4 +1,4 @@
-"""What draft² thinks comes after two tokens: the context n-gram of the sequence itself, then a Katz table.
+"""Look-up of draft²'s guesses for the token after two others: the sequence's own context n-gram, then a Katz table.
 
     rank 0        what followed the latest earlier occurrence of the pair in this sequence, worth CONTEXT_LOGPROB
     ranks 1 .. r  the table's successors of the pair if it has a row, else of its second token (`KatzTable.lookup`),
@@ -10,8 +10,8 @@ logprobs fp32 [B, K, 1 + r], [B, K, 1] without a table; a rank without a token h
 
 The sequence is compared with all contexts at once, a block of positions after the other. A key of the table lies in one
 of PROBES slots: all are read together, with the rows that they name.
-Bytes: 4 S of each sequence, and per context PROBES * 12 of the hash table and 8 r of a row. None of it is much; what
-counts is the chain of loads: the sequence's length, one block, one probe, one row.
+Bytes: 4 S of each sequence, and per context PROBES * 12 of the hash table and 8 r of a row. That is little: the time is
+that of a chain of loads, the sequence's length, one block, one probe, one row.
 """
 
 from typing import NamedTuple
@@ -230,7 +230,7 @@ def ngram_lookup(
     out_tokens: torch.Tensor,
     out_logprobs: torch.Tensor,
 ) -> None:
-    """Writes what draft² thinks comes after `contexts` (the module's docstring has shapes and dtypes).
+    """Writes draft²'s guesses for the tokens after `contexts` (the module's docstring has shapes and dtypes).
 
     table: a `KatzTable` on the same device, or None. Raises ValueError for a wrong shape, dtype, device or layout.
     """

@@ -75,11 +75,10 @@ class Decoder:
     buffers, and with the Triton backend the memory and CUDA graphs of its last generations (`release` frees them);
     no result depends on them. `copy.deepcopy` gives a decoder with buffers of its own and the same weights; a pickle of
     one is refused.
-    live: target and draft as the caller's model objects, where they are such: each call begins with their weights as
-    they are then.
+    live: the caller's model objects behind target and draft, if there are any; each call reads their current weights.
     defaults: defaults for options that a call omits, from the model's own generation config. For a model object they
     follow changes of that config, as weights follow changes of the model.
-    mark: what the phases of its steps are marked with for a profiler; NVTX ranges if STAGEDSPEC_NVTX=1, else None.
+    mark: marks the phases of a step for a profiler: by NVTX ranges if STAGEDSPEC_NVTX=1, else None.
     Steps that are marked are not captured as CUDA graphs, whose replays have no phases.
     """
 

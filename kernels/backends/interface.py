@@ -26,7 +26,7 @@ A backend may leave out what belongs to a capability that it does not have. Each
     times_phases         of the phases of a step, the statistics have the time of prefill alone
 
 `compile_draft` may return None, for some models or for all. A backend whose `compile_draft` never returns anything else
-leaves out `DraftCompiler`. `repeated` may return the function itself: who calls it looks for the members of `Captured`.
+leaves out `DraftCompiler`. `repeated` may return the function itself: its caller checks for the members of `Captured`.
 """
 
 from collections import Counter
@@ -67,9 +67,9 @@ class Row(Protocol):
 
 
 class Batch(Protocol):
-    """Inputs of one model pass. tokens, positions: integers [B, N]. What each node may attend to is the backend's own.
+    """Inputs of one model pass. tokens, positions: integers [B, N]. How it stores attention masks is up to the backend.
 
-    A backend may use the same tensors for the next pass of that kind: they hold until it is asked for.
+    A backend may reuse the tensors for the next pass of that kind, so they are valid until that pass is requested.
     """
 
     @property

@@ -1,9 +1,9 @@
 """Tuned launch settings: JSON by operation, shape and device name, over defaults in code.
 
 A file belongs to one device: {"format": FORMAT, "device": its name, "settings": {op: {shape: {setting: number}}}}.
-There are two at most: one in `kernels/configs/`, and over it one in the user's cache folder, which `stagedspec
-tune` writes. What a setting may change is speed alone. What fixes the order of a sum (splits and blocks of the reduced
-dimension) is decided by the weight's shape in the operation's own file and is not tunable.
+There are at most two: one in `kernels/configs/` and, taking precedence, one in the user's cache folder, which
+`stagedspec tune` writes. A setting may change speed alone. What decides the order of a sum (splits and blocks of the
+reduced dimension) depends on the weight's shape, in the operation's own file, and is not tunable.
 
 An operation asks for its settings at every launch and keeps none of them, so that `trying` and `write` take effect.
 """

@@ -1,4 +1,4 @@
-"""Reports progress of compiling to a progress bar or the log. Apart from compiling.py, which needs Triton."""
+"""Reports progress of compiling to a progress bar or the log. Apart from compiling.py, so that it needs no Triton."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""What every kernel file shares: registration, the checks of its arguments, scratch memory.
+"""Helpers of every kernel file: registering operations, launching, checks of arguments, scratch memory.
 
 Operations are registered with `torch.library` define/impl (a call costs 2 microseconds; `custom_op` costs 11). All of
 them write into tensors that the caller gives and return nothing: a step allocates nothing and can be captured.
@@ -193,8 +193,8 @@ def check_tensor(
 class Scratch(NamedTuple):
     """Memory that kernels pass partial results through; one serves all kernels of a stream, which run in turn.
 
-    partials: fp32 [n], garbage between kernels. counters: int32 [m], zero between kernels: whoever counts up to the
-    end sets it back.
+    partials: fp32 [n], garbage between kernels. counters: int32 [m], zero between kernels: the program that brings one
+    to its final value resets it.
     """
 
     partials: torch.Tensor

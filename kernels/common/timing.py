@@ -1,4 +1,4 @@
-"""Times on a GPU by replays of CUDA graphs, which take the host out; what a step takes beyond its passes."""
+"""Times work on a GPU by replaying CUDA graphs, without the host's share; and a step's overheads beyond its passes."""
 
 import statistics
 from collections.abc import Callable

@@ -39,7 +39,7 @@ GROW_SPILLING, HARVEST_SPILLING = (90, 100), (80, 89, 90, 100, 120)
 
 
 class TreeShape(NamedTuple):
-    """What tile sizes depend on, by the names that it has in `TreeConfig`, which serves as well."""
+    """The settings of a tree that decide tile sizes, named as in `TreeConfig`, which can be given in its place."""
 
     width: int
     prefetch: int
@@ -150,7 +150,7 @@ class Inputs(NamedTuple):
 
 
 class PassSettings(NamedTuple):
-    """start: the first slot of the pass that is recorded; record: how many of its slots are no guesses; floor: the
+    """start: the first slot of the pass that is recorded; record: how many of its slots are not guesses; floor: the
     least log-probability of a candidate; the rest as in `TreeConfig`."""
 
     start: int

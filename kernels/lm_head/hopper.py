@@ -1,17 +1,18 @@
-"""The head of kernel.py on Hopper: a ring of weight blocks that is never empty, the tokens at rest in shared memory.
+"""The head of kernel.py on Hopper: a ring of weight blocks that is never empty, the tokens kept in shared memory.
 
     logits = h @ head.T    h [M, d] after the final norm, head [V, d], both bf16 or fp16, fp32 sums
 
 Bytes: the head once, 2*V*d; through L2 h too, 2*M*d a program or, where it does not stay, a tile of the vocabulary.
 
-What must be moved is the weight, and a multiprocessor takes its share in one go: one program a multiprocessor, tile
-after tile of ROWS tokens of the vocabulary, in blocks of columns that come by bulk tensor copies into a ring of slots.
-The ring is filled before the kernel ahead has ended (see linear/hopper.py) and goes on filling while a finished tile is
-looked at. The blocks of the normalised x come with those of the first tile and stay; where there is no room beside a
-ring of some length they come with those of every tile. More than TOKENS rows share the multiprocessors: programs beside
-each other read the same tiles, which memory gives once.
+What must be moved is the weight. Each multiprocessor runs one program, which reads its share of the weight: tile after
+tile of ROWS tokens of the vocabulary, in blocks of columns that bulk tensor copies bring into a ring of slots. The ring
+is filled before the kernel ahead has ended (see linear/hopper.py), and refilled while a finished tile is processed. The
+blocks of the normalised x are copied with those of the first tile and kept. If there is no room for them beside a ring
+of some length, they are copied with those of every tile. For more than TOKENS rows the multiprocessors are shared:
+programs beside each other read the same tiles, which come from memory once.
 
-The greedy choice keeps the best of every position of a tile in registers, and looks across the tile once, at the end.
+The greedy choice keeps the best of every position of a tile in registers, and compares across the tile once, at the
+end.
 
 Sums run over columns in their order, 16 at a time, in the same instructions for any number of tokens.
 """

@@ -331,8 +331,8 @@ _weightless: "weakref.WeakKeyDictionary[GPT2, _Weightless]" = weakref.WeakKeyDic
 
 
 def _weightless_model(decoder: "Decoder", input_ids: torch.Tensor) -> GPT2LMHeadModel:
-    """One of the target's config, with the decoder's settings. It says that it is on the prompt's device: transformers
-    would warn of a prompt elsewhere, and where the decoder moves prompts to is no concern of its."""
+    """A `_Weightless` of the target's config, with the decoder's settings. Its `device` is the prompt's: transformers
+    warns of a prompt on another device than the model's, although the decoder moves prompts itself."""
     if decoder.target not in _weightless:
         with torch.device("meta"):
             _weightless[decoder.target] = _Weightless(decoder.target.config)

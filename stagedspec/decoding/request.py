@@ -24,7 +24,7 @@ NEW_TOKENS = 128  # default of max_new_tokens
 
 @dataclass(frozen=True)
 class Request:
-    """What one generation is to do, checked and complete. prompts: token ids without padding."""
+    """The checked settings of one generation. prompts: token ids without padding."""
 
     prompts: list[list[int]]
     new_tokens: int

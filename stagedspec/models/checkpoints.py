@@ -1,4 +1,4 @@
-"""The files of a checkpoint, judged before torch and transformers are imported.
+"""Checks the files of a checkpoint before torch and transformers are imported.
 
 Which files of a folder hold the weights is transformers' rule: model.safetensors, or else the shards that
 model.safetensors.index.json names. Other files beside them do not matter.

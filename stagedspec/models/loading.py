@@ -1,4 +1,4 @@
-"""Where models come from: checkpoints and tokenizers."""
+"""Reads checkpoints and tokenizers, and checks that those of target and draft fit together."""
 
 import copy
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from stagedspec.values import plain, whole
 
 @contextmanager
 def no_bars() -> Iterator[None]:
-    """Without transformers' own progress bars, which would break into the caller's."""
+    """Hides transformers' progress bars, which would disturb the caller's."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -28,7 +28,7 @@ def no_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-# What wraps a model, by an attribute that tells it, and how to come to the model inside.
+# Wrappers of models, by an attribute that only they have: how to get the model inside.
 _WRAPPERS = {
     "_orig_mod": ": give the model inside the compiled one, ._orig_mod",
     "merge_and_unload": ": merge the adapter and give what model.merge_and_unload() returns",

@@ -2,13 +2,13 @@
 
 The controller sees what every step proposed, what was accepted and how long it took, and estimates for each level the
 tokens and the seconds of a step. A batch is done when its last row is, so a step's gain is how much it shortens the
-longest remaining row. Where drafting does not pay it stops: the target then decodes plainly, and now and then the draft
-reads what was written without it, all in one pass, which shows what share of that text it would have guessed.
+longest remaining row. Drafting stops where it does not pay: the target then decodes plainly. Now and then the draft
+reads in one pass the tokens that were written without it, which shows how many of them it would have guessed.
 
-Estimates can be wrong, so there is an account beside them: drafting may fall behind plain decoding by no more than a
-few steps, a small share of the plain steps made since, and a part of what it has won before. The next generation starts
-from what this one has learned, account included. So a hopeless draft, or one too slow for a batch of this size, costs
-next to nothing. All this changes which nodes are verified, never the tokens.
+Estimates can be wrong, so a running budget limits what drafting may lose against plain decoding: a few steps, a small
+share of the plain steps made since, and a part of what drafting has won before. The next generation starts from what
+this one has learned, budget included. So a hopeless draft, or one too slow for a batch of this size, costs next to
+nothing. All this changes which nodes are verified, never the tokens.
 """
 
 import math
@@ -71,7 +71,7 @@ class Level:
         return min(self.tree.depth, self.tree.nodes - 1)
 
     def cost(self, nodes: int, passes: int) -> float:
-        """Seconds of a step that needed as many; a tree without floors always takes all."""
+        """Seconds of a step with so many nodes and passes; a tree without floors always uses all of its own."""
         tree = self.tree
         nodes = min(nodes, tree.nodes) if tree.node_floor else tree.nodes
         passes = min(passes, tree.passes) if tree.pass_floor else tree.passes
@@ -91,7 +91,7 @@ def make_levels(model: Model, trees: Sequence[TreeConfig]) -> list[Level]:
 
 
 class _Mean:
-    """A mean that forgets: what came n steps ago counts keep**n."""
+    """A mean with exponential decay: a value of n steps ago has the weight keep**n."""
 
     def __init__(self, value: float, weight: float, keep: float = KEEP):
         self.total, self.weight, self.keep = value * weight, weight, keep
@@ -108,8 +108,10 @@ class _Mean:
 
 @dataclass
 class _Known:
-    """What a generation has seen of a level: tokens and seconds of a step, how many steps it made with it. lasting:
-    tokens again, as the next generation's controller begins with them."""
+    """Measurements of a level in one generation: tokens and seconds of a step, and the number of steps made with it.
+
+    lasting: the tokens again, with slower decay; the next generation's controller begins with them.
+    """
 
     level: Level
     tokens: _Mean
@@ -247,11 +249,11 @@ class Controller:
         left: Sequence[int] | None = None,
         seconds: float | None = None,
     ) -> None:
-        """What a step took and brought.
+        """Takes the result of a step and chooses the next level.
 
-        nodes, passes: that were run. Of each row: accepted, tokens taken from nodes below the root, -1 for a row that
-        had stopped; depths, of its deepest node; left, tokens to write before the step, None if as many for all.
-        seconds: that it took, None if as many as expected.
+        nodes, passes: nodes verified and draft passes run. Of each row: accepted, tokens taken from nodes below the
+        root, -1 for a row that had stopped; depths, the depth of its deepest node; left, tokens to write before the
+        step, None if all rows have the same number. seconds: duration of the step, None for the expected one.
         """
         level = self.level
         self._current.steps += 1

@@ -1,4 +1,4 @@
-"""What was measured of a pair of models on a machine, kept in a file: pass times, acceptance and the chosen trees.
+"""Files of measurements of a pair of models on a machine: pass times, acceptance profiles and the chosen trees.
 
 A file is for one pair and device (`check`). Without a file a decoder keeps what it measured in the user's cache folder,
 under a fingerprint of the pair, the device, the threads and torch's version, and finds it there the next time.
@@ -29,11 +29,11 @@ FORMAT = "stagedspec tuning 1"
 
 @dataclass
 class Tuning:
-    """What `stagedspec tune-tree` found.
+    """Measurements and trees that `stagedspec tune-tree` found.
 
-    pair: what it holds for, of `pair_of`. seconds: as in `cost.PassTimes`. profiles: by whether sampled, as
-    `cost.PROFILES`, where measured. trees: by (mode, batch, sampled), the smallest first. measured:
-    predicted against measured speed, for people to read.
+    pair: the models and the device that they hold for, from `pair_of`. seconds: as in `cost.PassTimes`. profiles: as
+    `cost.PROFILES`, by whether sampled, where measured. trees: by (mode, batch, sampled), the smallest first. measured:
+    predicted and measured speed, for people to read.
     """
 
     pair: dict
@@ -146,7 +146,7 @@ def device_name(device: torch.device) -> str:
 
 
 def pair_of(models: "Models") -> dict:
-    """What must be the same for a tuning to hold."""
+    """The properties of models and device that must be the same for a tuning to be used."""
     return {
         "vocabulary": models.target.vocab_size,
         "target parameters": models.target.parameters,
@@ -187,7 +187,7 @@ def recall(models: "Models") -> Tuning:
 
 
 def keep(models: "Models", tuning: Tuning) -> Path | None:
-    """Saves for later processes; where that cannot be done, nothing happens and None comes back."""
+    """Saves for later processes. Returns the file's path, or None if it cannot be written."""
     with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: no home folder
         path = cache_file(models)
         path.parent.mkdir(parents=True, exist_ok=True)
