@@ -233,7 +233,7 @@ class Decoder:
         return f"Decoder({', '.join(parts)}; {dtype} on {self.device}, backend {self.backend})"
 
     def use(self, tuning: Tuning) -> None:
-        """Chooses trees on what `tuning.trees.tune` found. Raises ValueError if that was for other models."""
+        """Chooses trees by what `tuning.trees.tune` found. Raises ValueError if that was for other models."""
         self.planner.use(tuning, "the tuning")
 
     def with_draft(self, draft: GPT2, ngram: KatzTable | None = None, live: LiveModel | None = None) -> "Decoder":
@@ -290,7 +290,7 @@ class Decoder:
         return None if model is None else (tuple(end_of_sequence(model)), padding(model), generation_defaults(model))
 
     def _follow_settings(self) -> None:
-        """Takes them over where they have changed."""
+        """Takes over special tokens and defaults that have changed."""
         now = self._live_settings()
         if now is not None and now != self._settings_seen:
             self.eos_token_ids, self.pad_token_id, self.defaults = self._settings_seen = now

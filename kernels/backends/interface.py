@@ -335,7 +335,7 @@ class Backend(Protocol):
         Returns how many kernels were new."""
 
     def seconds(self, run: Callable[[], object], device: torch.device) -> float:
-        """Seconds that the device takes for what `run` does. Waits until it has ended."""
+        """Seconds that the device takes for `run`. Waits until it has ended."""
 
     def release(self) -> None:
         """Frees buffers that are kept between calls."""

@@ -10,7 +10,7 @@ current: ContextVar[Progress | None] = ContextVar("progress", default=None)
 
 @contextmanager
 def reporting(progress: Progress | None) -> Iterator[None]:
-    """Inside, compiling is reported to `progress` instead of the log."""
+    """Inside the block, compiling is reported to `progress` instead of the log."""
     token = current.set(progress)
     try:
         yield

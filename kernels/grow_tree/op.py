@@ -277,7 +277,7 @@ def _check_state(name: str, state: GrowthState, batch: int, config: TreeSettings
 def _check_proposals(
     name: str, number: int, config: TreeSettings, batch: int, proposed: tuple | None, device: torch.device
 ) -> Proposed:
-    """What the draft proposed in pass `number`."""
+    """Checks what the draft proposed in pass `number`."""
     names, values = proposed if proposed is not None else (None, None)
     shape = (batch, pass_size(config, number), None)
     check_tensor(name, "names", names, shape, (torch.int32, torch.int64), device)

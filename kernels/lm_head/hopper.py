@@ -234,8 +234,8 @@ def _load_x(
 
 @triton.constexpr_function
 def _quads(tokens: int) -> gl.DistributedLinearLayout:
-    """Layout of [ROWS / 4, tokens] in which a warp has the rows' quads that it has the rows of in the product, so that
-    what is made for four rows at once stays within the warp."""
+    """Layout of [ROWS / 4, tokens] that gives each warp the quads of the rows that it has in the product, so that noise
+    made for four rows at once stays within the warp."""
     rest = [*([0, 1 << bit] for bit in range(3, tokens.bit_length() - 1)), [2, 0], [0, 1]]
     lanes = [[0, 2], [0, 4], *rest[:2], [1, 0]]
     return gl.DistributedLinearLayout(rest[2:], lanes, [[4, 0], [8, 0]], [], [ROWS // 4, tokens])

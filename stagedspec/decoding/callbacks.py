@@ -192,7 +192,7 @@ def checked(what: str, found: object, like: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def ended(streamer: Streamer | None) -> Iterator[None]:
-    """Ends the stream where the generation fails: whoever reads from it would wait forever."""
+    """Ends the stream if the generation fails, because its reader would wait forever otherwise."""
     try:
         yield
     except BaseException:

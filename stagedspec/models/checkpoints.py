@@ -158,7 +158,7 @@ def _unreachable() -> str | None:
 
 
 def how_to_mend(folder: Path) -> str:
-    """What to do about weights that cannot be read."""
+    """The advice of error messages for weights that cannot be read."""
     for path in weight_files(folder):
         with suppress(OSError), path.open("rb") as file:
             if file.read(40).startswith(b"version https://git-lfs"):

@@ -103,7 +103,7 @@ def _check_config(folder: Path, source: str | Path, role: str) -> None:
 
 
 def _why_not_loaded(source: str | Path, local: Path | None, error: Exception) -> str:
-    """What to say when transformers could not load a checkpoint."""
+    """The error message for a checkpoint that transformers could not load."""
     reason = " ".join(str(error).split()) or type(error).__name__
     folder = local or checkpoints.cached_folder(str(source))
     if folder is not None and checkpoints.weight_files(folder):
@@ -173,9 +173,9 @@ def end_of_sequence(model: GPT2LMHeadModel) -> list[int]:
 
 
 def generation_defaults(model: GPT2LMHeadModel) -> dict[str, Any]:
-    """What the model's own generation config sets, by name.
+    """The settings of the model's own generation config, by name.
 
-    Without what `padding` and `end_of_sequence` read, and without what changes nothing.
+    Without those that `padding` and `end_of_sequence` read, and those without effect.
     """
     known = vars(GenerationConfig())
     read = ("pad_token_id", "eos_token_id", "use_cache", "transformers_version")

@@ -179,7 +179,7 @@ class Controller:
         return self.chosen > 0
 
     def _reading(self, count: int) -> float:
-        """Plain steps in whose time the draft reads so many tokens of every row."""
+        """The time that the draft takes to read so many tokens of every row, in plain steps."""
         level = self.known[-1].level
         return (level.first + count * level.read) * self._pace(True) / self._takes(0)
 
@@ -213,12 +213,12 @@ class Controller:
         return self.known[index].seconds.value * self._pace(index > 0)
 
     def _pace(self, drafts: bool) -> float:
-        """Seconds of such steps over the seconds that were expected of them."""
+        """The ratio of measured to expected seconds of such steps."""
         plain = median_low(self.pace) if self.pace else 1.0
         return plain * median_low(self.slower) if drafts else plain
 
     def read(self, rows: Sequence[Sequence[tuple[int, float]]]) -> None:
-        """What the draft made of tokens written without it. In a batch the row that it knows least of counts.
+        """Takes the draft's ranks of tokens written without it. In a batch the row that it guesses worst counts.
 
         rows: for each row that is running, of each token in turn: its rank among the draft's children, -1 for none, and
         the log-probability that the draft gave it.
@@ -307,7 +307,7 @@ class Controller:
         self._choose()
 
     def _account(self, won: float, most: float = WON) -> None:
-        """Plain steps that were won beside plain decoding; most: that are kept of them."""
+        """Adds plain steps that were won (or lost, below 0) to the budget, which grows up to `most`."""
         self.credit = min(max(most, self.credit), self.credit + won)
 
     def _pays(self, index: int) -> bool:
