@@ -26,7 +26,7 @@ MAX_TOKENS = 1024
 # Splits: a weight of WIDE tiles of rows has enough programs without them; a narrower one is cut for PROGRAMS.
 WIDE = 48
 PROGRAMS = 100
-MOST_SPLITS = 6  # whoever adds the parts up holds all of them in registers
+MOST_SPLITS = 6  # the program that adds the parts up holds all of them in registers
 SHORTEST_SPLIT = 256  # columns
 SPILLING = (120,)  # see `most_registers`
 ROOMY = 160 << 10  # shared memory a block may take, bytes, as on A100 and H100
