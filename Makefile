@@ -1,6 +1,7 @@
 # make demo      install into .venv and complete a few prompts in every mode
 # make test      the same set-up with the test extra, then the tests
-# make test-quick   the same, but for what takes long: tests marked slow and the kernels in Triton's interpreter
+# make test-quick   the same without what takes long: tests marked slow, and tests marked interpreted, which run kernels in
+#                Triton's interpreter
 # make lint      ruff check and format check, mypy
 # make bench     what makes sense on a CPU: the reference's operations one by one (bench/ops.py, pytest-benchmark), then the
 #                modes side by side (bench/decode.py), whose options are ARGS="..."
@@ -33,13 +34,8 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 $(ARGS)
 
-# Those of tests/kernels that interpret no kernel belong to the quick ones.
-HOST_TESTS = $(addprefix tests/kernels/,state/test_host_state.py reference/test_reference.py test_compiled_draft.py)
-INTERPRETED = $(filter-out $(HOST_TESTS),$(wildcard tests/kernels/test_*.py tests/kernels/*/test_*.py)) \
-	tests/profiling/test_compile_report.py
-
 test-quick: $(VENV)/.installed-test
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 -m "not slow" $(addprefix --ignore=,$(INTERPRETED)) $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 -m "not slow and not interpreted" $(ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -22,6 +22,7 @@ from rules import RULES
 from sides import HERE, Models, add_options, check_options, clear_errors, encode, load
 from stagedspec.cli.output import progress_bar
 from stagedspec.decoding.request import MAX_BATCH
+from stagedspec.kernels.common.files import write_text
 from stagedspec.kernels.reference import warp
 from stagedspec.tuning.prompts import read_prompts
 
@@ -201,8 +202,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     written = figures.acceptance(report, options.out / "acceptance")
     text = summary(report)
-    (options.out / "acceptance.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    (options.out / "acceptance.md").write_text(text.replace("figures/", "") + "\n", encoding="utf-8")
+    write_text(options.out / "acceptance.json", json.dumps(report, indent=1) + "\n")
+    write_text(options.out / "acceptance.md", text.replace("figures/", "") + "\n")
     console.print(f"{table(report['temperatures'])}\n\n{report['command']}\n{where(report)}\nwritten to {options.out}",
                   highlight=False, soft_wrap=True)  # fmt: skip
     if options.update_readme:

@@ -31,6 +31,7 @@ from sides import (
     transformers_side,
 )
 from stagedspec.decoding.request import MAX_BATCH
+from stagedspec.kernels.common.files import write_text
 from stagedspec.tuning.compare import summarise, table
 from stagedspec.tuning.prompts import read_prompts
 
@@ -124,7 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
     report = bench(options, console)
     report = header("decode.py", arguments, report.pop("device")) | report
     if options.out is not None:
-        options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_text(options.out, json.dumps(report, indent=1) + "\n")
     console.print(f"{report['command']}\n{where(report)}", highlight=False, soft_wrap=True)
     return 0 if report["identical"] else 1
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from sides import clear_errors
+from stagedspec.kernels.common.files import write_text
 from stagedspec.training.corpus import Corpus
 
 SHORTEST, LONGEST = 32, 128  # tokens
@@ -92,7 +93,7 @@ def main() -> int:
         raise ValueError(f"--count must be positive, got {options.count}")
     prompts = make_prompts(options.run, options.count)
     lines = (json.dumps({"prompt": prompt, "source": "held-out"}) + "\n" for prompt in prompts)
-    options.out.write_text("".join(lines), encoding="utf-8")
+    write_text(options.out, "".join(lines))
     print(f"{len(prompts)} prompts")
     return 0
 

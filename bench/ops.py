@@ -15,8 +15,9 @@ from stagedspec.kernels.common.constants import DRAFT
 from stagedspec.kernels.state import host as host_state
 from stagedspec.models import embedded
 from stagedspec.models.ngram import KatzTable
+from stagedspec.models.shapes import SIZES
 from stagedspec.planning.tree import TreeConfig
-from stagedspec.tuning.workloads import SAMPLINGS, SIZES, SPREAD, randn
+from stagedspec.tuning.workloads import SAMPLINGS, SPREAD, randn
 
 CPU = torch.device("cpu")
 CONTEXT = 256
@@ -80,14 +81,14 @@ def test_linear_add(benchmark, name, model, rows):
 def test_tree_attention(benchmark, model, nodes):
     shape = SIZES[model]
     dtype = reference.kv_dtype(torch.float32, CPU, model == "target")
-    cache = torch.randn(1, 1, nodes + CONTEXT, 2, shape.heads, shape.size, dtype=dtype)
+    cache = torch.randn(1, 1, nodes + CONTEXT, 2, shape.heads, shape.head_size, dtype=dtype)
     star = host_state.Tree.root(0)
     for token in range(1, nodes):
         star.add(token, 0, -1, DRAFT)
     batch = host_state.tree_batch([star.nodes], nodes, [CONTEXT], [CONTEXT], dtype, CPU)
     (view,) = reference.layer_views(cache, nodes, batch, 0, 0)
     qkv = torch.randn(nodes, 3 * shape.width)
-    benchmark(reference.tree_attention, qkv, view, batch, shape.size**-0.5, False)
+    benchmark(reference.tree_attention, qkv, view, batch, shape.head_size**-0.5, False)
 
 
 # ---------------------------------------------------------------- token choice

@@ -39,6 +39,7 @@ from sides import (
 from stagedspec import MODES
 from stagedspec.cli.origins import Shown, pieces, save
 from stagedspec.cli.output import ORIGIN_STYLES, PROMPT_STYLE, paint, print_legend
+from stagedspec.kernels.common.files import write_text
 from stagedspec.planning.cost import PassTimes
 from stagedspec.tuning.compare import Row, speedups, summarise
 from stagedspec.tuning.prompts import read_prompts
@@ -227,8 +228,8 @@ def bench(options: argparse.Namespace, arguments: list[str], console: Console) -
         save(path, shown)
         written.append(path)
     text = summary(report, rows)
-    (options.out / "paper.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    (options.out / "paper.md").write_text(text.replace("figures/", "") + "\n", encoding="utf-8")
+    write_text(options.out / "paper.json", json.dumps(report, indent=1) + "\n")
+    write_text(options.out / "paper.md", text.replace("figures/", "") + "\n")
 
     print_completions(console, shown)
     for part in (table_1(rows), *(table_2(name, found) for name, found in rows.items())):

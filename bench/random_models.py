@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from stagedspec.models import embedded
 from stagedspec.models.loading import no_bars
-from stagedspec.tuning.workloads import SIZES, ModelShape
+from stagedspec.models.shapes import SIZES, ModelShape
 
 SHAPES = ("S", "M", "L", "embedded")
 HEAD = 64
@@ -19,7 +19,7 @@ HEAD = 64
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options that choose models, device, dtype and backend. Default: the embedded models."""
-    parser.add_argument("--target", help="hub id or folder; default: the embedded trio")
+    parser.add_argument("--target", help="hub id or folder; default: the embedded target, draft and n-gram table")
     parser.add_argument("--draft", help="hub id or folder of the draft")
     parser.add_argument("--ngram", type=Path, help="n-gram table")
     parser.add_argument(
@@ -38,14 +38,14 @@ def draft_shape(text: str | None, target: str) -> ModelShape:
     """ "8x512" to a shape with the vocabulary of the target's. Raises ValueError for other words."""
     vocab = shape_of(target).vocab
     if text is None:
-        return SIZES["draft"] if target == "embedded" else ModelShape(8, 512, 8, vocab)
+        return SIZES["draft"] if target == "embedded" else ModelShape(8, 512, 8, vocab=vocab)
     try:
         layers, width = map(int, text.split("x"))
     except ValueError:
         raise ValueError(f"--draft-shape must be layers x width, such as 8x512, got {text!r}") from None
     if layers < 1 or width < HEAD or width % HEAD:
         raise ValueError(f"--draft-shape needs at least one layer and a width of a multiple of {HEAD}, got {text!r}")
-    return ModelShape(layers, width, width // HEAD, vocab)
+    return ModelShape(layers, width, width // HEAD, vocab=vocab)
 
 
 def shape_of(name: str) -> ModelShape:

@@ -14,7 +14,7 @@ from sides import clear_errors
 from stagedspec import Decoder
 from stagedspec.planning.cost import CHILDREN
 from stagedspec.tuning.prompts import read_prompts
-from stagedspec.tuning.trees import fit_stretches, outcomes
+from stagedspec.tuning.trees import fit_profile, outcomes
 
 
 @clear_errors
@@ -40,7 +40,7 @@ def main() -> int:
         ranks = [round(sum(rank == r for rank, _ in every) / len(every), 3) for r in range(CHILDREN)]
         named = round(sum(named for _, named in every) / len(every), 3)
         print("sampled" if sampled else "greedy", {"ranks": ranks, "prefetch_hit": named})
-        for kind in fit_stretches(texts):
+        for kind in fit_profile(texts):
             print("   ", kind)
     return 0
 

@@ -4,6 +4,8 @@ import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from stagedspec.kernels.common.files import write_text
+
 HERE = Path(__file__).parent
 README, FIGURES = HERE / "README.md", HERE / "figures"
 
@@ -47,4 +49,4 @@ def update_readme(name: str, content: str, figures: Iterable[Path], readme: Path
     folder.mkdir(exist_ok=True)
     for figure in figures:
         shutil.copyfile(figure, folder / figure.name)
-    readme.write_text(text, encoding="utf-8")
+    write_text(readme, text)

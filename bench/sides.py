@@ -31,7 +31,7 @@ PLAIN, ASSISTED, LOOKUP = "transformers", "transformers assisted", "transformers
 
 def add_options(parser: argparse.ArgumentParser, limit: int, max_new_tokens: int) -> None:
     """Adds the options of all benchmarks: models, prompts, lengths."""
-    parser.add_argument("--target", help="hub id or folder; default: the embedded trio")
+    parser.add_argument("--target", help="hub id or folder; default: the embedded target, draft and n-gram table")
     parser.add_argument("--draft", help="hub id or folder of the draft")
     parser.add_argument("--ngram", type=Path, help="n-gram table")
     parser.add_argument("--prompts", type=Path, default=HERE / "prompts.jsonl", help="JSON lines with a `prompt` field")

@@ -39,6 +39,7 @@ from soak_calls import Call
 from stagedspec import Decoder, TreeConfig
 from stagedspec.cli.output import quiet_transformers
 from stagedspec.devices import resolve_device
+from stagedspec.kernels.common.files import write_text
 
 TREE = TreeConfig(8, 4, 2, 2, 3, 1, 2)  # of the decoder whose trees do not adapt
 RELEASE_EVERY = 40  # calls of a worker between two releases of kept memory, about
@@ -329,7 +330,7 @@ def main(arguments: list[str] | None = None) -> int:
     report = header("soak.py", arguments, device) | results(soak, sampler, seconds, warm_up)
     report |= {"memory_before": loaded, "memory_at_the_end": at_rest(soak, device)}
     if options.out is not None:
-        options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_text(options.out, json.dumps(report, indent=1) + "\n")
     if options.plot is not None:
         memory.plot(sampler.seconds, sampler.values, warm_up, options.plot)
     print(summary(report))

@@ -23,6 +23,7 @@ import transformers
 
 from sides import clear_errors
 from stagedspec.devices import resolve_device
+from stagedspec.kernels.common.files import write_text
 from stagedspec.training import recipe
 from stagedspec.training.fit import cross_entropy, fit, sample_blocks
 
@@ -105,7 +106,7 @@ def main() -> int:
     }
     print(json.dumps(result, indent=1))
     if options.out:
-        options.out.write_text(json.dumps(result, indent=1), encoding="utf-8")
+        write_text(options.out, json.dumps(result, indent=1))
     return 0
 
 

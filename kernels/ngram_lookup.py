@@ -1,4 +1,4 @@
-"""What draft² thinks comes after two tokens: the context n-gram of the sequence itself, then a Katz table.
+"""Look-up of draft²'s guesses for the token after two others: the sequence's own context n-gram, then a Katz table.
 
     rank 0        what followed the latest earlier occurrence of the pair in this sequence, worth CONTEXT_LOGPROB
     ranks 1 .. r  the table's successors of the pair if it has a row, else of its second token (`KatzTable.lookup`),
@@ -10,8 +10,8 @@ logprobs fp32 [B, K, 1 + r], [B, K, 1] without a table; a rank without a token h
 
 The sequence is compared with all contexts at once, a block of positions after the other. A key of the table lies in one
 of PROBES slots: all are read together, with the rows that they name.
-Bytes: 4 S of each sequence, and per context PROBES * 12 of the hash table and 8 r of a row. None of it is much; what
-counts is the chain of loads: the sequence's length, one block, one probe, one row.
+Bytes: 4 S of each sequence, and per context PROBES * 12 of the hash table and 8 r of a row. That is little: the time is
+that of a chain of loads, the sequence's length, one block, one probe, one row.
 """
 
 from typing import NamedTuple
@@ -33,10 +33,9 @@ from stagedspec.kernels.common.registry import (
 
 CONTEXT_LOGPROB = tl.constexpr(constants.CONTEXT_LOGPROB)
 NEVER = tl.constexpr(float("-inf"))
-# The layout of stagedspec.models.ngram's hash table, which kernels cannot import.
-PROBES = tl.constexpr(8)
-HASH_MULTIPLIER = tl.constexpr(0x9E3779B97F4A7C15 - 2**64)
-HASH_SHIFT = tl.constexpr(32)
+PROBES = tl.constexpr(constants.PROBES)
+HASH_MULTIPLIER = tl.constexpr(constants.HASH_MULTIPLIER)
+HASH_SHIFT = tl.constexpr(constants.HASH_SHIFT)
 
 TILE = 8  # contexts of one CTA
 BLOCK = 256  # positions of the sequence compared at once
@@ -77,7 +76,7 @@ def successors(
     """Tokens int32 and log-probabilities fp32 [K, RANKS] of the contexts b_first, b_last [K]."""
     i_rank = tl.arange(0, RANKS)
     if SUCCESSORS > 0:
-        # Asked for first, and on its way while the sequence is searched.
+        # Loaded first, so that it is under way while the sequence is searched.
         # A key below 0 (no first token) is not in the table, or is -1 and meets empty slots, which name its right row.
         b_key = b_first.to(tl.int64) * vocab_size + b_last
         i_probe = ((b_key * HASH_MULTIPLIER) >> HASH_SHIFT)[:, None] + tl.arange(0, PROBES)[None, :]  # [K, PROBES]
@@ -230,7 +229,7 @@ def ngram_lookup(
     out_tokens: torch.Tensor,
     out_logprobs: torch.Tensor,
 ) -> None:
-    """Writes what draft² thinks comes after `contexts` (the module's docstring has shapes and dtypes).
+    """Writes draft²'s guesses for the tokens after `contexts` (the module's docstring has shapes and dtypes).
 
     table: a `KatzTable` on the same device, or None. Raises ValueError for a wrong shape, dtype, device or layout.
     """

@@ -5,7 +5,7 @@
     g     = -log(-log1p(-v))
 
 The integers are those of `reference.philox`, bit for bit. The logarithms are written out in multiplies and adds, with
-every fused multiply-add spelled out: no compiler can round them otherwise in one kernel than in another, so a token's
+every fused multiply-add spelled out: no compiler can round them differently in two kernels, so a token's
 noise is the same bits wherever it is made. It is within 2 ulp (of numbers from 1 to 2, or of its own magnitude where
 that is larger) of `reference.gumbel`. About 15 instructions a token for the integers and 40 for the logarithms: made
 where it is used, it costs no memory traffic. Nothing here is launched by itself: kernels of choose, lm_head and

@@ -1,4 +1,4 @@
-"""Verification on the device: the walk down each tree, what it commits, when a row stops, and which KV rows move.
+"""Verification on the device: the accepted path of each tree, the tokens it commits, and the KV rows that move.
 
 `Trees.verify_commit` of state/host.py without a loop over nodes. Node n agrees if it is the root or if its token is
 what was chosen at its parent; siblings have different tokens, so the nodes all of whose ancestors agree are one path
@@ -9,10 +9,9 @@ from the root, the accepted one, and a node's depth is its place in it:
     steps       = sum(accepted)                                   the bonus token included
     count       = min(steps, first end of sequence + 1, limit - length, depth of the accepted INVALID)
 
-UNCHOSEN, -1, says that n is not to be stepped to; INVALID, -2, that no token can be chosen there: the row ends before
-it, with running -1, unless it ends earlier. chosen[n] of the accepted nodes of depth d < count becomes the
-token at position length + d. It was first proposed by whoever proposed the accepted node of depth d + 1, by the target
-where there is none.
+UNCHOSEN (-1) marks a node that must not be accepted. INVALID (-2) marks a node at which no token can be chosen: the row
+ends before it, with running -1, unless it ends earlier. For an accepted node of depth d < count, chosen[n] becomes the
+token at position length + d. Its origin is that of the accepted node of depth d + 1, or the target if there is none.
 
 Shapes, for N nodes and W = ceil(N / 32) words: chosen int32 or int64 [B, N]; tree int32 [5, B, N] and masks int32
 [B, N, W] as `grow_tree` leaves them. `CommitState`, all written in place:
@@ -249,7 +248,7 @@ def verify_commit(
     target_moves: torch.Tensor,
     draft_moves: torch.Tensor,
 ) -> None:
-    """Walks the trees and commits what was chosen (the module's docstring has shapes and dtypes).
+    """Finds the accepted paths and commits their tokens (the module's docstring has shapes and dtypes).
 
     chosen: `choose` at every node, UNCHOSEN at nodes not to be stepped to. The tree's paths may be at most
     counts.shape[1] - 1 deep, which is not read back to be checked. Raises ValueError for a wrong shape, dtype, device

@@ -1,7 +1,7 @@
 """The kernels at the shapes at which compile_report.py compiles them: `CASES`, by operation.
 
 Each function returns the cases of one operation for an architecture, in bf16. Launch settings are the defaults of the
-operation's own file; the shapes are those of GPT-2 S, M, L, XL and of the embedded models (`workloads.SIZES`).
+operation's own file; the shapes are those of GPT-2 S, M, L, XL and of the embedded models (`models/shapes.py`).
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ from stagedspec.kernels.lm_head import op as lm_head
 from stagedspec.kernels.lm_head.kernel import head_kernel, norm_kernel
 from stagedspec.kernels.tree_attention import op as tree_attention
 from stagedspec.kernels.tree_attention.shared import INTEGERS
-from stagedspec.tuning.workloads import SIZES, ModelShape
+from stagedspec.models.shapes import SIZES, ModelShape
 
 MODELS = {name.lower(): shape for name, shape in SIZES.items()}
 HEADS = {f"{shape.vocab}x{shape.width}": shape for shape in MODELS.values()}
@@ -260,7 +260,7 @@ def attentions(arch: int) -> list[CompileCase]:
     types = {"p_qkv": "*bf16", "p_cache": "*bf16", "p_masks": "*i32", "p_prefix": "*i32", "p_acc": "*fp32"}
     types |= {"p_max": "*fp32", "p_sum": "*fp32", "p_out": "*bf16", "scale": "fp32"}
     types |= dict.fromkeys(INTEGERS, "i32")
-    models = {name: (shape.heads, shape.size) for name, shape in MODELS.items()}
+    models = {name: (shape.heads, shape.head_size) for name, shape in MODELS.items()}
     models |= {"wide": (8, 128), "grouped": (5, 64)}
     passes = {"n1": 1, "n64": 2, "prompt": 0}
     widest = {"n256": 8, "rows1024": 32}  # the most that a tree may have: nodes, and rows that the draft evaluates

@@ -1,4 +1,4 @@
-"""Compiles every kernel for real GPUs, with no GPU present, and tells what the compiler made of it.
+"""Compiles every kernel for real GPUs, without one, and reports registers, spills, instructions and seconds.
 
     python profiling/compile_report.py [--arch 80 --arch 90] [--match tree_attention] [--out report.json]
 
@@ -24,6 +24,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import textwrap
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -36,9 +37,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
+from stagedspec.kernels.common.files import write_text
 from stagedspec.kernels.common.registry import FUSION, SHARED_LIMIT, pdl
 
 SECONDS_LIMIT = 10.0  # a user waits for every kernel that is compiled for the first time
+# The columns of the table, as the docstring explains them.
+LEGEND = textwrap.dedent(next(part for part in __doc__.split("\n\n") if part.startswith("    registers")))
 MATRIX = re.compile(r"\b(UTCHMMA|UTCQMMA|HGMMA|HMMA|DMMA|IMMA)\b")
 
 
@@ -191,7 +195,7 @@ def show_progress(done: int, total: int, report: Report) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, action="append", choices=SHARED_LIMIT, help="default: all")
     parser.add_argument("--match", action="append", help="only kernels whose name contains this; may be repeated")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
@@ -209,9 +213,9 @@ def main() -> int:
         for report in pool.map(compile_case, jobs):
             reports.append(report)
             show_progress(len(reports), len(jobs), report)
-    print(table(reports))
+    print(f"{table(reports)}\n\n{LEGEND}")
     if options.out:
-        options.out.write_text(json.dumps([asdict(report) for report in reports], indent=1), encoding="utf-8")
+        write_text(options.out, json.dumps([asdict(report) for report in reports], indent=1))
     bad = [report for report in reports if report.problem]
     print(f"\n{len(reports)} kernels compiled with triton {triton.__version__}, {len(bad)} with a problem")
     return 1 if bad else 0

@@ -22,7 +22,7 @@ from stagedspec.decoding.generation import Generation
 from stagedspec.decoding.request import StagedOptions
 from stagedspec.decoding.stats import Mark
 from stagedspec.devices import resolve_device, resolve_dtype
-from stagedspec.tuning.workloads import SIZES, ModelShape
+from stagedspec.models.shapes import SIZES, ModelShape
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "bench"))  # machine.py, sides.py: shared with the benchmarks
 from sides import check_options, clear_errors
@@ -32,7 +32,7 @@ DRAFT = ModelShape(4, 512, 8)  # 39M parameters, about the size of the paper's
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--target", help="hub id or folder; default: the embedded trio")
+    parser.add_argument("--target", help="hub id or folder; default: the embedded target, draft and n-gram table")
     parser.add_argument("--draft", help="hub id or folder of the draft")
     parser.add_argument("--ngram", type=Path, help="n-gram table")
     parser.add_argument("--shape", choices=SHAPES, help="random weights of this GPT-2's shape, and a draft of 40M")
@@ -115,7 +115,7 @@ def steps(decoder: stagedspec.Decoder, options: argparse.Namespace, mark: Mark =
     room = decoder.target.positions - ids.shape[1]
     sampling = {"do_sample": True, "top_k": 50} if options.sample else {}
     call = decoder._read(ids, None, max(room, 1), StagedOptions(options.mode, 0), {"eos_token_id": [], **sampling})
-    run = decoder._run(call.request)
+    run = decoder._start(call.request)
     generation = run.steps()
     for number in range(options.warm_up + options.steps):
         if number >= options.warm_up:

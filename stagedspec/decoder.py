@@ -1,4 +1,4 @@
-"""The decoder: models, arguments of calls, and the runs that answer them."""
+"""The public `Decoder`: loads models, reads the arguments of calls, and decodes."""
 
 import copy
 import logging
@@ -75,11 +75,10 @@ class Decoder:
     buffers, and with the Triton backend the memory and CUDA graphs of its last generations (`release` frees them);
     no result depends on them. `copy.deepcopy` gives a decoder with buffers of its own and the same weights; a pickle of
     one is refused.
-    live: target and draft as the caller's model objects, where they are such: each call begins with their weights as
-    they are then.
-    defaults: what the model's own generation config sets; it holds where a call says nothing else. That of a model
-    object is followed, as its weights are.
-    mark: what the phases of its steps are marked with for a profiler; NVTX ranges if STAGEDSPEC_NVTX=1, else None.
+    live: the caller's model objects behind target and draft, if there are any; each call reads their current weights.
+    defaults: defaults for options that a call omits, from the model's own generation config. For a model object they
+    follow changes of that config, as weights follow changes of the model.
+    mark: marks the phases of a step for a profiler: by NVTX ranges if STAGEDSPEC_NVTX=1, else None.
     Steps that are marked are not captured as CUDA graphs, whose replays have no phases.
     """
 
@@ -234,7 +233,7 @@ class Decoder:
         return f"Decoder({', '.join(parts)}; {dtype} on {self.device}, backend {self.backend})"
 
     def use(self, tuning: Tuning) -> None:
-        """Chooses trees on what `tuning.trees.tune` found. Raises ValueError if that was for other models."""
+        """Chooses trees by what `tuning.trees.tune` found. Raises ValueError if that was for other models."""
         self.planner.use(tuning, "the tuning")
 
     def with_draft(self, draft: GPT2, ngram: KatzTable | None = None, live: LiveModel | None = None) -> "Decoder":
@@ -314,7 +313,7 @@ class Decoder:
         return None if model is None else (tuple(end_of_sequence(model)), padding(model), generation_defaults(model))
 
     def _follow_settings(self) -> None:
-        """Takes them over where they have changed."""
+        """Takes over special tokens and defaults that have changed."""
         now = self._live_settings()
         if now is not None and now != self._settings_seen:
             self.eos_token_ids, self.pad_token_id, self.defaults = self._settings_seen = now
@@ -366,8 +365,8 @@ class Decoder:
         return output
 
     def decode(self, call: Call) -> torch.Tensor | StagedOutput:
-        """Runs a call to its end: what `generate` does once its arguments are read."""
-        run = self._run(call.request, call.callbacks, call.began)
+        """Decodes a call whose arguments have been read: the second part of `generate`."""
+        run = self._start(call.request, call.callbacks, call.began)
         for _ in run.steps():
             if call.callbacks is not None:
                 call.callbacks.notify(run.sequences, run.prompt_lengths)
@@ -402,7 +401,7 @@ class Decoder:
         return self._stream(self._read(input_ids, None, max_new_tokens, staged, options))
 
     def _stream(self, call: Call) -> Iterator[Chunk]:
-        run = self._run(call.request, call.callbacks, call.began)
+        run = self._start(call.request, call.callbacks, call.began)
         start, shown, text = len(call.request.prompts[0]), 0, ""
         whole = False  # whether all steps that began have ended
         try:
@@ -414,7 +413,7 @@ class Decoder:
                 ready = self._decode(row.tokens[start:])
                 ready = ready.rstrip("\ufffd") if row.running else ready
                 if len(row.origins) == shown and ready == text:
-                    continue  # such a host learns a step late that the row has stopped
+                    continue  # with state on a device the host learns one step late that the row has stopped
                 yield Chunk(
                     ready[len(text) :],
                     row.tokens[start + shown :],
@@ -430,16 +429,16 @@ class Decoder:
             if whole:
                 self._keep(run, stats)
 
-    # ------------------------------------------------------------ runs
+    # ------------------------------------------------------------ generations
 
-    def _run(self, request: Request, callbacks: Callbacks | None = None, began: float | None = None) -> Generation:
+    def _start(self, request: Request, callbacks: Callbacks | None = None, began: float | None = None) -> Generation:
         controller = self.planner.controller(
             request.mode, len(request.prompts), request.sampling.do_sample, request.levels
         )
         return self.pool.take(self.models, request, callbacks, self.mark, controller, began)
 
     def _keep(self, run: Generation, stats: Stats | None) -> None:
-        """Takes back a generation that has ended, of which nothing more is wanted."""
+        """Returns a generation that has ended to the pool; its results must have been read before."""
         if stats is not None and len(run.request.prompts) == 1:
             self.planner.reconsider(run.request.sampling.do_sample, stats.steps, stats.seconds.get("target"))
         self.pool.give(run, self.models)

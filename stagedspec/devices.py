@@ -5,7 +5,9 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from stagedspec.kernels.common import constants
+
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in constants.DTYPES}
 
 
 def out_of_memory(error: BaseException) -> bool:

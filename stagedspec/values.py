@@ -1,4 +1,4 @@
-"""Numbers in arguments: those of NumPy and torch are taken as Python's own. Imports neither, for the command line."""
+"""Numbers in arguments: turns those of NumPy and torch into Python's own. Imports neither, for the command line."""
 
 import operator
 from typing import Any

@@ -1,12 +1,23 @@
 """Fixtures that several test files use."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy
 import pytest
 import torch
 from helpers import DTYPES, GPU, PLACES, Place, make_draft, make_gpt2  # first: it sets up triton
 from transformers import GPT2LMHeadModel
+
+KERNELS = Path(__file__).with_name("kernels")
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks what runs kernels: tests in tests/kernels that take the fixture `device`. Other files mark themselves."""
+    for item in items:
+        if KERNELS in item.path.parents and "device" in getattr(item, "fixturenames", ()):
+            item.add_marker("interpreted")
 
 
 @pytest.fixture(scope="session", autouse=True)

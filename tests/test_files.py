@@ -1,5 +1,8 @@
 """Files that are replaced in one step."""
 
+import os
+from pathlib import Path
+
 import pytest
 
 from stagedspec.kernels.common.files import replacing, write_text
@@ -29,3 +32,13 @@ def test_writers_of_a_shared_file_do_not_meet(tmp_path):
             other.submit(write_text, path, "theirs", True).result()
         assert path.read_text() == "theirs"
     assert path.read_text() == "ours" and list(tmp_path.iterdir()) == [path]
+
+
+def test_links_and_devices_stay_what_they_are(tmp_path):
+    target, link = tmp_path / "a.json", tmp_path / "link.json"
+    link.symlink_to(target)
+    for text in ("new", "newer"):
+        write_text(link, text)
+        assert link.is_symlink() and target.read_text() == text
+    write_text(Path(os.devnull), "text")
+    assert Path(os.devnull).is_char_device()

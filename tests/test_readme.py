@@ -1,4 +1,4 @@
-"""The snippets of README.md and kernels/README.md run, and do what the text beside them says."""
+"""The snippets of the READMEs run, and do what the text beside them says."""
 
 import os
 import re
@@ -25,14 +25,21 @@ def run(program: str, **environment: str) -> str:
     return done.stdout
 
 
+CHECKS = {
+    "README.md": "assert len(completion.tokens) == 64 and ids.shape[0] == 1",
+    "stagedspec/README.md": "assert len(completion.tokens) == 64 and ids.shape[0] == 2\n"
+    "assert out.sequences.shape[0] == 1 and out.stats.steps > 0",
+}
+
+
 @pytest.mark.slow
-def test_snippets_of_the_readme():
+@pytest.mark.parametrize("page", CHECKS)
+def test_snippets_of_the_readme(page):
     """In the order in which they stand, with the embedded models in place of those that would be downloaded."""
-    program = "\n".join(snippets("README.md"))
+    program = "\n".join(snippets(page))
     for name, folder in (("gpt2-large", "target"), ("distilgpt2", "draft")):
         program = program.replace(f'"{name}"', repr(str(ASSETS / folder)))
-    program += "\nassert len(completion.tokens) == 64 and out.sequences.shape[0] == 1 and out.stats.steps > 0"
-    assert run(program)  # what was streamed
+    assert run(f"{program}\n{CHECKS[page]}")  # what was streamed
 
 
 ATTENTION = """

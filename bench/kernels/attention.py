@@ -31,7 +31,7 @@ def cases(choice: Choice) -> Iterator[Case]:
 
 def _case(model: str, batch: int, count: int, context: int) -> Case:
     shape = MODELS[model]
-    heads, size = shape.heads, shape.size
+    heads, size = shape.heads, shape.head_size
     rows = count + context
     cache = randn(shape.layers, batch, rows, 2, heads, size)
     qkv = randn(batch * count, 3 * heads * size)

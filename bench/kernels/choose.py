@@ -8,17 +8,17 @@ from harness import SMALL, Case, again, exact
 from models import DEVICE, MODELS, Choice
 
 from stagedspec.kernels import reference
-from stagedspec.tuning.workloads import SAMPLINGS, Choosing
+from stagedspec.tuning.workloads import SAMPLINGS, ChooseWorkload
 
 
 def cases(choice: Choice) -> Iterator[Case]:
     for batch, nodes in choice.all("batch", "nodes"):
-        choosing = Choosing(MODELS["L"].vocab, batch, nodes, DEVICE)
+        choosing = ChooseWorkload(MODELS["L"].vocab, batch, nodes, DEVICE)
         for sampling in SAMPLINGS:
             yield _case(choosing, sampling)
 
 
-def _case(choosing: Choosing, sampling: str) -> Case:
+def _case(choosing: ChooseWorkload, sampling: str) -> Case:
     logits = choosing.logits.unflatten(0, (choosing.batch, choosing.nodes))
     warping = SAMPLINGS[sampling]
     noise = None if warping is None else choosing.counters.made(choosing.vocab)

@@ -7,7 +7,7 @@ from harness import SMALL, Case, again, exact
 from models import DEVICE, MODELS, Choice
 
 from stagedspec.kernels import reference
-from stagedspec.tuning.workloads import Moving
+from stagedspec.tuning.workloads import CompactWorkload
 
 PATH = 13  # rows of an accepted path of depth 12
 
@@ -19,7 +19,7 @@ def cases(choice: Choice) -> Iterator[Case]:
 
 def _case(model: str, batch: int, nodes: int, count: int) -> Case:
     shape = MODELS[model]
-    moving = Moving(shape, batch, nodes, 512, count, DEVICE)
+    moving = CompactWorkload(shape, batch, nodes, 512, count, DEVICE)
     cache, (sources, targets) = moving.cache, moving.moves
     flat = cache.flatten(1, 2).flatten(2)
     first = torch.arange(batch, device=DEVICE)[:, None] * cache.shape[2]
@@ -31,9 +31,9 @@ def _case(model: str, batch: int, nodes: int, count: int) -> Case:
     def check() -> float:
         wanted = cache.clone()
         reference.move_rows(wanted, nodes, moving.moves.permute(1, 2, 0).tolist())  # pairs of each sequence
-        moving.move()
+        moving.compact()
         return exact((torch.equal(cache, wanted), True))
 
     moved = 2 * shape.layers * batch * count * 2 * shape.width * cache.element_size()
     where = {"B": batch, "N": nodes, "rows": count}
-    return Case("compact", model, where, moved, SMALL, again(moving.move), {"torch eager": again(plain)}, check)
+    return Case("compact", model, where, moved, SMALL, again(moving.compact), {"torch eager": again(plain)}, check)

@@ -10,14 +10,14 @@ from models import DEVICE, MODELS, Choice
 from stagedspec.kernels import reference
 from stagedspec.kernels.state import host as host_state
 from stagedspec.kernels.state import host_growth
-from stagedspec.tuning.workloads import Growing, katz_table
+from stagedspec.tuning.workloads import TreeWorkload, katz_table
 
 
 def cases(choice: Choice) -> Iterator[Case]:
     for batch, context, nodes in choice.all("batch", "context", "nodes"):
         if nodes == 1:
             continue
-        growing = Growing(nodes, context, batch, katz_table(MODELS["L"].vocab, DEVICE), DEVICE)
+        growing = TreeWorkload(nodes, context, batch, katz_table(MODELS["L"].vocab, DEVICE), DEVICE)
         where = {"B": batch, "L": context, "N": nodes}
         passes = growing.config.passes
         run, check = again(partial(growing.passes, harvest=False)), partial(_check, growing)
@@ -25,7 +25,7 @@ def cases(choice: Choice) -> Iterator[Case]:
         yield Case("harvest_tree", "L", where, 0, SMALL, again(growing.growth.harvest), {}, check, 10.0)
 
 
-def on_host(growing: Growing) -> host_state.Trees:
+def on_host(growing: TreeWorkload) -> host_state.Trees:
     """The same trees, grown by the reference."""
     cpu, config = torch.device("cpu"), growing.config
     sequences = host_state.Sequences(growing.prompts, growing.room, [], cpu)
@@ -46,7 +46,7 @@ def on_host(growing: Growing) -> host_state.Trees:
     return growth.harvest()
 
 
-def _check(growing: Growing) -> float:
+def _check(growing: TreeWorkload) -> float:
     trees, wanted = growing.passes(), on_host(growing).trees
     pairs = []
     for row, tree in enumerate(wanted):

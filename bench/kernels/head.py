@@ -12,7 +12,7 @@ from stagedspec.kernels import lm_head, reference
 from stagedspec.kernels.backends.triton_backend import warping_settings
 from stagedspec.kernels.common.registry import Scratch
 from stagedspec.kernels.state.host import GREEDY_SHARPNESS
-from stagedspec.tuning.workloads import CHILDREN, SAMPLINGS, Growing, Head, Moving, katz_table
+from stagedspec.tuning.workloads import CHILDREN, SAMPLINGS, CompactWorkload, HeadWorkload, TreeWorkload, katz_table
 
 COPIES = 2  # of the head's weights, which together are more than the cache holds
 # Without norm and choice, and without the last rows: an odd number of outputs makes cuBLAS thrice as slow.
@@ -21,7 +21,7 @@ MATRIX, EVEN = "cuBLAS alone", 64
 
 def cases(choice: Choice) -> Iterator[Case]:
     for model, batch, count in choice.all("model", "batch", "nodes"):
-        head = Head(MODELS[model], batch, count, DEVICE, COPIES)
+        head = HeadWorkload(MODELS[model], batch, count, DEVICE, COPIES)
         shape = {"B": batch, "N": count}
         weights = head.heads[0].weight.numel() * 2
         for sampling in SAMPLINGS:
@@ -43,9 +43,9 @@ def cases(choice: Choice) -> Iterator[Case]:
 def step_end(model: str, sampling: str, nodes: int) -> Case:
     """All work of a step after the target's last layer, for a target that follows a path of the tree to its end."""
     context, room = 512, 4096
-    heads = [Head(MODELS[model], 1, nodes, DEVICE) for _ in range(COPIES)]
-    growing = Growing(nodes, context, 1, katz_table(MODELS[model].vocab, DEVICE), DEVICE, room=room)
-    moving = Moving(MODELS[model], 1, nodes, context + room, 1, DEVICE)
+    heads = [HeadWorkload(MODELS[model], 1, nodes, DEVICE) for _ in range(COPIES)]
+    growing = TreeWorkload(nodes, context, 1, katz_table(MODELS[model].vocab, DEVICE), DEVICE, room=room)
+    moving = CompactWorkload(MODELS[model], 1, nodes, context + room, 1, DEVICE)
     trees = growing.passes()
     chosen = growing.likely(trees)
 
@@ -67,13 +67,13 @@ def step_end(model: str, sampling: str, nodes: int) -> Case:
 # ---------------------------------------------------------------- peers
 
 
-def matrix_alone(head: Head) -> None:
+def matrix_alone(head: HeadWorkload) -> None:
     vocab = head.shape.vocab // EVEN * EVEN
     for part in head.heads:
         F.linear(head.x, part.weight[:vocab])
 
 
-def plain(head: Head, sampling: str, rule: Callable) -> None:
+def plain(head: HeadWorkload, sampling: str, rule: Callable) -> None:
     for part in head.heads:
         rule(head.x, *head.norm, part.weight, SAMPLINGS[sampling])
 
@@ -104,7 +104,7 @@ def likeliest(*arguments):
 # ---------------------------------------------------------------- checks
 
 
-def given(head: Head, sampling: str) -> tuple[torch.Tensor | None, reference.NoiseAt | None]:
+def given(head: HeadWorkload, sampling: str) -> tuple[torch.Tensor | None, reference.NoiseAt | None]:
     """Noise of every node from the reference, for both sides."""
     if sampling == "greedy":
         return None, None
@@ -112,12 +112,12 @@ def given(head: Head, sampling: str) -> tuple[torch.Tensor | None, reference.Noi
     return made.values.flatten(0, 1).contiguous(), made
 
 
-def arguments(head: Head) -> tuple:
+def arguments(head: HeadWorkload) -> tuple:
     at = head.counters
     return head.x.flatten(0, 1), *head.norm, 1e-5, head.heads[0].weight, at.seeds, at.streams, at.positions
 
 
-def check_choice(head: Head, sampling: str) -> float:
+def check_choice(head: HeadWorkload, sampling: str) -> float:
     """Checks the logits by their error, and the tokens exactly for these logits and this noise."""
     rows = head.batch * head.nodes
     x, norm_weight, norm_bias, epsilon, weight, *_ = arguments(head)
@@ -139,7 +139,7 @@ def check_choice(head: Head, sampling: str) -> float:
     return error_ratio(logits, head_in(x.dtype), head_in(torch.float64))
 
 
-def check_children(head: Head, sampling: str) -> float:
+def check_children(head: HeadWorkload, sampling: str) -> float:
     """Checks the tokens exactly for our own logits, and the log-probabilities approximately."""
     rows = head.batch * head.nodes
     weight = head.heads[0].weight

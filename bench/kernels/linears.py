@@ -11,7 +11,7 @@ from models import DEVICE, MODELS, Choice, randn
 
 from stagedspec.kernels import linear
 from stagedspec.kernels.common.registry import Scratch
-from stagedspec.tuning.workloads import ModelShape
+from stagedspec.models.shapes import ModelShape
 
 EPSILON = 1e-5
 

@@ -6,9 +6,10 @@ from itertools import product
 
 import torch
 
+from stagedspec.models.shapes import SIZES
 from stagedspec.tuning import workloads
 
-MODELS = {name: workloads.SIZES[name] for name in ("S", "L")}
+MODELS = {name: SIZES[name] for name in ("S", "L")}
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")  # a CPU for their own tests
 
 

@@ -8,15 +8,15 @@ from harness import SMALL, Case, again, exact
 from models import DEVICE, MODELS, Choice
 
 from stagedspec.kernels.common.constants import CONTEXT_LOGPROB
-from stagedspec.tuning.workloads import Looking, katz_table
+from stagedspec.tuning.workloads import LookupWorkload, katz_table
 
 
 def cases(choice: Choice) -> Iterator[Case]:
     for batch, context, nodes in choice.all("batch", "context", "nodes"):
-        looking = Looking(nodes, context, batch, katz_table(MODELS["L"].vocab, DEVICE), DEVICE)
-        ours, peers = again(looking.look), {"torch eager": again(partial(plain, looking))}
+        lookup = LookupWorkload(nodes, context, batch, katz_table(MODELS["L"].vocab, DEVICE), DEVICE)
+        ours, peers = again(lookup.lookup), {"torch eager": again(partial(plain, lookup))}
         where = {"B": batch, "L": context, "N": nodes}
-        yield Case("ngram_lookup", "L", where, 0, SMALL, ours, peers, partial(check, looking), 10.0)
+        yield Case("ngram_lookup", "L", where, 0, SMALL, ours, peers, partial(check, lookup), 10.0)
 
 
 def context_lookup(sequence: torch.Tensor, lengths: torch.Tensor, contexts: torch.Tensor) -> torch.Tensor:
@@ -31,17 +31,17 @@ def context_lookup(sequence: torch.Tensor, lengths: torch.Tensor, contexts: torc
     return torch.where(where > 0, sequence.gather(1, where), -1)
 
 
-def plain(looking: Looking) -> tuple[torch.Tensor, torch.Tensor]:
-    found = context_lookup(looking.sequence.long(), looking.lengths, looking.contexts)[..., None]
-    names, values = looking.table.lookup(looking.contexts.long())
+def plain(lookup: LookupWorkload) -> tuple[torch.Tensor, torch.Tensor]:
+    found = context_lookup(lookup.sequence.long(), lookup.lengths, lookup.contexts)[..., None]
+    names, values = lookup.table.lookup(lookup.contexts.long())
     other = names != found
     first = torch.where(found >= 0, CONTEXT_LOGPROB, -torch.inf)
     values = torch.cat((first, torch.where(other, values, -torch.inf)), -1)
     return torch.cat((found, torch.where(other, names, -1)), -1), values
 
 
-def check(looking: Looking) -> float:
-    looking.tokens.fill_(-2)
-    looking.logprobs.fill_(torch.nan)
-    (tokens, logprobs), (names, values) = looking.look(), plain(looking)
+def check(lookup: LookupWorkload) -> float:
+    lookup.tokens.fill_(-2)
+    lookup.logprobs.fill_(torch.nan)
+    (tokens, logprobs), (names, values) = lookup.lookup(), plain(lookup)
     return exact((torch.equal(tokens.long(), names), True), (torch.equal(logprobs, values.float()), True))

@@ -26,9 +26,9 @@ import triton
 from harness import Case, Result, Timing, copy_bandwidth, measure, table
 from models import ALL, SOME, Choice
 
+from stagedspec.kernels.common.files import write_text
 from stagedspec.kernels.common.launch_configs import slug
 
-OPS = ("linears", "attention", "head", "choose", "ngram", "grow", "verify", "compact", "embed")
 # What has a goal, and is measured first: time may not suffice for all.
 FIRST = {
     "linears": {"nodes": (16, 64)},
@@ -37,6 +37,9 @@ FIRST = {
     "ngram": {},
     "grow": {},
 }
+# An operation has a file in this folder.
+_FILES = sorted(path.stem for path in Path(__file__).parent.glob("*.py"))
+OPS = (*FIRST, *(name for name in _FILES if name not in {*FIRST, "harness", "models", "run"}))
 COMPILED = ("FlexAttention", "torch.compile")
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
@@ -79,8 +82,8 @@ class Report:
     def write(self) -> None:
         results = [result.as_dict() for result in self.results]
         data = {"machine": self.machine, "results": results, "left_out": self.left_out}
-        self.stem.with_name(f"{self.stem.name}.json").write_text(json.dumps(data, indent=1), encoding="utf-8")
-        self.stem.with_name(f"{self.stem.name}.md").write_text(self.text(), encoding="utf-8")
+        write_text(self.stem.with_name(f"{self.stem.name}.json"), json.dumps(data, indent=1))
+        write_text(self.stem.with_name(f"{self.stem.name}.md"), self.text())
 
     def text(self) -> str:
         tables = [f"## {op}\n\n{table(group)}\n" for op, group in self.by_op().items()]

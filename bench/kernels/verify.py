@@ -6,7 +6,7 @@ from grow import on_host
 from harness import SMALL, Case, again, exact
 from models import DEVICE, MODELS, Choice
 
-from stagedspec.tuning.workloads import Growing, katz_table
+from stagedspec.tuning.workloads import TreeWorkload, katz_table
 
 ROOM = 16384  # tokens, so that no sequence ends while it is measured
 
@@ -17,7 +17,7 @@ def cases(choice: Choice) -> Iterator[Case]:
 
 
 def _case(batch: int, nodes: int) -> Case:
-    growing = Growing(nodes, 512, batch, katz_table(MODELS["L"].vocab, DEVICE), DEVICE, room=ROOM)
+    growing = TreeWorkload(nodes, 512, batch, katz_table(MODELS["L"].vocab, DEVICE), DEVICE, room=ROOM)
     trees = growing.passes()
     chosen = growing.likely(trees)
 

@@ -69,9 +69,9 @@ class Row(Protocol):
 
 
 class Batch(Protocol):
-    """Inputs of one model pass. tokens, positions: integers [B, N]. What each node may attend to is the backend's own.
+    """Inputs of one model pass. tokens, positions: integers [B, N]. How it stores attention masks is up to the backend.
 
-    A backend may use the same tensors for the next pass of that kind: they hold until it is asked for.
+    A backend may reuse the tensors for the next pass of that kind, so they are valid until that pass is requested.
     """
 
     @property
@@ -339,7 +339,7 @@ class Backend(Protocol):
         Returns how many kernels were new."""
 
     def seconds(self, run: Callable[[], object], device: torch.device) -> float:
-        """Seconds that the device takes for what `run` does. Waits until it has ended."""
+        """Seconds that the device takes for `run`. Waits until it has ended."""
 
     def release(self) -> None:
         """Frees buffers that are kept between calls."""

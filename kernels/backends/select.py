@@ -10,9 +10,8 @@ from pathlib import Path
 import torch
 
 from stagedspec.kernels.backends.interface import Backend
-from stagedspec.kernels.common.limits import MAX_HEAD_SIZE
+from stagedspec.kernels.common.constants import BACKENDS, MAX_HEAD_SIZE
 
-BACKENDS = ("auto", "torch", "triton")
 # "auto" takes the kernels without a check for the compute capability and the head sizes that they were tried with.
 TRIED, TRIED_HEAD_SIZE = (9, 0), 128
 
@@ -52,11 +51,17 @@ def resolve(
         from stagedspec.kernels.common import compiling
 
         if device.type == "cuda" and not triton.knobs.runtime.interpret:
-            compiling.hash_sources()  # while the models are read
+            compiling.hash_sources(_import_gluon)  # while the models are read
         return TritonBackend()
     from stagedspec.kernels.backends.torch_backend import TorchBackend
 
     return TorchBackend()
+
+
+def _import_gluon() -> None:
+    """Imports the kernels that TritonBackend imports only where they are launched: Gluon takes a while to import."""
+    import stagedspec.kernels.linear.hopper
+    import stagedspec.kernels.lm_head.hopper  # noqa: F401
 
 
 def _triton_problem(device: torch.device, head_size: int) -> str:

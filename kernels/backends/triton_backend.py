@@ -20,8 +20,8 @@ from stagedspec.kernels import tree_attention as attention
 from stagedspec.kernels.backends.cuda_graph import Captured
 from stagedspec.kernels.backends.memory import Memory
 from stagedspec.kernels.common import compiling
+from stagedspec.kernels.common.constants import MAX_HEAD_SIZE
 from stagedspec.kernels.common.inputs import DraftConfig, NgramTable, TreeSettings
-from stagedspec.kernels.common.limits import MAX_HEAD_SIZE
 from stagedspec.kernels.common.timing import Overheads, Stopwatch
 from stagedspec.kernels.state import device as state
 from stagedspec.kernels.state.host import GREEDY_SHARPNESS

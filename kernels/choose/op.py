@@ -41,12 +41,12 @@ def warped(greedy: bool, top_k: int, top_p: float, min_p: float, vocab_size: int
 
 
 def rounded(count: int) -> int:
-    """Elements of a part of the scratch memory: whole 128-byte lines."""
+    """`count` rounded up to whole 128-byte lines of fp32: the size of a part of the scratch memory."""
     return -(-count // 32) * 32
 
 
 class Parts:
-    """Cuts one after the other off a scratch tensor of fp32."""
+    """Hands out consecutive parts of a scratch tensor of fp32."""
 
     def __init__(self, partials: torch.Tensor):
         self.partials, self.start = partials, 0
@@ -87,7 +87,7 @@ class Sampling(NamedTuple):
 
 
 class Scoring(NamedTuple):
-    """How a kernel makes scores of logits: SCALING and its number, NOISE and the noise that is given, if any is."""
+    """How a kernel computes scores from logits: SCALING and its number, NOISE and the given noise, if there is any."""
 
     scaling: int
     scale: float
@@ -109,8 +109,8 @@ AS_THEY_ARE = Scoring(0, 1.0, NOISES["none"], None)  # logits that are scores al
 
 
 class Maxima(NamedTuple):
-    """The largest score, fp32, of each program where programs choose a token, else of each group of 64 tokens; and
-    beside it, int32, the token that has it or the group's mass. In scratch memory."""
+    """Maxima in scratch memory. Where programs choose a token: the best score of each program, fp32, and its token,
+    int32. Else the best score of each group of 64 tokens, fp32, and the group's probability mass, int32."""
 
     scores: torch.Tensor
     ids_or_masses: torch.Tensor
@@ -121,8 +121,8 @@ class Maxima(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """What a kernel makes of scores. choose: out takes the best token of each row, which the last of the row's programs
-    writes, by the counters. Else maxima are of groups, for `launch_select`; masses: with their masses."""
+    """Outputs that a kernel computes from scores. choose: the best token of each row goes to `out`, written by the last
+    program of the row (counters). Else it writes maxima of groups, for `launch_select`; masses: with their masses."""
 
     maxima: Maxima
     counters: torch.Tensor

@@ -2,9 +2,9 @@
 
 A dry run calls the very code that launches kernels. `registry.launch_kernel` then hands every launch to a collector in
 place of the GPU, so what is compiled is exactly what will be launched: no list of kernels has to be kept elsewhere.
-Launches that differ in nothing that a kernel is compiled for count once: a pass has 36 layers of the same kernels, and
-Triton takes most of a millisecond to find out. Triton compiles outside Python's global lock, so threads suffice. They
-also load each kernel onto the GPU.
+Launches that need the same compiled kernel count once: a pass has 36 layers of the same kernels, and Triton takes most
+of a millisecond to find that out. Triton compiles outside Python's global lock, so threads suffice. They also load each
+kernel onto the GPU.
 """
 
 import logging
@@ -15,7 +15,6 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 from contextlib import suppress
 from contextvars import copy_context
 from dataclasses import is_dataclass
-from functools import cache
 from threading import RLock, Thread
 from typing import Any
 
@@ -35,20 +34,27 @@ _compiling = RLock()
 _all_loaded: list[CompiledKernel] = []
 
 
-@cache
-def hash_sources() -> Thread:
-    """Computes, in the thread that it returns, the hashes that Triton looks for compiled kernels by: of Triton itself,
-    some hundred megabytes, and of our kernels. While a model is read from files half a second of it costs no time.
+_hashing: list[Thread] = []  # the thread of `hash_sources`, once it has been called
+
+
+def hash_sources(import_kernels: Callable[[], object]) -> None:
+    """Computes the hashes by which Triton finds compiled kernels, once a process, in a thread of its own.
+
+    Hashed are Triton itself, some hundred megabytes, and our kernels. It takes half a second, which costs no time while
+    a model is read from files. import_kernels: imports the modules of kernels that are imported late; those that are
+    imported already are hashed in any case.
     """
 
     def work() -> None:
-        with suppress(Exception):  # whoever compiles meets it again
+        with suppress(Exception):  # compiling raises the same error again
             triton_key()
-            registry.key_all()
+            import_kernels()
+            registry.key_loaded()
 
-    thread = Thread(target=work, name="hash sources", daemon=True)
-    thread.start()
-    return thread
+    if not _hashing:
+        thread = Thread(target=work, name="hash sources", daemon=True)
+        thread.start()
+        _hashing.append(thread)
 
 
 def compile_ahead(parts: Iterable[Callable[[], object]], device: torch.device) -> int:
@@ -62,7 +68,8 @@ def compile_ahead(parts: Iterable[Callable[[], object]], device: torch.device) -
     """
     if registry.interpreted():
         return copy_context().run(_collect, parts, lambda *launch: None)
-    hash_sources().join()
+    for thread in _hashing:
+        thread.join()
     with _compiling:
         pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)), "compile", torch.cuda.set_device, (device,))
         try:
@@ -80,8 +87,8 @@ def _collect(parts: Iterable[Callable[[], object]], collect: Callable) -> int:
 
 
 class _Loading:
-    """An executor whose threads load a kernel onto the GPU when they have compiled it. What Triton keeps of each stage
-    of compiling it, half a megabyte of text that nothing reads any more, they let go."""
+    """An executor whose threads compile a kernel and load it onto the GPU. Then they free the text of its compilation
+    stages, half a megabyte that Triton keeps and nothing reads any more."""
 
     def __init__(self, pool: ThreadPoolExecutor):
         self.pool = pool
@@ -134,7 +141,7 @@ def _compile(parts: Iterable[Callable[[], object]], loading: _Loading) -> int:
 
 
 def _kind(argument: object) -> Hashable:
-    """Equal for arguments that a kernel is compiled alike for; it tells apart more than Triton does."""
+    """A key of an argument: equal keys mean the same compiled kernel. Triton tells apart fewer arguments than this."""
     if isinstance(argument, torch.Tensor):
         return argument.dtype, argument.data_ptr() % 16
     if isinstance(argument, (tuple, list)):
@@ -145,7 +152,7 @@ def _kind(argument: object) -> Hashable:
 
 
 def _watch(futures: list[Future]) -> None:
-    """Waits for all, and tells of it whoever wants to know."""
+    """Waits for all, and reports progress to `progress.current`, or to the log if it takes long."""
     report, total = progress.current.get(), len(futures)
     if report is None and wait(futures, PATIENCE).not_done:
         log.warning("compiling GPU kernels, %d in all; later processes find them in Triton's cache", total)

@@ -1,4 +1,4 @@
-"""What the Gluon kernels for Hopper share: bulk tensor copies, their layouts, and how much shared memory there is."""
+"""Helpers of the Gluon kernels for Hopper: bulk tensor copies, their layouts, and how much shared memory there is."""
 
 from functools import cache
 

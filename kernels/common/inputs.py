@@ -1,4 +1,4 @@
-"""What the decoder hands to the kernels' state, as types: the classes themselves lie in rooms above this one."""
+"""Types of the objects that the decoder gives to the kernels' state; their classes are in packages above this one."""
 
 from typing import Protocol
 

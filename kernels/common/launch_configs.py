@@ -1,9 +1,9 @@
 """Tuned launch settings: JSON by operation, shape and device name, over defaults in code.
 
 A file belongs to one device: {"format": FORMAT, "device": its name, "settings": {op: {shape: {setting: number}}}}.
-There are two at most: one in `kernels/configs/`, and over it one in the user's cache folder, which `stagedspec
-tune` writes. What a setting may change is speed alone. What fixes the order of a sum (splits and blocks of the reduced
-dimension) is decided by the weight's shape in the operation's own file and is not tunable.
+There are at most two: one in `kernels/configs/` and, taking precedence, one in the user's cache folder, which
+`stagedspec tune` writes. A setting may change speed alone. What decides the order of a sum (splits and blocks of the
+reduced dimension) depends on the weight's shape, in the operation's own file, and is not tunable.
 
 An operation asks for its settings at every launch and keeps none of them, so that `trying` and `write` take effect.
 """
@@ -81,7 +81,7 @@ def config(
 
 @cache
 def _table(device_name: str) -> Table:
-    """What is known of the device: the package's settings, and over them the user's."""
+    """The settings of the device: the package's, overridden by the user's."""
     name = f"{slug(device_name)}.json"
     known: Table = {}
     for folder in (PACKAGED, _user_folder()):
@@ -132,7 +132,7 @@ def read(path: Path, device_name: str) -> Table:
 
 
 def write(path: Path, device_name: str, table: Table) -> None:
-    """Writes settings over those that the file already has; what it says of other operations and shapes stays.
+    """Writes settings over those that the file already has; other operations and shapes keep theirs.
 
     Raises OSError where it cannot be written, ValueError where there is something else in its place.
     """
@@ -148,7 +148,7 @@ def write(path: Path, device_name: str, table: Table) -> None:
 
 @contextmanager
 def trying(op: str, shape: tuple[int, ...], settings: dict[str, int]) -> Iterator[None]:
-    """Inside, `config` answers with these settings for the operation at the shape."""
+    """Inside the block, `config` returns these settings for the operation at the shape."""
     key = op, shape_name(shape)
     before = dict(_tried)
     _tried[key] = settings

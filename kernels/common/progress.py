@@ -1,4 +1,4 @@
-"""Reports progress of compiling to a progress bar or the log. Apart from compiling.py, which needs Triton."""
+"""Reports progress of compiling to a progress bar or the log. Apart from compiling.py, so that it needs no Triton."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ current: ContextVar[Progress | None] = ContextVar("progress", default=None)
 
 @contextmanager
 def reporting(progress: Progress | None) -> Iterator[None]:
-    """Inside, compiling is reported to `progress` instead of the log."""
+    """Inside the block, compiling is reported to `progress` instead of the log."""
     token = current.set(progress)
     try:
         yield

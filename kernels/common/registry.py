@@ -1,4 +1,4 @@
-"""What every kernel file shares: registration, the checks of its arguments, scratch memory.
+"""Helpers of every kernel file: registering operations, launching, checks of arguments, scratch memory.
 
 Operations are registered with `torch.library` define/impl (a call costs 2 microseconds; `custom_op` costs 11). All of
 them write into tensors that the caller gives and return nothing: a step allocates nothing and can be captured.
@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable
 from contextvars import ContextVar
 from functools import cache
-from importlib import import_module
 from inspect import signature
 from threading import RLock
 from typing import Any, NamedTuple, get_type_hints
@@ -19,23 +18,6 @@ import triton
 from stagedspec.kernels.common.constants import HOPPER_SPLIT, MOST_SPLITS
 
 LIBRARY = torch.library.Library("stagedspec", "DEF")
-# The modules that hold kernels which are launched.
-MODULES = (
-    "linear.kernel",
-    "linear.hopper",
-    "embed",
-    "tree_attention.far",
-    "tree_attention.near",
-    "tree_attention.prompt",
-    "compact",
-    "lm_head.kernel",
-    "lm_head.hopper",
-    "choose.kernel",
-    "ngram_lookup",
-    "grow_tree.pass_kernel",
-    "grow_tree.harvest_kernel",
-    "verify_commit",
-)
 
 
 def register(schema: str, launch: Callable, fake: Callable | None = None) -> Callable:
@@ -137,10 +119,11 @@ def key_functions(module: str) -> None:
         _keyed.add(module)
 
 
-def key_all() -> None:
-    """`key_functions` of all MODULES, which are imported for it."""
-    for module in MODULES:
-        key_functions(import_module(f"stagedspec.kernels.{module}").__name__)
+def key_loaded() -> None:
+    """`key_functions` of all of our modules that have been imported."""
+    for module in list(sys.modules):
+        if module.startswith("stagedspec.kernels."):
+            key_functions(module)
 
 
 # Takes launches (kernel, grid, arguments, options) in place of the GPU: a dry run, see compiling.py.
@@ -217,8 +200,8 @@ def check_tensor(
 class Scratch(NamedTuple):
     """Memory that kernels pass partial results through; one serves all kernels of a stream, which run in turn.
 
-    partials: fp32 [n], garbage between kernels. counters: int32 [m], zero between kernels: whoever counts up to the
-    end sets it back.
+    partials: fp32 [n], garbage between kernels. counters: int32 [m], zero between kernels: the program that brings one
+    to its final value resets it.
     """
 
     partials: torch.Tensor

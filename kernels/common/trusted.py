@@ -1,8 +1,8 @@
 """Where "auto" trusts the kernels beyond the GPUs they were developed on: records that `stagedspec check` writes.
 
-A record is a JSON file a GPU in the user's cache folder: {"format": FORMAT, "setup": what was checked, "checked":
-{head size: [dtype, ...]}}. It holds for exactly that setup: another driver, torch, Triton or change of the kernels ends
-the trust. A damaged record is ignored with a warning.
+A record is a JSON file in the user's cache folder, one for each GPU: {"format": FORMAT, "setup": what was checked,
+"checked": {head size: [dtype, ...]}}. It holds for exactly that setup: another driver, torch, Triton or change of the
+kernels ends the trust. A damaged record is ignored with a warning.
 """
 
 import json

@@ -25,15 +25,16 @@ depth, slot, origin); nodes that a row's tree lacks have the parent -1 and see t
 A kernel is compiled for tile sizes alone. It takes the other settings of a tree at run time, and none of its loops over
 them is unrolled. So trees share compiled kernels, and no setting makes compilation long.
 
-The best few are found by taking the greatest of int64 keys again and again: the score as an integer of the same order
-in the high word, and in the low word whatever decides a tie as the heaps of state/host.py do (candidates: lower index
-first; guesses: higher slot, then higher token). A key also says what it stands for, so nothing is gathered to find out.
-For the N - 1 nodes of a tree that would be long: there a bisection finds the score that parts them from the rest, and
-each of the few that are left counts how many go before it. (`tl.topk` would serve for both, but takes a minute and more
-to compile at these sizes.)
+The best few are found by repeatedly taking the greatest of int64 keys. A key has the score in its high word, as an
+integer of the same order. Its low word decides ties as the heaps of state/host.py do (candidates: lower index first;
+guesses: higher slot, then higher token), and names what the key stands for, so nothing has to be gathered. For the N -
+1 nodes of a tree that would take long. There a bisection finds the score that separates them from the rest, and each of
+the few that are left counts how many go before it. (`tl.topk` would serve for both, but takes a minute and more to
+compile at these sizes.)
 
-Between a store and a load of the same memory by other threads of the CTA stands a barrier.
-Bytes: the state, some tens of KB at most, out of L1 and L2. What counts is the chain of dependent loads and barriers.
+A barrier separates a store from a load of the same memory by other threads of the CTA.
+Bytes: the state, some tens of KB at most, from L1 and L2. The time is that of the chain of dependent loads and
+barriers.
 
 state.py has the fields, record.py, pass_kernel.py and harvest_kernel.py the kernels, op.py the operations.
 """

@@ -7,6 +7,7 @@ from typing import NamedTuple, cast
 import torch
 import triton
 
+from stagedspec.kernels.common.constants import MAX_VOCAB
 from stagedspec.kernels.common.inputs import NgramTable, TreeSettings
 from stagedspec.kernels.common.launch_configs import config
 from stagedspec.kernels.common.registry import (
@@ -33,13 +34,12 @@ MOST_RANKS = 128  # of one slot
 MOST_PLACED = 2048  # candidates put into a tree together
 MOST_COMPARED = 4096  # pairs of nodes
 MOST_SEARCHED = 8192  # contexts times positions of the sequence
-MAX_VOCAB = 2**21 - 1
 # On these architectures the kernels spill without `most_registers`.
 GROW_SPILLING, HARVEST_SPILLING = (90, 100), (80, 89, 90, 100, 120)
 
 
 class TreeShape(NamedTuple):
-    """What tile sizes depend on, by the names that it has in `TreeConfig`, which serves as well."""
+    """The settings of a tree that decide tile sizes, named as in `TreeConfig`, which can be given in its place."""
 
     width: int
     prefetch: int
@@ -150,7 +150,7 @@ class Inputs(NamedTuple):
 
 
 class PassSettings(NamedTuple):
-    """start: the first slot of the pass that is recorded; record: how many of its slots are no guesses; floor: the
+    """start: the first slot of the pass that is recorded; record: how many of its slots are not guesses; floor: the
     least log-probability of a candidate; the rest as in `TreeConfig`."""
 
     start: int
@@ -277,7 +277,7 @@ def _check_state(name: str, state: GrowthState, batch: int, config: TreeSettings
 def _check_proposals(
     name: str, number: int, config: TreeSettings, batch: int, proposed: tuple | None, device: torch.device
 ) -> Proposed:
-    """What the draft proposed in pass `number`."""
+    """Checks what the draft proposed in pass `number`."""
     names, values = proposed if proposed is not None else (None, None)
     shape = (batch, pass_size(config, number), None)
     check_tensor(name, "names", names, shape, (torch.int32, torch.int64), device)

@@ -3,13 +3,14 @@
 import triton
 import triton.language as tl
 
+from stagedspec.kernels.common.constants import VOCAB_BITS
 from stagedspec.kernels.grow_tree.record import NEVER, NOTHING, flip, pack, record_pass, reverse
 from stagedspec.kernels.grow_tree.state import CANDIDATE, DEPTH, NOISE, PARENT, POSITION, PREVIOUS, SLOT, TOKEN
 from stagedspec.kernels.ngram_lookup import successors
 from stagedspec.kernels.philox import gumbel_at
 
-TOKEN_BITS = tl.constexpr(21)  # of a guess's key; slots take the 10 above
-TOKEN_MASK = tl.constexpr(2**21 - 1)
+TOKEN_BITS = tl.constexpr(VOCAB_BITS)  # of a guess's key; slots take the 10 above
+TOKEN_MASK = tl.constexpr(2**VOCAB_BITS - 1)
 
 
 @triton.jit

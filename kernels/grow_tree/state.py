@@ -1,4 +1,4 @@
-"""What a step's growth keeps on the device, and where in it the fields lie (the package's docstring has them)."""
+"""State of a step's tree growth on the device, and where its fields lie (the package's docstring has them)."""
 
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ TREE_PARENT, TREE_DEPTH, TREE_SLOT, TREE_ORIGIN = (tl.constexpr(field) for field
 
 
 class GrowthState(NamedTuple):
-    """What a step's growth keeps on the device (the package's docstring has the fields)."""
+    """State of a step's tree growth (the package's docstring has the fields)."""
 
     slots: torch.Tensor
     slot_masks: torch.Tensor
@@ -42,7 +42,7 @@ class GrowthState(NamedTuple):
 
 
 class Recorded(NamedTuple):
-    """`GrowthState` without the masks, of which finished trees need nothing."""
+    """`GrowthState` without the masks, which finished trees do not need."""
 
     slots: torch.Tensor
     slot_scores: torch.Tensor

@@ -6,16 +6,17 @@ x [M, K], weight [OUT, K] and what is added to them bf16 or fp16, fp32 sums. Byt
 also x, 2*M*K for every 64 rows of the weight, and where columns are split the parts, 8*OUT*M a split.
 
 Between the end of one such kernel and the end of the next, kernel.py fetches weights. Here they are already loaded: a
-program asks for all of its weights (64 rows of up to HOPPER_SPLIT columns, 160 KB) when it starts, and it starts once
-the programs of the kernel ahead have. What is left to do after that kernel are x from L2, the products and the
-epilogue. This needs control of what is in flight and when, so it is written in Gluon, a level below Triton.
+program starts to load all of its weights (64 rows of up to HOPPER_SPLIT columns, 160 KB) when it starts, and it starts
+as soon as the programs of the kernel ahead have started. After that kernel ends, only x from L2, the products and the
+epilogue are left to do. This needs control of what is in flight and when, so it is written in Gluon, a level below
+Triton.
 
 - Weights and x come by bulk tensor copies, a barrier for each block of columns; the matrix instructions read both from
   shared memory. Where x has no room beside the weights its blocks take turns in a ring of slots.
 - As few splits as shared memory allows: adding up parts costs more than longer programs do.
-- Passes over many tokens, such as chunks of a prompt, wait for L2 instead, which every program asks for both operands.
-  There a program takes up to 128 tokens and two groups of 64 weight rows, each for four warps, and the weights' blocks
-  take turns in a ring too (`settings`).
+- Passes over many tokens, such as chunks of a prompt, are limited by L2 instead, from which every program reads both
+  operands. There a program takes up to 128 tokens and two groups of 64 weight rows, each for four warps, and the
+  weights' blocks take turns in a ring too (`settings`).
 - The next kernel may start before this one has waited: it waits before it reads, and no kernel ends before the one
   ahead of it has. So several kernels behind are already fetching while one computes.
 

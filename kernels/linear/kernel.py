@@ -3,32 +3,32 @@
     norm_linear:  out = activation(LayerNorm(x) @ weight.T + bias)
     linear_add:   out = residual + x @ weight.T + bias
 
-x [M, K], weight [OUT, K], M from 1 to 1024. What must be moved is the weight, once: 2 * OUT * K bytes in bf16. All else
-stays in L2. On a large GPU one such kernel takes microseconds, so what costs is whatever stands between the end of the
-kernel before and the end of this one; the design keeps that chain short:
+x [M, K], weight [OUT, K], M from 1 to 1024. Bytes: the weight once, 2 * OUT * K in bf16; the rest stays in L2. On a
+large GPU one such kernel takes microseconds, so what costs is whatever stands between the end of the kernel before and
+the end of this one; the design keeps that chain short:
 
-- A program multiplies ROWS rows of the weight, the wide left operand of the matrix product, with all tokens, its narrow
-  right side. One family of matrix instructions serves every M, and a token's result does not depend on M.
-- LayerNorm is folded into the linear (`Folded`): its weight into the rows, its bias into the bias. The product is with
-  x as it is, straight from memory into the matrix instructions; what is left of the norm, a scale and a multiple of
-  the rows' sums, is applied to the finished tile. Normalising in the loop cost as much as the rest of the kernel.
-- Mean and variance of whole rows come from statistics that whoever writes the residual stream leaves beside it, (sum,
+- A program multiplies ROWS rows of the weight, the wide left operand of the matrix product, with all tokens, the narrow
+  right operand. The same matrix instructions serve every M, and a token's result does not depend on M.
+- LayerNorm is folded into the linear (`Folded`): its weight into the rows, its bias into the bias. The product takes x
+  unchanged, straight from memory into the matrix instructions. The rest of the norm, a scale and a multiple of the
+  rows' sums, is applied to the finished tile. Normalising in the loop took as long as the rest of the kernel.
+- Mean and variance of whole rows come from statistics that the writer of the residual stream stores beside it, (sum,
   sum of squares around the tile's own mean) of ROWS columns; the reader merges a few of them a row (Chan, Golub,
-  LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979). `row_stats` makes them
-  for a stream that comes from elsewhere.
-- Where rows alone make too few programs, the columns are split at absolute offsets that the weight's shape decides. The
-  last program of a tile to arrive adds the parts up in their order.
+  LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979). `row_stats` computes
+  them for a stream from elsewhere.
+- If the rows give too few programs, the columns are split too, at absolute offsets that depend on the weight's shape
+  alone. The last program of a tile to finish adds up the parts in their order.
 - With programmatic dependent launch the next kernel is resident while this one runs.
 
-In 16-bit types on Hopper hopper.py does the same with all of its weights in shared memory beforehand; a device
-and a weight's shape have one of the two, for every M.
+For 16-bit types on Hopper, hopper.py does the same and loads all weights into shared memory beforehand. Device and
+weight shape decide which of the two runs, the same for every M.
 """
 
 import triton
 import triton.language as tl
 
-# Rows of the weight, a program: the least that Hopper's matrix instructions take. Columns of the residual stream that
-# have statistics of their own: who writes a tile has all of it.
+# Rows of the weight of one program, the fewest that Hopper's matrix instructions take. Also the columns of the residual
+# stream that share one entry of its statistics: the program that writes a tile has all of them.
 ROWS = 64
 # By their names in transformers: ACTIVATION of the kernels.
 ACTIVATIONS = {

@@ -1,4 +1,4 @@
-"""What stands before and after the product of a linear, as its launchers take it."""
+"""Arguments of the linears' launchers: the LayerNorm before the product, and the epilogue after it."""
 
 from typing import NamedTuple
 

@@ -1,17 +1,18 @@
-"""The head of kernel.py on Hopper: a ring of weight blocks that is never empty, the tokens at rest in shared memory.
+"""The head of kernel.py on Hopper: a ring of weight blocks that is never empty, the tokens kept in shared memory.
 
     logits = h @ head.T    h [M, d] after the final norm, head [V, d], both bf16 or fp16, fp32 sums
 
 Bytes: the head once, 2*V*d; through L2 h too, 2*M*d a program or, where it does not stay, a tile of the vocabulary.
 
-What must be moved is the weight, and a multiprocessor takes its share in one go: one program a multiprocessor, tile
-after tile of ROWS tokens of the vocabulary, in blocks of columns that come by bulk tensor copies into a ring of slots.
-The ring is filled before the kernel ahead has ended (see linear/hopper.py) and goes on filling while a finished tile is
-looked at. The blocks of the normalised x come with those of the first tile and stay; where there is no room beside a
-ring of some length they come with those of every tile. More than TOKENS rows share the multiprocessors: programs beside
-each other read the same tiles, which memory gives once.
+What must be moved is the weight. Each multiprocessor runs one program, which reads its share of the weight: tile after
+tile of ROWS tokens of the vocabulary, in blocks of columns that bulk tensor copies bring into a ring of slots. The ring
+is filled before the kernel ahead has ended (see linear/hopper.py), and refilled while a finished tile is processed. The
+blocks of the normalised x are copied with those of the first tile and kept. If there is no room for them beside a ring
+of some length, they are copied with those of every tile. For more than TOKENS rows the multiprocessors are shared:
+programs beside each other read the same tiles, which come from memory once.
 
-The greedy choice keeps the best of every position of a tile in registers, and looks across the tile once, at the end.
+The greedy choice keeps the best of every position of a tile in registers, and compares across the tile once, at the
+end.
 
 Sums run over columns in their order, 16 at a time, in the same instructions for any number of tokens.
 """
@@ -99,11 +100,11 @@ def _head_hopper(
     if PDL:
         cuda.gdc_launch_dependents()
     for i in range(SLOTS):
-        _ask_head(head, s_head, there, i, i_program, programs, True, V, BLOCKS, STAYS, TOKENS)
+        _load_head(head, s_head, there, i, i_program, programs, True, V, BLOCKS, STAYS, TOKENS)
     if PDL:
         cuda.gdc_wait()
     for i in range(SLOTS):
-        _ask_x(x, s_x, there, i, i_token, i_program, programs, True, V, BLOCKS, STAYS, SLOTS, ROWS)
+        _load_x(x, s_x, there, i, i_token, i_program, programs, True, V, BLOCKS, STAYS, SLOTS, ROWS)
 
     rows = gl.arange(0, ROWS, gl.SliceLayout(1, SUM))
     tokens = i_token + gl.arange(0, TOKENS, gl.SliceLayout(0, SUM))
@@ -127,8 +128,8 @@ def _head_hopper(
             # The block before this one is done with: its slot takes the next.
             tl.debug_barrier()
             i_next = i - 1 + SLOTS
-            _ask_head(head, s_head, there, i_next, i_program, programs, i > 0, V, BLOCKS, STAYS, TOKENS)
-            _ask_x(x, s_x, there, i_next, i_token, i_program, programs, i > 0, V, BLOCKS, STAYS, SLOTS, ROWS)
+            _load_head(head, s_head, there, i_next, i_program, programs, i > 0, V, BLOCKS, STAYS, TOKENS)
+            _load_x(x, s_x, there, i_next, i_token, i_program, programs, i > 0, V, BLOCKS, STAYS, SLOTS, ROWS)
             i += 1
         b_score = warpgroup_mma_wait(0, deps=(b_acc,))
         i_first = i_tile * ROWS
@@ -176,7 +177,7 @@ def _head_hopper(
 
 
 @gluon.jit
-def _ask_head(
+def _load_head(
     head,
     s_head,
     there,
@@ -189,7 +190,8 @@ def _ask_head(
     STAYS: gl.constexpr,
     TOKENS: gl.constexpr,
 ):
-    """Asks for the program's i-th block of the weight, and lets its slot wait for x's too where that comes along."""
+    """Starts the copy of the program's i-th block of the weight. The slot's barrier also counts the block of x, if one
+    comes with it."""
     SLOTS: gl.constexpr = s_head.shape[0]
     ROWS: gl.constexpr = s_head.shape[1]
     BLOCK_K: gl.constexpr = s_head.shape[2]
@@ -205,7 +207,7 @@ def _ask_head(
 
 
 @gluon.jit
-def _ask_x(
+def _load_x(
     x,
     s_x,
     there,
@@ -220,7 +222,8 @@ def _ask_x(
     SLOTS: gl.constexpr,
     ROWS: gl.constexpr,
 ):
-    """Asks for x's block beside the program's i-th of the weight; where x stays, in the first tile alone."""
+    """Starts the copy of the block of x that belongs to the program's i-th block of the weight. Where x stays in shared
+    memory, only the first tile copies it."""
     BLOCK_K: gl.constexpr = s_x.shape[2]
     wanted = wanted & ((i_program + (i // BLOCKS) * programs) * ROWS < V)
     if STAYS:
@@ -231,8 +234,8 @@ def _ask_x(
 
 @triton.constexpr_function
 def _quads(tokens: int) -> gl.DistributedLinearLayout:
-    """Layout of [ROWS / 4, tokens] in which a warp has the rows' quads that it has the rows of in the product, so that
-    what is made for four rows at once stays within the warp."""
+    """Layout of [ROWS / 4, tokens] that gives each warp the quads of the rows that it has in the product, so that noise
+    made for four rows at once stays within the warp."""
     rest = [*([0, 1 << bit] for bit in range(3, tokens.bit_length() - 1)), [2, 0], [0, 1]]
     lanes = [[0, 2], [0, 4], *rest[:2], [1, 0]]
     return gl.DistributedLinearLayout(rest[2:], lanes, [[4, 0], [8, 0]], [], [ROWS // 4, tokens])

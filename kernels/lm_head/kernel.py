@@ -15,8 +15,8 @@ order of K. While a tile is in registers its scores get their noise, and its bes
 for `choose.select_kernel` are written. The last program to finish reduces the programs' best: maxima and lowest ids
 have no order, so neither the number of programs nor M can change a bit.
 
-In 16-bit types on Hopper hopper.py takes `head_kernel`'s place; a device and a head's shape have one of the
-two, for every M.
+For 16-bit types on Hopper, hopper.py takes `head_kernel`'s place. Device and head shape decide which of the two runs,
+the same for every M.
 """
 
 import triton

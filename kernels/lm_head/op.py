@@ -86,7 +86,7 @@ def _through_memory(parts: Parts, rows: int, vocab_size: int) -> torch.Tensor:
 
 
 class HeadInputs(NamedTuple):
-    """What the logits are made of: hidden states x [M, d], the final LayerNorm, the head's weight [V, d]."""
+    """Inputs of the logits: hidden states x [M, d], the final LayerNorm, the head's weight [V, d]."""
 
     x: torch.Tensor
     norm_weight: torch.Tensor

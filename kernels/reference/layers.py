@@ -23,10 +23,10 @@ _FUSED: dict[str | Callable, tuple[str, str]] = {
 
 @dataclass(frozen=True)
 class Linear:
-    """A weight [out, in] and bias [out] in the layout the backend likes best.
+    """A weight [out, in] and bias [out] in the layout in which the backend multiplies fastest.
 
-    rows: a multiply of fewer rows is filled up to so many, from where on a row's bits are always the same;
-    0: no such number was found, and every row is multiplied alone.
+    rows: multiplies of fewer rows are filled up to this number, from which on a row's bits are always the same; 0: no
+    such number was found, and every row is multiplied alone.
     """
 
     weight: torch.Tensor

@@ -82,9 +82,9 @@ class NoiseAt:
 class Noise:
     """The Gumbel noise g(seed, stream, position, token) of the next positions of every row.
 
-    Making it costs a hundred small tensor operations, so it is made a block of positions at a time, ahead of need, and
-    lives on from step to step in a ring: position p lies in slot p % window. It depends on the counters alone, so when
-    it is made never matters.
+    Computing it takes a hundred small tensor operations, so it is computed for a block of positions at a time, ahead of
+    need, and kept in a ring: position p lies in slot p % window. It depends on the counters alone, so it does not
+    matter when it is computed.
     """
 
     BLOCK = 64  # positions made at once: enough for two threads at a vocabulary of 4096

@@ -1,4 +1,4 @@
-"""State of a generation on the device: the classes of host.py over tensors that stay where they are.
+"""State of a generation on the device: the classes of host.py over tensors that are allocated once.
 
 The Triton backend uses these classes; host.py explains their words. All tensors are allocated by the first step, and
 `Sequences.restart` uses them for another generation. A step launches kernels and reads nothing back, so it can be

@@ -49,7 +49,7 @@ GREEDY_SHARPNESS = 1.7
 def ngram_guesses(
     follower: dict[tuple[int, int], int], table: NgramTable | None, first: int, last: int
 ) -> list[tuple[int, float]]:
-    """What draft² guesses after the tokens first, last: (token, log-probability), the context n-gram's guess first.
+    """draft²'s guesses after the tokens first, last: (token, log-probability), the context n-gram's guess first.
 
     follower: the latest token after every pair of tokens in the sequence. table: a `KatzTable` or None.
     """

@@ -130,7 +130,7 @@ class _RowGrowth:
 
 
 class TokenNoise(Protocol):
-    """What growth asks of the noise (`reference.Noise`)."""
+    """The part of `reference.Noise` that growth uses."""
 
     def of(self, row: int, depths: list[int], tokens: list[int]) -> list[float]:
         """The noise of single tokens below nodes of one row."""

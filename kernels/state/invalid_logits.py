@@ -1,4 +1,4 @@
-"""The error of logits that allow no choice of a token; without torch, as the command line imports it at once."""
+"""The error raised where no token can be chosen. Imports no torch, since the command line imports it at once."""
 
 
 class InvalidLogitsError(RuntimeError):

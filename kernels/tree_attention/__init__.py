@@ -5,8 +5,8 @@
 A node's mask holds its ancestors in the tree and itself, one bit a tree row; its position is
 p = prefix + popcount(mask) - 1, and the key at position t >= prefix lies in the row of the mask's (t - prefix)-th bit.
 
-A node's result has the same bits whatever stands beside it and wherever its ancestors lie. So what happens to a key
-depends on its distance alone:
+A node's result has the same bits whatever other nodes are in the pass and wherever its ancestors are stored. So how a
+key is processed depends on its distance alone:
 
 - *near* keys, positions (p - window, p]: any ancestor that may not be committed yet. Each node gathers its own, from
   the cache or from this pass's qkv, in order of position. A tile holds the keys of a few nodes one after another.

@@ -1,4 +1,4 @@
-"""The near part of tree attention, and its end: each node's last keys, the splits of far.py added (see the package)."""
+"""The near part of tree attention: each node's last keys, merged with the splits of far.py (see the package)."""
 
 import triton
 import triton.language as tl

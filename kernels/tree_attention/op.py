@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 import triton
 
-from stagedspec.kernels.common.limits import MAX_HEAD_SIZE
+from stagedspec.kernels.common.constants import MAX_HEAD_SIZE
 from stagedspec.kernels.common.registry import (
     FLOATS,
     Scratch,
@@ -97,7 +97,7 @@ def scratch_size(
 
 
 class PassNodes(NamedTuple):
-    """What the nodes of a pass see, and where their rows lie (`tree_attention` has the meaning of each)."""
+    """Masks and cache rows of a pass's nodes (`tree_attention` documents each field)."""
 
     masks: torch.Tensor
     prefix: torch.Tensor

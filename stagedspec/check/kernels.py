@@ -125,14 +125,14 @@ def check_norm_linear(model: GPT2, outputs: int, inputs: int, activation: str | 
         linear.norm_linear(some, stats, model.epsilon, layer, name, out, need)
         return (out,)
 
-    def torch_s(*tensors: torch.Tensor) -> torch.Tensor:
+    def by_torch(*tensors: torch.Tensor) -> torch.Tensor:
         x, gain, shift, weight, bias = tensors
         y = F.linear(F.layer_norm(x, x.shape[-1:], gain, shift, model.epsilon), weight, bias)
         return y if name == "none" else ACT2FN[name](y)
 
     given = x, *norm, weight, bias
     whole, parts = run(slice(None)), in_parts(run, len(x), WIDE_ROWS)
-    remark = expect_close(whole[0], torch_s(*given), torch_s(*(tensor.double() for tensor in given)))
+    remark = expect_close(whole[0], by_torch(*given), by_torch(*(tensor.double() for tensor in given)))
     expect_same_rows(parts, whole)
     return remark
 
@@ -317,13 +317,13 @@ def check_head_logits(model: GPT2) -> str:
     head = HeadCalls(model)
     (logits, likeliest), parts = head.logits(), in_parts(head.logits, ROWS[-1])
 
-    def torch_s(dtype: torch.dtype) -> torch.Tensor:
+    def by_torch(dtype: torch.dtype) -> torch.Tensor:
         """In parts, since fp64 takes four times the memory."""
         x, gain, shift = (tensor.to(dtype) for tensor in (head.x, *model.final_norm))
         normed = F.layer_norm(x, x.shape[-1:], gain, shift, model.epsilon)
         return torch.cat([normed @ part.to(dtype).T for part in model.head.weight.split(4096)], 1)
 
-    remark = expect_close(logits, torch_s(model.dtype), torch_s(torch.float64))
+    remark = expect_close(logits, by_torch(model.dtype), by_torch(torch.float64))
     expect(torch.equal(likeliest.long(), logits.argmax(-1)), "the likeliest tokens differ")
     expect_same_rows(parts, (logits, likeliest))
     return remark

@@ -18,18 +18,18 @@ from stagedspec.kernels.tree_attention import mask_words
 from stagedspec.models.gpt2 import GPT2
 from stagedspec.models.ngram import KatzTable
 from stagedspec.planning.tree import TreeConfig
-from stagedspec.tuning.workloads import Looking, random_text
+from stagedspec.tuning.workloads import LookupWorkload, random_text
 
 LENGTHS = 20, 3, 9  # of the sequences whose trees are grown
 
 
 def check_lookup(table: KatzTable, device: torch.device) -> str:
-    looking = Looking(16, CONTEXT, len(LENGTHS), table, device)
-    looking.logprobs.fill_(torch.nan)
-    tokens, logprobs = (tensor.tolist() for tensor in looking.look())
-    for row, sequence in enumerate(looking.sequence.tolist()):
+    lookup = LookupWorkload(16, CONTEXT, len(LENGTHS), table, device)
+    lookup.logprobs.fill_(torch.nan)
+    tokens, logprobs = (tensor.tolist() for tensor in lookup.lookup())
+    for row, sequence in enumerate(lookup.sequence.tolist()):
         follower = host_state.Row(sequence, len(sequence)).follower
-        for node, (first, last) in enumerate(looking.contexts[row].tolist()):
+        for node, (first, last) in enumerate(lookup.contexts[row].tolist()):
             found = follower.get((first, last))
             wanted = [] if found is None else [(found, CONTEXT_LOGPROB)]
             wanted += [pair for pair in table.successors_of(first, last) if pair[0] != found]

@@ -22,7 +22,7 @@ from stagedspec.kernels.state.invalid_logits import InvalidLogitsError
 
 
 class Commands(typer.core.TyperGroup):
-    """The commands. Text in place of a command is answered with the command that completes text."""
+    """The commands. If text is given in place of a command, the error names the command that completes text."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         known = args[0] in self.commands or difflib.get_close_matches(args[0], self.commands)

@@ -17,11 +17,10 @@ from typing import Any
 
 from stagedspec.decoding.sampling import Sampling, counters
 from stagedspec.decoding.stats import marks_wanted
+from stagedspec.kernels.common.constants import BACKENDS, DTYPES
 from stagedspec.models import checkpoints, embedded
 from stagedspec.planning.tree import TreeConfig
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-BACKENDS = ("auto", "torch", "triton")
 OPERATIONS = (
     "linear", "lm_head", "choose", "compact", "ngram_lookup", "grow_pass", "harvest_tree", "verify_commit"
 )  # fmt: skip
@@ -50,8 +49,8 @@ def check_models(
         TreeConfig(**shape)
     if target is None and (draft is not None or ngram is not None):
         raise ValueError("--draft and --ngram belong to a target: add --target")
-    if dtype not in DTYPES:
-        raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if dtype not in ("auto", *DTYPES):
+        raise ValueError(f"--dtype must be one of auto, {', '.join(DTYPES)}, got {dtype!r}")
     if backend not in BACKENDS:
         raise ValueError(f"--backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     for option, path, written_by in (("--ngram", ngram, "fit-ngram"), ("--tree", tree, "tune-tree")):

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from stagedspec.cli import early_checks
 from stagedspec.cli.options import (
+    STAGED,
     Backend,
     Depth,
     Device,
@@ -45,7 +46,7 @@ def generate(
             "--max-new-tokens", "-n", help="New tokens at most. Default: 128, or what the model has room for."
         ),
     ] = None,
-    mode: Annotated[Mode, typer.Option(help="How to decode; the output is the same in every mode.")] = Mode.staged,
+    mode: Annotated[Mode, typer.Option(help="How to decode; the output is the same in every mode.")] = STAGED,
     sample: Annotated[
         bool, typer.Option("--sample", help="Sample; without it, greedy.", rich_help_panel="Sampling")
     ] = False,

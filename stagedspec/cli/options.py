@@ -10,6 +10,7 @@ import typer
 import stagedspec
 from stagedspec.cli import early_checks
 from stagedspec.cli.output import preparing, quiet_transformers
+from stagedspec.planning.tree import MODES
 
 if TYPE_CHECKING:
     import torch
@@ -18,19 +19,15 @@ if TYPE_CHECKING:
     from stagedspec.decoder import Decoder
 
 
-class Mode(str, Enum):
-    """How to decode: the library's MODES."""
-
-    autoregressive = "autoregressive"
-    chain = "chain"
-    tree = "tree"
-    staged = "staged"
-
+# typer takes an Enum for choices.
+Mode = Enum("Mode", {name: name for name in MODES}, type=str)  # type: ignore[misc]
+STAGED = Mode("staged")
 
 Target = Annotated[
     str | None,
     typer.Option(
-        help="Target model: a hub id or a local folder. Default: the embedded trio.", rich_help_panel="Models"
+        help="Target model: a hub id or a local folder. Default: the embedded target, draft and table.",
+        rich_help_panel="Models",
     ),
 ]
 Draft = Annotated[str | None, typer.Option(help="Draft model with the target's vocabulary.", rich_help_panel="Models")]

@@ -12,6 +12,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from stagedspec.kernels.common.files import write_text
+
 NAMES = {"ngram": "n-gram", "draft": "draft", "target": "target"}
 CUES = {"ngram": "underlined", "draft": "italic", "target": "bold"}
 # Control characters of a model's text must not reach a terminal or a file; XML does not allow U+FFFE and U+FFFF.
@@ -64,7 +66,7 @@ def save(path: str | Path, completions: Sequence[Shown]) -> None:
     Raises ValueError if the folder does not exist, OSError if the file cannot be written.
     """
     path = check_path(path)
-    path.write_text((svg if path.suffix.lower() == ".svg" else html)(completions), encoding="utf-8")
+    write_text(path, (svg if path.suffix.lower() == ".svg" else html)(completions))
 
 
 def check_path(path: str | Path) -> Path:

@@ -1,1 +1,1 @@
-"""One generation: its request, its steps, what it calls and its statistics."""
+"""One generation: its request, steps, callbacks and statistics."""

@@ -312,11 +312,8 @@ _weightless: "weakref.WeakKeyDictionary[GPT2, _Weightless]" = weakref.WeakKeyDic
 
 
 def _weightless_model(context: CallContext, input_ids: torch.Tensor) -> GPT2LMHeadModel:
-    """One of the target's config, with the model's own settings.
-
-    It says that it is on the prompt's device: transformers would warn of a prompt elsewhere, and where the decoder
-    moves prompts to is no concern of its.
-    """
+    """A `_Weightless` of the target's config, with the decoder's settings. Its `device` is the prompt's: transformers
+    warns of a prompt on another device than the model's, although the decoder moves prompts itself."""
     target = context.models.target
     if target not in _weightless:
         with torch.device("meta"):

@@ -36,10 +36,10 @@ class Callbacks:
     """The callbacks of one generation.
 
     input_ids: LongTensor [B, prompt], padding included, as processors and criteria are to see it.
-    new_tokens: at most so many; pad: what stopped rows go on with; eos: ids that end a row.
+    new_tokens: the most to write; pad: the token that fills up rows that have stopped; eos: ids that end a row.
     processors: (ids [B, L], logits fp32 [B, V]) -> scores [B, V]; criteria: (ids [B, L], scores) -> bool [B].
-    pads: whether a row that a criterion stopped goes on with `pad`; else it goes on decoding until all have stopped,
-    which is what transformers does where no end-of-sequence id is set.
+    pads: whether a row that a criterion stopped is filled up with `pad`; else it goes on decoding until all have
+    stopped, as transformers does where no end-of-sequence id is set.
     keep: which of "scores" and "logits" to record, a tensor [B, V] a position, where input_ids lie; zeros for rows that
     have stopped.
     """
@@ -191,7 +191,7 @@ def checked(what: str, found: object, like: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def ended(streamer: Streamer | None) -> Iterator[None]:
-    """Ends the stream where the generation fails: whoever reads from it would wait forever."""
+    """Ends the stream if the generation fails, because its reader would wait forever otherwise."""
     try:
         yield
     except BaseException:

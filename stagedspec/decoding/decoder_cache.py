@@ -13,7 +13,7 @@ KEPT_DRAFTS = 4  # decoders kept for one owner
 
 
 class _Entries(dict):
-    """The decoders of one owner, the last used one last: key -> (setup, decoder, what must outlive the key)."""
+    """The decoders of one owner, the last used one last: key -> (setup, decoder, objects that must outlive the key)."""
 
 
 _entries: "weakref.WeakKeyDictionary[Any, _Entries]" = weakref.WeakKeyDictionary()  # by the owner

@@ -169,11 +169,11 @@ class Generation:
 
 
 def kind_of(models: Models, request: Request, callbacks: Callbacks | None, mark: Mark | None) -> tuple:
-    """What decides which operations a step runs, of the arguments of `Generation`; not the sizes of its tensors."""
+    """The arguments of `Generation` that decide which operations a step runs; sizes of tensors are left out."""
     parts = id(models.target), id(models.draft), id(models.ngram)  # a table would be compared by its tensors
     return *parts, request.tree, request.sampling, request.prompt_lookup, _chooser(callbacks) is not None, mark
 
 
 def _chooser(callbacks: Callbacks | None) -> Chooser | None:
-    """What chooses tokens on the host, where processors or recorded scores need that; else None."""
+    """The callbacks, if they choose tokens on the host (for processors or recorded scores); else None."""
     return callbacks.choose_with_processors if callbacks is not None and callbacks.chooses else None

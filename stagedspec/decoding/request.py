@@ -62,7 +62,7 @@ class RequestRow(NamedTuple):
 
 @dataclass(frozen=True)
 class Request:
-    """What one generation is to do, checked and complete."""
+    """The checked settings of one generation."""
 
     rows: list[RequestRow]
     new_tokens: int

@@ -1,4 +1,4 @@
-"""What `choose` needs to know of a request: how to warp the logits, and the counters of the noise."""
+"""Sampling settings of a request: how `choose` warps the logits, and the counters of its noise."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ class Sampling:
     """Greedy, or sampling with transformers' warpers in transformers' order. None leaves a warper out, and so do
     temperature 1, top_k 0, top_p of 1 or more and min_p 0, as in transformers.
 
-    Raises ValueError for what is no number, and, when sampling, for values out of range: greedy decoding warps nothing.
+    Raises ValueError for values that are no numbers and, when sampling, for values out of range.
     """
 
     do_sample: bool = False

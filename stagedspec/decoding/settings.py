@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import GenerationConfig
 
+from stagedspec.models.plain_gpt2 import OWN_GENERATE as _OWN
 from stagedspec.values import plain
 
 HONOURED = {
@@ -43,7 +44,6 @@ IRRELEVANT = {
     "notes": ("transformers_version",),
 }  # fmt: skip
 
-_OWN = "use transformers' own generate, without stagedspec"
 _CACHE = ("cache", "past_key_values")  # the KV cache's name from transformers 5.24 on, and before
 # name: (values that have no effect, what to use instead)
 REFUSED: dict[str, tuple[tuple, str]] = {

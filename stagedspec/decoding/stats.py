@@ -1,4 +1,4 @@
-"""What a generation cost and where its tokens came from."""
+"""Statistics of a generation: times, passes, acceptance, and which model first proposed each token."""
 
 import os
 import time
@@ -16,7 +16,7 @@ Mark = Callable[[str], AbstractContextManager]
 class Clock:
     """Wall-clock seconds per phase: `with clock("draft"): ...`. Phases do not nest; the device is not synchronised.
 
-    phases: those to record, None for all. mark: what every phase is marked with for a profiler, None for nothing.
+    phases: those to record, None for all. mark: marks every phase for a profiler, or None.
     """
 
     def __init__(self, phases: tuple[str, ...] | None = None, mark: Mark | None = None) -> None:
@@ -65,7 +65,7 @@ class Stats:
     new_tokens: tokens produced. accepted_per_depth[d]: row-steps that accepted a node of depth d + 1.
     origins: tokens by the model that first proposed them (Spector & Ré, Figure 3).
     seconds: wall-clock seconds by phase; total_seconds: of the whole generation. seconds_to_first_token: from the
-    beginning of the call to the end of its first step, what it measured and compiled included; None without a step.
+    beginning of the call to the end of its first step, measuring and compiling included; None without a step.
     """
 
     mode: str

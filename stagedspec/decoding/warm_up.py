@@ -1,4 +1,4 @@
-"""Everything that the first generation of a kind waits for, done before: compiling, measuring, capturing."""
+"""Warms up a decoder: compiles kernels, measures pass times and captures CUDA graphs before the first generation."""
 
 import time
 from collections.abc import Callable, Iterable, Sequence

@@ -1,4 +1,4 @@
-"""What transformers calls: the object for `generate(custom_generate=...)`, and the decoders made for its models."""
+"""The object for transformers' `generate(custom_generate=...)`, and the decoders made for its models."""
 
 import inspect
 import sys

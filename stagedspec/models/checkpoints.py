@@ -1,4 +1,4 @@
-"""The files of a checkpoint, judged before torch and transformers are imported.
+"""Checks the files of a checkpoint before torch and transformers are imported.
 
 Which files of a folder hold the weights is transformers' rule: model.safetensors, or else the shards that
 model.safetensors.index.json names. Other files beside them do not matter.
@@ -158,7 +158,7 @@ def _unreachable() -> str | None:
 
 
 def how_to_mend(folder: Path) -> str:
-    """What to do about weights that cannot be read."""
+    """The advice of error messages for weights that cannot be read."""
     for path in weight_files(folder):
         with suppress(OSError), path.open("rb") as file:
             if file.read(40).startswith(b"version https://git-lfs"):

@@ -1,4 +1,4 @@
-"""Where models come from: checkpoints and tokenizers."""
+"""Reads checkpoints and tokenizers, and checks that those of target and draft fit together."""
 
 import copy
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from stagedspec.values import plain, whole
 
 @contextmanager
 def no_bars() -> Iterator[None]:
-    """Without transformers' own progress bars, which would break into the caller's."""
+    """Hides transformers' progress bars, which would disturb the caller's."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -28,7 +28,7 @@ def no_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-# What wraps a model, by an attribute that tells it, and how to come to the model inside.
+# Wrappers of models, by an attribute that only they have: how to get the model inside.
 _WRAPPERS = {
     "_orig_mod": ": give the model inside the compiled one, ._orig_mod",
     "merge_and_unload": ": merge the adapter and give what model.merge_and_unload() returns",
@@ -103,7 +103,7 @@ def _check_config(folder: Path, source: str | Path, role: str) -> None:
 
 
 def _why_not_loaded(source: str | Path, local: Path | None, error: Exception) -> str:
-    """What to say when transformers could not load a checkpoint."""
+    """The error message for a checkpoint that transformers could not load."""
     reason = " ".join(str(error).split()) or type(error).__name__
     folder = local or checkpoints.cached_folder(str(source))
     if folder is not None and checkpoints.weight_files(folder):
@@ -173,9 +173,9 @@ def end_of_sequence(model: GPT2LMHeadModel) -> list[int]:
 
 
 def generation_defaults(model: GPT2LMHeadModel) -> dict[str, Any]:
-    """What the model's own generation config sets, by name.
+    """The settings of the model's own generation config, by name.
 
-    Without what `padding` and `end_of_sequence` read, and without what changes nothing.
+    Without those that `padding` and `end_of_sequence` read, and those without effect.
     """
     known = vars(GenerationConfig())
     read = ("pad_token_id", "eos_token_id", "use_cache", "transformers_version")

@@ -15,18 +15,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from stagedspec.kernels.common.constants import HASH_MULTIPLIER, HASH_SHIFT, MAX_VOCAB, PROBES
 from stagedspec.kernels.common.files import replacing
 
-PROBES = 8  # a key lies at most PROBES - 1 slots after the one it hashes to
-HASH_MULTIPLIER = 0x9E3779B97F4A7C15 - 2**64  # 2**64 over the golden ratio, as a signed 64-bit integer
-HASH_SHIFT = 32
 EMPTY = -1
 END = 2**63 - 1  # closes the list of keys: above every key
 
 FORMAT = "stagedspec.katz"
 VERSION = "1"
 ORDER = 3
-MAX_VOCAB = 2**21 - 1  # a trigram is packed into one int64: vocab_size**3 must stay below 2**63
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from stagedspec.models.ngram import MAX_VOCAB, KatzTable
+from stagedspec.kernels.common.constants import MAX_VOCAB
+from stagedspec.models.ngram import KatzTable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -42,7 +42,8 @@ _OF_A_CLASS = frozenset(
 _VALUES = frozenset((int, float, bool, str, tuple, type(None)))
 _REPLACEABLE = frozenset(("act", *_METHODS))
 
-_OWN = "or use transformers' own generate, without stagedspec"
+OWN_GENERATE = "use transformers' own generate, without stagedspec"  # the advice that ends most refusals
+_OWN = f"or {OWN_GENERATE}"
 _MERGE = f"merge adapters into the weights (merge_and_unload), load without quantisation, {_OWN}"
 _HOOK = "remove the hook (its handle's remove(); torch.nn.utils has prune.remove and remove_weight_norm), " + _OWN
 _ACCELERATE = (

@@ -2,13 +2,13 @@
 
 The controller sees what every step proposed, what was accepted and how long it took, and estimates for each level the
 tokens and the seconds of a step. A batch is done when its last row is, so a step's gain is how much it shortens the
-longest remaining row. Where drafting does not pay it stops: the target then decodes plainly, and now and then the draft
-reads what was written without it, all in one pass, which shows what share of that text it would have guessed.
+longest remaining row. Drafting stops where it does not pay: the target then decodes plainly. Now and then the draft
+reads in one pass the tokens that were written without it, which shows how many of them it would have guessed.
 
-Estimates can be wrong, so there is an account beside them: drafting may fall behind plain decoding by no more than a
-few steps, a small share of the plain steps made since, and a part of what it has won before. The next generation starts
-from what this one has learned, account included. So a hopeless draft, or one too slow for a batch of this size, costs
-next to nothing. All this changes which nodes are verified, never the tokens.
+Estimates can be wrong, so a running budget limits what drafting may lose against plain decoding: a few steps, a small
+share of the plain steps made since, and a part of what drafting has won before. The next generation starts from what
+this one has learned, budget included. So a hopeless draft, or one too slow for a batch of this size, costs next to
+nothing. All this changes which nodes are verified, never the tokens.
 """
 
 import math
@@ -71,7 +71,7 @@ class Level:
         return min(self.tree.depth, self.tree.nodes - 1)
 
     def cost(self, nodes: int, passes: int) -> float:
-        """Seconds of a step that needed as many; a tree without floors always takes all."""
+        """Seconds of a step with so many nodes and passes; a tree without floors always uses all of its own."""
         tree = self.tree
         nodes = min(nodes, tree.nodes) if tree.node_floor else tree.nodes
         passes = min(passes, tree.passes) if tree.pass_floor else tree.passes
@@ -91,7 +91,7 @@ def make_levels(model: Model, trees: Sequence[TreeConfig]) -> list[Level]:
 
 
 class _Mean:
-    """A mean that forgets: what came n steps ago counts keep**n."""
+    """A mean with exponential decay: a value of n steps ago has the weight keep**n."""
 
     def __init__(self, value: float, weight: float, keep: float = KEEP):
         self.total, self.weight, self.keep = value * weight, weight, keep
@@ -108,8 +108,10 @@ class _Mean:
 
 @dataclass
 class _Known:
-    """What a generation has seen of a level: tokens and seconds of a step, how many steps it made with it. lasting:
-    tokens again, as the next generation's controller begins with them."""
+    """Measurements of a level in one generation: tokens and seconds of a step, and the number of steps made with it.
+
+    lasting: the tokens again, with slower decay; the next generation's controller begins with them.
+    """
 
     level: Level
     tokens: _Mean
@@ -150,7 +152,7 @@ class Controller:
         self.slower: deque[float] = deque([1.0] if last is None else last.slower, TIMES)
         self._drafted: int = 0 if last is None else last._drafted  # steps since the last plain one
         self._drafts: bool | None = None  # whether the last step drafted
-        self.onward = _Mean(0.5, PRIOR)  # how often a walk along the tree goes on by one more node
+        self.onward = _Mean(0.5, PRIOR)  # probability that an accepted path goes on by one more node
         self.missed = 0  # tokens of each row that the draft has not read
         self.unread = 0  # tokens of the longest prompt, while the draft has read none of it
         self.trial = TRIAL if last is None else 0  # plain steps that are to be made now, whatever pays
@@ -177,7 +179,7 @@ class Controller:
         return self.chosen > 0
 
     def _reading(self, count: int) -> float:
-        """Plain steps in whose time the draft reads so many tokens of every row."""
+        """The time that the draft takes to read so many tokens of every row, in plain steps."""
         level = self.known[-1].level
         return (level.first + count * level.read) * self._pace(True) / self._takes(0)
 
@@ -211,12 +213,12 @@ class Controller:
         return self.known[index].seconds.value * self._pace(index > 0)
 
     def _pace(self, drafts: bool) -> float:
-        """Seconds of such steps over the seconds that were expected of them."""
+        """The ratio of measured to expected seconds of such steps."""
         plain = median_low(self.pace) if self.pace else 1.0
         return plain * median_low(self.slower) if drafts else plain
 
     def read(self, rows: Sequence[Sequence[tuple[int, float]]]) -> None:
-        """What the draft made of tokens written without it. In a batch the row that it knows least of counts.
+        """Takes the draft's ranks of tokens written without it. In a batch the row that it guesses worst counts.
 
         rows: for each row that is running, of each token in turn: its rank among the draft's children, -1 for none, and
         the log-probability that the draft gave it.
@@ -233,7 +235,7 @@ class Controller:
         self.onward.add(onward, weight)
         for known in self.known[1:]:
             level = known.level
-            known.gained(1.0 + min(_walks(level.tree, level.reach, [row], onward) for row in rows), weight)
+            known.gained(1.0 + min(_mean_path(level.tree, level.reach, [row], onward) for row in rows), weight)
         if self.chosen == 0:
             self._wait = min(self._wait + 1, len(WAITS) - 1)
         self._choose()
@@ -247,11 +249,11 @@ class Controller:
         left: Sequence[int] | None = None,
         seconds: float | None = None,
     ) -> None:
-        """What a step took and brought.
+        """Takes the result of a step and chooses the next level.
 
-        nodes, passes: that were run. Of each row: accepted, tokens taken from nodes below the root, -1 for a row that
-        had stopped; depths, of its deepest node; left, tokens to write before the step, None if as many for all.
-        seconds: that it took, None if as many as expected.
+        nodes, passes: nodes verified and draft passes run. Of each row: accepted, tokens taken from nodes below the
+        root, -1 for a row that had stopped; depths, the depth of its deepest node; left, tokens to write before the
+        step, None if all rows have the same number. seconds: duration of the step, None for the expected one.
         """
         level = self.level
         self._current.steps += 1
@@ -275,25 +277,25 @@ class Controller:
         if self._drafted >= next(steps for bound, steps in REFRESH if faster <= bound):
             self.trial = TRIAL
         rows = zip(accepted, depths, left or [0] * len(depths), strict=True)
-        walks = [(taken, depth, more) for taken, depth, more in rows if taken >= 0]
-        if not walks:
+        running = [(taken, depth, more) for taken, depth, more in rows if taken >= 0]
+        if not running:
             return
         tree = self.level.tree
-        walked = sum(taken for taken, _, _ in walks)
-        tried = sum(taken + (taken < depth) for taken, depth, _ in walks)
+        total = sum(taken for taken, _, _ in running)
+        tried = sum(taken + (taken < depth) for taken, depth, _ in running)
         if tried:
-            self.onward.add(walked / tried)
+            self.onward.add(total / tried)
         # Whether this level was too small to show what a larger one would have brought.
         bound = nodes >= tree.nodes or passes >= tree.passes
-        deepest, most = max(depth for _, depth, _ in walks), max(more for _, _, more in walks)
+        deepest, most = max(depth for _, depth, _ in running), max(more for _, _, more in running)
         took = level.cost(nodes, passes) * self._pace(True) if seconds is None else seconds
-        self._account(1.0 + most - max(more - taken for taken, _, more in walks) - took / self._takes(0))
+        self._account(1.0 + most - max(more - taken for taken, _, more in running) - took / self._takes(0))
         for index, known in enumerate(self.known[1:], 1):
             level = known.level
             # A tree grows at an even pace: with fewer passes it is as much shallower.
             pace = min(1.0, level.tree.passes / passes)
             still, further = [], 0.0
-            for taken, depth, more in walks:
+            for taken, depth, more in running:
                 gained = min(taken, level.reach, depth * pace)
                 if bound and index > self.chosen and taken >= depth:
                     beyond = _geometric(self.onward.value, level.reach - taken)
@@ -305,7 +307,7 @@ class Controller:
         self._choose()
 
     def _account(self, won: float, most: float = WON) -> None:
-        """Plain steps that were won beside plain decoding; most: that are kept of them."""
+        """Adds plain steps that were won (or lost, below 0) to the budget, which grows up to `most`."""
         self.credit = min(max(most, self.credit), self.credit + won)
 
     def _pays(self, index: int) -> bool:
@@ -330,16 +332,16 @@ class Controller:
 
 
 def _geometric(rate: float, count: int) -> float:
-    """Expected further nodes of a walk that goes on with probability `rate`, at most `count` times."""
+    """Expected further nodes of a path that goes on with probability `rate`, at most `count` times."""
     if count <= 0:
         return 0.0
     return float(count) if rate >= 1.0 else rate * (1.0 - rate**count) / (1.0 - rate)
 
 
-def _walks(tree: TreeConfig, reach: int, rows: Sequence[Sequence[tuple[int, float]]], onward: float) -> float:
-    """The mean number of nodes that walks along the tokens that were written would have taken, one from each token.
+def _mean_path(tree: TreeConfig, reach: int, rows: Sequence[Sequence[tuple[int, float]]], onward: float) -> float:
+    """The mean number of nodes that a tree grown at each of the written tokens would have had accepted.
 
-    A node is in the tree if its path is likely enough for one of so few nodes, and not under the floor.
+    A node counts as part of the tree if its path is probable enough for a tree of this size and not below its floor.
     """
     floor = math.log(max(tree.node_floor, 0.25 / tree.nodes))
     total, count = 0.0, 0

@@ -1,8 +1,8 @@
 """The cost model that picks a tree: measured pass times against expected accepted tokens.
 
-After Sequoia (Chen et al., arXiv 2402.12374): a node is worth the probability that its whole path is accepted, the
-product of its ancestors' ranks' acceptance rates; the best tree of N nodes is grown greedily; the best N maximises
-expected tokens over the time of a step.
+After Sequoia (Chen et al., arXiv 2402.12374): the value of a node is the probability that its whole path is accepted,
+the product of the acceptance rates of the ranks along it; the best tree of N nodes is grown greedily; the best N
+maximises expected tokens over the time of a step.
 """
 
 import heapq
@@ -54,10 +54,10 @@ TOGETHER = 16  # up to so many rows all sizes are measured in turn
 
 
 class PassTimes:
-    """Seconds of one pass of the target and of the draft by number of rows, measured when first asked for.
+    """Seconds of one pass of the target and of the draft by number of rows, measured at first use.
 
-    A pass ends with the choice of its tokens. Before every one that is timed the target runs once: in a generation
-    too, a pass of the draft finds the caches full of the target's weights.
+    A pass ends with the choice of its tokens. The target runs once before every timed pass: in a generation too, the
+    draft's pass finds the caches full of the target's weights.
     """
 
     def __init__(self, target: GPT2, draft: GPT2, known: dict[tuple[bool, int, int, bool], float] | None = None):
@@ -227,8 +227,8 @@ def _grown(
 class Model:
     """Predicts tokens and seconds of a step with any tree, for one pair of models, batch size and way of choosing.
 
-    profiles: acceptance profiles of the draft; None: those of the embedded one. ops: the backend, whose limits hold, or
-    None.
+    profiles: acceptance profiles of the draft; None: those of the embedded one. ops: the backend, whose limits apply,
+    or None.
     """
 
     def __init__(
@@ -290,8 +290,9 @@ class Model:
         return list(found.values())[:most]
 
     def levels(self, mode: str, full: TreeConfig | None = None) -> list[TreeConfig]:
-        """The tree with the most expected tokens a second, or `full`, and before it the best of at most a half and a
-        quarter of its nodes and passes, smallest first: what a generation climbs up and down."""
+        """The trees that a generation adapts between, smallest first. The last is `full`, or the tree with the most
+        expected tokens a second; before it come the best trees of at most a quarter and a half of its nodes and passes.
+        """
         ranked = self._ranked(mode)
         full = full or ranked[0]
         chosen = [full]

@@ -30,8 +30,8 @@ class Plan(NamedTuple):
 class TreePlanner:
     """Chooses trees: the call's own, else the decoder's fixed one, else what the cost model expects to be fastest.
 
-    The cost model goes by the time of model passes and by how often the draft is right. Both come from a tuning's file,
-    from what an earlier process on this machine measured, or are measured when a tree is first needed.
+    The cost model uses the times of model passes and how often the draft is right. Both come from a tuning's file, from
+    what an earlier process on this machine measured, or are measured when a tree is first needed.
 
     models: replaced by the decoder when weights change. fixed: the decoder's own tree, or None.
     """

@@ -1,4 +1,4 @@
-"""What was measured of a pair of models on a machine, kept in a file: pass times, acceptance and the chosen trees.
+"""Files of measurements of a pair of models on a machine: pass times, acceptance profiles and the chosen trees.
 
 A file is for one pair and device (`check`). Without a file a decoder keeps what it measured in the user's cache folder,
 under a fingerprint of the pair, the device, the threads and torch's version, and finds it there the next time.
@@ -29,11 +29,11 @@ FORMAT = "stagedspec tuning 1"
 
 @dataclass
 class Tuning:
-    """What `stagedspec tune-tree` found.
+    """Measurements and trees that `stagedspec tune-tree` found.
 
-    pair: what it holds for, of `pair_of`. seconds: as in `cost.PassTimes`. profiles: by whether sampled, as
-    `cost.PROFILES`, where measured. trees: by (mode, batch, sampled), the smallest first. measured:
-    predicted against measured speed, for people to read.
+    pair: the models and the device that they hold for, from `pair_of`. seconds: as in `cost.PassTimes`. profiles: as
+    `cost.PROFILES`, by whether sampled, where measured. trees: by (mode, batch, sampled), the smallest first. measured:
+    predicted and measured speed, for people to read.
     """
 
     pair: dict
@@ -72,7 +72,7 @@ class Tuning:
             for (mode, batch, sampled), levels in self.trees.items()
         ]
         names = {"sampled" if sampled else "greedy": value for sampled, value in self.profiles.items()}
-        content = {"format": FORMAT, "pair": self.pair, "stretches": names, "trees": trees, "measured": self.measured}
+        content = {"format": FORMAT, "pair": self.pair, "profiles": names, "trees": trees, "measured": self.measured}
         write_text(path, json.dumps(content | {"passes": passes}, indent=1) + "\n", shared=True)
 
     @classmethod
@@ -101,17 +101,18 @@ class Tuning:
         for entry in content["passes"]:
             key = entry["model"] == "draft", entry["batch"], entry["rows"], entry["sampled"]
             found.seconds[key] = _number(entry["seconds"], "a pass's seconds", 1e-9, 1e6)
-        for name, profiles in content["stretches"].items():
+        # Files of earlier releases have the profiles under "stretches".
+        for name, profiles in content["profiles" if "profiles" in content else "stretches"].items():
             read = tuple(
                 (
-                    _number(share, "a stretch's share", 0, 1),
+                    _number(share, "a kind's share", 0, 1),
                     tuple(_number(rank, "an acceptance", 0, 1) for rank in ranks),
                     _number(hit, "a share of guesses", 0, 1),
                 )
                 for share, ranks, hit in profiles
             )
             if not read or abs(sum(share for share, _, _ in read) - 1) > 0.05:
-                raise ValueError(f"the shares of the {name} stretches must sum to 1: run `stagedspec tune-tree` again")
+                raise ValueError(f"the shares of the {name} profile must sum to 1: run `stagedspec tune-tree` again")
             found.profiles[{"greedy": False, "sampled": True}[name]] = read
         for entry in content["trees"]:
             levels = [TreeConfig(**tree) for tree in entry["trees"]]
@@ -119,7 +120,7 @@ class Tuning:
             if full is None or len(levels) > 3 or entry["mode"] not in MODES or any(
                 not tree.passes or tree.nodes > full.nodes or tree.depth > full.depth for tree in levels
             ):  # fmt: skip
-                raise ValueError("trees must be ladders of one to three, the largest last, for a mode that drafts")
+                raise ValueError("expected one to three trees, the largest last, for a mode that drafts")
             found.trees[entry["mode"], entry["batch"], entry["sampled"]] = levels
         return found
 
@@ -145,7 +146,7 @@ def device_name(device: torch.device) -> str:
 
 
 def pair_of(models: "Models") -> dict:
-    """What must be the same for a tuning to hold."""
+    """The properties of models and device that must be the same for a tuning to be used."""
     return {
         "vocabulary": models.target.vocab_size,
         "target parameters": models.target.parameters,
@@ -186,7 +187,7 @@ def recall(models: "Models") -> Tuning:
 
 
 def keep(models: "Models", tuning: Tuning) -> Path | None:
-    """Saves for later processes; where that cannot be done, nothing happens and None comes back."""
+    """Saves for later processes. Returns the file's path, or None if it cannot be written."""
     with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: no home folder
         path = cache_file(models)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -27,9 +27,10 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from stagedspec.devices import resolve_device
-from stagedspec.kernels.common.files import replacing
+from stagedspec.kernels.common.files import replacing, write_text
 from stagedspec.models.loading import no_bars
 from stagedspec.models.ngram_fit import fit_table
+from stagedspec.models.shapes import SIZES, Shape
 from stagedspec.training import card, distil, sample
 from stagedspec.training.corpus import Corpus, build
 from stagedspec.training.fit import (
@@ -46,26 +47,6 @@ from stagedspec.training.sources import check_sources
 
 STAGES = ("corpus", "target", "target-samples", "draft", "draft-samples", "ngram", "assets")
 Progress = Callable[[dict], None]
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A GPT-2's size. inner: width of the MLP, 4 * width by default. activation: of `GPT2Config`."""
-
-    layers: int
-    width: int
-    heads: int
-    inner: int | None = None
-    activation: str = "gelu_pytorch_tanh"  # the same function as "gelu_new", in one kernel
-
-    def __post_init__(self) -> None:
-        for name in ("layers", "width", "heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.width % self.heads:
-            raise ValueError(f"width must be a multiple of heads, got {self.width} and {self.heads}")
-        if self.inner is not None and self.inner < 1:
-            raise ValueError(f"inner must be at least 1, got {self.inner}")
 
 
 # Permissively licensed (PSF, BSD, MIT, Apache) and written by many hands.
@@ -105,10 +86,10 @@ class TrainConfig:
     """
 
     sources: tuple[str, ...] = EMBEDDED_SOURCES
-    vocab_size: int = 2048
-    n_positions: int = 512
-    target: Shape = Shape(layers=4, width=384, heads=6, inner=1792, activation="relu")
-    draft: Shape = Shape(layers=2, width=96, heads=3, inner=640)
+    vocab_size: int = SIZES["target"].vocab
+    n_positions: int = SIZES["target"].positions
+    target: Shape = SIZES["target"].without_vocabulary
+    draft: Shape = SIZES["draft"].without_vocabulary
     target_fit: FitConfig = _TARGET_FIT
     draft_fit: FitConfig = _DRAFT_FIT
     sample_share: float = 0.75
@@ -171,7 +152,7 @@ class TrainConfig:
 _LARGE = TrainConfig(
     vocab_size=32_768,
     n_positions=1024,
-    target=Shape(layers=36, width=1280, heads=20),  # GPT-2-L: 752M parameters with this vocabulary
+    target=SIZES["L"].without_vocabulary,  # 752M parameters with this vocabulary
     draft=Shape(layers=8, width=512, heads=8),  # 42.5M: 17.7 times smaller
     target_fit=FitConfig(tokens=32_000_000, batch=128, block=1024, learning_rate=4e-4, checkpoint_seconds=300),
     draft_fit=FitConfig(tokens=40_000_000, batch=64, block=1024, learning_rate=1e-3, seed=1),
@@ -449,7 +430,7 @@ class _Run:
                     f"{self.out} has a vocabulary of {size}, not {self.config.vocab_size}: use another folder"
                 )
             self._check(self._corpus())
-        path.write_text(json.dumps(wanted, indent=1), encoding="utf-8")
+        write_text(path, json.dumps(wanted, indent=1))
 
     def _check(self, corpus: Corpus) -> None:
         block = max(self.config.target_fit.block, self.config.draft_fit.block)

@@ -29,8 +29,9 @@ from stagedspec.kernels.linear import hopper as linear_hopper
 from stagedspec.kernels.linear import op as linear
 from stagedspec.kernels.lm_head import op as lm_head
 from stagedspec.models.loading import read_checkpoint
+from stagedspec.models.shapes import SIZES, ModelShape
 from stagedspec.tuning import workloads
-from stagedspec.tuning.workloads import Growing, Head, ModelShape, Moving
+from stagedspec.tuning.workloads import CompactWorkload, HeadWorkload, TreeWorkload
 
 GAIN = 0.02  # a candidate replaces the default only if it is faster by more than this: less is noise
 NODES = (1, 16, 64)
@@ -195,16 +196,16 @@ def shapes(models: list[str]) -> list[ModelShape]:
     found = []
     for model in models:
         if model == "embedded":
-            found += [workloads.SIZES["target"], workloads.SIZES["draft"]]
+            found += [SIZES["target"], SIZES["draft"]]
         elif model in ("S", "M", "L", "XL"):
-            found.append(workloads.SIZES[model])
+            found.append(SIZES[model])
         else:
             try:
                 config = read_checkpoint(model, "model").config
             except ValueError as error:
                 raise ValueError(f"{error}, or S, M, L, XL or embedded") from error
-            inner = config.n_inner or 0
-            found.append(ModelShape(config.n_layer, config.n_embd, config.n_head, config.vocab_size, inner))
+            inner = config.n_inner or None
+            found.append(ModelShape(config.n_layer, config.n_embd, config.n_head, inner, vocab=config.vocab_size))
     return found
 
 
@@ -215,7 +216,7 @@ def _head(shape: ModelShape, device: torch.device) -> Iterator[Problem]:
     def launches() -> list[Launch]:
         found = []
         for nodes in NODES:
-            head = Head(shape, 1, nodes, device)
+            head = HeadWorkload(shape, 1, nodes, device)
             for sampling in ("greedy", "top-k"):
                 found.append(Launch.returning(partial(head.choose, sampling)))
             found.append(Launch.returning(partial(head.children, "greedy")))
@@ -271,7 +272,7 @@ def _choose(shape: ModelShape, device: torch.device) -> Iterator[Problem]:
     def launches() -> list[Launch]:
         found = []
         for nodes in NODES:
-            rule = workloads.Choosing(shape.vocab, 1, nodes, device)
+            rule = workloads.ChooseWorkload(shape.vocab, 1, nodes, device)
             for sampling in ("greedy", "top-k", "top-p"):
                 found.append(Launch.returning(partial(rule.choose, sampling)))
         return found
@@ -283,13 +284,13 @@ def _compact(shape: ModelShape, device: torch.device) -> Iterator[Problem]:
     def launches() -> list[Launch]:
         found = []
         for count in (2, 13):
-            moving = Moving(shape, 1, 64, CONTEXT, count, device)
+            moving = CompactWorkload(shape, 1, 64, CONTEXT, count, device)
 
-            def results(moving: Moving = moving) -> list[torch.Tensor]:
-                moving.move()
+            def results(moving: CompactWorkload = moving) -> list[torch.Tensor]:
+                moving.compact()
                 return [moving.cache]
 
-            found.append(Launch(moving.move, results))
+            found.append(Launch(moving.compact, results))
         return found
 
     key = (2 * shape.width,)
@@ -302,8 +303,8 @@ def _lookup(shape: ModelShape, device: torch.device) -> Iterator[Problem]:
     def launches() -> list[Launch]:
         found = []
         for nodes in NODES:
-            looking = workloads.Looking(nodes, CONTEXT, 1, table, device)
-            found.append(Launch.returning(looking.look))
+            lookup = workloads.LookupWorkload(nodes, CONTEXT, 1, table, device)
+            found.append(Launch.returning(lookup.lookup))
         return found
 
     key = (table.successors,)
@@ -320,10 +321,10 @@ def _grow(op: str, shape: ModelShape, device: torch.device) -> Iterator[Problem]
         def launches(trees: list[int] = trees) -> list[Launch]:
             found = []
             for nodes in trees:
-                growing = Growing(nodes, CONTEXT, 1, workloads.katz_table(shape.vocab, device), device)
+                growing = TreeWorkload(nodes, CONTEXT, 1, workloads.katz_table(shape.vocab, device), device)
                 run = partial(growing.passes, harvest=False) if op == "grow_pass" else growing.growth.harvest
 
-                def results(growing: Growing = growing) -> list[torch.Tensor]:
+                def results(growing: TreeWorkload = growing) -> list[torch.Tensor]:
                     for tensor in growing.growth.state:
                         tensor.zero_()
                     trees = growing.passes()
@@ -340,7 +341,7 @@ def _verify(shape: ModelShape, device: torch.device) -> Iterator[Problem]:
     for nodes in NODES:
 
         def launches(nodes: int = nodes) -> list[Launch]:
-            growing = Growing(nodes, CONTEXT, 1, workloads.katz_table(shape.vocab, device), device, room=16384)
+            growing = TreeWorkload(nodes, CONTEXT, 1, workloads.katz_table(shape.vocab, device), device, room=16384)
             trees = growing.passes()
             chosen = growing.likely(trees)
             state = growing.sequences.state

@@ -71,7 +71,7 @@ def outcomes(decoder: Decoder, prompt: Sequence[int], new_tokens: int, sampled: 
     return found
 
 
-def fit_stretches(texts: Sequence[Sequence[Outcome]]) -> tuple[AcceptanceProfile, ...]:
+def fit_profile(texts: Sequence[Sequence[Outcome]]) -> tuple[AcceptanceProfile, ...]:
     """Fits an acceptance profile to texts, easiest kind first: a mixture of multinomials over windows, by EM.
 
     Deterministic. Raises ValueError without any outcome.
@@ -151,7 +151,7 @@ def tune(
         for seed, prompt in enumerate(prompts):
             texts.append(outcomes(decoder, prompt, new_tokens, sampled, seed))
             advance()
-        tuning.profiles[sampled] = fit_stretches(texts)
+        tuning.profiles[sampled] = fit_profile(texts)
     tuning.seconds = times.seconds
     for batch, sampled in product(batches, (False, True)):
         model = Model(times, batch, sampled, tuning.profiles[sampled])

@@ -19,6 +19,7 @@ from stagedspec.kernels.ngram_lookup import ngram_lookup
 from stagedspec.kernels.state import device as device_state
 from stagedspec.models.ngram import KatzTable
 from stagedspec.models.ngram_fit import fit_table
+from stagedspec.models.shapes import ModelShape
 from stagedspec.planning.tree import TreeConfig
 
 SAMPLINGS = {
@@ -30,37 +31,6 @@ SAMPLINGS = {
 CHILDREN = 8  # proposed by the draft for a node
 SPREAD = 5.0  # of random logits: a few tokens hold most of the probability, as in text
 WORDS = 200  # distinct tokens of the random text
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """A GPT-2: layers, width, heads, vocabulary, width inside the MLP (0: four times the width), positions."""
-
-    layers: int
-    width: int
-    heads: int
-    vocab: int = 50257
-    inner: int = 0
-    positions: int = 1024
-
-    @property
-    def size(self) -> int:
-        """Head size."""
-        return self.width // self.heads
-
-    @property
-    def mlp(self) -> int:
-        return self.inner or 4 * self.width
-
-
-SIZES = {
-    "S": ModelShape(12, 768, 12),
-    "M": ModelShape(24, 1024, 16),
-    "L": ModelShape(36, 1280, 20),
-    "XL": ModelShape(48, 1600, 25),
-    "target": ModelShape(4, 384, 6, 2048, 1792, 512),  # the embedded models
-    "draft": ModelShape(2, 96, 3, 2048, 640, 512),
-}
 
 
 def tree_config(nodes: int) -> TreeConfig:
@@ -118,7 +88,7 @@ class Counters:
 
 
 @dataclass
-class Head:
+class HeadWorkload:
     """The head of a model over N nodes of each of B sequences.
 
     copies: of its weights, so that they exceed the cache.
@@ -159,7 +129,7 @@ class Head:
 
 
 @dataclass
-class Choosing:
+class ChooseWorkload:
     """Token choice alone, from logits in memory."""
 
     vocab: int
@@ -187,7 +157,7 @@ class Choosing:
 
 
 @dataclass
-class Looking:
+class LookupWorkload:
     """The n-gram look-up of N contexts in each of B sequences of `context` tokens, which contain a third of them."""
 
     nodes: int
@@ -207,13 +177,13 @@ class Looking:
         self.tokens = torch.empty(shape, dtype=torch.int32, device=self.device)
         self.logprobs = torch.empty(shape, device=self.device)
 
-    def look(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def lookup(self) -> tuple[torch.Tensor, torch.Tensor]:
         ngram_lookup(self.contexts, self.sequence, self.lengths, self.table, self.tokens, self.logprobs)
         return self.tokens, self.logprobs
 
 
 @dataclass
-class Growing:
+class TreeWorkload:
     """B trees of `nodes` nodes over sequences of `context` tokens, with room for `room` more tokens."""
 
     nodes: int
@@ -270,7 +240,7 @@ class Growing:
 
 
 @dataclass
-class Moving:
+class CompactWorkload:
     """KV compaction: an accepted path of `count` tree rows in each sequence is moved in the cache of a model."""
 
     shape: ModelShape
@@ -283,11 +253,11 @@ class Moving:
     def __post_init__(self) -> None:
         shape = self.shape
         rows = self.nodes + self.context + self.count
-        self.cache = randn(shape.layers, self.batch, rows, 2, shape.heads, shape.size, device=self.device)
+        self.cache = randn(shape.layers, self.batch, rows, 2, shape.heads, shape.head_size, device=self.device)
         self.ops = TritonBackend()
         sources = torch.arange(self.count, dtype=torch.int32) * max(1, (self.nodes - 1) // self.count)
         moves = torch.stack((sources, torch.arange(self.count, dtype=torch.int32) + self.context))
         self.moves = moves[:, None].expand(-1, self.batch, -1).contiguous().to(self.device)
 
-    def move(self) -> None:
+    def compact(self) -> None:
         self.ops.move_rows(self.cache, self.nodes, self.moves)

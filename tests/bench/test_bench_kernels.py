@@ -19,7 +19,7 @@ import harness
 import models
 import run
 
-from stagedspec.tuning.workloads import ModelShape
+from stagedspec.models.shapes import ModelShape
 
 TINY = ModelShape(2, 32, 2, vocab=300)
 TIMING = harness.Timing(10.0, 9.0, 11.0)

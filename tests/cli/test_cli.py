@@ -346,9 +346,9 @@ def test_train_then_decode_then_train_again(tmp_path):
     result = run("train", "--out", str(out), *TRAIN)
     assert result.exit_code == 0, result.output
     assert "bits/byte" in result.stdout
-    trio = [f"--{name}={out / 'assets' / file}" for name, file in (("target", "target"), ("draft", "draft"))]
-    trio += [f"--ngram={out / 'assets' / 'ngram.safetensors'}", "--device=cpu"]
-    assert run_json("generate", "def ", "-n", "8", *trio)["text"]
+    parts = [f"--{name}={out / 'assets' / file}" for name, file in (("target", "target"), ("draft", "draft"))]
+    parts += [f"--ngram={out / 'assets' / 'ngram.safetensors'}", "--device=cpu"]
+    assert run_json("generate", "def ", "-n", "8", *parts)["text"]
     again = run("train", "--out", str(out), *TRAIN, "--json")
     assert all(json.loads(line)["skipped"] for line in again.stdout.splitlines())
 

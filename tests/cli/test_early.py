@@ -11,11 +11,9 @@ import typer
 from test_cli import assert_error, models, one_thread, run, run_json  # noqa: F401 (fixtures)
 
 from stagedspec import decoder
-from stagedspec.cli import app, early_checks, generate, options, tune_tree
-from stagedspec.devices import DTYPES
+from stagedspec.cli import app, early_checks, generate, tune_tree
 from stagedspec.kernels.backends import select as backend
 from stagedspec.models import embedded
-from stagedspec.planning.tree import MODES
 from stagedspec.training import recipe
 
 TARGET = str(embedded.TARGET)
@@ -135,11 +133,10 @@ def test_no_model_is_loaded_for_a_backend_that_cannot_run(monkeypatch, arguments
 def test_the_words_are_the_library_s():
     from stagedspec.tuning import kernels as tune_kernels
 
-    assert set(early_checks.DTYPES) == {"auto", *DTYPES} and set(early_checks.BACKENDS) == set(backend.BACKENDS)
     assert set(early_checks.PRESETS) == set(recipe.PRESETS) and list(early_checks.OPERATIONS) == list(
         tune_kernels.PROBLEMS
     )
-    assert set(options.Mode.__members__) == set(MODES) and isinstance(app, typer.Typer)
+    assert isinstance(app, typer.Typer)
 
 
 def test_parts_of_a_target_need_a_target():

@@ -323,7 +323,7 @@ def test_committed_cache_is_that_of_a_fresh_prefill(decoders, place, target, dra
     decoder = decoders[kind, katz]
     sampling = stagedspec.Sampling(do_sample=True, temperature=0.7)
     options = StagedOptions("staged", 3, TREES["default"])
-    run = decoder._run(validate(decoder.context, options, ids, mask, max_new_tokens=20, sampling=sampling))
+    run = decoder._start(validate(decoder.context, options, ids, mask, max_new_tokens=20, sampling=sampling))
     jumps, missed = 0, set()
     for _ in run.steps():
         jumps = max(run.sequences.accepted) > 1
@@ -436,7 +436,7 @@ def test_the_first_token_is_timed_from_the_beginning_of_the_call(decoders):
     """Also what came before the generation, such as measuring."""
     decoder = decoders["good", False]
     call = decoder._read(torch.tensor([[5, 6, 7]]), None, 2, StagedOptions("autoregressive", 0), {})
-    run = decoder._run(call.request, began=call.began - 1000.0)
+    run = decoder._start(call.request, began=call.began - 1000.0)
     for _ in run.steps():
         pass
     assert run.stats().seconds_to_first_token > 1000.0 > run.stats().total_seconds
@@ -446,7 +446,7 @@ def test_steps_in_vain_do_not_count(decoders):
     """A host that learns late that all rows have stopped has launched a step more than was used."""
     decoder = decoders["good", False]
     call = decoder._read(torch.tensor([[5, 6, 7]]), None, 6, StagedOptions("staged", 0, TREES["default"]), {})
-    run = decoder._run(call.request)
+    run = decoder._start(call.request)
     for _ in run.steps():
         pass
     stats = run.stats()
@@ -564,7 +564,7 @@ def test_memory_is_freed_without_collecting_garbage(make_decoder, target, drafts
     gc.collect()
     gc.disable()
     try:
-        run = decoder._run(call.request, call.callbacks)
+        run = decoder._start(call.request, call.callbacks)
         for _ in run.steps():
             pass
         held = [weakref.ref(cache) for cache in run.engine.caches]

@@ -51,7 +51,7 @@ def begin(monkeypatch):
             made[draft] = Decoder.from_pretrained(target, draft, device="cpu", dtype="float32")
             made[draft].planner._chosen |= {("staged", 2, sampled): LEVELS for sampled in (False, True)}
         ids, mask = left_pad(random_prompts([7, 1], seed=21))
-        return made[draft]._run(
+        return made[draft]._start(
             validate(made[draft].context, StagedOptions("staged", 3), ids, mask, max_new_tokens=NEW, sampling=sampling)
         )
 

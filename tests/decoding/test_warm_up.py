@@ -64,7 +64,7 @@ def test_everything_is_compiled_ahead(decoder, monkeypatch, mode, sampling):
 
     ids = torch.randint(1, 61, (1, 20), generator=torch.Generator().manual_seed(0)).to(PLACE)
     call = decoder._read(ids, None, 5, StagedOptions(mode, 3), dict(SAMPLINGS[sampling]))
-    run = decoder._run(call.request, call.callbacks)
+    run = decoder._start(call.request, call.callbacks)
 
     def generate():
         registry.collector.set(launched)
@@ -236,4 +236,4 @@ def test_seconds_to_the_first_token(backend):
         assert 0 < stats.seconds_to_first_token <= time.perf_counter() - begin
         assert stats.as_dict()["seconds_to_first_token"] == stats.seconds_to_first_token
     call = decoder._read(ids, None, 3, StagedOptions("autoregressive", 0), {})
-    assert decoder._run(call.request).stats().seconds_to_first_token is None
+    assert decoder._start(call.request).stats().seconds_to_first_token is None

@@ -11,6 +11,8 @@ from stagedspec.kernels import reference
 from stagedspec.kernels.choose import op as kernels
 from stagedspec.kernels.common.registry import Scratch
 
+pytestmark = pytest.mark.interpreted
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WARPERS = {
     "plain": {},

@@ -6,11 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from stagedspec.kernels import ngram_lookup as ops
 from stagedspec.kernels.common.constants import CONTEXT_LOGPROB
 from stagedspec.kernels.ngram_lookup import ngram_lookup
 from stagedspec.kernels.state.host import Row
-from stagedspec.models import ngram
 from stagedspec.models.ngram_fit import fit_table
 
 VOCAB = 13
@@ -44,11 +42,6 @@ def expected(sequence, first, last, table):
     known = [] if found is None else [(found, CONTEXT_LOGPROB)]
     rest = [] if table is None else table.successors_of(first, last)
     return known + [pair for pair in rest if pair[0] != found]
-
-
-def test_the_hash_is_that_of_the_table():
-    assert ops.PROBES.value == ngram.PROBES
-    assert (ops.HASH_MULTIPLIER.value, ops.HASH_SHIFT.value) == (ngram.HASH_MULTIPLIER, ngram.HASH_SHIFT)
 
 
 @pytest.mark.parametrize("lengths", [(1, 2, 3), (300, 7), (600,)], ids=str)

@@ -23,7 +23,7 @@ from stagedspec.planning.adapt import (
     Controller,
     Level,
     _Mean,
-    _walks,
+    _mean_path,
 )
 
 SMALL = TreeConfig(nodes=2, depth=1, passes=1, width=1, children=4, prefetch=0)
@@ -41,7 +41,7 @@ def levels(draft: float = 0.25, expected: tuple[float, ...] = (1.6, 2.5, 4.0)) -
 
 
 def play(controller: Controller, text: list[float], seed: int = 0) -> float:
-    """Writes a text whose token i the draft knows with probability text[i]; returns the seconds, at ladder()'s prices.
+    """Writes a text whose token i the draft knows with probability text[i]; returns the seconds, at levels()'s prices.
 
     The draft is confident: every tree is as deep as it may be.
     """
@@ -138,7 +138,7 @@ def test_stopped_rows_say_nothing():
 
 
 def batch(controller: Controller, rates: list[float], new_tokens: int, slower: float = 1.0, prompt: int = 8) -> float:
-    """Writes as many tokens in every row, whose draft is right that often; returns the seconds, at ladder()'s prices
+    """Writes as many tokens in every row, whose draft is right that often; returns the seconds, at levels()'s prices
     where drafting takes `slower` times as long as the controller expects."""
     generator, left, seconds = random.Random(len(rates)), [new_tokens] * len(rates), 0.0
     first = controller.levels[-1].first
@@ -151,13 +151,13 @@ def batch(controller: Controller, rates: list[float], new_tokens: int, slower: f
             controller.read([row for row, more in zip(missed, left, strict=True) if more > 0])
         tree, taken = controller.level.tree, []
         for rate, more in zip(rates, left, strict=True):
-            walk = 0
-            while walk < min(controller.level.reach, more - 1) and generator.random() < rate:
-                walk += 1
-            taken.append(walk if more > 0 else -1)
+            depth = 0
+            while depth < min(controller.level.reach, more - 1) and generator.random() < rate:
+                depth += 1
+            taken.append(depth if more > 0 else -1)
         took = controller.level.cost(tree.nodes, tree.passes) * (slower if tree.passes else 1.0)
         controller.step(tree.nodes, tree.passes, taken, [controller.level.reach] * len(rates), left, took)
-        left = [more - walk - 1 for more, walk in zip(left, taken, strict=True)]
+        left = [more - count - 1 for more, count in zip(left, taken, strict=True)]
         seconds += took
     return seconds
 
@@ -302,9 +302,9 @@ def test_a_reading_weighs_by_the_tokens_of_a_row():
 def test_a_walk_takes_no_more_siblings_than_the_tree_has_nodes_for():
     """Of three nodes two are left for the root's children, and one below the first of them."""
     tree = TreeConfig(nodes=3, depth=2, passes=2, width=1, children=4, prefetch=0)
-    assert _walks(tree, 2, [[(1, -0.01), (1, -0.01)]], 0.0) == 1.0
-    assert _walks(tree, 2, [[(1, -0.01), (0, -0.01)]], 0.0) == 1.5
-    assert _walks(tree, 2, [[(2, -0.01), (0, -0.01)]], 0.0) == 0.5
+    assert _mean_path(tree, 2, [[(1, -0.01), (1, -0.01)]], 0.0) == 1.0
+    assert _mean_path(tree, 2, [[(1, -0.01), (0, -0.01)]], 0.0) == 1.5
+    assert _mean_path(tree, 2, [[(2, -0.01), (0, -0.01)]], 0.0) == 0.5
 
 
 def test_the_draft_reads_after_so_many_plain_steps():
@@ -375,7 +375,7 @@ def test_drafting_that_did_not_last_is_no_reason_to_try_again_soon():
 
 
 class Fickle(Controller):
-    """Any rung at any time, and readings after however many plain steps."""
+    """Any level at any time, and readings after however many plain steps."""
 
     seed = 0
 
@@ -447,7 +447,7 @@ def test_the_drafts_cache_after_it_was_left_out(decoders, drafts, lengths, monke
     Fickle.seed = 4
     ids, mask = left_pad(random_prompts(lengths, seed=14))
     decoder, draft = decoders["good"], drafts["good"]
-    run = decoder._run(
+    run = decoder._start(
         validate(
             decoder.context, StagedOptions("staged", 3), ids, mask, max_new_tokens=34, sampling=Sampling(do_sample=True)
         )
@@ -474,7 +474,7 @@ def test_the_drafts_cache_after_it_was_left_out(decoders, drafts, lengths, monke
 def test_the_drafts_cache_has_room_for_the_longest_reading(decoders):
     ids, mask = left_pad(random_prompts([6], seed=14))
     decoder = decoders["good"]
-    run = decoder._run(
+    run = decoder._start(
         validate(decoder.context, StagedOptions("staged", 3), ids, mask, max_new_tokens=34, sampling=Sampling())
     )
     assert run.engine.proposer.cache.tree_rows >= max(WAITS) > FULL.slots
@@ -492,7 +492,7 @@ def test_what_is_unread():
 
 
 class Untimed(Controller):
-    """At ladder()'s prices, whatever steps of these small models take."""
+    """At the prices of levels(), whatever steps of these small models take."""
 
     def step(self, nodes, passes, accepted, depths, left, seconds) -> None:
         super().step(nodes, passes, accepted, depths, left)

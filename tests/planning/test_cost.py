@@ -1,4 +1,4 @@
-"""The cost model, the fit of its stretches, and the files that keep what was measured."""
+"""The cost model, the fit of acceptance profiles, and the files that keep what was measured."""
 
 import json
 import random
@@ -14,7 +14,7 @@ from stagedspec.planning.cost import CHILDREN, Model, PassTimes, candidates, exp
 from stagedspec.planning.profile import Tuning, cache_file, keep, pair_of, recall
 from stagedspec.planning.tree import TreeConfig
 from stagedspec.tuning.compare import Run
-from stagedspec.tuning.trees import FINALISTS, _fastest, _groups, _Side, fit_stretches, outcomes, tune
+from stagedspec.tuning.trees import FINALISTS, _fastest, _groups, _Side, fit_profile, outcomes, tune
 
 
 class Times:
@@ -140,10 +140,10 @@ def test_a_step_of_a_batch_takes_as_long_as_its_longest_row():
     assert seconds[0] < seconds[1] < seconds[2]
 
 
-def test_the_fit_finds_stretches_again():
+def test_the_fit_finds_the_kinds_of_text_again():
     generator = random.Random(1)
 
-    def stretch(first, second, hit, tokens):
+    def text(first, second, hit, tokens):
         draws = []
         for _ in range(tokens):
             x = generator.random()
@@ -151,17 +151,15 @@ def test_the_fit_finds_stretches_again():
             draws.append((rank, generator.random() < hit))
         return draws
 
-    texts = [
-        stretch(0.97, 0.01, 0.9, 160) + stretch(0.6, 0.2, 0.3, 80) + stretch(0.2, 0.3, 0.02, 80) for _ in range(20)
-    ]
-    found = fit_stretches(texts)
-    assert found == fit_stretches(texts)  # reproducible
+    texts = [text(0.97, 0.01, 0.9, 160) + text(0.6, 0.2, 0.3, 80) + text(0.2, 0.3, 0.02, 80) for _ in range(20)]
+    found = fit_profile(texts)
+    assert found == fit_profile(texts)  # reproducible
     for (share, ranks, hit), wanted in zip(
         found, ((0.5, 0.97, 0.01, 0.9), (0.25, 0.6, 0.2, 0.3), (0.25, 0.2, 0.3, 0.02)), strict=True
     ):
         assert (share, ranks[0], ranks[1], hit) == pytest.approx(wanted, abs=0.04)
     with pytest.raises(ValueError, match="at least one token"):
-        fit_stretches([[]])
+        fit_profile([[]])
 
 
 # ---------------------------------------------------------------- measuring and keeping
@@ -278,6 +276,16 @@ def test_a_foreign_tuning_is_refused(tuned, tmp_path, change, message):
         Decoder.from_pretrained(other, make_draft("good", other), device="cpu", tree=tmp_path / "tree.json")
 
 
+def test_a_file_of_an_earlier_release_is_read(tuned, tmp_path):
+    """It has the profiles under another key."""
+    path = tmp_path / "tree.json"
+    tuned.save(path)
+    content = json.loads(path.read_text())
+    content["stretches"] = content.pop("profiles")
+    path.write_text(json.dumps(content))
+    assert Tuning.load(path).profiles == tuned.profiles
+
+
 def test_another_device_is_refused(tuned, decoder, tmp_path):
     path = tmp_path / "tree.json"
     tuned.save(path)
@@ -294,9 +302,9 @@ def test_another_device_is_refused(tuned, decoder, tmp_path):
         (lambda c: json.dumps(c | {"format": "other"}), "format must be"),
         (lambda c: json.dumps({k: v for k, v in c.items() if k != "passes"}), "no 'passes'"),
         (lambda c: json.dumps(c | {"passes": [c["passes"][0] | {"seconds": -1}]}), "a pass's seconds must be"),
-        (lambda c: json.dumps(c | {"stretches": {"greedy": [[0.2, [0.5], 0.1]]}}), "sum to 1"),
-        (lambda c: json.dumps(c | {"stretches": {"greedy": [[1, [1.5], 0.1]]}}), "an acceptance must be"),
-        (lambda c: json.dumps(c | {"trees": [c["trees"][0] | {"trees": []}]}), "must be ladders"),
+        (lambda c: json.dumps(c | {"profiles": {"greedy": [[0.2, [0.5], 0.1]]}}), "sum to 1"),
+        (lambda c: json.dumps(c | {"profiles": {"greedy": [[1, [1.5], 0.1]]}}), "an acceptance must be"),
+        (lambda c: json.dumps(c | {"trees": [c["trees"][0] | {"trees": []}]}), "expected one to three trees"),
         (lambda c: json.dumps(c | {"trees": [c["trees"][0] | {"trees": [{"nodes": 0}]}]}), "tree nodes must be"),
     ],
 )  # fmt: skip

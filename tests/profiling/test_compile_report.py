@@ -61,6 +61,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", CASES)
 def test_compiles_clean(tmp_path, arch):
     done, reports = report(tmp_path, arch, *CASES[arch])
@@ -118,6 +119,7 @@ def test_a_slow_compilation_is_a_problem(seconds, problem):
     assert compile_report.find_problem(case, report, "") == problem
 
 
+@pytest.mark.slow
 def test_nothing_matches(tmp_path):
     done, _ = report(tmp_path, 90, "no such kernel")
     assert done.returncode == 2 and "no kernel's name contains" in done.stderr

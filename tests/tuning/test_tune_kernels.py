@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 from stagedspec.cli import app
 from stagedspec.kernels.common import launch_configs as configs
 from stagedspec.kernels.common import registry
+from stagedspec.models.shapes import SIZES, ModelShape
 from stagedspec.tuning import kernels as tune_kernels
 from stagedspec.tuning import workloads
 from stagedspec.tuning.kernels import Launch, Problem, tune
-from stagedspec.tuning.workloads import ModelShape
 
 GPU = "NVIDIA Some GPU"
 DEFAULT = {"tile": 64, "warps": 4}
@@ -171,7 +171,7 @@ def test_progress_counts_the_candidates_of_all_problems(monkeypatch):
     problem, clock = problem_of({64: 10.0, 32: 8.0, 9: 1.0})
     monkeypatch.setitem(tune_kernels.PROBLEMS, "compact", lambda *_: iter([problem, replace(problem, op="other")]))
     reports = []
-    shapes = [workloads.SIZES["S"]] * 2  # the same problems again: they are tuned once
+    shapes = [SIZES["S"]] * 2  # the same problems again: they are tuned once
     found = tune_kernels.tune_all(["compact"], shapes, None, lambda *report: reports.append(report), timed_by(clock))
     assert reports == [("op 8x4" if done <= 3 else "other 8x4", done, 6) for done in range(1, 7)]
     assert [one.op for one in found] == ["op", "other"]
@@ -313,7 +313,7 @@ def test_the_package_s_settings_are_those_that_tuning_tries(monkeypatch):
     monkeypatch.setattr(workloads, "dtype_of", lambda device: torch.bfloat16)
     tried = {
         (problem.op, configs.shape_name(problem.shape)): problem.candidates[1:]
-        for shape in workloads.SIZES.values()
+        for shape in SIZES.values()
         for problems in tune_kernels.PROBLEMS.values()
         for problem in problems(shape, torch.device("cpu"))
     }

@@ -139,7 +139,7 @@ def test_a_step_allocates_nothing_and_reads_nothing_back(pair, prompts, device, 
     request = validate(
         decoder.context, StagedOptions("staged", 3, TREE), ids, mask, max_new_tokens=20, sampling=options
     )
-    engine = decoder._run(request).engine
+    engine = decoder._start(request).engine
     with torch.inference_mode():
         engine.prefill(request.prompts)
         engine.step()

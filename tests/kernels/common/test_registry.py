@@ -19,7 +19,7 @@ from stagedspec.kernels import tree_attention as attention
 from stagedspec.kernels.common import registry
 from stagedspec.kernels.common.registry import Scratch
 from stagedspec.kernels.state import device as on_device
-from stagedspec.tuning.workloads import Growing, katz_table
+from stagedspec.tuning.workloads import TreeWorkload, katz_table
 
 for module in walk_packages(stagedspec.kernels.__path__, "stagedspec.kernels."):
     import_module(module.name)
@@ -98,7 +98,7 @@ def tree_calls(table, device) -> dict[str, tuple]:
     with pytest.MonkeyPatch.context() as patch:
         for module, name in zip((grow_tree, grow_tree, on_device), names, strict=True):
             patch.setattr(module, name, recorded(getattr(module, name)))
-        growing = Growing(8, 9, 1, table, device)
+        growing = TreeWorkload(8, 9, 1, table, device)
         trees = growing.passes()
         trees.verify_commit(growing.likely(trees))
     assert set(found) == set(names)
@@ -247,6 +247,7 @@ print(*(kernel.cache_key for kernel in kernels))
 """
 
 
+@pytest.mark.slow
 def test_cache_keys_do_not_depend_on_what_ran_before():
     """Else a second process compiles again, with Triton 3.6, what the first one left in the cache."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -19,6 +19,8 @@ from stagedspec.kernels.state import host_growth
 from stagedspec.models.ngram_fit import fit_table
 from stagedspec.planning.tree import TreeConfig
 
+pytestmark = pytest.mark.interpreted
+
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if GPU else torch.device("cpu")
 VOCAB = 11
