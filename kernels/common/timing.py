@@ -1,4 +1,4 @@
-"""Times work on a GPU by events and replays of CUDA graphs, the host by a clock; a step's overheads beyond its passes."""
+"""Times work on a GPU by events and CUDA graphs, the host by a clock; and a step's overheads beyond its passes."""
 
 import statistics
 import time
