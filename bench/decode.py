@@ -13,6 +13,8 @@ import json
 import sys
 from pathlib import Path
 
+import ctranslate2_peer
+from ctranslate2_peer import ctranslate2_side
 from rich.console import Console
 
 import stagedspec
@@ -46,6 +48,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=1, help="runs of every side on every prompt")
     parser.add_argument("--transformers", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument(
+        "--ctranslate2",
+        action=argparse.BooleanOptionalAction,
+        default=ctranslate2_peer.installed(),
+        help="on a CPU in fp32; by default if it is installed",
+    )
+    parser.add_argument(
         "--random-draft", action="store_true", help="random weights in the draft: what a hopeless draft costs"
     )
     parser.add_argument("--out", type=Path, help="write results as JSON")
@@ -76,15 +84,21 @@ def bench(options: argparse.Namespace, console: Console) -> dict:
         made = {mode: our_side(models.decoder, mode, settings) for mode in modes}
         if options.transformers:
             made[PLAIN] = transformers_side(models, settings)
+        peers = []
+        if options.ctranslate2 and str(models.decoder.device) == "cpu" and options.dtype == "float32":
+            peers = list(ctranslate2_peer.TYPES)
+            made |= {peer: ctranslate2_side(models.target, settings, peer) for peer in peers}
         sides = {side: lambda batch, run=run: run(*batch) for side, run in made.items()}
         runs = measure(sides, batches(encoded, size), options.repeats, name)
         # Sampled, transformers draws other random numbers: its tokens are not expected to be ours.
-        rows = summarise(runs, list(sides), frozenset({PLAIN} if name == "sample" else ()))
+        # Rounded to int8, the weights are others.
+        other = {PLAIN, *peers} if name == "sample" else {ctranslate2_peer.INT8}
+        rows = summarise(runs, list(sides), frozenset(other))
         same = same and all(row.identical is not False for row in rows)
         warped = f"top-k {options.top_k}, T={options.temperature:g}" if name == "sample" else ""
         title = f"{name} {warped}".rstrip()
         console.print(table(rows, f"{title}, {options.max_new_tokens} new tokens, batch {size}, {options.dtype}"))
-        least = {side: ratio for side, ratio in _least(runs).items() if not (side == PLAIN and warped)}
+        least = {side: ratio for side, ratio in _least(runs).items() if side not in other}
         worst = ", ".join(f"{side} {ratio:.2f}x" for side, ratio in least.items())
         console.print(f"least speed-up of a run: {worst}\n", highlight=False)
         results[name if size == 1 else f"{name}, batch {size}"] = {
