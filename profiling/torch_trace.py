@@ -96,14 +96,15 @@ def rows_of_tables(arguments: tuple, result: torch.Tensor, prefix: int) -> int:
 
 def compiled_pass(arguments: tuple, result: torch.Tensor, prefix: int) -> int:
     """All layers are read once, a row of each table for a node, and the committed keys and values."""
-    draft, _, cache = arguments[:3]
-    return size(draft.layers) + 3 * size(result) + prefix * size(cache[:, 0, 0])
+    weights, cache = arguments[0].weights, arguments[2]
+    layers = size((weights.norms, weights.products, weights.biases))
+    return layers + 3 * size(result) + prefix * size(cache[:, 0, 0])
 
 
-def compiled_head(arguments: tuple, result: tuple, prefix: int) -> int:
-    """The head is read once, the hidden states too, and the children written."""
-    draft, hidden = arguments[:2]
-    return size((draft.norm, draft.head, hidden, result))
+def compiled_head(arguments: tuple, result: object, prefix: int) -> int:
+    """The head is read once, the hidden states too, and the logits or children written."""
+    weights, hidden = arguments[0].weights, arguments[1]
+    return size((weights.final, weights.head, hidden, result))
 
 
 def little(arguments: tuple, result: object, prefix: int) -> int:
@@ -120,7 +121,9 @@ FLOORS = {
     "tree_attention": prefix_and_nodes,
     "embed": rows_of_tables,
     "compiled_forward": compiled_pass,
+    "compiled_logits": compiled_head,
     "compiled_children": compiled_head,
+    "choose": everything,
     "move_rows": little,
 }
 

@@ -22,7 +22,7 @@ LAYERS = (
     ("stagedspec.kernels.verify_commit",),
     ("stagedspec.kernels.state",),
     ("stagedspec.kernels.reference",),
-    ("stagedspec.kernels.compiled_draft",),
+    ("stagedspec.kernels.compiled",),
     ("stagedspec.kernels.backends", "stagedspec.kernels"),
     ("stagedspec.models",),
     ("stagedspec.planning",),
@@ -121,6 +121,6 @@ def test_the_graph_is_seen():
     assert "stagedspec.decoding.engine" in GRAPH["stagedspec.decoding.generation"]
     assert "stagedspec.kernels.backends.triton_backend" in GRAPH["stagedspec.kernels.backends.select"]  # lazy
     assert (
-        "stagedspec.kernels.compiled_draft" in GRAPH["stagedspec.kernels.backends.torch_backend"]
+        "stagedspec.kernels.compiled.model" in GRAPH["stagedspec.kernels.backends.torch_backend"]
     )  # for type checkers
     assert in_circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == {"a", "b", "c"}

@@ -27,8 +27,8 @@ A backend may leave out what belongs to a capability that it does not have. Each
     compiles_kernels     `CompilingBackend` is left out; there is nothing to warm up (`Decoder.warm_up`) or to check
                          (`stagedspec check`)
 
-`compile_draft` may return None, for some models or for all. A backend whose `compile_draft` never returns anything else
-leaves out `DraftCompiler`. `repeated` may return the function itself in place of a `Captured`.
+`compile_model` may return None, for some models or for all. A backend whose `compile_model` never returns anything else
+leaves out `ModelCompiler`. `repeated` may return the function itself in place of a `Captured`.
 """
 
 from collections import Counter
@@ -38,7 +38,7 @@ from typing import Any, Protocol, TypeAlias
 
 import torch
 
-from stagedspec.kernels.common.inputs import DraftConfig, NgramTable, TreeSettings
+from stagedspec.kernels.common.inputs import ModelConfig, NgramTable, TreeSettings
 from stagedspec.kernels.common.timing import Overheads
 
 # An object of a class of the backend's own. Whoever calls the backend only hands it back.
@@ -272,11 +272,12 @@ class Unread(Protocol):
 # ---------------------------------------------------------------- the backend
 
 
-class CompiledDraft(Protocol):
-    """A draft that a backend has compiled as a whole (`Backend.compile_draft`). `DraftCompiler` runs it."""
+class CompiledModel(Protocol):
+    """A model that a backend has compiled as a whole (`Backend.compile_model`). `ModelCompiler` runs it."""
 
-    def knows(self, rows: int, warping: dict | None = None) -> bool:
-        """Whether it takes a pass of so many rows, and children under this warping."""
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        """Of its keys and values."""
 
 
 class Captured(Protocol):
@@ -405,13 +406,13 @@ class Backend(Protocol):
     def fused_activation(self, name: str) -> bool:
         """Whether `norm_linear` takes the activation by name; others are given as functions."""
 
-    def compile_draft(
-        self, config: DraftConfig, weights: dict[str, torch.Tensor], scales: list[float]
-    ) -> CompiledDraft | None:
-        """A draft compiled as a whole, for `DraftCompiler`, or None where single operations serve it better.
+    def compile_model(
+        self, config: ModelConfig, weights: dict[str, torch.Tensor], scales: list[float]
+    ) -> CompiledModel | None:
+        """A model compiled as a whole, for `ModelCompiler`, or None where single operations serve it better.
 
-        config: `GPT2Config`; weights: by their names in a `GPT2LMHeadModel`; scales: factors of each layer's attention
-        scores.
+        A row's result does not depend, in any bit, on the other rows of a pass. config: `GPT2Config`; weights: by their
+        names in a `GPT2LMHeadModel`; scales: factors of each layer's attention scores.
         """
 
     # ------------------------------------------------------------ layers
@@ -522,14 +523,19 @@ class CompilingBackend(Backend, Protocol):
         them."""
 
 
-class DraftCompiler(Protocol):
-    """Only where `compile_draft` returns drafts: runs them. `draft` is one."""
+class ModelCompiler(Protocol):
+    """Only where `compile_model` returns models: runs them. `model` is one."""
 
-    def compiled_forward(self, draft: Own, batch: Own, rows: torch.Tensor, write: int, first: int) -> torch.Tensor:
-        """Hidden states [B, N, d] of a pass, before the last norm. rows: the KV cache; write, first: as of
+    def compiled_forward(
+        self, model: Own, batch: Own, rows: torch.Tensor, tree_rows: int, write: int, first: int
+    ) -> torch.Tensor:
+        """Hidden states [B, N, d] of a pass, before the last norm. rows: the KV cache; tree_rows, write, first: as of
         `layer_views`."""
 
+    def compiled_logits(self, model: Own, hidden: torch.Tensor) -> torch.Tensor:
+        """As `head_logits`, from hidden states of `compiled_forward`."""
+
     def compiled_children(
-        self, draft: Own, hidden: torch.Tensor, count: int, warping: dict | None, noise: Own
+        self, model: Own, hidden: torch.Tensor, count: int, warping: dict | None, noise: Own
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `lm_head_children`, from hidden states of `compiled_forward`."""

@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from stagedspec.kernels import reference
-from stagedspec.kernels.common.inputs import DraftConfig, NgramTable, TreeSettings
+from stagedspec.kernels.common.inputs import ModelConfig, NgramTable, TreeSettings
 from stagedspec.kernels.common.timing import Overheads
 from stagedspec.kernels.state import host, host_growth
 
 if TYPE_CHECKING:  # it needs Numba
-    from stagedspec.kernels.compiled_draft import CompiledDraft
+    from stagedspec.kernels.compiled.model import CompiledModel
 
 
 class TorchBackend:
-    """Satisfies `interface.Backend`, which documents every member, and `AdaptiveBackend` and `DraftCompiler`.
+    """Satisfies `interface.Backend`, which documents every member, and `AdaptiveBackend` and `ModelCompiler`.
 
     Stateless: one object could serve any number of decoders.
     """
@@ -30,7 +30,7 @@ class TorchBackend:
     # small models. Draft passes after the first find the caches warm, which makes up for part of their host work.
     overheads = Overheads(step=2e-4, node=1e-5, drafting=2e-4, draft_pass=0.0, row=4e-5)
     # Sizes close together cost nothing here, and with more sizes one busy moment spoils fewer measurements.
-    timed_rows: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
+    timed_rows: tuple[int, ...] = (1, 2, 4, 6, 8, 12, 16, 24, 32, 64)
 
     skips_passes = True
     adapts_trees = True
@@ -95,32 +95,35 @@ class TorchBackend:
     def timed_batch(self, tokens: torch.Tensor, context: int, kv_dtype: torch.dtype) -> tuple[host.Batch, int]:
         return host.prefill_batch(tokens, context, kv_dtype), 0
 
-    # ------------------------------------------------------------ drafts compiled as a whole
+    # ------------------------------------------------------------ models compiled as a whole
 
-    def compile_draft(
-        self, config: DraftConfig, weights: dict[str, torch.Tensor], scales: list[float]
-    ) -> "CompiledDraft | None":
-        """A `CompiledDraft`. None, too, where Numba is missing."""
+    def compile_model(
+        self, config: ModelConfig, weights: dict[str, torch.Tensor], scales: list[float]
+    ) -> "CompiledModel | None":
+        """A `CompiledModel`. None, too, where Numba is missing."""
         try:
-            from stagedspec.kernels.compiled_draft import CompiledDraft
+            from stagedspec.kernels.compiled.model import CompiledModel
         except ImportError:  # no Numba for a new Python, or only a GPU's packages
             return None
-        return CompiledDraft.of(config, weights, scales)
+        return CompiledModel.of(config, weights, scales)
 
     def compiled_forward(
-        self, draft: "CompiledDraft", batch: host.Batch, rows: torch.Tensor, write: int, first: int
+        self, model: "CompiledModel", batch: host.Batch, rows: torch.Tensor, tree_rows: int, write: int, first: int
     ) -> torch.Tensor:
-        return draft.forward(batch, rows, write, first)
+        return model.forward(batch, rows, tree_rows, write, first)
+
+    def compiled_logits(self, model: "CompiledModel", hidden: torch.Tensor) -> torch.Tensor:
+        return model.logits(hidden)
 
     def compiled_children(
         self,
-        draft: "CompiledDraft",
+        model: "CompiledModel",
         hidden: torch.Tensor,
         count: int,
         warping: dict | None,
         noise: reference.NoiseAt | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return draft.children(hidden, count, warping, noise)
+        return model.children(hidden, count, warping, noise)
 
     # ------------------------------------------------------------ operations
     # The functions themselves: a method around each would be one more call in Python, five times a layer.

@@ -21,7 +21,7 @@ from stagedspec.kernels.backends.cuda_graph import Captured
 from stagedspec.kernels.backends.memory import Memory
 from stagedspec.kernels.common import compiling
 from stagedspec.kernels.common.constants import MAX_HEAD_SIZE
-from stagedspec.kernels.common.inputs import DraftConfig, NgramTable, TreeSettings
+from stagedspec.kernels.common.inputs import ModelConfig, NgramTable, TreeSettings
 from stagedspec.kernels.common.timing import Overheads, Stopwatch
 from stagedspec.kernels.state import device as state
 from stagedspec.kernels.state.host import GREEDY_SHARPNESS
@@ -203,7 +203,7 @@ class TritonBackend:
     def fused_activation(self, name: str) -> bool:
         return linear.activation_known(name)
 
-    def compile_draft(self, config: DraftConfig, weights: dict[str, torch.Tensor], scales: list[float]) -> None:
+    def compile_model(self, config: ModelConfig, weights: dict[str, torch.Tensor], scales: list[float]) -> None:
         """None: a draft is run as any model is, since its kernels are captured and cost no host time."""
 
     # ---------------------------------------------------------------- layers

@@ -66,9 +66,10 @@ class NgramTable(Protocol):
     def successors_of(self, first: int, last: int) -> list[tuple[int, float]]: ...
 
 
-class DraftConfig(Protocol):
-    """What a compiled draft needs of transformers' `GPT2Config`."""
+class ModelConfig(Protocol):
+    """What a compiled model needs of transformers' `GPT2Config`."""
 
     n_layer: int
+    n_head: int
     layer_norm_epsilon: float
     activation_function: str

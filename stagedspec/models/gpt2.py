@@ -15,7 +15,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.activations import ACT2FN
 
-from stagedspec.kernels.backends.interface import Backend, Batch, CompiledDraft, DraftCompiler, NoiseAt, Own, Sequences
+from stagedspec.kernels.backends.interface import Backend, Batch, CompiledModel, ModelCompiler, NoiseAt, Own, Sequences
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Cache:
 
     def __init__(self, model: "GPT2", batch: int, tree_rows: int, positions: int):
         self.tree_rows = tree_rows
-        shape = (len(model.layers), batch, tree_rows + positions, 2, model.heads, model.head_size)
+        shape = (model.config.n_layer, batch, tree_rows + positions, 2, model.heads, model.head_size)
         # Zeros, not garbage: masked rows are multiplied by zero, and zero times NaN is NaN.
         self.rows = torch.zeros(shape, dtype=model.kv_dtype, device=model.device)
 
@@ -73,7 +73,6 @@ class GPT2:
         config = copy.deepcopy(model.config)
         check_config(config)
         self.ops, self.device, self.dtype = ops, device, dtype
-        self.kv_dtype = ops.kv_dtype(dtype, device, invariant)
         self.config = config
         vocabulary = config.vocab_size if vocabulary is None else vocabulary
         self.vocab_size, self.positions = min(config.vocab_size, vocabulary), config.n_positions
@@ -95,12 +94,14 @@ class GPT2:
         self.position_table = weights["transformer.wpe.weight"]
         self.final_norm = weights.pair("transformer.ln_f")
         self.invariant = invariant
-        self.head = ops.pack_linear(head, None, invariant)
-        self.layers = [self._layer(weights, index) for index in range(config.n_layer)]
-        self.compiled: CompiledDraft | None = None
-        if not invariant:
-            own = weights.shared | {"transformer.wte.weight": self.token_table, "lm_head.weight": head}
-            self.compiled = ops.compile_draft(config, own, [layer.scale for layer in self.layers])
+        own = {"transformer.wte.weight": self.token_table, "transformer.wpe.weight": self.position_table}
+        scales = [self._scale(index) for index in range(config.n_layer)]
+        self.compiled: CompiledModel | None
+        self.compiled = ops.compile_model(config, weights.shared | own | {"lm_head.weight": head}, scales)
+        self.kv_dtype = ops.kv_dtype(dtype, device, invariant) if self.compiled is None else self.compiled.kv_dtype
+        if self.compiled is None:
+            self.head = ops.pack_linear(head, None, invariant)
+            self.layers = [self._layer(weights, index) for index in range(config.n_layer)]
         self.parameters = sum(parameter.numel() for parameter in nn.Module.parameters(model))
 
     def _layer(self, weights: "_Weights", index: int) -> Layer:
@@ -112,9 +113,6 @@ class GPT2:
             before = None if norm is None else pair(norm)
             return self.ops.pack_linear(weight.t(), bias, self.invariant, before)  # Conv1D stores [in, out]
 
-        scale = self.head_size**-0.5 if self.config.scale_attn_weights else 1.0
-        if self.config.scale_attn_by_inverse_layer_idx:
-            scale /= index + 1
         return Layer(
             pair("ln_1"),
             linear("attn.c_attn", "ln_1"),
@@ -122,8 +120,13 @@ class GPT2:
             pair("ln_2"),
             linear("mlp.c_fc", "ln_2"),
             linear("mlp.c_proj"),
-            scale,
+            self._scale(index),
         )
+
+    def _scale(self, index: int) -> float:
+        """The factor of a layer's attention scores."""
+        scale = self.head_size**-0.5 if self.config.scale_attn_weights else 1.0
+        return scale / (index + 1) if self.config.scale_attn_by_inverse_layer_idx else scale
 
     @property
     def weight_bytes(self) -> int:
@@ -139,8 +142,9 @@ class GPT2:
         Keys and values are written to cache rows write .. write + N; rows before `first` are not attended to.
         """
         ops = self.ops
-        if self.compiled is not None and self.compiled.knows(batch.tokens.numel()):
-            return cast(DraftCompiler, ops).compiled_forward(self.compiled, batch, cache.rows, write, first)
+        if self.compiled is not None:
+            run = cast(ModelCompiler, ops).compiled_forward
+            return run(self.compiled, batch, cache.rows, cache.tree_rows, write, first)
         x = ops.embed(self.token_table, self.position_table, batch.tokens, batch.positions)
         views = ops.layer_views(cache.rows, cache.tree_rows, batch, write, first)
         for layer, view in zip(self.layers, views, strict=True):
@@ -153,18 +157,22 @@ class GPT2:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states [..., d] to fp32 logits [..., V]."""
+        if self.compiled is not None:
+            return cast(ModelCompiler, self.ops).compiled_logits(self.compiled, hidden)
         return self.ops.head_logits(hidden, *self.final_norm, self.epsilon, self.head)
 
     def choose(self, hidden: torch.Tensor, warping: dict | None, noise: NoiseAt | None) -> torch.Tensor:
         """Hidden states [B, N, d] to the token chosen at every node [B, N]."""
+        if self.compiled is not None:
+            return self.ops.choose(self.logits(hidden), warping, noise)
         return self.ops.lm_head_choose(hidden, *self.final_norm, self.epsilon, self.head, warping, noise)
 
     def children(
         self, hidden: torch.Tensor, count: int, warping: dict | None, noise: NoiseAt | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states [B, N, d] to the most likely children: tokens and log-probabilities, both [B, N, count]."""
-        if self.compiled is not None and self.compiled.knows(hidden.shape[:-1].numel(), warping):
-            return cast(DraftCompiler, self.ops).compiled_children(self.compiled, hidden, count, warping, noise)
+        if self.compiled is not None:
+            return cast(ModelCompiler, self.ops).compiled_children(self.compiled, hidden, count, warping, noise)
         return self.ops.lm_head_children(hidden, *self.final_norm, self.epsilon, self.head, count, warping, noise)
 
 
@@ -182,10 +190,13 @@ class _Weights:
     @property
     def shared(self) -> dict[str, torch.Tensor]:
         """The model's own tensors, copied only to another device or dtype."""
-        return {name: one.to(self._device, self._dtype) for name, one in self._parameters.items()}
+        return {name: self._checked(name, copy=False) for name in self._parameters}
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        own = self._parameters[name].to(self._device, self._dtype, copy=True)
+        return self._checked(name, copy=True)
+
+    def _checked(self, name: str, copy: bool) -> torch.Tensor:
+        own = self._parameters[name].to(self._device, self._dtype, copy=copy)
         if finite(own):
             return own
         if not finite(self._parameters[name]):

@@ -28,6 +28,7 @@ from stagedspec import Decoder, TreeConfig
 from stagedspec.decoding.request import StagedOptions, validate
 from stagedspec.decoding.stats import Clock, Stats
 from stagedspec.devices import current_device, resolve_device
+from stagedspec.kernels.backends.torch_backend import TorchBackend
 from stagedspec.kernels.state.host_growth import Growth
 from stagedspec.models.ngram_fit import fit_table
 
@@ -182,7 +183,7 @@ def test_embedded_target_on_held_out_prompts(place):
     order, 32 of them, where no choice is closer than 2e-4 of the largest logit (fp32 rounds by up to 8e-5 there), and
     identical to plain decoding everywhere.
 
-    Batches of 16 and, small enough for the draft's compiled pass, of 4; every mode; trees as given and as chosen.
+    Batches of 16 and of 4; every mode; trees as given and as chosen.
     """
     root = Path(__file__).resolve().parents[2]
     target = root / "stagedspec" / "assets" / "target"
@@ -224,6 +225,21 @@ def test_embedded_target_on_held_out_prompts(place):
 
 
 # ---------------------------------------------------------------- sampled, seed for seed
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_models_as_tensor_operations_decode_alike(target, drafts, monkeypatch, sampling):
+    """Where passes cannot be compiled."""
+    monkeypatch.setattr(TorchBackend, "compile_model", lambda *_: None)
+    decoder = stagedspec.Decoder.from_pretrained(target, drafts["good"], device="cpu", dtype="float32")
+    assert decoder.target.compiled is None and decoder.target.kv_dtype == torch.float64
+    ids, mask = left_pad(random_prompts([4, 1, 7], seed=9))
+    options = {"do_sample": True, "seed": 3, **SAMPLINGS[sampling]}
+    for more in ({}, options):
+        expected = decoder.generate(ids, mask, 12, mode="autoregressive", **more)
+        for mode in ("chain", "tree", "staged"):
+            for tree in (TREES["default"], TREES["wide"], None):
+                assert torch.equal(decoder.generate(ids, mask, 12, mode=mode, tree=tree, **more), expected)
 
 
 @pytest.mark.parametrize("kind", DRAFTS)

@@ -18,6 +18,7 @@ import step
 import torch_trace
 from stagedspec import TreeConfig
 from stagedspec.kernels.backends.torch_backend import TorchBackend
+from stagedspec.kernels.compiled.product import COLUMNS
 from stagedspec.models.gpt2 import GPT2
 
 TREE = TreeConfig(nodes=4, depth=2, passes=2, width=1, children=3, prefetch=1, prefetch_width=1)
@@ -171,20 +172,22 @@ def test_trace(folders, tmp_path, capsys):
     events = json.loads(out.read_text(encoding="utf-8"))["traceEvents"]
     names = [event.get("name") for event in events if event.get("cat") == "user_annotation"]
     assert names.count("step") == 2 and names.count("target") == 2
-    assert {"grow", "ngram", "draft", "verify", "commit", "linear_add 24x96"} <= set(names)
+    assert {"grow", "ngram", "draft", "verify", "commit", "compiled_forward"} <= set(names)
 
     lines = capsys.readouterr().out.splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     assert {len(row) for row in rows} == {8}
     found = {row[0]: row for row in rows}
-    assert {"target, tree_attention", "target, lm_head_choose 61x24", "all"} <= set(found)
-    # A small draft is compiled: two operations, in which torch runs none of its own.
+    assert {"target, compiled_forward", "target, compiled_logits", "target, choose", "all"} <= set(found)
+    # Models are compiled: two operations, in which torch runs none of its own.
     assert all(float(found[f"draft, {name}"][5]) > 0 for name in ("compiled_forward", "compiled_children"))
     assert any("/ 10 GB/s (stated)" in line for line in lines)
 
 
-def test_bytes_that_must_be_moved(target):
-    """Of one autoregressive step, counted by hand: weights once, biases, norms, one row in and out of everything."""
+def test_bytes_that_must_be_moved(target, monkeypatch):
+    """Of one autoregressive step of single operations, counted by hand: weights once, biases, norms, one row in and out
+    of everything."""
+    monkeypatch.setattr(TorchBackend, "compile_model", lambda *_: None)
     decoder = stagedspec.Decoder.from_pretrained(target, device="cpu", dtype="float32")
     options = ["--prompt-tokens", "8", "--steps", "1", "--warm-up", "1", "--mode", "autoregressive"]
     parser = torch_trace.argparse.ArgumentParser()
@@ -216,11 +219,13 @@ def test_bytes_that_must_be_moved(target):
     assert f"| {head.moved / 1e6:.2f} | {roof / 1e9:.0f} | 100% |" in torch_trace.table([head], roof)
 
 
-def test_bytes_of_a_small_drafts_pass():
-    """Counted by hand, of 2 rows of 3 nodes beside 10 committed tokens of all sequences."""
+def test_bytes_of_a_compiled_pass():
+    """Counted by hand: 2 rows of 3 nodes beside 10 committed tokens of all sequences; weights lie in whole blocks."""
     width, inner, vocab, layers, nodes = 24, 96, 61, 2, 6
+    whole = lambda outputs: -(-outputs // COLUMNS) * COLUMNS  # noqa: E731
     ours = GPT2(make_gpt2(0), TorchBackend(), torch.device("cpu"), torch.float32, invariant=False)
-    weights = width * (3 * width + width + 2 * inner) + 3 * width + width + inner + width + 4 * width
+    products = [(width, 3 * width), (width, width), (width, inner), (inner, width)]
+    weights = sum((inputs + 1) * whole(outputs) for inputs, outputs in products) + 4 * width
     cache = torch.zeros(layers, 2, 20, 2, 4, width // 4)
     hidden = torch.zeros(2, 3, width)
     assert torch_trace.FLOORS["compiled_forward"]((ours.compiled, None, cache), hidden, 10) == 4 * (
@@ -228,7 +233,7 @@ def test_bytes_of_a_small_drafts_pass():
     )
     children = (torch.zeros(2, 3, 4, dtype=torch.long), torch.zeros(2, 3, 4))
     assert torch_trace.FLOORS["compiled_children"]((ours.compiled, hidden), children, 10) == (
-        4 * (vocab * width + vocab + 2 * width + nodes * width) + nodes * 4 * (8 + 4)
+        4 * (whole(vocab) * width + 2 * width + nodes * width) + nodes * 4 * (8 + 4)
     )
 
 

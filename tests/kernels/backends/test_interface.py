@@ -53,7 +53,7 @@ def test_backends_offer_every_member(backend):
     assert problems(backend, interface.Backend) == []
     assert (problems(backend, interface.AdaptiveBackend) == []) == backend.adapts_trees
     assert (problems(backend, interface.CompilingBackend) == []) == backend.compiles_kernels
-    assert (problems(backend, interface.DraftCompiler) == []) == (backend.name == "torch")
+    assert (problems(backend, interface.ModelCompiler) == []) == (backend.name == "torch")
     part = backend.repeated(print)
     assert part is print or problems(part, interface.Captured) == []
 

@@ -1,0 +1,1 @@
+"""Whole passes on a CPU, compiled by Numba: `model.CompiledModel`."""

@@ -1,0 +1,111 @@
+"""How Numba compiles the functions of this folder, and where it keeps what it has compiled."""
+
+import logging
+import signal
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numba
+from numba.extending import intrinsic
+
+from stagedspec.kernels.common.launch_configs import cache_folder
+
+PATIENCE = 1.0  # seconds of compiling before the log says so
+log = logging.getLogger("stagedspec")
+COMPILED: list[Any] = []  # all functions that Numba compiles
+instruction: Any = (
+    intrinsic  # decorator of functions that write LLVM instructions; typed as what calls of them look like
+)
+
+
+def compiled(function: Callable, wrapped: bool = False) -> Callable:
+    """Decorator: Numba compiles the function at its first call and keeps the result on disk.
+
+    Only other compiled functions may call it, and Python too if it is `wrapped` (`entry`), which compiles longer.
+
+    Sums of a loop may be reordered, which depends on its length alone; infinities and NaN keep their meaning. A
+    division by zero raises nothing: a broken model must not end a generation.
+    """
+    options: dict[str, Any] = {
+        "fastmath": {"reassoc", "contract", "nsz"},
+        "nogil": True,
+        "error_model": "numpy",
+        "no_cpython_wrapper": not wrapped,
+        "no_cfunc_wrapper": True,
+    }
+    try:
+        COMPILED.append(numba.njit(cache=True, **options)(function))
+    except RuntimeError:  # no cache folder can be written
+        COMPILED.append(numba.njit(**options)(function))
+    return COMPILED[-1]
+
+
+def entry(function: Callable) -> Callable:
+    """As `compiled`, for functions that Python calls."""
+    return compiled(function, wrapped=True)
+
+
+def succeeds(attempt: Callable[[], object]) -> bool:
+    """Runs attempt(), which compiles functions of this folder or loads them from Numba's cache.
+
+    If that fails, warns and returns False.
+
+    Ctrl-C is delayed until the end, because Numba would stay broken after an interrupt.
+    """
+    with _delayed(signal.SIGINT), announced():
+        try:
+            attempt()
+        except Exception:  # the cache is damaged or full; Numba's errors have no common type
+            try:
+                _keep_in(cache_folder() / "numba")
+                attempt()
+            except Exception as error:
+                reason = " ".join(str(error).split())[:200] or type(error).__name__
+                warnings.warn(f"passes cannot be compiled, so they are slower: {reason}", stacklevel=2)
+                return False
+    return True
+
+
+def _keep_in(folder: Path) -> None:
+    """Moves Numba's cache of this folder's functions to another folder."""
+    settings: Any = numba.config  # its names are set when it is imported
+    before, settings.CACHE_DIR = settings.CACHE_DIR, str(folder)
+    try:
+        for function in COMPILED:
+            function.enable_caching()
+    finally:
+        settings.CACHE_DIR = before
+
+
+@contextmanager
+def announced() -> Iterator[None]:
+    """Logs that passes are being compiled, if it takes longer than PATIENCE. Loading from the cache does not."""
+    timer = threading.Timer(
+        PATIENCE, log.warning, ["making passes on this CPU ready: Numba compiles them once on this machine"]
+    )
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+@contextmanager
+def _delayed(number: int) -> Iterator[None]:
+    """Delays a signal until the end of the block. Only the main thread receives signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    received = []
+    before = signal.signal(number, lambda *_: received.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+        if received:
+            signal.raise_signal(number)

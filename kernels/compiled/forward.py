@@ -1,0 +1,315 @@
+"""The passes of a GPT-2 in fp32 on a CPU: all layers, and the head, each as the stages of one `team` pass.
+
+    layers:  every layer: x += attention(LayerNorm(x)), x += MLP(LayerNorm(x))
+    head:    logits = LayerNorm(x) @ head
+
+Bits: every row is computed alone, in an order that depends on nothing but its own place: products as `product` says,
+attention over its visible keys in the order of their positions, wherever in the cache they lie. So a token has the same
+hidden state alone, in a tree, in a prompt and in a batch. Bytes: the weights once.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from llvmlite import ir
+from numba import carray, types
+
+from stagedspec.kernels.compiled import team
+from stagedspec.kernels.compiled.attention import GROUP, attend, exp
+from stagedspec.kernels.compiled.build import compiled, entry, instruction
+from stagedspec.kernels.compiled.product import multiply
+from stagedspec.kernels.compiled.team import begin_tasks, end_tasks, wait_for_tasks
+
+f32 = np.float32
+RELU, GELU_TANH = range(2)
+ACTIVATIONS = {"relu": RELU, "gelu_new": GELU_TANH, "gelu_pytorch_tanh": GELU_TANH}
+LAYER_STAGES, HEAD_STAGES = 7, 2
+
+
+class Inputs(NamedTuple):
+    """What a pass is, as numbers on the board.
+
+    head: 1: the head, else all layers; rows: M; nodes: N, of each sequence; x, logits: addresses of hidden states
+    [M, d] and logits [M, V]; cache: address of the KV cache, which has cache_rows rows for each of so many sequences;
+    sequence: the one that the first row belongs to; write: the cache's row of node 0.
+    """
+
+    head: int
+    rows: int
+    nodes: int = 1
+    x: int = 0
+    logits: int = 0
+    cache: int = 0
+    cache_rows: int = 0
+    sequences: int = 0
+    sequence: int = 0
+    write: int = 0
+
+
+INPUTS = slice(team.INPUTS, team.INPUTS + len(Inputs._fields))
+HEAD, ROWS, NODES, X, LOGITS, CACHE, CACHE_ROWS, SEQUENCES, SEQUENCE, WRITE = range(INPUTS.start, INPUTS.stop)
+
+
+class Weights(NamedTuple):
+    """A model's weights, as the compiled functions take them.
+
+    tables: of tokens [V, d] and positions; norms: weight and bias of ln_1 and ln_2 [layers, d]; products: weight
+    [layers, blocks, in, COLUMNS] of `product.pack` of qkv, projection, up and down; biases: of the same, [layers,
+    blocks * COLUMNS]; final: weight and bias of the last norm [d]; head: packed; zeros: its bias; scales: of attention
+    scores [layers]; sizes: d, inner, V, heads; activation: of ACTIVATIONS.
+    """
+
+    tables: tuple[np.ndarray, ...]
+    norms: tuple[np.ndarray, ...]
+    products: tuple[np.ndarray, ...]
+    biases: tuple[np.ndarray, ...]
+    final: tuple[np.ndarray, ...]
+    head: np.ndarray
+    zeros: np.ndarray
+    scales: np.ndarray
+    epsilon: np.float32
+    vocabulary: int
+    heads: int
+    activation: int
+
+
+class Workspace(NamedTuple):
+    """Memory of one pass of up to M rows. normed, mixed, added [M, d], qkv [M, 3d], inner [M, inner]; visible: the rows
+    of the cache that each row attends to, in the order of their positions, int32 [M, most]; counts: how many, [M]."""
+
+    normed: np.ndarray
+    mixed: np.ndarray
+    added: np.ndarray
+    qkv: np.ndarray
+    inner: np.ndarray
+    visible: np.ndarray
+    counts: np.ndarray
+
+
+@instruction
+def _pointer(context: Any, address: Any) -> tuple[Any, Callable]:
+    """An address as a pointer, for `carray`."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: tuple) -> ir.Value:
+        return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
+
+    return types.voidptr(types.intp), generate
+
+
+# ---------------------------------------------------------------- one row
+
+
+@compiled
+def _normalise(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, epsilon: np.float32, y: np.ndarray) -> None:
+    """y = LayerNorm(x), both [d]."""
+    width = x.size
+    total, squares = f32(0), f32(0)
+    for j in range(width):
+        total += x[j]
+    mean = total / f32(width)
+    for j in range(width):
+        squares += (x[j] - mean) * (x[j] - mean)
+    scale = f32(1) / np.sqrt(squares / f32(width) + epsilon)
+    for j in range(width):
+        y[j] = (x[j] - mean) * scale * weight[j] + bias[j]
+
+
+@compiled
+def _activate(row: np.ndarray, kind: int) -> None:
+    """Activation in place. GELU by tanh is v * sigmoid(2u)."""
+    if kind == RELU:
+        for j in range(row.size):
+            row[j] = max(row[j], f32(0))
+    else:
+        for j in range(row.size):
+            v = row[j]
+            u = f32(0.7978845608028654) * (v + f32(0.044715) * v * v * v)
+            row[j] = v / (f32(1) + exp(f32(-2) * u))
+
+
+# ---------------------------------------------------------------- stages of all rows
+
+
+@compiled
+def _norm_stage(
+    x: np.ndarray,
+    weight: np.ndarray,
+    bias: np.ndarray,
+    epsilon: np.float32,
+    y: np.ndarray,
+    shared: np.ndarray,
+    stage: int,
+) -> None:
+    rows = len(x)
+    first, last = begin_tasks(shared, stage, rows)
+    while first < last:
+        for n in range(first, last):
+            _normalise(x[n], weight, bias, epsilon, y[n])
+        end_tasks(shared, stage, last - first)
+        first, last = begin_tasks(shared, stage, rows)
+    wait_for_tasks(shared, stage, rows)
+
+
+@compiled
+def _layer(weights: Weights, work: Workspace, x: np.ndarray, cache: np.ndarray, i: int, shared: np.ndarray) -> None:
+    """One layer: x [M, d] in place. cache: rows of all layers and sequences [.., 2, H, D]."""
+    stage = LAYER_STAGES * i
+    rows, width = x.shape
+    heads = cache.shape[2]
+    nodes, write = shared[NODES], shared[WRITE]
+    sequence, per_sequence = i * shared[SEQUENCES] + shared[SEQUENCE], shared[CACHE_ROWS]
+    normed, mixed, added, qkv, inner = work.normed[:rows], work.mixed[:rows], work.added, work.qkv, work.inner
+    _norm_stage(x, weights.norms[0][i], weights.norms[1][i], weights.epsilon, normed, shared, stage)
+
+    flat = cache.reshape(len(cache), 2 * width)
+    product, bias = weights.products[0][i], weights.biases[0][i]
+    blocks, columns = product.shape[0], product.shape[2]
+    first, last = begin_tasks(shared, stage + 1, blocks)
+    while first < last:
+        for block in range(first, last):
+            multiply(normed, rows, product, bias, qkv, block)
+            begin, end = max(block * columns, width), min((block + 1) * columns, 3 * width)
+            for n in range(rows):  # keys and values go into the cache
+                kept = flat[(sequence + n // nodes) * per_sequence + write + n % nodes]
+                for j in range(begin, end):
+                    kept[j - width] = qkv[n, j]
+        end_tasks(shared, stage + 1, last - first)
+        first, last = begin_tasks(shared, stage + 1, blocks)
+    wait_for_tasks(shared, stage + 1, blocks)
+
+    groups = (nodes + GROUP - 1) // GROUP
+    tasks = rows // nodes * heads * groups
+    first, last = begin_tasks(shared, stage + 2, tasks)
+    if first < last:
+        shares = np.empty((GROUP, work.visible.shape[1]), f32)
+    while first < last:
+        for task in range(first, last):
+            row, head, group = task // (heads * groups), task // groups % heads, task % groups
+            begin = row * nodes + group * GROUP
+            end = min(begin + GROUP, (row + 1) * nodes)
+            attend(
+                qkv[begin:end], cache, (sequence + row) * per_sequence, head, work.visible[begin:end],
+                work.counts[begin:end], weights.scales[i], shares, mixed[begin:end],
+            )  # fmt: skip
+        end_tasks(shared, stage + 2, last - first)
+        first, last = begin_tasks(shared, stage + 2, tasks)
+    wait_for_tasks(shared, stage + 2, tasks)
+
+    _add_stage(mixed, weights.products[1][i], weights.biases[1][i], added, x, shared, stage + 3)
+    _norm_stage(x, weights.norms[2][i], weights.norms[3][i], weights.epsilon, normed, shared, stage + 4)
+
+    product, bias = weights.products[2][i], weights.biases[2][i]
+    blocks = product.shape[0]
+    first, last = begin_tasks(shared, stage + 5, blocks)
+    while first < last:
+        for block in range(first, last):
+            multiply(normed, rows, product, bias, inner, block)
+            for n in range(rows):
+                _activate(inner[n, block * columns : (block + 1) * columns], weights.activation)
+        end_tasks(shared, stage + 5, last - first)
+        first, last = begin_tasks(shared, stage + 5, blocks)
+    wait_for_tasks(shared, stage + 5, blocks)
+
+    _add_stage(inner[:rows], weights.products[3][i], weights.biases[3][i], added, x, shared, stage + 6)
+
+
+@compiled
+def _add_stage(
+    y: np.ndarray,
+    product: np.ndarray,
+    bias: np.ndarray,
+    added: np.ndarray,
+    x: np.ndarray,
+    shared: np.ndarray,
+    stage: int,
+) -> None:
+    """x [M, d] += y @ product + bias. added: memory [>= M, d]."""
+    rows, width = x.shape
+    blocks, columns = product.shape[0], product.shape[2]
+    first, last = begin_tasks(shared, stage, blocks)
+    while first < last:
+        for block in range(first, last):
+            multiply(y, rows, product, bias, added, block)
+            for n in range(rows):
+                for j in range(block * columns, min(width, (block + 1) * columns)):
+                    x[n, j] += added[n, j]
+        end_tasks(shared, stage, last - first)
+        first, last = begin_tasks(shared, stage, blocks)
+    wait_for_tasks(shared, stage, blocks)
+
+
+@compiled
+def _head(weights: Weights, work: Workspace, x: np.ndarray, logits: np.ndarray, shared: np.ndarray) -> None:
+    """logits [M, V] of hidden states x [M, d]."""
+    rows = len(x)
+    normed = work.normed[:rows]
+    _norm_stage(x, weights.final[0], weights.final[1], weights.epsilon, normed, shared, 0)
+    blocks = len(weights.head)
+    first, last = begin_tasks(shared, 1, blocks)
+    while first < last:
+        for block in range(first, last):
+            multiply(normed, rows, weights.head, weights.zeros, logits, block)
+        end_tasks(shared, 1, last - first)
+        first, last = begin_tasks(shared, 1, blocks)
+    wait_for_tasks(shared, 1, blocks)
+
+
+@entry
+def run_passes(weights: Weights, work: Workspace, shared: np.ndarray, helper: int, model: int) -> int:
+    """The part of one thread. The caller of an open pass (`team.CALLER`): to its end. A helper: in all passes of a
+    model, until it must sleep or another model runs; returns what `team.next_pass` does.
+
+    One function for both, since Numba would compile all below it for each.
+    """
+    while True:
+        found = 1 if helper == team.CALLER else team.next_pass(shared, helper, model)
+        if found != 1:
+            return found
+        rows, width = shared[ROWS], weights.tables[0].shape[1]
+        x = carray(_pointer(shared[X]), (rows, width), f32)
+        if shared[HEAD]:
+            logits = carray(_pointer(shared[LOGITS]), (rows, weights.vocabulary), f32)
+            _head(weights, work, x, logits, shared)
+        else:
+            layers, heads = len(weights.scales), weights.heads
+            shape = (layers * shared[SEQUENCES] * shared[CACHE_ROWS], 2, heads, width // heads)
+            cache = carray(_pointer(shared[CACHE]), shape, f32)
+            for i in range(layers):
+                _layer(weights, work, x, cache, i, shared)
+        if helper == team.CALLER:
+            team.close_pass(shared)
+            return 0
+        team.leave_pass(shared)
+
+
+@entry
+def embed(
+    tokens: np.ndarray, positions: np.ndarray, bias: np.ndarray, region: int, first: int, weights: Weights,
+    work: Workspace, x: np.ndarray,
+) -> None:  # fmt: skip
+    """The beginning of a pass over tokens, positions int64 [B, N]: x [B*N, d], and what each row attends to.
+
+    bias [B or 1, N, R]: 0 where row `first` + r of the cache is visible, else -inf. The first `region` of them are the
+    rows of a tree, parents before children, whose positions come after all others'.
+    """
+    token_table, position_table = weights.tables
+    batch, nodes = tokens.shape
+    seen, width = bias.shape[2], x.shape[1]
+    for b in range(batch):
+        mask = bias[min(b, len(bias) - 1)]
+        for n in range(nodes):
+            row = b * nodes + n
+            token, position = tokens[b, n], min(positions[b, n], len(position_table) - 1)
+            for j in range(width):
+                x[row, j] = token_table[token, j] + position_table[position, j]
+            count = 0
+            for r in range(region, seen):
+                if mask[n, r] == 0:
+                    work.visible[row, count] = first + r
+                    count += 1
+            for r in range(region):
+                if mask[n, r] == 0:
+                    work.visible[row, count] = first + r
+                    count += 1
+            work.counts[row] = count

@@ -1,0 +1,318 @@
+"""A GPT-2 whose passes on a CPU are compiled as a whole.
+
+As separate tensor operations a small model's pass takes several times as long as its weights take to be read: each of
+some thirty operations begins with cache misses on its code, descriptors and data. A large model's weights stream faster
+in one piece than one by one.
+"""
+
+import itertools
+import os
+import threading
+from dataclasses import dataclass, field
+from functools import cache
+
+import numpy as np
+import torch
+
+from stagedspec.kernels import reference
+from stagedspec.kernels.common.inputs import ModelConfig
+from stagedspec.kernels.compiled import team
+from stagedspec.kernels.compiled.build import succeeds
+from stagedspec.kernels.compiled.children import best_children
+from stagedspec.kernels.compiled.forward import (
+    ACTIVATIONS,
+    HEAD_STAGES,
+    INPUTS,
+    LAYER_STAGES,
+    Inputs,
+    Weights,
+    Workspace,
+    embed,
+    run_passes,
+)
+from stagedspec.kernels.compiled.product import COLUMNS, exact_dtype, pack
+from stagedspec.kernels.reference.noise import NoiseAt
+from stagedspec.kernels.state.host import GREEDY_SHARPNESS, Batch
+
+MAX_ROWS = 512  # of one pass; a longer one is cut by its sequences, so that its workspace stays small
+MAX_LAYERS = 512
+f32 = np.float32
+
+
+# ---------------------------------------------------------------- the team of this process
+
+
+class Team:
+    """The helper threads of a process, and the board that they share with whoever calls them (`team`)."""
+
+    def __init__(self) -> None:
+        self.process = os.getpid()  # a fork has no threads but the one that forked
+        self.lock = threading.Lock()  # held by the pass that the team works for
+        self.board = team.board(LAYER_STAGES * MAX_LAYERS)
+        self.work: tuple[Weights, Workspace, int] | None = None  # of the pass, with the number of its model
+        self._awake = np.zeros(team.MOST, np.int64)
+        self._calls: list[threading.Semaphore] = []
+
+    def grow(self, threads: int) -> None:
+        """Makes helpers, so that there are so many threads with the caller."""
+        while len(self._calls) < threads - 1:
+            helper = len(self._calls)
+            self._calls.append(threading.Semaphore(0))
+            self.board[team.SLEEPS + helper] = 1
+            threading.Thread(target=self._help, args=(helper,), name=f"stagedspec-{helper}", daemon=True).start()
+
+    def open(self, stages: int) -> None:
+        """Opens a pass and wakes the helpers that sleep."""
+        team.open_pass(self.board, stages, self._awake)
+        for helper in self._awake[: self.board[team.THREADS] - 1].nonzero()[0]:
+            self._calls[helper].release()
+
+    def _help(self, helper: int) -> None:
+        found = 0
+        while True:
+            if found == 0:
+                self._calls[helper].acquire()
+            work = self.work
+            if work is None:
+                found = team.next_pass(self.board, helper, -1)
+            else:
+                weights, memory, model = work
+                found = run_passes(weights, memory, self.board, helper, model)
+                del weights, memory
+            del work
+
+
+_team: list[Team] = []
+
+
+def _the_team() -> Team:
+    """The team of this process, made at first use."""
+    if not _team or _team[0].process != os.getpid():
+        _team[:] = [Team()]
+    return _team[0]
+
+
+# ---------------------------------------------------------------- models
+
+
+_numbers = itertools.count()
+
+
+@dataclass
+class _Memory:
+    """A `Workspace`, and a board for passes that run alone. number: tells it from all others of this process."""
+
+    work: Workspace
+    board: np.ndarray
+    number: int
+
+    @classmethod
+    def of(cls, weights: Weights, rows: int, most: int) -> "_Memory":
+        width, inner = weights.tables[0].shape[1], weights.products[3].shape[2]
+        empty = lambda *shape: np.empty(shape, f32)  # noqa: E731
+        work = Workspace(
+            empty(rows, width), empty(rows, width), empty(rows, width), empty(rows, 3 * width), empty(rows, inner),
+            np.empty((rows, most), np.int32), np.empty(rows, np.int64),
+        )  # fmt: skip
+        alone = team.board(LAYER_STAGES * len(weights.scales) + HEAD_STAGES)
+        alone[team.THREADS] = 1
+        return cls(work, alone, next(_numbers))
+
+    def fits(self, rows: int, most: int) -> bool:
+        held = self.work.visible.shape
+        return rows <= held[0] and most <= held[1]
+
+
+@dataclass(frozen=True)
+class CompiledModel:
+    """A model's weights, packed, and its passes. Satisfies `interface.CompiledModel`.
+
+    Threads: as many as torch may use.
+    """
+
+    weights: Weights
+    kv_dtype = torch.float32
+    _free: list[_Memory] = field(default_factory=list)  # workspaces that no pass uses
+
+    @classmethod
+    def of(cls, config: ModelConfig, weights: dict[str, torch.Tensor], scales: list[float]) -> "CompiledModel | None":
+        """Packs a model. None if its activation or dtype is not supported, off the CPU, or if Numba fails.
+
+        config: `GPT2Config`; weights: by their names in a `GPT2LMHeadModel`, all copied but
+        the two tables of embeddings; scales: factors of each layer's
+        attention scores.
+        """
+        plain = all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in weights.values())
+        known = config.activation_function in ACTIVATIONS and config.n_layer <= MAX_LAYERS
+        if not plain or not known:
+            return None
+        names = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+        layers = range(config.n_layer)
+        head = weights.get("lm_head.weight", weights["transformer.wte.weight"])
+        dtype = exact_dtype([head] + [weights[f"transformer.h.{i}.{name}.weight"] for name in names for i in layers])
+        if not ready(dtype):
+            return None
+
+        def stacked(name: str) -> np.ndarray:
+            return torch.stack([weights[f"transformer.h.{i}.{name}"] for i in layers]).numpy()
+
+        def packed(name: str) -> np.ndarray:
+            one = lambda i: pack(weights[f"transformer.h.{i}.{name}.weight"].t(), dtype)  # noqa: E731
+            first = one(0)
+            whole = np.empty((config.n_layer, *first.shape), first.dtype)
+            for i in layers:
+                whole[i] = one(i)
+            return whole
+
+        def bias(name: str) -> np.ndarray:
+            given = stacked(f"{name}.bias")
+            return np.pad(given, ((0, 0), (0, -given.shape[1] % COLUMNS)))
+
+        packed_head = pack(head, dtype)
+        laid_out = Weights(
+            tables=tuple(weights[f"transformer.{name}.weight"].contiguous().numpy() for name in ("wte", "wpe")),
+            norms=tuple(stacked(f"{name}.{part}") for name in ("ln_1", "ln_2") for part in ("weight", "bias")),
+            products=tuple(packed(name) for name in names),
+            biases=tuple(bias(name) for name in names),
+            final=tuple(weights[f"transformer.ln_f.{part}"].numpy().copy() for part in ("weight", "bias")),
+            head=packed_head,
+            zeros=np.zeros(len(packed_head) * COLUMNS, f32),
+            scales=np.array(scales, f32),
+            epsilon=f32(config.layer_norm_epsilon),
+            vocabulary=len(head),
+            heads=config.n_head,
+            activation=ACTIVATIONS[config.activation_function],
+        )
+        return cls(laid_out)
+
+    def forward(self, batch: Batch, rows: torch.Tensor, tree_rows: int, write: int, first: int) -> torch.Tensor:
+        """Hidden states [B, N, d] of a pass, before the last norm, as `GPT2.forward`. batch: `host.Batch`; rows: the KV
+        cache [layers, B, S, 2, H, D], whose first `tree_rows` are of the tree; write: the row of node 0; first: the
+        first row that is attended to."""
+        tokens, positions = (np.ascontiguousarray(part.numpy()) for part in (batch.tokens, batch.positions))
+        bias = np.ascontiguousarray(batch.bias.numpy()[:, 0])
+        sequences, nodes = tokens.shape
+        x = np.empty((sequences, nodes, self.weights.tables[0].shape[1]), f32)
+        at_once = max(1, MAX_ROWS // nodes)
+        for start in range(0, sequences, at_once):
+            part = slice(start, start + at_once)
+            with _Borrowed(self, min(at_once, sequences - start) * nodes, bias.shape[2]) as memory:
+                chosen = x[part].reshape(-1, x.shape[2])
+                mask = bias if len(bias) == 1 else bias[part]
+                region = max(0, tree_rows - first)
+                embed(tokens[part], positions[part], mask, region, first, self.weights, memory.work, chosen)
+                inputs = Inputs(
+                    0,
+                    len(chosen),
+                    nodes,
+                    chosen.ctypes.data,
+                    0,
+                    rows.data_ptr(),
+                    rows.shape[2],
+                    sequences,
+                    start,
+                    write,
+                )
+                self._run(memory, inputs, LAYER_STAGES * len(self.weights.scales))
+        return torch.from_numpy(x)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """fp32 logits [..., V] of hidden states [..., d]."""
+        x = np.ascontiguousarray(hidden.flatten(0, -2).numpy())
+        logits = np.empty((len(x), self.weights.vocabulary), f32)
+        for start in range(0, len(x), MAX_ROWS):
+            rows = min(MAX_ROWS, len(x) - start)
+            with _Borrowed(self, rows, 1) as memory:
+                inputs = Inputs(1, rows, x=x[start:].ctypes.data, logits=logits[start:].ctypes.data)
+                self._run(memory, inputs, HEAD_STAGES)
+        return torch.from_numpy(logits).view(*hidden.shape[:-1], -1)
+
+    def children(
+        self, hidden: torch.Tensor, count: int, warping: dict | None, noise: NoiseAt | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The likeliest children of hidden states [B, N, d]: tokens, log-probabilities [B, N, C], as
+        `reference.choose_children`. noise: `reference.NoiseAt`, or None when greedy."""
+        logits = self.logits(hidden)
+        if warping is not None and (warping["top_p"] is not None or warping["min_p"] is not None):
+            return reference.choose_children(logits, count, warping, noise)
+        size = logits.shape[-1]
+        k, scale = (None, GREEDY_SHARPNESS) if warping is None else (warping["top_k"], 1.0 / warping["temperature"])
+        k = size if k is None else min(k, size)
+        values, places = np.empty((0, size), f32), np.empty(0, np.int64)
+        if noise is not None:
+            values = noise.values.flatten(0, 1).numpy()
+            places = np.ascontiguousarray(noise.rows().flatten().numpy())
+        scores = logits.flatten(0, 1).numpy()
+        tokens, logprobs = np.empty((len(scores), min(count, k)), np.int64), np.empty((len(scores), min(count, k)), f32)
+        best_children(scores, f32(scale), k, values, places, tokens, logprobs)
+        shape = (*hidden.shape[:-1], -1)
+        return torch.from_numpy(tokens).view(shape), torch.from_numpy(logprobs).view(shape)
+
+    def _run(self, memory: _Memory, inputs: Inputs, stages: int) -> None:
+        """Runs a pass: with the team's help, or alone if the team is at work for another thread."""
+        threads = min(torch.get_num_threads(), team.MOST)
+        helpers = _the_team() if threads > 1 else None
+        if helpers is None or not helpers.lock.acquire(blocking=False):
+            memory.board[INPUTS] = inputs
+            team.open_pass(memory.board, stages, memory.board[:0])
+            run_passes(self.weights, memory.work, memory.board, team.CALLER, 0)
+            return
+        try:
+            helpers.grow(threads)
+            board = helpers.board
+            board[INPUTS] = inputs
+            board[team.THREADS], board[team.MODEL] = threads, memory.number
+            helpers.work = self.weights, memory.work, memory.number
+            helpers.open(stages)
+            run_passes(self.weights, memory.work, board, team.CALLER, memory.number)
+        finally:
+            helpers.work = None
+            helpers.lock.release()
+
+
+class _Borrowed:
+    """A workspace of a model for passes of so many rows that attend to at most so many."""
+
+    def __init__(self, model: CompiledModel, rows: int, most: int):
+        self._model, self._rows, self._most = model, rows, most
+
+    def __enter__(self) -> _Memory:
+        free = self._model._free
+        memory = free.pop() if free else None
+        if memory is None or not memory.fits(self._rows, self._most):
+            held = (0, 0) if memory is None else memory.work.visible.shape
+            rows, most = max(held[0], self._rows), max(held[1], -(-self._most // 256) * 256)
+            memory = _Memory.of(self._model.weights, rows, most)
+        self._memory = memory
+        return memory
+
+    def __exit__(self, *_: object) -> None:
+        self._model._free.append(self._memory)
+
+
+# ---------------------------------------------------------------- compiling when a model is loaded
+
+
+@cache
+def ready(dtype: torch.dtype) -> bool:
+    """Compiles the passes of models whose weights are kept in dtype, or loads them from Numba's cache, once in a
+    process. If that fails, warns and returns False: models then run as tensor operations."""
+    return succeeds(lambda: _try_out(dtype))
+
+
+def _try_out(dtype: torch.dtype) -> None:
+    """Runs the passes of a tiny model, which compiles the functions for the types of all passes."""
+    ones = lambda *shape: np.ones(shape, f32)  # noqa: E731
+    with torch.device("cpu"):  # whatever the default is
+        product = np.stack([pack(torch.ones(1, 1), dtype)])
+        tiny = Weights(
+            (ones(1, 1), ones(1, 1)), (ones(1, 1),) * 4, (product,) * 4, (ones(1, COLUMNS),) * 4, (ones(1), ones(1)),
+            product[0], np.zeros(COLUMNS, f32), ones(1), f32(1), 1, 1, 0,
+        )  # fmt: skip
+        model = CompiledModel(tiny)
+        one = torch.zeros(1, 1, dtype=torch.long)
+        batch, rows = Batch(one, one, [[0]], torch.zeros(1, 1, 1, 1)), torch.zeros(1, 1, 1, 2, 1, 1)
+        model.children(model.forward(batch, rows, 0, 0, 0), 1, None, None)
+    shared = team.board(0)
+    shared[team.OPEN] = 1
+    team.next_pass(shared, 0, -1)

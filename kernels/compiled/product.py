@@ -1,0 +1,227 @@
+"""Matrix products of a few rows, with weights in packed blocks, as vector instructions.
+
+    y [M, out] = x [M, in] @ weight + bias
+
+A weight is cut into blocks of COLUMNS outputs. A block holds all its inputs in turn, so that it streams through a core
+once, in order. A tile of up to TILE rows and one block of columns stays in vector registers while the inputs go by.
+
+Bits: an output is the sum over chunks of DEPTH inputs, in order, each chunk's sum a chain of fused multiply-adds, in
+order. Neither the number of rows nor the number of threads changes it. Bytes: the weights once, as they are kept: in
+fp32, or in fp16 or bf16 where that holds the same numbers (`pack`), as in checkpoints that were saved so.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from llvmlite import binding, ir
+from numba import types
+from numba.core import cgutils
+
+from stagedspec.kernels.compiled.build import compiled, instruction
+
+_FEATURES = binding.get_host_cpu_features()
+# Lanes of a vector register, and vectors of a block: with TILE rows of sums, all registers but a few.
+LANES, VECTORS = (16, 4) if _FEATURES.get("avx512f") else (8, 2) if _FEATURES.get("avx2") else (4, 4)
+COLUMNS = LANES * VECTORS  # of a block
+TILE = 6  # most rows of a tile
+DEPTH = 128  # inputs that are summed before their sum is added to the output
+AHEAD = 4096  # bytes that a block is fetched ahead: the hardware's own prefetching ends at every page
+FUSED = bool(_FEATURES.get("fma")) or not _FEATURES.get("sse2")  # other processors than x86 have it
+HALVES = bool(_FEATURES.get("f16c")) or not _FEATURES.get("sse2")  # fp16 to fp32 as one instruction
+f32 = np.float32
+
+# How a packed weight is kept: Numba has no 16-bit floats on a CPU, so an integer type stands for each.
+_KEPT = {torch.float32: np.float32, torch.float16: np.uint16, torch.bfloat16: np.int16}
+
+
+def exact_dtype(weights: list[torch.Tensor]) -> torch.dtype:
+    """The smallest dtype that holds fp32 weights without a change."""
+    narrow = [torch.float16, torch.bfloat16] if HALVES else [torch.bfloat16]
+    for dtype in narrow:
+        if all(torch.equal(weight.to(dtype).float(), weight) for weight in weights):
+            return dtype
+    return torch.float32
+
+
+def pack(weight: torch.Tensor, dtype: torch.dtype) -> np.ndarray:
+    """weight [out, in] -> blocks [ceil(out / COLUMNS), in, COLUMNS], filled up with zeros. dtype: of `exact_dtype`."""
+    blocks = -(-weight.shape[0] // COLUMNS)
+    whole = torch.zeros(blocks * COLUMNS, weight.shape[1], dtype=dtype, device="cpu")
+    whole[: weight.shape[0]] = weight
+    packed = whole.view(blocks, COLUMNS, -1).transpose(1, 2).contiguous()
+    kept = packed if dtype == torch.float32 else packed.view(torch.int16)
+    return kept.numpy().view(_KEPT[dtype])
+
+
+def _vector(builder: ir.IRBuilder, kept: Any, address: ir.Value, vector: ir.VectorType) -> ir.Value:
+    """The LANES weights at an address, as fp32."""
+    if kept == types.float32:
+        return builder.load(builder.inttoptr(address, vector.as_pointer()), align=4)
+    if kept == types.uint16:
+        half = ir.VectorType(ir.HalfType(), LANES)
+        return builder.fpext(builder.load(builder.inttoptr(address, half.as_pointer()), align=2), vector)
+    short, whole = (ir.VectorType(ir.IntType(bits), LANES) for bits in (16, 32))
+    bits = builder.zext(builder.load(builder.inttoptr(address, short.as_pointer()), align=2), whole)
+    return builder.bitcast(builder.shl(bits, ir.Constant(whole, [16] * LANES)), vector)
+
+
+def _tile(rows: int, alone: bool = True) -> Callable:
+    """An intrinsic function: y [rows, COLUMNS] += x [rows, depth] @ block [depth, COLUMNS], all by their addresses.
+
+    Arguments: x, bytes from one row of x to the next, the array of blocks (for its type), the block's address, depth,
+    y, bytes from one row of y to the next, what is to be fetched for later, and by how many bytes that goes on with
+    each input. For each input as much is fetched as it has weights, or half as much if the tile is not `alone`.
+    """
+
+    @instruction
+    def tile(
+        context: Any,
+        x: Any,
+        x_stride: Any,
+        weights: Any,
+        block: Any,
+        depth: Any,
+        y: Any,
+        y_stride: Any,
+        next: Any,
+        step: Any,
+    ) -> tuple[Any, Callable]:
+        kept = weights.dtype
+        size = kept.bitwidth // 8
+
+        def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: tuple) -> ir.Value:
+            x, x_stride, _, block, depth, y, y_stride, next, step = arguments
+            whole, real, byte = ir.IntType(64), ir.FloatType(), ir.IntType(8)
+            vector, index = ir.VectorType(real, LANES), ir.IntType(32)
+            number = lambda value: ir.Constant(whole, value)  # noqa: E731
+            if FUSED:
+                kind = ir.FunctionType(vector, [vector] * 3)
+                fused = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{LANES}f32")
+            kind = ir.FunctionType(ir.VoidType(), [byte.as_pointer(), index, index, index])
+            prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+
+            before, loop = builder.block, builder.append_basic_block("inputs")
+            after = builder.append_basic_block("sums")
+            builder.branch(loop)
+            builder.position_at_end(loop)
+            k = builder.phi(whole)
+            k.add_incoming(number(0), before)
+            sums = [builder.phi(vector) for _ in range(rows * VECTORS)]
+            for one in sums:
+                one.add_incoming(ir.Constant(vector, [0.0] * LANES), before)
+            line = builder.add(block, builder.mul(k, number(COLUMNS * size)))
+            weights = [
+                _vector(builder, kept, builder.add(line, number(part * LANES * size)), vector)
+                for part in range(VECTORS)
+            ]
+            for part in range(0, COLUMNS * size // (1 if alone else 2), 64):
+                place = builder.add(builder.add(next, builder.mul(k, step)), number(part))
+                ahead = builder.inttoptr(place, byte.as_pointer())
+                builder.call(prefetch, [ahead, index(0), index(3 if alone else 2), index(1)])
+            added = []
+            for row in range(rows):
+                place = builder.add(x, builder.mul(x_stride, number(row)))
+                place = builder.add(place, builder.mul(k, number(4)))
+                value = builder.load(builder.inttoptr(place, real.as_pointer()), align=4)
+                none = ir.Constant(vector, ir.Undefined)
+                lanes = builder.insert_element(none, value, index(0))
+                lanes = builder.shuffle_vector(lanes, none, ir.Constant(ir.VectorType(index, LANES), [0] * LANES))
+                for part, weight in enumerate(weights):
+                    sum_so_far = sums[row * VECTORS + part]
+                    if FUSED:
+                        added.append(builder.call(fused, [lanes, weight, sum_so_far]))
+                    else:
+                        added.append(builder.fadd(sum_so_far, builder.fmul(lanes, weight)))
+            following = builder.add(k, number(1))
+            k.add_incoming(following, loop)
+            for one, result in zip(sums, added, strict=True):
+                one.add_incoming(result, loop)
+            builder.cbranch(builder.icmp_signed("<", following, depth), loop, after)
+            builder.position_at_end(after)
+            for row in range(rows):
+                start = builder.add(y, builder.mul(y_stride, number(row)))
+                for part in range(VECTORS):
+                    place = builder.inttoptr(builder.add(start, number(part * LANES * 4)), vector.as_pointer())
+                    result = builder.fadd(builder.load(place, align=4), added[row * VECTORS + part])
+                    builder.store(result, place, align=4)
+            return context.get_dummy_value()
+
+        place = types.intp
+        return types.void(place, place, weights, place, place, place, place, place, place), generate
+
+    return tile
+
+
+_one, _two, _three, _four, _five, _six = (_tile(rows) for rows in range(1, TILE + 1))
+_next_three, _next_four, _next_five, _next_six = (_tile(rows, alone=False) for rows in range(3, TILE + 1))
+
+
+@compiled
+def multiply(x: np.ndarray, rows: int, weights: np.ndarray, bias: np.ndarray, y: np.ndarray, block: int) -> None:
+    """The columns of one block of y [>= rows, out] = x [>= rows, in] @ weights + bias.
+
+    weights: blocks of `pack`; bias: fp32 [blocks * COLUMNS]. x and y are contiguous.
+    """
+    out = y.shape[1]
+    first = block * COLUMNS
+    last = min(out, first + COLUMNS)
+    if last - first == COLUMNS:
+        place, stride = y.ctypes.data + first * 4, out * 4
+        for n in range(rows):
+            for j in range(first, last):
+                y[n, j] = bias[j]
+        _add_products(x, rows, weights, block, place, stride)
+    else:
+        whole = np.empty((rows, COLUMNS), f32)
+        for n in range(rows):
+            for j in range(COLUMNS):
+                whole[n, j] = bias[first + j]
+        _add_products(x, rows, weights, block, whole.ctypes.data, COLUMNS * 4)
+        for n in range(rows):
+            for j in range(first, last):
+                y[n, j] = whole[n, j - first]
+
+
+@compiled
+def _add_products(x: np.ndarray, rows: int, weights: np.ndarray, block: int, y: int, y_stride: int) -> None:
+    """y [rows, COLUMNS] += x [>= rows, in] @ block, y by its address."""
+    depth = x.shape[1]
+    x_stride = depth * 4
+    start, line = weights[block].ctypes.data, COLUMNS * weights.itemsize
+    tiles = (rows + TILE - 1) // TILE
+    for k in range(0, depth, DEPTH):
+        count = min(DEPTH, depth - k)
+        w, a, b = start + k * line, x.ctypes.data + k * 4, y
+        if tiles == 1:
+            ahead = w + AHEAD
+            if rows == 1:
+                _one(a, x_stride, weights, w, count, b, y_stride, ahead, line)
+            elif rows == 2:
+                _two(a, x_stride, weights, w, count, b, y_stride, ahead, line)
+            elif rows == 3:
+                _three(a, x_stride, weights, w, count, b, y_stride, ahead, line)
+            elif rows == 4:
+                _four(a, x_stride, weights, w, count, b, y_stride, ahead, line)
+            elif rows == 5:
+                _five(a, x_stride, weights, w, count, b, y_stride, ahead, line)
+            else:
+                _six(a, x_stride, weights, w, count, b, y_stride, ahead, line)
+            continue
+        # The weights are in the nearest cache after the first tile. The first two fetch those of the next chunk.
+        n = 0
+        for t in range(tiles):
+            size = (rows - n + tiles - t - 1) // (tiles - t)  # of tiles as equal as can be
+            ahead, step = w + count * line + t * (count * line // 2), line // 2
+            if t >= 2:
+                ahead, step = a, 0
+            if size == 3:
+                _next_three(a, x_stride, weights, w, count, b, y_stride, ahead, step)
+            elif size == 4:
+                _next_four(a, x_stride, weights, w, count, b, y_stride, ahead, step)
+            elif size == 5:
+                _next_five(a, x_stride, weights, w, count, b, y_stride, ahead, step)
+            else:
+                _next_six(a, x_stride, weights, w, count, b, y_stride, ahead, step)
+            n, a, b = n + size, a + size * x_stride, b + size * y_stride
