@@ -1,6 +1,7 @@
 """The package as a stranger meets it: installed, and with Python started in the repository's root."""
 
 import importlib.metadata
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,17 @@ def test_kernels_is_stagedspec_kernels():
 def test_plain_kernels_imports_nothing_heavy():
     code = "import sys, kernels; print(sorted({'torch', 'triton', 'transformers', 'numpy'} & set(sys.modules)))"
     assert run_in_root(code) == "[]"
+
+
+def test_every_package_is_shipped():
+    """An editable install would hide that one is missing."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    listed = re.findall(r'"([\w.]+)",', text.split("\npackages = [")[1].split("]")[0])
+    found = set()
+    for name, folder in (("stagedspec", ROOT / "stagedspec"), ("stagedspec.kernels", ROOT / "kernels")):
+        for path in folder.rglob("__init__.py"):
+            found.add(".".join((name, *path.parent.relative_to(folder).parts)))
+    assert found == set(listed)
 
 
 def test_one_version():

@@ -32,7 +32,7 @@ leaves out `ModelCompiler`. `repeated` may return the function itself in place o
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, TypeAlias
 
@@ -279,6 +279,10 @@ class CompiledModel(Protocol):
     def kv_dtype(self) -> torch.dtype:
         """Of its keys and values."""
 
+    @property
+    def digest(self) -> str:
+        """Of the code that runs it: its pass times are kept under it."""
+
 
 class Captured(Protocol):
     """A function whose calls replay a CUDA graph, made at the first one. Arguments and results must be the same tensors
@@ -407,7 +411,7 @@ class Backend(Protocol):
         """Whether `norm_linear` takes the activation by name; others are given as functions."""
 
     def compile_model(
-        self, config: ModelConfig, weights: dict[str, torch.Tensor], scales: list[float]
+        self, config: ModelConfig, weights: Mapping[str, torch.Tensor], scales: list[float]
     ) -> CompiledModel | None:
         """A model compiled as a whole, for `ModelCompiler`, or None where single operations serve it better.
 

@@ -1,7 +1,7 @@
 """The torch backend: every operation in plain torch, with a generation's state on the host (kernels/state/host.py)."""
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -98,12 +98,14 @@ class TorchBackend:
     # ------------------------------------------------------------ models compiled as a whole
 
     def compile_model(
-        self, config: ModelConfig, weights: dict[str, torch.Tensor], scales: list[float]
+        self, config: ModelConfig, weights: Mapping[str, torch.Tensor], scales: list[float]
     ) -> "CompiledModel | None":
         """A `CompiledModel`. None, too, where Numba is missing."""
         try:
             from stagedspec.kernels.compiled.model import CompiledModel
-        except ImportError:  # no Numba for a new Python, or only a GPU's packages
+        except ImportError as error:  # no Numba for a new Python, or only a GPU's packages
+            if (error.name or "").split(".")[0] not in ("numba", "llvmlite"):
+                raise
             return None
         return CompiledModel.of(config, weights, scales)
 

@@ -5,7 +5,7 @@ operation and width. After the first step nothing is allocated and nothing is re
 CUDA graph. Operations run one after the other on one stream: passes, layers and models share the buffers of one width.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -203,7 +203,7 @@ class TritonBackend:
     def fused_activation(self, name: str) -> bool:
         return linear.activation_known(name)
 
-    def compile_model(self, config: ModelConfig, weights: dict[str, torch.Tensor], scales: list[float]) -> None:
+    def compile_model(self, config: ModelConfig, weights: Mapping[str, torch.Tensor], scales: list[float]) -> None:
         """None: a draft is run as any model is, since its kernels are captured and cost no host time."""
 
     # ---------------------------------------------------------------- layers

@@ -16,7 +16,7 @@ from numba import types
 from numba.core import cgutils
 
 from stagedspec.kernels.compiled.build import compiled, instruction
-from stagedspec.kernels.compiled.product import FUSED, LANES
+from stagedspec.kernels.compiled.product import EXACT, FUSED, LANES
 
 f32 = np.float32
 NEVER = f32(np.finfo(f32).min)
@@ -69,7 +69,7 @@ class _Loop:
     def fused(self, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
         """a * b + c."""
         if not FUSED:
-            return self.builder.fadd(self.builder.fmul(a, b), c)
+            return self.builder.fadd(self.builder.fmul(a, b, flags=EXACT), c, flags=EXACT)
         kind = ir.FunctionType(self.vector, [self.vector] * 3)
         return self.builder.call(
             cgutils.get_or_insert_function(self.builder.module, kind, f"llvm.fma.v{LANES}f32"), [a, b, c]
@@ -93,7 +93,7 @@ def _scores(size: int) -> Callable:
             queries = [loop.load(query, part, loop.vector, LANES * 4) for part in parts]
             loop.start()
             key = loop.address()
-            total = builder.fmul(queries[0], loop.load(key, 0, loop.vector, LANES * 4))
+            total = builder.fmul(queries[0], loop.load(key, 0, loop.vector, LANES * 4), flags=EXACT)
             for part in parts[1:]:
                 total = loop.fused(queries[part], loop.load(key, part, loop.vector, LANES * 4), total)
             lanes = LANES
@@ -105,10 +105,10 @@ def _scores(size: int) -> Callable:
                     builder.shuffle_vector(total, total, ir.Constant(ir.VectorType(index, lanes), list(half)))
                     for half in halves
                 )
-                total = builder.fadd(low, high)
+                total = builder.fadd(low, high, flags=EXACT)
             place = loop.place(out, loop.k, loop.real, 4)
             one = builder.extract_element(total, ir.Constant(ir.IntType(32), 0))
-            builder.store(builder.fadd(builder.load(place, align=4), one), place, align=4)
+            builder.store(builder.fadd(builder.load(place, align=4), one, flags=EXACT), place, align=4)
             loop.end()
             return context.get_dummy_value()
 
@@ -177,8 +177,9 @@ def _two_to_the(context: Any, exponent: Any) -> tuple[Any, Callable]:
 
 @compiled
 def exp(x: np.float32) -> np.float32:
-    """e^x within two units in the last place; below -87 it is as at -87. A polynomial, so that loops become vectors."""
-    x = min(max(x, f32(-87)), f32(88))
+    """e^x within two units in the last place; below -87 it is as at -87; NaN of NaN. A polynomial, so that loops become
+    vectors."""
+    given, x = x, min(max(x, f32(-87)), f32(88)) if x == x else f32(0)
     whole = np.floor(x * f32(1.44269504) + f32(0.5))
     rest = (x - whole * f32(0.693359375)) + whole * f32(2.12194440e-4)  # ln 2 in two parts
     p = f32(1.9875691500e-4)
@@ -188,7 +189,7 @@ def exp(x: np.float32) -> np.float32:
     p = p * rest + f32(1.6666665459e-1)
     p = p * rest + f32(5.0000001201e-1)
     p = p * (rest * rest) + rest + f32(1)
-    return p * _two_to_the(whole)
+    return p * _two_to_the(whole) if given == given else given
 
 
 @compiled

@@ -1,5 +1,7 @@
 """How Numba compiles the functions of this folder, and where it keeps what it has compiled."""
 
+import contextlib
+import hashlib
 import logging
 import signal
 import threading
@@ -9,11 +11,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import llvmlite
 import numba
 from numba.extending import intrinsic
 
 from stagedspec.kernels.common.launch_configs import cache_folder
 
+
+def _digest() -> str:
+    """Of all that a compiled function may be made of. Numba itself looks only at the file that a function is in, and
+    other files' functions become part of it."""
+    found = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__}".encode())
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        found.update(path.read_bytes())
+    return found.hexdigest()[:16]
+
+
+DIGEST = _digest()
 PATIENCE = 1.0  # seconds of compiling before the log says so
 log = logging.getLogger("stagedspec")
 COMPILED: list[Any] = []  # all functions that Numba compiles
@@ -37,10 +51,10 @@ def compiled(function: Callable, wrapped: bool = False) -> Callable:
         "no_cpython_wrapper": not wrapped,
         "no_cfunc_wrapper": True,
     }
-    try:
-        COMPILED.append(numba.njit(cache=True, **options)(function))
-    except RuntimeError:  # no cache folder can be written
-        COMPILED.append(numba.njit(**options)(function))
+    COMPILED.append(numba.njit(**options)(function))
+    settings: Any = numba.config  # its names are set when it is imported
+    with contextlib.suppress(RuntimeError, OSError):  # no folder can be written, or there is no home: nothing is kept
+        _keep(COMPILED[-1], Path(settings.CACHE_DIR or cache_folder() / "numba") / DIGEST)
     return COMPILED[-1]
 
 
@@ -61,7 +75,8 @@ def succeeds(attempt: Callable[[], object]) -> bool:
             attempt()
         except Exception:  # the cache is damaged or full; Numba's errors have no common type
             try:
-                _keep_in(cache_folder() / "numba")
+                for function in COMPILED:
+                    _keep(function, cache_folder() / "numba" / f"{DIGEST}-2")
                 attempt()
             except Exception as error:
                 reason = " ".join(str(error).split())[:200] or type(error).__name__
@@ -70,13 +85,12 @@ def succeeds(attempt: Callable[[], object]) -> bool:
     return True
 
 
-def _keep_in(folder: Path) -> None:
-    """Moves Numba's cache of this folder's functions to another folder."""
+def _keep(function: Any, folder: Path) -> None:
+    """Makes Numba keep what it compiles of a function in a folder. Raises RuntimeError if that cannot be written."""
     settings: Any = numba.config  # its names are set when it is imported
     before, settings.CACHE_DIR = settings.CACHE_DIR, str(folder)
     try:
-        for function in COMPILED:
-            function.enable_caching()
+        function.enable_caching()
     finally:
         settings.CACHE_DIR = before
 

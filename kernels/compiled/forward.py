@@ -76,7 +76,8 @@ class Weights(NamedTuple):
 
 class Workspace(NamedTuple):
     """Memory of one pass of up to M rows. normed, mixed, added [M, d], qkv [M, 3d], inner [M, inner]; visible: the rows
-    of the cache that each row attends to, in the order of their positions, int32 [M, most]; counts: how many, [M]."""
+    of the cache that each row attends to, in the order of their positions, int32 [M, most]; counts: how many, [M];
+    shares: of attention, by thread [threads, GROUP, most]; columns: of a product, by thread [threads, M, COLUMNS]."""
 
     normed: np.ndarray
     mixed: np.ndarray
@@ -85,6 +86,8 @@ class Workspace(NamedTuple):
     inner: np.ndarray
     visible: np.ndarray
     counts: np.ndarray
+    shares: np.ndarray
+    columns: np.ndarray
 
 
 @instruction
@@ -120,7 +123,7 @@ def _activate(row: np.ndarray, kind: int) -> None:
     """Activation in place. GELU by tanh is v * sigmoid(2u)."""
     if kind == RELU:
         for j in range(row.size):
-            row[j] = max(row[j], f32(0))
+            row[j] = f32(0) if row[j] < f32(0) else row[j]  # NaN stays
     else:
         for j in range(row.size):
             v = row[j]
@@ -152,7 +155,9 @@ def _norm_stage(
 
 
 @compiled
-def _layer(weights: Weights, work: Workspace, x: np.ndarray, cache: np.ndarray, i: int, shared: np.ndarray) -> None:
+def _layer(
+    weights: Weights, work: Workspace, x: np.ndarray, cache: np.ndarray, i: int, shared: np.ndarray, thread: int
+) -> None:
     """One layer: x [M, d] in place. cache: rows of all layers and sequences [.., 2, H, D]."""
     stage = LAYER_STAGES * i
     rows, width = x.shape
@@ -168,7 +173,7 @@ def _layer(weights: Weights, work: Workspace, x: np.ndarray, cache: np.ndarray, 
     first, last = begin_tasks(shared, stage + 1, blocks)
     while first < last:
         for block in range(first, last):
-            multiply(normed, rows, product, bias, qkv, block)
+            multiply(normed, rows, product, bias, qkv, block, work.columns[thread])
             begin, end = max(block * columns, width), min((block + 1) * columns, 3 * width)
             for n in range(rows):  # keys and values go into the cache
                 kept = flat[(sequence + n // nodes) * per_sequence + write + n % nodes]
@@ -181,8 +186,6 @@ def _layer(weights: Weights, work: Workspace, x: np.ndarray, cache: np.ndarray, 
     groups = (nodes + GROUP - 1) // GROUP
     tasks = rows // nodes * heads * groups
     first, last = begin_tasks(shared, stage + 2, tasks)
-    if first < last:
-        shares = np.empty((GROUP, work.visible.shape[1]), f32)
     while first < last:
         for task in range(first, last):
             row, head, group = task // (heads * groups), task // groups % heads, task % groups
@@ -190,13 +193,13 @@ def _layer(weights: Weights, work: Workspace, x: np.ndarray, cache: np.ndarray, 
             end = min(begin + GROUP, (row + 1) * nodes)
             attend(
                 qkv[begin:end], cache, (sequence + row) * per_sequence, head, work.visible[begin:end],
-                work.counts[begin:end], weights.scales[i], shares, mixed[begin:end],
+                work.counts[begin:end], weights.scales[i], work.shares[thread], mixed[begin:end],
             )  # fmt: skip
         end_tasks(shared, stage + 2, last - first)
         first, last = begin_tasks(shared, stage + 2, tasks)
     wait_for_tasks(shared, stage + 2, tasks)
 
-    _add_stage(mixed, weights.products[1][i], weights.biases[1][i], added, x, shared, stage + 3)
+    _add_stage(mixed, weights.products[1][i], weights.biases[1][i], added, x, shared, stage + 3, work.columns[thread])
     _norm_stage(x, weights.norms[2][i], weights.norms[3][i], weights.epsilon, normed, shared, stage + 4)
 
     product, bias = weights.products[2][i], weights.biases[2][i]
@@ -204,14 +207,16 @@ def _layer(weights: Weights, work: Workspace, x: np.ndarray, cache: np.ndarray, 
     first, last = begin_tasks(shared, stage + 5, blocks)
     while first < last:
         for block in range(first, last):
-            multiply(normed, rows, product, bias, inner, block)
+            multiply(normed, rows, product, bias, inner, block, work.columns[thread])
             for n in range(rows):
                 _activate(inner[n, block * columns : (block + 1) * columns], weights.activation)
         end_tasks(shared, stage + 5, last - first)
         first, last = begin_tasks(shared, stage + 5, blocks)
     wait_for_tasks(shared, stage + 5, blocks)
 
-    _add_stage(inner[:rows], weights.products[3][i], weights.biases[3][i], added, x, shared, stage + 6)
+    _add_stage(
+        inner[:rows], weights.products[3][i], weights.biases[3][i], added, x, shared, stage + 6, work.columns[thread]
+    )
 
 
 @compiled
@@ -223,14 +228,15 @@ def _add_stage(
     x: np.ndarray,
     shared: np.ndarray,
     stage: int,
+    spare: np.ndarray,
 ) -> None:
-    """x [M, d] += y @ product + bias. added: memory [>= M, d]."""
+    """x [M, d] += y @ product + bias. added: memory [>= M, d]; spare: of `multiply`."""
     rows, width = x.shape
     blocks, columns = product.shape[0], product.shape[2]
     first, last = begin_tasks(shared, stage, blocks)
     while first < last:
         for block in range(first, last):
-            multiply(y, rows, product, bias, added, block)
+            multiply(y, rows, product, bias, added, block, spare)
             for n in range(rows):
                 for j in range(block * columns, min(width, (block + 1) * columns)):
                     x[n, j] += added[n, j]
@@ -240,7 +246,9 @@ def _add_stage(
 
 
 @compiled
-def _head(weights: Weights, work: Workspace, x: np.ndarray, logits: np.ndarray, shared: np.ndarray) -> None:
+def _head(
+    weights: Weights, work: Workspace, x: np.ndarray, logits: np.ndarray, shared: np.ndarray, thread: int
+) -> None:
     """logits [M, V] of hidden states x [M, d]."""
     rows = len(x)
     normed = work.normed[:rows]
@@ -249,7 +257,7 @@ def _head(weights: Weights, work: Workspace, x: np.ndarray, logits: np.ndarray, 
     first, last = begin_tasks(shared, 1, blocks)
     while first < last:
         for block in range(first, last):
-            multiply(normed, rows, weights.head, weights.zeros, logits, block)
+            multiply(normed, rows, weights.head, weights.zeros, logits, block, work.columns[thread])
         end_tasks(shared, 1, last - first)
         first, last = begin_tasks(shared, 1, blocks)
     wait_for_tasks(shared, 1, blocks)
@@ -257,26 +265,31 @@ def _head(weights: Weights, work: Workspace, x: np.ndarray, logits: np.ndarray, 
 
 @entry
 def run_passes(weights: Weights, work: Workspace, shared: np.ndarray, helper: int, model: int) -> int:
-    """The part of one thread. The caller of an open pass (`team.CALLER`): to its end. A helper: in all passes of a
-    model, until it must sleep or another model runs; returns what `team.next_pass` does.
+    """The part of one thread. The caller of a pass (`team.CALLER`): all of it. A helper: in all passes of a
+    model, until it must sleep or another model runs; returns what `team.next_pass` does. The caller opens the pass and
+    closes it here, so that nothing can come between.
 
     One function for both, since Numba would compile all below it for each.
     """
+    thread = helper + 1
     while True:
-        found = 1 if helper == team.CALLER else team.next_pass(shared, helper, model)
-        if found != 1:
-            return found
+        if helper == team.CALLER:
+            team.open_pass(shared)
+        else:
+            found = team.next_pass(shared, helper, model)
+            if found != 1:
+                return found
         rows, width = shared[ROWS], weights.tables[0].shape[1]
         x = carray(_pointer(shared[X]), (rows, width), f32)
         if shared[HEAD]:
             logits = carray(_pointer(shared[LOGITS]), (rows, weights.vocabulary), f32)
-            _head(weights, work, x, logits, shared)
+            _head(weights, work, x, logits, shared, thread)
         else:
             layers, heads = len(weights.scales), weights.heads
             shape = (layers * shared[SEQUENCES] * shared[CACHE_ROWS], 2, heads, width // heads)
             cache = carray(_pointer(shared[CACHE]), shape, f32)
             for i in range(layers):
-                _layer(weights, work, x, cache, i, shared)
+                _layer(weights, work, x, cache, i, shared, thread)
         if helper == team.CALLER:
             team.close_pass(shared)
             return 0
@@ -300,7 +313,8 @@ def embed(
         mask = bias[min(b, len(bias) - 1)]
         for n in range(nodes):
             row = b * nodes + n
-            token, position = tokens[b, n], min(positions[b, n], len(position_table) - 1)
+            token = min(max(tokens[b, n], 0), len(token_table) - 1)
+            position = min(max(positions[b, n], 0), len(position_table) - 1)
             for j in range(width):
                 x[row, j] = token_table[token, j] + position_table[position, j]
             count = 0

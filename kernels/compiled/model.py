@@ -8,6 +8,7 @@ in one piece than one by one.
 import itertools
 import os
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -17,7 +18,8 @@ import torch
 from stagedspec.kernels import reference
 from stagedspec.kernels.common.inputs import ModelConfig
 from stagedspec.kernels.compiled import team
-from stagedspec.kernels.compiled.build import succeeds
+from stagedspec.kernels.compiled.attention import GROUP
+from stagedspec.kernels.compiled.build import DIGEST, succeeds
 from stagedspec.kernels.compiled.children import best_children
 from stagedspec.kernels.compiled.forward import (
     ACTIVATIONS,
@@ -53,18 +55,22 @@ class Team:
         self._awake = np.zeros(team.MOST, np.int64)
         self._calls: list[threading.Semaphore] = []
 
-    def grow(self, threads: int) -> None:
-        """Makes helpers, so that there are so many threads with the caller."""
+    def call(self, threads: int) -> None:
+        """Makes helpers, so that there are so many threads with the caller if the system allows it. Wakes those that
+        sleep."""
         while len(self._calls) < threads - 1:
             helper = len(self._calls)
+            thread = threading.Thread(target=self._help, args=(helper,), name=f"stagedspec-{helper}", daemon=True)
             self._calls.append(threading.Semaphore(0))
             self.board[team.SLEEPS + helper] = 1
-            threading.Thread(target=self._help, args=(helper,), name=f"stagedspec-{helper}", daemon=True).start()
-
-    def open(self, stages: int) -> None:
-        """Opens a pass and wakes the helpers that sleep."""
-        team.open_pass(self.board, stages, self._awake)
-        for helper in self._awake[: self.board[team.THREADS] - 1].nonzero()[0]:
+            try:
+                thread.start()
+            except RuntimeError:  # no more threads can be made, so there are fewer
+                self._calls.pop()
+                break
+        self.board[team.THREADS] = 1 + min(threads - 1, len(self._calls))
+        team.find_sleeping(self.board, self._awake)
+        for helper in self._awake[: self.board[team.THREADS] - 1].nonzero()[0].tolist():
             self._calls[helper].release()
 
     def _help(self, helper: int) -> None:
@@ -85,11 +91,15 @@ class Team:
 _team: list[Team] = []
 
 
+_making = threading.Lock()
+
+
 def _the_team() -> Team:
     """The team of this process, made at first use."""
-    if not _team or _team[0].process != os.getpid():
-        _team[:] = [Team()]
-    return _team[0]
+    with _making:
+        if not _team or _team[0].process != os.getpid():
+            _team[:] = [Team()]
+        return _team[0]
 
 
 # ---------------------------------------------------------------- models
@@ -100,55 +110,62 @@ _numbers = itertools.count()
 
 @dataclass
 class _Memory:
-    """A `Workspace`, and a board for passes that run alone. number: tells it from all others of this process."""
+    """A `Workspace`, and a board for passes that run alone. number: tells it from all others of this process; threads:
+    most of the next pass."""
 
     work: Workspace
     board: np.ndarray
     number: int
+    threads: int
 
     @classmethod
-    def of(cls, weights: Weights, rows: int, most: int) -> "_Memory":
+    def of(cls, weights: Weights, rows: int, most: int, threads: int) -> "_Memory":
         width, inner = weights.tables[0].shape[1], weights.products[3].shape[2]
         empty = lambda *shape: np.empty(shape, f32)  # noqa: E731
         work = Workspace(
             empty(rows, width), empty(rows, width), empty(rows, width), empty(rows, 3 * width), empty(rows, inner),
             np.empty((rows, most), np.int32), np.empty(rows, np.int64),
+            empty(threads, GROUP, most), empty(threads, rows, COLUMNS),
         )  # fmt: skip
         alone = team.board(LAYER_STAGES * len(weights.scales) + HEAD_STAGES)
         alone[team.THREADS] = 1
-        return cls(work, alone, next(_numbers))
+        return cls(work, alone, next(_numbers), threads)
 
-    def fits(self, rows: int, most: int) -> bool:
+    def fits(self, rows: int, most: int, threads: int) -> bool:
         held = self.work.visible.shape
-        return rows <= held[0] and most <= held[1]
+        return rows <= held[0] and most <= held[1] and threads <= len(self.work.shares)
 
 
 @dataclass(frozen=True)
 class CompiledModel:
     """A model's weights, packed, and its passes. Satisfies `interface.CompiledModel`.
 
-    Threads: as many as torch may use.
+    alone: passes have one thread, not as many as torch may use.
     """
 
     weights: Weights
+    alone: bool = False
     kv_dtype = torch.float32
+    digest = DIGEST
     _free: list[_Memory] = field(default_factory=list)  # workspaces that no pass uses
 
     @classmethod
-    def of(cls, config: ModelConfig, weights: dict[str, torch.Tensor], scales: list[float]) -> "CompiledModel | None":
+    def of(
+        cls, config: ModelConfig, weights: Mapping[str, torch.Tensor], scales: list[float]
+    ) -> "CompiledModel | None":
         """Packs a model. None if its activation or dtype is not supported, off the CPU, or if Numba fails.
 
         config: `GPT2Config`; weights: by their names in a `GPT2LMHeadModel`, all copied but
         the two tables of embeddings; scales: factors of each layer's
         attention scores.
         """
-        plain = all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in weights.values())
-        known = config.activation_function in ACTIVATIONS and config.n_layer <= MAX_LAYERS
-        if not plain or not known:
+        if config.activation_function not in ACTIVATIONS or config.n_layer > MAX_LAYERS:
+            return None
+        head = weights["lm_head.weight"]
+        if head.device.type != "cpu" or head.dtype != torch.float32:
             return None
         names = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
         layers = range(config.n_layer)
-        head = weights.get("lm_head.weight", weights["transformer.wte.weight"])
         dtype = exact_dtype([head] + [weights[f"transformer.h.{i}.{name}.weight"] for name in names for i in layers])
         if not ready(dtype):
             return None
@@ -190,6 +207,10 @@ class CompiledModel:
         cache [layers, B, S, 2, H, D], whose first `tree_rows` are of the tree; write: the row of node 0; first: the
         first row that is attended to."""
         tokens, positions = (np.ascontiguousarray(part.numpy()) for part in (batch.tokens, batch.positions))
+        if not rows.is_contiguous() or rows.dtype != self.kv_dtype or rows.shape[1] != len(tokens):
+            raise ValueError(f"expected a whole KV cache of {len(tokens)} sequences in fp32, got {tuple(rows.shape)}")
+        if write + tokens.shape[1] > rows.shape[2]:
+            raise ValueError(f"rows {write} to {write + tokens.shape[1]} do not fit into a KV cache of {rows.shape[2]}")
         bias = np.ascontiguousarray(batch.bias.numpy()[:, 0])
         sequences, nodes = tokens.shape
         x = np.empty((sequences, nodes, self.weights.tables[0].shape[1]), f32)
@@ -250,20 +271,18 @@ class CompiledModel:
 
     def _run(self, memory: _Memory, inputs: Inputs, stages: int) -> None:
         """Runs a pass: with the team's help, or alone if the team is at work for another thread."""
-        threads = min(torch.get_num_threads(), team.MOST)
+        threads = memory.threads
         helpers = _the_team() if threads > 1 else None
         if helpers is None or not helpers.lock.acquire(blocking=False):
-            memory.board[INPUTS] = inputs
-            team.open_pass(memory.board, stages, memory.board[:0])
-            run_passes(self.weights, memory.work, memory.board, team.CALLER, 0)
+            board = memory.board
+            board[INPUTS], board[team.LAST] = inputs, stages
+            run_passes(self.weights, memory.work, board, team.CALLER, 0)
             return
         try:
-            helpers.grow(threads)
             board = helpers.board
-            board[INPUTS] = inputs
-            board[team.THREADS], board[team.MODEL] = threads, memory.number
+            board[INPUTS], board[team.LAST], board[team.MODEL] = inputs, stages, memory.number
             helpers.work = self.weights, memory.work, memory.number
-            helpers.open(stages)
+            helpers.call(threads)
             run_passes(self.weights, memory.work, board, team.CALLER, memory.number)
         finally:
             helpers.work = None
@@ -271,23 +290,28 @@ class CompiledModel:
 
 
 class _Borrowed:
-    """A workspace of a model for passes of so many rows that attend to at most so many."""
+    """A workspace of a model for passes of so many rows that attend to at most so many, by as many threads as torch."""
 
     def __init__(self, model: CompiledModel, rows: int, most: int):
         self._model, self._rows, self._most = model, rows, most
+        self._threads = 1 if model.alone else min(torch.get_num_threads(), team.MOST)
 
     def __enter__(self) -> _Memory:
-        free = self._model._free
-        memory = free.pop() if free else None
-        if memory is None or not memory.fits(self._rows, self._most):
+        try:
+            memory: _Memory | None = self._model._free.pop()
+        except IndexError:
+            memory = None
+        if memory is None or not memory.fits(self._rows, self._most, self._threads):
             held = (0, 0) if memory is None else memory.work.visible.shape
             rows, most = max(held[0], self._rows), max(held[1], -(-self._most // 256) * 256)
-            memory = _Memory.of(self._model.weights, rows, most)
+            memory = _Memory.of(self._model.weights, rows, most, self._threads)
+        memory.threads = self._threads
         self._memory = memory
         return memory
 
     def __exit__(self, *_: object) -> None:
-        self._model._free.append(self._memory)
+        if self._rows <= MAX_ROWS:  # the workspace of a longer pass would be large
+            self._model._free.append(self._memory)
 
 
 # ---------------------------------------------------------------- compiling when a model is loaded
@@ -309,10 +333,11 @@ def _try_out(dtype: torch.dtype) -> None:
             (ones(1, 1), ones(1, 1)), (ones(1, 1),) * 4, (product,) * 4, (ones(1, COLUMNS),) * 4, (ones(1), ones(1)),
             product[0], np.zeros(COLUMNS, f32), ones(1), f32(1), 1, 1, 0,
         )  # fmt: skip
-        model = CompiledModel(tiny)
+        model = CompiledModel(tiny, alone=True)
         one = torch.zeros(1, 1, dtype=torch.long)
         batch, rows = Batch(one, one, [[0]], torch.zeros(1, 1, 1, 1)), torch.zeros(1, 1, 1, 2, 1, 1)
         model.children(model.forward(batch, rows, 0, 0, 0), 1, None, None)
     shared = team.board(0)
-    shared[team.OPEN] = 1
+    shared[[team.OPEN, team.ROUND, team.THREADS]] = 1, 1, 2
+    team.find_sleeping(shared, np.zeros(1, np.int64))
     team.next_pass(shared, 0, -1)

@@ -10,26 +10,40 @@ order. Neither the number of rows nor the number of threads changes it. Bytes: t
 fp32, or in fp16 or bf16 where that holds the same numbers (`pack`), as in checkpoints that were saved so.
 """
 
+import platform
 from collections.abc import Callable
 from typing import Any
 
+import numba
 import numpy as np
 import torch
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import types
 from numba.core import cgutils
+from numba.core.codegen import get_host_cpu_features
 
 from stagedspec.kernels.compiled.build import compiled, instruction
 
-_FEATURES = binding.get_host_cpu_features()
+
+def _features() -> set[str]:
+    """The features of the processor that Numba compiles for, by LLVM's names: this one's, unless set otherwise."""
+    settings: Any = numba.config  # its names are set when it is imported
+    given = settings.CPU_FEATURES
+    if given is None:
+        given = "" if settings.CPU_NAME else get_host_cpu_features()
+    return {name[1:] for name in given.split(",") if name.startswith("+")}
+
+
+_FEATURES, _X86 = _features(), platform.machine().lower() in ("x86_64", "amd64", "i386", "i686")
 # Lanes of a vector register, and vectors of a block: with TILE rows of sums, all registers but a few.
-LANES, VECTORS = (16, 4) if _FEATURES.get("avx512f") else (8, 2) if _FEATURES.get("avx2") else (4, 4)
+LANES, VECTORS = (16, 4) if "avx512f" in _FEATURES else (8, 2) if "avx2" in _FEATURES else (4, 4)
 COLUMNS = LANES * VECTORS  # of a block
 TILE = 6  # most rows of a tile
 DEPTH = 128  # inputs that are summed before their sum is added to the output
 AHEAD = 4096  # bytes that a block is fetched ahead: the hardware's own prefetching ends at every page
-FUSED = bool(_FEATURES.get("fma")) or not _FEATURES.get("sse2")  # other processors than x86 have it
-HALVES = bool(_FEATURES.get("f16c")) or not _FEATURES.get("sse2")  # fp16 to fp32 as one instruction
+FUSED = "fma" in _FEATURES or not _X86  # other processors have it
+HALVES = "f16c" in _FEATURES or not _X86  # fp16 to fp32 as one instruction
+EXACT = ("nsz",)  # flags of sums: with none, Numba would let LLVM put them in another order
 f32 = np.float32
 
 # How a packed weight is kept: Numba has no 16-bit floats on a CPU, so an integer type stands for each.
@@ -92,7 +106,7 @@ def _tile(rows: int, alone: bool = True) -> Callable:
         size = kept.bitwidth // 8
 
         def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: tuple) -> ir.Value:
-            x, x_stride, _, block, depth, y, y_stride, next, step = arguments
+            x, x_stride, _, block, depth, y, y_stride, next, pace = arguments
             whole, real, byte = ir.IntType(64), ir.FloatType(), ir.IntType(8)
             vector, index = ir.VectorType(real, LANES), ir.IntType(32)
             number = lambda value: ir.Constant(whole, value)  # noqa: E731
@@ -117,7 +131,7 @@ def _tile(rows: int, alone: bool = True) -> Callable:
                 for part in range(VECTORS)
             ]
             for part in range(0, COLUMNS * size // (1 if alone else 2), 64):
-                place = builder.add(builder.add(next, builder.mul(k, step)), number(part))
+                place = builder.add(builder.add(next, builder.mul(k, pace)), number(part))
                 ahead = builder.inttoptr(place, byte.as_pointer())
                 builder.call(prefetch, [ahead, index(0), index(3 if alone else 2), index(1)])
             added = []
@@ -133,7 +147,8 @@ def _tile(rows: int, alone: bool = True) -> Callable:
                     if FUSED:
                         added.append(builder.call(fused, [lanes, weight, sum_so_far]))
                     else:
-                        added.append(builder.fadd(sum_so_far, builder.fmul(lanes, weight)))
+                        step = builder.fmul(lanes, weight, flags=EXACT)
+                        added.append(builder.fadd(sum_so_far, step, flags=EXACT))
             following = builder.add(k, number(1))
             k.add_incoming(following, loop)
             for one, result in zip(sums, added, strict=True):
@@ -144,7 +159,7 @@ def _tile(rows: int, alone: bool = True) -> Callable:
                 start = builder.add(y, builder.mul(y_stride, number(row)))
                 for part in range(VECTORS):
                     place = builder.inttoptr(builder.add(start, number(part * LANES * 4)), vector.as_pointer())
-                    result = builder.fadd(builder.load(place, align=4), added[row * VECTORS + part])
+                    result = builder.fadd(builder.load(place, align=4), added[row * VECTORS + part], flags=EXACT)
                     builder.store(result, place, align=4)
             return context.get_dummy_value()
 
@@ -159,10 +174,13 @@ _next_three, _next_four, _next_five, _next_six = (_tile(rows, alone=False) for r
 
 
 @compiled
-def multiply(x: np.ndarray, rows: int, weights: np.ndarray, bias: np.ndarray, y: np.ndarray, block: int) -> None:
+def multiply(
+    x: np.ndarray, rows: int, weights: np.ndarray, bias: np.ndarray, y: np.ndarray, block: int, spare: np.ndarray
+) -> None:
     """The columns of one block of y [>= rows, out] = x [>= rows, in] @ weights + bias.
 
-    weights: blocks of `pack`; bias: fp32 [blocks * COLUMNS]. x and y are contiguous.
+    weights: blocks of `pack`; bias: fp32 [blocks * COLUMNS]. x and y are contiguous; spare: memory
+    [>= rows, COLUMNS].
     """
     out = y.shape[1]
     first = block * COLUMNS
@@ -174,14 +192,13 @@ def multiply(x: np.ndarray, rows: int, weights: np.ndarray, bias: np.ndarray, y:
                 y[n, j] = bias[j]
         _add_products(x, rows, weights, block, place, stride)
     else:
-        whole = np.empty((rows, COLUMNS), f32)
         for n in range(rows):
             for j in range(COLUMNS):
-                whole[n, j] = bias[first + j]
-        _add_products(x, rows, weights, block, whole.ctypes.data, COLUMNS * 4)
+                spare[n, j] = bias[first + j]
+        _add_products(x, rows, weights, block, spare.ctypes.data, COLUMNS * 4)
         for n in range(rows):
             for j in range(first, last):
-                y[n, j] = whole[n, j - first]
+                y[n, j] = spare[n, j - first]
 
 
 @compiled

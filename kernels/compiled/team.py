@@ -23,9 +23,9 @@ from numba.core import cgutils
 from stagedspec.kernels.compiled.build import compiled, entry, instruction
 
 LINE = 16  # words between those that different threads write, so that they lie in different cache lines
-ROUND, OPEN, INSIDE, THREADS, MODEL = (LINE * place for place in range(5))
+ROUND, OPEN, INSIDE, THREADS, MODEL, LAST = (LINE * place for place in range(6))  # LAST: the number of stages
 MOST = 64  # threads
-SLEEPS = 5 * LINE  # a word for every helper: 1 while it sleeps
+SLEEPS = 6 * LINE  # a word for every helper: 1 while it sleeps
 SEEN = SLEEPS + MOST  # a word for every helper: the round that it has seen last
 INPUTS = SEEN + MOST  # numbers that describe the pass: `forward`
 STAGES = INPUTS + 16  # two words for every stage, LINE words apart: tasks begun, tasks ended
@@ -102,15 +102,21 @@ def wait_for_tasks(shared: np.ndarray, stage: int, tasks: int) -> None:
 
 
 @entry
-def open_pass(shared: np.ndarray, stages: int, sleeping: np.ndarray) -> None:
-    """Lets helpers in. sleeping: set to 1 for every helper that must be woken."""
-    for stage in range(stages):
+def find_sleeping(shared: np.ndarray, sleeping: np.ndarray) -> None:
+    """Sets sleeping to 1 for every helper that must be woken for the next pass. One that goes to sleep after this
+    misses the pass, and the others do its share."""
+    for helper in range(read(shared, THREADS, 0) - 1):
+        sleeping[helper] = put(shared, SLEEPS + helper, 0)
+
+
+@compiled
+def open_pass(shared: np.ndarray) -> None:
+    """Lets helpers in."""
+    for stage in range(shared[LAST]):
         put(shared, STAGES + LINE * stage, 0)
         put(shared, STAGES + LINE * stage + ENDED, 0)
     number = add(shared, ROUND, 1) + 1
     put(shared, OPEN, number)
-    for helper in range(read(shared, THREADS, 0) - 1):
-        sleeping[helper] = put(shared, SLEEPS + helper, 0)
 
 
 @compiled
@@ -133,16 +139,16 @@ def next_pass(shared: np.ndarray, helper: int, model: int) -> int:
         number = read(shared, ROUND, 0)
         if number != shared[SEEN + helper]:
             add(shared, INSIDE, 1)
-            if read(shared, OPEN, 0) != 0:
+            invited = helper < read(shared, THREADS, 0) - 1
+            if read(shared, OPEN, 0) != 0 and invited:
                 if read(shared, MODEL, 0) != model:
                     add(shared, INSIDE, -1)
                     return -1
                 shared[SEEN + helper] = read(shared, ROUND, 0)
                 return 1
             add(shared, INSIDE, -1)
-            if read(shared, ROUND, 0) == number:  # it is over
+            if read(shared, ROUND, 0) == number:  # it is over, or for fewer threads
                 shared[SEEN + helper] = number
-            spins = 0
         spins += 1
         if spins > 100:
             give_way()

@@ -4,7 +4,7 @@ Every setting of `GPT2Config` that changes the forward pass is followed, or refu
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, KeysView, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import cast
@@ -97,7 +97,7 @@ class GPT2:
         own = {"transformer.wte.weight": self.token_table, "transformer.wpe.weight": self.position_table}
         scales = [self._scale(index) for index in range(config.n_layer)]
         self.compiled: CompiledModel | None
-        self.compiled = ops.compile_model(config, weights.shared | own | {"lm_head.weight": head}, scales)
+        self.compiled = ops.compile_model(config, _Shared(weights, own | {"lm_head.weight": head}), scales)
         self.kv_dtype = ops.kv_dtype(dtype, device, invariant) if self.compiled is None else self.compiled.kv_dtype
         if self.compiled is None:
             self.head = ops.pack_linear(head, None, invariant)
@@ -188,14 +188,14 @@ class _Weights:
         self._parameters = {name: one.detach() for name, one in named}
 
     @property
-    def shared(self) -> dict[str, torch.Tensor]:
-        """The model's own tensors, copied only to another device or dtype."""
-        return {name: self._checked(name, copy=False) for name in self._parameters}
+    def names(self) -> KeysView[str]:
+        return self._parameters.keys()
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self._checked(name, copy=True)
+        return self.read(name, copy=True)
 
-    def _checked(self, name: str, copy: bool) -> torch.Tensor:
+    def read(self, name: str, copy: bool) -> torch.Tensor:
+        """A weight in the device and dtype. copy: even if it is there already. Raises ValueError if not finite."""
         own = self._parameters[name].to(self._device, self._dtype, copy=copy)
         if finite(own):
             return own
@@ -210,6 +210,23 @@ class _Weights:
     def pair(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """The weight and the bias of a module."""
         return self[f"{name}.weight"], self[f"{name}.bias"]
+
+
+class _Shared(Mapping[str, torch.Tensor]):
+    """A model's own tensors by name, copied only to another device or dtype, one at a time when it is read. given: what
+    is in place of some."""
+
+    def __init__(self, weights: _Weights, given: dict[str, torch.Tensor]):
+        self._weights, self._given = weights, given
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._given[name] if name in self._given else self._weights.read(name, copy=False)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights.names | self._given.keys())
+
+    def __len__(self) -> int:
+        return len(self._weights.names | self._given.keys())
 
 
 def finite(tensor: torch.Tensor) -> bool:

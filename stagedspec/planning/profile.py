@@ -161,6 +161,9 @@ def pair_of(models: "Models") -> dict:
 def fingerprint(models: "Models") -> str:
     """A name for the pair, down to its weights, on this machine with these threads, this torch and this cost model."""
     setup = pair_of(models) | {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    both = [model for model in (models.target, models.draft) if model is not None]
+    setup["compiled"] = [None if model.compiled is None else model.compiled.digest for model in both]
+    setup["rows"] = both[0].ops.timed_rows
     if models.backend == "triton":
         setup["triton"] = version("triton")
     found = hashlib.sha256(json.dumps(setup).encode())

@@ -73,7 +73,7 @@ def model_of(dtype: torch.dtype | None = None, invariant: bool = False, **change
 @numba.njit
 def multiply_all(x: np.ndarray, weights: np.ndarray, bias: np.ndarray, y: np.ndarray) -> None:
     for block in range(len(weights)):
-        product.multiply(x, len(x), weights, bias, y, block)
+        product.multiply(x, len(x), weights, bias, y, block, np.empty((len(x), product.COLUMNS), np.float32))
 
 
 @numba.njit
@@ -251,7 +251,7 @@ def test_exp():
     exact = np.exp(x.astype(np.float64))
     assert (np.abs(found - exact) <= 2 * np.spacing(exact.astype(np.float32))).all()
     low, least, high = exp_of_all(np.array([-1e30, -87, 1e30], np.float32))
-    assert low == least and high < np.inf
+    assert low == least and high < np.inf and np.isnan(exp_of_all(np.array([np.nan] * 40, np.float32))).all()
 
 
 # ---------------------------------------------------------------- threads
@@ -384,13 +384,23 @@ def test_a_draft_of_no_numbers_still_proposes_tokens():
 def test_an_install_that_cannot_be_written(monkeypatch):
     """Without a folder for what was compiled it is compiled again in every process, and works."""
 
-    def refuse(*_, cache=False, **options):
-        if cache:
-            raise RuntimeError("cannot cache function: no locator available")
-        return lambda function: function
+    def refuse(*_):
+        raise RuntimeError("cannot cache function: no locator available")
 
-    monkeypatch.setattr("numba.njit", refuse)
-    assert build.compiled(len) is len
+    monkeypatch.setattr(build, "_keep", refuse)
+    monkeypatch.setattr(build, "COMPILED", [])
+    assert build.entry(lambda x: x + 1)(2) == 3
+
+
+def test_what_is_kept_is_of_this_code(monkeypatch, tmp_path):
+    """Numba looks at the file of a function alone; what is kept is told apart by all files of the folder."""
+    assert build._digest() == build.DIGEST and build.DIGEST in str(passes.run_passes._cache.cache_path)
+    for path in Path(build.__file__).parent.glob("*.py"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    monkeypatch.setattr(build, "__file__", str(tmp_path / "build.py"))
+    assert build._digest() == build.DIGEST
+    (tmp_path / "product.py").write_text("DEPTH = 64")
+    assert build._digest() != build.DIGEST
 
 
 def test_numbers_that_overflow_and_divisions_by_zero():
@@ -502,7 +512,8 @@ def test_generations_compile_nothing(target, drafts):
     decoder = Decoder.from_pretrained(target, drafts["good"], device="cpu", dtype="float32")
 
     def compiled() -> list[int]:
-        return [len(f.signatures) for f in (passes.run_passes, passes.embed, children.best_children, team.open_pass)]
+        functions = passes.run_passes, passes.embed, children.best_children, team.find_sleeping
+        return [len(function.signatures) for function in functions]
 
     before = compiled()
     ids, mask = left_pad(random_prompts([5, 2]))
