@@ -210,7 +210,7 @@ def test_a_path_of_a_tree_has_the_bits_of_the_text(changes, threads):
 
 @given(
     rows=st.integers(1, 70), inputs=st.integers(1, 300), outputs=st.integers(1, 150),
-    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]), seed=st.integers(0, 99),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16] + [torch.float16] * product.HALVES), seed=st.integers(0, 99),
 )  # fmt: skip
 @settings(max_examples=40, deadline=None)
 def test_a_product(rows, inputs, outputs, dtype, seed):
