@@ -27,8 +27,8 @@ def installed() -> bool:
 
 
 def ctranslate2_side(model: GPT2LMHeadModel, settings: dict, kind: str) -> Callable[..., Run]:
-    """Plain decoding with one thread or as many as torch has, whichever is faster here. Tokens go in and out as numbers,
-    so no tokenizer is asked."""
+    """Plain decoding with one thread or as many as torch has, whichever is faster here. Tokens go in and out as their
+    numbers, so no tokenizer is asked."""
     import ctranslate2
 
     with tempfile.TemporaryDirectory() as folder:
