@@ -31,7 +31,7 @@ INPUTS = SEEN + MOST  # numbers that describe the pass: `forward`
 STAGES = INPUTS + 16  # two words for every stage, LINE words apart: tasks begun, tasks ended
 ENDED = 8  # words from the one to the other
 CALLER = -1  # in place of the number of a helper
-PATIENCE = 50000  # rounds of waiting, about two milliseconds
+PATIENCE = 50000  # rounds of waiting, about twenty milliseconds
 
 
 def board(stages: int) -> np.ndarray:
