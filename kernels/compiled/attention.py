@@ -26,7 +26,7 @@ GROUP = 16  # most nodes of a task
 
 
 class _Loop:
-    """What the loops over keys share: `builder` at the beginning of a round, with the address of the key's row."""
+    """What loops over keys share. Between `start` and `end`, `builder` writes into a round of the loop, number k."""
 
     def __init__(self, builder: ir.IRBuilder, cache: ir.Value, stride: ir.Value, rows: ir.Value, count: ir.Value):
         self.builder, self.count = builder, count
@@ -36,16 +36,16 @@ class _Loop:
         self.round, self.after = builder.append_basic_block("keys"), builder.append_basic_block("end")
         self._cache, self._stride, self._rows = cache, stride, rows
 
-    def start(self) -> ir.Value:
-        """The address of the key of this round."""
+    def start(self) -> None:
+        """Begins the loop, which has no round if there are no keys."""
         builder = self.builder
         builder.cbranch(builder.icmp_signed(">", self.count, self.number(0)), self.round, self.after)
         builder.position_at_end(self.round)
         self.k = builder.phi(self.whole)
         self.k.add_incoming(self.number(0), self.before)
-        return self.k
 
     def address(self) -> ir.Value:
+        """Of the key or value of this round."""
         row = self.builder.sext(self.load(self._rows, self.k, ir.IntType(32), 4), self.whole)
         return self.builder.add(self._cache, self.builder.mul(row, self._stride))
 
@@ -131,10 +131,8 @@ def _mix(size: int) -> Callable:
             shares, cache, stride, rows, count, out = arguments
             loop = _Loop(builder, cache, stride, rows, count)
             parts = range(size // LANES)
-            none, begin = (
-                ir.Constant(loop.vector, ir.Undefined),
-                [loop.load(out, part, loop.vector, LANES * 4) for part in parts],
-            )
+            none = ir.Constant(loop.vector, ir.Undefined)
+            begin = [loop.load(out, part, loop.vector, LANES * 4) for part in parts]
             loop.start()
             sums = [builder.phi(loop.vector) for _ in parts]
             for one, given in zip(sums, begin, strict=True):

@@ -31,9 +31,8 @@ DIGEST = _digest()
 PATIENCE = 1.0  # seconds of compiling before the log says so
 log = logging.getLogger("stagedspec")
 COMPILED: list[Any] = []  # all functions that Numba compiles
-instruction: Any = (
-    intrinsic  # decorator of functions that write LLVM instructions; typed as what calls of them look like
-)
+# Decorator of functions that write LLVM instructions. mypy takes what it returns for a function of the same arguments.
+instruction: Any = intrinsic
 
 
 def compiled(function: Callable, wrapped: bool = False) -> Callable:

@@ -57,7 +57,7 @@ class Weights(NamedTuple):
     tables: of tokens [V, d] and positions; norms: weight and bias of ln_1 and ln_2 [layers, d]; products: weight
     [layers, blocks, in, COLUMNS] of `product.pack` of qkv, projection, up and down; biases: of the same, [layers,
     blocks * COLUMNS]; final: weight and bias of the last norm [d]; head: packed; zeros: its bias; scales: of attention
-    scores [layers]; sizes: d, inner, V, heads; activation: of ACTIVATIONS.
+    scores [layers]; epsilon: of all norms; vocabulary: V; heads: of attention; activation: of ACTIVATIONS.
     """
 
     tables: tuple[np.ndarray, ...]
@@ -144,6 +144,7 @@ def _norm_stage(
     shared: np.ndarray,
     stage: int,
 ) -> None:
+    """y = LayerNorm(x), both [M, d]."""
     rows = len(x)
     first, last = begin_tasks(shared, stage, rows)
     while first < last:

@@ -48,11 +48,10 @@ class Team:
     """The helper threads of a process, and the board that they share with whoever calls them (`team`)."""
 
     def __init__(self) -> None:
-        self.process = os.getpid()  # a fork has no threads but the one that forked
         self.lock = threading.Lock()  # held by the pass that the team works for
         self.board = team.board(LAYER_STAGES * MAX_LAYERS)
         self.work: tuple[Weights, Workspace, int] | None = None  # of the pass, with the number of its model
-        self._awake = np.zeros(team.MOST, np.int64)
+        self._asleep = np.zeros(team.MOST, np.int64)  # 1 for every helper that must be woken
         self._calls: list[threading.Semaphore] = []
 
     def call(self, threads: int) -> None:
@@ -69,11 +68,13 @@ class Team:
                 self._calls.pop()
                 break
         self.board[team.THREADS] = 1 + min(threads - 1, len(self._calls))
-        team.find_sleeping(self.board, self._awake)
-        for helper in self._awake[: self.board[team.THREADS] - 1].nonzero()[0].tolist():
+        team.find_sleeping(self.board, self._asleep)
+        for helper in self._asleep[: self.board[team.THREADS] - 1].nonzero()[0].tolist():
             self._calls[helper].release()
+            self._asleep[helper] = 0  # where Ctrl-C comes before this, it is woken once more
 
     def _help(self, helper: int) -> None:
+        """What a helper does. It holds no model's weights while it sleeps."""
         found = 0
         while True:
             if found == 0:
@@ -88,18 +89,17 @@ class Team:
             del work
 
 
-_team: list[Team] = []
+_team = Team()
 
 
-_making = threading.Lock()
+def _renew() -> None:
+    """A fork has no threads but the one that forked."""
+    global _team
+    _team = Team()
 
 
-def _the_team() -> Team:
-    """The team of this process, made at first use."""
-    with _making:
-        if not _team or _team[0].process != os.getpid():
-            _team[:] = [Team()]
-        return _team[0]
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew)
 
 
 # ---------------------------------------------------------------- models
@@ -155,9 +155,8 @@ class CompiledModel:
     ) -> "CompiledModel | None":
         """Packs a model. None if its activation or dtype is not supported, off the CPU, or if Numba fails.
 
-        config: `GPT2Config`; weights: by their names in a `GPT2LMHeadModel`, all copied but
-        the two tables of embeddings; scales: factors of each layer's
-        attention scores.
+        config: `GPT2Config`; weights: by their names in a `GPT2LMHeadModel`, all copied but the two tables of
+        embeddings; scales: factors of each layer's attention scores.
         """
         if config.activation_function not in ACTIVATIONS or config.n_layer > MAX_LAYERS:
             return None
@@ -166,7 +165,8 @@ class CompiledModel:
             return None
         names = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
         layers = range(config.n_layer)
-        dtype = exact_dtype([head] + [weights[f"transformer.h.{i}.{name}.weight"] for name in names for i in layers])
+        matrices = (weights[f"transformer.h.{i}.{name}.weight"] for i in layers for name in names)
+        dtype = exact_dtype(itertools.chain([head], matrices))
         if not ready(dtype):
             return None
 
@@ -174,11 +174,11 @@ class CompiledModel:
             return torch.stack([weights[f"transformer.h.{i}.{name}"] for i in layers]).numpy()
 
         def packed(name: str) -> np.ndarray:
-            one = lambda i: pack(weights[f"transformer.h.{i}.{name}.weight"].t(), dtype)  # noqa: E731
-            first = one(0)
-            whole = np.empty((config.n_layer, *first.shape), first.dtype)
             for i in layers:
-                whole[i] = one(i)
+                one = pack(weights[f"transformer.h.{i}.{name}.weight"].t(), dtype)
+                if i == 0:
+                    whole = np.empty((config.n_layer, *one.shape), one.dtype)
+                whole[i] = one
             return whole
 
         def bias(name: str) -> np.ndarray:
@@ -205,7 +205,7 @@ class CompiledModel:
     def forward(self, batch: Batch, rows: torch.Tensor, tree_rows: int, write: int, first: int) -> torch.Tensor:
         """Hidden states [B, N, d] of a pass, before the last norm, as `GPT2.forward`. batch: `host.Batch`; rows: the KV
         cache [layers, B, S, 2, H, D], whose first `tree_rows` are of the tree; write: the row of node 0; first: the
-        first row that is attended to."""
+        first row that is attended to. Raises ValueError for a cache that this pass does not fit."""
         tokens, positions = (np.ascontiguousarray(part.numpy()) for part in (batch.tokens, batch.positions))
         if not rows.is_contiguous() or rows.dtype != self.kv_dtype or rows.shape[1] != len(tokens):
             raise ValueError(f"expected a whole KV cache of {len(tokens)} sequences in fp32, got {tuple(rows.shape)}")
@@ -223,17 +223,9 @@ class CompiledModel:
                 region = max(0, tree_rows - first)
                 embed(tokens[part], positions[part], mask, region, first, self.weights, memory.work, chosen)
                 inputs = Inputs(
-                    0,
-                    len(chosen),
-                    nodes,
-                    chosen.ctypes.data,
-                    0,
-                    rows.data_ptr(),
-                    rows.shape[2],
-                    sequences,
-                    start,
-                    write,
-                )
+                    head=0, rows=len(chosen), nodes=nodes, x=chosen.ctypes.data, cache=rows.data_ptr(),
+                    cache_rows=rows.shape[2], sequences=sequences, sequence=start, write=write,
+                )  # fmt: skip
                 self._run(memory, inputs, LAYER_STAGES * len(self.weights.scales))
         return torch.from_numpy(x)
 
@@ -271,22 +263,19 @@ class CompiledModel:
 
     def _run(self, memory: _Memory, inputs: Inputs, stages: int) -> None:
         """Runs a pass: with the team's help, or alone if the team is at work for another thread."""
-        threads = memory.threads
-        helpers = _the_team() if threads > 1 else None
-        if helpers is None or not helpers.lock.acquire(blocking=False):
-            board = memory.board
-            board[INPUTS], board[team.LAST] = inputs, stages
-            run_passes(self.weights, memory.work, board, team.CALLER, 0)
-            return
+        helpers, together = _team, False
         try:
-            board = helpers.board
+            together = memory.threads > 1 and helpers.lock.acquire(blocking=False)
+            board = helpers.board if together else memory.board
             board[INPUTS], board[team.LAST], board[team.MODEL] = inputs, stages, memory.number
-            helpers.work = self.weights, memory.work, memory.number
-            helpers.call(threads)
+            if together:
+                helpers.work = self.weights, memory.work, memory.number
+                helpers.call(memory.threads)
             run_passes(self.weights, memory.work, board, team.CALLER, memory.number)
         finally:
-            helpers.work = None
-            helpers.lock.release()
+            if together:
+                helpers.work = None
+                helpers.lock.release()
 
 
 class _Borrowed:

@@ -11,7 +11,7 @@ fp32, or in fp16 or bf16 where that holds the same numbers (`pack`), as in check
 """
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numba
@@ -50,13 +50,14 @@ f32 = np.float32
 _KEPT = {torch.float32: np.float32, torch.float16: np.uint16, torch.bfloat16: np.int16}
 
 
-def exact_dtype(weights: list[torch.Tensor]) -> torch.dtype:
-    """The smallest dtype that holds fp32 weights without a change."""
+def exact_dtype(weights: Iterable[torch.Tensor]) -> torch.dtype:
+    """The smallest dtype that holds fp32 weights, looked at one by one, without a change."""
     narrow = [torch.float16, torch.bfloat16] if HALVES else [torch.bfloat16]
-    for dtype in narrow:
-        if all(torch.equal(weight.to(dtype).float(), weight) for weight in weights):
-            return dtype
-    return torch.float32
+    for weight in weights:
+        narrow = [dtype for dtype in narrow if torch.equal(weight.to(dtype).float(), weight)]
+        if not narrow:
+            return torch.float32
+    return narrow[0]
 
 
 def pack(weight: torch.Tensor, dtype: torch.dtype) -> np.ndarray:
@@ -85,8 +86,9 @@ def _tile(rows: int, alone: bool = True) -> Callable:
     """An intrinsic function: y [rows, COLUMNS] += x [rows, depth] @ block [depth, COLUMNS], all by their addresses.
 
     Arguments: x, bytes from one row of x to the next, the array of blocks (for its type), the block's address, depth,
-    y, bytes from one row of y to the next, what is to be fetched for later, and by how many bytes that goes on with
-    each input. For each input as much is fetched as it has weights, or half as much if the tile is not `alone`.
+    y, bytes from one row of y to the next, the address to fetch for later (ahead), and by how many bytes that moves on
+    with each input (pace). For each input as much is fetched as it has weights, or half as much if the tile is not
+    `alone`.
     """
 
     @instruction
@@ -99,14 +101,14 @@ def _tile(rows: int, alone: bool = True) -> Callable:
         depth: Any,
         y: Any,
         y_stride: Any,
-        next: Any,
-        step: Any,
+        ahead: Any,
+        pace: Any,
     ) -> tuple[Any, Callable]:
         kept = weights.dtype
         size = kept.bitwidth // 8
 
         def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: tuple) -> ir.Value:
-            x, x_stride, _, block, depth, y, y_stride, next, pace = arguments
+            x, x_stride, _, block, depth, y, y_stride, ahead, pace = arguments
             whole, real, byte = ir.IntType(64), ir.FloatType(), ir.IntType(8)
             vector, index = ir.VectorType(real, LANES), ir.IntType(32)
             number = lambda value: ir.Constant(whole, value)  # noqa: E731
@@ -131,9 +133,9 @@ def _tile(rows: int, alone: bool = True) -> Callable:
                 for part in range(VECTORS)
             ]
             for part in range(0, COLUMNS * size // (1 if alone else 2), 64):
-                place = builder.add(builder.add(next, builder.mul(k, pace)), number(part))
-                ahead = builder.inttoptr(place, byte.as_pointer())
-                builder.call(prefetch, [ahead, index(0), index(3 if alone else 2), index(1)])
+                place = builder.add(builder.add(ahead, builder.mul(k, pace)), number(part))
+                line_ahead = builder.inttoptr(place, byte.as_pointer())
+                builder.call(prefetch, [line_ahead, index(0), index(3 if alone else 2), index(1)])
             added = []
             for row in range(rows):
                 place = builder.add(x, builder.mul(x_stride, number(row)))
@@ -230,15 +232,15 @@ def _add_products(x: np.ndarray, rows: int, weights: np.ndarray, block: int, y: 
         n = 0
         for t in range(tiles):
             size = (rows - n + tiles - t - 1) // (tiles - t)  # of tiles as equal as can be
-            ahead, step = w + count * line + t * (count * line // 2), line // 2
+            ahead, pace = w + count * line + t * (count * line // 2), line // 2
             if t >= 2:
-                ahead, step = a, 0
+                ahead, pace = a, 0
             if size == 3:
-                _next_three(a, x_stride, weights, w, count, b, y_stride, ahead, step)
+                _next_three(a, x_stride, weights, w, count, b, y_stride, ahead, pace)
             elif size == 4:
-                _next_four(a, x_stride, weights, w, count, b, y_stride, ahead, step)
+                _next_four(a, x_stride, weights, w, count, b, y_stride, ahead, pace)
             elif size == 5:
-                _next_five(a, x_stride, weights, w, count, b, y_stride, ahead, step)
+                _next_five(a, x_stride, weights, w, count, b, y_stride, ahead, pace)
             else:
-                _next_six(a, x_stride, weights, w, count, b, y_stride, ahead, step)
+                _next_six(a, x_stride, weights, w, count, b, y_stride, ahead, pace)
             n, a, b = n + size, a + size * x_stride, b + size * y_stride

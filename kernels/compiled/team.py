@@ -106,7 +106,7 @@ def find_sleeping(shared: np.ndarray, sleeping: np.ndarray) -> None:
     """Sets sleeping to 1 for every helper that must be woken for the next pass. One that goes to sleep after this
     misses the pass, and the others do its share."""
     for helper in range(read(shared, THREADS, 0) - 1):
-        sleeping[helper] = put(shared, SLEEPS + helper, 0)
+        sleeping[helper] |= put(shared, SLEEPS + helper, 0)
 
 
 @compiled
@@ -132,8 +132,8 @@ def close_pass(shared: np.ndarray) -> None:
 
 @entry
 def next_pass(shared: np.ndarray, helper: int, model: int) -> int:
-    """A helper waits for the next pass: 1: it is let in (it must `leave`); 0: it must sleep; -1: the pass is of another
-    model."""
+    """A helper waits for the next pass: 1: it is let in (it must `leave_pass`); 0: it must sleep; -1: the pass is of
+    another model."""
     spins = 0
     while True:
         number = read(shared, ROUND, 0)
@@ -160,4 +160,5 @@ def next_pass(shared: np.ndarray, helper: int, model: int) -> int:
 
 @compiled
 def leave_pass(shared: np.ndarray) -> None:
+    """A helper has done its part of the pass that it was let into."""
     add(shared, INSIDE, -1)

@@ -102,7 +102,7 @@ def report(on_a_cpu, monkeypatch, tmp_path):
     return run.Report(tmp_path / "out", {"gpu": "none"})
 
 
-TODO = [(op, models.Choice(("L",), (1, 2, 3, 4), (8,), (1,))) for op in ("one", "two")]
+PARTS = [(op, models.Choice(("L",), (1, 2, 3, 4), (8,), (1,))) for op in ("one", "two")]
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ TODO = [(op, models.Choice(("L",), (1, 2, 3, 4), (8,), (1,))) for op in ("one", 
     ],
 )
 def test_no_case_is_started_once_the_time_is_spent(report, end, measured, left_out):
-    run.measure_all(TODO, True, 1.0, end, report)
+    run.measure_all(PARTS, True, 1.0, end, report)
     assert len(report.results) == measured and len(report.left_out) == len(left_out)
     assert all(got.startswith(wanted) for got, wanted in zip(report.left_out, left_out, strict=True))
     written = json.loads(report.stem.with_suffix(".json").read_text())
@@ -136,7 +136,7 @@ def test_an_interrupted_run_has_written_what_it_measured(report, monkeypatch):
 
     monkeypatch.setattr(run, "measure", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run.measure_all(TODO, True, 1.0, 99, report)
+        run.measure_all(PARTS, True, 1.0, 99, report)
     assert len(json.loads(path.read_text())["left_out"]) == 2 and report.stem.with_name("out-op.png").exists()
 
 

@@ -295,7 +295,6 @@ def test_helpers_keep_no_model_alive(threads):
     assert head() is None
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="a system without fork")
 @pytest.mark.slow
 def test_a_fork_has_a_team_of_its_own():
     script = """
