@@ -40,8 +40,7 @@ def on_host(growing: TreeWorkload) -> host_state.Trees:
         noise.advance(sequences)
     growth = host_growth.Growth(sequences, config, growing.table.to(cpu), noise, torch.float32)
     for number, (tokens, logprobs) in enumerate(growing.proposed):
-        growth.prefetch(growth.select(number))
-        growth.batch()
+        growth.batch(number)
         growth.record(tokens, logprobs)
     return growth.harvest()
 

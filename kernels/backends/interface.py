@@ -238,14 +238,9 @@ class Growth(Protocol):
     def pays(self) -> bool:
         """Whether one more draft pass is worth its time (`TreeConfig.pass_floor`)."""
 
-    def select(self, number: int) -> Own:
-        """Chooses the most probable open nodes for draft pass `number`, from 0. Returns what `prefetch` takes."""
-
-    def prefetch(self, parents: Own) -> None:
-        """Adds the guesses of draft² (n-grams) below the nodes of `select` to the pass."""
-
-    def batch(self) -> Batch:
-        """The draft's pass over the chosen nodes and guesses."""
+    def batch(self, number: int) -> Batch:
+        """Chooses the most probable open nodes for draft pass `number`, from 0, and guesses of draft² (n-grams) below
+        them; returns the pass over them."""
 
     def record(self, tokens: torch.Tensor, logprobs: torch.Tensor) -> None:
         """Notes what the draft proposed: integers and fp32 [B, N of the pass, C], best first. They must stay as they

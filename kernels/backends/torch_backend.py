@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,8 +13,32 @@ from stagedspec.kernels.common.inputs import ModelConfig, NgramTable, TreeSettin
 from stagedspec.kernels.common.timing import Overheads
 from stagedspec.kernels.state import host, host_growth
 
-if TYPE_CHECKING:  # it needs Numba
+if TYPE_CHECKING:  # they need Numba
+    from stagedspec.kernels.compiled.growth import Growth as CompiledGrowth
     from stagedspec.kernels.compiled.model import CompiledModel
+
+
+@cache
+def _has_numba() -> bool:
+    """False for a Python that Numba does not support yet, or with a GPU's packages alone."""
+    try:
+        import llvmlite  # noqa: F401
+        import numba  # noqa: F401
+    except ImportError as error:
+        if (error.name or "").split(".")[0] not in ("numba", "llvmlite"):
+            raise
+        return False
+    return True
+
+
+@cache
+def _compiled_growth() -> "type[CompiledGrowth] | None":
+    """The compiled growth of trees; None without Numba, or if that fails."""
+    if not _has_numba():
+        return None
+    from stagedspec.kernels.compiled import build, growth
+
+    return growth.Growth if build.succeeds(growth.try_out) else None
 
 
 class TorchBackend:
@@ -86,8 +111,9 @@ class TorchBackend:
         table: NgramTable | None,
         noise: reference.Noise | None,
         dtype: torch.dtype,
-    ) -> host_growth.Growth:
-        return host_growth.Growth(sequences, config, table, noise, dtype)
+    ) -> "host_growth.Growth | CompiledGrowth":
+        kind = _compiled_growth() if sequences.device.type == "cpu" else None
+        return (kind or host_growth.Growth)(sequences, config, table, noise, dtype)
 
     def unread_pass(self, sequences: host.Sequences, count: int, tree_rows: int, dtype: torch.dtype) -> host.Unread:
         return host.Unread.before_last(sequences, count, tree_rows, dtype)
@@ -101,12 +127,10 @@ class TorchBackend:
         self, config: ModelConfig, weights: Mapping[str, torch.Tensor], scales: list[float]
     ) -> "CompiledModel | None":
         """A `CompiledModel`. None, too, where Numba is missing."""
-        try:
-            from stagedspec.kernels.compiled.model import CompiledModel
-        except ImportError as error:  # no Numba for a new Python, or only a GPU's packages
-            if (error.name or "").split(".")[0] not in ("numba", "llvmlite"):
-                raise
+        if not _has_numba():
             return None
+        from stagedspec.kernels.compiled.model import CompiledModel
+
         return CompiledModel.of(config, weights, scales)
 
     def compiled_forward(

@@ -299,32 +299,29 @@ def run_passes(weights: Weights, work: Workspace, shared: np.ndarray, helper: in
 
 @entry
 def embed(
-    tokens: np.ndarray, positions: np.ndarray, bias: np.ndarray, region: int, first: int, weights: Weights,
-    work: Workspace, x: np.ndarray,
+    tokens: np.ndarray, positions: np.ndarray, seen: np.ndarray, rows_at: int, prefixes: np.ndarray, prefix_at: int,
+    weights: Weights, work: Workspace, x: np.ndarray,
 ) -> None:  # fmt: skip
     """The beginning of a pass over tokens, positions int64 [B, N]: x [B*N, d], and what each row attends to.
 
-    bias [B or 1, N, R]: 0 where row `first` + r of the cache is visible, else -inf. The first `region` of them are the
-    rows of a tree, parents before children, whose positions come after all others'.
+    seen: bool [B or 1, N, R], which of the cache's rows from rows_at on each node attends to, parents before children;
+    prefixes: int64 [B], how many of the rows from prefix_at on, whose positions come before.
     """
     token_table, position_table = weights.tables
     batch, nodes = tokens.shape
-    seen, width = bias.shape[2], x.shape[1]
     for b in range(batch):
-        mask = bias[min(b, len(bias) - 1)]
+        mask = seen[min(b, len(seen) - 1)]
         for n in range(nodes):
             row = b * nodes + n
             token = min(max(tokens[b, n], 0), len(token_table) - 1)
             position = min(max(positions[b, n], 0), len(position_table) - 1)
-            for j in range(width):
+            for j in range(x.shape[1]):
                 x[row, j] = token_table[token, j] + position_table[position, j]
-            count = 0
-            for r in range(region, seen):
-                if mask[n, r] == 0:
-                    work.visible[row, count] = first + r
-                    count += 1
-            for r in range(region):
-                if mask[n, r] == 0:
-                    work.visible[row, count] = first + r
+            count = max(prefixes[b], 0)
+            for r in range(count):
+                work.visible[row, r] = prefix_at + r
+            for r in range(mask.shape[1]):
+                if mask[n, r]:
+                    work.visible[row, count] = rows_at + r
                     count += 1
             work.counts[row] = count

@@ -34,7 +34,7 @@ from stagedspec.kernels.compiled.forward import (
 )
 from stagedspec.kernels.compiled.product import COLUMNS, exact_dtype, pack
 from stagedspec.kernels.reference.noise import NoiseAt
-from stagedspec.kernels.state.host import GREEDY_SHARPNESS, Batch
+from stagedspec.kernels.state.host import GREEDY_SHARPNESS, Batch, prefill_batch
 
 MAX_ROWS = 512  # of one pass; a longer one is cut by its sequences, so that its workspace stays small
 MAX_LAYERS = 512
@@ -209,19 +209,24 @@ class CompiledModel:
         tokens, positions = (np.ascontiguousarray(part.numpy()) for part in (batch.tokens, batch.positions))
         if not rows.is_contiguous() or rows.dtype != self.kv_dtype or rows.shape[1] != len(tokens):
             raise ValueError(f"expected a whole KV cache of {len(tokens)} sequences in fp32, got {tuple(rows.shape)}")
-        if write + tokens.shape[1] > rows.shape[2]:
-            raise ValueError(f"rows {write} to {write + tokens.shape[1]} do not fit into a KV cache of {rows.shape[2]}")
-        bias = np.ascontiguousarray(batch.bias.numpy()[:, 0])
+        seen, prefixes = np.ascontiguousarray(batch.seen), np.array(batch.prefixes)
+        rows_at, prefix_at = (write, first) if batch.chunk else (first, tree_rows)
         sequences, nodes = tokens.shape
         x = np.empty((sequences, nodes, self.weights.tables[0].shape[1]), f32)
-        at_once = max(1, MAX_ROWS // nodes)
+        at_once, longest = max(1, MAX_ROWS // nodes), max(0, *batch.prefixes)
+        if max(write + nodes, rows_at + seen.shape[2], prefix_at + longest) > rows.shape[2]:
+            raise ValueError(
+                f"rows {write} to {write + nodes} after {longest} committed ones do not fit into a KV cache of "
+                f"{rows.shape[2]}"
+            )
         for start in range(0, sequences, at_once):
             part = slice(start, start + at_once)
-            with _Borrowed(self, min(at_once, sequences - start) * nodes, bias.shape[2]) as memory:
-                chosen = x[part].reshape(-1, x.shape[2])
-                mask = bias if len(bias) == 1 else bias[part]
-                region = max(0, tree_rows - first)
-                embed(tokens[part], positions[part], mask, region, first, self.weights, memory.work, chosen)
+            with _Borrowed(self, min(at_once, sequences - start) * nodes, seen.shape[2] + longest) as memory:
+                chosen, mask = x[part].reshape(-1, x.shape[2]), seen if len(seen) == 1 else seen[part]
+                embed(
+                    tokens[part], positions[part], mask, rows_at, prefixes[part], prefix_at, self.weights, memory.work,
+                    chosen,
+                )  # fmt: skip
                 inputs = Inputs(
                     head=0, rows=len(chosen), nodes=nodes, x=chosen.ctypes.data, cache=rows.data_ptr(),
                     cache_rows=rows.shape[2], sequences=sequences, sequence=start, write=write,
@@ -324,7 +329,7 @@ def _try_out(dtype: torch.dtype) -> None:
         )  # fmt: skip
         model = CompiledModel(tiny, alone=True)
         one = torch.zeros(1, 1, dtype=torch.long)
-        batch, rows = Batch(one, one, [[0]], torch.zeros(1, 1, 1, 1)), torch.zeros(1, 1, 1, 2, 1, 1)
+        batch, rows = prefill_batch(one, 0, torch.float32), torch.zeros(1, 1, 1, 2, 1, 1)
         model.children(model.forward(batch, rows, 0, 0, 0), 1, None, None)
     shared = team.board(0)
     shared[[team.OPEN, team.ROUND, team.THREADS]] = 1, 1, 2

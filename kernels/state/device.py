@@ -7,7 +7,6 @@ captured as a CUDA graph. The engine calls, in this order (`*` once for every dr
     Sequences(...), or restart            once, at the beginning of a generation
     Sequences.chunks, chunk               reading the prompts
     Growth.begin                          a step: start its trees
-    * Growth.select, prefetch             host only: note the number of the pass
     * Growth.batch                        launches grow_pass: choose slots, add guesses, fill in the pass's inputs
     * Growth.record                       host only: note where the draft's proposals lie
     Growth.harvest -> Trees               launches harvest_tree (plain decoding: Trees.roots)
@@ -400,18 +399,12 @@ class Growth:
         """True: the host does not know whether a pass pays, so every one runs."""
         return True
 
-    def select(self, number: int) -> None:
-        """Sets the number of the draft pass that `batch` makes next. Raises ValueError if there is no such pass."""
+    def batch(self, number: int) -> Batch:
+        """Chooses the slots of draft pass `number`, adds the guesses below them, and returns the draft's inputs. The
+        tensors hold until the next call. Raises ValueError if a step has no such pass."""
         if not 0 <= number < self.config.passes:
             raise ValueError(f"a step has the passes 0 to {self.config.passes - 1}, got {number}")
         self.number = number
-
-    def prefetch(self, parents: None) -> None:
-        """Nothing: `batch` adds the guesses of draft²."""
-
-    def batch(self) -> Batch:
-        """Chooses the slots of the pass, adds the guesses below them, and returns the draft's inputs. The tensors hold
-        until the next call."""
         batch, state = self.batches[self.number], self.sequences.state
         grow_tree.grow_pass(
             state.tokens, state.lengths, self.state, self.config, self.number, self.proposed, self.table, self.noise,

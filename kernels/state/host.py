@@ -9,7 +9,7 @@ The engine calls them in this order. `*` marks calls that are made once for ever
     Sequences(...)                        once, at the beginning of a generation
     Sequences.chunks, chunk               reading the prompts
     Growth.begin                          a step: start its trees
-    * Growth.select, prefetch, batch      choose the slots of a draft pass, add guesses, make its inputs
+    * Growth.batch                        choose the slots of a draft pass, add guesses, make its inputs
     * Growth.record                       note what the draft proposed
     Growth.harvest -> Trees               keep the best candidates (plain decoding: Trees.roots)
     Trees.batch                           inputs of the target's pass
@@ -28,6 +28,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple, Protocol, cast
 
@@ -150,26 +151,39 @@ class Sequences:
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs of one model pass: tokens, positions int64 [B, N]; depths [B][N]; bias, the mask of 0 and -inf,
-    [B or 1, 1, N, R + L]: R tree rows, then L committed ones."""
+    """Inputs of one model pass over N nodes of each of B sequences.
+
+    tokens, positions: int64 [B, N]; depths: [B][N]. seen: bool [B or 1, N, R]: which of R rows of the cache each node
+    attends to, beside all committed ones of its sequence, prefixes [B]. The R rows are those of a tree, which come
+    before the committed ones in the cache, or, in a chunk of a prompt, its own, which come after them. dtype: of the
+    keys and values.
+    """
 
     tokens: torch.Tensor
     positions: torch.Tensor
     depths: list[list[int]]
-    bias: torch.Tensor
+    seen: np.ndarray
+    prefixes: list[int]
+    dtype: torch.dtype
+    chunk: bool = False
+
+    @cached_property
+    def bias(self) -> torch.Tensor:
+        """The mask of 0 and -inf, [B or 1, 1, N, R + L] in the order of the cache, L the longest prefix."""
+        span, sequences = max(max(self.prefixes), 0), len(self.seen)
+        committed = np.arange(span) < np.array(self.prefixes[:sequences])[:, None]
+        committed = np.broadcast_to(committed[:, None], (sequences, self.seen.shape[1], span))
+        parts = [committed, self.seen] if self.chunk else [self.seen, committed]
+        bias = np.where(np.concatenate(parts, -1), np.float32(0), np.float32(NEVER))
+        return torch.from_numpy(bias[:, None]).to(self.tokens.device, self.dtype)
 
 
 def prefill_batch(tokens: torch.Tensor, start: int, kv_dtype: torch.dtype) -> Batch:
     """The pass over a chunk of prompts, tokens [B, N], after `start` committed ones."""
-    count, device = tokens.shape[1], tokens.device
-    positions = torch.arange(start, start + count, device=device).expand(tokens.shape)
-    return Batch(tokens, positions, [list(range(count))] * len(tokens), causal_bias(start, count, device, kv_dtype))
-
-
-def causal_bias(start: int, count: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """The mask of a chunk of `count` tokens after `start` committed ones: [1, 1, count, start + count]."""
-    bias = torch.full((count, start + count), NEVER, device=device, dtype=dtype)
-    return bias.triu_(start + 1)[None, None]
+    count = tokens.shape[1]
+    positions = torch.arange(start, start + count, device=tokens.device).expand(tokens.shape)
+    seen, depths = np.tri(count, dtype=np.bool_)[None], [list(range(count))] * len(tokens)
+    return Batch(tokens, positions, depths, seen, [start] * len(tokens), kv_dtype, chunk=True)
 
 
 class Placed(Protocol):
@@ -198,19 +212,13 @@ def tree_batch(
     # numpy takes a third of torch's time.
     tokens = [[max(node.token, 0) for node in row] for row in rows]
     depths = [[node.depth for node in row] for row in rows]
-    masks = [[node.mask for node in row] for row in rows]
     positions = [[max(root + depth, 0) for depth in row] for root, row in zip(roots, depths, strict=True)]
+    seen = np.array(
+        [[[mask >> bit & 1 for bit in range(region)] for mask in (node.mask for node in row)] for row in rows]
+    )
     inputs = torch.from_numpy(np.array((tokens, positions))).to(device)
-    span = max(max(prefixes), 0)
-    bias = np.zeros((len(rows), 1, len(rows[0]), region + span), np.float64 if dtype == torch.float64 else np.float32)
-    bias[:, 0, :, :region] = [
-        [[0.0 if mask >> bit & 1 else NEVER for bit in range(region)] for mask in row] for row in masks
-    ]
-    if min(prefixes) < span:
-        hidden = np.arange(span) >= np.array(prefixes)[:, None]
-        np.copyto(bias[..., region:], NEVER, where=hidden[:, None, None])
     names, places = inputs.unbind(0)
-    return Batch(names, places, depths, torch.from_numpy(bias).to(device, dtype))
+    return Batch(names, places, depths, seen.astype(np.bool_), prefixes, dtype)
 
 
 @dataclass(frozen=True)

@@ -167,7 +167,7 @@ class Growth:
         floor = _log(self.config.pass_floor)
         return any(row.best > floor for row, known in zip(self.rows, self.sequences.rows, strict=True) if known.running)
 
-    def select(self, number: int) -> list[list[tuple[float, int]]]:
+    def _select(self, number: int) -> list[list[tuple[float, int]]]:
         """Makes the slots of draft pass `number` from the best candidates; returns their (score, slot), a list a
         row."""
         if number == 0:
@@ -175,8 +175,8 @@ class Growth:
         chosen = [row.select(self.config.width) for row in self.rows]
         return [[(row.slots[slot].score, slot) for slot in slots] for row, slots in zip(self.rows, chosen, strict=True)]
 
-    def prefetch(self, parents: list[list[tuple[float, int]]]) -> None:
-        """Adds the guesses of draft² below the slots `parents` (of `select`), level by level."""
+    def _guess(self, parents: list[list[tuple[float, int]]]) -> None:
+        """Adds the guesses of draft² below the slots `parents` (of `_select`), level by level."""
         for _ in range(self.config.prefetch):
             options = [
                 [(score + gain, slot, token) for score, slot in known for token, gain in row.successors(slot)]
@@ -192,8 +192,9 @@ class Growth:
                         ]
             parents = [row.guess(found) for row, found in zip(self.rows, options, strict=True)]
 
-    def batch(self) -> Batch:
-        """Inputs of the draft pass over the slots added since the last one."""
+    def batch(self, number: int) -> Batch:
+        """Makes the slots of draft pass `number`; returns its inputs."""
+        self._guess(self._select(number))
         start, stop = self.start, len(self.rows[0].slots)
         lengths = self.sequences.lengths
         return tree_batch(

@@ -62,10 +62,7 @@ class Drafting:
     def passes(self) -> Iterator[tuple[object, host_state.Batch]]:
         """The inputs of each draft pass of a step, the device's and the host's."""
         for number in range(self.tree.passes):
-            known = self.host_growth.select(number)
-            self.host_growth.prefetch(known)
-            self.growth.select(number)
-            theirs, batch = self.host_growth.batch(), self.growth.batch()
+            theirs, batch = self.host_growth.batch(number), self.growth.batch(number)
             yield batch, theirs
             proposed = self.proposals(batch.nodes)
             self.host_growth.record(*proposed)

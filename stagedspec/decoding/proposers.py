@@ -140,12 +140,7 @@ class DraftCascade:
                 break
             self.passes += 1
             with clock("grow"):
-                chosen = growth.select(number)
-            if config.prefetch:
-                with clock("ngram"):
-                    growth.prefetch(chosen)
-            with clock("grow"):
-                batch = growth.batch()
+                batch = growth.batch(number)
             with clock("draft"):
                 hidden = draft.forward(batch, cache, first + growth.start, first)
                 noise = None if self.noise is None else self.noise.at(batch)

@@ -15,7 +15,7 @@ import torch
 from stagedspec.decoder import Decoder
 from stagedspec.decoding.stats import Stats
 from stagedspec.kernels.reference import NoiseAt, choose_children, gumbel_noise
-from stagedspec.kernels.state.host import Batch, causal_bias, ngram_guesses
+from stagedspec.kernels.state.host import ngram_guesses, prefill_batch
 from stagedspec.models.gpt2 import Cache
 from stagedspec.planning.cost import CHILDREN, SAMPLED, AcceptanceProfile, Model, PassTimes
 from stagedspec.planning.profile import Tuning, pair_of
@@ -47,8 +47,7 @@ def outcomes(decoder: Decoder, prompt: Sequence[int], new_tokens: int, sampled: 
     with torch.inference_mode():
         cache = Cache(draft, 1, 0, count)
         positions = torch.arange(count, device=device)[None]
-        bias = causal_bias(0, count, device, draft.kv_dtype)
-        hidden = draft.forward(Batch(row[None, :-1], positions, [], bias), cache, 0)[:, start:]
+        hidden = draft.forward(prefill_batch(row[None, :-1], 0, draft.kv_dtype), cache, 0)[:, start:]
         noise = None
         if sampled:
             counters = torch.tensor([seed], device=device), torch.tensor([0], device=device)

@@ -223,8 +223,7 @@ class TreeWorkload:
             return device_state.Trees.roots(self.sequences)
         self.growth.begin()
         for number, proposed in enumerate(self.proposed):
-            self.growth.select(number)
-            self.growth.batch()
+            self.growth.batch(number)
             self.growth.record(*proposed)
         return self.growth.harvest() if harvest else None
 

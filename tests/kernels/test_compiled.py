@@ -101,20 +101,20 @@ def threads(request):
 def random_trees(model: GPT2, batch: int, nodes: int, prefix: int, seed: int) -> Batch:
     """Random trees below prefixes of which each row sees another part; tree rows come first, as in `Cache`."""
     generator = torch.Generator().manual_seed(seed)
-    bias = torch.full((batch, 1, nodes, nodes + prefix), float("-inf"))
+    seen = np.zeros((batch, nodes, nodes), np.bool_)
     depths = [[0] * nodes for _ in range(batch)]
     for row in range(batch):
-        bias[row, 0, :, nodes : nodes + prefix - row % (prefix + 1)] = 0.0
         for node in range(nodes):
             parent = int(torch.randint(-1, node, (), generator=generator)) if node else -1
             if parent >= 0:
-                bias[row, 0, node, :nodes] = bias[row, 0, parent, :nodes]
+                seen[row, node] = seen[row, parent]
                 depths[row][node] = depths[row][parent] + 1
-            bias[row, 0, node, node] = 0.0
+            seen[row, node, node] = True
     tokens = torch.randint(model.vocab_size, (batch, nodes), generator=generator)
     positions = prefix + torch.tensor(depths)
     positions[0, -1] = model.positions + 5  # past the table, as a guess may lie
-    return Batch(tokens, positions, depths, bias)
+    prefixes = [prefix - row % (prefix + 1) for row in range(batch)]
+    return Batch(tokens, positions, depths, seen, prefixes, torch.float32)
 
 
 @by_values
@@ -194,17 +194,15 @@ def test_a_path_of_a_tree_has_the_bits_of_the_text(changes, threads):
     expected = model.forward(prefill_batch(text, 0, model.kv_dtype), plain, 0)[0, prefix:]
     nodes = 2 * depth  # the path lies in the odd nodes, between others
     path = list(range(1, nodes, 2))
-    bias = torch.full((1, 1, nodes, nodes + prefix), float("-inf"))
-    bias[..., nodes:] = 0.0
+    seen = np.eye(nodes, dtype=np.bool_)[None]
     for index, node in enumerate(path):
-        bias[0, 0, node, path[: index + 1]] = 0.0
-        bias[0, 0, node - 1, node - 1] = 0.0
+        seen[0, node, path[: index + 1]] = True
     tokens = torch.randint(model.vocab_size, (1, nodes), generator=torch.Generator().manual_seed(6))
     tokens[0, path] = text[0, prefix:]
     positions = torch.arange(prefix, prefix + depth).repeat_interleave(2)[None]
     cache = Cache(model, 1, nodes, prefix)
     model.forward(prefill_batch(text[:, :prefix], 0, model.kv_dtype), cache, nodes, nodes)
-    found = model.forward(Batch(tokens, positions, [[0] * nodes], bias), cache, 0)[0, path]
+    found = model.forward(Batch(tokens, positions, [[0] * nodes], seen, [prefix], model.kv_dtype), cache, 0)[0, path]
     assert torch.equal(found, expected)
 
 

@@ -81,7 +81,7 @@ def test_ranges_in_the_order_of_the_phases(make, nvtx, monkeypatch):
     )
     decoder = make()
     assert torch.equal(decoder.generate(PROMPT, max_new_tokens=12), expected)
-    one_pass = ["grow", "ngram", "grow", "draft", "grow"]
+    one_pass = ["grow", "draft", "grow"]
     one_step = ["grow", *one_pass, *one_pass, "grow", "verify", "target", "verify", "commit"]
     assert nvtx.pushed == ["prefill"] + one_step * decoder.last_stats.steps
     assert nvtx.open == []
@@ -172,7 +172,7 @@ def test_trace(folders, tmp_path, capsys):
     events = json.loads(out.read_text(encoding="utf-8"))["traceEvents"]
     names = [event.get("name") for event in events if event.get("cat") == "user_annotation"]
     assert names.count("step") == 2 and names.count("target") == 2
-    assert {"grow", "ngram", "draft", "verify", "commit", "compiled_forward"} <= set(names)
+    assert {"grow", "draft", "verify", "commit", "compiled_forward"} <= set(names)
 
     lines = capsys.readouterr().out.splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]

@@ -72,8 +72,7 @@ def test_state_offers_every_member(backend, device):
     noise.advance(sequences)
     growth.begin()
     for number in range(TREE.passes):
-        growth.prefetch(growth.select(number))
-        batch = growth.batch()
+        batch = growth.batch(number)
         assert problems(batch, interface.Batch) == []
         assert problems(noise.at(batch), interface.NoiseAt) == []
         rows = batch.tokens.shape[1]

@@ -114,10 +114,7 @@ def replay(prompts, new_tokens, eos, config: TreeConfig, table, seed: int | None
             expected = host_growth.Growth(host, config, table, host_noise, torch.float32)
             growth.begin()
             for number in range(config.passes):
-                known = expected.select(number)
-                expected.prefetch(known)
-                growth.prefetch(growth.select(number))
-                theirs, batch = expected.batch(), growth.batch()
+                theirs, batch = expected.batch(number), growth.batch(number)
                 assert growth.start == batch.first_bit == expected.start
                 same_batch(batch, theirs, config.slots, host.lengths, batch.nodes)
                 names, values = proposals(generator, len(prompts), batch.nodes, min(config.children, VOCAB))
@@ -222,8 +219,7 @@ def test_nodes_exactly_as_likely_as_the_floor_are_left_out(table, seed):
     )
     host, _ = replay([[1, 2, 1, 2, 1], [3]], 30, [], config, table, None, random.Random(seed), steps=2)
     growth = host_growth.Growth(host, TreeConfig(4, 1, 1, 1, 3, 0, node_floor=floor), None, None, torch.float32)
-    growth.prefetch(growth.select(0))
-    batch = growth.batch()
+    batch = growth.batch(0)
     values = torch.tensor([-1.0, -1.5, -1.5625]).expand(*batch.tokens.shape, -1)
     growth.record(torch.tensor([4, 5, 6]).expand_as(values), values)
     assert all(len(tree.nodes) == 2 for tree in growth.harvest().trees)
@@ -352,8 +348,7 @@ def test_a_step_neither_allocates_nor_reads_back(table):
     def step():
         growth.begin()
         for number, (tokens, logprobs) in enumerate(proposed):
-            growth.prefetch(growth.select(number))
-            growth.batch()
+            growth.batch(number)
             growth.record(tokens, logprobs)
         trees = growth.harvest()
         trees.batch()
@@ -408,27 +403,26 @@ def test_errors(table):
         device_state.Sequences([[1]], 0, [], DEVICE)
     sequences = device_state.Sequences([[1, 2], [3]], 5, [], DEVICE)
     growth = device_state.Growth(sequences, config, None, None)
-    growth.select(1)
     with pytest.raises(ValueError, match="names must be a tensor, got NoneType"):
-        growth.batch()
+        growth.batch(1)
     good = torch.zeros(2, 2, 2, dtype=torch.int32, device=DEVICE), torch.zeros(2, 2, 2, device=DEVICE)
     growth.record(good[0][:1], good[1])
     with pytest.raises(ValueError, match=r"names must have the shape \[2, 2, any\], got \[1, 2, 2\]"):
-        growth.batch()
+        growth.batch(1)
     growth.record(good[0].float(), good[1])
     with pytest.raises(ValueError, match=r"names must be torch\.int32 or torch\.int64, got torch\.float32"):
-        growth.batch()
+        growth.batch(1)
     growth.record(good[0].expand(2, 2, 2).transpose(0, 1), good[1])
     with pytest.raises(ValueError, match="names must be contiguous"):
-        growth.batch()
+        growth.batch(1)
     wide = torch.zeros(2, 2, 3, device=DEVICE)
     growth.record(wide.int(), wide)
     with pytest.raises(ValueError, match="names must hold 1 to 2 children, got 3"):
-        growth.batch()
+        growth.batch(1)
     growth.record(*good)
-    growth.batch()
+    growth.batch(1)
     with pytest.raises(ValueError, match="a step has the passes 0 to 1, got 2"):
-        growth.select(2)
+        growth.batch(2)
     with pytest.raises(ValueError, match=r"tree must have the shape \[5, 2, 3\], got \[5, 2, 4\]"):
         growth.trees.verify_commit(torch.zeros(2, 3, dtype=torch.int32, device=DEVICE))
     with pytest.raises(ValueError, match=r"chosen must be torch\.int32 or torch\.int64"):
@@ -437,7 +431,7 @@ def test_errors(table):
         growth.trees.moves.target_rows(3)
     noise = SimpleNamespace(seeds=torch.zeros(2, device=DEVICE), streams=torch.zeros(2, device=DEVICE))
     with pytest.raises(ValueError, match=r"seeds must be torch\.int64"):
-        device_state.Growth(sequences, config, None, noise).batch()
+        device_state.Growth(sequences, config, None, noise).batch(0)
     guessing = TreeConfig(nodes=2, depth=2, passes=1, width=5000, children=1, prefetch=1)
     with pytest.raises(ValueError, match="at most 4096 options a level on a GPU, got a table of 3 successors"):
         device_state.Growth(sequences, guessing, table.to(DEVICE), None).batch()

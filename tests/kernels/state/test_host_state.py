@@ -68,9 +68,7 @@ def grow(prompts, config, draft, table=None, noise=None):
     tokens = [[] for _ in prompts]
     passes = 0
     for number in range(config.passes):
-        chosen = growth.select(number)
-        growth.prefetch(chosen)
-        batch = growth.batch()
+        batch = growth.batch(number)
         names, values = [], []
         for row, prompt in enumerate(prompts):
             tokens[row] += batch.tokens[row].tolist()
