@@ -94,17 +94,25 @@ def rows_of_tables(arguments: tuple, result: torch.Tensor, prefix: int) -> int:
     return 3 * size(result) + size(arguments[2:])
 
 
-def compiled_pass(arguments: tuple, result: torch.Tensor, prefix: int) -> int:
-    """All layers are read once, a row of each table for a node, and the committed keys and values."""
-    weights, cache = arguments[0].weights, arguments[2]
+def compiled_layers(arguments: tuple, result: object, prefix: int) -> int:
+    """All layers are read once, a row of each table for a node, and the committed keys and values; hidden states are
+    written."""
+    weights, batch, cache = arguments[0].weights, arguments[1], arguments[2]
     layers = size((weights.norms, weights.products, weights.biases))
-    return layers + 3 * size(result) + prefix * size(cache[:, 0, 0])
+    hidden = batch.tokens.numel() * size(weights.tables[0][0])
+    return layers + 3 * hidden + prefix * size(cache[:, 0, 0])
 
 
 def compiled_head(arguments: tuple, result: object, prefix: int) -> int:
-    """The head is read once, the hidden states too, and the logits or children written."""
+    """The head is read once, the hidden states too, and the logits written."""
     weights, hidden = arguments[0].weights, arguments[1]
     return size((weights.final, weights.head, hidden, result))
+
+
+def compiled_pass(arguments: tuple, result: object, prefix: int) -> int:
+    """Layers and head; tokens or children are written, and hidden states stay in the caches."""
+    weights = arguments[0].weights
+    return compiled_layers(arguments, result, prefix) + size((weights.final, weights.head, result))
 
 
 def little(arguments: tuple, result: object, prefix: int) -> int:
@@ -120,9 +128,10 @@ FLOORS = {
     "lm_head_children": everything,
     "tree_attention": prefix_and_nodes,
     "embed": rows_of_tables,
-    "compiled_forward": compiled_pass,
+    "compiled_forward": compiled_layers,
     "compiled_logits": compiled_head,
-    "compiled_children": compiled_head,
+    "compiled_choose": compiled_pass,
+    "compiled_children": compiled_pass,
     "choose": everything,
     "move_rows": little,
 }

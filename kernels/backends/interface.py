@@ -531,10 +531,17 @@ class ModelCompiler(Protocol):
         """Hidden states [B, N, d] of a pass, before the last norm. rows: the KV cache; tree_rows, write, first: as of
         `layer_views`."""
 
+    def compiled_choose(
+        self, model: Own, batch: Own, rows: torch.Tensor, tree_rows: int, write: int, first: int, warping: dict | None,
+        noise: Own,
+    ) -> torch.Tensor:  # fmt: skip
+        """A pass up to the choice of its tokens: as `lm_head_choose`, from the hidden states of `compiled_forward`."""
+
     def compiled_logits(self, model: Own, hidden: torch.Tensor) -> torch.Tensor:
         """As `head_logits`, from hidden states of `compiled_forward`."""
 
     def compiled_children(
-        self, model: Own, hidden: torch.Tensor, count: int, warping: dict | None, noise: Own
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `lm_head_children`, from hidden states of `compiled_forward`."""
+        self, model: Own, batch: Own, rows: torch.Tensor, tree_rows: int, write: int, first: int, count: int,
+        warping: dict | None, noise: Own,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        """A pass up to its children: as `lm_head_children`, from the hidden states of `compiled_forward`."""

@@ -133,23 +133,19 @@ class TorchBackend:
 
         return CompiledModel.of(config, weights, scales)
 
-    def compiled_forward(
-        self, model: "CompiledModel", batch: host.Batch, rows: torch.Tensor, tree_rows: int, write: int, first: int
-    ) -> torch.Tensor:
-        return model.forward(batch, rows, tree_rows, write, first)
+    # The model's own methods, which get what comes after `model`.
 
-    def compiled_logits(self, model: "CompiledModel", hidden: torch.Tensor) -> torch.Tensor:
-        return model.logits(hidden)
+    def compiled_forward(self, model: "CompiledModel", *given: Any) -> torch.Tensor:
+        return model.forward(*given)
 
-    def compiled_children(
-        self,
-        model: "CompiledModel",
-        hidden: torch.Tensor,
-        count: int,
-        warping: dict | None,
-        noise: reference.NoiseAt | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return model.children(hidden, count, warping, noise)
+    def compiled_logits(self, model: "CompiledModel", *given: Any) -> torch.Tensor:
+        return model.logits(*given)
+
+    def compiled_choose(self, model: "CompiledModel", *given: Any) -> torch.Tensor:
+        return model.choose(*given)
+
+    def compiled_children(self, model: "CompiledModel", *given: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return model.children(*given)
 
     # ------------------------------------------------------------ operations
     # The functions themselves: a method around each would be one more call in Python, five times a layer.

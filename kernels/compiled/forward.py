@@ -3,6 +3,8 @@
     layers:  every layer: x += attention(LayerNorm(x)), x += MLP(LayerNorm(x))
     head:    logits = LayerNorm(x) @ head
 
+A pass is of the layers, of the head, or of both.
+
 Bits: every row is computed alone, in an order that depends on nothing but its own place: products as `product` says,
 attention over its visible keys in the order of their positions, wherever in the cache they lie. So a token has the same
 hidden state alone, in a tree, in a prompt and in a batch. Bytes: the weights once.
@@ -30,11 +32,12 @@ LAYER_STAGES, HEAD_STAGES = 7, 2
 class Inputs(NamedTuple):
     """What a pass is, as numbers on the board.
 
-    head: 1: the head, else all layers; rows: M; nodes: N, of each sequence; x, logits: addresses of hidden states
+    layers, head: 1 for what is run; rows: M; nodes: N, of each sequence; x, logits: addresses of hidden states
     [M, d] and logits [M, V]; cache: address of the KV cache, which has cache_rows rows for each of so many sequences;
     sequence: the one that the first row belongs to; write: the cache's row of node 0.
     """
 
+    layers: int
     head: int
     rows: int
     nodes: int = 1
@@ -48,7 +51,7 @@ class Inputs(NamedTuple):
 
 
 INPUTS = slice(team.INPUTS, team.INPUTS + len(Inputs._fields))
-HEAD, ROWS, NODES, X, LOGITS, CACHE, CACHE_ROWS, SEQUENCES, SEQUENCE, WRITE = range(INPUTS.start, INPUTS.stop)
+LAYERS, HEAD, ROWS, NODES, X, LOGITS, CACHE, CACHE_ROWS, SEQUENCES, SEQUENCE, WRITE = range(INPUTS.start, INPUTS.stop)
 
 
 class Weights(NamedTuple):
@@ -75,10 +78,12 @@ class Weights(NamedTuple):
 
 
 class Workspace(NamedTuple):
-    """Memory of one pass of up to M rows. normed, mixed, added [M, d], qkv [M, 3d], inner [M, inner]; visible: the rows
-    of the cache that each row attends to, in the order of their positions, int32 [M, most]; counts: how many, [M];
-    shares: of attention, by thread [threads, GROUP, most]; columns: of a product, by thread [threads, M, COLUMNS]."""
+    """Memory of one pass of up to M rows. x: hidden states, normed, mixed, added [M, d], qkv [M, 3d], inner [M, inner];
+    visible: the rows of the cache that each row attends to, in the order of their positions, int32 [M, most]; counts:
+    how many, [M]; shares: of attention, by thread [threads, GROUP, most]; columns: of a product, by thread
+    [threads, M, COLUMNS]."""
 
+    x: np.ndarray
     normed: np.ndarray
     mixed: np.ndarray
     added: np.ndarray
@@ -248,20 +253,20 @@ def _add_stage(
 
 @compiled
 def _head(
-    weights: Weights, work: Workspace, x: np.ndarray, logits: np.ndarray, shared: np.ndarray, thread: int
+    weights: Weights, work: Workspace, x: np.ndarray, logits: np.ndarray, shared: np.ndarray, stage: int, thread: int
 ) -> None:
-    """logits [M, V] of hidden states x [M, d]."""
+    """logits [M, V] of hidden states x [M, d], in the stages from `stage` on."""
     rows = len(x)
     normed = work.normed[:rows]
-    _norm_stage(x, weights.final[0], weights.final[1], weights.epsilon, normed, shared, 0)
+    _norm_stage(x, weights.final[0], weights.final[1], weights.epsilon, normed, shared, stage)
     blocks = len(weights.head)
-    first, last = begin_tasks(shared, 1, blocks)
+    first, last = begin_tasks(shared, stage + 1, blocks)
     while first < last:
         for block in range(first, last):
             multiply(normed, rows, weights.head, weights.zeros, logits, block, work.columns[thread])
-        end_tasks(shared, 1, last - first)
-        first, last = begin_tasks(shared, 1, blocks)
-    wait_for_tasks(shared, 1, blocks)
+        end_tasks(shared, stage + 1, last - first)
+        first, last = begin_tasks(shared, stage + 1, blocks)
+    wait_for_tasks(shared, stage + 1, blocks)
 
 
 @entry
@@ -282,15 +287,16 @@ def run_passes(weights: Weights, work: Workspace, shared: np.ndarray, helper: in
                 return found
         rows, width = shared[ROWS], weights.tables[0].shape[1]
         x = carray(_pointer(shared[X]), (rows, width), f32)
-        if shared[HEAD]:
-            logits = carray(_pointer(shared[LOGITS]), (rows, weights.vocabulary), f32)
-            _head(weights, work, x, logits, shared, thread)
-        else:
-            layers, heads = len(weights.scales), weights.heads
+        layers, heads = len(weights.scales), weights.heads
+        if shared[LAYERS]:
             shape = (layers * shared[SEQUENCES] * shared[CACHE_ROWS], 2, heads, width // heads)
             cache = carray(_pointer(shared[CACHE]), shape, f32)
             for i in range(layers):
                 _layer(weights, work, x, cache, i, shared, thread)
+        if shared[HEAD]:
+            logits = carray(_pointer(shared[LOGITS]), (rows, weights.vocabulary), f32)
+            stage = LAYER_STAGES * layers if shared[LAYERS] else 0
+            _head(weights, work, x, logits, shared, stage, thread)
         if helper == team.CALLER:
             team.close_pass(shared)
             return 0
@@ -300,9 +306,9 @@ def run_passes(weights: Weights, work: Workspace, shared: np.ndarray, helper: in
 @entry
 def embed(
     tokens: np.ndarray, positions: np.ndarray, seen: np.ndarray, rows_at: int, prefixes: np.ndarray, prefix_at: int,
-    weights: Weights, work: Workspace, x: np.ndarray,
+    weights: Weights, work: Workspace,
 ) -> None:  # fmt: skip
-    """The beginning of a pass over tokens, positions int64 [B, N]: x [B*N, d], and what each row attends to.
+    """The beginning of a pass over tokens, positions int64 [B, N]: hidden states [B*N, d], and what each attends to.
 
     seen: bool [B or 1, N, R], which of the cache's rows from rows_at on each node attends to, parents before children;
     prefixes: int64 [B], how many of the rows from prefix_at on, whose positions come before.
@@ -315,8 +321,8 @@ def embed(
             row = b * nodes + n
             token = min(max(tokens[b, n], 0), len(token_table) - 1)
             position = min(max(positions[b, n], 0), len(position_table) - 1)
-            for j in range(x.shape[1]):
-                x[row, j] = token_table[token, j] + position_table[position, j]
+            for j in range(token_table.shape[1]):
+                work.x[row, j] = token_table[token, j] + position_table[position, j]
             count = max(prefixes[b], 0)
             for r in range(count):
                 work.visible[row, r] = prefix_at + r

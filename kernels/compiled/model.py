@@ -8,7 +8,7 @@ in one piece than one by one.
 import itertools
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -20,7 +20,7 @@ from stagedspec.kernels.common.inputs import ModelConfig
 from stagedspec.kernels.compiled import team
 from stagedspec.kernels.compiled.attention import GROUP
 from stagedspec.kernels.compiled.build import DIGEST, succeeds
-from stagedspec.kernels.compiled.children import best_children
+from stagedspec.kernels.compiled.choice import best_children, choose_tokens
 from stagedspec.kernels.compiled.forward import (
     ACTIVATIONS,
     HEAD_STAGES,
@@ -49,7 +49,7 @@ class Team:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()  # held by the pass that the team works for
-        self.board = team.board(LAYER_STAGES * MAX_LAYERS)
+        self.board = team.board(LAYER_STAGES * MAX_LAYERS + HEAD_STAGES)
         self.work: tuple[Weights, Workspace, int] | None = None  # of the pass, with the number of its model
         self._asleep = np.zeros(team.MOST, np.int64)  # 1 for every helper that must be woken
         self._calls: list[threading.Semaphore] = []
@@ -111,25 +111,32 @@ _numbers = itertools.count()
 @dataclass
 class _Memory:
     """A `Workspace`, and a board for passes that run alone. number: tells it from all others of this process; threads:
-    most of the next pass."""
+    most of the next pass; scores: of `logits`."""
 
     work: Workspace
     board: np.ndarray
     number: int
     threads: int
+    scores: np.ndarray
 
     @classmethod
     def of(cls, weights: Weights, rows: int, most: int, threads: int) -> "_Memory":
         width, inner = weights.tables[0].shape[1], weights.products[3].shape[2]
         empty = lambda *shape: np.empty(shape, f32)  # noqa: E731
         work = Workspace(
-            empty(rows, width), empty(rows, width), empty(rows, width), empty(rows, 3 * width), empty(rows, inner),
-            np.empty((rows, most), np.int32), np.empty(rows, np.int64),
+            empty(rows, width), empty(rows, width), empty(rows, width), empty(rows, width), empty(rows, 3 * width),
+            empty(rows, inner), np.empty((rows, most), np.int32), np.empty(rows, np.int64),
             empty(threads, GROUP, most), empty(threads, rows, COLUMNS),
         )  # fmt: skip
         alone = team.board(LAYER_STAGES * len(weights.scales) + HEAD_STAGES)
         alone[team.THREADS] = 1
-        return cls(work, alone, next(_numbers), threads)
+        return cls(work, alone, next(_numbers), threads, empty(0, weights.vocabulary))
+
+    def logits(self, rows: int) -> np.ndarray:
+        """Memory [rows, V], the same for all passes: new memory of this size costs as much as a small pass."""
+        if rows > len(self.scores):
+            self.scores = np.empty((rows, self.scores.shape[1]), f32)
+        return self.scores[:rows]
 
     def fits(self, rows: int, most: int, threads: int) -> bool:
         held = self.work.visible.shape
@@ -206,32 +213,9 @@ class CompiledModel:
         """Hidden states [B, N, d] of a pass, before the last norm, as `GPT2.forward`. batch: `host.Batch`; rows: the KV
         cache [layers, B, S, 2, H, D], whose first `tree_rows` are of the tree; write: the row of node 0; first: the
         first row that is attended to. Raises ValueError for a cache that this pass does not fit."""
-        tokens, positions = (np.ascontiguousarray(part.numpy()) for part in (batch.tokens, batch.positions))
-        if not rows.is_contiguous() or rows.dtype != self.kv_dtype or rows.shape[1] != len(tokens):
-            raise ValueError(f"expected a whole KV cache of {len(tokens)} sequences in fp32, got {tuple(rows.shape)}")
-        seen, prefixes = np.ascontiguousarray(batch.seen), np.array(batch.prefixes)
-        rows_at, prefix_at = (write, first) if batch.chunk else (first, tree_rows)
-        sequences, nodes = tokens.shape
-        x = np.empty((sequences, nodes, self.weights.tables[0].shape[1]), f32)
-        at_once, longest = max(1, MAX_ROWS // nodes), max(0, *batch.prefixes)
-        if max(write + nodes, rows_at + seen.shape[2], prefix_at + longest) > rows.shape[2]:
-            raise ValueError(
-                f"rows {write} to {write + nodes} after {longest} committed ones do not fit into a KV cache of "
-                f"{rows.shape[2]}"
-            )
-        for start in range(0, sequences, at_once):
-            part = slice(start, start + at_once)
-            with _Borrowed(self, min(at_once, sequences - start) * nodes, seen.shape[2] + longest) as memory:
-                chosen, mask = x[part].reshape(-1, x.shape[2]), seen if len(seen) == 1 else seen[part]
-                embed(
-                    tokens[part], positions[part], mask, rows_at, prefixes[part], prefix_at, self.weights, memory.work,
-                    chosen,
-                )  # fmt: skip
-                inputs = Inputs(
-                    head=0, rows=len(chosen), nodes=nodes, x=chosen.ctypes.data, cache=rows.data_ptr(),
-                    cache_rows=rows.shape[2], sequences=sequences, sequence=start, write=write,
-                )  # fmt: skip
-                self._run(memory, inputs, LAYER_STAGES * len(self.weights.scales))
+        x = np.empty((*batch.tokens.shape, self.weights.tables[0].shape[1]), f32)
+        for part, hidden, _ in self._pass(batch, rows, tree_rows, write, first, head=False):
+            x[part] = hidden
         return torch.from_numpy(x)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -241,30 +225,85 @@ class CompiledModel:
         for start in range(0, len(x), MAX_ROWS):
             rows = min(MAX_ROWS, len(x) - start)
             with _Borrowed(self, rows, 1) as memory:
-                inputs = Inputs(1, rows, x=x[start:].ctypes.data, logits=logits[start:].ctypes.data)
+                inputs = Inputs(0, 1, rows, x=x[start:].ctypes.data, logits=logits[start:].ctypes.data)
                 self._run(memory, inputs, HEAD_STAGES)
         return torch.from_numpy(logits).view(*hidden.shape[:-1], -1)
 
+    def choose(
+        self, batch: Batch, rows: torch.Tensor, tree_rows: int, write: int, first: int, warping: dict | None,
+        noise: NoiseAt | None,
+    ) -> torch.Tensor:  # fmt: skip
+        """The token chosen at every node of a pass, int64 [B, N], as `reference.choose`; arguments of `forward`.
+        noise: `reference.NoiseAt`, or None when greedy."""
+        tokens = np.empty(batch.tokens.shape, np.int64)
+        values, places = _places(noise, self.weights.vocabulary)
+        temperature, k = (1.0, None) if warping is None else (warping["temperature"], warping["top_k"])
+        k = self.weights.vocabulary if k is None else min(k, self.weights.vocabulary)
+        for part, _, logits in self._pass(batch, rows, tree_rows, write, first, head=True):
+            if _cuts_by_probability(warping):
+                given = torch.from_numpy(logits).view(*tokens[part].shape, -1)
+                of_part = None if noise is None else noise.of_sequences(part)
+                tokens[part] = reference.choose(given, warping, of_part).numpy()
+            else:
+                at = places if noise is None else places[part].reshape(-1)
+                choose_tokens(logits, f32(temperature), k, values, at, tokens[part].reshape(-1))
+        return torch.from_numpy(tokens)
+
     def children(
-        self, hidden: torch.Tensor, count: int, warping: dict | None, noise: NoiseAt | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The likeliest children of hidden states [B, N, d]: tokens, log-probabilities [B, N, C], as
-        `reference.choose_children`. noise: `reference.NoiseAt`, or None when greedy."""
-        logits = self.logits(hidden)
-        if warping is not None and (warping["top_p"] is not None or warping["min_p"] is not None):
-            return reference.choose_children(logits, count, warping, noise)
-        size = logits.shape[-1]
+        self, batch: Batch, rows: torch.Tensor, tree_rows: int, write: int, first: int, count: int,
+        warping: dict | None, noise: NoiseAt | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        """The likeliest children of every node of a pass: tokens int64, log-probabilities fp32, both [B, N, C], as
+        `reference.choose_children`; arguments of `forward`, and noise as of `choose`."""
+        size = self.weights.vocabulary
+        values, places = _places(noise, size)
         k, scale = (None, GREEDY_SHARPNESS) if warping is None else (warping["top_k"], 1.0 / warping["temperature"])
         k = size if k is None else min(k, size)
-        values, places = np.empty((0, size), f32), np.empty(0, np.int64)
-        if noise is not None:
-            values = noise.values.flatten(0, 1).numpy()
-            places = np.ascontiguousarray(noise.rows().flatten().numpy())
-        scores = logits.flatten(0, 1).numpy()
-        tokens, logprobs = np.empty((len(scores), min(count, k)), np.int64), np.empty((len(scores), min(count, k)), f32)
-        best_children(scores, f32(scale), k, values, places, tokens, logprobs)
-        shape = (*hidden.shape[:-1], -1)
-        return torch.from_numpy(tokens).view(shape), torch.from_numpy(logprobs).view(shape)
+        shape = (*batch.tokens.shape, min(count, k))
+        tokens, logprobs = np.empty(shape, np.int64), np.empty(shape, f32)
+        for part, _, logits in self._pass(batch, rows, tree_rows, write, first, head=True):
+            if _cuts_by_probability(warping):
+                given = torch.from_numpy(logits).view(*tokens[part].shape[:2], -1)
+                of_part = None if noise is None else noise.of_sequences(part)
+                found = reference.choose_children(given, count, warping, of_part)
+                tokens[part], logprobs[part] = (one.numpy() for one in found)
+            else:
+                at = places if noise is None else places[part].reshape(-1)
+                out = (one[part].reshape(-1, shape[2]) for one in (tokens, logprobs))
+                best_children(logits, f32(scale), k, values, at, *out)
+        return torch.from_numpy(tokens), torch.from_numpy(logprobs)
+
+    def _pass(
+        self, batch: Batch, rows: torch.Tensor, tree_rows: int, write: int, first: int, head: bool
+    ) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
+        """Runs a pass, arguments of `forward`, in parts of at most MAX_ROWS rows: the sequences of each part, their
+        hidden states [b, N, d], and with the head their logits [b * N, V], which hold until the next."""
+        tokens, positions = (np.ascontiguousarray(part.numpy()) for part in (batch.tokens, batch.positions))
+        if not rows.is_contiguous() or rows.dtype != self.kv_dtype or rows.shape[1] != len(tokens):
+            raise ValueError(f"expected a whole KV cache of {len(tokens)} sequences in fp32, got {tuple(rows.shape)}")
+        seen, prefixes = np.ascontiguousarray(batch.seen), np.array(batch.prefixes)
+        rows_at, prefix_at = (write, first) if batch.chunk else (first, tree_rows)
+        (sequences, nodes), width = tokens.shape, self.weights.tables[0].shape[1]
+        at_once, longest = max(1, MAX_ROWS // nodes), max(0, *batch.prefixes)
+        if max(write + nodes, rows_at + seen.shape[2], prefix_at + longest) > rows.shape[2]:
+            raise ValueError(
+                f"rows {write} to {write + nodes} after {longest} committed ones do not fit into a KV cache of "
+                f"{rows.shape[2]}"
+            )
+        stages = LAYER_STAGES * len(self.weights.scales) + HEAD_STAGES * head
+        for start in range(0, sequences, at_once):
+            part = slice(start, min(start + at_once, sequences))
+            count = (part.stop - start) * nodes
+            with _Borrowed(self, count, seen.shape[2] + longest) as memory:
+                work, mask = memory.work, seen if len(seen) == 1 else seen[part]
+                logits = memory.logits(count if head else 0)
+                embed(tokens[part], positions[part], mask, rows_at, prefixes[part], prefix_at, self.weights, work)
+                inputs = Inputs(
+                    1, int(head), count, nodes, work.x.ctypes.data, logits.ctypes.data, rows.data_ptr(),
+                    rows.shape[2], sequences, start, write,
+                )  # fmt: skip
+                self._run(memory, inputs, stages)
+                yield part, work.x[:count].reshape(-1, nodes, width), logits
 
     def _run(self, memory: _Memory, inputs: Inputs, stages: int) -> None:
         """Runs a pass: with the team's help, or alone if the team is at work for another thread."""
@@ -308,6 +347,18 @@ class _Borrowed:
             self._model._free.append(self._memory)
 
 
+def _cuts_by_probability(warping: dict | None) -> bool:
+    """Whether tokens are left out by top-p or min-p, which need all probabilities."""
+    return warping is not None and (warping["top_p"] is not None or warping["min_p"] is not None)
+
+
+def _places(noise: NoiseAt | None, vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of noise [P, V], and which of them each node has, [B, N]; none when greedy."""
+    if noise is None:
+        return np.empty((0, vocabulary), f32), np.empty(0, np.int64)
+    return noise.values.flatten(0, 1).numpy(), np.ascontiguousarray(noise.rows().numpy())
+
+
 # ---------------------------------------------------------------- compiling when a model is loaded
 
 
@@ -330,7 +381,8 @@ def _try_out(dtype: torch.dtype) -> None:
         model = CompiledModel(tiny, alone=True)
         one = torch.zeros(1, 1, dtype=torch.long)
         batch, rows = prefill_batch(one, 0, torch.float32), torch.zeros(1, 1, 1, 2, 1, 1)
-        model.children(model.forward(batch, rows, 0, 0, 0), 1, None, None)
+        model.children(batch, rows, 0, 0, 0, 1, None, None)
+        model.choose(batch, rows, 0, 0, 0, None, None)
     shared = team.board(0)
     shared[[team.OPEN, team.ROUND, team.THREADS]] = 1, 1, 2
     team.find_sleeping(shared, np.zeros(1, np.int64))

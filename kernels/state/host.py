@@ -213,12 +213,13 @@ def tree_batch(
     tokens = [[max(node.token, 0) for node in row] for row in rows]
     depths = [[node.depth for node in row] for row in rows]
     positions = [[max(root + depth, 0) for depth in row] for root, row in zip(roots, depths, strict=True)]
-    seen = np.array(
-        [[[mask >> bit & 1 for bit in range(region)] for mask in (node.mask for node in row)] for row in rows]
-    )
+    size = -(-region // 8)
+    masks = b"".join((node.mask & (1 << region) - 1).to_bytes(size, "little") for row in rows for node in row)
+    bits = np.unpackbits(np.frombuffer(masks, np.uint8), bitorder="little").view(np.bool_)
+    seen = bits.reshape(len(rows), -1, 8 * size)[..., :region]
     inputs = torch.from_numpy(np.array((tokens, positions))).to(device)
     names, places = inputs.unbind(0)
-    return Batch(names, places, depths, seen.astype(np.bool_), prefixes, dtype)
+    return Batch(names, places, depths, seen, prefixes, dtype)
 
 
 @dataclass(frozen=True)

@@ -147,6 +147,8 @@ class Engine:
         with self.clock("target"):
             # The nodes lie right below the prefix, so that no unused rows are attended to.
             first = self.cache.tree_rows - trees.nodes
-            hidden = target.forward(batch, self.cache, first, first)
-            chosen = target.logits(hidden) if self.host_chooses else target.choose(hidden, self.warping, noise)
+            if self.host_chooses:
+                chosen = target.logits(target.forward(batch, self.cache, first, first))
+            else:
+                chosen = target.choose(batch, self.cache, first, first, self.warping, noise)
         return chosen, noise

@@ -142,9 +142,9 @@ class DraftCascade:
             with clock("grow"):
                 batch = growth.batch(number)
             with clock("draft"):
-                hidden = draft.forward(batch, cache, first + growth.start, first)
                 noise = None if self.noise is None else self.noise.at(batch)
-                proposed = draft.children(hidden, children, self.warping, noise)
+                write = first + growth.start
+                proposed = draft.children(batch, cache, write, first, children, self.warping, noise)
             with clock("grow"):
                 growth.record(*proposed)
         with clock("grow"):
@@ -183,9 +183,8 @@ class DraftCascade:
         unread = cast(AdaptiveBackend, draft.ops).unread_pass(
             self.sequences, count, self.cache.tree_rows, draft.kv_dtype
         )
-        hidden = draft.forward(unread.batch, self.cache, 0)
-        at = None if noise is None else noise.at(unread.batch)
-        tokens, logprobs = draft.children(hidden, min(children, draft.vocab_size), self.warping, at)
+        at, count_of = None if noise is None else noise.at(unread.batch), min(children, draft.vocab_size)
+        tokens, logprobs = draft.children(unread.batch, self.cache, 0, 0, count_of, self.warping, at)
         self.passes += 1
         hits = tokens == unread.following[..., None]
         ranks = (hits.int().argmax(-1) + 1) * hits.any(-1) - 1

@@ -161,18 +161,26 @@ class GPT2:
             return cast(ModelCompiler, self.ops).compiled_logits(self.compiled, hidden)
         return self.ops.head_logits(hidden, *self.final_norm, self.epsilon, self.head)
 
-    def choose(self, hidden: torch.Tensor, warping: dict | None, noise: NoiseAt | None) -> torch.Tensor:
-        """Hidden states [B, N, d] to the token chosen at every node [B, N]."""
+    def choose(
+        self, batch: Batch, cache: Cache, write: int, first: int, warping: dict | None, noise: NoiseAt | None
+    ) -> torch.Tensor:
+        """A pass, arguments of `forward`, up to the token chosen at every node [B, N]."""
         if self.compiled is not None:
-            return self.ops.choose(self.logits(hidden), warping, noise)
+            run = cast(ModelCompiler, self.ops).compiled_choose
+            return run(self.compiled, batch, cache.rows, cache.tree_rows, write, first, warping, noise)
+        hidden = self.forward(batch, cache, write, first)
         return self.ops.lm_head_choose(hidden, *self.final_norm, self.epsilon, self.head, warping, noise)
 
     def children(
-        self, hidden: torch.Tensor, count: int, warping: dict | None, noise: NoiseAt | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states [B, N, d] to the most likely children: tokens and log-probabilities, both [B, N, count]."""
+        self, batch: Batch, cache: Cache, write: int, first: int, count: int, warping: dict | None,
+        noise: NoiseAt | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        """A pass, arguments of `forward`, up to the most likely children of every node: tokens and log-probabilities,
+        both [B, N, count]."""
         if self.compiled is not None:
-            return cast(ModelCompiler, self.ops).compiled_children(self.compiled, hidden, count, warping, noise)
+            run = cast(ModelCompiler, self.ops).compiled_children
+            return run(self.compiled, batch, cache.rows, cache.tree_rows, write, first, count, warping, noise)
+        hidden = self.forward(batch, cache, write, first)
         return self.ops.lm_head_children(hidden, *self.final_norm, self.epsilon, self.head, count, warping, noise)
 
 

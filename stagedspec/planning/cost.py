@@ -139,10 +139,9 @@ def _pass(model: GPT2, draft: bool, batch: int, nodes: int, sampled: bool) -> Ca
 
     @torch.inference_mode()
     def run() -> object:
-        hidden = model.forward(inputs, cache, write)
         if draft:
-            return model.children(hidden, min(CHILDREN, model.vocab_size), warping, noise)
-        return model.choose(hidden, warping, noise)
+            return model.children(inputs, cache, write, 0, min(CHILDREN, model.vocab_size), warping, noise)
+        return model.choose(inputs, cache, write, 0, warping, noise)
 
     return run
 

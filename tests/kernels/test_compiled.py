@@ -17,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stagedspec import Decoder
+from stagedspec.kernels import reference
 from stagedspec.kernels.backends.torch_backend import TorchBackend
-from stagedspec.kernels.compiled import attention, build, children, product, team
+from stagedspec.kernels.compiled import attention, build, choice, growth, product, team
 from stagedspec.kernels.compiled import forward as passes
 from stagedspec.kernels.compiled import model as compiled_model
 from stagedspec.kernels.reference import NoiseAt
@@ -86,7 +87,7 @@ def exp_of_all(x: np.ndarray) -> np.ndarray:
 
 @numba.njit
 def kth(row: np.ndarray, k: int) -> np.float32:
-    return children.kth(row, k)
+    return choice.kth(row, k)
 
 
 @pytest.fixture(params=[1, 2, 3], ids="{}-threads".format)
@@ -136,8 +137,8 @@ def test_the_same_as_operations(changes, batch, nodes, prefix, seed):
     noise = NoiseAt(values, torch.randint(window, (batch, nodes)))
     for warping in WARPINGS:
         given_noise = None if warping is None else noise
-        tokens, logprobs = model.children(hidden, 4, warping, given_noise)
-        theirs, values_of = plain.children(hidden, 4, warping, given_noise)
+        tokens, logprobs = model.children(trees, caches[0], 0, 0, 4, warping, given_noise)
+        theirs, values_of = reference.choose_children(model.logits(hidden), 4, warping, given_noise)
         assert tokens.shape == theirs.shape and tokens.dtype == theirs.dtype == torch.int64
         torch.testing.assert_close(logprobs, values_of, rtol=1e-3, atol=1e-3)
         assert (tokens == theirs)[(logprobs[..., :-1].diff(dim=-1).abs() > 1e-3).all(-1)].all()
@@ -326,12 +327,36 @@ def test_ties_and_few_tokens():
     """As many children as the draft may take tokens, each once, whatever ties."""
     model, _, _ = model_of(vocab_size=300)
     model.compiled.weights.head[:] = 0
-    hidden = torch.randn(1, 2, model.config.n_embd)
+    trees = random_trees(model, 1, 2, 3, 0)
     warping = {"temperature": 1.0, "top_k": 3, "top_p": None, "min_p": None}
     noise = NoiseAt(torch.zeros(1, 1, 300), torch.zeros(1, 2, dtype=torch.long))
-    tokens, logprobs = model.children(hidden, 8, warping, noise)
+    tokens, logprobs = model.children(trees, Cache(model, 1, 2, 5), 0, 0, 8, warping, noise)
     assert tokens.shape == (1, 2, 3) and all(len(set(row)) == 3 for row in tokens[0].tolist())
     assert logprobs.isfinite().all() and (logprobs <= -1e-4).all()
+
+
+@given(
+    rows=st.integers(1, 4), size=st.integers(1, 70), k=st.integers(1, 80), seed=st.integers(0, 10**6),
+    temperature=st.sampled_from([1.0, 0.7, 3.0]), greedy=st.booleans(), broken=st.sampled_from([0.0, 0.05, 1.0]),
+)  # fmt: skip
+@settings(max_examples=200, deadline=None)
+def test_the_token_of_the_reference(rows, size, k, seed, temperature, greedy, broken):
+    """With ties, and with logits that are infinite or no numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randint(-4, 4, (1, rows, size), generator=generator) / 4
+    wrong = torch.rand(logits.shape, generator=generator) < broken
+    odd = torch.tensor([float("nan"), float("inf"), float("-inf"), float("-inf")])
+    logits[wrong] = odd[torch.randint(4, (int(wrong.sum()),), generator=generator)]
+    warping = None if greedy else {"temperature": temperature, "top_k": k, "top_p": None, "min_p": None}
+    values = torch.randint(-8, 8, (1, 5, size), generator=generator) / 8
+    noise = None if greedy else NoiseAt(values, torch.randint(5, (1, rows), generator=generator))
+    expected = reference.choose(logits.clone(), warping, noise)
+    found = np.empty(rows, np.int64)
+    values_of, places = compiled_model._places(noise, size)
+    choice.choose_tokens(
+        logits[0].numpy().copy(), np.float32(temperature), min(k, size), values_of, places.reshape(-1), found
+    )
+    assert found.tolist() == expected[0].tolist()
 
 
 @pytest.mark.parametrize("k", [1, 2, 7, 64, 299])
@@ -360,10 +385,21 @@ def test_a_long_batch_is_cut_by_its_sequences(monkeypatch):
         cache = Cache(model, 5, 0, 8)
         return model.logits(model.forward(prefill_batch(ids, 0, model.kv_dtype), cache, 0))
 
-    expected = read()
+    noise = NoiseAt(torch.randn(5, 9, 61), torch.randint(9, (5, 8)))
+
+    def chosen() -> list[torch.Tensor]:
+        found, batch = [], prefill_batch(ids, 0, model.kv_dtype)
+        for warping in WARPINGS:
+            arguments = warping, None if warping is None else noise
+            found.append(model.choose(batch, Cache(model, 5, 0, 8), 0, 0, *arguments))
+            found += model.children(batch, Cache(model, 5, 0, 8), 0, 0, 3, *arguments)
+        return found
+
+    expected, tokens = read(), chosen()
     for most in (1, 8, 17):
         monkeypatch.setattr(compiled_model, "MAX_ROWS", most)
         assert torch.equal(read(), expected)
+        assert all(map(torch.equal, chosen(), tokens))
 
 
 def test_a_draft_of_no_numbers_still_proposes_tokens():
@@ -374,7 +410,7 @@ def test_a_draft_of_no_numbers_still_proposes_tokens():
     for warping in WARPINGS[:2]:
         noise = None if warping is None else NoiseAt(torch.zeros(1, 1, 300), torch.zeros(1, 3, dtype=torch.long))
         trees = random_trees(model, 1, 3, 2, 0)
-        tokens, _ = model.children(model.forward(trees, Cache(model, 1, 3, 4), 0), 4, warping, noise)
+        tokens, _ = model.children(trees, Cache(model, 1, 3, 4), 0, 0, 4, warping, noise)
         assert ((tokens >= 0) & (tokens < 300)).all()
 
 
@@ -414,7 +450,7 @@ def test_numbers_that_overflow_and_divisions_by_zero():
         for warping in WARPINGS[:2]:
             noise = None if warping is None else NoiseAt(torch.zeros(1, 1, 61), torch.zeros(1, 3, dtype=torch.long))
             trees = random_trees(model, 1, 3, 2, 0)
-            tokens, logprobs = model.children(model.forward(trees, Cache(model, 1, 3, 4), 0), 4, warping, noise)
+            tokens, logprobs = model.children(trees, Cache(model, 1, 3, 4), 0, 0, 4, warping, noise)
             assert ((tokens >= 0) & (tokens < 61)).all() and not logprobs.isnan().any()
 
 
@@ -505,19 +541,17 @@ def test_without_numba():
 
 
 def test_generations_compile_nothing(target, drafts):
-    """All was compiled when the model was loaded."""
+    """All was compiled when the model was loaded, or trees first grew, once for all arguments."""
     decoder = Decoder.from_pretrained(target, drafts["good"], device="cpu", dtype="float32")
-
-    def compiled() -> list[int]:
-        functions = passes.run_passes, passes.embed, children.best_children, team.find_sleeping
-        return [len(function.signatures) for function in functions]
-
-    before = compiled()
+    functions = [passes.run_passes, passes.embed, choice.best_children, choice.choose_tokens, team.find_sleeping]
+    functions += [growth._begin, growth._extend, growth._record, growth._harvest]
+    growth.try_out()
+    before = [len(function.signatures) for function in functions]
     ids, mask = left_pad(random_prompts([5, 2]))
     for options in ({}, {"do_sample": True}, {"do_sample": True, "top_k": 5, "temperature": 0.7}):
         for mode in ("chain", "staged"):
             decoder.generate(ids, mask, 12, mode=mode, **options)
-    assert compiled() == before
+    assert [len(function.signatures) for function in functions] == before
 
 
 @pytest.mark.parametrize("long", [True, False])

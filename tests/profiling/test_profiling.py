@@ -19,6 +19,7 @@ import torch_trace
 from stagedspec import TreeConfig
 from stagedspec.kernels.backends.torch_backend import TorchBackend
 from stagedspec.kernels.compiled.product import COLUMNS
+from stagedspec.kernels.state.host import prefill_batch
 from stagedspec.models.gpt2 import GPT2
 
 TREE = TreeConfig(nodes=4, depth=2, passes=2, width=1, children=3, prefetch=1, prefetch_width=1)
@@ -172,15 +173,15 @@ def test_trace(folders, tmp_path, capsys):
     events = json.loads(out.read_text(encoding="utf-8"))["traceEvents"]
     names = [event.get("name") for event in events if event.get("cat") == "user_annotation"]
     assert names.count("step") == 2 and names.count("target") == 2
-    assert {"grow", "draft", "verify", "commit", "compiled_forward"} <= set(names)
+    assert {"grow", "draft", "verify", "commit", "compiled_choose"} <= set(names)
 
     lines = capsys.readouterr().out.splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     assert {len(row) for row in rows} == {8}
     found = {row[0]: row for row in rows}
-    assert {"target, compiled_forward", "target, compiled_logits", "target, choose", "all"} <= set(found)
-    # Models are compiled: two operations, in which torch runs none of its own.
-    assert all(float(found[f"draft, {name}"][5]) > 0 for name in ("compiled_forward", "compiled_children"))
+    # Models are compiled: one operation, in which torch runs none of its own.
+    assert {"target, compiled_choose", "draft, compiled_children", "all"} <= set(found)
+    assert float(found["draft, compiled_children"][5]) > 0
     assert any("/ 10 GB/s (stated)" in line for line in lines)
 
 
@@ -227,13 +228,17 @@ def test_bytes_of_a_compiled_pass():
     products = [(width, 3 * width), (width, width), (width, inner), (inner, width)]
     weights = sum((inputs + 1) * whole(outputs) for inputs, outputs in products) + 4 * width
     cache = torch.zeros(layers, 2, 20, 2, 4, width // 4)
-    hidden = torch.zeros(2, 3, width)
-    assert torch_trace.FLOORS["compiled_forward"]((ours.compiled, None, cache), hidden, 10) == 4 * (
-        layers * (weights + 10 * 2 * width) + 3 * nodes * width
+    hidden, batch = torch.zeros(2, 3, width), prefill_batch(torch.zeros(2, 3, dtype=torch.long), 10, torch.float32)
+    passed = 4 * (layers * (weights + 10 * 2 * width) + 3 * nodes * width)
+    head = 4 * (whole(vocab) * width + 2 * width)
+    assert torch_trace.FLOORS["compiled_forward"]((ours.compiled, batch, cache), hidden, 10) == passed
+    logits = torch.zeros(2, 3, vocab)
+    assert torch_trace.FLOORS["compiled_logits"]((ours.compiled, hidden), logits, 10) == (
+        head + 4 * nodes * (width + vocab)
     )
     children = (torch.zeros(2, 3, 4, dtype=torch.long), torch.zeros(2, 3, 4))
-    assert torch_trace.FLOORS["compiled_children"]((ours.compiled, hidden), children, 10) == (
-        4 * (whole(vocab) * width + 2 * width + nodes * width) + nodes * 4 * (8 + 4)
+    assert torch_trace.FLOORS["compiled_children"]((ours.compiled, batch, cache), children, 10) == (
+        passed + head + nodes * 4 * (8 + 4)
     )
 
 

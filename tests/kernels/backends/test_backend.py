@@ -259,7 +259,8 @@ def test_logits_at_hand_are_those_that_are_chosen_by(pair, device, dtype, sampli
     )
     kinds = None if warping is None else noise.at(batch)
     logits = model.logits(hidden)
-    chosen = model.choose(hidden, warping, kinds).clone()
+    head = *model.final_norm, model.epsilon, model.head
+    chosen = ops.lm_head_choose(hidden, *head, warping, kinds).clone()
     assert torch.equal(ops.choose(logits, warping, kinds), chosen)
     stored, out = torch.full_like(logits.view(10, 61), torch.nan), torch.empty(10, dtype=torch.int32, device=device)
     lm_head.lm_head_choose(

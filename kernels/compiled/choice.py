@@ -1,7 +1,9 @@
-"""The choice of a node's children from a draft's logits, in one loop over the vocabulary."""
+"""The choice of tokens from logits: the target's at a node, and the children that a draft proposes."""
 
 import numpy as np
 
+from stagedspec.kernels.common.constants import INVALID
+from stagedspec.kernels.compiled.attention import exp
 from stagedspec.kernels.compiled.build import compiled, entry
 
 f32 = np.float32
@@ -70,10 +72,59 @@ def best_children(
                     at -= 1
                 best[at], found[at] = score, token
         top, total = best[0], f32(0)
-        for score in row:
-            if score > top - f32(17):  # smaller terms are lost in rounding
-                total += np.exp(score - top)
+        for token in range(size):
+            total += exp(row[token] - top)  # smaller terms than e^-17 are lost in rounding
         norm_of_all = top + np.log(total)
         for c in range(count):
             logprob = best[c] - norm_of_all
             best[c] = min(logprob, f32(-1e-4)) if logprob > NEVER else NEVER  # not NaN, where logits are infinite
+
+
+@compiled
+def _best(row: np.ndarray) -> int:
+    """The index of the largest, the first of equal ones; 0 for all NaN."""
+    at = 0
+    for token in range(len(row)):
+        if row[token] > row[at]:
+            at = token
+    return at
+
+
+@entry
+def choose_tokens(
+    logits: np.ndarray, temperature: np.float32, k: int, noise: np.ndarray, places: np.ndarray, tokens: np.ndarray
+) -> None:
+    """The token of each row of logits [M, V], which it may overwrite -> tokens [M], as `reference.choose`: of the
+    largest logit, or, with places, of the largest sum of logit / temperature and noise among the k largest logits and
+    their ties. noise [P, V], places [M]: as of `best_children`. INVALID where that is undefined."""
+    for n in range(len(logits)):
+        row = logits[n]
+        broken = False
+        for token in range(len(row)):
+            broken |= np.isnan(row[token])
+        at = _best(row)
+        top = row[at]
+        if len(places) == 0:
+            tokens[n] = INVALID if broken or not top > f32(-np.inf) else at
+            continue
+        if broken or not np.isfinite(top / temperature):
+            tokens[n] = INVALID
+            continue
+        for token in range(len(row)):
+            row[token] = row[token] / temperature
+        at, most = 0, f32(-np.inf)
+        for token in range(len(row)):
+            score = row[token] + noise[places[n], token]
+            if score > most:
+                at, most = token, score
+        if k < len(row):
+            above = 0
+            for token in range(len(row)):
+                above += row[token] > row[at]
+            if above >= k:
+                least, most = kth(row, k), f32(-np.inf)
+                for token in range(len(row)):
+                    score = row[token] + noise[places[n], token]
+                    if row[token] >= least and score > most:
+                        at, most = token, score
+        tokens[n] = at
