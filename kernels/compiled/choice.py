@@ -4,10 +4,10 @@ import numpy as np
 
 from stagedspec.kernels.common.constants import INVALID
 from stagedspec.kernels.compiled.attention import exp
-from stagedspec.kernels.compiled.build import compiled, entry
+from stagedspec.kernels.compiled.build import compiled
 
 f32 = np.float32
-NEVER = f32(np.finfo(f32).min)
+NEVER, INFINITE = f32(np.finfo(f32).min), f32(np.inf)
 
 
 @compiled
@@ -36,95 +36,74 @@ def kth(row: np.ndarray, k: int) -> np.float32:
     return heap[0]
 
 
-@entry
+@compiled
 def best_children(
-    logits: np.ndarray,
-    scale: np.float32,
-    k: int,
-    noise: np.ndarray,
-    places: np.ndarray,
-    tokens: np.ndarray,
-    logprobs: np.ndarray,
+    row: np.ndarray, scale: np.float32, k: int, noise: np.ndarray, sampled: bool, found: np.ndarray, best: np.ndarray
 ) -> None:
-    """The likeliest children under logits [M, V], which it overwrites -> tokens, logprobs [M, C], best first.
+    """The likeliest children under logits row [V], which it overwrites -> found, their tokens, and best, their
+    log-probabilities, both [C], best first, as `reference.choose_children`.
 
-    noise [P, V], places [M]: row n takes the noise noise[places[n]]; greedy without places. k: children are among the k
-    largest logits. scale: multiplies logits.
+    scale: multiplies logits. k: children are among the k largest logits. noise: added to them if sampled.
     """
-    count, size = tokens.shape[1], logits.shape[1]
-    for n in range(len(logits)):
-        row, best, found = logits[n], logprobs[n], tokens[n]
-        least = kth(row, k) if k < size else NEVER
-        for c in range(count):
-            best[c], found[c] = NEVER, 0  # a valid token, even if all logits are NaN
-        for token in range(size):
-            if row[token] < least:
-                row[token] = NEVER
-                continue
-            score = row[token] * scale
-            if len(places):
-                score += noise[places[n], token]
-            row[token] = score
-            if score > best[count - 1]:
-                at = count - 1
-                while at > 0 and best[at - 1] < score:
-                    best[at], found[at] = best[at - 1], found[at - 1]
-                    at -= 1
-                best[at], found[at] = score, token
-        top, total = best[0], f32(0)
-        for token in range(size):
-            total += exp(row[token] - top)  # smaller terms than e^-17 are lost in rounding
-        norm_of_all = top + np.log(total)
-        for c in range(count):
-            logprob = best[c] - norm_of_all
-            best[c] = min(logprob, f32(-1e-4)) if logprob > NEVER else NEVER  # not NaN, where logits are infinite
+    count, size = len(found), len(row)
+    least = kth(row, k) if k < size else NEVER
+    for c in range(count):
+        best[c], found[c] = NEVER, 0  # a valid token, even if all logits are NaN
+    for token in range(size):
+        if row[token] < least:
+            row[token] = NEVER
+            continue
+        score = row[token] * scale
+        if sampled:
+            score += noise[token]
+        row[token] = score
+        if score > best[count - 1]:
+            at = count - 1
+            while at > 0 and best[at - 1] < score:
+                best[at], found[at] = best[at - 1], found[at - 1]
+                at -= 1
+            best[at], found[at] = score, token
+    top, total = best[0], f32(0)
+    for token in range(size):
+        total += exp(row[token] - top)
+    norm_of_all = top + np.log(total)
+    for c in range(count):
+        logprob = best[c] - norm_of_all
+        best[c] = min(logprob, f32(-1e-4)) if logprob > NEVER else NEVER  # not NaN, where logits are infinite
 
 
 @compiled
-def _best(row: np.ndarray) -> int:
-    """The index of the largest, the first of equal ones; 0 for all NaN."""
-    at = 0
+def _largest(row: np.ndarray, noise: np.ndarray, least: np.float32) -> int:
+    """The first token of the largest sum with noise, of logits that are at least `least`; 0 if there is none."""
+    at, most = 0, -INFINITE
     for token in range(len(row)):
-        if row[token] > row[at]:
-            at = token
+        score = row[token] + noise[token]
+        if row[token] >= least and score > most:
+            at, most = token, score
     return at
 
 
-@entry
-def choose_tokens(
-    logits: np.ndarray, temperature: np.float32, k: int, noise: np.ndarray, places: np.ndarray, tokens: np.ndarray
-) -> None:
-    """The token of each row of logits [M, V], which it may overwrite -> tokens [M], as `reference.choose`: of the
-    largest logit, or, with places, of the largest sum of logit / temperature and noise among the k largest logits and
-    their ties. noise [P, V], places [M]: as of `best_children`. INVALID where that is undefined."""
-    for n in range(len(logits)):
-        row = logits[n]
-        broken = False
+@compiled
+def choose_token(row: np.ndarray, temperature: np.float32, k: int, noise: np.ndarray, sampled: bool) -> int:
+    """The token chosen by logits row [V], which it may overwrite, as `reference.choose`: of the largest, or, if
+    sampled, of the largest sum of logit / temperature and noise [V] among the k largest and their ties. INVALID where
+    that is undefined."""
+    at, top, broken = 0, row[0], False
+    for token in range(len(row)):
+        broken |= np.isnan(row[token])
+        if row[token] > top:
+            at, top = token, row[token]
+    if not sampled:
+        return INVALID if broken or top == -INFINITE else at
+    if broken or not np.isfinite(top / temperature):
+        return INVALID
+    for token in range(len(row)):
+        row[token] = row[token] / temperature
+    at = _largest(row, noise, -INFINITE)
+    if k < len(row):
+        above = 0
         for token in range(len(row)):
-            broken |= np.isnan(row[token])
-        at = _best(row)
-        top = row[at]
-        if len(places) == 0:
-            tokens[n] = INVALID if broken or not top > f32(-np.inf) else at
-            continue
-        if broken or not np.isfinite(top / temperature):
-            tokens[n] = INVALID
-            continue
-        for token in range(len(row)):
-            row[token] = row[token] / temperature
-        at, most = 0, f32(-np.inf)
-        for token in range(len(row)):
-            score = row[token] + noise[places[n], token]
-            if score > most:
-                at, most = token, score
-        if k < len(row):
-            above = 0
-            for token in range(len(row)):
-                above += row[token] > row[at]
-            if above >= k:
-                least, most = kth(row, k), f32(-np.inf)
-                for token in range(len(row)):
-                    score = row[token] + noise[places[n], token]
-                    if row[token] >= least and score > most:
-                        at, most = token, score
-        tokens[n] = at
+            above += row[token] > row[at]
+        if above >= k:
+            at = _largest(row, noise, kth(row, k))
+    return at

@@ -1,9 +1,11 @@
-"""The passes of a GPT-2 in fp32 on a CPU: all layers, and the head, each as the stages of one `team` pass.
+"""The passes of a GPT-2 in fp32 on a CPU, each as the stages of one `team` pass:
 
+    embed:   x = embeddings; by the caller alone
     layers:  every layer: x += attention(LayerNorm(x)), x += MLP(LayerNorm(x))
     head:    logits = LayerNorm(x) @ head
+    choice:  a token, or children, of each row's logits
 
-A pass is of the layers, of the head, or of both.
+A pass has the first two, the head, or all.
 
 Bits: every row is computed alone, in an order that depends on nothing but its own place: products as `product` says,
 attention over its visible keys in the order of their positions, wherever in the cache they lie. So a token has the same
@@ -20,38 +22,67 @@ from numba import carray, types
 from stagedspec.kernels.compiled import team
 from stagedspec.kernels.compiled.attention import GROUP, attend, exp
 from stagedspec.kernels.compiled.build import compiled, entry, instruction
+from stagedspec.kernels.compiled.choice import best_children, choose_token
 from stagedspec.kernels.compiled.product import multiply
 from stagedspec.kernels.compiled.team import begin_tasks, end_tasks, wait_for_tasks
 
 f32 = np.float32
 RELU, GELU_TANH = range(2)
 ACTIVATIONS = {"relu": RELU, "gelu_new": GELU_TANH, "gelu_pytorch_tanh": GELU_TANH}
-LAYER_STAGES, HEAD_STAGES = 7, 2
+LAYER_STAGES, HEAD_STAGES = 7, 3
+TOKEN, CHILDREN = 1, 2
 
 
 class Inputs(NamedTuple):
-    """What a pass is, as numbers on the board.
+    """What a pass is, as numbers on the board. Arrays are given by their addresses, 0 where there are none.
 
-    layers, head: 1 for what is run; rows: M; nodes: N, of each sequence; x, logits: addresses of hidden states
-    [M, d] and logits [M, V]; cache: address of the KV cache, which has cache_rows rows for each of so many sequences;
-    sequence: the one that the first row belongs to; write: the cache's row of node 0.
+    layers, head: 1 for what is run; rows: M, of all sequences; x: hidden states fp32 [M, d]; logits: fp32 [M, V].
+
+    Of layers: nodes: N, of each of `sequences` sequences; inputs: tokens and positions int64 [2, B, N]; seen: bool
+    [masks, N, seen_rows], which of the cache's rows from seen_at on each node attends to, parents before children, one
+    mask for each sequence or for all; prefixes: int64 [B], how many rows from prefix_at on, whose positions come
+    before. cache: the KV cache, which has cache_rows rows for each of cache_sequences; sequence: the one that the first
+    row belongs to; write: the cache's row of node 0.
+
+    choice: TOKEN or CHILDREN of the logits, or 0; k: of the largest logits; noise: fp32 [.., noise_size] and places,
+    int64 [M], which row of it each has; tokens: int64 [M, each], logprobs: fp32 of the same shape, what is found.
     """
 
     layers: int
     head: int
     rows: int
-    nodes: int = 1
-    x: int = 0
+    x: int
     logits: int = 0
+    nodes: int = 1
+    sequences: int = 0
+    inputs: int = 0
+    seen: int = 0
+    masks: int = 0
+    seen_rows: int = 0
+    seen_at: int = 0
+    prefixes: int = 0
+    prefix_at: int = 0
     cache: int = 0
     cache_rows: int = 0
-    sequences: int = 0
+    cache_sequences: int = 0
     sequence: int = 0
     write: int = 0
+    choice: int = 0
+    k: int = 0
+    noise: int = 0
+    noise_size: int = 0
+    places: int = 0
+    tokens: int = 0
+    each: int = 1
+    logprobs: int = 0
 
 
 INPUTS = slice(team.INPUTS, team.INPUTS + len(Inputs._fields))
-LAYERS, HEAD, ROWS, NODES, X, LOGITS, CACHE, CACHE_ROWS, SEQUENCES, SEQUENCE, WRITE = range(INPUTS.start, INPUTS.stop)
+(
+    LAYERS, HEAD, ROWS, X, LOGITS, NODES, SEQUENCES, INPUT, SEEN, MASKS, SEEN_ROWS, SEEN_AT, PREFIXES,
+    PREFIX_AT, CACHE, CACHE_ROWS, CACHE_SEQUENCES, SEQUENCE, WRITE, CHOICE, K, NOISE, NOISE_SIZE, PLACES, TOKENS, EACH,
+    LOGPROBS,
+) = range(INPUTS.start, INPUTS.stop)  # fmt: skip
 
 
 class Weights(NamedTuple):
@@ -81,7 +112,7 @@ class Workspace(NamedTuple):
     """Memory of one pass of up to M rows. x: hidden states, normed, mixed, added [M, d], qkv [M, 3d], inner [M, inner];
     visible: the rows of the cache that each row attends to, in the order of their positions, int32 [M, most]; counts:
     how many, [M]; shares: of attention, by thread [threads, GROUP, most]; columns: of a product, by thread
-    [threads, M, COLUMNS]."""
+    [threads, M, COLUMNS]; factor: [1], of logits in `choice`: the temperature, or what multiplies them for children."""
 
     x: np.ndarray
     normed: np.ndarray
@@ -93,6 +124,7 @@ class Workspace(NamedTuple):
     counts: np.ndarray
     shares: np.ndarray
     columns: np.ndarray
+    factor: np.ndarray
 
 
 @instruction
@@ -169,7 +201,7 @@ def _layer(
     rows, width = x.shape
     heads = cache.shape[2]
     nodes, write = shared[NODES], shared[WRITE]
-    sequence, per_sequence = i * shared[SEQUENCES] + shared[SEQUENCE], shared[CACHE_ROWS]
+    sequence, per_sequence = i * shared[CACHE_SEQUENCES] + shared[SEQUENCE], shared[CACHE_ROWS]
     normed, mixed, added, qkv, inner = work.normed[:rows], work.mixed[:rows], work.added, work.qkv, work.inner
     _norm_stage(x, weights.norms[0][i], weights.norms[1][i], weights.epsilon, normed, shared, stage)
 
@@ -269,6 +301,54 @@ def _head(
     wait_for_tasks(shared, stage + 1, blocks)
 
 
+@compiled
+def _embed(weights: Weights, work: Workspace, shared: np.ndarray) -> None:
+    """The beginning of a pass: hidden states, and what each row attends to."""
+    token_table, position_table = weights.tables
+    sequences, nodes = shared[SEQUENCES], shared[NODES]
+    inputs = carray(_pointer(shared[INPUT]), (2, sequences, nodes), np.int64)
+    seen = carray(_pointer(shared[SEEN]), (shared[MASKS], nodes, shared[SEEN_ROWS]), np.bool_)
+    prefixes = carray(_pointer(shared[PREFIXES]), (sequences,), np.int64)
+    for b in range(sequences):
+        mask = seen[min(b, len(seen) - 1)]
+        for n in range(nodes):
+            row = b * nodes + n
+            token = min(max(inputs[0, b, n], 0), len(token_table) - 1)
+            position = min(max(inputs[1, b, n], 0), len(position_table) - 1)
+            for j in range(token_table.shape[1]):
+                work.x[row, j] = token_table[token, j] + position_table[position, j]
+            count = max(prefixes[b], 0)
+            for r in range(count):
+                work.visible[row, r] = shared[PREFIX_AT] + r
+            for r in range(mask.shape[1]):
+                if mask[n, r]:
+                    work.visible[row, count] = shared[SEEN_AT] + r
+                    count += 1
+            work.counts[row] = count
+
+
+@compiled
+def _choose(work: Workspace, logits: np.ndarray, shared: np.ndarray, stage: int) -> None:
+    """The choice by logits [M, V], which it overwrites."""
+    rows, each, size = len(logits), shared[EACH], shared[NOISE_SIZE]
+    tokens = carray(_pointer(shared[TOKENS]), (rows, each), np.int64)
+    logprobs = carray(_pointer(shared[LOGPROBS]), (rows, each), f32)
+    places = carray(_pointer(shared[PLACES]), (rows,), np.int64)
+    sampled = size > 0
+    first, last = begin_tasks(shared, stage, rows)
+    while first < last:
+        for n in range(first, last):
+            row, place = logits[n], places[n] if sampled else 0
+            noise = carray(_pointer(shared[NOISE] + 4 * size * place), (size,), f32)
+            if shared[CHOICE] == CHILDREN:
+                best_children(row, work.factor[0], shared[K], noise, sampled, tokens[n], logprobs[n])
+            else:
+                tokens[n, 0] = choose_token(row, work.factor[0], shared[K], noise, sampled)
+        end_tasks(shared, stage, last - first)
+        first, last = begin_tasks(shared, stage, rows)
+    wait_for_tasks(shared, stage, rows)
+
+
 @entry
 def run_passes(weights: Weights, work: Workspace, shared: np.ndarray, helper: int, model: int) -> int:
     """The part of one thread. The caller of a pass (`team.CALLER`): all of it. A helper: in all passes of a
@@ -280,6 +360,8 @@ def run_passes(weights: Weights, work: Workspace, shared: np.ndarray, helper: in
     thread = helper + 1
     while True:
         if helper == team.CALLER:
+            if shared[LAYERS]:
+                _embed(weights, work, shared)
             team.open_pass(shared)
         else:
             found = team.next_pass(shared, helper, model)
@@ -289,7 +371,7 @@ def run_passes(weights: Weights, work: Workspace, shared: np.ndarray, helper: in
         x = carray(_pointer(shared[X]), (rows, width), f32)
         layers, heads = len(weights.scales), weights.heads
         if shared[LAYERS]:
-            shape = (layers * shared[SEQUENCES] * shared[CACHE_ROWS], 2, heads, width // heads)
+            shape = (layers * shared[CACHE_SEQUENCES] * shared[CACHE_ROWS], 2, heads, width // heads)
             cache = carray(_pointer(shared[CACHE]), shape, f32)
             for i in range(layers):
                 _layer(weights, work, x, cache, i, shared, thread)
@@ -297,37 +379,9 @@ def run_passes(weights: Weights, work: Workspace, shared: np.ndarray, helper: in
             logits = carray(_pointer(shared[LOGITS]), (rows, weights.vocabulary), f32)
             stage = LAYER_STAGES * layers if shared[LAYERS] else 0
             _head(weights, work, x, logits, shared, stage, thread)
+            if shared[CHOICE]:
+                _choose(work, logits, shared, stage + 2)
         if helper == team.CALLER:
             team.close_pass(shared)
             return 0
         team.leave_pass(shared)
-
-
-@entry
-def embed(
-    tokens: np.ndarray, positions: np.ndarray, seen: np.ndarray, rows_at: int, prefixes: np.ndarray, prefix_at: int,
-    weights: Weights, work: Workspace,
-) -> None:  # fmt: skip
-    """The beginning of a pass over tokens, positions int64 [B, N]: hidden states [B*N, d], and what each attends to.
-
-    seen: bool [B or 1, N, R], which of the cache's rows from rows_at on each node attends to, parents before children;
-    prefixes: int64 [B], how many of the rows from prefix_at on, whose positions come before.
-    """
-    token_table, position_table = weights.tables
-    batch, nodes = tokens.shape
-    for b in range(batch):
-        mask = seen[min(b, len(seen) - 1)]
-        for n in range(nodes):
-            row = b * nodes + n
-            token = min(max(tokens[b, n], 0), len(token_table) - 1)
-            position = min(max(positions[b, n], 0), len(position_table) - 1)
-            for j in range(token_table.shape[1]):
-                work.x[row, j] = token_table[token, j] + position_table[position, j]
-            count = max(prefixes[b], 0)
-            for r in range(count):
-                work.visible[row, r] = prefix_at + r
-            for r in range(mask.shape[1]):
-                if mask[n, r]:
-                    work.visible[row, count] = rows_at + r
-                    count += 1
-            work.counts[row] = count

@@ -346,12 +346,10 @@ class Growth:
         levels, width = config.prefetch, config.prefetch_width
         _extend(self.slots, self.table, self.ring, first, known, selected, levels, width, config.depth)
         self._stop = known + selected + config.guesses
-        slots, start, stop = self.slots, self.start, self._stop
-        lengths = self.sequences.lengths
-        tokens, positions = torch.from_numpy(slots.inputs[:, :, start:stop]).unbind(0)
-        prefixes = [length - 2 + self.caught_up for length in lengths]
-        depths = slots.depth[:, start:stop].tolist()
-        return Batch(tokens, positions, depths, slots.seen[:, start:stop], prefixes, self.dtype)
+        slots, now = self.slots, slice(self.start, self._stop)
+        prefixes = [length - 2 + self.caught_up for length in self.sequences.lengths]
+        inputs, device = slots.inputs[:, :, now], self.sequences.device
+        return Batch(inputs, slots.depth[:, now], slots.seen[:, now], prefixes, self.dtype, device)
 
     def record(self, tokens: torch.Tensor, logprobs: torch.Tensor) -> None:
         """Notes what the draft proposed: tokens, logprobs [B, slots of the pass, C], best first."""

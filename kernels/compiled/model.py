@@ -20,16 +20,16 @@ from stagedspec.kernels.common.inputs import ModelConfig
 from stagedspec.kernels.compiled import team
 from stagedspec.kernels.compiled.attention import GROUP
 from stagedspec.kernels.compiled.build import DIGEST, succeeds
-from stagedspec.kernels.compiled.choice import best_children, choose_tokens
 from stagedspec.kernels.compiled.forward import (
     ACTIVATIONS,
+    CHILDREN,
     HEAD_STAGES,
     INPUTS,
     LAYER_STAGES,
+    TOKEN,
     Inputs,
     Weights,
     Workspace,
-    embed,
     run_passes,
 )
 from stagedspec.kernels.compiled.product import COLUMNS, exact_dtype, pack
@@ -68,6 +68,8 @@ class Team:
                 self._calls.pop()
                 break
         self.board[team.THREADS] = 1 + min(threads - 1, len(self._calls))
+        if not self.board[team.SLEEPS : team.SLEEPS + len(self._calls)].any() and not self._asleep.any():
+            return
         team.find_sleeping(self.board, self._asleep)
         for helper in self._asleep[: self.board[team.THREADS] - 1].nonzero()[0].tolist():
             self._calls[helper].release()
@@ -126,7 +128,7 @@ class _Memory:
         work = Workspace(
             empty(rows, width), empty(rows, width), empty(rows, width), empty(rows, width), empty(rows, 3 * width),
             empty(rows, inner), np.empty((rows, most), np.int32), np.empty(rows, np.int64),
-            empty(threads, GROUP, most), empty(threads, rows, COLUMNS),
+            empty(threads, GROUP, most), empty(threads, rows, COLUMNS), empty(1),
         )  # fmt: skip
         alone = team.board(LAYER_STAGES * len(weights.scales) + HEAD_STAGES)
         alone[team.THREADS] = 1
@@ -213,8 +215,8 @@ class CompiledModel:
         """Hidden states [B, N, d] of a pass, before the last norm, as `GPT2.forward`. batch: `host.Batch`; rows: the KV
         cache [layers, B, S, 2, H, D], whose first `tree_rows` are of the tree; write: the row of node 0; first: the
         first row that is attended to. Raises ValueError for a cache that this pass does not fit."""
-        x = np.empty((*batch.tokens.shape, self.weights.tables[0].shape[1]), f32)
-        for part, hidden, _ in self._pass(batch, rows, tree_rows, write, first, head=False):
+        x = np.empty((*batch.inputs.shape[1:], self.weights.tables[0].shape[1]), f32)
+        for part, hidden, _ in self._pass(batch, rows, tree_rows, write, first):
             x[part] = hidden
         return torch.from_numpy(x)
 
@@ -225,7 +227,7 @@ class CompiledModel:
         for start in range(0, len(x), MAX_ROWS):
             rows = min(MAX_ROWS, len(x) - start)
             with _Borrowed(self, rows, 1) as memory:
-                inputs = Inputs(0, 1, rows, x=x[start:].ctypes.data, logits=logits[start:].ctypes.data)
+                inputs = Inputs(0, 1, rows, _address(x[start:]), _address(logits[start:]))
                 self._run(memory, inputs, HEAD_STAGES)
         return torch.from_numpy(logits).view(*hidden.shape[:-1], -1)
 
@@ -235,19 +237,14 @@ class CompiledModel:
     ) -> torch.Tensor:  # fmt: skip
         """The token chosen at every node of a pass, int64 [B, N], as `reference.choose`; arguments of `forward`.
         noise: `reference.NoiseAt`, or None when greedy."""
-        tokens = np.empty(batch.tokens.shape, np.int64)
-        values, places = _places(noise, self.weights.vocabulary)
         temperature, k = (1.0, None) if warping is None else (warping["temperature"], warping["top_k"])
-        k = self.weights.vocabulary if k is None else min(k, self.weights.vocabulary)
-        for part, _, logits in self._pass(batch, rows, tree_rows, write, first, head=True):
-            if _cuts_by_probability(warping):
-                given = torch.from_numpy(logits).view(*tokens[part].shape, -1)
-                of_part = None if noise is None else noise.of_sequences(part)
-                tokens[part] = reference.choose(given, warping, of_part).numpy()
-            else:
-                at = places if noise is None else places[part].reshape(-1)
-                choose_tokens(logits, f32(temperature), k, values, at, tokens[part].reshape(-1))
-        return torch.from_numpy(tokens)
+        choice = _Choice(temperature, self._among(k), noise, np.empty(batch.inputs.shape[1:], np.int64))
+        given = None if _cuts_by_probability(warping) else choice
+        for part, _, logits in self._pass(batch, rows, tree_rows, write, first, True, given):
+            if given is None:
+                chosen = reference.choose(torch.from_numpy(logits), warping, _of(noise, part))
+                choice.tokens[part] = chosen.numpy()
+        return torch.from_numpy(choice.tokens)
 
     def children(
         self, batch: Batch, rows: torch.Tensor, tree_rows: int, write: int, first: int, count: int,
@@ -255,55 +252,58 @@ class CompiledModel:
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """The likeliest children of every node of a pass: tokens int64, log-probabilities fp32, both [B, N, C], as
         `reference.choose_children`; arguments of `forward`, and noise as of `choose`."""
-        size = self.weights.vocabulary
-        values, places = _places(noise, size)
-        k, scale = (None, GREEDY_SHARPNESS) if warping is None else (warping["top_k"], 1.0 / warping["temperature"])
-        k = size if k is None else min(k, size)
-        shape = (*batch.tokens.shape, min(count, k))
+        scale, k = (GREEDY_SHARPNESS, None) if warping is None else (1.0 / warping["temperature"], warping["top_k"])
+        shape = (*batch.inputs.shape[1:], min(count, self._among(k)))
         tokens, logprobs = np.empty(shape, np.int64), np.empty(shape, f32)
-        for part, _, logits in self._pass(batch, rows, tree_rows, write, first, head=True):
-            if _cuts_by_probability(warping):
-                given = torch.from_numpy(logits).view(*tokens[part].shape[:2], -1)
-                of_part = None if noise is None else noise.of_sequences(part)
-                found = reference.choose_children(given, count, warping, of_part)
+        choice = _Choice(scale, self._among(k), noise, tokens, logprobs)
+        given = None if _cuts_by_probability(warping) else choice
+        for part, _, logits in self._pass(batch, rows, tree_rows, write, first, True, given):
+            if given is None:
+                found = reference.choose_children(torch.from_numpy(logits), count, warping, _of(noise, part))
                 tokens[part], logprobs[part] = (one.numpy() for one in found)
-            else:
-                at = places if noise is None else places[part].reshape(-1)
-                out = (one[part].reshape(-1, shape[2]) for one in (tokens, logprobs))
-                best_children(logits, f32(scale), k, values, at, *out)
         return torch.from_numpy(tokens), torch.from_numpy(logprobs)
 
+    def _among(self, k: int | None) -> int:
+        """Of how many of the largest logits a token is chosen."""
+        return self.weights.vocabulary if k is None else min(k, self.weights.vocabulary)
+
     def _pass(
-        self, batch: Batch, rows: torch.Tensor, tree_rows: int, write: int, first: int, head: bool
-    ) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
+        self, batch: Batch, rows: torch.Tensor, tree_rows: int, write: int, first: int, head: bool = False,
+        choice: "_Choice | None" = None,
+    ) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:  # fmt: skip
         """Runs a pass, arguments of `forward`, in parts of at most MAX_ROWS rows: the sequences of each part, their
-        hidden states [b, N, d], and with the head their logits [b * N, V], which hold until the next."""
-        tokens, positions = (np.ascontiguousarray(part.numpy()) for part in (batch.tokens, batch.positions))
-        if not rows.is_contiguous() or rows.dtype != self.kv_dtype or rows.shape[1] != len(tokens):
-            raise ValueError(f"expected a whole KV cache of {len(tokens)} sequences in fp32, got {tuple(rows.shape)}")
-        seen, prefixes = np.ascontiguousarray(batch.seen), np.array(batch.prefixes)
-        rows_at, prefix_at = (write, first) if batch.chunk else (first, tree_rows)
-        (sequences, nodes), width = tokens.shape, self.weights.tables[0].shape[1]
-        at_once, longest = max(1, MAX_ROWS // nodes), max(0, *batch.prefixes)
-        if max(write + nodes, rows_at + seen.shape[2], prefix_at + longest) > rows.shape[2]:
+        hidden states [b, N, d], and with the head their logits [b, N, V], which hold until the next."""
+        inputs, seen = np.ascontiguousarray(batch.inputs), np.ascontiguousarray(batch.seen)
+        _, sequences, nodes = inputs.shape
+        if not rows.is_contiguous() or rows.dtype != self.kv_dtype or rows.shape[1] != sequences:
+            raise ValueError(f"expected a whole KV cache of {sequences} sequences in fp32, got {tuple(rows.shape)}")
+        prefixes, longest = np.array(batch.prefixes), max(0, *batch.prefixes)
+        seen_at, prefix_at = (write, first) if batch.chunk else (first, tree_rows)
+        if max(write + nodes, seen_at + seen.shape[2], prefix_at + longest) > rows.shape[2]:
             raise ValueError(
                 f"rows {write} to {write + nodes} after {longest} committed ones do not fit into a KV cache of "
                 f"{rows.shape[2]}"
             )
-        stages = LAYER_STAGES * len(self.weights.scales) + HEAD_STAGES * head
+        at_once = max(1, MAX_ROWS // nodes)
         for start in range(0, sequences, at_once):
             part = slice(start, min(start + at_once, sequences))
             count = (part.stop - start) * nodes
+            if at_once < sequences:
+                inputs = np.ascontiguousarray(batch.inputs[:, part])
+                seen = batch.seen if len(batch.seen) == 1 else np.ascontiguousarray(batch.seen[part])
             with _Borrowed(self, count, seen.shape[2] + longest) as memory:
-                work, mask = memory.work, seen if len(seen) == 1 else seen[part]
-                logits = memory.logits(count if head else 0)
-                embed(tokens[part], positions[part], mask, rows_at, prefixes[part], prefix_at, self.weights, work)
-                inputs = Inputs(
-                    1, int(head), count, nodes, work.x.ctypes.data, logits.ctypes.data, rows.data_ptr(),
-                    rows.shape[2], sequences, start, write,
+                x, logits = memory.work.x[:count], memory.logits(count if head else 0)
+                chosen = {} if choice is None else choice.inputs(memory.work, part)
+                inputs_of_pass = Inputs(
+                    layers=1, head=head, rows=count, x=_address(x), logits=_address(logits), nodes=nodes,
+                    sequences=part.stop - start, inputs=_address(inputs), seen=_address(seen), masks=len(seen),
+                    seen_rows=seen.shape[2], seen_at=seen_at, prefixes=_address(prefixes) + 8 * start,
+                    prefix_at=prefix_at, cache=rows.data_ptr(), cache_rows=rows.shape[2], cache_sequences=sequences,
+                    sequence=start, write=write, **chosen,
                 )  # fmt: skip
-                self._run(memory, inputs, stages)
-                yield part, work.x[:count].reshape(-1, nodes, width), logits
+                self._run(memory, inputs_of_pass, LAYER_STAGES * len(self.weights.scales) + HEAD_STAGES)
+                shape = part.stop - start, nodes, -1
+                yield part, x.reshape(shape), logits.reshape(shape) if head else logits
 
     def _run(self, memory: _Memory, inputs: Inputs, stages: int) -> None:
         """Runs a pass: with the team's help, or alone if the team is at work for another thread."""
@@ -352,11 +352,40 @@ def _cuts_by_probability(warping: dict | None) -> bool:
     return warping is not None and (warping["top_p"] is not None or warping["min_p"] is not None)
 
 
-def _places(noise: NoiseAt | None, vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of noise [P, V], and which of them each node has, [B, N]; none when greedy."""
-    if noise is None:
-        return np.empty((0, vocabulary), f32), np.empty(0, np.int64)
-    return noise.values.flatten(0, 1).numpy(), np.ascontiguousarray(noise.rows().numpy())
+def _of(noise: NoiseAt | None, part: slice) -> NoiseAt | None:
+    """The noise of some sequences."""
+    return None if noise is None else noise.of_sequences(part)
+
+
+def _address(array: np.ndarray) -> int:
+    return array.ctypes.data
+
+
+class _Choice:
+    """What is chosen of the logits of B sequences of N nodes, as `forward.Inputs` says.
+
+    factor: of the logits; k: of how many of the largest; noise: `reference.NoiseAt` or None; tokens: int64 [B, N] for a
+    token, [B, N, C] for children, whose log-probabilities, fp32, logprobs holds.
+    """
+
+    def __init__(
+        self, factor: float, k: int, noise: NoiseAt | None, tokens: np.ndarray, logprobs: np.ndarray | None = None
+    ):
+        self.factor, self.k, self.tokens, self.logprobs = factor, k, tokens, logprobs
+        self._noise = None if noise is None else (noise.values, noise.rows().contiguous())
+
+    def inputs(self, work: Workspace, part: slice) -> dict[str, int]:
+        """The inputs of a pass over some of the sequences."""
+        work.factor[0] = self.factor
+        found = {"choice": TOKEN, "k": self.k, "tokens": _address(self.tokens[part])}
+        if self.logprobs is not None:
+            count, logprobs = self.tokens.shape[2], _address(self.logprobs[part])
+            found |= {"choice": CHILDREN, "each": count, "logprobs": logprobs}
+        if self._noise is not None:
+            values, rows = self._noise
+            size, places = values.shape[2], rows[part].data_ptr()
+            found |= {"noise": values.data_ptr(), "noise_size": size, "places": places}
+        return found
 
 
 # ---------------------------------------------------------------- compiling when a model is loaded
@@ -382,7 +411,6 @@ def _try_out(dtype: torch.dtype) -> None:
         one = torch.zeros(1, 1, dtype=torch.long)
         batch, rows = prefill_batch(one, 0, torch.float32), torch.zeros(1, 1, 1, 2, 1, 1)
         model.children(batch, rows, 0, 0, 0, 1, None, None)
-        model.choose(batch, rows, 0, 0, 0, None, None)
     shared = team.board(0)
     shared[[team.OPEN, team.ROUND, team.THREADS]] = 1, 1, 2
     team.find_sleeping(shared, np.zeros(1, np.int64))

@@ -136,8 +136,9 @@ class Noise:
 
     def at(self, batch: Batch) -> NoiseAt:
         """For the nodes of a pass: a node of depth d chooses the token d past the row's length."""
-        index = [[self._slot(n, depth) for depth in row] for n, row in zip(self.lengths, batch.depths, strict=True)]
-        return NoiseAt(self.values, torch.from_numpy(np.array(index)).to(self.seeds.device))
+        reach = np.clip(batch.depths, -self.past, self.reach - 1)
+        index = (np.array(self.lengths)[:, None] + reach) % self.window
+        return NoiseAt(self.values, torch.from_numpy(index).to(self.seeds.device))
 
     def _slot(self, length: int, depth: int) -> int:
         """Nodes outside the reach (the catch-up token, drafted nodes deeper than any tree of this size) can never be

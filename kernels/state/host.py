@@ -149,23 +149,33 @@ class Sequences:
 # ---------------------------------------------------------------- one pass's inputs
 
 
-@dataclass(frozen=True)
+@dataclass
 class Batch:
     """Inputs of one model pass over N nodes of each of B sequences.
 
-    tokens, positions: int64 [B, N]; depths: [B][N]. seen: bool [B or 1, N, R]: which of R rows of the cache each node
-    attends to, beside all committed ones of its sequence, prefixes [B]. The R rows are those of a tree, which come
-    before the committed ones in the cache, or, in a chunk of a prompt, its own, which come after them. dtype: of the
-    keys and values.
+    inputs: int64 [2, B, N], tokens and positions; depths: [B, N]. seen: bool [B or 1, N, R]: which of R rows of the
+    cache each node attends to, beside all committed ones of its sequence, prefixes [B]. The R rows are those of a tree,
+    which come before the committed ones in the cache, or, in a chunk of a prompt, its own, which come after them.
+    dtype: of the keys and values; device: of tensors.
     """
 
-    tokens: torch.Tensor
-    positions: torch.Tensor
-    depths: list[list[int]]
+    inputs: np.ndarray
+    depths: np.ndarray
     seen: np.ndarray
     prefixes: list[int]
     dtype: torch.dtype
+    device: torch.device
     chunk: bool = False
+
+    @cached_property
+    def tokens(self) -> torch.Tensor:
+        """int64 [B, N]."""
+        return torch.from_numpy(self.inputs[0]).to(self.device)
+
+    @cached_property
+    def positions(self) -> torch.Tensor:
+        """int64 [B, N]."""
+        return torch.from_numpy(self.inputs[1]).to(self.device)
 
     @cached_property
     def bias(self) -> torch.Tensor:
@@ -175,15 +185,15 @@ class Batch:
         committed = np.broadcast_to(committed[:, None], (sequences, self.seen.shape[1], span))
         parts = [committed, self.seen] if self.chunk else [self.seen, committed]
         bias = np.where(np.concatenate(parts, -1), np.float32(0), np.float32(NEVER))
-        return torch.from_numpy(bias[:, None]).to(self.tokens.device, self.dtype)
+        return torch.from_numpy(bias[:, None]).to(self.device, self.dtype)
 
 
 def prefill_batch(tokens: torch.Tensor, start: int, kv_dtype: torch.dtype) -> Batch:
     """The pass over a chunk of prompts, tokens [B, N], after `start` committed ones."""
-    count = tokens.shape[1]
-    positions = torch.arange(start, start + count, device=tokens.device).expand(tokens.shape)
-    seen, depths = np.tri(count, dtype=np.bool_)[None], [list(range(count))] * len(tokens)
-    return Batch(tokens, positions, depths, seen, [start] * len(tokens), kv_dtype, chunk=True)
+    rows, count = tokens.shape
+    depths = np.broadcast_to(np.arange(count), (rows, count))
+    inputs, seen = np.stack((tokens.cpu().numpy(), depths + start)), np.tri(count, dtype=np.bool_)[None]
+    return Batch(inputs, depths, seen, [start] * rows, kv_dtype, tokens.device, chunk=True)
 
 
 class Placed(Protocol):
@@ -209,17 +219,15 @@ def tree_batch(
 ) -> Batch:
     """Makes a `Batch` of slots or nodes. region: the tree rows that masks have bits for; roots: for each row, the
     position of depth 0; prefixes: for each row, committed tokens that its nodes attend to."""
-    # numpy takes a third of torch's time.
     tokens = [[max(node.token, 0) for node in row] for row in rows]
     depths = [[node.depth for node in row] for row in rows]
     positions = [[max(root + depth, 0) for depth in row] for root, row in zip(roots, depths, strict=True)]
+    inputs = np.array((tokens, positions, depths))
     size = -(-region // 8)
     masks = b"".join((node.mask & (1 << region) - 1).to_bytes(size, "little") for row in rows for node in row)
     bits = np.unpackbits(np.frombuffer(masks, np.uint8), bitorder="little").view(np.bool_)
     seen = bits.reshape(len(rows), -1, 8 * size)[..., :region]
-    inputs = torch.from_numpy(np.array((tokens, positions))).to(device)
-    names, places = inputs.unbind(0)
-    return Batch(names, places, depths, seen, prefixes, dtype)
+    return Batch(inputs[:2], inputs[2], seen, prefixes, dtype, device)
 
 
 @dataclass(frozen=True)

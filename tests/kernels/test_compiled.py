@@ -90,6 +90,11 @@ def kth(row: np.ndarray, k: int) -> np.float32:
     return choice.kth(row, k)
 
 
+@numba.njit
+def choose_token(row: np.ndarray, temperature: np.float32, k: int, noise: np.ndarray, sampled: bool) -> int:
+    return choice.choose_token(row, temperature, k, noise, sampled)
+
+
 @pytest.fixture(params=[1, 2, 3], ids="{}-threads".format)
 def threads(request):
     """Passes by so many threads."""
@@ -103,19 +108,19 @@ def random_trees(model: GPT2, batch: int, nodes: int, prefix: int, seed: int) ->
     """Random trees below prefixes of which each row sees another part; tree rows come first, as in `Cache`."""
     generator = torch.Generator().manual_seed(seed)
     seen = np.zeros((batch, nodes, nodes), np.bool_)
-    depths = [[0] * nodes for _ in range(batch)]
+    depths = np.zeros((batch, nodes), np.int64)
     for row in range(batch):
         for node in range(nodes):
             parent = int(torch.randint(-1, node, (), generator=generator)) if node else -1
             if parent >= 0:
                 seen[row, node] = seen[row, parent]
-                depths[row][node] = depths[row][parent] + 1
+                depths[row, node] = depths[row, parent] + 1
             seen[row, node, node] = True
     tokens = torch.randint(model.vocab_size, (batch, nodes), generator=generator)
-    positions = prefix + torch.tensor(depths)
+    positions = prefix + depths
     positions[0, -1] = model.positions + 5  # past the table, as a guess may lie
     prefixes = [prefix - row % (prefix + 1) for row in range(batch)]
-    return Batch(tokens, positions, depths, seen, prefixes, torch.float32)
+    return Batch(np.stack((tokens.numpy(), positions)), depths, seen, prefixes, torch.float32, CPU)
 
 
 @by_values
@@ -203,7 +208,9 @@ def test_a_path_of_a_tree_has_the_bits_of_the_text(changes, threads):
     positions = torch.arange(prefix, prefix + depth).repeat_interleave(2)[None]
     cache = Cache(model, 1, nodes, prefix)
     model.forward(prefill_batch(text[:, :prefix], 0, model.kv_dtype), cache, nodes, nodes)
-    found = model.forward(Batch(tokens, positions, [[0] * nodes], seen, [prefix], model.kv_dtype), cache, 0)[0, path]
+    inputs = np.stack((tokens.numpy(), positions.numpy()))
+    batch = Batch(inputs, inputs[1], seen, [prefix], model.kv_dtype, CPU)
+    found = model.forward(batch, cache, 0)[0, path]
     assert torch.equal(found, expected)
 
 
@@ -351,12 +358,12 @@ def test_the_token_of_the_reference(rows, size, k, seed, temperature, greedy, br
     values = torch.randint(-8, 8, (1, 5, size), generator=generator) / 8
     noise = None if greedy else NoiseAt(values, torch.randint(5, (1, rows), generator=generator))
     expected = reference.choose(logits.clone(), warping, noise)
-    found = np.empty(rows, np.int64)
-    values_of, places = compiled_model._places(noise, size)
-    choice.choose_tokens(
-        logits[0].numpy().copy(), np.float32(temperature), min(k, size), values_of, places.reshape(-1), found
-    )
-    assert found.tolist() == expected[0].tolist()
+    found = []
+    for row in range(rows):
+        of_row = values[0, 0] if noise is None else values[0, noise.index[0, row]]
+        arguments = logits[0, row].numpy().copy(), np.float32(temperature), min(k, size), of_row.numpy()
+        found.append(choose_token(*arguments, not greedy))
+    assert found == expected[0].tolist()
 
 
 @pytest.mark.parametrize("k", [1, 2, 7, 64, 299])
@@ -543,7 +550,7 @@ def test_without_numba():
 def test_generations_compile_nothing(target, drafts):
     """All was compiled when the model was loaded, or trees first grew, once for all arguments."""
     decoder = Decoder.from_pretrained(target, drafts["good"], device="cpu", dtype="float32")
-    functions = [passes.run_passes, passes.embed, choice.best_children, choice.choose_tokens, team.find_sleeping]
+    functions = [passes.run_passes, team.find_sleeping]
     functions += [growth._begin, growth._extend, growth._record, growth._harvest]
     growth.try_out()
     before = [len(function.signatures) for function in functions]

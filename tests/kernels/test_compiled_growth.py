@@ -44,7 +44,7 @@ def proposals(generator: random.Random, rows: int, slots: int, children: int):
 
 def same_pass(ours, theirs) -> None:
     assert torch.equal(ours.tokens, theirs.tokens) and torch.equal(ours.positions, theirs.positions)
-    assert ours.depths == theirs.depths and ours.prefixes == theirs.prefixes
+    assert ours.depths.tolist() == theirs.depths.tolist() and ours.prefixes == theirs.prefixes
     assert torch.equal(ours.bias, theirs.bias)
 
 

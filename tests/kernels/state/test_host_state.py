@@ -92,7 +92,7 @@ def grow(prompts, config, draft, table=None, noise=None):
                 elif above[0] == 0:
                     assert path[0] == prompt[-2]
                     path = path[1:]
-                depth, position = batch.depths[row][node], batch.positions[row, node].item()
+                depth, position = int(batch.depths[row, node]), batch.positions[row, node].item()
                 assert position == max(len(prompt) - 1 + depth, 0)
                 if path and depth >= 0 and path[0] == prompt[-1]:
                     assert len(path) == depth + 1
