@@ -33,56 +33,55 @@ LAYER_STAGES, HEAD_STAGES = 7, 3
 TOKEN, CHILDREN = 1, 2
 
 
-class Inputs(NamedTuple):
-    """What a pass is, as numbers on the board. Arrays are given by their addresses, 0 where there are none.
+class Arrays(NamedTuple):
+    """What a pass over M = B * N rows reads and writes, beside `Workspace`. Empty where it is not needed.
 
-    layers, head: 1 for what is run; rows: M, of all sequences; x: hidden states fp32 [M, d]; logits: fp32 [M, V].
+    x: hidden states, fp32 [M, d]; inputs: tokens and positions, int64 [2, B, N]; seen: bool [B or 1, N, R], which of R
+    rows of the cache each node attends to, parents before children; prefixes: int64 [B], how many rows it attends to
+    whose positions come before. logits: fp32 [M, V]. noise: fp32 [.., V or more], and places, int64 [M], which row of
+    it each has. tokens: int64 [M, C], and logprobs, fp32: what is chosen.
+    """
 
-    Of layers: nodes: N, of each of `sequences` sequences; inputs: tokens and positions int64 [2, B, N]; seen: bool
-    [masks, N, seen_rows], which of the cache's rows from seen_at on each node attends to, parents before children, one
-    mask for each sequence or for all; prefixes: int64 [B], how many rows from prefix_at on, whose positions come
-    before. cache: the KV cache, which has cache_rows rows for each of cache_sequences; sequence: the one that the first
-    row belongs to; write: the cache's row of node 0.
+    x: np.ndarray
+    inputs: np.ndarray = np.empty((2, 0, 0), np.int64)
+    seen: np.ndarray = np.empty((0, 0, 0), np.bool_)
+    prefixes: np.ndarray = np.empty(0, np.int64)
+    logits: np.ndarray = np.empty((0, 0), f32)
+    noise: np.ndarray = np.empty((0, 0), f32)
+    places: np.ndarray = np.empty(0, np.int64)
+    tokens: np.ndarray = np.empty((0, 0), np.int64)
+    logprobs: np.ndarray = np.empty((0, 0), f32)
 
-    choice: TOKEN or CHILDREN of the logits, or 0; k: of the largest logits; noise: fp32 [.., noise_size] and places,
-    int64 [M], which row of it each has; tokens: int64 [M, each], logprobs: fp32 of the same shape, what is found.
+
+class Settings(NamedTuple):
+    """What else a pass is, as numbers on the board.
+
+    layers, head: 1 for what is run; choice: TOKEN or CHILDREN of the logits, or 0; k: of how many of the largest.
+    nodes: N; seen_at: the first of the R rows of the cache that `seen` is about; prefix_at: the first of those before;
+    write: that of node 0. cache: address of the KV cache, which has cache_rows rows for each of cache_sequences;
+    sequence: the one that the first row belongs to.
     """
 
     layers: int
     head: int
-    rows: int
-    x: int
-    logits: int = 0
+    choice: int = 0
+    k: int = 0
     nodes: int = 1
-    sequences: int = 0
-    inputs: int = 0
-    seen: int = 0
-    masks: int = 0
-    seen_rows: int = 0
     seen_at: int = 0
-    prefixes: int = 0
     prefix_at: int = 0
+    write: int = 0
     cache: int = 0
     cache_rows: int = 0
     cache_sequences: int = 0
     sequence: int = 0
-    write: int = 0
-    choice: int = 0
-    k: int = 0
-    noise: int = 0
-    noise_size: int = 0
-    places: int = 0
-    tokens: int = 0
-    each: int = 1
-    logprobs: int = 0
 
 
-INPUTS = slice(team.INPUTS, team.INPUTS + len(Inputs._fields))
+SETTINGS = slice(team.INPUTS, team.INPUTS + len(Settings._fields))
 (
-    LAYERS, HEAD, ROWS, X, LOGITS, NODES, SEQUENCES, INPUT, SEEN, MASKS, SEEN_ROWS, SEEN_AT, PREFIXES,
-    PREFIX_AT, CACHE, CACHE_ROWS, CACHE_SEQUENCES, SEQUENCE, WRITE, CHOICE, K, NOISE, NOISE_SIZE, PLACES, TOKENS, EACH,
-    LOGPROBS,
-) = range(INPUTS.start, INPUTS.stop)  # fmt: skip
+    LAYERS, HEAD, CHOICE, K, NODES, SEEN_AT, PREFIX_AT, WRITE, CACHE, CACHE_ROWS, CACHE_SEQUENCES, SEQUENCE,
+) = range(SETTINGS.start, SETTINGS.stop)  # fmt: skip
+# Where the caller leaves addresses and sizes of its arrays for the helpers.
+ROWS, X, LOGITS, NOISE, NOISE_SIZE, PLACES, TOKENS, EACH, LOGPROBS = range(SETTINGS.stop, SETTINGS.stop + 9)
 
 
 class Weights(NamedTuple):
@@ -109,10 +108,13 @@ class Weights(NamedTuple):
 
 
 class Workspace(NamedTuple):
-    """Memory of one pass of up to M rows. x: hidden states, normed, mixed, added [M, d], qkv [M, 3d], inner [M, inner];
-    visible: the rows of the cache that each row attends to, in the order of their positions, int32 [M, most]; counts:
-    how many, [M]; shares: of attention, by thread [threads, GROUP, most]; columns: of a product, by thread
-    [threads, M, COLUMNS]; factor: [1], of logits in `choice`: the temperature, or what multiplies them for children."""
+    """Memory of one pass of up to M rows.
+
+    x: hidden states that nobody wants, normed, mixed, added [M, d], qkv [M, 3d], inner [M, inner]; visible: the rows of
+    the cache that each row attends to, in the order of their positions, int32 [M, most]; counts: how many, [M]; shares:
+    of attention, by thread [threads, GROUP, most]; columns: of a product, by thread [threads, M, COLUMNS]; factor: [1],
+    of logits in `choice`: the temperature, or what multiplies them for children.
+    """
 
     x: np.ndarray
     normed: np.ndarray
@@ -302,13 +304,22 @@ def _head(
 
 
 @compiled
-def _embed(weights: Weights, work: Workspace, shared: np.ndarray) -> None:
+def _share(arrays: Arrays, shared: np.ndarray) -> None:
+    """Tells helpers where the arrays are that all write."""
+    shared[ROWS], shared[X] = len(arrays.x), arrays.x.ctypes.data
+    shared[LOGITS] = arrays.logits.ctypes.data
+    shared[NOISE], shared[NOISE_SIZE] = arrays.noise.ctypes.data, arrays.noise.shape[1]
+    shared[PLACES] = arrays.places.ctypes.data
+    shared[TOKENS], shared[EACH] = arrays.tokens.ctypes.data, arrays.tokens.shape[1]
+    shared[LOGPROBS] = arrays.logprobs.ctypes.data
+
+
+@compiled
+def _embed(weights: Weights, work: Workspace, arrays: Arrays, shared: np.ndarray) -> None:
     """The beginning of a pass: hidden states, and what each row attends to."""
     token_table, position_table = weights.tables
-    sequences, nodes = shared[SEQUENCES], shared[NODES]
-    inputs = carray(_pointer(shared[INPUT]), (2, sequences, nodes), np.int64)
-    seen = carray(_pointer(shared[SEEN]), (shared[MASKS], nodes, shared[SEEN_ROWS]), np.bool_)
-    prefixes = carray(_pointer(shared[PREFIXES]), (sequences,), np.int64)
+    inputs, seen, prefixes = arrays.inputs, arrays.seen, arrays.prefixes
+    sequences, nodes = inputs.shape[1:]
     for b in range(sequences):
         mask = seen[min(b, len(seen) - 1)]
         for n in range(nodes):
@@ -316,7 +327,7 @@ def _embed(weights: Weights, work: Workspace, shared: np.ndarray) -> None:
             token = min(max(inputs[0, b, n], 0), len(token_table) - 1)
             position = min(max(inputs[1, b, n], 0), len(position_table) - 1)
             for j in range(token_table.shape[1]):
-                work.x[row, j] = token_table[token, j] + position_table[position, j]
+                arrays.x[row, j] = token_table[token, j] + position_table[position, j]
             count = max(prefixes[b], 0)
             for r in range(count):
                 work.visible[row, r] = shared[PREFIX_AT] + r
@@ -350,7 +361,7 @@ def _choose(work: Workspace, logits: np.ndarray, shared: np.ndarray, stage: int)
 
 
 @entry
-def run_passes(weights: Weights, work: Workspace, shared: np.ndarray, helper: int, model: int) -> int:
+def run_passes(weights: Weights, work: Workspace, arrays: Arrays, shared: np.ndarray, helper: int, model: int) -> int:
     """The part of one thread. The caller of a pass (`team.CALLER`): all of it. A helper: in all passes of a
     model, until it must sleep or another model runs; returns what `team.next_pass` does. The caller opens the pass and
     closes it here, so that nothing can come between.
@@ -360,8 +371,9 @@ def run_passes(weights: Weights, work: Workspace, shared: np.ndarray, helper: in
     thread = helper + 1
     while True:
         if helper == team.CALLER:
+            _share(arrays, shared)
             if shared[LAYERS]:
-                _embed(weights, work, shared)
+                _embed(weights, work, arrays, shared)
             team.open_pass(shared)
         else:
             found = team.next_pass(shared, helper, model)

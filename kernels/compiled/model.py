@@ -8,9 +8,10 @@ in one piece than one by one.
 import itertools
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,10 +25,11 @@ from stagedspec.kernels.compiled.forward import (
     ACTIVATIONS,
     CHILDREN,
     HEAD_STAGES,
-    INPUTS,
     LAYER_STAGES,
+    SETTINGS,
     TOKEN,
-    Inputs,
+    Arrays,
+    Settings,
     Weights,
     Workspace,
     run_passes,
@@ -41,6 +43,8 @@ MAX_LAYERS = 512
 f32 = np.float32
 
 
+_NO_ARRAYS = Arrays(np.empty((0, 0), f32))
+
 # ---------------------------------------------------------------- the team of this process
 
 
@@ -52,6 +56,7 @@ class Team:
         self.board = team.board(LAYER_STAGES * MAX_LAYERS + HEAD_STAGES)
         self.work: tuple[Weights, Workspace, int] | None = None  # of the pass, with the number of its model
         self._asleep = np.zeros(team.MOST, np.int64)  # 1 for every helper that must be woken
+        self._waking = False
         self._calls: list[threading.Semaphore] = []
 
     def call(self, threads: int) -> None:
@@ -68,12 +73,14 @@ class Team:
                 self._calls.pop()
                 break
         self.board[team.THREADS] = 1 + min(threads - 1, len(self._calls))
-        if not self.board[team.SLEEPS : team.SLEEPS + len(self._calls)].any() and not self._asleep.any():
+        if not self._waking and not any(self.board[team.SLEEPS + helper] for helper in range(len(self._calls))):
             return
+        self._waking = True  # stays so where Ctrl-C comes before the end
         team.find_sleeping(self.board, self._asleep)
         for helper in self._asleep[: self.board[team.THREADS] - 1].nonzero()[0].tolist():
             self._calls[helper].release()
             self._asleep[helper] = 0  # where Ctrl-C comes before this, it is woken once more
+        self._waking = False
 
     def _help(self, helper: int) -> None:
         """What a helper does. It holds no model's weights while it sleeps."""
@@ -86,7 +93,7 @@ class Team:
                 found = team.next_pass(self.board, helper, -1)
             else:
                 weights, memory, model = work
-                found = run_passes(weights, memory, self.board, helper, model)
+                found = run_passes(weights, memory, _NO_ARRAYS, self.board, helper, model)
                 del weights, memory
             del work
 
@@ -216,19 +223,16 @@ class CompiledModel:
         cache [layers, B, S, 2, H, D], whose first `tree_rows` are of the tree; write: the row of node 0; first: the
         first row that is attended to. Raises ValueError for a cache that this pass does not fit."""
         x = np.empty((*batch.inputs.shape[1:], self.weights.tables[0].shape[1]), f32)
-        for part, hidden, _ in self._pass(batch, rows, tree_rows, write, first):
-            x[part] = hidden
+        self._passes(batch, rows, tree_rows, write, first, x=x)
         return torch.from_numpy(x)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """fp32 logits [..., V] of hidden states [..., d]."""
         x = np.ascontiguousarray(hidden.flatten(0, -2).numpy())
         logits = np.empty((len(x), self.weights.vocabulary), f32)
-        for start in range(0, len(x), MAX_ROWS):
-            rows = min(MAX_ROWS, len(x) - start)
-            with _Borrowed(self, rows, 1) as memory:
-                inputs = Inputs(0, 1, rows, _address(x[start:]), _address(logits[start:]))
-                self._run(memory, inputs, HEAD_STAGES)
+        for part in _parts(len(x), 1):
+            with _Borrowed(self, len(x[part]), 1) as memory:
+                self._run(memory, Arrays(x[part], logits=logits[part]), Settings(layers=0, head=1))
         return torch.from_numpy(logits).view(*hidden.shape[:-1], -1)
 
     def choose(
@@ -237,14 +241,14 @@ class CompiledModel:
     ) -> torch.Tensor:  # fmt: skip
         """The token chosen at every node of a pass, int64 [B, N], as `reference.choose`; arguments of `forward`.
         noise: `reference.NoiseAt`, or None when greedy."""
+        if _cuts_by_probability(warping):
+            logits = self.logits(self.forward(batch, rows, tree_rows, write, first))
+            return reference.choose(logits, warping, noise)
         temperature, k = (1.0, None) if warping is None else (warping["temperature"], warping["top_k"])
-        choice = _Choice(temperature, self._among(k), noise, np.empty(batch.inputs.shape[1:], np.int64))
-        given = None if _cuts_by_probability(warping) else choice
-        for part, _, logits in self._pass(batch, rows, tree_rows, write, first, True, given):
-            if given is None:
-                chosen = reference.choose(torch.from_numpy(logits), warping, _of(noise, part))
-                choice.tokens[part] = chosen.numpy()
-        return torch.from_numpy(choice.tokens)
+        tokens = np.empty((*batch.inputs.shape[1:], 1), np.int64)
+        chosen = _Choice(TOKEN, temperature, self._among(k), tokens, noise=noise)
+        self._passes(batch, rows, tree_rows, write, first, chosen)
+        return torch.from_numpy(tokens[..., 0])
 
     def children(
         self, batch: Batch, rows: torch.Tensor, tree_rows: int, write: int, first: int, count: int,
@@ -252,70 +256,63 @@ class CompiledModel:
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """The likeliest children of every node of a pass: tokens int64, log-probabilities fp32, both [B, N, C], as
         `reference.choose_children`; arguments of `forward`, and noise as of `choose`."""
-        scale, k = (GREEDY_SHARPNESS, None) if warping is None else (1.0 / warping["temperature"], warping["top_k"])
-        shape = (*batch.inputs.shape[1:], min(count, self._among(k)))
+        if _cuts_by_probability(warping):
+            logits = self.logits(self.forward(batch, rows, tree_rows, write, first))
+            return reference.choose_children(logits, count, warping, noise)
+        scale, top_k = (GREEDY_SHARPNESS, None) if warping is None else (1 / warping["temperature"], warping["top_k"])
+        k = self._among(top_k)
+        shape = (*batch.inputs.shape[1:], min(count, k))
         tokens, logprobs = np.empty(shape, np.int64), np.empty(shape, f32)
-        choice = _Choice(scale, self._among(k), noise, tokens, logprobs)
-        given = None if _cuts_by_probability(warping) else choice
-        for part, _, logits in self._pass(batch, rows, tree_rows, write, first, True, given):
-            if given is None:
-                found = reference.choose_children(torch.from_numpy(logits), count, warping, _of(noise, part))
-                tokens[part], logprobs[part] = (one.numpy() for one in found)
+        self._passes(batch, rows, tree_rows, write, first, _Choice(CHILDREN, scale, k, tokens, logprobs, noise))
         return torch.from_numpy(tokens), torch.from_numpy(logprobs)
 
     def _among(self, k: int | None) -> int:
         """Of how many of the largest logits a token is chosen."""
         return self.weights.vocabulary if k is None else min(k, self.weights.vocabulary)
 
-    def _pass(
-        self, batch: Batch, rows: torch.Tensor, tree_rows: int, write: int, first: int, head: bool = False,
-        choice: "_Choice | None" = None,
-    ) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:  # fmt: skip
-        """Runs a pass, arguments of `forward`, in parts of at most MAX_ROWS rows: the sequences of each part, their
-        hidden states [b, N, d], and with the head their logits [b, N, V], which hold until the next."""
-        inputs, seen = np.ascontiguousarray(batch.inputs), np.ascontiguousarray(batch.seen)
-        _, sequences, nodes = inputs.shape
+    def _passes(
+        self, batch: Batch, rows: torch.Tensor, tree_rows: int, write: int, first: int, choice: "_Choice | None" = None,
+        x: np.ndarray | None = None,
+    ) -> None:  # fmt: skip
+        """Runs a pass, arguments of `forward`, in as many parts as it takes. x: fp32 [B, N, d] for hidden states, if
+        they are wanted."""
+        inputs, sequences, nodes = batch.inputs, *batch.inputs.shape[1:]
         if not rows.is_contiguous() or rows.dtype != self.kv_dtype or rows.shape[1] != sequences:
             raise ValueError(f"expected a whole KV cache of {sequences} sequences in fp32, got {tuple(rows.shape)}")
-        prefixes, longest = np.array(batch.prefixes), max(0, *batch.prefixes)
         seen_at, prefix_at = (write, first) if batch.chunk else (first, tree_rows)
-        if max(write + nodes, seen_at + seen.shape[2], prefix_at + longest) > rows.shape[2]:
+        longest, most = max(0, *batch.prefixes), rows.shape[2]
+        if max(write + nodes, seen_at + batch.seen.shape[2], prefix_at + longest) > most:
             raise ValueError(
-                f"rows {write} to {write + nodes} after {longest} committed ones do not fit into a KV cache of "
-                f"{rows.shape[2]}"
+                f"rows {write} to {write + nodes} after {longest} committed ones do not fit into a KV cache of {most}"
             )
-        at_once = max(1, MAX_ROWS // nodes)
-        for start in range(0, sequences, at_once):
-            part = slice(start, min(start + at_once, sequences))
-            count = (part.stop - start) * nodes
-            if at_once < sequences:
-                inputs = np.ascontiguousarray(batch.inputs[:, part])
-                seen = batch.seen if len(batch.seen) == 1 else np.ascontiguousarray(batch.seen[part])
-            with _Borrowed(self, count, seen.shape[2] + longest) as memory:
-                x, logits = memory.work.x[:count], memory.logits(count if head else 0)
-                chosen = {} if choice is None else choice.inputs(memory.work, part)
-                inputs_of_pass = Inputs(
-                    layers=1, head=head, rows=count, x=_address(x), logits=_address(logits), nodes=nodes,
-                    sequences=part.stop - start, inputs=_address(inputs), seen=_address(seen), masks=len(seen),
-                    seen_rows=seen.shape[2], seen_at=seen_at, prefixes=_address(prefixes) + 8 * start,
-                    prefix_at=prefix_at, cache=rows.data_ptr(), cache_rows=rows.shape[2], cache_sequences=sequences,
-                    sequence=start, write=write, **chosen,
+        prefixes, visible = np.array(batch.prefixes), batch.seen.shape[2] + longest
+        kind, k = (0, 0) if choice is None else (choice.kind, choice.k)
+        for part in _parts(sequences, nodes):
+            seen = batch.seen if len(batch.seen) == 1 else batch.seen[part]
+            count = nodes * (part.stop - part.start)
+            with _Borrowed(self, count, visible) as memory:
+                arrays = Arrays(
+                    memory.work.x[:count] if x is None else x[part].reshape(count, -1),
+                    np.ascontiguousarray(inputs[:, part]), np.ascontiguousarray(seen), prefixes[part],
+                    *(() if choice is None else choice.arrays(memory, part, count)),
                 )  # fmt: skip
-                self._run(memory, inputs_of_pass, LAYER_STAGES * len(self.weights.scales) + HEAD_STAGES)
-                shape = part.stop - start, nodes, -1
-                yield part, x.reshape(shape), logits.reshape(shape) if head else logits
+                self._run(memory, arrays, Settings(
+                    1, int(kind > 0), kind, k, nodes, seen_at, prefix_at, write, rows.data_ptr(), most, sequences,
+                    part.start,
+                ))  # fmt: skip
 
-    def _run(self, memory: _Memory, inputs: Inputs, stages: int) -> None:
+    def _run(self, memory: _Memory, arrays: Arrays, settings: Settings) -> None:
         """Runs a pass: with the team's help, or alone if the team is at work for another thread."""
         helpers, together = _team, False
+        stages = settings.layers * LAYER_STAGES * len(self.weights.scales) + settings.head * HEAD_STAGES
         try:
             together = memory.threads > 1 and helpers.lock.acquire(blocking=False)
             board = helpers.board if together else memory.board
-            board[INPUTS], board[team.LAST], board[team.MODEL] = inputs, stages, memory.number
+            board[SETTINGS], board[team.LAST], board[team.MODEL] = settings, stages, memory.number
             if together:
                 helpers.work = self.weights, memory.work, memory.number
                 helpers.call(memory.threads)
-            run_passes(self.weights, memory.work, board, team.CALLER, memory.number)
+            run_passes(self.weights, memory.work, arrays, board, team.CALLER, memory.number)
         finally:
             if together:
                 helpers.work = None
@@ -352,40 +349,38 @@ def _cuts_by_probability(warping: dict | None) -> bool:
     return warping is not None and (warping["top_p"] is not None or warping["min_p"] is not None)
 
 
-def _of(noise: NoiseAt | None, part: slice) -> NoiseAt | None:
-    """The noise of some sequences."""
-    return None if noise is None else noise.of_sequences(part)
+def _parts(sequences: int, nodes: int) -> list[slice]:
+    """Sequences that are run together: as many as have at most MAX_ROWS rows, or one."""
+    if sequences * nodes <= MAX_ROWS:
+        return [slice(0, sequences)]
+    at_once = max(1, MAX_ROWS // nodes)
+    return [slice(start, min(start + at_once, sequences)) for start in range(0, sequences, at_once)]
 
 
-def _address(array: np.ndarray) -> int:
-    return array.ctypes.data
+_NO_NOISE = np.empty((0, 0), f32), np.empty(0, np.int64)
 
 
-class _Choice:
-    """What is chosen of the logits of B sequences of N nodes, as `forward.Inputs` says.
+class _Choice(NamedTuple):
+    """What is chosen of the logits of B sequences of N nodes. kind, k: of `Settings`; factor: of `Workspace`; tokens:
+    int64 [B, N, C]; logprobs: fp32 of the same shape, of children; noise: `reference.NoiseAt`, None when greedy."""
 
-    factor: of the logits; k: of how many of the largest; noise: `reference.NoiseAt` or None; tokens: int64 [B, N] for a
-    token, [B, N, C] for children, whose log-probabilities, fp32, logprobs holds.
-    """
+    kind: int
+    factor: float
+    k: int
+    tokens: np.ndarray
+    logprobs: np.ndarray | None = None
+    noise: NoiseAt | None = None
 
-    def __init__(
-        self, factor: float, k: int, noise: NoiseAt | None, tokens: np.ndarray, logprobs: np.ndarray | None = None
-    ):
-        self.factor, self.k, self.tokens, self.logprobs = factor, k, tokens, logprobs
-        self._noise = None if noise is None else (noise.values, noise.rows().contiguous())
-
-    def inputs(self, work: Workspace, part: slice) -> dict[str, int]:
-        """The inputs of a pass over some of the sequences."""
-        work.factor[0] = self.factor
-        found = {"choice": TOKEN, "k": self.k, "tokens": _address(self.tokens[part])}
-        if self.logprobs is not None:
-            count, logprobs = self.tokens.shape[2], _address(self.logprobs[part])
-            found |= {"choice": CHILDREN, "each": count, "logprobs": logprobs}
-        if self._noise is not None:
-            values, rows = self._noise
-            size, places = values.shape[2], rows[part].data_ptr()
-            found |= {"noise": values.data_ptr(), "noise_size": size, "places": places}
-        return found
+    def arrays(self, memory: _Memory, part: slice, count: int) -> tuple[np.ndarray, ...]:
+        """The last arrays of `Arrays`, for `count` rows of some of the sequences."""
+        memory.work.factor[0] = self.factor
+        noise, places = _NO_NOISE
+        if self.noise is not None:
+            noise = self.noise.values.flatten(0, 1).numpy()
+            places = np.ascontiguousarray(self.noise.rows().numpy()[part]).reshape(count)
+        tokens = self.tokens[part].reshape(count, -1)
+        logprobs = np.empty((0, 0), f32) if self.logprobs is None else self.logprobs[part].reshape(count, -1)
+        return memory.logits(count), noise, places, tokens, logprobs
 
 
 # ---------------------------------------------------------------- compiling when a model is loaded

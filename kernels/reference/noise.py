@@ -71,10 +71,6 @@ class NoiseAt:
         """Of one node [B] of each row."""
         return replace(self, index=self.index.gather(1, nodes[:, None]))
 
-    def of_sequences(self, part: slice) -> "NoiseAt":
-        """Of some of the rows."""
-        return replace(self, values=self.values[part], index=self.index[part])
-
     def of(self, tokens: torch.Tensor | None = None) -> torch.Tensor:
         """The noise of tokens [B, N, K], or of the whole vocabulary: [B, N, K or V]."""
         rows, vocab_size = self.rows(), self.values.shape[-1]
