@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,8 +14,7 @@ from stagedspec.kernels.common.inputs import ModelConfig, NgramTable, TreeSettin
 from stagedspec.kernels.common.timing import Overheads
 from stagedspec.kernels.state import host, host_growth
 
-if TYPE_CHECKING:  # they need Numba
-    from stagedspec.kernels.compiled.growth import Growth as CompiledGrowth
+if TYPE_CHECKING:  # it needs Numba
     from stagedspec.kernels.compiled.model import CompiledModel
 
 
@@ -32,13 +32,14 @@ def _has_numba() -> bool:
 
 
 @cache
-def _compiled_growth() -> "type[CompiledGrowth] | None":
-    """The compiled growth of trees; None without Numba, or if that fails."""
+def _compiled(module: str, name: str) -> "type | None":
+    """A class of a module of kernels/compiled; None without Numba, or where compiling fails."""
     if not _has_numba():
         return None
-    from stagedspec.kernels.compiled import build, growth
+    from stagedspec.kernels.compiled import build
 
-    return growth.Growth if build.succeeds(growth.try_out) else None
+    found = import_module(f"stagedspec.kernels.compiled.{module}")
+    return getattr(found, name) if build.succeeds(found.try_out) else None
 
 
 class TorchBackend:
@@ -102,7 +103,8 @@ class TorchBackend:
         device: torch.device,
         past: int = 0,
     ) -> reference.Noise:
-        return reference.Noise(seeds, streams, vocab_size, reach, limits, device, past)
+        kind = _compiled("noise", "Noise") if device.type == "cpu" else None
+        return (kind or reference.Noise)(seeds, streams, vocab_size, reach, limits, device, past)
 
     def make_growth(
         self,
@@ -111,8 +113,8 @@ class TorchBackend:
         table: NgramTable | None,
         noise: reference.Noise | None,
         dtype: torch.dtype,
-    ) -> "host_growth.Growth | CompiledGrowth":
-        kind = _compiled_growth() if sequences.device.type == "cpu" else None
+    ) -> Any:
+        kind = _compiled("growth", "Growth") if sequences.device.type == "cpu" else None
         return (kind or host_growth.Growth)(sequences, config, table, noise, dtype)
 
     def unread_pass(self, sequences: host.Sequences, count: int, tree_rows: int, dtype: torch.dtype) -> host.Unread:

@@ -26,7 +26,7 @@ def philox(counters: tuple[torch.Tensor, ...], keys: tuple[torch.Tensor, ...]) -
 
 
 def gumbel(words: torch.Tensor) -> torch.Tensor:
-    """Uniform 32-bit words (int64) to standard Gumbel noise, fp32, always finite.
+    """Uniform 32-bit words (integers, or rounded to fp32) to standard Gumbel noise, fp32, always finite.
 
     The exponential -log(1 - v) is built from v near 0, where fp32 is fine-grained: the winners of an argmax over
     a large vocabulary come from there, and 24-bit uniforms near 1 would make them collide.
@@ -89,6 +89,7 @@ class Noise:
 
     BLOCK = 64  # positions made at once: enough for two threads at a vocabulary of 4096
     MEMORY = 1 << 22  # elements made at once, unless one position of every row takes more
+    make = staticmethod(gumbel_noise)
 
     def __init__(
         self,
@@ -122,7 +123,7 @@ class Noise:
             which = torch.tensor(rows, device=self.seeds.device)
             starts = torch.tensor([self.made[row] for row in rows], device=self.seeds.device)
             positions = starts[:, None] + torch.arange(count, device=self.seeds.device)
-            fresh = gumbel_noise(self.seeds[which], self.streams[which], positions, self.vocab_size)
+            fresh = self.make(self.seeds[which], self.streams[which], positions, self.vocab_size)
             slots = which[:, None], positions % self.window
             self.values[slots] = fresh
             if self.values.device.type != "cpu":
@@ -132,8 +133,8 @@ class Noise:
 
     def at(self, batch: Batch) -> NoiseAt:
         """For the nodes of a pass: a node of depth d chooses the token d past the row's length."""
-        reach = np.clip(batch.depths, -self.past, self.reach - 1)
-        index = (np.array(self.lengths)[:, None] + reach) % self.window
+        ahead = np.minimum(np.maximum(batch.depths, -self.past), self.reach - 1)
+        index = (np.array(self.lengths)[:, None] + ahead) % self.window
         return NoiseAt(self.values, torch.from_numpy(index).to(self.seeds.device))
 
     def _slot(self, length: int, depth: int) -> int:
