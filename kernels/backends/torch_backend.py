@@ -54,7 +54,7 @@ class TorchBackend:
     lock: AbstractContextManager[Any] = nullcontext()  # nothing is shared between steps
     # Measured from the times by phase of generations on two shared cores. Most of it is host work, which matters for
     # small models. Draft passes after the first find the caches warm, which makes up for part of their host work.
-    overheads = Overheads(step=2e-4, node=1e-5, drafting=2e-4, draft_pass=0.0, row=4e-5)
+    overheads = Overheads(step=2e-4, node=0.0, drafting=6e-5, draft_pass=0.0, row=2e-5)
     # Sizes close together cost nothing here, and with more sizes one busy moment spoils fewer measurements.
     timed_rows: tuple[int, ...] = (1, 2, 4, 6, 8, 12, 16, 24, 32, 64)
 

@@ -85,7 +85,11 @@ class DraftCascade:
         trees = [config] if controller is None else [level.tree for level in controller.levels]
         rows = max([tree.slots for tree in trees] + ([] if controller is None else [max(WAITS)]))
         self.cache = Cache(draft, len(sequences.rows), rows, sequences.capacity)
-        self._growths: dict[TreeConfig, Growth] = {}
+        make, noise, dtype = draft.ops.make_growth, self.noise, draft.kv_dtype
+        # Made here, since the first one may compile: a step must not take so long.
+        self._growths: dict[TreeConfig, Growth] = {
+            tree: make(sequences, tree, self.table, noise, dtype) for tree in trees if tree.passes
+        }
         self.reader = Reader(draft, self.cache, sequences, repeated)
         self.caches, self.readers = [self.cache], [(self.reader, 2)]
 
@@ -108,15 +112,6 @@ class DraftCascade:
         else:
             cast(Controller, self.controller).read([])
 
-    def _growth(self, config: TreeConfig) -> Growth:
-        """The `Growth` for a tree's settings, ready for a step."""
-        if config not in self._growths:
-            ops, dtype = self.draft.ops, self.draft.kv_dtype
-            self._growths[config] = ops.make_growth(self.sequences, config, self.table, self.noise, dtype)
-        growth = self._growths[config]
-        growth.begin()
-        return growth
-
     def propose(self) -> Trees:
         """Grows the trees of this step, in as many draft passes as are worth their time."""
         draft, cache, clock, controller = self.draft, self.cache, self.clock, self.controller
@@ -134,7 +129,8 @@ class DraftCascade:
             return roots
         first, children = cache.tree_rows - config.slots, min(config.children, draft.vocab_size)
         with clock("grow"):
-            growth = self._growth(config)
+            growth = self._growths[config]
+            growth.begin()
         for number in range(config.passes):
             if number and not growth.pays():
                 break

@@ -41,6 +41,8 @@ LEAVE = 0.7
 # much of what drafting has won may be lost again, because in a batch a few steps without gain for the slowest row are
 # expensive; and how much more the first generation may lose, which knows nothing yet.
 CREDIT, SHARE, WON, FIRST = 8.0, 0.02, 24.0, 6.0
+# Times what a step should take: one that takes longer counts as if it had taken this long. Something else ran then.
+ACCIDENT = 3.0
 SMALLER = 1.15  # how much faster a smaller tree must seem than the largest
 # Plain steps between two readings, longer each time that the draft fails. Also how many of the prompt's last tokens the
 # draft is tested on: the largest that fits.
@@ -288,7 +290,8 @@ class Controller:
         # Whether this level was too small to show what a larger one would have brought.
         bound = nodes >= tree.nodes or passes >= tree.passes
         deepest, most = max(depth for _, depth, _ in running), max(more for _, _, more in running)
-        took = level.cost(nodes, passes) * self._pace(True) if seconds is None else seconds
+        likely = level.cost(nodes, passes) * self._pace(True)
+        took = likely if seconds is None else min(seconds, ACCIDENT * likely)
         self._account(1.0 + most - max(more - taken for taken, _, more in running) - took / self._takes(0))
         for index, known in enumerate(self.known[1:], 1):
             level = known.level
