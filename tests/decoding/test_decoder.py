@@ -4,7 +4,7 @@ import gc
 import json
 import weakref
 from contextlib import contextmanager, nullcontext
-from itertools import cycle
+from itertools import cycle, product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,8 +28,10 @@ from stagedspec import Decoder, TreeConfig
 from stagedspec.decoding.request import StagedOptions, validate
 from stagedspec.decoding.stats import Clock, Stats
 from stagedspec.devices import current_device, resolve_device
+from stagedspec.kernels.backends import torch_backend
 from stagedspec.kernels.backends.torch_backend import TorchBackend
-from stagedspec.kernels.state.host_growth import Growth
+from stagedspec.kernels.compiled import growth as compiled_growth
+from stagedspec.kernels.state import host_growth
 from stagedspec.models.ngram_fit import fit_table
 
 TREES = {
@@ -365,12 +367,16 @@ def test_committed_cache_is_that_of_a_fresh_prefill(decoders, place, target, dra
 
 
 @pytest.mark.parametrize("kind", ["good", "adversarial"])
-def test_a_draft_that_has_caught_up_grows_the_same_trees(target, drafts, table, monkeypatch, kind):
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "python"])
+def test_a_draft_that_has_caught_up_grows_the_same_trees(target, drafts, table, monkeypatch, compiled, kind):
     """Without the catch-up token, where the draft has read it, as with it: on the host, where a pass has any shape."""
+    if not compiled:
+        monkeypatch.setattr(torch_backend, "_compiled", lambda *_: None)
+    growth = compiled_growth.Growth if compiled else host_growth.Growth
     ids, mask = left_pad(random_prompts([5, 1, 8], seed=14))
     decoder = Decoder.from_pretrained(target, draft=drafts[kind], ngram=table, device="cpu", dtype="float32")
     left_out = []
-    begin = Growth.begin
+    begin = growth.begin
 
     def told(self):
         begin(self)
@@ -383,7 +389,7 @@ def test_a_draft_that_has_caught_up_grows_the_same_trees(target, drafts, table, 
 
     found = []
     for patched in (told, always):
-        monkeypatch.setattr(Growth, "begin", patched)
+        monkeypatch.setattr(growth, "begin", patched)
         decoder.generate(ids, mask, 25, tree=TREES["default"], do_sample=True, seed=4, eos_token_id=[])
         stats = decoder.last_stats
         found.append((stats.steps, stats.draft_passes, stats.accepted_per_depth, stats.origins))
@@ -555,9 +561,9 @@ def test_a_decoders_device_is_current_while_it_works(target, drafts, monkeypatch
     for module in ("planning.planner", "decoding.generation"):
         monkeypatch.setattr(f"stagedspec.{module}.current_device", recorded)
     passes = []
-    for model in (decoder.target, decoder.draft):
-        forward = model.forward
-        monkeypatch.setattr(model, "forward", lambda *a, run=forward: (passes.append(list(devices)), run(*a))[1])
+    for model, name in product((decoder.target, decoder.draft), ("forward", "choose", "children")):
+        run = getattr(model, name)
+        monkeypatch.setattr(model, name, lambda *a, run=run: (passes.append(list(devices)), run(*a))[1])
     stream = decoder.stream(torch.tensor([1, 2, 3]), 6, logits_processor=[lambda ids, scores: scores])
     measured = len(passes)
     assert measured and all(devices == [] for _ in stream)

@@ -32,7 +32,8 @@ def no_work(decoder, monkeypatch):
     def refuse(*_):
         pytest.fail("a model ran before the input was checked")
 
-    monkeypatch.setattr(decoder.target, "forward", refuse)
+    for name in ("forward", "choose"):
+        monkeypatch.setattr(decoder.target, name, refuse)
 
 
 IDS = torch.tensor([[1, 2, 3], [4, 5, 6]])
@@ -266,10 +267,10 @@ def test_split_characters_wait_for_their_rest(host_writer, monkeypatch):
     text = "añ½→𝄞 z"
     script = host_writer.tokenizer(text).input_ids
 
-    def scripted(hidden, warping, noise):  # the model "says" the script, whatever it is asked
+    def scripted(batch, *_):  # the model "says" the script, whatever it is asked
         at = min(scripted.step, len(script) - 1)
         scripted.step += 1
-        return torch.full(hidden.shape[:2], script[at])
+        return torch.full(batch.tokens.shape, script[at])
 
     scripted.step = 0
     monkeypatch.setattr(host_writer.target, "choose", scripted)
@@ -306,15 +307,15 @@ def test_leaving_a_stream_early(writer, way):
 
 def test_ctrl_c_inside_a_pass(host_writer, monkeypatch):
     before = host_writer.complete("abc", 20).tokens
-    forward, calls = host_writer.target.forward, []
+    choose, calls = host_writer.target.choose, []
 
     def interrupted(*arguments):
         calls.append(1)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return forward(*arguments)
+        return choose(*arguments)
 
-    monkeypatch.setattr(host_writer.target, "forward", interrupted)
+    monkeypatch.setattr(host_writer.target, "choose", interrupted)
     with pytest.raises(KeyboardInterrupt):
         host_writer.complete("abc", 20, mode="autoregressive")
     assert not torch.is_inference_mode_enabled()
