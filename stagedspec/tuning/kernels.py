@@ -203,7 +203,11 @@ def tune_all(
 
     for op, group in groups:
         work = [(problem, problem.launches()) for problem in group]
-        with progress.reporting(lambda ready, of, op=op: tell(f"{op}: {ready} of {of} kernels compiled", 0)):
+
+        def compiled(ready: int, count: int, op: str = op) -> None:
+            tell(f"{op}: {ready} of {count} kernels compiled", 0)
+
+        with progress.reporting(compiled):
             compile_candidates(work, device)
         for problem, launches in work:
             name = f"{problem.op} {configs.shape_name(problem.shape)}"

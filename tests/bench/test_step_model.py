@@ -1,0 +1,124 @@
+"""The model of a pass's time: what it recovers, where it must fail, what it says of other GPUs, and what is counted."""
+
+import json
+import random
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from helpers import GPU
+
+import step_model
+from stagedspec.models.shapes import SIZES, ModelShape
+from step_model import GPUS, Model, Pass, left_out
+
+STAGE, BANDWIDTH, INPUTS = 2.2e-6, 3.9e12, 4.5e12
+
+
+def made(name: str, nodes: int) -> Pass:
+    """A pass that takes what the formula says, computed here from the model's shape."""
+    shape = SIZES[name]
+    stages = 6 * shape.layers + 3
+    weights = 2 * (12 * shape.layers * shape.width**2 + shape.vocab * shape.width)
+    prefix = 2 * 2 * shape.layers * 128 * shape.width
+    seconds = stages * STAGE + (weights + prefix) / BANDWIDTH + nodes * weights / 64 / INPUTS
+    return Pass(name, nodes, stages, weights, prefix, seconds)
+
+
+@pytest.fixture
+def passes() -> list[Pass]:
+    return [made(name, nodes) for name in ("S", "M", "L", "XL") for nodes in (1, 8, 16, 32, 64)]
+
+
+def test_recovers_what_made_the_times(passes):
+    found = Model.fitted(passes).seconds
+    assert found["stages"] == pytest.approx(STAGE, rel=1e-6)
+    assert 1 / found["bytes"] == pytest.approx(BANDWIDTH, rel=1e-6)
+    assert 1 / found["inputs"] == pytest.approx(INPUTS, rel=1e-6)
+    assert max(map(abs, left_out(passes).values())) < 1e-6
+    assert made("L", 1).seconds == pytest.approx(0.88e-3, rel=0.02)  # of the right size: as measured on an H200
+
+
+def test_noise_of_measurements_stays_noise(passes):
+    generator = random.Random(0)
+    noisy = [replace(one, seconds=one.seconds * generator.uniform(0.98, 1.02)) for one in passes]
+    assert 0.001 < max(map(abs, left_out(noisy).values())) < 0.05
+
+
+def test_a_shape_that_is_different_shows_only_when_it_is_left_out(passes):
+    """Three parameters bend to twenty passes, but not to those of a shape that they have not seen."""
+    odd = [replace(one, seconds=2 * one.seconds) if one.model == "XL" else one for one in passes]
+    errors = left_out(odd)
+    assert all(errors["XL", nodes] == pytest.approx(-0.5, abs=1e-6) for nodes in (1, 64))
+    fitted = Model.fitted(odd)
+    assert max(abs(fitted.error(one)) for one in odd) < 0.45
+
+
+def test_a_term_that_would_be_negative_is_left_out(passes):
+    """More nodes in less time: the term of the nodes cannot explain it."""
+    falling = [replace(one, seconds=made(one.model, 1).seconds * (1 - one.nodes / 1000)) for one in passes]
+    found = Model.fitted(falling).seconds
+    assert found["inputs"] == 0 and found["stages"] > 0 and found["bytes"] > 0
+
+
+def test_other_gpus(passes):
+    """By hand: GPT-2 L's plain pass on each."""
+    model, one = Model.fitted(passes), made("L", 1)
+    stages, memory = one.stages * STAGE, (one.weight_bytes + one.prefix_bytes) / BANDWIDTH
+    inputs = one.weight_bytes / 64 / INPUTS
+    for name, wanted in (
+        ("NVIDIA H200", stages + memory + inputs),
+        ("H100 SXM", stages + memory * 4.8 / 3.35 + inputs),
+        ("A100 80GB SXM", stages + memory * 4.8 / 2.039 + inputs * (132 * 1.98) / (108 * 1.41)),
+        ("RTX 4090", stages + memory * 4.8 / 1.008 + inputs * (132 * 1.98) / (128 * 2.52)),
+    ):
+        assert GPUS[name].scaled(model, GPUS["NVIDIA H200"]).predict(one) == pytest.approx(wanted, rel=1e-6), name
+
+
+@pytest.fixture
+def file(passes, tmp_path):
+    content = {
+        "command": "python bench/step_model.py", "date": "today", "versions": {},
+        "machine": {"gpu": "NVIDIA H200"}, "measured": [asdict(one) for one in passes],
+    }  # fmt: skip
+    path = tmp_path / "passes.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_fits_a_file(file, tmp_path, capsys):
+    out = tmp_path / "out.json"
+    assert step_model.main(["--from", str(file), "--out", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "a stage: 2.20 µs" in shown and "memory: 3.90 TB/s, 81% of the published rate" in shown
+    assert shown.count("| L, 16 ") == 2 and "RTX 4090" in shown
+    found = json.loads(out.read_text())
+    assert found["model"]["left_out_error"]["most"] < 1e-6 and len(found["measured"]) == 20
+    assert step_model.main(["--from", str(out)]) == 0  # what it wrote, it reads
+
+
+def test_an_unknown_gpu_has_no_other(file, capsys):
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | {"machine": {"gpu": "NVIDIA Other"}}))
+    assert step_model.main(["--from", str(file)]) == 0
+    assert "RTX 4090" not in capsys.readouterr().out
+
+
+def test_two_shapes_are_too_few(file, capsys):
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | {"measured": content["measured"][:10]}))
+    assert step_model.main(["--from", str(file)]) == 2
+    assert "at least three shapes, got S, M" in capsys.readouterr().err
+
+
+@pytest.mark.interpreted
+def test_measures_what_a_pass_launches():
+    shape = ModelShape(2, 32, 2, vocab=300, positions=256)
+    device = torch.device("cuda", 0) if GPU else torch.device("cpu")
+    one, five = step_model.measure("tiny", shape, (1, 5), device, "triton")
+    # Embedding; qkv, attention's two, projection, up, down of each layer; the head's norm, scores and choice.
+    assert one.stages == five.stages and one.stages - 1 - 6 * shape.layers in (1, 2, 3)
+    itemsize = 2 if GPU else 4
+    assert one.weight_bytes == itemsize * (12 * 2 * 32**2 + 300 * 32)
+    assert one.prefix_bytes == itemsize * 2 * 2 * 128 * 32
+    assert (one.nodes, five.nodes) == (1, 5) and min(one.seconds, five.seconds) > 0
