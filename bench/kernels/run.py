@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import os
 import platform
+import shlex
 import signal
 import sys
 import time
@@ -148,7 +149,7 @@ def main() -> int:
         "triton": triton.__version__,
         "python": platform.python_version(),
         "date": datetime.now(timezone.utc).isoformat(timespec="minutes"),
-        "command": "python " + " ".join(sys.argv),
+        "command": shlex.join(["python", "bench/kernels/run.py", *sys.argv[1:]]),
     }
     print(json.dumps(machine), flush=True)
     stem = options.out or RESULTS / f"kernels-{slug(machine['gpu'])}"
