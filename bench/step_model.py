@@ -25,7 +25,7 @@ import torch
 
 from machine import arguments_of, header, where
 from random_models import make_random
-from report import markdown
+from report import markdown, update_readme
 from sides import clear_errors
 from stagedspec.devices import current_device, resolve_device, resolve_dtype
 from stagedspec.kernels.backends.select import resolve
@@ -38,6 +38,7 @@ from stagedspec.planning import cost
 
 SHAPES = ("S", "M", "L", "XL")
 NODES = (1, 8, 16, 32, 64)
+SHOWN = (1, 16, 64)  # of other GPUs; JSON has all
 ROUNDS = 21
 ROWS = 64  # of the weight, that a program of a linear takes
 
@@ -248,9 +249,10 @@ def text(found: dict, gpu: str) -> str:
                 *(f"{one['us'][name]:.0f} ({one['floor_us'][name]:.0f})" for name in names),
             ]
             for one in found["other_gpus"]
+            if one["nodes"] in SHOWN
         ]
         tables.append(markdown(["µs a pass (its bytes at the published rate)", *names], rows))
-    return "\n\n".join(["\n".join(filter(None, facts)), *tables])
+    return "\n\n".join(["\n".join(f"- {fact}" for fact in facts if fact), *tables])
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -262,6 +264,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--out", type=Path, help="JSON: the measured passes, the model and its predictions")
+    parser.add_argument("--update-readme", action="store_true", help="write the tables into bench/README.md")
     options = parser.parse_args(arguments)
     if min(options.nodes) < 1:
         parser.error(f"--nodes must be positive, got {min(options.nodes)}")
@@ -288,7 +291,10 @@ def main(arguments: list[str] | None = None) -> int:
         write_text(options.out, json.dumps(result, indent=1))
     gpu = result["machine"].get("gpu", "")
     result["model"] = report([Pass(**one) for one in result["measured"]], gpu, options.terms)
-    print(f"{where(result)}\n\n{text(result['model'], gpu)}")
+    shown = f"`{result['command']}`: {where(result)}\n\n{text(result['model'], gpu)}"
+    print(shown)
+    if options.update_readme:
+        update_readme("step model", shown, [])
     if options.out:
         write_text(options.out, json.dumps(result, indent=1))
     return 0

@@ -86,12 +86,14 @@ def file(passes, tmp_path):
     return path
 
 
-def test_fits_a_file(file, tmp_path, capsys):
-    out = tmp_path / "out.json"
-    assert step_model.main(["--from", str(file), "--out", str(out)]) == 0
+def test_fits_a_file(file, tmp_path, capsys, monkeypatch):
+    out, written = tmp_path / "out.json", []
+    monkeypatch.setattr(step_model, "update_readme", lambda *given: written.append(given))
+    assert step_model.main(["--from", str(file), "--out", str(out), "--update-readme"]) == 0
     shown = capsys.readouterr().out
     assert "a stage: 2.20 µs" in shown and "memory: 3.90 TB/s, 81% of the published rate" in shown
     assert shown.count("| L, 16 ") == 2 and "RTX 4090" in shown
+    assert written == [("step model", shown.strip(), [])]
     found = json.loads(out.read_text())
     assert found["model"]["left_out_error"]["most"] < 1e-6 and len(found["measured"]) == 20
     assert step_model.main(["--from", str(out)]) == 0  # what it wrote, it reads
