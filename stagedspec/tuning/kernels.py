@@ -140,27 +140,37 @@ def tune(
 ) -> Tuned:
     """Finds the fastest candidate. launches: of the problem. report: called after each candidate."""
     default = problem.candidates[0]
-    with configs.trying(problem.op, problem.shape, default):
-        wanted = [_snapshot(launch) for launch in launches]
-        before = [timer(launch.run) for launch in launches]
+
+    def times(settings: dict[str, int]) -> list[float]:
+        with configs.trying(problem.op, problem.shape, settings):
+            return [timer(launch.run) for launch in launches]
+
+    def results(settings: dict[str, int]) -> list[list[torch.Tensor]]:
+        with configs.trying(problem.op, problem.shape, settings):
+            return [_snapshot(launch) for launch in launches]
+
+    wanted, before = results(default), times(default)
     report()
     found = Tuned(problem.op, problem.shape, default, default, (before, before), tried=1)
     for settings in problem.candidates[1:]:
-        with configs.trying(problem.op, problem.shape, settings):
-            try:
-                same = all(map(_same, map(_snapshot, launches), wanted))
-                times = [timer(launch.run) for launch in launches] if same else []
-            except UNFIT as error:
-                if isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)):
-                    raise
-                found.failed.append(settings)
-                same, times = True, []
+        try:
+            same = all(map(_same, results(settings), wanted))
+            after = times(settings) if same else []
+        except UNFIT as error:
+            if isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)):
+                raise
+            found.failed.append(settings)
+            same, after = True, []
         found.tried += 1
         if not same:
             found.refused.append(settings)
-        elif times and _mean_ratio(before, times) > max(found.speedup, 1 + GAIN):
-            found.settings, found.times = settings, (before, times)
+        elif after and _mean_ratio(before, after) > max(found.speedup, 1 + GAIN):
+            found.settings, found.times = settings, (before, after)
         report()
+    if found.settings is not default:  # once more: the default was the first, and the GPU may have been asleep
+        found.times = times(default), times(found.settings)
+        if found.speedup <= 1 + GAIN:
+            found.settings, found.times = default, (found.times[0], found.times[0])
     return found
 
 

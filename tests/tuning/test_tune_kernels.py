@@ -181,6 +181,18 @@ def test_progress_counts_the_candidates_of_all_problems(monkeypatch):
     assert [one.op for one in found] == ["op", "other"]
 
 
+def test_a_default_that_was_slow_once_stays():
+    problem, clock = problem_of({64: 10.0, 32: 9.9})
+    timed, timer = [], timed_by(clock)
+
+    def waking(run) -> float:
+        timed.append(timer(run))
+        return 20.0 if len(timed) == 1 else timed[-1]
+
+    found = tuned(problem, waking)
+    assert found.settings == DEFAULT and found.times == ([10.0], [10.0]) and timed == [10.0, 9.9, 10.0, 9.9]
+
+
 def test_candidates_are_compiled_before_any_is_timed(monkeypatch):
     """All of an operation's at once; one that does not compile is tried, and fails, in its turn."""
     order = []
