@@ -62,14 +62,14 @@ class Report:
             raise ValueError(f"{path} is no result of run.py: {type(error).__name__}: {error}") from error
 
     def groups(self) -> dict[str, list[Result]]:
-        """The results of each table, in the order of their shapes, whatever the order in which they were measured."""
+        """The results of each table by operation and shape, whatever the order in which they were measured."""
         group_of = {op: name for name, ops in GROUPS.items() for op in ops}
         first = {op: index for index, op in enumerate(dict.fromkeys(result.op for result in self.results))}
         found: dict[str, list[Result]] = {name: [] for name in (*GROUPS, OTHERS)}
         for result in self.results:
             found[group_of.get(result.op, OTHERS)].append(result)
         for results in found.values():
-            results.sort(key=lambda result: (result.model, *_numbers(result), first[result.op]))
+            results.sort(key=lambda result: (first[result.op], result.model, *_numbers(result)))
         return {name: results for name, results in found.items() if results}
 
     def text(self) -> str:

@@ -181,7 +181,7 @@ def test_results_are_read_as_they_were_written(tmp_path, capsys, monkeypatch):
     found = tables.Report.read(tmp_path / "out.json")
     assert found == written
     order = [(result.op, result.shape["N"]) for result in found.groups()["linears"]]
-    assert order == [("linears", 1), ("qkv", 1), ("linears", 64), ("qkv", 64)]
+    assert order == [("linears", 1), ("linears", 64), ("qkv", 1), ("qkv", 64)]
     assert list(found.groups()) == ["linears", "others"] and [path.name for path in found.plots()] == [
         "out-linears.svg"
     ]
