@@ -156,6 +156,8 @@ def main() -> int:
     stem.parent.mkdir(parents=True, exist_ok=True)
     report = Report(stem, machine)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what `timeout` sends: the plots are drawn even then
+    # torch.compile would choose another folder once it has compiled, in each process at another time.
+    os.environ.setdefault("TRITON_CACHE_DIR", triton.knobs.cache.dir)
     todo = parts(options)
     compile_apart(todo, options.compiled, start + options.budget / 3)
     report.seconds["compiling ahead"] = time.monotonic() - start
