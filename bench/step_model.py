@@ -1,11 +1,12 @@
-"""How long a pass takes: a model of three terms, fitted to measured passes of GPT-2 S, M, L and XL on a GPU.
+"""How long a pass takes: a model of four terms, fitted to measured passes of GPT-2 S, M, L and XL on a GPU.
 
-    seconds = stages x a  +  bytes / b  +  nodes x weight bytes / 64 / c
+    seconds = stages x a  +  bytes / b  +  nodes x stages x c  +  turns x d
 
 A stage is a kernel that waits for the one ahead of it. Bytes are what a pass must read from memory: weights, and keys
-and values of the prefix. Each program of a linear takes 64 rows of the weight and reads all nodes' inputs, through L2:
-the third term. a, b and c are fitted by least squares to relative errors. The test of the model is what it says of a
-shape that it was not fitted to.
+and values of the prefix. A stage takes longer with more nodes: each of its programs reads and writes the rows of all of
+them, and all programs run at once. Turns are blocks of a linear's inputs that find no room in shared memory beside the
+weights and are fetched when another block is done with. a to d are fitted by least squares to relative errors. The test
+of the model is what it says of a shape that it was not fitted to.
 
     python bench/step_model.py --out passes.json              # on a GPU: measures S to XL in bf16, a minute or two
     python bench/step_model.py --from passes.json             # fits again, anywhere
@@ -53,18 +54,20 @@ class Pass:
     weight_bytes: int
     prefix_bytes: int
     seconds: float
+    turns: int = 0  # of one program of each linear
 
 
 # What each term counts; its coefficient is seconds a unit.
 TERMS: dict[str, Callable[[Pass], float]] = {
     "stages": lambda one: one.stages,
     "bytes": lambda one: one.weight_bytes + one.prefix_bytes,
-    "inputs": lambda one: one.nodes * one.weight_bytes / ROWS,
-    # Not in the model unless --terms names them.
-    "passes": lambda one: 1,
     "node stages": lambda one: one.nodes * one.stages,
+    "turns": lambda one: one.turns,
+    # Not in the model unless --terms names them. Inputs: of all programs of a linear together, through L2.
+    "inputs": lambda one: one.nodes * one.weight_bytes / ROWS,
+    "passes": lambda one: 1,
 }
-DEFAULT = ("stages", "bytes", "inputs")
+DEFAULT = ("stages", "bytes", "node stages", "turns")
 
 
 # ---------------------------------------------------------------- measuring
@@ -89,22 +92,29 @@ def measure(name: str, shape: ModelShape, nodes: Sequence[int], device: torch.de
                 times[count][-1].start()
                 graph()
                 times[count][-1].stop()
-        stages = {count: launches(part) for count, part in parts.items()}
+        counts = {count: counted(part) for count, part in parts.items()}
     # Read at the end, so that the host is always ahead of the GPU.
     seconds = {count: statistics.median(watch.seconds for watch in watches) for count, watches in times.items()}
-    return [Pass(name, count, stages[count], model.weight_bytes, prefix, seconds[count]) for count in nodes]
+    return [
+        Pass(name, count, counts[count][0], model.weight_bytes, prefix, seconds[count], counts[count][1])
+        for count in nodes
+    ]
 
 
-def launches(part: Callable[[], object]) -> int:
-    """How many kernels of ours a part launches, by a dry run."""
-    counted: list[tuple] = []
+def counted(part: Callable[[], object]) -> tuple[int, int]:
+    """How many kernels of ours a part launches, and their turns, by a dry run."""
+    turns: list[int] = []
+
+    def count(_kernel: object, _grid: tuple, _arguments: tuple, options: dict) -> None:
+        blocks = options["SPLIT_K"] // options["BLOCK_K"] if "WEIGHT_SLOTS" in options else 0  # of linear_hopper
+        turns.append(max(0, blocks - options.get("SLOTS", 0)))
 
     def dry() -> None:
-        registry.collector.set(lambda *launch: counted.append(launch[:1]))
+        registry.collector.set(count)
         part()
 
     copy_context().run(dry)
-    return len(counted)
+    return len(turns), sum(turns)
 
 
 # ---------------------------------------------------------------- fitting
@@ -123,6 +133,7 @@ class Model:
         while kept:
             counts = numpy.array([[TERMS[term](one) / one.seconds for term in kept] for one in passes])
             scale = numpy.linalg.norm(counts, axis=0)
+            scale[scale == 0] = 1  # a term that none of these passes has
             found = numpy.linalg.lstsq(counts / scale, numpy.ones(len(passes)), rcond=None)[0] / scale
             if found.min() >= 0:
                 return cls(dict.fromkeys(terms, 0.0) | dict(zip(kept, found.tolist(), strict=True)))
@@ -155,27 +166,29 @@ def left_out(passes: Sequence[Pass], terms: Sequence[str] = DEFAULT) -> dict[tup
 
 @dataclass(frozen=True)
 class Gpu:
-    """Published: bytes a second of memory; cycles a second of all multiprocessors together, at the boost clock."""
+    """Published: bytes a second of memory; multiprocessors; their boost clock."""
 
     bandwidth: float
-    cycles: float
+    multiprocessors: int
+    clock: float
 
     def scaled(self, model: Model, measured: "Gpu") -> Model:
         """The model for this GPU.
 
-        Assumed: a stage takes as long as on the measured one; memory gives the same share of its published rate; L2
-        gives every multiprocessor as many bytes a cycle.
+        Assumed: a stage takes as long as on the measured one; memory gives the same share of its published rate; what
+        a node adds to a stage, and a turn, take as many cycles; L2 gives every multiprocessor as many bytes a cycle.
         """
         factors = {"bytes": measured.bandwidth / self.bandwidth}
-        factors |= dict.fromkeys(("inputs", "node stages"), measured.cycles / self.cycles)
+        factors |= dict.fromkeys(("node stages", "turns"), measured.clock / self.clock)
+        factors["inputs"] = measured.multiprocessors * measured.clock / (self.multiprocessors * self.clock)
         return Model({term: value * factors.get(term, 1.0) for term, value in model.seconds.items()})
 
 
 GPUS = {
-    "NVIDIA H200": Gpu(4.8e12, 132 * 1.98e9),
-    "H100 SXM": Gpu(3.35e12, 132 * 1.98e9),
-    "A100 80GB SXM": Gpu(2.039e12, 108 * 1.41e9),
-    "RTX 4090": Gpu(1.008e12, 128 * 2.52e9),
+    "NVIDIA H200": Gpu(4.8e12, 132, 1.98e9),
+    "H100 SXM": Gpu(3.35e12, 132, 1.98e9),
+    "A100 80GB SXM": Gpu(2.039e12, 108, 1.41e9),
+    "RTX 4090": Gpu(1.008e12, 128, 2.52e9),
 }
 
 
@@ -227,6 +240,8 @@ def text(found: dict, gpu: str) -> str:
     facts = [
         f"a stage: {1e6 * unit['stages']:.2f} µs" if "stages" in unit else "",
         f"memory: {rate['bytes']:.2f} TB/s{share}" if "bytes" in rate else "",
+        f"a node adds to a stage: {1e9 * unit['node stages']:.1f} ns" if "node stages" in unit else "",
+        f"a turn: {1e9 * unit['turns']:.0f} ns" if "turns" in unit else "",
         f"inputs through L2: {rate['inputs']:.2f} TB/s" if "inputs" in rate else "",
         f"error for a shape left out: {error['mean']:.1%} on average, {error['most']:.1%} at most",
     ]
