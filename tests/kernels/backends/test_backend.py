@@ -142,14 +142,14 @@ def test_a_step_allocates_nothing_and_reads_nothing_back(pair, prompts, device, 
     engine = decoder._start(request).engine
     with torch.inference_mode():
         engine.prefill(request.prompts)
-        engine.step()
+        engine.step(TREE)
         with Calls() as calls:
             if device.type == "cuda":
                 torch.cuda.synchronize()
                 before = torch.cuda.memory_stats()["allocation.all.allocated"]
                 torch.cuda.set_sync_debug_mode("error")
             try:
-                engine.step()
+                engine.step(TREE)
             finally:
                 if device.type == "cuda":
                     torch.cuda.set_sync_debug_mode("default")
