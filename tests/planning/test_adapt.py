@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -50,33 +51,44 @@ def make_reading(controller: Controller, rows) -> None:
     controller.read(rows)
 
 
-def play(controller: Controller, text: list[float], seed: int = 0) -> float:
+def play(controller: Controller, text: list[float], seed: int = 0, late: int = 0) -> float:
     """Writes a text whose token i the draft knows with probability text[i]; returns the seconds, at levels()'s prices.
 
-    The draft is confident: every tree is as deep as it may be.
+    The draft is confident: every tree is as deep as it may be. late: steps after which results are known.
     """
     generator, at, seconds = random.Random(seed), 0, 0.0
+    results: list[list] = [[] for _ in range(late)]  # of the last steps
     known = [generator.random() < rate for rate in text]
     while at < len(known):
+        results.append([])
         if controller.due:
             missed = known[at - controller.missed : at]
             seconds += controller.levels[1].first
-            make_reading(controller, [[(0, -0.05) if hit else (-1, -9.0) for hit in missed]])
+            controller.catch_up()
+            shown = [[(0, -0.05) if hit else (-1, -9.0) for hit in missed]]
+            results[-1].append(partial(controller.read, shown))
+            if not late:
+                results[-1].pop()()
         level = controller.level
         taken = 0
         while taken < level.reach and at + taken < len(known) and known[at + taken]:
             taken += 1
         seconds += level.cost(level.tree.nodes, level.tree.passes)
-        make_step(controller, level.tree.nodes, level.tree.passes, [taken], [level.reach])
+        made = controller.launch()
+        step = partial(controller.step, made, level.tree.nodes, level.tree.passes, [taken], [level.reach])
+        results[-1].append(step)
         at += taken + 1
+        for tell in results.pop(0):
+            tell()
     return seconds
 
 
 @pytest.mark.parametrize("draft", [0.25, 0.1, 0.02])
 @pytest.mark.parametrize("seed", range(5))
 def test_a_hopeless_draft_costs_little(seed, draft):
-    controller = Controller(levels(draft))
-    assert play(controller, [0.0] * 256, seed) < 256 / 0.9
+    for late in (0, 1, 2):
+        controller = Controller(levels(draft))
+        assert play(controller, [0.0] * 256, seed, late) < 256 / 0.9
     assert controller.made["off"] > 230
 
 
@@ -98,10 +110,11 @@ def test_where_a_small_tree_is_enough():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_good_draft_gets_the_largest_tree(seed):
-    controller = Controller(levels(expected=(1.1, 1.2, 1.3)))  # even against the cost model's expectation
-    play(controller, [0.97] * 600, seed)
-    made = controller.made
-    assert made["full"] > 0.8 * sum(made.values())
+    for late in (0, 1, 2):
+        controller = Controller(levels(expected=(1.1, 1.2, 1.3)))  # even against the cost model's expectation
+        play(controller, [0.97] * 600, seed, late)
+        made = controller.made
+        assert made["full"] > 0.8 * sum(made.values())
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -129,6 +142,7 @@ def test_text_that_changes_is_followed():
     fixed._choose = lambda: None
     fixed.chosen = 3
     assert adaptive < 0.9 * play(fixed, text) and adaptive < 0.9 * len(text)
+    assert play(Controller(levels()), text, late=1) < 0.97 * len(text)
     assert full.reach == 8
 
 
