@@ -189,11 +189,11 @@ class Controller:
 
     @property
     def level(self) -> Level:
-        return self._current.level
+        return self.known[self._next].level
 
     @property
-    def _current(self) -> _Known:
-        return self.known[0 if self.trial else self.chosen]
+    def _next(self) -> int:
+        return 0 if self.trial else self.chosen
 
     @property
     def made(self) -> dict[str, int]:
@@ -249,7 +249,7 @@ class Controller:
 
     def launch(self) -> int:
         """Notes that a step with the tree of `level` begins. Returns the level's index, for `step`."""
-        made = 0 if self.trial else self.chosen
+        made = self._next
         self.known[made].steps += 1
         self._since += 1
         if made:

@@ -277,6 +277,18 @@ def test_graphs_of_every_level_share_state_and_serve_the_next_generation(pair, r
     )
 
 
+def test_warm_up_makes_every_level_ready(pair, device, reference, erratic):
+    decoder = make_decoder(device, *pair)
+    decoder.warm_up(["staged"], [{}], tokens=20)
+    (run,) = decoder.pool.kept
+    assert run._steps.keys() == {OFF, SMALL, FULL} and run.engine.proposer.controller is None
+    assert device.type == "cpu" or all(step.graph is not None for step in run._steps.values())
+    ids, mask = inputs([5], device)
+    Erratic.start = 3
+    assert torch.equal(decoder.generate(ids, mask, 8, eos_token_id=[]), reference(ids, mask, 8, eos_token_id=[]))
+    assert decoder.pool.kept == [run]
+
+
 def test_a_hopeless_draft_is_left_out(device, pair, reference, monkeypatch):
     """The controller itself, at the prices of LEVELS: results that come late end drafting as well."""
 
