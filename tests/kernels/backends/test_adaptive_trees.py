@@ -191,7 +191,7 @@ def test_the_drafts_cache_after_it_was_left_out(decoder, pair, device, erratic, 
                     torch.testing.assert_close(ours[:, 1], layer.values[0].transpose(0, 1), rtol=1e-4, atol=1e-4)
                 checked += 1
         reads += len(cascade.controller.shown)
-    assert checked > 3 and reads >= 1 and missed > LONGEST
+    assert checked > 2 and reads >= 1 and missed > LONGEST
 
 
 def test_what_the_draft_made_of_tokens_that_it_has_missed(pair, device, monkeypatch):
