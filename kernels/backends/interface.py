@@ -14,7 +14,7 @@ A step calls, in this order (`*` once a draft pass):
     Growth.begin, *select, *prefetch, *batch, *record, harvest -> Trees      (or root_trees, or lookup_trees)
     Trees.batch, the target's pass, lm_head_choose
     Trees.verify_commit -> Moves, move_rows (target, draft)
-    Sequences.publish, Sequences.finished
+    report (where trees adapt), Sequences.publish, Sequences.finished
 
 A backend may leave out what belongs to a capability that it does not have. Each is a bool of `Backend`:
 

@@ -35,6 +35,8 @@ from stagedspec.models.model_set import Models
 from stagedspec.planning.adapt import WAITS, Controller
 from stagedspec.planning.tree import TreeConfig
 
+NOT_COUNTED = -2  # in place of a rank
+
 
 class Step(NamedTuple):
     """What a step was made of: the draft's passes, the trees, and what was accepted. A captured step always returns the
@@ -118,9 +120,6 @@ class _Reading(NamedTuple):
                 for ranks, scores in rows
             ]
         )
-
-
-NOT_COUNTED = -2
 
 
 class DraftCascade:
