@@ -80,8 +80,8 @@ def checkpoints(options: argparse.Namespace, device: torch.device) -> Iterator[t
         yield str(embedded.TARGET), str(embedded.DRAFT), str(embedded.NGRAM)
 
 
-def save_random(shape: ModelShape, positions: int, folder: Path, seed: int, device: torch.device) -> None:
-    """Saves a GPT-2 of random weights as bfloat16 safetensors, without a tokenizer."""
+def make_random(shape: ModelShape, positions: int, seed: int, device: torch.device) -> GPT2LMHeadModel:
+    """A GPT-2 of random weights in bfloat16."""
     config = GPT2Config(
         vocab_size=shape.vocab,
         n_positions=positions,
@@ -93,5 +93,11 @@ def save_random(shape: ModelShape, positions: int, folder: Path, seed: int, devi
         eos_token_id=0,
     )
     torch.manual_seed(seed)
-    with device, no_bars():
-        GPT2LMHeadModel(config).to(torch.bfloat16).save_pretrained(folder)
+    with device:
+        return GPT2LMHeadModel(config).to(torch.bfloat16).eval()
+
+
+def save_random(shape: ModelShape, positions: int, folder: Path, seed: int, device: torch.device) -> None:
+    """Saves a GPT-2 of random weights as bfloat16 safetensors, without a tokenizer."""
+    with no_bars():
+        make_random(shape, positions, seed, device).save_pretrained(folder)

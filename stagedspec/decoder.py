@@ -133,8 +133,8 @@ class Decoder:
         ngram: a table made by `fit-ngram`; without one the context n-gram works alone. device "auto": the GPU if
         there is one. dtype "auto": bfloat16 on a GPU that has it, else float32. backend "auto": the Triton kernels on a
         GPU where they can run, else torch. tree: "auto" (or None) lets the cost model choose, on what was measured
-        before on this machine or is measured at first use, and with the torch backend the trees adapt to the text; a
-        file written by `stagedspec tune-tree` is used in its place; a TreeConfig is kept to.
+        before on this machine or is measured at first use, and the trees adapt to the text; a file written by
+        `stagedspec tune-tree` is used in its place; a TreeConfig is kept to.
 
         Weights are copied. A model object that changes later (an optimizer's step, `load_state_dict`, a hook) is
         checked and read again at the start of the next call, so that every call decodes with all of its weights as they

@@ -4,29 +4,37 @@
 
 Every case is checked against a reference before it is timed, and a ratio is printed only where the result was right.
 Without options a few shapes of every operation; --full takes all of them. What has a goal comes first. Once --budget is
-spent (420 seconds; inf for all of --full) no other case is started, and what was left out is named. Peers that compile
-(FlexAttention, torch.compile) take most of the time: --no-compiled leaves them out. Writes STEM.json and STEM.md, anew
-with every case, and a plot of each operation at the end, also when interrupted.
+spent (420 seconds; inf for all of --full) no other case is started, and what was left out is named. Kernels and peers
+that compile (FlexAttention, torch.compile) do so first, in processes of their own, for at most a third of the budget;
+--no-compiled leaves those peers out. Writes STEM.json and STEM.md, anew with every case, and plots at the end, also
+when interrupted. tables.py reads STEM.json.
 """
 
 import argparse
 import json
+import multiprocessing
+import os
 import platform
+import shlex
 import signal
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, replace
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from dataclasses import fields, replace
 from datetime import datetime, timezone
 from importlib import import_module
 from pathlib import Path
 
 import torch
+import torch._dynamo
+import torch._inductor.config
 import triton
-from harness import Case, Result, Timing, copy_bandwidth, measure, table
+from harness import Case, copy_bandwidth, measure, table
 from models import ALL, SOME, Choice
+from tables import Report
 
-from stagedspec.kernels.common.files import write_text
 from stagedspec.kernels.common.launch_configs import slug
 
 # What has a goal, and is measured first: time may not suffice for all.
@@ -39,8 +47,9 @@ FIRST = {
 }
 # An operation has a file in this folder.
 _FILES = sorted(path.stem for path in Path(__file__).parent.glob("*.py"))
-OPS = (*FIRST, *(name for name in _FILES if name not in {*FIRST, "harness", "models", "run"}))
+OPS = (*FIRST, *(name for name in _FILES if name not in {*FIRST, "harness", "models", "run", "tables"}))
 COMPILED = ("FlexAttention", "torch.compile")
+PROCESS = 6 << 30  # bytes of GPU memory that a process may take which compiles
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 
@@ -64,35 +73,32 @@ def cases(op: str, choice: Choice, compiled: bool) -> Iterator[Case]:
         yield case
 
 
-@dataclass
-class Report:
-    """Results, written one by one, so that an interrupted run leaves what it has measured."""
+def compile_apart(todo: list[tuple[str, Choice]], compiled: bool, end: float) -> None:
+    """Does every case once, untimed, in processes of their own, so that what Triton and torch compile is in their
+    caches on disk. No case starts after the time `end`. A case that fails will say so when it is measured."""
+    parts = [(op, replace(choice, nodes=(count,))) for op, choice in todo for count in choice.nodes]
+    memory = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
+    processes = max(1, min(len(os.sched_getaffinity(0)), memory // PROCESS, len(parts)))
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        waiting = [pool.submit(do_once, op, part, compiled, end) for op, part in parts]
+        for (op, part), done in zip(parts, waiting, strict=True):
+            if done.exception():
+                print(f"not compiled ahead: {op} {part}: {done.exception()}"[:300], file=sys.stderr)
 
-    stem: Path
-    machine: dict
-    results: list[Result] = field(default_factory=list)
-    left_out: list[str] = field(default_factory=list)
 
-    def by_op(self) -> dict[str, list[Result]]:
-        groups: dict[str, list[Result]] = {}
-        for result in self.results:
-            groups.setdefault(result.op, []).append(result)
-        return groups
-
-    def write(self) -> None:
-        results = [result.as_dict() for result in self.results]
-        data = {"machine": self.machine, "results": results, "left_out": self.left_out}
-        write_text(self.stem.with_name(f"{self.stem.name}.json"), json.dumps(data, indent=1))
-        write_text(self.stem.with_name(f"{self.stem.name}.md"), self.text())
-
-    def text(self) -> str:
-        tables = [f"## {op}\n\n{table(group)}\n" for op, group in self.by_op().items()]
-        left_out = ["Left out, since the run ended before:\n", *(f"- {part}" for part in self.left_out), ""]
-        return "\n".join([f"`{json.dumps(self.machine)}`\n", *tables, *(left_out if self.left_out else [])])
-
-    def plot(self) -> None:
-        for op, group in self.by_op().items():
-            plot(op, group, self.stem.with_name(f"{self.stem.name}-{slug(op)}.png"))
+def do_once(op: str, choice: Choice, compiled: bool, end: float) -> None:
+    """Runs, checks and compares the cases once."""
+    torch._inductor.config.compile_threads = 1  # the processes are the parallel part
+    for case in cases(op, choice, compiled):
+        if time.monotonic() >= end:
+            return
+        torch._dynamo.reset()
+        for side in (case.check, case.run, *case.peers.values()):
+            with suppress(Exception):
+                if side is not None:
+                    side()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
 
 
 def measure_all(todo: list[tuple[str, Choice]], compiled: bool, roof: float, end: float, report: Report) -> None:
@@ -112,33 +118,7 @@ def measure_all(todo: list[tuple[str, Choice]], compiled: bool, roof: float, end
         report.left_out = []
     finally:
         report.write()
-        report.plot()
-
-
-def plot(op: str, results: list[Result], path: Path) -> None:
-    """Microseconds by number of nodes: ours, and the peers of the same shapes in the same colour."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    lines: dict[str, dict[str, list[tuple[int, float]]]] = {}
-    for result in results:
-        name = " ".join([result.model, *(f"{key}={value}" for key, value in result.shape.items() if key != "N")])
-        for side, timing in {"ours": result.ours, **result.peers}.items():
-            if isinstance(timing, Timing):
-                lines.setdefault(name, {}).setdefault(side, []).append((result.shape["N"], timing.median))
-    figure, axes = plt.subplots(figsize=(8, 4.5))
-    for i_line, (name, sides) in enumerate(lines.items()):
-        for i_side, (side, points) in enumerate(sides.items()):
-            label = f"{side}, {name}" if i_line == 0 or side == "ours" else None
-            style = {"color": f"C{i_line % 10}", "linestyle": ("-", "--", ":", "-.")[min(i_side, 3)], "label": label}
-            axes.plot(*zip(*sorted(points), strict=True), marker="o" if side == "ours" else "", **style)
-    axes.set_xscale("log", base=2)
-    axes.set(title=op, xlabel="nodes of a pass", ylabel="µs", yscale="log")
-    axes.legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(path, dpi=140, bbox_inches="tight")
-    plt.close(figure)
+        report.plots()
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -169,14 +149,21 @@ def main() -> int:
         "triton": triton.__version__,
         "python": platform.python_version(),
         "date": datetime.now(timezone.utc).isoformat(timespec="minutes"),
-        "command": "python " + " ".join(sys.argv),
+        "command": shlex.join(["python", "bench/kernels/run.py", *sys.argv[1:]]),
     }
     print(json.dumps(machine), flush=True)
     stem = options.out or RESULTS / f"kernels-{slug(machine['gpu'])}"
     stem.parent.mkdir(parents=True, exist_ok=True)
     report = Report(stem, machine)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what `timeout` sends: the plots are drawn even then
-    measure_all(parts(options), options.compiled, roof, start + options.budget, report)
+    # torch.compile would choose another folder once it has compiled, in each process at another time.
+    os.environ.setdefault("TRITON_CACHE_DIR", triton.knobs.cache.dir)
+    todo = parts(options)
+    compile_apart(todo, options.compiled, start + options.budget / 3)
+    report.seconds["compiling ahead"] = time.monotonic() - start
+    measure_all(todo, options.compiled, roof, start + options.budget, report)
+    report.seconds["in all"] = time.monotonic() - start
+    report.write()
     print("\n" + report.text())
     return 0 if all(result.matches is not False for result in report.results) else 1
 

@@ -11,16 +11,17 @@ the token at position p lies in row tree_rows + p.
 A step calls, in this order (`*` once a draft pass):
 
     Noise.advance
-    Growth.begin, *select, *prefetch, *batch, *record, harvest -> Trees      (or root_trees, or lookup_trees)
+    Growth.begin, *batch, *record, harvest -> Trees      (or root_trees, or lookup_trees)
     Trees.batch, the target's pass, lm_head_choose
     Trees.verify_commit -> Moves, move_rows (target, draft)
-    Sequences.publish, Sequences.finished
+    report (where trees adapt), Sequences.publish, Sequences.finished
 
 A backend may leave out what belongs to a capability that it does not have. Each is a bool of `Backend`:
 
     capability           without it
-    skips_passes         `Growth.pays` is always True, and `TreeConfig.pass_floor` has no effect
-    adapts_trees         `AdaptiveBackend`, `AdaptiveTrees` and `AdaptiveMoves` are left out; every step uses one tree
+    skips_passes         `Growth.pays` is always True and `TreeConfig.pass_floor` has no effect; a step verifies as many
+                         nodes as its tree may have, so `TreeConfig.node_floor` saves no time
+    adapts_trees         `AdaptiveBackend` is left out; every step uses one tree
     explicit_trees       trees cannot be tuned here (`stagedspec tune-tree`)
     keeps_generations    `ReusableSequences` and `ReusableNoise` are left out; every generation makes its own state
     times_phases         of the phases of a step, the statistics have the time of prefill alone
@@ -95,6 +96,10 @@ class Sequences(Protocol):
     @property
     def lengths(self) -> Own:
         """Committed tokens of each row [B]: a list, or a tensor on the device."""
+
+    @property
+    def longest(self) -> int:
+        """No row has more tokens. A backend with state on a device may return how many they will ever be."""
 
     def chunks(self, count: int) -> list[tuple[int, int]]:
         """(start, size) of the passes that read the first `count` tokens of every row. The last may reach further."""
@@ -178,18 +183,6 @@ class Moves(Protocol):
         """Moves of the draft's cache, for `move_rows`. first: the tree row of the step's first slot."""
 
 
-class AdaptiveMoves(Moves, Protocol):
-    """Moves that the host can read. Only where `Backend.adapts_trees`."""
-
-    @property
-    def accepted(self) -> list[int]:
-        """For each row, tokens accepted from nodes below the root; -1 for a row that had stopped."""
-
-    @property
-    def lengths(self) -> list[int]:
-        """For each row, committed tokens before the step."""
-
-
 class Trees(Protocol):
     """The token trees of a batch, ready to be verified. Node 0 is the root: the last committed token."""
 
@@ -215,14 +208,6 @@ class Trees(Protocol):
         chosen: integers [B, N], the token chosen at each node; UNCHOSEN at nodes that must not be accepted; INVALID
         where no token could be chosen (common/constants.py). A row stops at an end-of-sequence token and at its limit.
         """
-
-
-class AdaptiveTrees(Trees, Protocol):
-    """Trees that the host can read. Only where `Backend.adapts_trees`."""
-
-    @property
-    def depths(self) -> list[int]:
-        """For each row, the depth of its deepest node."""
 
 
 class Growth(Protocol):
@@ -251,17 +236,46 @@ class Growth(Protocol):
 
 
 class Unread(Protocol):
-    """A draft pass over committed tokens that the draft has not read. following: int64 [B, n], the token after each;
-    moves: the (tree row, position) pairs of each row, for `move_rows`."""
+    """A draft pass over committed tokens that the draft has not read, of N tokens a row.
+
+    write, first: arguments of the pass (`GPT2.forward`); following: integers [B, N], the token after each; counted:
+    bool [B, N], whether a token is one of those asked for, of a row that runs; moves: for `move_rows`, None where the
+    pass writes keys and values in place.
+    """
 
     @property
     def batch(self) -> Batch: ...
 
     @property
+    def write(self) -> int: ...
+
+    @property
+    def first(self) -> int: ...
+
+    @property
     def following(self) -> torch.Tensor: ...
 
     @property
-    def moves(self) -> list[list[tuple[int, int]]]: ...
+    def counted(self) -> torch.Tensor: ...
+
+    @property
+    def moves(self) -> Own: ...
+
+
+class Report(Protocol):
+    """What a step did, for the host. From a device it is under way (`AdaptiveBackend.report`)."""
+
+    @property
+    def accepted(self) -> list[int]:
+        """For each row, tokens accepted from nodes below the root; -1 for a row that had stopped."""
+
+    @property
+    def depths(self) -> list[int]:
+        """For each row, the depth of its deepest node."""
+
+    @property
+    def left(self) -> list[int]:
+        """For each row that runs, how many tokens it could still gain before the step."""
 
 
 # ---------------------------------------------------------------- the backend
@@ -507,11 +521,17 @@ class Backend(Protocol):
 
 
 class AdaptiveBackend(Backend, Protocol):
-    """Only where `adapts_trees`: a draft that was left out for some steps can read what it has missed."""
+    """Only where `adapts_trees`: a draft that was left out for some steps can read what it has missed, and the host
+    learns what a step did."""
 
     def unread_pass(self, sequences: Own, count: int, tree_rows: int, dtype: torch.dtype) -> Unread:
-        """The draft's pass over the last `count` tokens but two of each row. tree_rows: of its cache; dtype: of its
-        keys and values. The two last tokens are read by the first draft pass of every step."""
+        """The draft's pass over the last `count` tokens but two of each row, and over more where passes have one size.
+        tree_rows: of its cache; dtype: of its keys and values. The two last tokens are read by the first draft pass of
+        every step."""
+
+    def report(self, trees: Own, moves: Own) -> Report:
+        """What the step with these trees and moves did. Must be called right after the step, outside of what is
+        captured. From a device it can be read once an event has passed that was recorded after this call."""
 
 
 class CompilingBackend(Backend, Protocol):

@@ -152,6 +152,7 @@ class TorchBackend:
     # ------------------------------------------------------------ operations
     # The functions themselves: a method around each would be one more call in Python, five times a layer.
 
+    report = staticmethod(host.Report.of)
     root_trees = staticmethod(host.Trees.roots)
     lookup_trees = staticmethod(host.Trees.lookup)
     prefill_batch = staticmethod(host.prefill_batch)

@@ -75,7 +75,7 @@ class Noise:
 
 
 class TritonBackend:
-    """Satisfies `interface.Backend`, which documents every member, and `CompilingBackend`."""
+    """Satisfies `interface.Backend`, which documents every member, and `AdaptiveBackend` and `CompilingBackend`."""
 
     name = "triton"
     max_head_size = MAX_HEAD_SIZE
@@ -84,9 +84,9 @@ class TritonBackend:
     # On an H200 (bench/README.md): the kernels of tree growth, verification and commit, and the launch of a graph.
     overheads = Overheads(step=2.5e-5, node=0.0, drafting=0.0, draft_pass=1e-5, row=0.0)
 
-    # A step is a CUDA graph: its passes, its tree and its tensors never change.
+    # A step is a CUDA graph, one for each tree: its passes and its tensors never change.
     skips_passes = False
-    adapts_trees = False
+    adapts_trees = True
     explicit_trees = False
     keeps_generations = True
     times_phases = False
@@ -174,6 +174,12 @@ class TritonBackend:
         dtype: torch.dtype,
     ) -> state.Growth:
         return state.Growth(sequences, config, table, noise)
+
+    def unread_pass(self, sequences: state.Sequences, count: int, tree_rows: int, dtype: torch.dtype) -> state.Unread:
+        return state.Unread.before_last(sequences, count, tree_rows)
+
+    def report(self, trees: state.Trees, moves: state.Moves) -> state.Report:
+        return state.Report.of(trees, moves)
 
     def root_trees(self, sequences: state.Sequences) -> state.Trees:
         return state.Trees.roots(sequences)
@@ -371,10 +377,12 @@ class TritonBackend:
         shape, device = (*x.shape[:2], count), x.device
         tokens = self.memory.buffer("children", shape, torch.int32, device)
         logprobs = self.memory.buffer("logprobs", shape, torch.float32, device)
+        # Without noise, as in a prompt, the likeliest children are those of greedy decoding.
+        settings = warping_settings(None if noise is None else warping)
         need = lm_head.scratch_size(x.shape[:2].numel(), *head.weight.shape)
         lm_head.lm_head_topm(
             x.view(-1, x.shape[-1]), norm_weight, norm_bias, epsilon, head.weight,
-            *self._counters(shape[:2], noise, device), **warping_settings(warping), sharpness=GREEDY_SHARPNESS,
+            *self._counters(shape[:2], noise, device), **settings, sharpness=GREEDY_SHARPNESS,
             out_tokens=tokens.view(-1, count), out_logprobs=logprobs.view(-1, count),
             scratch=self.memory.scratch_of(need, device),
         )  # fmt: skip

@@ -44,6 +44,11 @@ class Stopwatch:
             self._times[index] = time.perf_counter()
 
     @property
+    def done(self) -> bool:
+        """Whether the device has come to `stop`, which must have been called; does not wait."""
+        return self.device.type != "cuda" or self._events[1].query()
+
+    @property
     def seconds(self) -> float:
         """Seconds between both; waits for `stop`."""
         if self.device.type != "cuda":

@@ -13,7 +13,11 @@ captured as a CUDA graph. The engine calls, in this order (`*` once for every dr
     Trees.batch                           inputs of the target's pass, which harvest_tree has filled in
     Trees.verify_commit -> Moves          launches verify_commit
     Moves.target_rows, draft_rows         the KV rows of the accepted nodes
+    Report.of                             outside of the graph: copy what a tree of several nodes did to the host
     Sequences.publish, finished           outside of the graph: copy the progress to the host, look at it
+
+Steps may have different trees: each `Growth` and `Trees` has tensors of its own, over the same `Sequences`. Before a
+step with draft passes that follows steps without, the draft reads what it has missed (`Unread.before_last`).
 
 The host waits for the device in a step only to apply logits processors (`Trees.children`) and for prompt look-up
 (`Trees.lookup`). Two things differ from the host's classes. Every draft pass runs: `TreeConfig.pass_floor` has no
@@ -32,6 +36,7 @@ import numpy as np
 import torch
 
 from stagedspec.kernels import grow_tree
+from stagedspec.kernels.common.host_copy import to_host
 from stagedspec.kernels.common.inputs import NgramTable, TreeSettings
 from stagedspec.kernels.common.registry import check_runs
 from stagedspec.kernels.common.timing import Stopwatch
@@ -47,6 +52,7 @@ TOKENS, ENDS = 128, 8  # capacities are multiples of these: of tokens in a row, 
 # Sizes of chunks of a prompt, in tokens of all rows: each has its CUDA graph. Another pass costs as much time as
 # CHUNK_COST more tokens in one.
 CHUNKS, CHUNK_COST = (16, 32, 64, 128, 256, 512, 1024), 80
+UNREAD = 32  # tokens of each row in the draft's pass over what it has missed, however many those are
 
 
 def _whole(count: int, unit: int) -> int:
@@ -126,6 +132,7 @@ class Sequences:
         self._chunks: dict[int, Batch] = {}  # by size
         self._roots: Trees | None = None
         self._chains: Trees | None = None
+        self._unread: Batch | None = None
         # Pinned memory: of what goes to the device, and of the progress that comes back after each step.
         pinned = device.type == "cuda"
         self._initial = torch.zeros(total, dtype=torch.int32, device="cpu", pin_memory=pinned)
@@ -176,6 +183,11 @@ class Sequences:
     def lengths(self) -> torch.Tensor:
         """int32 [B], on the device."""
         return self.state.lengths
+
+    @property
+    def longest(self) -> int:
+        """How many tokens the longest row may ever have: how many it has, the host would wait for."""
+        return max(span.limit for span in self._spans)
 
     @torch.inference_mode()
     def stop(self, index: int, length: int) -> None:
@@ -345,6 +357,46 @@ class Batch:
         return self.tokens.shape[1]
 
 
+@dataclass(frozen=True)
+class Unread:
+    """The draft's pass over the last UNREAD tokens of each row, without the two that every step's first draft pass
+    reads. A shorter row is filled up: no node attends to the rest, and later tokens overwrite it.
+
+    write, first: the pass writes in place, as a chunk of a prompt. following: int32 [B, UNREAD], the token after each;
+    counted: bool [B, UNREAD], whether it is one of those that were asked for, of a row that runs.
+    """
+
+    batch: Batch
+    following: torch.Tensor
+    counted: torch.Tensor
+    write: int
+    moves = None
+
+    @property
+    def first(self) -> int:
+        return self.write
+
+    @classmethod
+    def before_last(cls, sequences: Sequences, count: int, tree_rows: int) -> "Unread":
+        """Asks for the last `count` tokens but two, at most UNREAD. All passes share the tensors of `batch`: they hold
+        until the next one. Raises ValueError for a larger count."""
+        if count > UNREAD:
+            raise ValueError(
+                f"a pass reads at most {UNREAD} tokens of each row, got {count}; read those before them first"
+            )
+        if sequences._unread is None:
+            sequences._unread = Batch.chain(len(sequences), UNREAD, sequences.device)
+        batch, state = sequences._unread, sequences.state
+        ends = state.lengths[:, None] - 2
+        torch.sub(state.lengths, 2 + UNREAD, out=batch.prefix).clamp_(min=0)
+        torch.add(cast(torch.Tensor, batch.steps), batch.prefix[:, None], out=batch.positions)
+        torch.add(batch.positions, 1, out=batch.noise_positions)
+        places = batch.positions.long()
+        batch.tokens.copy_(state.tokens.gather(1, places))
+        counted = (places >= ends - count) & (places < ends) & (state.running[:, None] > 0)
+        return cls(batch, state.tokens.gather(1, places + 1), counted, tree_rows)
+
+
 # ---------------------------------------------------------------- growing trees
 
 
@@ -505,6 +557,11 @@ class Trees:
         torch.add(positions, 1, out=noise_positions)
 
     @property
+    def depths(self) -> torch.Tensor:
+        """The depth of each row's deepest node, int32 [B]."""
+        return self.tree[grow_tree.TREE_DEPTH.value].amax(1)
+
+    @property
     def children(self) -> list[dict[tuple[int, int], int]]:
         """For each row, (parent node, token) -> node; waits for the device."""
         tokens, parents = self.tree[:2].tolist()
@@ -558,12 +615,45 @@ class Moves:
         return cls(none(rows), none(2, rows, deepest + 1), none(2, rows, deepest + 2))
 
     def target_rows(self, first: int = 0) -> torch.Tensor:
-        """Moves of the accepted path in the target's cache, int32 [2, B, K]. first: the tree row of node 0, which must
-        be 0."""
-        if first:
-            raise ValueError(f"on a GPU node 0 always lies in tree row 0 of the target's cache, got {first}")
+        """Moves of the accepted path in the target's cache, int32 [2, B, K]. first: of no account, as node 0 always
+        lies in tree row 0 here."""
         return self.target
 
     def draft_rows(self, first: int = 0) -> torch.Tensor:
-        """Moves of the catch-up token and the accepted path in the draft's cache, int32 [2, B, K + 1]."""
+        """Moves of the catch-up token and the accepted path in the draft's cache, int32 [2, B, K + 1]. first: of no
+        account, as slot 0 always lies in tree row 0 here."""
         return self.draft
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a step did in each row, on its way to the host (`interface.Report`, `to_host`).
+
+    values: int32 [3, B], accepted tokens, depths, and committed tokens after the step; limits: of the rows.
+    """
+
+    values: torch.Tensor
+    limits: list[int]
+
+    @classmethod
+    def of(cls, trees: Trees, moves: Moves) -> "Report":
+        """Copies nothing where trees are roots: such a step accepts no node, and how far its rows are is not told."""
+        sequences = trees.sequences
+        limits = [span.limit for span in sequences._spans]
+        if trees.nodes == 1:
+            return cls(torch.zeros(3, len(limits), dtype=torch.int32, device="cpu"), limits)
+        return cls(to_host(torch.stack((moves.accepted, trees.depths, sequences.lengths))), limits)
+
+    @property
+    def accepted(self) -> list[int]:
+        return self.values[0].tolist()
+
+    @property
+    def depths(self) -> list[int]:
+        return self.values[1].tolist()
+
+    @property
+    def left(self) -> list[int]:
+        """Exact for rows that go on: one that ends may have gained a token less."""
+        accepted, _, lengths = self.values.tolist()
+        return [limit - length + taken + 1 for limit, length, taken in zip(self.limits, lengths, accepted, strict=True)]

@@ -114,6 +114,10 @@ class Sequences:
         return [len(row.tokens) for row in self.rows]
 
     @property
+    def longest(self) -> int:
+        return max(self.lengths)
+
+    @property
     def finished(self) -> bool:
         """Whether all rows have stopped, or one has no next token (`check`)."""
         return any(row.invalid for row in self.rows) or not any(row.running for row in self.rows)
@@ -241,6 +245,15 @@ class Unread:
     batch: Batch
     following: torch.Tensor
     moves: list[list[tuple[int, int]]]
+    write = first = 0  # tree rows
+
+    @property
+    def counted(self) -> torch.Tensor:
+        """Which tokens are the row's own, bool [B, n]: rows with fewer begin with slots that stand for none."""
+        first = [self.following.shape[1] - len(moves) for moves in self.moves]
+        device = self.following.device
+        slots = torch.arange(self.following.shape[1], device=device)
+        return slots >= torch.tensor(first, device=device)[:, None]
 
     @classmethod
     def before_last(cls, sequences: Sequences, count: int, region: int, dtype: torch.dtype) -> "Unread":
@@ -415,6 +428,19 @@ class RowMoves(NamedTuple):
     accepted: int
     length: int
     path: list[PathStep]
+
+
+class Report(NamedTuple):
+    """What a step did in each row (`interface.Report`)."""
+
+    accepted: list[int]
+    depths: list[int]
+    left: list[int]
+
+    @classmethod
+    def of(cls, trees: Trees, moves: "Moves") -> "Report":
+        rows = zip(trees.sequences.rows, moves.lengths, strict=True)
+        return cls(moves.accepted, trees.depths, [row.limit - length for row, length in rows])
 
 
 @dataclass

@@ -5,7 +5,7 @@ from typing import TypeAlias, cast
 
 import torch
 
-from stagedspec.decoding.proposers import DraftCascade, PromptLookup, Proposer
+from stagedspec.decoding.proposers import DraftCascade, PromptLookup, Proposer, Step
 from stagedspec.decoding.request import Request
 from stagedspec.decoding.stats import Clock
 from stagedspec.kernels.backends.interface import (
@@ -20,6 +20,7 @@ from stagedspec.kernels.backends.interface import (
 from stagedspec.models.gpt2 import Cache, Reader
 from stagedspec.models.model_set import Models
 from stagedspec.planning.adapt import WAITS, Controller
+from stagedspec.planning.tree import TreeConfig
 
 # `Callbacks.choose_with_processors`: trees, logits, warping and noise to the token chosen at each node.
 Chooser: TypeAlias = Callable[[Backend, Trees, torch.Tensor, dict | None, NoiseAt | None], torch.Tensor]
@@ -28,17 +29,16 @@ Chooser: TypeAlias = Callable[[Backend, Trees, torch.Tensor, dict | None, NoiseA
 class Engine:
     """The state of a generation and the step that advances it.
 
-    request: what to generate. controller: chooses the tree of every step; None where each has the request's.
-    host_chooses: tokens are chosen on the host (`Callbacks.choose_with_processors`), so the target's pass ends with
-    logits. repeated: the backend's `Backend.repeated`, which prepares a pass for many calls, or None. With a backend
-    that `keeps_generations` the same tensors serve one generation after the other.
+    request: what to generate. host_chooses: tokens are chosen on the host (`Callbacks.choose_with_processors`), so the
+    target's pass ends with logits. repeated: the backend's `repeated`, which prepares a pass for many calls, or None.
+    trees: that steps may have, the largest last. With a backend that `keeps_generations` the same tensors serve one
+    generation after the other.
     """
 
     def __init__(
         self,
         models: Models,
         request: Request,
-        controller: Controller | None,
         host_chooses: bool,
         clock: Clock,
         repeated: Callable[[Callable], Callable] | None = None,
@@ -46,7 +46,8 @@ class Engine:
         target, tree = models.target, request.tree
         ops, prompts = target.ops, request.prompts
         self.models, self.target, self.warping = models, target, request.sampling.warping
-        self.host_chooses, self.clock = host_chooses, clock
+        self.host_chooses, self.clock, self.new_tokens = host_chooses, clock, request.new_tokens
+        self.trees = request.trees
         # `ReusableSequences` and `ReusableNoise` with a backend that `keeps_generations`.
         self.sequences: Sequences = ops.make_sequences(
             prompts, request.new_tokens, request.eos, target.device, most=tree.depth + 1
@@ -66,11 +67,9 @@ class Engine:
         self.reader = Reader(target, self.cache, self.sequences, repeated)
         self.proposer: Proposer | None = None  # none in plain decoding
         if request.prompt_lookup:
-            self.proposer = PromptLookup(ops, tree.depth, self.sequences, clock)
+            self.proposer = PromptLookup(ops, tree, self.sequences, clock)
         elif tree.passes:
-            self.proposer = DraftCascade(
-                models, tree, self.sequences, self.warping, self.noise, clock, controller, repeated
-            )
+            self.proposer = DraftCascade(models, self.trees, self.sequences, self.warping, self.noise, clock, repeated)
 
     @torch.inference_mode()  # the tensors may have been made in it
     def restart(self, request: Request) -> None:
@@ -78,6 +77,12 @@ class Engine:
         cast(ReusableSequences, self.sequences).restart(request.prompts, request.new_tokens, request.eos)
         if self.noise is not None:
             cast(ReusableNoise, self.noise).restart(request.seeds, request.streams)
+        self.new_tokens = request.new_tokens
+
+    def begin(self, controller: Controller | None) -> None:
+        """Begins a generation. controller: chooses the tree of every step; None where each has the request's."""
+        if self.proposer is not None:
+            self.proposer.restart(controller)
 
     @property
     def nbytes(self) -> int:
@@ -94,7 +99,7 @@ class Engine:
         lengths = list(map(len, prompts))
         self.reader.read(max(lengths) - 1)
         if self.proposer is not None:
-            self.proposer.prefill(lengths)
+            self.proposer.prefill(lengths, self.new_tokens)
 
     def prefill_passes(self, prompts: list[list[int]] | None = None) -> Iterator[tuple[Callable, tuple]]:
         """The passes of `prefill`, (pass, arguments), for `Backend.prepare`. None: those of prompts of any length."""
@@ -106,18 +111,28 @@ class Engine:
                 chunks = self.sequences.chunks(max(map(len, prompts)) - trailing)
                 yield from reader.calls({size for _, size in chunks})
 
+    def begin_step(self) -> tuple[TreeConfig, int]:
+        """The host's part before a step: its tree, one of `trees`, and the draft passes that had to go before it."""
+        return (self.trees[-1], 0) if self.proposer is None else self.proposer.begin_step()
+
+    def end_step(self, step: Step) -> None:
+        """The host's part after a step."""
+        if self.proposer is not None:
+            self.proposer.end_step(step)
+
     def step(
         self,
+        tree: TreeConfig,
         choose: Chooser | None = None,
-        propose: Callable[[], Trees] | None = None,
+        propose: Callable[[TreeConfig], tuple[Trees, int]] | None = None,
         verify_forward: Callable[[Trees], tuple[torch.Tensor, NoiseAt | None]] | None = None,
-    ) -> int:
-        """Makes one step. Returns the number of draft passes.
+    ) -> Step:
+        """Makes one step with the tree of `begin_step`.
 
         choose: must be given where the host chooses. propose, verify_forward: captured versions
         of the methods of that name.
         """
-        trees = (propose or self.propose)()
+        trees, passes = (propose or self.propose)(tree)
         chosen, noise = (verify_forward or self.verify_forward)(trees)
         if self.host_chooses:
             with self.clock("target"):
@@ -127,15 +142,17 @@ class Engine:
         with self.clock("commit"):
             self.cache.commit(self.target, moves.target_rows(self.cache.tree_rows - trees.nodes))
             if self.proposer is not None:
-                self.proposer.commit(moves)
-        return 0 if self.proposer is None else self.proposer.passes
+                self.proposer.commit(tree, moves)
+        return Step(passes, trees, moves)
 
-    def propose(self) -> Trees:
-        """The token trees of this step."""
+    def propose(self, tree: TreeConfig) -> tuple[Trees, int]:
+        """The token trees of a step, and the draft passes that they took."""
         if self.noise is not None:
             with self.clock("noise"):
                 self.noise.advance(self.sequences)
-        return self.target.ops.root_trees(self.sequences) if self.proposer is None else self.proposer.propose()
+        if self.proposer is None:
+            return self.target.ops.root_trees(self.sequences), 0
+        return self.proposer.propose(tree)
 
     def verify_forward(self, trees: Trees) -> tuple[torch.Tensor, NoiseAt | None]:
         """The target's pass over all nodes: the token chosen at each, int [B, N], or, where the host chooses, logits

@@ -10,12 +10,14 @@ import torch
 
 from stagedspec.decoding.callbacks import Callbacks
 from stagedspec.decoding.engine import Chooser, Engine
+from stagedspec.decoding.proposers import Step
 from stagedspec.decoding.request import Request
 from stagedspec.decoding.stats import ORIGINS, Clock, Mark, Stats
 from stagedspec.devices import current_device
 from stagedspec.kernels.backends.interface import CompilingBackend, ReusableSequences, Sequences
 from stagedspec.models.model_set import Models
 from stagedspec.planning.adapt import Controller
+from stagedspec.planning.tree import TreeConfig
 
 
 class Generation:
@@ -39,19 +41,20 @@ class Generation:
         ops = models.target.ops
         self.clock = Clock(None if ops.times_phases else ("prefill",), mark)
         repeated = ops.repeated if mark is None else None
-        self.engine = Engine(models, request, controller, _chooser(callbacks) is not None, self.clock, repeated)
+        self.engine = Engine(models, request, _chooser(callbacks) is not None, self.clock, repeated)
         self.kind = kind_of(models, request, callbacks, mark)
-        self._begin(request, callbacks)
-        self._step = self._repeated()
+        self._begin(request, callbacks, controller)
+        self._steps = {tree: self._repeated(tree) for tree in self.engine.trees}
         self._prepared = False
 
     def _set_start(self, began: float | None) -> None:
         now = time.perf_counter()
         self._before = now - (now if began is None else began)  # seconds of the call before this object was made
 
-    def _begin(self, request: Request, callbacks: Callbacks | None) -> None:
+    def _begin(self, request: Request, callbacks: Callbacks | None, controller: Controller | None) -> None:
+        self.engine.begin(controller)
         self.request, self.choose = request, _chooser(callbacks)
-        self.passes: list[int] = []  # of the draft, in each step
+        self.passes: list[int] = []  # of the draft, in each step and right before it
         self.seconds = 0.0
 
     def fits(self, kind: tuple, request: Request) -> bool:
@@ -59,10 +62,16 @@ class Generation:
         sequences = cast(ReusableSequences, self.sequences)
         return self.kind == kind and sequences.fits(request.prompts, request.new_tokens, request.eos)
 
-    def restart(self, request: Request, callbacks: Callbacks | None, began: float | None = None) -> None:
+    def restart(
+        self,
+        request: Request,
+        callbacks: Callbacks | None,
+        controller: Controller | None = None,
+        began: float | None = None,
+    ) -> None:
         """Begins another generation, for which `fits` is true, after this one has ended."""
         self._set_start(began)
-        self._begin(request, callbacks)
+        self._begin(request, callbacks, controller)
         self.clock.seconds.clear()
         self.engine.restart(request)
 
@@ -86,12 +95,20 @@ class Generation:
                 self.engine.prefill(self.request.prompts)
         while not self.sequences.finished:
             with target.ops.lock, current_device(target.device):  # given back before the consumer's code runs
-                self.passes.append(self._step(self.choose))
-                self.sequences.publish()
+                self._step()
             self.seconds += time.perf_counter() - begin
             yield
             begin = time.perf_counter()
+        if self.engine.proposer is not None:
+            self.engine.proposer.learn()
         self.sequences.check()
+
+    def _step(self) -> None:
+        tree, reads = self.engine.begin_step()
+        step = self._steps[tree](self.choose)
+        self.engine.end_step(step)
+        self.passes.append(reads + step.passes)
+        self.sequences.publish()
 
     def prepare(self) -> int:
         """Compiles, in parallel, the kernels that this generation needs and no earlier one did; returns how many."""
@@ -105,7 +122,13 @@ class Generation:
         if not self._prepared:
             self._prepared = True
             host = engine.host_chooses or self.request.prompt_lookup  # the host's part cannot run without results
-            yield (lambda: engine.verify_forward(engine.propose()), ()) if host else (self._step, (None,))
+
+            def without_host(tree: TreeConfig) -> None:
+                engine.verify_forward(engine.propose(tree)[0])
+
+            yield from ((without_host, (tree,)) if host else (step, (None,)) for tree, step in self._steps.items())
+            if engine.proposer is not None:
+                yield from engine.proposer.readings()
 
     @torch.inference_mode()
     def warm_up(self) -> int:
@@ -118,15 +141,17 @@ class Generation:
             ops.capture(calls)
         return made
 
-    def _repeated(self) -> Callable[..., int]:
-        """A step, captured as a CUDA graph if the backend does that: all of it, or the parts that need no host."""
+    def _repeated(self, tree: TreeConfig) -> Callable[..., Step]:
+        """A step with this tree, captured as a CUDA graph if the backend does that: all of it, or the parts that need
+        no host."""
         engine, repeated = self.engine, self.engine.target.ops.repeated
+        step = partial(engine.step, tree)
         if self.clock.mark is not None:
-            return engine.step
+            return step
         if not engine.host_chooses and not self.request.prompt_lookup:
-            return repeated(engine.step)
+            return repeated(step)
         propose = engine.propose if self.request.prompt_lookup else repeated(engine.propose)
-        return partial(engine.step, propose=propose, verify_forward=repeated(engine.verify_forward))
+        return partial(step, propose=propose, verify_forward=repeated(engine.verify_forward))
 
     @property
     def prompt_lengths(self) -> list[int]:
@@ -171,7 +196,7 @@ class Generation:
 def kind_of(models: Models, request: Request, callbacks: Callbacks | None, mark: Mark | None) -> tuple:
     """The arguments of `Generation` that decide which operations a step runs; sizes of tensors are left out."""
     parts = id(models.target), id(models.draft), id(models.ngram)  # a table would be compared by its tensors
-    return *parts, request.tree, request.sampling, request.prompt_lookup, _chooser(callbacks) is not None, mark
+    return *parts, request.trees, request.sampling, request.prompt_lookup, _chooser(callbacks) is not None, mark
 
 
 def _chooser(callbacks: Callbacks | None) -> Chooser | None:

@@ -32,8 +32,8 @@ class GenerationPool:
     ) -> Generation:
         """A generation for the request: the smallest of those kept that fit, else a new one.
 
-        controller: of a new generation; those kept have none, as a backend that keeps them adapts no trees. began: when
-        the call began, by `time.perf_counter`; None for now.
+        controller: chooses its trees, None where they do not adapt. began: when the call began, by `time.perf_counter`;
+        None for now.
         """
         wanted = models, request, callbacks, mark
         kind, began = kind_of(*wanted), time.perf_counter() if began is None else began
@@ -43,7 +43,7 @@ class GenerationPool:
             if found is not None:
                 self.kept.remove(found)
         if found is not None:
-            found.restart(request, callbacks, began)
+            found.restart(request, callbacks, controller, began)
             return found
         try:
             return Generation(*wanted, controller, began)

@@ -74,6 +74,11 @@ class Request:
     prompt_lookup: bool = False  # the context n-gram proposes, without a draft
 
     @property
+    def trees(self) -> tuple[TreeConfig, ...]:
+        """Those that steps may have, the largest last."""
+        return tuple(level.tree for level in self.levels) or (self.tree,)
+
+    @property
     def prompts(self) -> list[list[int]]:
         return [row.prompt for row in self.rows]
 

@@ -59,9 +59,9 @@ def marks_wanted() -> Mark | None:
 class Stats:
     """Statistics of one generation over all its rows.
 
-    tree: the settings used; adapted: where the tree adapted to the text, steps made with each level (`tree` is the
-    largest one). steps: times the target verified. row_steps: the same, counted for each row that was still
-    running.
+    tree: the settings used; adapted: where the tree adapted to the text, steps launched with each level (`tree` is the
+    largest one), on a GPU perhaps one that the end came before. steps: times the target verified. row_steps: the same,
+    counted for each row that was still running.
     new_tokens: tokens produced. accepted_per_depth[d]: row-steps that accepted a node of depth d + 1.
     origins: tokens by the model that first proposed them (Spector & Ré, Figure 3).
     seconds: wall-clock seconds by phase; total_seconds: of the whole generation. seconds_to_first_token: from the

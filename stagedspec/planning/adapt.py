@@ -9,6 +9,9 @@ Estimates can be wrong, so a running budget limits what drafting may lose agains
 share of the plain steps made since, and a part of what drafting has won before. The next generation starts from what
 this one has learned, budget included. So a hopeless draft, or one too slow for a batch of this size, costs next to
 nothing. All this changes which nodes are verified, never the tokens.
+
+Results may come late: a host that launches work on a GPU knows what a step did only after it has launched the next one.
+So a step and a reading are each two calls, one when it is launched and one when its results are known.
 """
 
 import math
@@ -139,8 +142,9 @@ class Controller:
     """Chooses the level of every step of one generation; a batch has one.
 
     levels: of `make_levels`, plain decoding first. last: the controller of the generation before, None for the first.
-    `begin` says whether the draft reads the prompts. Before a step, if `due`, the draft reads what it has missed, and
-    `read` takes what it would have proposed. After the step, made with the tree of `level`, `step` takes its results.
+    `begin` says whether the draft reads the prompts. Before a step, if `due`, the draft reads what it has missed
+    (`catch_up`), and `read` takes what it would have proposed. The step has the tree of `level` (`launch`), and `step`
+    takes its results. Results come in the order of the launches, at once or after later ones.
     """
 
     def __init__(self, levels: Sequence[Level], last: "Controller | None" = None):
@@ -187,11 +191,11 @@ class Controller:
 
     @property
     def level(self) -> Level:
-        return self._current.level
+        return self.known[self._next].level
 
     @property
-    def _current(self) -> _Known:
-        return self.known[0 if self.trial else self.chosen]
+    def _next(self) -> int:
+        return 0 if self.trial else self.chosen
 
     @property
     def made(self) -> dict[str, int]:
@@ -219,15 +223,18 @@ class Controller:
         plain = median_low(self.pace) if self.pace else 1.0
         return plain * median_low(self.slower) if drafts else plain
 
+    def catch_up(self) -> None:
+        """Notes that the draft now reads all that it has missed."""
+        if not self.chosen:
+            self._account(-self._reading(self.unread + self.missed))
+        self.missed = self.unread = 0
+
     def read(self, rows: Sequence[Sequence[tuple[int, float]]]) -> None:
         """Takes the draft's ranks of tokens written without it. In a batch the row that it guesses worst counts.
 
         rows: for each row that is running, of each token in turn: its rank among the draft's children, -1 for none, and
         the log-probability that the draft gave it.
         """
-        if not self.chosen:
-            self._account(-self._reading(self.unread + self.missed))
-        self.missed = self.unread = 0
         rows = [row for row in rows if row]
         count = sum(map(len, rows))
         if not count:
@@ -242,8 +249,21 @@ class Controller:
             self._wait = min(self._wait + 1, len(WAITS) - 1)
         self._choose()
 
+    def launch(self) -> int:
+        """Notes that a step with the tree of `level` begins. Returns the level's index, for `step`."""
+        made = self._next
+        self.known[made].steps += 1
+        self._since += 1
+        if made:
+            self._drafted += 1
+        else:
+            self.missed += 1
+            self.trial, self._drafted = max(0, self.trial - 1), 0
+        return made
+
     def step(
         self,
+        made: int,
         nodes: int,
         passes: int,
         accepted: Sequence[int],
@@ -253,14 +273,13 @@ class Controller:
     ) -> None:
         """Takes the result of a step and chooses the next level.
 
-        nodes, passes: nodes verified and draft passes run. Of each row: accepted, tokens taken from nodes below the
-        root, -1 for a row that had stopped; depths, the depth of its deepest node; left, tokens to write before the
-        step, None if all rows have the same number. seconds: duration of the step, None for the expected one.
+        made: of `launch`. nodes, passes: nodes verified and draft passes run. Of each row: accepted, tokens taken from
+        nodes below the root, -1 for a row that had stopped; depths, the depth of its deepest node; left, tokens to
+        write before the step, None if all rows have the same number. seconds: duration of the step, None for the
+        expected one.
         """
-        level = self.level
-        self._current.steps += 1
-        self._since += 1
-        drafts = level.tree.passes > 0
+        level = self.known[made].level
+        drafts = made > 0
         # The first of its kind comes on cold caches, and says something only where little is known.
         if seconds is not None and (self._drafts == drafts or (drafts and len(self.slower) < 3)):
             pace = seconds / level.cost(nodes, passes)
@@ -270,19 +289,16 @@ class Controller:
                 self.pace.append(pace)
         self._drafts = drafts
         if not drafts:
-            self.missed += 1
-            self.trial, self._drafted = max(0, self.trial - 1), 0
             self._account(SHARE, CREDIT)
             return
-        self._drafted += 1
-        faster = self.rate(self.chosen) / self.rate(0)
+        faster = self.rate(made) / self.rate(0)
         if self._drafted >= next(steps for bound, steps in REFRESH if faster <= bound):
             self.trial = TRIAL
         rows = zip(accepted, depths, left or [0] * len(depths), strict=True)
         running = [(taken, depth, more) for taken, depth, more in rows if taken >= 0]
         if not running:
             return
-        tree = self.level.tree
+        tree = level.tree
         total = sum(taken for taken, _, _ in running)
         tried = sum(taken + (taken < depth) for taken, depth, _ in running)
         if tried:
@@ -300,7 +316,7 @@ class Controller:
             still, further = [], 0.0
             for taken, depth, more in running:
                 gained = min(taken, level.reach, depth * pace)
-                if bound and index > self.chosen and taken >= depth:
+                if bound and index > made and taken >= depth:
                     beyond = _geometric(self.onward.value, level.reach - taken)
                     gained, further = gained + beyond, max(further, beyond)
                 still.append(more - gained)

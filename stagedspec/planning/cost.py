@@ -50,7 +50,7 @@ PREFETCH = (1, 2, 4, 6, 8)
 NODE_FLOORS = (0.0, 0.03, 0.06)
 PASS_FLOORS = (0.0, 0.5, 0.65, 0.8)
 BUDGET, ROUNDS = 0.2, 20  # seconds that a measurement may take, and how often it is repeated in them
-TOGETHER = 16  # up to so many rows all sizes are measured in turn
+TOGETHER = 16  # up to so many rows all sizes are measured in turn, where each size costs no kernels of its own
 
 
 class PassTimes:
@@ -64,6 +64,7 @@ class PassTimes:
         """known: measured before, by (whether of the draft, batch, rows, sampled)."""
         self.target, self.draft = target, draft
         self.rows = target.ops.timed_rows
+        self.together = self.rows[-1] if target.ops.compiles_kernels else TOGETHER
         self.seconds = dict(known or {})
         self._passes: dict[tuple[bool, int, int, bool], Callable] = {}  # that are ready to be measured
 
@@ -84,7 +85,7 @@ class PassTimes:
     def _measure(self, draft: bool, batch: int, nodes: int, sampled: bool) -> float:
         if (draft, batch, nodes, sampled) not in self.seconds:
             # All sizes in turn: a moment in which the machine is busy must not fall on one of them alone.
-            keys = self._unknown(draft, batch, max(nodes, TOGETHER), sampled)
+            keys = self._unknown(draft, batch, max(nodes, self.together), sampled)
             before = False, batch, 1, False
             self._make([*keys, before])
             least = _least_times(self.target, [self._passes[key] for key in keys], self._passes[before])
@@ -100,7 +101,7 @@ class PassTimes:
 
     def prepare(self, batch: int, sampled: bool) -> None:
         """Compiles the passes of both models that choosing a tree will measure, all in parallel."""
-        keys = self._unknown(False, batch, self.rows[-1], sampled) + self._unknown(True, batch, TOGETHER, sampled)
+        keys = self._unknown(False, batch, self.rows[-1], sampled) + self._unknown(True, batch, self.together, sampled)
         if keys:
             self._make([*keys, (False, batch, 1, False)])
 
@@ -256,7 +257,8 @@ class Model:
 
     def read_seconds(self) -> float:
         """Of one more token of every row that the draft reads."""
-        return self.times.draft_pass(self.batch, TOGETHER, self.sampled) / TOGETHER
+        rows = self.times.together
+        return self.times.draft_pass(self.batch, rows, self.sampled) / rows
 
     def step(self, config: TreeConfig) -> tuple[float, float]:
         """Expected tokens of a row and seconds of a step. The row that grows longest sets passes and nodes for all."""
@@ -290,7 +292,8 @@ class Model:
 
     def levels(self, mode: str, full: TreeConfig | None = None) -> list[TreeConfig]:
         """The trees that a generation adapts between, smallest first. The last is `full`, or the tree with the most
-        expected tokens a second; before it come the best trees of at most a quarter and a half of its nodes and passes.
+        expected tokens a second; before it come the best trees of at most a quarter and a half of its nodes and passes:
+        where a tree has kernels and a graph of its own, of a quarter alone.
         """
         ranked = self._ranked(mode)
         full = full or ranked[0]
@@ -299,7 +302,7 @@ class Model:
         def fits(tree: TreeConfig, nodes: int, passes: int) -> bool:
             return tree.nodes <= nodes and tree.passes <= passes and tree.depth <= full.depth
 
-        for part in (2, 4):
+        for part in (4,) if self.ops is not None and self.ops.compiles_kernels else (2, 4):
             nodes, passes = max(2, full.nodes // part), max(1, full.passes // part)
             smaller = next((tree for tree in ranked if fits(tree, nodes, passes)), full)
             if smaller not in chosen:
@@ -312,7 +315,9 @@ class Model:
             ops = self.ops
             found: Sequence[TreeConfig] = candidates(mode)
             if ops is not None:
-                found = [t for t in found if t.depth <= ops.max_depth and (ops.skips_passes or not t.pass_floor)]
+                found = [t for t in found if t.depth <= ops.max_depth]
+                if not ops.skips_passes:  # floors save no time
+                    found = [t for t in found if not t.pass_floor and not t.node_floor]
             self._rankings[mode] = sorted(found, key=self.tokens_per_second, reverse=True)
         return self._rankings[mode]
 

@@ -4,7 +4,9 @@ shapes; and what is measured, in which order, until when."""
 import json
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench" / "kernels"
 import harness
 import models
 import run
+import tables
 
 from stagedspec.models.shapes import ModelShape
 
@@ -122,7 +125,7 @@ def test_no_case_is_started_once_the_time_is_spent(report, end, measured, left_o
     assert len(written["results"]) == measured and written["left_out"] == report.left_out
     text = report.stem.with_suffix(".md").read_text()
     assert text.count("| op | L |") == measured and all(f"- {part}" in text for part in report.left_out)
-    assert report.stem.with_name("out-op.png").exists() == bool(measured)
+    assert report.stem.with_name("out-others.svg").exists() == bool(measured)
 
 
 def test_an_interrupted_run_has_written_what_it_measured(report, monkeypatch):
@@ -137,7 +140,63 @@ def test_an_interrupted_run_has_written_what_it_measured(report, monkeypatch):
     monkeypatch.setattr(run, "measure", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run.measure_all(PARTS, True, 1.0, 99, report)
-    assert len(json.loads(path.read_text())["left_out"]) == 2 and report.stem.with_name("out-op.png").exists()
+    assert len(json.loads(path.read_text())["left_out"]) == 2 and report.stem.with_name("out-others.svg").exists()
+
+
+def test_everything_is_done_once_ahead(monkeypatch, capsys):
+    """Checks, runs and peers of every case; what fails there is left to the measurement."""
+    done = []
+
+    def failing():
+        done.append("failing")
+        raise ImportError("not installed")
+
+    def cases(choice):
+        if choice.nodes == (3,):
+            raise torch.OutOfMemoryError("a small GPU")
+        for count in choice.nodes:
+            check, ours, peer = (partial(done.append, (name, count)) for name in ("check", "run", "peer"))
+            peers = {"absent": failing, "peer": peer, "torch.compile": peer}
+            yield harness.Case("op", "L", {"N": count}, 0, 1, ours, peers, check)
+
+    monkeypatch.setattr(run, "import_module", lambda name: SimpleNamespace(cases=cases))
+    monkeypatch.setattr(run, "ProcessPoolExecutor", lambda count, context: ThreadPoolExecutor(1))
+    run.compile_apart(PARTS[:1], False, time.monotonic() + 1000)
+    assert done == [part for n in (1, 2, 4) for part in (("check", n), ("run", n), "failing", ("peer", n))]
+    assert "not compiled ahead: one model=L nodes=3" in capsys.readouterr().err
+    done.clear()
+    run.compile_apart(PARTS[:1], True, time.monotonic())
+    assert not done
+
+
+def made(op: str, nodes: int, **shape) -> harness.Result:
+    peers = {"peer": harness.Timing(20.0, 19.0, 21.0), "absent": "ImportError: not installed"}
+    return harness.Result(op, "L", {"N": nodes} | shape, TIMING, peers, 100.0, 0.5, 0.9, None, None)
+
+
+def test_results_are_read_as_they_were_written(tmp_path, capsys, monkeypatch):
+    results = [made("linears", 64), made("qkv", 64), made("linears", 1), made("embed", 4), made("qkv", 1)]
+    written = tables.Report(tmp_path / "out", {"gpu": "some", "command": "c"}, results, ["one"], {"in all": 3.0})
+    written.write()
+    found = tables.Report.read(tmp_path / "out.json")
+    assert found == written
+    order = [(result.op, result.shape["N"]) for result in found.groups()["linears"]]
+    assert order == [("linears", 1), ("linears", 64), ("qkv", 1), ("qkv", 64)]
+    assert list(found.groups()) == ["linears", "others"] and [path.name for path in found.plots()] == [
+        "out-linears.svg"
+    ]
+
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- kernels: begin -->\nold\n<!-- kernels: end -->\nafter\n")
+    monkeypatch.setattr(tables.report, "README", readme)
+    assert tables.main([str(tmp_path / "out.json"), "--update-readme"]) == 0
+    text = readme.read_text()
+    assert "old" not in text and text.count("| linears | L |") == 2 and "figures/out-linears.svg" in text
+    assert (tmp_path / "figures" / "out-linears.svg").exists()
+    (tmp_path / "bad.json").write_text("{}")
+    with pytest.raises(SystemExit):
+        tables.main([str(tmp_path / "bad.json")])
+    assert "no result of run.py" in capsys.readouterr().err
 
 
 def test_table_prints_no_ratio_where_results_differ():

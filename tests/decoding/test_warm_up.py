@@ -16,6 +16,7 @@ from stagedspec.decoding.request import StagedOptions
 from stagedspec.kernels.common import compiling, registry
 from stagedspec.kernels.common.progress import reporting
 from stagedspec.kernels.state import device
+from stagedspec.planning.adapt import OFF, Controller, Level
 
 PLACE = "cuda" if GPU else "cpu"
 TREE = TreeConfig(nodes=4, depth=2, passes=2, width=1, children=2, prefetch=1, prefetch_width=1)
@@ -39,10 +40,32 @@ SAMPLINGS = {
 }
 
 
+class EveryLevel(Controller):
+    """Each level in turn, so that the draft reads what it has missed."""
+
+    def __init__(self, levels, last=None):
+        super().__init__(levels)
+        self.trial, self.chosen = 0, 0
+
+    def launch(self) -> int:
+        made = super().launch()
+        self._choose()
+        return made
+
+    def _choose(self) -> None:
+        self.chosen = (self.chosen + 1) % len(self.known)
+
+
 @pytest.mark.parametrize("sampling", slow_but(["greedy"], SAMPLINGS))
-@pytest.mark.parametrize("mode", slow_but(["autoregressive"], ["autoregressive", "staged"]))
+@pytest.mark.parametrize("mode", slow_but(["autoregressive"], ["autoregressive", "staged", "adaptive"]))
 def test_everything_is_compiled_ahead(decoder, monkeypatch, mode, sampling):
     """Every kernel that a generation launches, with all that it is compiled for, was launched by the dry run before."""
+    if mode == "adaptive":
+        monkeypatch.setattr("stagedspec.planning.planner.Controller", EveryLevel)
+        verify, small = (1.0,) * 5, TreeConfig(nodes=2, depth=1, passes=1, width=1, children=2, prefetch=0)
+        levels = tuple(Level(str(tree.nodes), tree, 1.0, 1.0, verify, 0.1, 0.1) for tree in (OFF, small, TREE))
+        decoder.planner.fixed, mode = None, "staged"
+        decoder.planner._chosen |= {("staged", 1, sampled): levels for sampled in (False, True)}
     ahead, later, real = set(), set(), registry.launch_kernel
     monkeypatch.setattr(compiling, "compile_ahead", lambda parts, place: recorded(parts, ahead))
 
@@ -63,7 +86,7 @@ def test_everything_is_compiled_ahead(decoder, monkeypatch, mode, sampling):
         kernel[grid](*arguments, **options)
 
     ids = torch.randint(1, 61, (1, 20), generator=torch.Generator().manual_seed(0)).to(PLACE)
-    call = decoder._read(ids, None, 5, StagedOptions(mode, 3), dict(SAMPLINGS[sampling]))
+    call = decoder._read(ids, None, 8, StagedOptions(mode, 3), dict(SAMPLINGS[sampling]))
     run = decoder._start(call.request, call.callbacks)
 
     def generate():

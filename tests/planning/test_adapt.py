@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -40,33 +41,54 @@ def levels(draft: float = 0.25, expected: tuple[float, ...] = (1.6, 2.5, 4.0)) -
     return tuple(make_levels)
 
 
-def play(controller: Controller, text: list[float], seed: int = 0) -> float:
+def make_step(controller: Controller, *result, **more) -> None:
+    """A step whose results are known at once."""
+    controller.step(controller.launch(), *result, **more)
+
+
+def make_reading(controller: Controller, rows) -> None:
+    controller.catch_up()
+    controller.read(rows)
+
+
+def play(controller: Controller, text: list[float], seed: int = 0, late: int = 0) -> float:
     """Writes a text whose token i the draft knows with probability text[i]; returns the seconds, at levels()'s prices.
 
-    The draft is confident: every tree is as deep as it may be.
+    The draft is confident: every tree is as deep as it may be. late: steps after which results are known.
     """
     generator, at, seconds = random.Random(seed), 0, 0.0
+    results: list[list] = [[] for _ in range(late)]  # of the last steps
     known = [generator.random() < rate for rate in text]
     while at < len(known):
+        results.append([])
         if controller.due:
             missed = known[at - controller.missed : at]
             seconds += controller.levels[1].first
-            controller.read([[(0, -0.05) if hit else (-1, -9.0) for hit in missed]])
+            controller.catch_up()
+            shown = [[(0, -0.05) if hit else (-1, -9.0) for hit in missed]]
+            results[-1].append(partial(controller.read, shown))
+            if not late:
+                results[-1].pop()()
         level = controller.level
         taken = 0
         while taken < level.reach and at + taken < len(known) and known[at + taken]:
             taken += 1
         seconds += level.cost(level.tree.nodes, level.tree.passes)
-        controller.step(level.tree.nodes, level.tree.passes, [taken], [level.reach])
+        made = controller.launch()
+        step = partial(controller.step, made, level.tree.nodes, level.tree.passes, [taken], [level.reach])
+        results[-1].append(step)
         at += taken + 1
+        for tell in results.pop(0):
+            tell()
     return seconds
 
 
 @pytest.mark.parametrize("draft", [0.25, 0.1, 0.02])
 @pytest.mark.parametrize("seed", range(5))
 def test_a_hopeless_draft_costs_little(seed, draft):
-    controller = Controller(levels(draft))
-    assert play(controller, [0.0] * 256, seed) < 256 / 0.9
+    for late in (0, 1, 2):
+        controller = Controller(levels(draft))
+        assert play(controller, [0.0] * 256, seed, late) < 256 / 0.9
     assert controller.made["off"] > 230
 
 
@@ -88,10 +110,11 @@ def test_where_a_small_tree_is_enough():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_good_draft_gets_the_largest_tree(seed):
-    controller = Controller(levels(expected=(1.1, 1.2, 1.3)))  # even against the cost model's expectation
-    play(controller, [0.97] * 600, seed)
-    made = controller.made
-    assert made["full"] > 0.8 * sum(made.values())
+    for late in (0, 1, 2):
+        controller = Controller(levels(expected=(1.1, 1.2, 1.3)))  # even against the cost model's expectation
+        play(controller, [0.97] * 600, seed, late)
+        made = controller.made
+        assert made["full"] > 0.8 * sum(made.values())
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -119,18 +142,19 @@ def test_text_that_changes_is_followed():
     fixed._choose = lambda: None
     fixed.chosen = 3
     assert adaptive < 0.9 * play(fixed, text) and adaptive < 0.9 * len(text)
+    assert play(Controller(levels()), text, late=1) < 0.97 * len(text)
     assert full.reach == 8
 
 
 def test_stopped_rows_say_nothing():
     one, two = Controller(levels()), Controller(levels())
     for taken in (3, 0, 1, 8, 8):
-        one.step(12, 4, [taken], [8])
-        two.step(12, 4, [-1, taken, -1], [8, 8, 2])
+        make_step(one, 12, 4, [taken], [8])
+        make_step(two, 12, 4, [-1, taken, -1], [8, 8, 2])
         assert [known.tokens.value for known in one.known] == [known.tokens.value for known in two.known]
-    one.step(12, 4, [-1], [8])
-    one.read([])
-    one.read([[]])
+    make_step(one, 12, 4, [-1], [8])
+    make_reading(one, [])
+    make_reading(one, [[]])
     assert [known.tokens.value for known in one.known] == [known.tokens.value for known in two.known]
 
 
@@ -148,7 +172,7 @@ def batch(controller: Controller, rates: list[float], new_tokens: int, slower: f
         if controller.due:
             seconds += first * slower
             missed = [[(0, -0.05) if generator.random() < rate else (-1, -9.0) for _ in range(4)] for rate in rates]
-            controller.read([row for row, more in zip(missed, left, strict=True) if more > 0])
+            make_reading(controller, [row for row, more in zip(missed, left, strict=True) if more > 0])
         tree, taken = controller.level.tree, []
         for rate, more in zip(rates, left, strict=True):
             depth = 0
@@ -156,7 +180,7 @@ def batch(controller: Controller, rates: list[float], new_tokens: int, slower: f
                 depth += 1
             taken.append(depth if more > 0 else -1)
         took = controller.level.cost(tree.nodes, tree.passes) * (slower if tree.passes else 1.0)
-        controller.step(tree.nodes, tree.passes, taken, [controller.level.reach] * len(rates), left, took)
+        make_step(controller, tree.nodes, tree.passes, taken, [controller.level.reach] * len(rates), left, took)
         left = [more - count - 1 for more, count in zip(left, taken, strict=True)]
         seconds += took
     return seconds
@@ -214,7 +238,7 @@ def test_a_busy_moment_is_forgotten():
 def plain_steps(controller: Controller, seconds: list[float]) -> None:
     controller.chosen = controller.trial = 0
     for taken in seconds:
-        controller.step(1, 0, [0], [0], seconds=taken)
+        make_step(controller, 1, 0, [0], [0], seconds=taken)
         controller.chosen = 0
 
 
@@ -233,7 +257,7 @@ def test_the_first_plain_step_after_other_work_is_not_counted():
     plain_steps(controller, [9.0, 1.1, 1.1])
     assert 1 / controller.rate(0) == pytest.approx(1.1)
     controller.chosen = 3
-    controller.step(12, 4, [8], [8], seconds=controller.levels[3].cost(12, 4))
+    make_step(controller, 12, 4, [8], [8], seconds=controller.levels[3].cost(12, 4))
     plain_steps(controller, [9.0, 1.1])
     assert list(controller.pace) == pytest.approx([1.1] * 3)
 
@@ -248,11 +272,11 @@ def test_what_drafting_has_won_may_be_lost_again():
     before = controller.credit
     assert CREDIT < before <= WON and controller.chosen
     controller.trial = 0
-    controller.step(12, 4, [0], [8], seconds=1 + CREDIT)
+    make_step(controller, 12, 4, [0], [8], seconds=1 + CREDIT)
     assert before - CREDIT <= controller.credit < before - CREDIT / 2
     poor = Controller(levels(), Controller(levels()))
     poor.chosen, poor.trial, poor.credit = 3, 0, CREDIT
-    poor.step(12, 4, [0], [8], seconds=2 + CREDIT)
+    make_step(poor, 12, 4, [0], [8], seconds=2 + CREDIT)
     assert poor.credit < 0 and poor.level.name == "off"
 
 
@@ -291,8 +315,8 @@ def test_a_reading_weighs_by_the_tokens_of_a_row():
     """Not by those of the batch: three rows that are alike say what one of them says."""
     one, three = second(), second()
     row = [(0, -0.05), (-1, -9.0), (0, -0.05)]
-    one.read([row])
-    three.read([row] * 3)
+    make_reading(one, [row])
+    make_reading(three, [row] * 3)
     assert [known.tokens.value for known in one.known] == pytest.approx([known.tokens.value for known in three.known])
     assert one.known[3].tokens.weight == pytest.approx(three.known[3].tokens.weight)
     weight = READ * len(row)  # also in what the next generation starts from
@@ -320,7 +344,7 @@ def test_a_machine_that_is_slower_at_everything_is_no_slower_at_drafting():
     plain_steps(controller, [2.0] * 5)
     for _ in range(3):
         controller.chosen = 3
-        controller.step(12, 4, [8], [8], seconds=2 * controller.levels[3].cost(12, 4))
+        make_step(controller, 12, 4, [8], [8], seconds=2 * controller.levels[3].cost(12, 4))
     assert len(controller.slower) > 1 and list(controller.slower) == pytest.approx([1.0] * len(controller.slower))
 
 
@@ -329,7 +353,7 @@ def test_a_larger_tree_is_credited_where_this_one_was_too_small():
     for nodes, passes in ((6, 2), (3, 2), (3, 1)):
         controller, alone = second(), _Mean(levels()[3].tokens, PRIOR)
         controller.chosen = 2
-        controller.step(nodes, passes, [2], [2])
+        make_step(controller, nodes, passes, [2], [2])
         alone.add(3.0)  # the tokens of the step
         if (nodes, passes) == (3, 1):
             assert controller.known[3].tokens.value == pytest.approx(alone.value)
@@ -344,9 +368,9 @@ def test_plain_steps_are_timed_again_after_so_many_drafted_ones():
         controller = Controller((plain, full), Controller((plain, full)))
         controller.chosen = 1
         for _ in range(steps - 1):
-            controller.step(12, 4, [taken], [8])
+            make_step(controller, 12, 4, [taken], [8])
         assert not controller.trial and controller.chosen
-        controller.step(12, 4, [taken], [8])
+        make_step(controller, 12, 4, [taken], [8])
         assert controller.trial == TRIAL and controller.level.name == "off"
 
 
@@ -364,7 +388,7 @@ def test_drafting_that_did_not_last_is_no_reason_to_try_again_soon():
         controller._choose()
         assert controller.chosen == 3 and controller._wait == len(WAITS) - 1
         for _ in range(lasted):
-            controller.step(12, 4, [8], [8])
+            make_step(controller, 12, 4, [8], [8])
         for known in controller.known[1:]:
             known.tokens.add(1.0, 200)
         controller._choose()
@@ -393,12 +417,9 @@ class Fickle(Controller):
         return (self.missed > 0 or self.unread > 0) and self.chosen > 0
 
     def read(self, rows) -> None:
-        self.missed = self.unread = 0
         self.reads += 1
 
-    def step(self, nodes, passes, accepted, depths, left, seconds) -> None:
-        self.known[self.chosen].steps += 1
-        self.missed += self.chosen == 0
+    def step(self, made, nodes, passes, accepted, depths, left, seconds) -> None:
         self.chosen = 0 if 0 < self.missed < self.random.choice((1, 3, 9)) else self.random.randrange(len(self.levels))
         if self.missed == max(WAITS):
             self.chosen = len(self.levels) - 1
@@ -494,8 +515,8 @@ def test_what_is_unread():
 class Untimed(Controller):
     """At the prices of levels(), whatever steps of these small models take."""
 
-    def step(self, nodes, passes, accepted, depths, left, seconds) -> None:
-        super().step(nodes, passes, accepted, depths, left)
+    def step(self, made, nodes, passes, accepted, depths, left, seconds) -> None:
+        super().step(made, nodes, passes, accepted, depths, left)
 
 
 def test_a_hopeless_draft_reads_now_and_then(decoders, monkeypatch):

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import DTYPES, make_gpt2
+from replay import VIEWS, Replay
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -20,7 +21,6 @@ from stagedspec.decoding.request import StagedOptions, validate
 from stagedspec.kernels import lm_head
 from stagedspec.kernels.backends import select as backend
 from stagedspec.kernels.backends.cuda_graph import Captured
-from stagedspec.kernels.backends.memory import Memory
 from stagedspec.kernels.backends.triton_backend import TritonBackend, warping_settings
 from stagedspec.kernels.common import registry
 from stagedspec.models.gpt2 import GPT2, Cache, Reader
@@ -118,18 +118,6 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-VIEWS = (
-    "aten.view",
-    "aten.split",
-    "aten.slice",
-    "aten.select",
-    "aten.unbind",
-    "aten.alias",
-    "aten.detach",
-    "aten.expand",
-)
-
-
 @pytest.mark.parametrize("sampling", ["greedy", "top-k"])
 def test_a_step_allocates_nothing_and_reads_nothing_back(pair, prompts, device, sampling):
     """After the first step only our operations run, and views of what is there already."""
@@ -142,14 +130,14 @@ def test_a_step_allocates_nothing_and_reads_nothing_back(pair, prompts, device, 
     engine = decoder._start(request).engine
     with torch.inference_mode():
         engine.prefill(request.prompts)
-        engine.step()
+        engine.step(TREE)
         with Calls() as calls:
             if device.type == "cuda":
                 torch.cuda.synchronize()
                 before = torch.cuda.memory_stats()["allocation.all.allocated"]
                 torch.cuda.set_sync_debug_mode("error")
             try:
-                engine.step()
+                engine.step(TREE)
             finally:
                 if device.type == "cuda":
                     torch.cuda.set_sync_debug_mode("default")
@@ -279,51 +267,6 @@ def test_buffers_are_those_of_the_longest_prompt(pair, device):
         decoder.generate(ids, max_new_tokens=4)
         held.add(sum(buffer.numel() for buffer in decoder.target.ops.memory.buffers.values()))
     assert len(held) == 1
-
-
-class Replay(TorchDispatchMode, Captured):
-    """In place of a CUDA graph, where there is none: every call after the first must launch the same operations on the
-    same addresses, whatever the backend's buffers have become since. What a part allocates for itself after the first
-    lies in its graph's own memory, wherever that is.
-    """
-
-    def __init__(self, part, ops):
-        TorchDispatchMode.__init__(self)
-        Captured.__init__(self, part, ops)
-        self.calls = 0
-
-    def __call__(self, *given):
-        ops = self.ops
-        newest = ops.memory
-        if self.graph is not None:
-            ops.memory = Memory()
-            ops.memory.scratch, ops.memory.buffers = self.held
-        self.launches, self.own = [], {}
-        with self:
-            value = self.part(*given)
-        self.calls += 1
-        if self.graph is not None:
-            assert self.launches == self.graph
-            ops.memory = newest
-        elif self.calls > 1:
-            self.graph, self.held = self.launches, ops.memory.held
-        return value
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        if str(func).startswith("stagedspec."):
-            self.launches.append((str(func), [self.named(value) for value in (*args, *kwargs.items())]))
-        elif self.calls and not str(func).startswith((*VIEWS, "aten.flatten", "aten.unflatten")):
-            assert str(func).startswith("aten.empty"), func
-            self.own[result.data_ptr()] = f"own {len(self.own)}"
-        return result
-
-    def named(self, value):
-        if not isinstance(value, torch.Tensor):
-            return repr(value)
-        address = value.data_ptr()
-        return self.own.get(address, address), value.shape, value.stride(), value.dtype
 
 
 KINDS = {

@@ -79,10 +79,11 @@ def test_state_offers_every_member(backend, device):
         names = torch.arange(2, device=place).expand(2, rows, 2).contiguous()
         growth.record(names, torch.full((2, rows, 2), -0.5, device=place))
     for trees in (growth.harvest(), backend.root_trees(sequences), backend.lookup_trees(sequences, 2)):
-        assert problems(trees, interface.AdaptiveTrees if adapts else interface.Trees) == []
+        assert problems(trees, interface.Trees) == []
         assert problems(trees.batch(torch.float32), interface.Batch) == []
         moves = trees.verify_commit(torch.zeros(2, trees.nodes, dtype=torch.int32, device=place))
-        assert problems(moves, interface.AdaptiveMoves if adapts else interface.Moves) == []
+        assert problems(moves, interface.Moves) == []
+        assert not adapts or problems(backend.report(trees, moves), interface.Report) == []
     if adapts:
         assert problems(backend.unread_pass(sequences, 1, 4, torch.float32), interface.Unread) == []
 

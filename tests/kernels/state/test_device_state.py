@@ -427,8 +427,6 @@ def test_errors(table):
         growth.trees.verify_commit(torch.zeros(2, 3, dtype=torch.int32, device=DEVICE))
     with pytest.raises(ValueError, match=r"chosen must be torch\.int32 or torch\.int64"):
         growth.trees.verify_commit(torch.zeros(2, 4, device=DEVICE))
-    with pytest.raises(ValueError, match="node 0 always lies in tree row 0"):
-        growth.trees.moves.target_rows(3)
     noise = SimpleNamespace(seeds=torch.zeros(2, device=DEVICE), streams=torch.zeros(2, device=DEVICE))
     with pytest.raises(ValueError, match=r"seeds must be torch\.int64"):
         device_state.Growth(sequences, config, None, noise).batch(0)
