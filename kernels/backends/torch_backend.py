@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +13,8 @@ from stagedspec.kernels.common.inputs import ModelConfig, NgramTable, TreeSettin
 from stagedspec.kernels.common.timing import Overheads
 from stagedspec.kernels.state import host, host_growth
 
-if TYPE_CHECKING:  # it needs Numba
+if TYPE_CHECKING:  # they need Numba
+    from stagedspec.kernels.compiled import growth, noise
     from stagedspec.kernels.compiled.model import CompiledModel
 
 
@@ -32,14 +32,23 @@ def _has_numba() -> bool:
 
 
 @cache
-def _compiled(module: str, name: str) -> "type | None":
-    """A class of a module of kernels/compiled; None without Numba, or where compiling fails."""
+def _compiled_growth() -> "type[growth.Growth] | None":
+    """The growth of trees, compiled; None without Numba, or where compiling fails."""
     if not _has_numba():
         return None
-    from stagedspec.kernels.compiled import build
+    from stagedspec.kernels.compiled import build, growth
 
-    found = import_module(f"stagedspec.kernels.compiled.{module}")
-    return getattr(found, name) if build.succeeds(found.try_out) else None
+    return growth.Growth if build.succeeds(growth.try_out) else None
+
+
+@cache
+def _compiled_noise() -> "type[noise.Noise] | None":
+    """The noise of token choice, compiled; None without Numba, or where compiling fails."""
+    if not _has_numba():
+        return None
+    from stagedspec.kernels.compiled import build, noise
+
+    return noise.Noise if build.succeeds(noise.try_out) else None
 
 
 class TorchBackend:
@@ -103,7 +112,7 @@ class TorchBackend:
         device: torch.device,
         past: int = 0,
     ) -> reference.Noise:
-        kind = _compiled("noise", "Noise") if device.type == "cpu" else None
+        kind = _compiled_noise() if device.type == "cpu" else None
         return (kind or reference.Noise)(seeds, streams, vocab_size, reach, limits, device, past)
 
     def make_growth(
@@ -113,8 +122,8 @@ class TorchBackend:
         table: NgramTable | None,
         noise: reference.Noise | None,
         dtype: torch.dtype,
-    ) -> Any:
-        kind = _compiled("growth", "Growth") if sequences.device.type == "cpu" else None
+    ) -> "host_growth.Growth | growth.Growth":
+        kind = _compiled_growth() if sequences.device.type == "cpu" else None
         return (kind or host_growth.Growth)(sequences, config, table, noise, dtype)
 
     def unread_pass(self, sequences: host.Sequences, count: int, tree_rows: int, dtype: torch.dtype) -> host.Unread:
@@ -135,19 +144,25 @@ class TorchBackend:
 
         return CompiledModel.of(config, weights, scales)
 
-    # The model's own methods, which get what comes after `model`.
+    def compiled_forward(
+        self, model: "CompiledModel", batch: host.Batch, rows: torch.Tensor, tree_rows: int, write: int, first: int
+    ) -> torch.Tensor:
+        return model.forward(batch, rows, tree_rows, write, first)
 
-    def compiled_forward(self, model: "CompiledModel", *given: Any) -> torch.Tensor:
-        return model.forward(*given)
+    def compiled_logits(self, model: "CompiledModel", hidden: torch.Tensor) -> torch.Tensor:
+        return model.logits(hidden)
 
-    def compiled_logits(self, model: "CompiledModel", *given: Any) -> torch.Tensor:
-        return model.logits(*given)
+    def compiled_choose(
+        self, model: "CompiledModel", batch: host.Batch, rows: torch.Tensor, tree_rows: int, write: int, first: int,
+        warping: dict | None, noise: reference.NoiseAt | None,
+    ) -> torch.Tensor:  # fmt: skip
+        return model.choose(batch, rows, tree_rows, write, first, warping, noise)
 
-    def compiled_choose(self, model: "CompiledModel", *given: Any) -> torch.Tensor:
-        return model.choose(*given)
-
-    def compiled_children(self, model: "CompiledModel", *given: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        return model.children(*given)
+    def compiled_children(
+        self, model: "CompiledModel", batch: host.Batch, rows: torch.Tensor, tree_rows: int, write: int, first: int,
+        count: int, warping: dict | None, noise: reference.NoiseAt | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        return model.children(batch, rows, tree_rows, write, first, count, warping, noise)
 
     # ------------------------------------------------------------ operations
     # The functions themselves: a method around each would be one more call in Python, five times a layer.

@@ -31,9 +31,9 @@ def _words(seeds: np.ndarray, streams: np.ndarray, positions: np.ndarray, words:
 
 def gumbel_noise(seeds: torch.Tensor, streams: torch.Tensor, positions: torch.Tensor, vocab_size: int) -> torch.Tensor:
     """As `reference.gumbel_noise`."""
-    words = torch.empty(*positions.shape, 4, (vocab_size + 3) // 4)
-    _words(seeds.numpy(), streams.numpy(), positions.numpy(), words.numpy())
-    return reference.gumbel(words.transpose(-1, -2).flatten(-2)[..., :vocab_size])
+    words = np.empty((*positions.shape, 4, (vocab_size + 3) // 4), f32)
+    _words(seeds.numpy(), streams.numpy(), positions.numpy(), words)
+    return reference.gumbel(torch.from_numpy(words).transpose(-1, -2).flatten(-2)[..., :vocab_size])
 
 
 class Noise(reference.Noise):
@@ -44,5 +44,5 @@ class Noise(reference.Noise):
 
 def try_out() -> None:
     """Makes noise, which compiles the function for the types of all noise."""
-    zeros = torch.zeros(1, 1, dtype=torch.int64)
+    zeros = torch.zeros(1, 1, dtype=torch.int64, device="cpu")  # whatever the default is
     gumbel_noise(zeros[0], zeros[0], zeros, 1)

@@ -371,7 +371,7 @@ def test_committed_cache_is_that_of_a_fresh_prefill(decoders, place, target, dra
 def test_a_draft_that_has_caught_up_grows_the_same_trees(target, drafts, table, monkeypatch, compiled, kind):
     """Without the catch-up token, where the draft has read it, as with it: on the host, where a pass has any shape."""
     if not compiled:
-        monkeypatch.setattr(torch_backend, "_compiled", lambda *_: None)
+        monkeypatch.setattr(torch_backend, "_compiled_growth", lambda: None)
     growth = compiled_growth.Growth if compiled else host_growth.Growth
     ids, mask = left_pad(random_prompts([5, 1, 8], seed=14))
     decoder = Decoder.from_pretrained(target, draft=drafts[kind], ngram=table, device="cpu", dtype="float32")

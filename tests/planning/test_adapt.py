@@ -12,6 +12,7 @@ from stagedspec import Decoder, Sampling, TreeConfig
 from stagedspec.decoding.request import StagedOptions, validate
 from stagedspec.kernels.state.host import Sequences, Unread
 from stagedspec.planning.adapt import (
+    ACCIDENT,
     CREDIT,
     LASTING,
     OFF,
@@ -272,12 +273,24 @@ def test_what_drafting_has_won_may_be_lost_again():
     before = controller.credit
     assert CREDIT < before <= WON and controller.chosen
     controller.trial = 0
-    make_step(controller, 12, 4, [0], [8], seconds=1 + CREDIT)
+    for _ in range(4):
+        controller.chosen = 3
+        make_step(controller, 12, 4, [0], [8], seconds=1 + CREDIT / 4)
     assert before - CREDIT <= controller.credit < before - CREDIT / 2
     poor = Controller(levels(), Controller(levels()))
-    poor.chosen, poor.trial, poor.credit = 3, 0, CREDIT
-    make_step(poor, 12, 4, [0], [8], seconds=2 + CREDIT)
+    poor.trial, poor.credit = 0, CREDIT
+    for _ in range(4):
+        poor.chosen = 3
+        make_step(poor, 12, 4, [0], [8], seconds=1.5 + CREDIT / 4)
     assert poor.credit < 0 and poor.level.name == "off"
+
+
+def test_an_accident_is_no_price():
+    """A step during which something else ran costs no more than a few steps of its kind."""
+    controller = Controller(levels(), Controller(levels()))
+    controller.chosen, controller.trial, controller.credit = 3, 0, CREDIT
+    make_step(controller, 12, 4, [0], [8], seconds=1000.0)
+    assert CREDIT - 3 * ACCIDENT * controller.levels[3].cost(12, 4) < controller.credit < CREDIT
 
 
 def test_readings_go_on_for_as_long_as_plain_steps_pay_for_them():

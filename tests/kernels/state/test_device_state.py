@@ -432,13 +432,13 @@ def test_errors(table):
         device_state.Growth(sequences, config, None, noise).batch(0)
     guessing = TreeConfig(nodes=2, depth=2, passes=1, width=5000, children=1, prefetch=1)
     with pytest.raises(ValueError, match="at most 4096 options a level on a GPU, got a table of 3 successors"):
-        device_state.Growth(sequences, guessing, table.to(DEVICE), None).batch()
+        device_state.Growth(sequences, guessing, table.to(DEVICE), None).batch(0)
     most = replace(guessing, width=1024)  # times 4: a table's 3 successors and the context n-gram's
     grow_tree.check_options("tree", most, table)
     huge = replace(table, vocab_size=2**21).to(DEVICE)
     with pytest.raises(ValueError, match="the vocabulary may have at most 2097151 tokens, got 2097152"):
-        device_state.Growth(sequences, config, huge, None).batch()
+        device_state.Growth(sequences, config, huge, None).batch(0)
     grow_tree.check_candidates("tree", TreeConfig(nodes=2, depth=2, passes=74, width=14, children=16, prefetch=0))
     large = TreeConfig(nodes=2, depth=2, passes=100, width=10, children=17, prefetch=0)
     with pytest.raises(ValueError, match="at most 16384 candidates on a GPU, got 992 draft evaluations"):
-        device_state.Growth(sequences, large, None, None).batch()
+        device_state.Growth(sequences, large, None, None).batch(0)
