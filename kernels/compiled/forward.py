@@ -112,8 +112,8 @@ class Workspace(NamedTuple):
 
     x: hidden states that nobody wants, normed, mixed, added [M, d], qkv [M, 3d], inner [M, inner]; visible: the rows of
     the cache that each row attends to, in the order of their positions, int32 [M, most]; counts: how many, [M]; shares:
-    of attention, by thread [threads, GROUP, most]; columns: of a product, by thread [threads, M, COLUMNS]; factor: [1],
-    of logits in `choice`: the temperature, or what multiplies them for children.
+    of attention, by thread [threads, GROUP, most]; columns: of a product, by thread [threads, 2, M, COLUMNS]; factor:
+    [1], of logits in `choice`: the temperature, or what multiplies them for children.
     """
 
     x: np.ndarray

@@ -135,7 +135,7 @@ class _Memory:
         work = Workspace(
             empty(rows, width), empty(rows, width), empty(rows, width), empty(rows, width), empty(rows, 3 * width),
             empty(rows, inner), np.empty((rows, most), np.int32), np.empty(rows, np.int64),
-            empty(threads, GROUP, most), empty(threads, rows, COLUMNS), empty(1),
+            empty(threads, GROUP, most), empty(threads, 2, rows, COLUMNS), empty(1),
         )  # fmt: skip
         alone = team.board(LAYER_STAGES * len(weights.scales) + HEAD_STAGES)
         alone[team.THREADS] = 1

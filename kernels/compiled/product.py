@@ -40,6 +40,7 @@ LANES, VECTORS = (16, 4) if "avx512f" in _FEATURES else (8, 2) if "avx2" in _FEA
 COLUMNS = LANES * VECTORS  # of a block
 TILE = 6  # most rows of a tile
 DEPTH = 128  # inputs that are summed before their sum is added to the output
+STRIP = 32  # inputs that all tiles take before the next ones, where there are several tiles
 AHEAD = 4096  # bytes that a block is fetched ahead: the hardware's own prefetching ends at every page
 FUSED = "fma" in _FEATURES or not _X86  # other processors have it
 HALVES = "f16c" in _FEATURES or not _X86  # fp16 to fp32 as one instruction
@@ -87,8 +88,10 @@ def _tile(rows: int, alone: bool = True) -> Callable:
 
     Arguments: x, bytes from one row of x to the next, the array of blocks (for its type), the block's address, depth,
     y, bytes from one row of y to the next, the address to fetch for later (ahead), and by how many bytes that moves on
-    with each input (pace). For each input as much is fetched as it has weights, or half as much if the tile is not
-    `alone`.
+    with each input (pace). For each input as much is fetched as it has weights.
+
+    not alone: one of several tiles. y is where its sums begin and end, not what they are added to, and it fetches half
+    as much.
     """
 
     @instruction
@@ -118,6 +121,14 @@ def _tile(rows: int, alone: bool = True) -> Callable:
             kind = ir.FunctionType(ir.VoidType(), [byte.as_pointer(), index, index, index])
             prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
 
+            places = []
+            for row in range(rows):
+                start = builder.add(y, builder.mul(y_stride, number(row)))
+                for part in range(VECTORS):
+                    place = builder.add(start, number(part * LANES * 4))
+                    places.append(builder.inttoptr(place, vector.as_pointer()))
+            none_so_far = ir.Constant(vector, [0.0] * LANES)
+            begin = [none_so_far if alone else builder.load(place, align=4) for place in places]
             before, loop = builder.block, builder.append_basic_block("inputs")
             after = builder.append_basic_block("sums")
             builder.branch(loop)
@@ -125,8 +136,8 @@ def _tile(rows: int, alone: bool = True) -> Callable:
             k = builder.phi(whole)
             k.add_incoming(number(0), before)
             sums = [builder.phi(vector) for _ in range(rows * VECTORS)]
-            for one in sums:
-                one.add_incoming(ir.Constant(vector, [0.0] * LANES), before)
+            for one, given in zip(sums, begin, strict=True):
+                one.add_incoming(given, before)
             line = builder.add(block, builder.mul(k, number(COLUMNS * size)))
             weights = [
                 _vector(builder, kept, builder.add(line, number(part * LANES * size)), vector)
@@ -135,7 +146,7 @@ def _tile(rows: int, alone: bool = True) -> Callable:
             for part in range(0, COLUMNS * size // (1 if alone else 2), 64):
                 place = builder.add(builder.add(ahead, builder.mul(k, pace)), number(part))
                 line_ahead = builder.inttoptr(place, byte.as_pointer())
-                builder.call(prefetch, [line_ahead, index(0), index(3 if alone else 2), index(1)])
+                builder.call(prefetch, [line_ahead, index(0), index(2), index(1)])
             added = []
             for row in range(rows):
                 place = builder.add(x, builder.mul(x_stride, number(row)))
@@ -157,12 +168,10 @@ def _tile(rows: int, alone: bool = True) -> Callable:
                 one.add_incoming(result, loop)
             builder.cbranch(builder.icmp_signed("<", following, depth), loop, after)
             builder.position_at_end(after)
-            for row in range(rows):
-                start = builder.add(y, builder.mul(y_stride, number(row)))
-                for part in range(VECTORS):
-                    place = builder.inttoptr(builder.add(start, number(part * LANES * 4)), vector.as_pointer())
-                    result = builder.fadd(builder.load(place, align=4), added[row * VECTORS + part], flags=EXACT)
-                    builder.store(result, place, align=4)
+            for place, result in zip(places, added, strict=True):
+                if alone:
+                    result = builder.fadd(builder.load(place, align=4), result, flags=EXACT)
+                builder.store(result, place, align=4)
             return context.get_dummy_value()
 
         place = types.intp
@@ -182,37 +191,29 @@ def multiply(
     """The columns of one block of y [>= rows, out] = x [>= rows, in] @ weights + bias.
 
     weights: blocks of `pack`; bias: fp32 [blocks * COLUMNS]. x and y are contiguous; spare: memory
-    [>= rows, COLUMNS].
+    [2, >= rows, COLUMNS].
     """
-    out = y.shape[1]
     first = block * COLUMNS
-    last = min(out, first + COLUMNS)
-    if last - first == COLUMNS:
-        place, stride = y.ctypes.data + first * 4, out * 4
-        for n in range(rows):
-            for j in range(first, last):
-                y[n, j] = bias[j]
-        _add_products(x, rows, weights, block, place, stride)
-    else:
-        for n in range(rows):
-            for j in range(COLUMNS):
-                spare[n, j] = bias[first + j]
-        _add_products(x, rows, weights, block, spare.ctypes.data, COLUMNS * 4)
-        for n in range(rows):
-            for j in range(first, last):
-                y[n, j] = spare[n, j - first]
+    last, sums = min(y.shape[1], first + COLUMNS), spare[0]
+    for n in range(rows):
+        for j in range(COLUMNS):
+            sums[n, j] = bias[first + j]
+    _add_products(x, rows, weights, block, sums, spare[1])
+    for n in range(rows):
+        for j in range(first, last):
+            y[n, j] = sums[n, j - first]
 
 
 @compiled
-def _add_products(x: np.ndarray, rows: int, weights: np.ndarray, block: int, y: int, y_stride: int) -> None:
-    """y [rows, COLUMNS] += x [>= rows, in] @ block, y by its address."""
+def _add_products(x: np.ndarray, rows: int, weights: np.ndarray, block: int, y: np.ndarray, chunk: np.ndarray) -> None:
+    """y [>= rows, COLUMNS] += x [>= rows, in] @ block. chunk: memory of the shape of y."""
     depth = x.shape[1]
-    x_stride = depth * 4
+    x_stride, y_stride = depth * 4, COLUMNS * 4
     start, line = weights[block].ctypes.data, COLUMNS * weights.itemsize
     tiles = (rows + TILE - 1) // TILE
     for k in range(0, depth, DEPTH):
         count = min(DEPTH, depth - k)
-        w, a, b = start + k * line, x.ctypes.data + k * 4, y
+        w, a, b = start + k * line, x.ctypes.data + k * 4, y.ctypes.data
         if tiles == 1:
             ahead = w + AHEAD
             if rows == 1:
@@ -228,19 +229,27 @@ def _add_products(x: np.ndarray, rows: int, weights: np.ndarray, block: int, y: 
             else:
                 _six(a, x_stride, weights, w, count, b, y_stride, ahead, line)
             continue
-        # The weights are in the nearest cache after the first tile. The first two fetch those of the next chunk.
-        n = 0
-        for t in range(tiles):
-            size = (rows - n + tiles - t - 1) // (tiles - t)  # of tiles as equal as can be
-            ahead, pace = w + count * line + t * (count * line // 2), line // 2
-            if t >= 2:
-                ahead, pace = a, 0
-            if size == 3:
-                _next_three(a, x_stride, weights, w, count, b, y_stride, ahead, pace)
-            elif size == 4:
-                _next_four(a, x_stride, weights, w, count, b, y_stride, ahead, pace)
-            elif size == 5:
-                _next_five(a, x_stride, weights, w, count, b, y_stride, ahead, pace)
-            else:
-                _next_six(a, x_stride, weights, w, count, b, y_stride, ahead, pace)
-            n, a, b = n + size, a + size * x_stride, b + size * y_stride
+        # A few inputs at a time for all tiles, so that their weights stay in the nearest cache. Each tile fetches its
+        # part of what comes next.
+        for n in range(rows):
+            for j in range(COLUMNS):
+                chunk[n, j] = f32(0)
+        for part in range(0, count, STRIP):
+            strip = min(STRIP, count - part)
+            c, n = chunk.ctypes.data, 0
+            a, w_part = x.ctypes.data + (k + part) * 4, w + part * line
+            for t in range(tiles):
+                size = (rows - n + tiles - t - 1) // (tiles - t)  # of tiles as equal as can be
+                ahead, pace = w_part + strip * line + t * (strip * line // tiles), line // tiles
+                if size == 3:
+                    _next_three(a, x_stride, weights, w_part, strip, c, y_stride, ahead, pace)
+                elif size == 4:
+                    _next_four(a, x_stride, weights, w_part, strip, c, y_stride, ahead, pace)
+                elif size == 5:
+                    _next_five(a, x_stride, weights, w_part, strip, c, y_stride, ahead, pace)
+                else:
+                    _next_six(a, x_stride, weights, w_part, strip, c, y_stride, ahead, pace)
+                n, a, c = n + size, a + size * x_stride, c + size * y_stride
+        for n in range(rows):
+            for j in range(COLUMNS):
+                y[n, j] += chunk[n, j]

@@ -74,7 +74,7 @@ def model_of(dtype: torch.dtype | None = None, invariant: bool = False, **change
 @numba.njit
 def multiply_all(x: np.ndarray, weights: np.ndarray, bias: np.ndarray, y: np.ndarray) -> None:
     for block in range(len(weights)):
-        product.multiply(x, len(x), weights, bias, y, block, np.empty((len(x), product.COLUMNS), np.float32))
+        product.multiply(x, len(x), weights, bias, y, block, np.empty((2, len(x), product.COLUMNS), np.float32))
 
 
 @numba.njit
