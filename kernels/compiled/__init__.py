@@ -1,1 +1,1 @@
-"""Whole passes on a CPU, compiled by Numba: `model.CompiledModel`."""
+"""A CPU's fast path in Numba: passes (`model.CompiledModel`), trees (`growth.Growth`) and noise (`noise.Noise`)."""

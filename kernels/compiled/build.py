@@ -62,7 +62,7 @@ def entry(function: Callable) -> Callable:
     return compiled(function, wrapped=True)
 
 
-def succeeds(attempt: Callable[[], object]) -> bool:
+def succeeds(attempt: Callable[[], object], what: str = "passes") -> bool:
     """Runs attempt(), which compiles functions of this folder or loads them from Numba's cache.
 
     If that fails, warns and returns False.
@@ -79,7 +79,7 @@ def succeeds(attempt: Callable[[], object]) -> bool:
                 attempt()
             except Exception as error:
                 reason = " ".join(str(error).split())[:200] or type(error).__name__
-                warnings.warn(f"passes cannot be compiled, so they are slower: {reason}", stacklevel=2)
+                warnings.warn(f"{what} cannot be compiled, so they are slower: {reason}", stacklevel=2)
                 return False
     return True
 

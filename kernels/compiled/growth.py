@@ -1,4 +1,4 @@
-"""Growth of token trees, compiled: as state/host_growth.py, which says what the words mean, in a tenth of its time.
+"""Growth of token trees, compiled: as state/host_growth.py, which says what the words mean, in less time.
 
 A draft that is small beside its host's work would wait for Python half of the time. All rows of a batch grow together;
 what they share lies in arrays that are made once in a generation. Scores and ties are those of `host_growth`, so that
@@ -145,8 +145,10 @@ def _best_open(slots: Slots, b: int, count: int, deepest: int) -> tuple[int, int
     for s in range(count):
         if slots.depth[b, s] < deepest - 1:
             for c in range(slots.counts[b, s]):
-                if slots.slot[b, s, c] < 0 and (slot < 0 or slots.scores[b, s, c] > most):
-                    most, slot, rank = slots.scores[b, s, c], s, c
+                if slots.slot[b, s, c] < 0:  # those that follow are no better
+                    if slot < 0 or slots.scores[b, s, c] > most:
+                        most, slot, rank = slots.scores[b, s, c], s, c
+                    break
     return slot, rank
 
 
@@ -290,8 +292,10 @@ def _harvest(slots: Slots, count: int, nodes: int, found: np.ndarray, sizes: np.
             most, slot, rank = NEVER, NONE, NONE
             for s in range(count):
                 for c in range(slots.counts[b, s]):
-                    if slots.node[b, s, c] < 0 and (slot < 0 or slots.scores[b, s, c] > most):
-                        most, slot, rank = slots.scores[b, s, c], s, c
+                    if slots.node[b, s, c] < 0:  # those that follow are no better
+                        if slot < 0 or slots.scores[b, s, c] > most:
+                            most, slot, rank = slots.scores[b, s, c], s, c
+                        break
             if slot < 0:
                 break
             slots.node[b, slot, rank] = node + 1
@@ -379,5 +383,6 @@ def try_out() -> None:
     )  # fmt: skip
     growth = Growth(Sequences([[0]], 1, (), torch.device("cpu")), smallest, None, None, torch.float32)
     growth.batch(0)
-    growth.record(torch.zeros(1, 3, 1, dtype=torch.long), torch.zeros(1, 3, 1))
+    tokens, logprobs = np.zeros((1, 3, 1), np.int64), np.zeros((1, 3, 1), np.float32)
+    growth.record(torch.from_numpy(tokens), torch.from_numpy(logprobs))
     growth.harvest()

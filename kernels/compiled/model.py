@@ -40,6 +40,7 @@ from stagedspec.kernels.state.host import GREEDY_SHARPNESS, Batch, prefill_batch
 
 MAX_ROWS = 512  # of one pass; a longer one is cut by its sequences, so that its workspace stays small
 MAX_LAYERS = 512
+MOST_SCORES = 1 << 25  # bytes of logits that are kept between passes
 f32 = np.float32
 
 
@@ -142,7 +143,8 @@ class _Memory:
         return cls(work, alone, next(_numbers), threads, empty(0, weights.vocabulary))
 
     def logits(self, rows: int) -> np.ndarray:
-        """Memory [rows, V], the same for all passes: new memory of this size costs as much as a small pass."""
+        """Memory [rows, V], the same for all passes: new memory of this size costs as much as a small pass. The choice
+        overwrites it."""
         if rows > len(self.scores):
             self.scores = np.empty((rows, self.scores.shape[1]), f32)
         return self.scores[:rows]
@@ -256,6 +258,7 @@ class CompiledModel:
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """The likeliest children of every node of a pass: tokens int64, log-probabilities fp32, both [B, N, C], as
         `reference.choose_children`; arguments of `forward`, and noise as of `choose`."""
+        warping = None if noise is None else warping  # as in a prompt
         if _cuts_by_probability(warping):
             logits = self.logits(self.forward(batch, rows, tree_rows, write, first))
             return reference.choose_children(logits, count, warping, noise)
@@ -277,8 +280,23 @@ class CompiledModel:
         """Runs a pass, arguments of `forward`, in as many parts as it takes. x: fp32 [B, N, d] for hidden states, if
         they are wanted."""
         inputs, sequences, nodes = batch.inputs, *batch.inputs.shape[1:]
-        if not rows.is_contiguous() or rows.dtype != self.kv_dtype or rows.shape[1] != sequences:
-            raise ValueError(f"expected a whole KV cache of {sequences} sequences in fp32, got {tuple(rows.shape)}")
+        weights, width = self.weights, self.weights.tables[0].shape[1]
+        shape = len(weights.scales), sequences, rows.shape[2], 2, weights.heads, width // weights.heads
+        if not rows.is_contiguous() or rows.dtype != self.kv_dtype or rows.shape != shape:
+            raise ValueError(f"expected a whole KV cache {shape} in fp32, got {tuple(rows.shape)} in {rows.dtype}")
+        masks, others = batch.seen.shape[0], (batch.seen.shape[1], len(batch.prefixes), min(write, first) >= 0)
+        if masks not in (1, sequences) or others != (nodes, sequences, True):
+            raise ValueError(
+                f"a pass of {nodes} nodes of {sequences} sequences has masks {batch.seen.shape}, "
+                f"{len(batch.prefixes)} prefixes and begins at the rows {write} and {first}"
+            )
+        if choice is not None and choice.noise is not None:
+            known, size = choice.noise.values.shape[::2]
+            if choice.noise.index.shape != (sequences, nodes) or known != sequences or size < weights.vocabulary:
+                raise ValueError(
+                    f"expected noise of {sequences} x {nodes} nodes and {weights.vocabulary} tokens, got "
+                    f"{tuple(choice.noise.index.shape)} of {tuple(choice.noise.values.shape)}"
+                )
         seen_at, prefix_at = (write, first) if batch.chunk else (first, tree_rows)
         longest, most = max(0, *batch.prefixes), rows.shape[2]
         if max(write + nodes, seen_at + batch.seen.shape[2], prefix_at + longest) > most:
@@ -341,6 +359,8 @@ class _Borrowed:
 
     def __exit__(self, *_: object) -> None:
         if self._rows <= MAX_ROWS:  # the workspace of a longer pass would be large
+            if self._memory.scores.nbytes > MOST_SCORES:
+                self._memory.scores = self._memory.scores[:0].copy()
             self._model._free.append(self._memory)
 
 
@@ -404,7 +424,7 @@ def _try_out(dtype: torch.dtype) -> None:
         )  # fmt: skip
         model = CompiledModel(tiny, alone=True)
         one = torch.zeros(1, 1, dtype=torch.long)
-        batch, rows = prefill_batch(one, 0, torch.float32), torch.zeros(1, 1, 1, 2, 1, 1)
+        batch, rows = prefill_batch(one, 0, torch.float32), torch.zeros(1, 1, 1, 2, 1, 1, dtype=torch.float32)
         model.children(batch, rows, 0, 0, 0, 1, None, None)
     shared = team.board(0)
     shared[[team.OPEN, team.ROUND, team.THREADS]] = 1, 1, 2

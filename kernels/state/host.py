@@ -1,7 +1,8 @@
 """State of a generation on the host: committed sequences, tree growth, n-gram guesses, verification.
 
 The torch backend uses these classes, and tests compare the state on the device (device.py) with them. They are plain
-Python: for a few dozen nodes it takes tens of microseconds, where small tensor operations would take milliseconds. Only
+Python: for a few dozen nodes it takes tens of microseconds, where small tensor operations would take milliseconds. On a
+CPU with Numba trees grow in compiled code (compiled/growth.py), which tests compare with host_growth.py. Only
 inputs of passes (`Batch`) and results of models are tensors.
 
 The engine calls them in this order. `*` marks calls that are made once for every draft pass.

@@ -1,5 +1,6 @@
 """Passes compiled as a whole, against transformers and against the same model run as tensor operations."""
 
+import dataclasses
 import gc
 import os
 import subprocess
@@ -140,8 +141,7 @@ def test_the_same_as_operations(changes, batch, nodes, prefix, seed):
     window = 7
     values = torch.randn(batch, window, model.vocab_size, generator=torch.Generator().manual_seed(seed + 1))
     noise = NoiseAt(values, torch.randint(window, (batch, nodes)))
-    for warping in WARPINGS:
-        given_noise = None if warping is None else noise
+    for warping, given_noise in [*((one, None) for one in WARPINGS), *((one, noise) for one in WARPINGS[1:])]:
         tokens, logprobs = model.children(trees, caches[0], 0, 0, 4, warping, given_noise)
         theirs, values_of = reference.choose_children(model.logits(hidden), 4, warping, given_noise)
         assert tokens.shape == theirs.shape and tokens.dtype == theirs.dtype == torch.int64
@@ -325,6 +325,26 @@ print(os.waitpid(child, 0)[1], torch.equal(read(), expected))
     command = [sys.executable, "-c", script.format(tests=str(Path(__file__).parents[1]))]
     run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     assert run.stdout.split() == ["0", "True"]
+
+
+def test_what_a_pass_must_fit():
+    """Compiled code checks no bounds: what a pass is given is looked at before."""
+    model, _, _ = model_of()
+    trees, cache = random_trees(model, 2, 3, 4, 0), Cache(model, 2, 3, 5)
+    noise = NoiseAt(torch.zeros(2, 5, 61), torch.zeros(2, 3, dtype=torch.long))
+    for wrong in (cache.rows[1:], cache.rows[:, :1], cache.rows[..., :1, :], cache.rows[..., :1], cache.rows.double()):
+        with pytest.raises(ValueError, match="expected a whole KV cache"):
+            model.compiled.forward(trees, wrong.contiguous(), 3, 0, 0)
+    with pytest.raises(ValueError, match="do not fit into a KV cache of 6"):
+        model.compiled.forward(trees, Cache(model, 2, 3, 3).rows, 3, 0, 0)
+    for changes in ({"seen": trees.seen[:, :2]}, {"prefixes": [4]}, {"seen": np.concatenate([trees.seen] * 2)}):
+        with pytest.raises(ValueError, match="a pass of 3 nodes of 2 sequences has masks"):
+            model.compiled.forward(dataclasses.replace(trees, **changes), cache.rows, 3, 0, 0)
+    with pytest.raises(ValueError, match="begins at the rows -1 and 0"):
+        model.compiled.forward(trees, cache.rows, 3, -1, 0)
+    for wrong in (NoiseAt(noise.values[..., :60], noise.index), NoiseAt(noise.values, noise.index[:, :2])):
+        with pytest.raises(ValueError, match="expected noise of 2 x 3 nodes and 61 tokens"):
+            model.choose(trees, cache, 0, 0, WARPINGS[1], wrong)
 
 
 # ---------------------------------------------------------------- whom they serve
@@ -559,6 +579,23 @@ def test_generations_compile_nothing(target, drafts):
         for mode in ("chain", "staged"):
             decoder.generate(ids, mask, 12, mode=mode, **options)
     assert [len(function.signatures) for function in functions] == before
+
+
+@pytest.mark.parametrize(
+    "state", ["dtype(torch.float64)", "dtype(torch.bfloat16)", "dtype(torch.float16)", "device('meta')"]
+)
+def test_compiled_under_any_default_of_torch(state):
+    """A process whose first model is loaded under another default compiles all the same."""
+    script = f"""
+import warnings, torch
+warnings.simplefilter("error")
+from stagedspec.kernels.backends import torch_backend
+from stagedspec.kernels.compiled import model
+torch.set_default_{state}
+print(model.ready(torch.float16), bool(torch_backend._compiled_growth()), bool(torch_backend._compiled_noise()))
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert run.stdout.split() == ["True"] * 3, run.stderr
 
 
 @pytest.mark.parametrize("long", [True, False])

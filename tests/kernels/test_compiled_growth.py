@@ -2,7 +2,7 @@
 
 import random
 
-import pytest
+import numba
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -128,10 +128,19 @@ def test_it_is_what_a_cpu_uses(monkeypatch):
     assert isinstance(TorchBackend().make_growth(*arguments), host_growth.Growth)
 
 
-@pytest.mark.parametrize("first", [-1, 0, 3])
-def test_rows_of_the_table(first):
-    table = compiled_growth.Successors.of(TABLE)
-    for last in range(VOCAB):
-        tokens, _ = TABLE.lookup(torch.tensor([first, last]))
-        row = compiled_growth._row_of.py_func(table, first, last)
-        assert table.tokens[row].tolist() == tokens.tolist()
+@numba.njit
+def row_of(table, first, last):
+    return compiled_growth._row_of(table, first, last)
+
+
+def test_rows_of_the_table():
+    """Of a vocabulary as large as GPT-2's, whose keys wrap around when they are hashed."""
+    generator = torch.Generator().manual_seed(1)
+    fitted = fit_table([torch.randint(50257, (4000,), generator=generator)], 50257, successors=2, max_contexts=1000)
+    table = compiled_growth.Successors.of(fitted)
+    contexts = [divmod(key, 50257) for key in fitted.keys[:-1].tolist()[::7]]
+    assert len(contexts) > 100 and max(first for first, _ in contexts) > 10000
+    contexts += [(-1, 0), (-1, 50256), (50256, 50256), (0, 0), (7, 50000)]
+    for first, last in contexts:
+        tokens, _ = fitted.lookup(torch.tensor([first, last]))
+        assert table.tokens[row_of(table, first, last)].tolist() == tokens.tolist()
