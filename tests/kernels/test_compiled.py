@@ -143,10 +143,13 @@ def test_the_same_as_operations(changes, batch, nodes, prefix, seed):
     noise = NoiseAt(values, torch.randint(window, (batch, nodes)))
     for warping, given_noise in [*((one, None) for one in WARPINGS), *((one, noise) for one in WARPINGS[1:])]:
         tokens, logprobs = model.children(trees, caches[0], 0, 0, 4, warping, given_noise)
-        theirs, values_of = reference.choose_children(model.logits(hidden), 4, warping, given_noise)
+        # One more than is compared: what is nearly as likely as the last one may take its place.
+        theirs, values_of = reference.choose_children(model.logits(hidden), 5, warping, given_noise)
+        apart, count = (values_of.diff(dim=-1).abs() > 1e-3).all(-1), tokens.shape[-1]
+        theirs, values_of = theirs[..., :count], values_of[..., :count]
         assert tokens.shape == theirs.shape and tokens.dtype == theirs.dtype == torch.int64
         torch.testing.assert_close(logprobs, values_of, rtol=1e-3, atol=1e-3)
-        assert (tokens == theirs)[(logprobs[..., :-1].diff(dim=-1).abs() > 1e-3).all(-1)].all()
+        assert (tokens == theirs)[apart].all()
 
 
 @by_values
@@ -592,7 +595,7 @@ warnings.simplefilter("error")
 from stagedspec.kernels.backends import torch_backend
 from stagedspec.kernels.compiled import model
 torch.set_default_{state}
-print(model.ready(torch.float16), bool(torch_backend._compiled_growth()), bool(torch_backend._compiled_noise()))
+print(model.ready(torch.float32), bool(torch_backend._compiled_growth()), bool(torch_backend._compiled_noise()))
 """
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert run.stdout.split() == ["True"] * 3, run.stderr
