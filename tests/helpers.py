@@ -225,3 +225,13 @@ PLACES = {"torch-cpu": Place("cpu", "torch")} | ({"triton-gpu": Place("cuda", "t
 # ---------------------------------------------------------------- kernels: on a GPU, else in Triton's interpreter
 
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if GPU else [])
+
+
+def check_cache(model, tokens: list[int], cache, index: int) -> None:
+    """Row `index` of a KV cache holds what a model of transformers makes of these tokens."""
+    with torch.no_grad():
+        past = model(torch.tensor([tokens]), use_cache=True).past_key_values
+    rows = cache.rows[:, index, cache.tree_rows : cache.tree_rows + len(tokens)].cpu()  # [layers, L, 2, H, D]
+    for layer, ours in zip(past.layers, rows, strict=True):
+        for which, theirs in enumerate((layer.keys, layer.values)):
+            torch.testing.assert_close(ours[:, which].float(), theirs[0].transpose(0, 1), rtol=1e-4, atol=1e-4)

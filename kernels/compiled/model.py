@@ -73,12 +73,13 @@ class Team:
             except RuntimeError:  # no more threads can be made, so there are fewer
                 self._calls.pop()
                 break
-        self.board[team.THREADS] = 1 + min(threads - 1, len(self._calls))
-        if not self._waking and not any(self.board[team.SLEEPS + helper] for helper in range(len(self._calls))):
+        helpers = min(threads - 1, len(self._calls))
+        self.board[team.THREADS] = 1 + helpers
+        if not self._waking and not any(self.board[team.SLEEPS + helper] for helper in range(helpers)):
             return
         self._waking = True  # stays so where Ctrl-C comes before the end
         team.find_sleeping(self.board, self._asleep)
-        for helper in self._asleep[: self.board[team.THREADS] - 1].nonzero()[0].tolist():
+        for helper in self._asleep[:helpers].nonzero()[0].tolist():
             self._calls[helper].release()
             self._asleep[helper] = 0  # where Ctrl-C comes before this, it is woken once more
         self._waking = False

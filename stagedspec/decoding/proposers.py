@@ -140,16 +140,17 @@ class DraftCascade:
         repeated: Callable[[Callable], Callable] | None = None,
     ):
         self.draft = draft = cast(GPT2, models.draft)
-        self.table, self.trees, self.sequences = models.ngram, trees, sequences
+        self.trees, self.sequences = trees, sequences
         self.warping, self.noise, self.clock = warping, noise, clock
         self.controller: Controller | None = None
         adapts = len(trees) > 1
         rows = max([tree.slots for tree in trees] + [max(WAITS)] * adapts)
         self.cache = Cache(draft, len(sequences.rows), rows, sequences.capacity)
-        make, noise, dtype = draft.ops.make_growth, self.noise, draft.kv_dtype
         # Made here, since the first one may compile: a step must not take so long.
         self._growths: dict[TreeConfig, Growth] = {
-            tree: make(sequences, tree, self.table, noise, dtype) for tree in trees if tree.passes
+            tree: draft.ops.make_growth(sequences, tree, models.ngram, noise, draft.kv_dtype)
+            for tree in trees
+            if tree.passes
         }
         self.reader = Reader(draft, self.cache, sequences, repeated)
         self.caches, self.readers = [self.cache], [(self.reader, 2)]

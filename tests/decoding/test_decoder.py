@@ -14,6 +14,7 @@ from helpers import (
     CONFIGS,
     POSITIONS,
     VOCAB,
+    check_cache,
     left_pad,
     make_draft,
     make_gpt2,
@@ -355,14 +356,7 @@ def test_committed_cache_is_that_of_a_fresh_prefill(decoders, place, target, dra
                 known = len(row.tokens) - missing
                 if known < 1:
                     continue
-                with torch.no_grad():
-                    past = model(torch.tensor([row.tokens[:known]]), use_cache=True).past_key_values
-                rows = cache.rows[:, index, cache.tree_rows : cache.tree_rows + known].cpu()  # [layers, L, 2, H, D]
-                for layer, ours in zip(past.layers, rows, strict=True):
-                    for which, theirs in enumerate((layer.keys, layer.values)):
-                        torch.testing.assert_close(
-                            ours[:, which].float(), theirs[0].transpose(0, 1), rtol=1e-4, atol=1e-4
-                        )
+                check_cache(model, row.tokens[:known], cache, index)
     assert jumps > 0 if kind == "good" else place.backend == "triton" or 1 in missed
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import left_pad, make_draft, make_gpt2, oracle_generate, random_prompts, slow_but
+from helpers import check_cache, left_pad, make_draft, make_gpt2, oracle_generate, random_prompts, slow_but
 from replay import Replay
 
 from stagedspec import Decoder, Sampling, TreeConfig
@@ -183,12 +183,7 @@ def test_the_drafts_cache_after_it_was_left_out(decoder, pair, device, erratic, 
                 known = len(row.tokens) - 2
                 if not row.running or known < 1:
                     continue
-                with torch.no_grad():
-                    past = pair[1](torch.tensor([row.tokens[:known]]), use_cache=True).past_key_values
-                rows = cascade.cache.rows[:, index, cascade.cache.tree_rows : cascade.cache.tree_rows + known].cpu()
-                for layer, ours in zip(past.layers, rows, strict=True):
-                    torch.testing.assert_close(ours[:, 0], layer.keys[0].transpose(0, 1), rtol=1e-4, atol=1e-4)
-                    torch.testing.assert_close(ours[:, 1], layer.values[0].transpose(0, 1), rtol=1e-4, atol=1e-4)
+                check_cache(pair[1], row.tokens[:known], cascade.cache, index)
                 checked += 1
         reads += len(cascade.controller.shown)
     assert checked > 2 and reads >= 1 and missed > LONGEST
