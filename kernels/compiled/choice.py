@@ -1,13 +1,65 @@
 """The choice of tokens from logits: the target's at a node, and the children that a draft proposes."""
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
+from llvmlite import ir
+from numba import types
 
 from stagedspec.kernels.common.constants import INVALID
 from stagedspec.kernels.compiled.attention import exp
-from stagedspec.kernels.compiled.build import compiled
+from stagedspec.kernels.compiled.build import compiled, instruction
 
-f32 = np.float32
+f32, i32 = np.float32, np.int32
 NEVER, INFINITE = f32(np.finfo(f32).min), f32(np.inf)
+BLOCK = 64  # logits that are looked at one by one only where their largest matters
+
+
+@instruction
+def _bits(context: Any, value: Any) -> tuple[Any, Callable]:
+    """The bits of an fp32 number as int32."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: tuple) -> ir.Value:
+        return builder.bitcast(arguments[0], ir.IntType(32))
+
+    return types.int32(types.float32), generate
+
+
+@instruction
+def _from_bits(context: Any, bits: Any) -> tuple[Any, Callable]:
+    """The inverse of `_bits`."""
+
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: tuple) -> ir.Value:
+        return builder.bitcast(arguments[0], ir.FloatType())
+
+    return types.float32(types.int32), generate
+
+
+@compiled
+def _ordered(bits: np.int32) -> np.int32:
+    """The bits of numbers as integers of the same order, NaN beyond both ends; its own inverse. A loop that looks for
+    the largest integer becomes vectors; one that looks for the largest number must mind NaN."""
+    return i32(bits ^ ((bits >> i32(31)) & i32(0x7FFFFFFF)))
+
+
+@compiled
+def _score(row: np.ndarray, noise: np.ndarray, sampled: bool, least: np.float32, token: int) -> np.float32:
+    """What a token is chosen by: its logit, with noise if sampled, if the logit is at least `least`."""
+    if sampled:
+        return row[token] + noise[token] if row[token] >= least else -INFINITE
+    return row[token]
+
+
+@compiled
+def _may_exceed(
+    row: np.ndarray, noise: np.ndarray, sampled: bool, least: np.float32, first: int, last: int, best: np.float32
+) -> bool:
+    """Whether one of the scores of tokens first to last is larger than `best`; also true where one may be NaN."""
+    most = i32(-(2**31))
+    for token in range(first, last):
+        most = max(most, _ordered(_bits(_score(row, noise, sampled, least, token))))
+    return not (_from_bits(_ordered(most)) <= best)
 
 
 @compiled
@@ -30,9 +82,12 @@ def kth(row: np.ndarray, k: int) -> np.float32:
     heap = row[:k].copy()
     for start in range(k // 2 - 1, -1, -1):
         _sift(heap, start, heap[start])
-    for value in row[k:]:
-        if value > heap[0]:
-            _sift(heap, 0, value)
+    for first in range(k, len(row), BLOCK):
+        last = min(len(row), first + BLOCK)
+        if _may_exceed(row, row, False, NEVER, first, last, heap[0]):
+            for value in row[first:last]:
+                if value > heap[0]:
+                    _sift(heap, 0, value)
     return heap[0]
 
 
@@ -52,17 +107,19 @@ def best_children(
     for token in range(size):
         if row[token] < least:
             row[token] = NEVER
-            continue
-        score = row[token] * scale
-        if sampled:
-            score += noise[token]
-        row[token] = score
-        if score > best[count - 1]:
-            at = count - 1
-            while at > 0 and best[at - 1] < score:
-                best[at], found[at] = best[at - 1], found[at - 1]
-                at -= 1
-            best[at], found[at] = score, token
+        else:
+            row[token] = row[token] * scale + noise[token] if sampled else row[token] * scale
+    for first in range(0, size, BLOCK):
+        last = min(size, first + BLOCK)
+        if _may_exceed(row, noise, False, NEVER, first, last, best[count - 1]):
+            for token in range(first, last):
+                score = row[token]
+                if score > best[count - 1]:
+                    at = count - 1
+                    while at > 0 and best[at - 1] < score:
+                        best[at], found[at] = best[at - 1], found[at - 1]
+                        at -= 1
+                    best[at], found[at] = score, token
     top, total = best[0], f32(0)
     for token in range(size):
         total += exp(row[token] - top)
@@ -73,13 +130,16 @@ def best_children(
 
 
 @compiled
-def _largest(row: np.ndarray, noise: np.ndarray, least: np.float32) -> int:
-    """The first token of the largest sum with noise, of logits that are at least `least`; 0 if there is none."""
+def _largest(row: np.ndarray, noise: np.ndarray, sampled: bool, least: np.float32) -> int:
+    """The first token of the largest score; 0 if there is none."""
     at, most = 0, -INFINITE
-    for token in range(len(row)):
-        score = row[token] + noise[token]
-        if row[token] >= least and score > most:
-            at, most = token, score
+    for first in range(0, len(row), BLOCK):
+        last = min(len(row), first + BLOCK)
+        if _may_exceed(row, noise, sampled, least, first, last, most):
+            for token in range(first, last):
+                score = _score(row, noise, sampled, least, token)
+                if score > most:
+                    at, most = token, score
     return at
 
 
@@ -88,22 +148,21 @@ def choose_token(row: np.ndarray, temperature: np.float32, k: int, noise: np.nda
     """The token chosen by logits row [V], which it may overwrite, as `reference.choose`: of the largest, or, if
     sampled, of the largest sum of logit / temperature and noise [V] among the k largest and their ties. INVALID where
     that is undefined."""
-    at, top, broken = 0, row[0], False
+    broken = False
     for token in range(len(row)):
         broken |= np.isnan(row[token])
-        if row[token] > top:
-            at, top = token, row[token]
+    at = _largest(row, noise, False, -INFINITE)
     if not sampled:
-        return INVALID if broken or top == -INFINITE else at
-    if broken or not np.isfinite(top / temperature):
+        return INVALID if broken or row[at] == -INFINITE else at
+    if broken or not np.isfinite(row[at] / temperature):
         return INVALID
     for token in range(len(row)):
         row[token] = row[token] / temperature
-    at = _largest(row, noise, -INFINITE)
+    at = _largest(row, noise, True, -INFINITE)
     if k < len(row):
         above = 0
         for token in range(len(row)):
             above += row[token] > row[at]
         if above >= k:
-            at = _largest(row, noise, kth(row, k))
+            at = _largest(row, noise, True, kth(row, k))
     return at

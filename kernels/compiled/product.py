@@ -66,9 +66,9 @@ def pack(weight: torch.Tensor, dtype: torch.dtype) -> np.ndarray:
     blocks = -(-weight.shape[0] // COLUMNS)
     whole = torch.zeros(blocks * COLUMNS, weight.shape[1], dtype=dtype, device="cpu")
     whole[: weight.shape[0]] = weight
-    packed = whole.view(blocks, COLUMNS, -1).transpose(1, 2).contiguous()
+    packed = whole.view(blocks, COLUMNS, -1).transpose(1, 2)
     kept = packed if dtype == torch.float32 else packed.view(torch.int16)
-    return kept.numpy().view(_KEPT[dtype])
+    return kept.numpy().view(_KEPT[dtype]).copy(order="C")
 
 
 def _vector(builder: ir.IRBuilder, kept: Any, address: ir.Value, vector: ir.VectorType) -> ir.Value:
