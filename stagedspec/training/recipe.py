@@ -26,6 +26,7 @@ from typing import IO, Any
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from stagedspec.decoder import Decoder
 from stagedspec.devices import resolve_device
 from stagedspec.kernels.common.files import replacing, write_text
 from stagedspec.models.loading import no_bars
@@ -76,6 +77,7 @@ class TrainConfig:
                         target_length tokens.
     draft_samples:      tokens sampled from the draft for the n-gram, at draft_temperature; a shard is draft_rows x
                         draft_length tokens.
+    target_sample_seconds, draft_sample_seconds: sampling ends after so long, with fewer tokens.
     longest_prompt:     sampled rows begin with 1 to this many tokens of the corpus.
     ngram_contexts, ngram_successors: size of the table.
     target_micro_batch, draft_micro_batch: blocks a pass (memory), the whole batch by default.
@@ -105,6 +107,8 @@ class TrainConfig:
     draft_temperature: float = 1.5
     draft_rows: int = 4096
     draft_length: int = 256
+    target_sample_seconds: float | None = None
+    draft_sample_seconds: float | None = None
     longest_prompt: int = 64
     ngram_contexts: int = 32_768
     ngram_successors: int = 4
@@ -146,6 +150,10 @@ class TrainConfig:
         for name in ("overlap_weight", "choice_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a number from 0 on, got {getattr(self, name)}")
+        for name in ("target_sample_seconds", "draft_sample_seconds"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} must be a positive number or None, got {value}")
         temperatures = (*self.target_temperatures, self.draft_temperature)
         if not self.target_temperatures or not all(0 < t < math.inf for t in temperatures):
             raise ValueError(f"temperatures must be positive numbers, got {temperatures}")
@@ -334,6 +342,7 @@ class _Run:
             config.seed + 1,
             report,
             config.target_top_k,
+            config.target_sample_seconds or math.inf,
         )
         self._finish("target-samples", shards, report)
 
@@ -378,6 +387,7 @@ class _Run:
             config.longest_prompt,
             config.seed + 2,
             report,
+            seconds=config.draft_sample_seconds or math.inf,
         )
         self._finish("draft-samples", shards, report)
 
@@ -493,9 +503,8 @@ class _Run:
         model = new_model(self.config, getattr(self.config, name))
         return _placed(load_weights(model, self.out / name, getattr(self.config, f"{name}_fit")), self.device)
 
-    def _for_sampling(self, name: str) -> GPT2LMHeadModel:
-        model = self._trained(name)
-        return model.bfloat16() if self.device.type == "cuda" else model
+    def _for_sampling(self, name: str) -> Decoder:
+        return Decoder.from_pretrained(self._trained(name), device=self.device)
 
 
 def new_model(config: TrainConfig, shape: Shape) -> GPT2LMHeadModel:

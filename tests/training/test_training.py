@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+from stagedspec.decoder import Decoder
 from stagedspec.models.ngram import KatzTable
 from stagedspec.training import corpus as corpus_module
 from stagedspec.training import distil, recipe, sample, state
@@ -345,6 +346,35 @@ def test_a_short_run_has_its_whole_depth_in_the_end(tmp_path, stream, budget):
 # ---- sampling
 
 
+def decoder_of(model: GPT2LMHeadModel) -> Decoder:
+    return Decoder.from_pretrained(model, device="cpu")
+
+
+def test_rows_do_not_depend_on_batches():
+    """And each has noise of its own."""
+    decoder, prompts = decoder_of(tiny_model(spread=0.5)), torch.arange(20)[:, None] % 3
+    rows = sample.sample_rows(decoder, prompts, 9, temperature=1.0, seed=2, top_k=5)
+    assert rows.shape == (20, 9) and torch.equal(rows[:, :1], prompts) and len(set(map(tuple, rows.tolist()))) > 15
+    for row in (3, 17):
+        alone = decoder.generate(
+            prompts[row : row + 1], max_new_tokens=8, mode="autoregressive", do_sample=True, top_k=5, seed=[40 + row],
+            eos_token_id=[],
+        )  # fmt: skip
+        assert torch.equal(alone[0], rows[row])
+
+
+def test_sampling_ends_when_its_time_is_over(tmp_path, stream):
+    """With the shard that was begun, one at least; shards that are there are all read."""
+    decoder, reports = decoder_of(tiny_model(spread=0.5)), []
+
+    def shards(**options):
+        return list(sample.sample_shards(decoder, 480, 1.0, tmp_path, stream, batch=8, length=20, **options))
+
+    whole = shards(seconds=1e-9, report=reports.append)
+    assert len(whole) == 1 and [values["step"] for values in reports] == [1]
+    assert len(shards()) == 3 and len(shards(seconds=1e-9)) == 3
+
+
 def test_a_quarter_of_the_prompts_starts_a_text():
     corpus = torch.arange(1, 1001)
     corpus[500] = 0  # the end of the only text
@@ -357,7 +387,9 @@ def test_a_quarter_of_the_prompts_starts_a_text():
 
 def test_shards_take_their_temperatures_in_turn(tmp_path, stream):
     """And each has a seed of its own."""
-    shards = list(sample.sample_shards(tiny_model(spread=0.5), 480, [1.0, 0.5], tmp_path, stream, batch=8, length=20))
+    shards = list(
+        sample.sample_shards(decoder_of(tiny_model(spread=0.5)), 480, [1.0, 0.5], tmp_path, stream, batch=8, length=20)
+    )
     told = []
     for path in sorted(tmp_path.iterdir()):
         with safe_open(path, "pt") as file:
@@ -367,10 +399,10 @@ def test_shards_take_their_temperatures_in_turn(tmp_path, stream):
 
 
 def test_shards_resume_and_depend_on_their_index_alone(tmp_path, stream):
-    model = tiny_model(spread=0.5)
+    decoder = decoder_of(tiny_model(spread=0.5))
 
     def shards(folder, tokens=400, **options):
-        return list(sample.sample_shards(model, tokens, [1.0, 0.1], folder, stream, batch=8, length=20, **options))
+        return list(sample.sample_shards(decoder, tokens, [1.0, 0.1], folder, stream, batch=8, length=20, **options))
 
     reports = []
     whole = shards(tmp_path / "whole", longest_prompt=4, report=reports.append)
@@ -389,9 +421,8 @@ def test_shards_resume_and_depend_on_their_index_alone(tmp_path, stream):
 
 def test_samples_follow_the_models_distribution():
     model = tiny_model(spread=0.2)
-    prompts = torch.full((20_000, 1), 5)
-    rows = sample.sample_rows(model, prompts, 3, temperature=0.7, seed=0)
-    assert model.generation_config.eos_token_id == 0  # left as it was
+    prompts = torch.full((6_000, 1), 5)
+    rows = sample.sample_rows(decoder_of(model), prompts, 3, temperature=0.7, seed=0)
     with torch.no_grad():
         first = torch.softmax(model(prompts[:1]).logits[0, -1] / 0.7, -1)
         token = int(first.argmax())
@@ -408,7 +439,7 @@ def test_samples_follow_the_models_distribution():
 def test_samples_of_the_top_k():
     model = tiny_model(spread=0.2)
     prompts = torch.full((5000, 1), 5)
-    rows = sample.sample_rows(model, prompts, 2, temperature=2.0, seed=0, top_k=3)
+    rows = sample.sample_rows(decoder_of(model), prompts, 2, temperature=2.0, seed=0, top_k=3)
     with torch.no_grad():
         best, tokens = torch.softmax(model(prompts[:1]).logits[0, -1] / 2.0, -1).topk(3)
     counts = torch.bincount(rows[:, 1], minlength=VOCAB)
@@ -442,7 +473,7 @@ def test_a_cut_keeps_ties():
 def test_sampling_settings_that_cannot_be(tmp_path, stream, settings):
     given = {"tokens_wanted": 10, "temperature": 1.0, "folder": tmp_path, "corpus": stream, "batch": 2, "length": 20}
     with pytest.raises(ValueError):
-        sample.sample_shards(tiny_model(), **{**given, **settings})  # before anything is read from it
+        sample.sample_shards(decoder_of(tiny_model()), **{**given, **settings})  # before anything is read from it
 
 
 def test_damaged_shards(tmp_path):
@@ -736,6 +767,7 @@ def test_recipe_refuses_too_little_source(config, tmp_path):
         {"ngram_successors": 0},
         {"target_samples": 5},
         {"target_top_k": 0},
+        {"draft_sample_seconds": 0.0},
     ],
     ids=lambda settings: next(iter(settings)),
 )
