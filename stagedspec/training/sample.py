@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -63,8 +64,8 @@ def sample_rows(
             eos_token_id=[],
             seed=[seed * len(prompts) + int(row) for row in part],
         )
-        done.append(rows)
-    return torch.cat(done).cpu()
+        done.append(cast(torch.Tensor, rows).cpu())
+    return torch.cat(done)
 
 
 def sample_shards(
