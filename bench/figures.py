@@ -40,6 +40,7 @@ LOOKS = {
     "transformers": ("#8a8f96", "x"),
     "transformers assisted": ("#cc79a7", "D"),
     "transformers lookup": ("#0072b2", "v"),
+    "transformers static": ("#e69f00", "P"),
 }
 RULES = {
     "coupled": ("#d55e00", "o"),
