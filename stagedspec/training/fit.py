@@ -282,7 +282,12 @@ def fit(
             rate = (step - counted) * config.batch * config.block / (time.perf_counter() - last)
             flops = 3 * forward_flops(model, config.block)
             flops += 0 if teacher is None else forward_flops(teacher, config.block)
-            values = {"step": step, "steps": max(step, round(step / progress)), "layers": depth, "loss": value}
+            values = {
+                "step": step,
+                "steps": max(step + (not over), round(step / progress)),
+                "layers": depth,
+                "loss": value,
+            }
             values |= {"tokens_per_second": rate, "tflops": rate * flops / 1e12}
             if due and evaluate is not None:
                 with torch.compiler.set_stance("force_eager"):  # other shapes, seldom: not worth compiling

@@ -500,8 +500,9 @@ class _Run:
         return Corpus.load(self.out / "corpus.safetensors")
 
     def _trained(self, name: str) -> GPT2LMHeadModel:
-        model = new_model(self.config, getattr(self.config, name))
-        return _placed(load_weights(model, self.out / name, getattr(self.config, f"{name}_fit")), self.device)
+        with self.device:  # its first weights are made there: on a CPU that takes seconds for a large model
+            model = new_model(self.config, getattr(self.config, name))
+        return load_weights(model, self.out / name, getattr(self.config, f"{name}_fit"))
 
     def _for_sampling(self, name: str) -> Decoder:
         return Decoder.from_pretrained(self._trained(name), device=self.device)
