@@ -32,7 +32,7 @@ import figures
 import stagedspec
 from journal import Journal, code_fingerprint, prompt_hash
 from machine import arguments_of, header, where
-from report import markdown, update_readme
+from report import markdown
 from sides import BASELINE, HERE, Models, add_options, check_options, clear_errors, encode, load, measure
 from stagedspec import TreeConfig
 from stagedspec.kernels.common.files import write_text
@@ -170,7 +170,7 @@ def gains(lines: Sequence[dict]) -> dict[int, float]:
 
 
 def summary(report: dict) -> str:
-    """The part of bench/README.md that this script writes."""
+    """What was measured, as Markdown."""
     settings, prompts, found = report["settings"], report["prompts"], report["groups"]
     parts = [
         f"`{report['command']}`  \n{where(report)}  \n{prompts['used']} prompts of `{prompts['file']}`, greedy, "
@@ -181,7 +181,7 @@ def summary(report: dict) -> str:
         parts.append(f"The staged gain alone, staged over tree with the same nodes and passes: {told}.")
     parts += [table(group, lines) for group, lines in found.items()]
     if "nodes" in found:
-        parts.append("![Tokens a second over nodes and draft passes](figures/ablation.svg)")
+        parts.append("![Tokens a second over nodes and draft passes](ablation.svg)")
     return "\n\n".join(parts)
 
 
@@ -196,7 +196,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no further group after so long")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "ablation", help="folder to write to")
     parser.add_argument("--fresh", action="store_true", help="measure again what has been measured before")
-    parser.add_argument("--update-readme", action="store_true", help="also write bench/README.md and bench/figures/")
     options = parser.parse_args(arguments)
     check_options(parser, options)
     return options
@@ -242,13 +241,12 @@ def bench(options: argparse.Namespace, arguments: list[str], console: Console) -
     done = report["groups"]
     report["identical"] = all(line["identical"] for lines in done.values() for line in lines)
 
-    written = figures.ablation(done["nodes"], options.out / "ablation") if "nodes" in done else []
+    if "nodes" in done:
+        figures.ablation(done["nodes"], options.out / "ablation")
     text = summary(report)
     write_text(options.out / "ablation.json", json.dumps(report, indent=1) + "\n")
-    write_text(options.out / "ablation.md", text.replace("figures/", "") + "\n")
+    write_text(options.out / "ablation.md", text + "\n")
     console.print(f"{text}\nwritten to {options.out}", highlight=False, soft_wrap=True)
-    if options.update_readme:
-        update_readme("ablation", text, [path for path in written if path.suffix != ".png"])
     return report["identical"]
 
 

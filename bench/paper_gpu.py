@@ -50,8 +50,8 @@ LEAST = 2.0  # seconds that a stage is given, however late it is
 ASSETS = Path("train", "assets")
 
 
-class Interrupted(Exception):
-    """The process was asked to end."""
+class Interrupted(KeyboardInterrupt):
+    """The process was asked to end, by SIGTERM."""
 
 
 @dataclass
@@ -109,12 +109,12 @@ def training_config(options: argparse.Namespace) -> recipe.TrainConfig:
     """The preset with its shares of the time, and the sources that are given, else those of its own that are there."""
     config = recipe.preset(options.preset, device=options.device)
     total = 60 * options.minutes
-    settings: dict[str, Any] = {f"{name}_sample_seconds": TRAINING[f"{name}_samples"] * total
-                                for name in ("target", "draft")}  # fmt: skip
+    settings: dict[str, Any] = {"compiled": options.compile}
     for name in ("target", "draft"):
         given = getattr(options, f"{name}_seconds")
         seconds = TRAINING[name] * total if given is None else given
         fit = getattr(config, f"{name}_fit")
+        settings[f"{name}_sample_seconds"] = TRAINING[f"{name}_samples"] * total
         settings[f"{name}_fit"] = replace(
             fit, seconds=seconds, checkpoint_seconds=min(fit.checkpoint_seconds, max(10.0, seconds / 3))
         )
@@ -153,12 +153,12 @@ def tune_trees(options: argparse.Namespace, seconds: float) -> None:
         *(str(ASSETS / name) for name in ("target", "draft", "ngram.safetensors")), device=options.device
     )
     assert decoder.tokenizer is not None
-    texts = PROMPTS if options.prompts is None else read_prompts(options.prompts)[-16:]
-    rows = [decoder.tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+    # Not the prompts that are measured.
+    rows = [decoder.tokenizer(text, add_special_tokens=False).input_ids for text in PROMPTS]
     new = min(96, options.max_new_tokens)
     room = decoder.target.positions - new
     # Its last part, timing the modes, has no limit.
-    tuning = tune(decoder, [row[-room:] for row in rows][: 16 if options.gpu else 4], new, seconds=0.6 * seconds)
+    tuning = tune(decoder, [row[-room:] for row in rows][: 8 if options.gpu else 4], new, seconds=0.6 * seconds)
     tuning.save(path)
 
 
@@ -262,6 +262,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--source", action="append", help="Python source, repeatable; default: the preset's, if there")
     parser.add_argument("--target-seconds", type=float, help="of training (default: a third of the time)")
     parser.add_argument("--draft-seconds", type=float, help="of distilling (default: a twelfth of the time)")
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=True, help="compile layers when training on a GPU"
+    )
     parser.add_argument("--prompts", type=Path, help="JSON lines with a `prompt` field, such as HumanEval.jsonl.gz")
     parser.add_argument("--limit", type=int, default=164, help="prompts at most (default 164)")
     parser.add_argument("--max-new-tokens", type=int, help="default 256 on a GPU, else 64")
@@ -349,7 +352,7 @@ def run(options: argparse.Namespace) -> int:
             if options.gpu:
                 torch.cuda.empty_cache()
         state.stage = "the end"
-    except (Interrupted, KeyboardInterrupt):
+    except KeyboardInterrupt:
         state.save(path)
         print(f"ended {state}; the same command goes on", flush=True)
         return 130
