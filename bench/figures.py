@@ -134,7 +134,7 @@ def speedups(
             axes.yaxis.set_major_locator(LogLocator(base=2, subs=(1.0, 1.5), numticks=20))
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
             axes.yaxis.set_minor_locator(NullLocator())
-            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         grid[0][0].set_ylabel("speed-up over autoregressive")
         handles = {
             label: handle for axes in grid[0] for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)

@@ -115,9 +115,7 @@ def training_config(options: argparse.Namespace) -> recipe.TrainConfig:
         seconds = TRAINING[name] * total if given is None else given
         fit = getattr(config, f"{name}_fit")
         settings[f"{name}_sample_seconds"] = TRAINING[f"{name}_samples"] * total
-        settings[f"{name}_fit"] = replace(
-            fit, seconds=seconds, checkpoint_seconds=min(fit.checkpoint_seconds, max(10.0, seconds / 3))
-        )
+        settings[f"{name}_fit"] = replace(fit, seconds=seconds)
     return replace(config, sources=tuple(options.source or _installed(config.sources)), **settings)
 
 

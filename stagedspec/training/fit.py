@@ -284,7 +284,7 @@ def fit(
             flops += 0 if teacher is None else forward_flops(teacher, config.block)
             values = {
                 "step": step,
-                "steps": max(step + (not over), round(step / progress)),
+                "steps": max(step + (not over), round(step / max(progress, 1e-9))),
                 "layers": depth,
                 "loss": value,
             }
