@@ -8,7 +8,9 @@ from the draft's distribution and accepts one or none by the target's. See bench
 
 import argparse
 import json
+import math
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -161,6 +163,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add_options(parser, limit=96, max_new_tokens=64)
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.3, 0.6, 1.0, 1.5])
     parser.add_argument("--draws", type=int, default=16, help="of every rule at every position (default 16)")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no further temperature after so long")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "acceptance", help="folder to write to")
     parser.add_argument("--fresh", action="store_true", help="measure again what has been measured before")
     parser.add_argument("--update-readme", action="store_true", help="also write bench/README.md and bench/figures/")
@@ -172,10 +175,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
-@clear_errors
-def main(arguments: list[str] | None = None) -> int:
-    arguments = arguments_of(arguments)
-    options, console = parse(arguments), Console()
+def bench(options: argparse.Namespace, arguments: list[str], console: Console) -> bool:
+    """Measures, writes and prints everything; returns True. Raises ValueError for bad input."""
+    began = time.perf_counter()
     prompts = read_prompts(options.prompts)
     models = load(options)
     if models.draft is None:
@@ -195,10 +197,14 @@ def main(arguments: list[str] | None = None) -> int:
     with progress_bar() as progress:
         for temperature in progress.track(options.temperatures, description="temperatures"):
             if temperature not in done:
+                if done and time.perf_counter() - began > options.seconds:
+                    continue
                 done[temperature] = measure(models, encoded, temperature, options)
                 journal.add(**done[temperature])
     report["children"] = CHILDREN
-    report["temperatures"] = [summarise(done[temperature]) for temperature in options.temperatures]
+    report["temperatures"] = [
+        summarise(done[temperature]) for temperature in options.temperatures if temperature in done
+    ]
 
     written = figures.acceptance(report, options.out / "acceptance")
     text = summary(report)
@@ -208,6 +214,13 @@ def main(arguments: list[str] | None = None) -> int:
                   highlight=False, soft_wrap=True)  # fmt: skip
     if options.update_readme:
         update_readme("acceptance", text, [path for path in written if path.suffix != ".png"])
+    return True
+
+
+@clear_errors
+def main(arguments: list[str] | None = None) -> int:
+    arguments = arguments_of(arguments)
+    bench(parse(arguments), arguments, Console())
     return 0
 
 

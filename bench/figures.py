@@ -40,6 +40,7 @@ LOOKS = {
     "transformers": ("#8a8f96", "x"),
     "transformers assisted": ("#cc79a7", "D"),
     "transformers lookup": ("#0072b2", "v"),
+    "transformers static": ("#e69f00", "P"),
 }
 RULES = {
     "coupled": ("#d55e00", "o"),
@@ -133,12 +134,38 @@ def speedups(
             axes.yaxis.set_major_locator(LogLocator(base=2, subs=(1.0, 1.5), numticks=20))
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
             axes.yaxis.set_minor_locator(NullLocator())
-            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         grid[0][0].set_ylabel("speed-up over autoregressive")
         handles = {
             label: handle for axes in grid[0] for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
         }
         figure.legend(handles.values(), handles, loc="outside lower center", ncols=min(6, max(1, len(handles))))
+        return save(figure, path)
+
+
+def ablation(lines: Sequence[dict], path: Path) -> list[Path]:
+    """Tokens a second over the nodes of a tree, with a line for each number of draft passes.
+
+    lines: {"tokens_per_second", and "tree": {"nodes", "passes"} but for plain decoding}.
+    """
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+        trees = [line for line in lines if "tree" in line]
+        counts = sorted({line["tree"]["passes"] for line in trees})
+        colours = ("#56b4e9", "#009e73", "#e69f00", "#d55e00", "#cc79a7", "#0072b2")
+        for index, passes in enumerate(counts):
+            some = [line for line in trees if line["tree"]["passes"] == passes]
+            some.sort(key=lambda line: line["tree"]["nodes"])
+            axes.plot(
+                [line["tree"]["nodes"] for line in some], [line["tokens_per_second"] for line in some],
+                color=colours[index % len(colours)], marker="osD^vP"[index % 6], label=f"{passes} draft passes",
+            )  # fmt: skip
+        for line in lines:
+            if "tree" not in line:
+                axes.axhline(line["tokens_per_second"], color=INK, linewidth=1, linestyle="--", label="plain decoding")
+        axes.set(xlabel="nodes of a tree", ylabel="tokens/s", ylim=(0, None), title="Tokens a second, greedy")
+        axes.set_xticks(sorted({line["tree"]["nodes"] for line in trees}))
+        figure.legend(loc="outside right upper")
         return save(figure, path)
 
 

@@ -13,7 +13,7 @@ import torch
 
 import stagedspec
 from stagedspec.kernels.common.files import write_text
-from stagedspec.tuning.compare import Run, Timed
+from stagedspec.tuning.compare import Run, Timed, sides_of
 
 HERE = Path(__file__).parent
 
@@ -66,18 +66,23 @@ class Journal:
             seconds=timed.seconds, tokens=timed.run.tokens, stats=timed.run.stats,
         )  # fmt: skip
 
-    def rounds(self, title: str, sides: list[str], prompts: list[torch.Tensor]) -> dict[tuple[int, int], list[Timed]]:
-        """Finished rounds of a comparison by (repeat, index of the prompt): those in which every side ran."""
+    def rounds(
+        self, title: str, sides: list[str], prompts: list[torch.Tensor], first: dict[str, int] | None = None
+    ) -> dict[tuple[int, int], list[Timed]]:
+        """Finished rounds of a comparison by (repeat, index of the prompt): those in which every side ran that had to.
+
+        first: as of `compare.measure`.
+        """
         found: dict[tuple, dict[str, dict]] = {}
         for entry in self.entries:
             if entry.get("title") == title and entry["side"] in sides:
                 found.setdefault((entry["repeat"], entry["prompt"], entry["round"]), {})[entry["side"]] = entry
-        whole = {place[:2]: runs for place, runs in found.items() if len(runs) == len(sides)}
         done = {}
         for index, prompt in enumerate(prompts):
-            for repeat in {repeat for repeat, _ in whole}:
-                if runs := whole.get((repeat, prompt_hash(prompt))):
-                    done[repeat, index] = [_timed(entry, index) for entry in runs.values()]
+            wanted, name = sides_of(index, sides, first), prompt_hash(prompt)
+            for (repeat, of, _), runs in found.items():
+                if of == name and runs.keys() >= set(wanted):
+                    done[repeat, index] = [_timed(runs[side], index) for side in runs if side in wanted]
         return done
 
 

@@ -1,9 +1,11 @@
 """The machine that a benchmark runs on: names, versions, and its two measured roofs, bandwidth and arithmetic."""
 
+import contextlib
 import datetime
 import os
 import platform
 import shlex
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -33,6 +35,17 @@ def describe(device: torch.device) -> dict:
     return found
 
 
+def commit() -> str | None:
+    """The commit of this tree: by git, else from a file COMMIT that came with a tree without git; None if unknown."""
+    root = Path(__file__).parent.parent
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude", "*"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    with contextlib.suppress(OSError):
+        return (root / "COMMIT").read_text(encoding="utf-8").strip()
+    return None
+
+
 def versions() -> dict:
     """Versions of the packages used; None for one that is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
@@ -49,6 +62,7 @@ def header(script: str, arguments: list[str], device: torch.device) -> dict:
     return {
         "command": f"python bench/{script} {shlex.join(arguments)}".strip(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "commit": commit(),
         "versions": versions(),
         "machine": describe(device),
     }
@@ -59,7 +73,8 @@ def where(report: dict) -> str:
     found = report["machine"]
     place = found.get("gpu") or f"{found['cpu']}, {found['cores']} cores, {found['threads']} threads"
     packages = ", ".join(f"{name} {value}" for name, value in report["versions"].items() if value)
-    return f"{place}; {packages}; {report['date']}"
+    at = f"; commit {report['commit']}" if report.get("commit") else ""
+    return f"{place}; {packages}; {report['date']}{at}"
 
 
 # ---------------------------------------------------------------- roofs

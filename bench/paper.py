@@ -2,16 +2,19 @@
 
     python bench/paper.py [--target T --draft D --ngram N] [--prompts FILE.jsonl[.gz]] [--limit 24] [--out FOLDER]
 
-Table 1: weight bytes read per token. Table 2: tokens per second. Figure 1: the machine's roofline. Figure 2: the
-speed-up of every prompt. Figure 3: completions coloured by the model that first proposed each token. Every run is noted
-as soon as it is done: after an interruption the same command continues. See bench/README.md.
+Table 1: weight bytes read per token. Table 2: tokens per second. Table 3: whole calls and steps apart, passes, bytes a
+second, time to first token. Figure 1: the machine's roofline. Figure 2: the speed-up of every prompt. Figure 3:
+completions coloured by the model that first proposed each token. Every run is noted as soon as it is done: after an
+interruption the same command continues. See bench/README.md.
 """
 
 import argparse
 import json
+import math
 import sys
+import time
 from pathlib import Path
-from statistics import median_low
+from statistics import median, median_low
 
 from rich.console import Console
 from rich.style import Style
@@ -26,6 +29,7 @@ from sides import (
     HERE,
     LOOKUP,
     PLAIN,
+    STATIC,
     Models,
     add_options,
     check_options,
@@ -41,7 +45,7 @@ from stagedspec.cli.origins import Shown, pieces, save
 from stagedspec.cli.output import ORIGIN_STYLES, PROMPT_STYLE, paint, print_legend
 from stagedspec.kernels.common.files import write_text
 from stagedspec.planning.cost import PassTimes
-from stagedspec.tuning.compare import Row, speedups, summarise
+from stagedspec.tuning.compare import Row, Timed, speedups, summarise
 from stagedspec.tuning.prompts import read_prompts
 
 TITLES = {"greedy": "greedy", "sample": "top-k 50, T=1"}
@@ -64,15 +68,24 @@ def samplings(options: argparse.Namespace) -> dict[str, dict]:
     }
 
 
-def sides_of(models: Models, settings: dict) -> dict:
-    """Our modes, the baseline first, then transformers: alone, with the draft as assistant, and with prompt lookup.
+def sides_of(models: Models, settings: dict, prompts: list, console: Console) -> dict:
+    """Our modes, the baseline first, then transformers: alone, with the draft as assistant, with prompt lookup, and on
+    a GPU compiled with a static cache, if it compiles.
 
     Without a draft, only those that need none.
     """
     modes = MODES if models.draft is not None else (BASELINE,)
     kinds = (PLAIN, ASSISTED, LOOKUP) if models.draft is not None else (PLAIN, LOOKUP)
     ours = {mode: our_side(models.decoder, mode, settings) for mode in modes}
-    return ours | {kind: transformers_side(models, settings, kind) for kind in kinds}
+    sides = ours | {kind: transformers_side(models, settings, kind) for kind in kinds}
+    if models.decoder.device.type == "cuda":
+        static = transformers_side(models, settings, STATIC)
+        try:
+            static(max(prompts, key=lambda ids: ids.shape[1]))
+            sides[STATIC] = static
+        except Exception as error:  # of a compiler, of any kind: nothing else is to be lost by it
+            console.print(f"left out: {STATIC} ({type(error).__name__}: {error})"[:400], highlight=False)
+    return sides
 
 
 def measure_roofline(models: Models) -> dict:
@@ -144,6 +157,51 @@ def table_2(name: str, rows: list[Row]) -> str:
     return markdown(headings, lines)
 
 
+def speeds(runs: list[Timed], name: str, target_bytes: int, roof: float) -> dict:
+    """Medians over the runs of one side for Table 3.
+
+    steps_per_second: new tokens a second without what comes before the steps: prefill, or for transformers all up to
+    the first token. bytes_per_second: weights read in that time; share: of `roof`. ratio: the baseline's time of a
+    whole call over this side's, whether or not the tokens are the same; each wrote as many.
+    """
+    base = {(run.prompt, run.repeat): run.seconds for run in runs if run.side == BASELINE}
+    found: dict[str, list[float]] = {}
+    for run in (run for run in runs if run.side == name):
+        stats, tokens = run.run.stats, len(run.run.tokens)
+        first = stats.get("seconds_to_first_token")
+        if "seconds" in stats:
+            steps = tokens / (stats["total_seconds"] - stats["seconds"].get("prefill", 0.0))
+        else:
+            steps = math.nan if first is None or tokens < 2 else (tokens - 1) / (run.seconds - first)
+        values = {
+            "tokens_per_second": tokens / run.seconds,
+            "ratio": base[run.prompt, run.repeat] / run.seconds,
+            "steps_per_second": steps,
+            "target_passes": stats["target_passes"],
+            "draft_passes": stats["draft_passes"],
+            "bytes_per_second": steps * stats["weight_bytes_per_token"] * target_bytes,
+            "seconds_to_first_token": math.nan if first is None else first,
+        }
+        for key, value in values.items():
+            found.setdefault(key, []).append(value)
+    medians = {key: median(values) for key, values in found.items()}
+    return medians | {"name": name, "runs": len(found["ratio"]), "share": medians["bytes_per_second"] / roof}
+
+
+def table_3(name: str, lines: list[dict]) -> str:
+    """Whole calls and steps apart."""
+    headings = [TITLES[name], "calls", "tokens/s", "over plain", "steps alone", "passes: target", "draft", "GB/s",
+                "of the roof", "first token, ms"]  # fmt: skip
+    forms = {"runs": "d", "tokens_per_second": ".0f", "ratio": ".2f", "steps_per_second": ".0f",
+             "target_passes": ".0f", "draft_passes": ".0f"}  # fmt: skip
+    rows = []
+    for line in lines:
+        cells = [format(line[key], form) for key, form in forms.items()]
+        cells += [f"{line['bytes_per_second'] / 1e9:.4g}", f"{line['share']:.0%}"]
+        rows.append([line["name"], *cells, f"{1e3 * line['seconds_to_first_token']:.2f}"])
+    return markdown(headings, rows)
+
+
 def summary(report: dict, rows: dict[str, list[Row]]) -> str:
     """The part of bench/README.md that this script writes."""
     prompts = report["prompts"]
@@ -151,13 +209,20 @@ def summary(report: dict, rows: dict[str, list[Row]]) -> str:
         prompts["skipped"]
     )
     settings = report["settings"]
+    spoken = f" ({prompts['measured']} of them measured)" * (prompts["measured"] != prompts["used"])
     parts = [
-        f"`{report['command']}`  \n{where(report)}  \n{prompts['used']} prompts of `{prompts['file']}`{skipped}; "
-        f"{settings['max_new_tokens']} new tokens, batch 1, {settings['dtype']}.",
+        f"`{report['command']}`  \n{where(report)}  \n"
+        f"{prompts['used']} prompts of `{prompts['file']}`{skipped}{spoken}; {settings['max_new_tokens']} new tokens, "
+        f"batch 1, {settings['dtype']}.",
         "**Table 1**\n\n" + table_1(rows),
         "**Table 2**\n\n" + "\n\n".join(table_2(name, found) for name, found in rows.items()),
         "Sampled, transformers draws other random numbers: its tokens are not comparable token by token, so it gets no "
         "ratio.",
+        "**Table 3**\n\n" + "\n\n".join(table_3(name, one["table_3"]) for name, one in report["samplings"].items()),
+        "Medians over the calls. Over plain: time of a whole call of `autoregressive` over that of the side, whether "
+        "or not the tokens are the same: other kernels round otherwise. Steps alone: without prefill; transformers: "
+        "after the first token. GB/s: weights read in that time, beside the rate at which this machine reads or copies "
+        "memory.",
         "**Figure 1**\n\n![The machine's roofs and the models' passes](figures/figure1.svg)",
         "**Figure 2**\n\n![Speed-up of every prompt, sorted](figures/figure2.svg)",
         "**Figure 3** ([the same as HTML](figures/figure3.html))\n\n"
@@ -173,6 +238,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_options(parser, limit=24, max_new_tokens=128)
     parser.add_argument("--repeats", type=int, default=1, help="runs of every side on every prompt")
+    parser.add_argument("--peer-prompts", type=int, help="transformers runs on so many of the prompts (default: all)")
+    parser.add_argument("--tree", type=Path, help="trees that `stagedspec tune-tree` wrote")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no further prompt after so long")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "paper", help="folder to write to")
     parser.add_argument("--fresh", action="store_true", help="measure again what has been measured before")
     parser.add_argument("--update-readme", action="store_true", help="also write bench/README.md and bench/figures/")
@@ -183,6 +251,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def bench(options: argparse.Namespace, arguments: list[str], console: Console) -> bool:
     """Measures, writes and prints everything. Returns whether our modes agree. Raises ValueError for bad input."""
+    began = time.perf_counter()
     prompts = read_prompts(options.prompts)
     models = load(options)
     room = models.positions - options.max_new_tokens
@@ -196,14 +265,21 @@ def bench(options: argparse.Namespace, arguments: list[str], console: Console) -
     }
     key = {name: report[name] for name in ("versions", "machine", "settings")}
     key |= {"models": models.fingerprint(), "code": code_fingerprint()}
+    key |= {} if options.tree is None else {"tree": options.tree.read_text(encoding="utf-8")}
     journal = Journal(options.out / "runs.jsonl", key, options.fresh)
     if journal.entries:
         console.print(f"{len(journal.entries)} runs were measured before; --fresh measures them again", highlight=False)
 
     rows, panels, steps, report["samplings"] = {}, {}, {}, {}
-    for name, settings in samplings(options).items():
-        sides = sides_of(models, settings)
-        runs = measure(sides, encoded, options.repeats, name, journal)
+    report["roofline"] = measure_roofline(models)
+    target_bytes, roof = models.decoder.target.weight_bytes, report["roofline"]["roofs"][0]["bytes_per_second"]
+    for index, (name, settings) in enumerate(samplings(options).items()):
+        sides = sides_of(models, settings, encoded, console)
+        peers = {side: options.peer_prompts for side in sides if side not in MODES and options.peer_prompts}
+        now = time.perf_counter()
+        until = now + (began + options.seconds - now) / (len(TITLES) - index)
+        runs = measure(sides, encoded, options.repeats, name, journal, peers, until)
+        report["prompts"]["measured"] = len({run.prompt for run in runs})
         # Sampled, transformers draws other random numbers: its tokens are not expected to be ours.
         foreign = frozenset(side for side in sides if side not in MODES) if name == "sample" else frozenset()
         rows[name] = summarise(runs, list(sides), foreign)
@@ -211,8 +287,11 @@ def bench(options: argparse.Namespace, arguments: list[str], console: Console) -
         panels[TITLES[name]] = {side: values for side, values in ratios.items() if None not in values}
         last = [side for side in sides if side in MODES][-1]
         steps[name] = [run.run.stats["tokens_per_step"] for run in runs if run.side == last and run.repeat == 0]
-        report["samplings"][name] = {"sides": [row.as_dict() for row in rows[name]], "speedups": ratios}
-    report["roofline"] = measure_roofline(models)
+        report["samplings"][name] = {
+            "sides": [row.as_dict() for row in rows[name]],
+            "speedups": ratios,
+            "table_3": [speeds(runs, side, target_bytes, roof) for side in sides],
+        }
     report["identical"] = all(row.identical for found in rows.values() for row in found if row.name in MODES)
 
     written = figures.roofline(report["roofline"], options.out / "figure1")
@@ -232,7 +311,9 @@ def bench(options: argparse.Namespace, arguments: list[str], console: Console) -
     write_text(options.out / "paper.md", text.replace("figures/", "") + "\n")
 
     print_completions(console, shown)
-    for part in (table_1(rows), *(table_2(name, found) for name, found in rows.items())):
+    tables = [table_1(rows), *(table_2(name, found) for name, found in rows.items())]
+    tables += [table_3(name, found["table_3"]) for name, found in report["samplings"].items()]
+    for part in tables:
         console.print(f"\n{part}", highlight=False, soft_wrap=True)
     console.print(f"\n{report['command']}\n{where(report)}\nwritten to {options.out}", highlight=False, soft_wrap=True)
     if options.update_readme:

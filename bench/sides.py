@@ -1,12 +1,16 @@
 """Code shared by the benchmarks: options, prompts, models, and the sides of a comparison."""
 
 import argparse
+import contextlib
 import copy
 import functools
 import hashlib
+import math
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -24,6 +28,7 @@ from stagedspec.tuning.compare import Run, Timed
 HERE = Path(__file__).parent
 BASELINE = "autoregressive"
 PLAIN, ASSISTED, LOOKUP = "transformers", "transformers assisted", "transformers lookup"
+STATIC = "transformers static"  # a static cache and torch.compile
 
 
 # ---------------------------------------------------------------- options
@@ -47,7 +52,8 @@ def add_options(parser: argparse.ArgumentParser, limit: int, max_new_tokens: int
 
 def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Exits with a message if a number is not positive that must be."""
-    for name in ("limit", "max_new_tokens", "repeats", "threads", "batch", "prompt_tokens", "warm_up", "steps"):
+    names = ("limit", "max_new_tokens", "repeats", "threads", "batch", "prompt_tokens", "warm_up", "steps")
+    for name in (*names, "peer_prompts"):
         value = getattr(options, name, None)
         for number in value if isinstance(value, list) else [value]:
             if number is not None and number < 1:
@@ -120,14 +126,30 @@ class Models:
     """A target, and a draft if there is one: as our decoder, and as transformers models.
 
     Neither stops at an end-of-text token: every side is to write max_new_tokens.
-    passes: forward calls of the transformers models since the counts were last set to 0.
+    passes: forward calls of the transformers models within the last `counted`.
     """
 
     decoder: stagedspec.Decoder
     target: GPT2LMHeadModel
     draft: GPT2LMHeadModel | None
     tokenizer: PreTrainedTokenizerBase
-    passes: dict[str, int]
+    passes: dict[str, int] = field(default_factory=lambda: {"target": 0, "draft": 0})
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """Counts passes within. Hooks stay on no longer: they would be compiled, and again at every count."""
+        models = (
+            (name, model) for name, model in (("target", self.target), ("draft", self.draft)) if model is not None
+        )
+        hooks = [
+            model.register_forward_pre_hook(functools.partial(_count, self.passes, name)) for name, model in models
+        ]
+        self.passes.update(target=0, draft=0)
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     @property
     def positions(self) -> int:
@@ -177,13 +199,12 @@ def load(options: argparse.Namespace) -> Models:
     # Of copies that are gone at once: a decoder looks at model objects at every call, and refuses those with hooks.
     decoder = stagedspec.Decoder.from_pretrained(
         *copy.deepcopy((target, draft)), sources[2], tokenizer, device=options.device, dtype=options.dtype,
-        backend=options.backend,
+        backend=options.backend, tree=getattr(options, "tree", None),
     )  # fmt: skip
-    passes = {"target": 0, "draft": 0}
-    for name, model in (("target", target), ("draft", draft)):
+    for model in (target, draft):
         if model is not None:
-            model.to(decoder.device).register_forward_pre_hook(functools.partial(_count, passes, name))
-    return Models(decoder, target, draft, tokenizer, passes)
+            model.to(decoder.device)
+    return Models(decoder, target, draft, tokenizer)
 
 
 def _read(source: str, role: str, dtype: str) -> GPT2LMHeadModel:
@@ -212,13 +233,16 @@ def our_side(decoder: stagedspec.Decoder, mode: str, settings: dict):
 
 
 def transformers_side(models: Models, settings: dict, kind: str = PLAIN):
-    """transformers `generate` with its KV cache, as a side of `compare`: alone, with the draft as assistant, or with
-    prompt lookup. Steps are the target's forward passes, counted for each row."""
+    """transformers `generate` with its KV cache, as a side of `compare`: alone, with the draft as assistant, with
+    prompt lookup, or compiled with a static cache (on a GPU). Steps are the target's forward passes, counted for each
+    row."""
     settings = dict(settings)
     seed = settings.pop("seed")
     if settings["do_sample"]:
         settings["top_k"] = settings["top_k"] or 0
     more = {ASSISTED: {"assistant_model": models.draft}, LOOKUP: {"prompt_lookup_num_tokens": 10}}.get(kind, {})
+    if kind == STATIC:
+        settings["cache_implementation"] = "static"
     config = transformers.GenerationConfig(**settings, use_cache=True, pad_token_id=0)
     target, draft = models.decoder.target, models.decoder.draft
     ratio = 0.0 if draft is None else draft.weight_bytes / target.weight_bytes
@@ -227,23 +251,52 @@ def transformers_side(models: Models, settings: dict, kind: str = PLAIN):
         ids = ids.to(models.target.device)
         mask = torch.ones_like(ids) if mask is None else mask.to(ids.device)
         torch.manual_seed(seed)
-        models.passes.update(target=0, draft=0)
-        with torch.inference_mode():
-            output = models.target.generate(ids, attention_mask=mask, generation_config=config, **more)
+        first = FirstToken()
+        streamer = {"streamer": first} if len(ids) == 1 else {}  # a streamer takes no batches
+        with torch.inference_mode(), contextlib.nullcontext() if kind == STATIC else models.counted():
+            output = models.target.generate(ids, attention_mask=mask, generation_config=config, **more, **streamer)
         tokens = output[:, ids.shape[1] :].flatten().tolist()
         passes, drafted, rows = models.passes["target"], models.passes["draft"], len(ids)
+        if kind == STATIC:
+            passes, drafted = output.shape[1] - ids.shape[1], 0
         stats = {"steps": passes * rows, "target_passes": passes, "draft_passes": drafted}
+        stats["seconds_to_first_token"] = first.seconds
         bytes_read = (passes + drafted * ratio) * rows / max(1, len(tokens))
         return Run(tokens, stats | {"weight_bytes_per_token": bytes_read})
 
     return run
 
 
+class FirstToken:
+    """A streamer of transformers that notes when the first token comes. seconds: since it was made; None before."""
+
+    def __init__(self) -> None:
+        self.seconds: float | None = None
+        self._began, self._calls = time.perf_counter(), 0
+
+    def put(self, _: torch.Tensor) -> None:
+        self._calls += 1
+        if self._calls == 2:  # the first call hands over the prompt
+            self.seconds = time.perf_counter() - self._began
+
+    def end(self) -> None:
+        """Nothing is kept back."""
+
+
 def measure(
-    sides: dict, prompts: list[torch.Tensor], repeats: int, title: str, journal: Journal | None = None
+    sides: dict,
+    prompts: list[torch.Tensor],
+    repeats: int,
+    title: str,
+    journal: Journal | None = None,
+    first: dict[str, int] | None = None,
+    until: float = math.inf,
 ) -> list[Timed]:
-    """Warms up every side, then runs all on all prompts, except for runs that the journal already holds."""
-    done = {} if journal is None else journal.rounds(title, list(sides), prompts)
+    """Warms up every side, then runs all on all prompts, except for runs that the journal already holds.
+
+    first, until: as of `compare.measure`. Warmed up with the longest prompt: a static cache is made for it.
+    """
+    done = {} if journal is None else journal.rounds(title, list(sides), prompts, first)
     rounds = len(prompts) * repeats
     missing = rounds - sum(repeat < repeats and index < len(prompts) for repeat, index in done)
     with progress_bar(auto_refresh=False) as progress:
@@ -255,6 +308,11 @@ def measure(
             progress.update(task, advance=1, refresh=True)
 
         for side in sides.values() if missing else ():
-            side(prompts[0])
+            side(max(prompts, key=_length))
             progress.update(task, advance=1, refresh=True)
-        return compare.measure(sides, prompts, repeats, on_run, done)
+        return compare.measure(sides, prompts, repeats, on_run, done, first, until)
+
+
+def _length(prompt: torch.Tensor | tuple[torch.Tensor, torch.Tensor]) -> int:
+    """Tokens of a prompt [1, L], or of a batch with its mask."""
+    return (prompt if isinstance(prompt, torch.Tensor) else prompt[0]).shape[1]

@@ -50,7 +50,8 @@ def matrix_rate(device: torch.device) -> float:
 def training_rates(config: recipe.TrainConfig, device: torch.device, steps: int, micro_batch: int | None) -> list[dict]:
     """Collects the reports of the training loop: one for each step on a CPU, for every tenth on a GPU."""
     model = recipe.new_model(config, config.target).to(device)
-    settings = replace(config.target_fit, checkpoint_seconds=1e9)
+    # At its whole depth, for as long as it takes.
+    settings = replace(config.target_fit, checkpoint_seconds=1e9, seconds=None, shallow_layers=None)
     tokens = torch.randint(config.vocab_size, (1 << 20,), generator=torch.Generator().manual_seed(0))
     reports: list[dict] = []
 

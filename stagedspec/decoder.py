@@ -499,14 +499,6 @@ class Decoder:
         """The tree settings a call would use: the call's, else the decoder's, else the cost model's."""
         return self.planner.tree_for(mode, batch, tree, do_sample)
 
-    def check_host_trees(self, what: str) -> None:
-        """Raises ValueError for a backend without `explicit_trees`, which `what` builds itself."""
-        if not self.target.ops.explicit_trees:
-            raise ValueError(
-                f"{what} is not supported by backend {self.target.ops.name!r}: make the decoder with backend='torch' "
-                "(--backend torch)"
-            )
-
     def _decode(self, tokens: list[int]) -> str:
         if self.tokenizer is None:
             return ""

@@ -22,7 +22,6 @@ A backend may leave out what belongs to a capability that it does not have. Each
     skips_passes         `Growth.pays` is always True and `TreeConfig.pass_floor` has no effect; a step verifies as many
                          nodes as its tree may have, so `TreeConfig.node_floor` saves no time
     adapts_trees         `AdaptiveBackend` is left out; every step uses one tree
-    explicit_trees       trees cannot be tuned here (`stagedspec tune-tree`)
     keeps_generations    `ReusableSequences` and `ReusableNoise` are left out; every generation makes its own state
     times_phases         of the phases of a step, the statistics have the time of prefill alone
     compiles_kernels     `CompilingBackend` is left out; there is nothing to warm up (`Decoder.warm_up`) or to check
@@ -331,8 +330,6 @@ class Backend(Protocol):
     skips_passes: bool
     # The tree may change from step to step, by what was accepted so far.
     adapts_trees: bool
-    # Trees are Python lists and masks are tensors: code outside of the backend may build both itself.
-    explicit_trees: bool
     # State stays in place, so that the next generation can use it, with the CUDA graphs over it.
     keeps_generations: bool
     # The host sees when each phase of a step begins and ends: it is not replayed as a whole.

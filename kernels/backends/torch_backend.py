@@ -70,7 +70,6 @@ class TorchBackend:
 
     skips_passes = True
     adapts_trees = True
-    explicit_trees = True
     keeps_generations = False
     times_phases = True
     compiles_kernels = False

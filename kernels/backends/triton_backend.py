@@ -87,7 +87,6 @@ class TritonBackend:
     # A step is a CUDA graph, one for each tree: its passes and its tensors never change.
     skips_passes = False
     adapts_trees = True
-    explicit_trees = False
     keeps_generations = True
     times_phases = False
     compiles_kernels = True

@@ -51,6 +51,14 @@ def tune_tree(
     target: Target = None,
     draft: Draft = None,
     ngram: Ngram = None,
+    seconds: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            help="After so long, take the cost model's best trees without timing others. Default: no limit, with the "
+            "Triton backend 75.",
+        ),
+    ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     backend: Backend = "auto",
@@ -59,7 +67,7 @@ def tune_tree(
 ) -> None:
     """Measure a pair of models on this machine, find the fastest token trees for it, and save them.
 
-    For the torch backend, on a GPU too. With the Triton backend all trees have one shape, which the cost model chooses.
+    With the Triton backend, where every tree has kernels of its own to compile, fewer trees are timed.
 
     Prints the cost model's predicted speed beside the measured one. Exit status 1 if any output differs from plain
     (autoregressive) decoding. To tune the launch settings of GPU kernels, use `stagedspec tune`.
@@ -69,9 +77,6 @@ def tune_tree(
     if prompts is not None:
         early_checks.check_input(prompts, "--prompts", "JSON lines with a `prompt` text")
     texts = PROMPTS if prompts is None else read_prompts(prompts)
-    if backend == "triton":
-        raise ValueError("tuning trees is not supported by backend 'triton': choose --backend torch, or leave it out")
-    backend = "torch" if backend == "auto" else backend
     early_checks.check_new_tokens(target, max_new_tokens)
     decoder = load_decoder(target, draft, ngram, device, dtype, backend, modes=MODES)
     encoded, max_new_tokens = fit_prompts(texts[:limit], decoder, max_new_tokens, 96)
@@ -85,7 +90,7 @@ def tune_tree(
         def report(done: int, total: int) -> None:
             progress.update(task, completed=done, total=total, refresh=True)
 
-        tuning = tune(decoder, encoded, max_new_tokens, batch or [1], report)
+        tuning = tune(decoder, encoded, max_new_tokens, batch or [1], report, seconds)
     if out is None:
         saved = keep(decoder.models, tuning)
     else:
@@ -103,7 +108,7 @@ def tune_tree(
         _print_tuning(wide_console(no_color), tuning)
         typer.echo("The cache folder cannot be written; use --out." if saved is None else f"Saved in {saved}")
         if decoder.device.type == "cuda":
-            typer.echo("It applies to --backend torch only.")
+            typer.echo(f"It applies to this GPU and --backend {decoder.backend} only.")
     if far := _far_from_predicted(tuning.measured):
         typer.echo(
             f"warning: the speed-up was predicted badly ({'; '.join(far)}). If the machine was busy, tune again when "

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from stagedspec.training.sources import source_folder
+from stagedspec.training.state import position_of
 
 
 def source_line(source: str) -> str:
@@ -59,6 +60,11 @@ def stage_seconds(path: Path, tokens_per_step: int | None = None) -> float | Non
         elif tokens_per_step and values.get("tokens_per_second"):
             total += tokens_per_step / values["tokens_per_second"]
     return total
+
+
+def trained_tokens(fit: dict, folder: Path) -> int:
+    """Tokens that a training saw: with a budget of seconds, those of the steps that its checkpoint counts."""
+    return fit["tokens"] if fit["seconds"] is None else position_of(folder).step * fit["batch"] * fit["block"]
 
 
 def model_card(config: dict, preset: str | None, out: Path, stages: Iterable[str], measured: dict) -> str:
@@ -135,8 +141,8 @@ def model_card(config: dict, preset: str | None, out: Path, stages: Iterable[str
         "|---|---|---|",
     ]
     tokens = {
-        "target": config["target_fit"]["tokens"],
-        "draft": config["draft_fit"]["tokens"],
+        "target": trained_tokens(config["target_fit"], out / "target"),
+        "draft": trained_tokens(config["draft_fit"], out / "draft"),
         "target-samples": config["target_samples"],
         "draft-samples": config["draft_samples"],
     }

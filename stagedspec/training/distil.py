@@ -31,6 +31,7 @@ def distillation_loss(
     overlap_weight: float = 0.0,
     top_k: int | None = None,
     choice_weight: float = 0.0,
+    compiled: bool = False,
 ) -> Callable[[torch.nn.Module, torch.Tensor], torch.Tensor]:
     """KL(teacher || model) + overlap_weight * TV(teacher, model) + choice_weight * NLL(choice | noise), means over all
     positions of blocks [B, T + 1] but the last.
@@ -41,28 +42,38 @@ def distillation_loss(
     Gumbel noise g is drawn, the teacher chooses the token of the largest log p + g, and the loss is the negative log of
     that token's share in softmax(log q + g), the children's scores (`reference.choose_children`). Whole vocabulary,
     fp32, temperature 1. top_k: the teacher's distribution is cut to that many tokens, as when it decodes (in bf16,
-    where more of them tie). The teacher runs without gradients, under the caller's autocast.
+    where more of them tie). The teacher runs without gradients, under the caller's autocast. compiled: what follows the
+    logits is one compiled function, without the two dozen tensors of their size.
     """
     teacher.requires_grad_(False).eval()
+    of_logits = torch.compile(_divergence, dynamic=False) if compiled else _divergence
 
     def loss(model: torch.nn.Module, blocks: torch.Tensor) -> torch.Tensor:
         inputs = blocks[:, :-1]
         with torch.no_grad():
-            # Cut before the conversion: to search bf16 takes half the time.
-            logits = cut(teacher(input_ids=inputs, use_cache=False).logits.flatten(0, 1), top_k)
-            wanted = F.softmax(logits.float(), dim=-1)
-        given = F.log_softmax(model(input_ids=inputs, use_cache=False).logits.flatten(0, 1).float(), dim=-1)
-        divergence = F.kl_div(given, wanted, reduction="batchmean")
-        if overlap_weight:
-            variation = 0.5 * (given.exp() - wanted).abs().sum(-1).mean()
-            divergence = divergence + overlap_weight * variation
-        if choice_weight:
-            noise = gumbel_like(given)
-            choice = (logits.float() + noise).argmax(-1)
-            divergence = divergence + choice_weight * F.cross_entropy(given + noise, choice)
-        return divergence
+            wanted = teacher(input_ids=inputs, use_cache=False).logits.flatten(0, 1)
+        given = model(input_ids=inputs, use_cache=False).logits.flatten(0, 1)
+        return of_logits(wanted, given, overlap_weight, top_k, choice_weight)
 
     return loss
+
+
+def _divergence(
+    logits: torch.Tensor, given: torch.Tensor, overlap_weight: float, top_k: int | None, choice_weight: float
+) -> torch.Tensor:
+    """The loss of the teacher's logits [R, V] and the model's."""
+    logits = cut(logits, top_k)  # before the conversion: to search bf16 takes half the time
+    wanted = F.softmax(logits.float(), dim=-1)
+    given = F.log_softmax(given.float(), dim=-1)
+    divergence = F.kl_div(given, wanted, reduction="batchmean")
+    if overlap_weight:
+        variation = 0.5 * (given.exp() - wanted).abs().sum(-1).mean()
+        divergence = divergence + overlap_weight * variation
+    if choice_weight:
+        noise = gumbel_like(given)
+        choice = (logits.float() + noise).argmax(-1)
+        divergence = divergence + choice_weight * F.cross_entropy(given + noise, choice)
+    return divergence
 
 
 def gumbel_like(x: torch.Tensor) -> torch.Tensor:

@@ -26,6 +26,7 @@ from typing import IO, Any
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from stagedspec.decoder import Decoder
 from stagedspec.devices import resolve_device
 from stagedspec.kernels.common.files import replacing, write_text
 from stagedspec.models.loading import no_bars
@@ -36,7 +37,6 @@ from stagedspec.training.corpus import Corpus, build
 from stagedspec.training.fit import (
     FitConfig,
     cross_entropy,
-    finished_steps,
     fit,
     heldout_blocks,
     heldout_loss,
@@ -44,6 +44,7 @@ from stagedspec.training.fit import (
     sample_blocks,
 )
 from stagedspec.training.sources import check_sources
+from stagedspec.training.state import position_of
 
 STAGES = ("corpus", "target", "target-samples", "draft", "draft-samples", "ngram", "assets")
 Progress = Callable[[dict], None]
@@ -76,10 +77,12 @@ class TrainConfig:
                         target_length tokens.
     draft_samples:      tokens sampled from the draft for the n-gram, at draft_temperature; a shard is draft_rows x
                         draft_length tokens.
+    target_sample_seconds, draft_sample_seconds: sampling ends after so long, with fewer tokens.
     longest_prompt:     sampled rows begin with 1 to this many tokens of the corpus.
     ngram_contexts, ngram_successors: size of the table.
     target_micro_batch, draft_micro_batch: blocks a pass (memory), the whole batch by default.
     evaluate_every:     steps between two held-out evaluations.
+    compiled:           compile a model's layers when it is trained on a GPU.
     device:             "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:<n>". A run may continue on another one.
 
     Raises ValueError for invalid settings.
@@ -104,12 +107,15 @@ class TrainConfig:
     draft_temperature: float = 1.5
     draft_rows: int = 4096
     draft_length: int = 256
+    target_sample_seconds: float | None = None
+    draft_sample_seconds: float | None = None
     longest_prompt: int = 64
     ngram_contexts: int = 32_768
     ngram_successors: int = 4
     target_micro_batch: int | None = None
     draft_micro_batch: int | None = None
     evaluate_every: int = 2000
+    compiled: bool = True
     seed: int = 0
     device: str = field(default="auto", compare=False)
 
@@ -134,6 +140,9 @@ class TrainConfig:
                 )
             if micro is not None and (micro < 1 or batch % micro):
                 raise ValueError(f"{name}_micro_batch must divide the batch of {batch}, got {micro}")
+            shallow, depth = getattr(self, f"{name}_fit").shallow_layers, getattr(self, name).layers
+            if shallow is not None and shallow > depth:
+                raise ValueError(f"{name}_fit.shallow_layers must be at most its {depth} layers, got {shallow}")
         if not 0 <= self.sample_share <= 1:
             raise ValueError(f"sample_share must be from 0 to 1, got {self.sample_share}")
         if self.target_top_k is not None and self.target_top_k < 1:
@@ -141,6 +150,10 @@ class TrainConfig:
         for name in ("overlap_weight", "choice_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a number from 0 on, got {getattr(self, name)}")
+        for name in ("target_sample_seconds", "draft_sample_seconds"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} must be a positive number or None, got {value}")
         temperatures = (*self.target_temperatures, self.draft_temperature)
         if not self.target_temperatures or not all(0 < t < math.inf for t in temperatures):
             raise ValueError(f"temperatures must be positive numbers, got {temperatures}")
@@ -149,13 +162,25 @@ class TrainConfig:
             raise ValueError(f"target_samples must exceed a block of {self.draft_fit.block}, got {self.target_samples}")
 
 
+# For 20 minutes of one H200. What each setting brought: stagedspec/README.md.
 _LARGE = TrainConfig(
-    vocab_size=32_768,
+    vocab_size=16_384,
     n_positions=1024,
-    target=SIZES["L"].without_vocabulary,  # 752M parameters with this vocabulary
-    draft=Shape(layers=8, width=512, heads=8),  # 42.5M: 17.7 times smaller
-    target_fit=FitConfig(tokens=32_000_000, batch=128, block=1024, learning_rate=4e-4, checkpoint_seconds=300),
-    draft_fit=FitConfig(tokens=40_000_000, batch=64, block=1024, learning_rate=1e-3, seed=1),
+    target=SIZES["L"].without_vocabulary,  # 731M parameters with this vocabulary
+    draft=Shape(layers=2, width=1024, heads=16),  # 43M: 17 times smaller
+    target_fit=FitConfig(
+        tokens=80_000_000,
+        seconds=600,
+        batch=32,
+        block=1024,
+        learning_rate=3e-3,
+        optimizer="muon",
+        shallow_layers=6,
+        checkpoint_seconds=240,
+    ),
+    draft_fit=FitConfig(
+        tokens=40_000_000, seconds=150, batch=32, block=1024, learning_rate=3e-3, optimizer="muon", seed=1
+    ),
     target_samples=2_000_000,
     target_rows=256,
     target_length=512,
@@ -165,9 +190,7 @@ _LARGE = TrainConfig(
     longest_prompt=16,
     ngram_contexts=1_048_576,
     ngram_successors=8,
-    target_micro_batch=32,
-    draft_micro_batch=16,
-    evaluate_every=50,
+    evaluate_every=200,
 )
 
 _TINY = TrainConfig(
@@ -302,6 +325,7 @@ class _Run:
             lambda: heldout(model, corpus, config.target_fit.block),
             config.evaluate_every,
             config.target_micro_batch,
+            compiled=config.compiled,
         )
 
     def _sample_target(self, report: Progress) -> None:
@@ -318,6 +342,7 @@ class _Run:
             config.seed + 1,
             report,
             config.target_top_k,
+            config.target_sample_seconds or math.inf,
         )
         self._finish("target-samples", shards, report)
 
@@ -331,7 +356,13 @@ class _Run:
             config.draft_fit,
             self.out / "draft",
             lambda step: distil.mixed_blocks(corpus.train, samples, config.sample_share, config.draft_fit, step),
-            distil.distillation_loss(target, config.overlap_weight, config.target_top_k, config.choice_weight),
+            distil.distillation_loss(
+                target,
+                config.overlap_weight,
+                config.target_top_k,
+                config.choice_weight,
+                compiled=config.compiled and self.device.type == "cuda",
+            ),
             report,
             lambda: (
                 distil.acceptance(target, draft, blocks, config.target_top_k)
@@ -340,6 +371,7 @@ class _Run:
             config.evaluate_every,
             config.draft_micro_batch,
             teacher=target,
+            compiled=config.compiled,
         )
 
     def _sample_draft(self, report: Progress) -> None:
@@ -355,6 +387,7 @@ class _Run:
             config.longest_prompt,
             config.seed + 2,
             report,
+            seconds=config.draft_sample_seconds or math.inf,
         )
         self._finish("draft-samples", shards, report)
 
@@ -412,7 +445,7 @@ class _Run:
         path = self.out / "train.json"
         wanted = json.loads(json.dumps(asdict(self.config)))
         # None of these changes what is computed, beyond rounding.
-        free = {"device", "target_micro_batch", "draft_micro_batch", "evaluate_every"}
+        free = {"device", "target_micro_batch", "draft_micro_batch", "evaluate_every", "compiled"}
         if path.exists() and self._corpus_done():
             try:
                 stored = json.loads(path.read_text(encoding="utf-8"))
@@ -452,7 +485,8 @@ class _Run:
         return (self.out / "corpus.safetensors").exists() and (self.out / "tokenizer" / "tokenizer.json").exists()
 
     def _fitted(self, name: str) -> bool:
-        return finished_steps(self.out / name) == getattr(self.config, f"{name}_fit").steps
+        position = position_of(self.out / name)
+        return position.progress == 1 and position.layers == getattr(self.config, name).layers
 
     def _done(self, name: str) -> bool:
         return (self.out / name / "done").exists()
@@ -466,12 +500,12 @@ class _Run:
         return Corpus.load(self.out / "corpus.safetensors")
 
     def _trained(self, name: str) -> GPT2LMHeadModel:
-        model = new_model(self.config, getattr(self.config, name))
-        return _placed(load_weights(model, self.out / name, getattr(self.config, f"{name}_fit")), self.device)
+        with self.device:  # its first weights are made there: on a CPU that takes seconds for a large model
+            model = new_model(self.config, getattr(self.config, name))
+        return load_weights(model, self.out / name, getattr(self.config, f"{name}_fit"))
 
-    def _for_sampling(self, name: str) -> GPT2LMHeadModel:
-        model = self._trained(name)
-        return model.bfloat16() if self.device.type == "cuda" else model
+    def _for_sampling(self, name: str) -> Decoder:
+        return Decoder.from_pretrained(self._trained(name), device=self.device)
 
 
 def new_model(config: TrainConfig, shape: Shape) -> GPT2LMHeadModel:

@@ -1,10 +1,11 @@
-"""Bulk sampling of a model into shards of token ids.
+"""Bulk sampling of a model into shards of token ids, by our own decoder in its largest batches.
 
 The paper distils the draft on text of the target and fits the n-gram on text of the draft (arXiv 2308.04623, sections
 3.2 and 4). A shard depends only on the settings and its index, so sampling can be killed and resumed at any time.
 """
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,8 +14,9 @@ from typing import cast
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from transformers import GenerationConfig, GPT2LMHeadModel, LogitsProcessor, LogitsProcessorList
 
+from stagedspec.decoder import Decoder
+from stagedspec.decoding.request import MAX_BATCH
 from stagedspec.kernels.common.files import replacing
 
 
@@ -43,59 +45,31 @@ def cut(logits: torch.Tensor, top_k: int | None) -> torch.Tensor:
     return logits.masked_fill(logits < logits.topk(top_k, dim=-1).values[..., -1:], float("-inf"))
 
 
-class _Draw(LogitsProcessor):
-    """Draws one token for each row from softmax(scores / temperature), cut to the top_k best, and masks all others.
-
-    Inverts the distribution function, with one uniform number for a row. torch.multinomial draws a number for every
-    token of the vocabulary, which takes two thirds of the time for a small model on a CPU.
-    """
-
-    def __init__(self, temperature: float, seed: int, device: torch.device, top_k: int | None = None):
-        self.temperature, self.top_k = temperature, top_k
-        self.generator = torch.Generator(device).manual_seed(seed)
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        warped = cut(scores.float() / self.temperature, self.top_k)
-        total = torch.softmax(warped, dim=-1).cumsum(-1)  # [rows, V]
-        uniform = torch.rand(len(scores), 1, generator=self.generator, device=scores.device)
-        # The first token whose total exceeds the number; rounding may leave the last total a little below one.
-        chosen = torch.searchsorted(total, uniform * total[:, -1:], right=True).clamp_(max=scores.shape[-1] - 1)
-        return torch.full_like(scores, float("-inf")).scatter_(1, chosen, 0.0)
-
-
-@torch.no_grad()
 def sample_rows(
-    model: GPT2LMHeadModel,
-    prompts: torch.Tensor,
-    length: int,
-    temperature: float,
-    seed: int,
-    top_k: int | None = None,
+    decoder: Decoder, prompts: torch.Tensor, length: int, temperature: float, seed: int, top_k: int | None = None
 ) -> torch.Tensor:
-    """Continues prompts [rows, p] to LongTensor [rows, length] by sampling, also after an end-of-text token."""
-    prompts = prompts.to(model.device)
-    config = GenerationConfig(
-        do_sample=False,  # _Draw has chosen
-        max_new_tokens=length - prompts.shape[1],
-        use_cache=True,
-        pad_token_id=0,
-    )
-    # generate fills unset fields from the model's own settings, for example its end-of-text token.
-    own, model.generation_config = model.generation_config, GenerationConfig()
-    try:
-        rows = model.generate(
-            prompts,
-            attention_mask=torch.ones_like(prompts),
-            generation_config=config,
-            logits_processor=LogitsProcessorList([_Draw(temperature, seed, model.device, top_k)]),
+    """Continues prompts [rows, p] to LongTensor [rows, length] by sampling, also after an end-of-text token.
+
+    A row depends on its prompt, the seed and its index alone, not on the size of batches.
+    """
+    done = []
+    for part in torch.arange(len(prompts)).split(MAX_BATCH):
+        rows = decoder.generate(
+            prompts[part],
+            max_new_tokens=length - prompts.shape[1],
+            mode="autoregressive",
+            do_sample=True,
+            temperature=temperature,
+            top_k=top_k,
+            eos_token_id=[],
+            seed=[seed * len(prompts) + int(row) for row in part],
         )
-    finally:
-        model.generation_config = own
-    return rows.cpu()
+        done.append(cast(torch.Tensor, rows).cpu())
+    return torch.cat(done)
 
 
 def sample_shards(
-    model: GPT2LMHeadModel,
+    decoder: Decoder,
     tokens_wanted: int,
     temperature: float | Sequence[float],
     folder: Path,
@@ -106,22 +80,26 @@ def sample_shards(
     seed: int = 0,
     report: Callable[[dict], None] = lambda values: None,
     top_k: int | None = None,
+    seconds: float = math.inf,
 ) -> Iterator[torch.Tensor]:
-    """Samples until there are `tokens_wanted` tokens; yields shards, LongTensor [batch, length] each, in order.
+    """Samples until there are `tokens_wanted` tokens, or time is over.
+
+    Yields shards, LongTensor [batch, length] each, in order.
 
     Shard i is `folder/shard-<i>.safetensors`: int32 `tokens` and the settings; one that exists is loaded, not sampled.
-    model:       in eval mode, on the device and in the dtype to sample with.
+    decoder:     of the model that is sampled, on the device and in the dtype to sample with.
     temperature: one, or several that the shards take in turn.
     corpus:      LongTensor [T] that the prompts are taken from; rows begin with their prompt, of at most
                  `longest_prompt` tokens.
     length:      tokens a row, the prompt included; at most the model's n_positions.
     top_k:       draw among this many best tokens; None: among all.
+    seconds:     after so many no further shard is begun, from the second on.
     report:      called with a dict after each shard: step and steps (shards), seconds, tokens_per_second (new tokens).
 
     Raises ValueError for invalid settings, or a folder whose shards are damaged or of other settings.
     """
     temperatures = list(temperature) if isinstance(temperature, Sequence) else [temperature]
-    limit = model.config.n_positions
+    limit = decoder.target.positions
     if tokens_wanted < 1 or batch < 1:
         raise ValueError(f"tokens_wanted and batch must be at least 1, got {tokens_wanted} and {batch}")
     if not 1 <= longest_prompt < length <= limit:
@@ -136,12 +114,23 @@ def sample_shards(
     if len(corpus) <= longest_prompt:
         raise ValueError(f"the corpus has {len(corpus)} tokens, not more than a prompt of {longest_prompt}")
     return _shards(
-        model, tokens_wanted, temperatures, Path(folder), corpus, batch, length, longest_prompt, seed, report, top_k
+        decoder,
+        tokens_wanted,
+        temperatures,
+        Path(folder),
+        corpus,
+        batch,
+        length,
+        longest_prompt,
+        seed,
+        report,
+        top_k,
+        seconds,
     )
 
 
 def _shards(
-    model: GPT2LMHeadModel,
+    decoder: Decoder,
     tokens_wanted: int,
     temperatures: Sequence[float],
     folder: Path,
@@ -152,10 +141,12 @@ def _shards(
     seed: int,
     report: Callable[[dict], None],
     top_k: int | None,
+    seconds: float,
 ) -> Iterator[torch.Tensor]:
     folder.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
     count = -(-tokens_wanted // (batch * length))
-    end_of_text = cast(int | None, model.config.eos_token_id)  # a model that was trained here has one at most
+    end_of_text = next(iter(decoder.eos_token_ids), None)  # a model that was trained here has one at most
     for index in range(count):
         path = folder / f"shard-{index:05d}.safetensors"
         shard_seed = seed * 1_000_003 + index
@@ -167,16 +158,18 @@ def _shards(
             "longest_prompt": longest_prompt,
         } | ({} if top_k is None else {"top_k": top_k})
         if path.exists():
-            yield _load(path, model.config.vocab_size, settings)
+            yield _load(path, decoder.target.vocab_size, settings)
             continue
+        if index and time.perf_counter() - began > seconds:
+            return
         start = time.perf_counter()
         prompts = prompt_rows(corpus, batch, longest_prompt, end_of_text, shard_seed)
-        rows = sample_rows(model, prompts, length, settings["temperature"], shard_seed, top_k)
+        rows = sample_rows(decoder, prompts, length, settings["temperature"], shard_seed, top_k)
         with replacing(path) as part:
             save_file({"tokens": rows.int()}, part, metadata={"settings": json.dumps(settings)})
-        seconds = time.perf_counter() - start
-        rate = batch * (length - prompts.shape[1]) / seconds
-        report({"step": index + 1, "steps": count, "seconds": seconds, "tokens_per_second": rate})
+        taken = time.perf_counter() - start
+        rate = batch * (length - prompts.shape[1]) / taken
+        report({"step": index + 1, "steps": count, "seconds": taken, "tokens_per_second": rate})
         yield rows
 
 

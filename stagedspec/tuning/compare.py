@@ -5,6 +5,7 @@ A speed-up is the median of the ratios of pairs that ran next to each other. A s
 baseline's gets none.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -99,19 +100,27 @@ def measure(
     repeats: int = 1,
     on_run: Callable[[Timed], None] | None = None,
     done: Mapping[tuple[int, int], Sequence[Timed]] | None = None,
+    first: Mapping[str, int] | None = None,
+    until: float = math.inf,
 ) -> list[Timed]:
-    """The runs for `compare`, in order; arguments as there."""
+    """The runs for `compare`, in order; arguments as there.
+
+    first: sides that run on so many of the first prompts alone. until: a time of `time.perf_counter` after which no
+    further prompt is begun, from the second on.
+    """
     if not sides or not prompts or repeats < 1:
         raise ValueError(
             f"expected at least one side, one prompt and one repeat; got {len(sides)}, {len(prompts)} and {repeats}"
         )
-    names = list(sides)
     runs: list[Timed] = []
     for repeat in range(repeats):
         for index, prompt in enumerate(prompts):
             if done and (repeat, index) in done:
                 runs.extend(done[repeat, index])
                 continue
+            if runs and time.perf_counter() > until:
+                return runs
+            names = sides_of(index, sides, first)
             shift = (index + repeat) % len(names)
             for name in names[shift:] + names[:shift]:
                 started = time.perf_counter()
@@ -122,14 +131,22 @@ def measure(
     return runs
 
 
+def sides_of(prompt: int, names: Iterable[str], first: Mapping[str, int] | None) -> list[str]:
+    """Those of the sides that run on a prompt; first: as in `measure`."""
+    return [name for name in names if prompt < (first or {}).get(name, math.inf)]
+
+
 def summarise(runs: Sequence[Timed], names: Sequence[str], incomparable: frozenset[str] = frozenset()) -> list[Row]:
-    """Returns a row for each name, in that order; the first is the baseline. Every side must have run every prompt."""
-    by_side: dict[str, list[tuple[Run, float]]] = {name: [] for name in names}
+    """Returns a row for each name, in that order; the first is the baseline, which has run whatever another has."""
+    by_side: dict[str, dict[tuple[int, int], tuple[Run, float]]] = {name: {} for name in names}
     for timed in sorted(runs, key=lambda timed: (timed.repeat, timed.prompt)):
         if timed.side in by_side:
-            by_side[timed.side].append((timed.run, timed.seconds))
+            by_side[timed.side][timed.repeat, timed.prompt] = timed.run, timed.seconds
     baseline = by_side[names[0]]
-    return [_row(name, by_side[name], baseline, name not in incomparable) for name in names]
+    return [
+        _row(name, list(found.values()), [baseline[place] for place in found], name not in incomparable)
+        for name, found in by_side.items()
+    ]
 
 
 def speedups(runs: Sequence[Timed], name: str, baseline: str) -> list[float | None]:

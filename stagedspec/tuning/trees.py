@@ -5,18 +5,22 @@ position, and draft² guesses the first of them. From this an acceptance profile
 With it the cost model proposes a few trees of each mode, and the one that decodes fastest is kept.
 """
 
+import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise, product
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 
 from stagedspec.decoder import Decoder
 from stagedspec.decoding.stats import Stats
+from stagedspec.devices import current_device
 from stagedspec.kernels.reference import NoiseAt, choose_children, gumbel_noise
-from stagedspec.kernels.state.host import ngram_guesses, prefill_batch
-from stagedspec.models.gpt2 import Cache
+from stagedspec.kernels.state.host import CHUNK, ngram_guesses
+from stagedspec.models.gpt2 import GPT2, Cache
 from stagedspec.planning.cost import CHILDREN, SAMPLED, AcceptanceProfile, Model, PassTimes
 from stagedspec.planning.profile import Tuning, pair_of
 from stagedspec.planning.tree import MODES, TreeConfig
@@ -24,6 +28,8 @@ from stagedspec.tuning.compare import Run, compare, measure
 
 KINDS, WINDOW = 3, 8  # kinds of text in a profile, and consecutive tokens taken to be of one kind
 FINALISTS, HEATS = 4, 8  # trees of a mode that are timed, and on how many groups of prompts
+# Where every tree has kernels of its own, which take seconds to compile: trees of a mode, and seconds for all.
+COMPILED_FINALISTS, COMPILED_SECONDS = 2, 75.0
 
 # The rank of the token written among the draft's children, -1 for none; whether draft² named the draft's first child.
 Outcome = tuple[int, bool]
@@ -44,16 +50,14 @@ def outcomes(decoder: Decoder, prompt: Sequence[int], new_tokens: int, sampled: 
         ids, max_new_tokens=new_tokens, mode="autoregressive", eos_token_id=[], seed=seed, **options
     )[0].to(device)  # fmt: skip
     start, count = len(prompt) - 1, len(row) - 1
-    with torch.inference_mode():
-        cache = Cache(draft, 1, 0, count)
+    with torch.inference_mode(), draft.ops.lock, current_device(device):
+        logits = _logits(draft, row[:-1], start)
         positions = torch.arange(count, device=device)[None]
-        hidden = draft.forward(prefill_batch(row[None, :-1], 0, draft.kv_dtype), cache, 0)[:, start:]
         noise = None
         if sampled:
             counters = torch.tensor([seed], device=device), torch.tensor([0], device=device)
             values = gumbel_noise(*counters, positions[:, start:] + 1, draft.vocab_size)
             noise = NoiseAt(values, torch.arange(count - start, device=device)[None])
-        logits = draft.logits(hidden)
         children, _ = choose_children(logits, min(CHILDREN, draft.vocab_size), SAMPLED if sampled else None, noise)
     tokens, ranked = row.tolist(), children[0].tolist()
     follower = dict(zip(pairwise(tokens[: start + 1]), tokens[2 : start + 1], strict=False))
@@ -68,6 +72,20 @@ def outcomes(decoder: Decoder, prompt: Sequence[int], new_tokens: int, sampled: 
         found.append((names.index(token) if token in names else -1, named))
         follower[first, last] = token
     return found
+
+
+def _logits(model: GPT2, tokens: torch.Tensor, start: int) -> torch.Tensor:
+    """Logits [1, T - start, V] of the positions of tokens [T] from `start` on."""
+    cache = Cache(model, 1, 1, model.positions)  # one tree row: some backends want one
+    first, found = cache.tree_rows, []
+    # Filled up to whole chunks, so that there are few sizes of passes to compile.
+    filled = F.pad(tokens, (0, min(-len(tokens) % CHUNK, model.positions - len(tokens))))[None]
+    for at in range(0, len(tokens), CHUNK):
+        batch = model.ops.prefill_batch(filled[:, at : at + CHUNK], at, model.kv_dtype)
+        hidden = model.forward(batch, cache, first + at, first)[:, max(0, start - at) : len(tokens) - at]
+        if hidden.shape[1]:
+            found.append(model.logits(hidden.contiguous()).clone())  # its buffer is used again
+    return torch.cat(found, 1)
 
 
 def fit_profile(texts: Sequence[Sequence[Outcome]]) -> tuple[AcceptanceProfile, ...]:
@@ -112,18 +130,22 @@ def tune(
     new_tokens: int = 96,
     batches: Sequence[int] = (1,),
     progress: Callable[[int, int], None] = lambda done, total: None,
+    seconds: float | None = None,
 ) -> Tuning:
     """Measures pass times and acceptance, times the most promising trees of each drafting mode, greedy and sampled, and
     keeps the fastest; then times the modes with these trees.
 
-    prompts: token ids. From then on the decoder uses the result. progress: called with (done, total).
+    prompts: token ids. From then on the decoder uses the result. progress: called with (done, total). seconds: when
+    they are over, the cost model's best tree is taken without timing others; None: as long as it takes where trees have
+    no kernels of their own, else COMPILED_SECONDS.
 
-    Raises ValueError without a draft or prompts, for a backend that does not grow trees on the host, or for prompts
-    that leave no room for new_tokens.
+    Raises ValueError without a draft or prompts, or for prompts that leave no room for new_tokens.
     """
+    began, ops = time.perf_counter(), decoder.target.ops
+    if seconds is None:
+        seconds = COMPILED_SECONDS if ops.compiles_kernels else math.inf
     if decoder.draft is None:
         raise ValueError("trees are tuned for a target and its draft, and there is no draft: give a draft (--draft)")
-    decoder.check_host_trees("tuning trees")
     room = decoder.target.positions - new_tokens
     if room < 1:
         raise ValueError(
@@ -152,11 +174,20 @@ def tune(
             advance()
         tuning.profiles[sampled] = fit_profile(texts)
     tuning.seconds = times.seconds
+    most = COMPILED_FINALISTS if ops.compiles_kernels else FINALISTS
     for batch, sampled in product(batches, (False, True)):
-        model = Model(times, batch, sampled, tuning.profiles[sampled])
+        model = Model(times, batch, sampled, tuning.profiles[sampled], ops)
+        with ops.lock, current_device(decoder.device):
+            times.prepare(batch, sampled)
+            ranked = {mode: model.finalists(mode, most) for mode in modes}  # measures passes
+            times.release()
         groups = _groups(prompts, batch)
-        for mode in modes:
-            tuning.trees[mode, batch, sampled] = _fastest(decoder, tuning, model, mode, groups[:HEATS], new_tokens)
+        for mode, finalists in ranked.items():
+            if time.perf_counter() - began > seconds:
+                finalists = finalists[:1]
+            tuning.trees[mode, batch, sampled] = _fastest(
+                decoder, tuning, model, mode, finalists, groups[:HEATS], new_tokens
+            )
             advance()
         decoder.use(tuning)
         tuning.measured += _timed(decoder, tuning, model, groups, new_tokens, advance)
@@ -201,10 +232,18 @@ class _Side:
 
 
 def _fastest(
-    decoder: Decoder, tuning: Tuning, model: Model, mode: str, groups: Sequence[Group], new_tokens: int
+    decoder: Decoder,
+    tuning: Tuning,
+    model: Model,
+    mode: str,
+    finalists: Sequence[TreeConfig],
+    groups: Sequence[Group],
+    new_tokens: int,
 ) -> list[TreeConfig]:
     """The trees, smallest first, of the finalist with the most tokens per second. Finalists are timed in turn."""
-    all_levels = [model.levels(mode, tree) for tree in model.finalists(mode, FINALISTS)]
+    all_levels = [model.levels(mode, tree) for tree in finalists]
+    if len(all_levels) == 1:
+        return all_levels[0]
     sides = [_Side(decoder, model, mode, new_tokens) for _ in all_levels]
 
     def with_trees(index: int) -> Callable[[Group], Run]:
@@ -219,7 +258,8 @@ def _fastest(
 
     runs = {str(index): with_trees(index) for index in range(len(all_levels))}
     for index, run in enumerate(runs.values()):
-        run(groups[0])
+        for group in groups[:2]:  # the first may leave a graph to capture
+            run(group)
         sides[index].reset()
     measure(runs, groups)
     return all_levels[max(range(len(all_levels)), key=lambda index: sides[index].rate)]

@@ -60,8 +60,13 @@ def test_paper_writes_tables_and_figures(options, tmp_path, capsys):
             assert sides[side]["identical"] is (True if name == "greedy" else None)
             assert (sides[side]["speedup"] is None) == (name == "sample")
             assert (side in sampling["speedups"]) == (name == "greedy")
+        table = {line["name"]: line for line in sampling["table_3"]}
+        assert list(table) == SIDES and table["autoregressive"]["ratio"] == 1.0
+        assert table["autoregressive"]["target_passes"] == NEW and table[PLAIN]["runs"] == 2
+        assert all(line["steps_per_second"] >= line["tokens_per_second"] for line in table.values())
+        assert all(line["seconds_to_first_token"] > 0 for line in table.values())
     text = (out / "paper.md").read_text()
-    for part in ("Table 1", "0.31", "0.35", "350", "3.17x", "not comparable", "figure2.svg"):
+    for part in ("Table 3", "Table 1", "0.31", "0.35", "350", "3.17x", "not comparable", "figure2.svg"):
         assert part in text
     assert {path.name for path in out.iterdir()} == {
         "runs.jsonl", "paper.json", "paper.md", "figure1.svg", "figure1.png", "figure2.svg", "figure2.png",
@@ -146,6 +151,35 @@ def test_paper_gives_no_ratio_where_outputs_differ(options, tmp_path, monkeypatc
     assert "NO (2 differ)" in row and "x" not in row
 
 
+def test_peers_on_some_prompts_and_a_budget_of_time(options, tmp_path):
+    """Peers run on the first prompt alone; when time is over no further prompt is begun; the next run goes on."""
+    few = [*options, "--peer-prompts", "1"]
+    assert paper.main([*few, "--seconds", "1e-9"]) == 0
+    found = json.loads((tmp_path / "out" / "paper.json").read_text())
+    assert found["prompts"]["measured"] == 1 and len(lines(tmp_path)) == 2 * 7
+    assert "(1 of them measured)" in (tmp_path / "out" / "paper.md").read_text()
+    assert paper.main(few) == 0
+    assert len(lines(tmp_path)) == 2 * 7 + 2 * 4
+    for sampling in json.loads((tmp_path / "out" / "paper.json").read_text())["samplings"].values():
+        runs = {line["name"]: line["runs"] for line in sampling["table_3"]}
+        assert runs == {side: 2 if side in stagedspec.MODES else 1 for side in SIDES}
+
+
+def test_speeds_by_hand():
+    def timed(side: str, seconds: float, stats: dict, prompt: int = 0) -> Timed:
+        return Timed(side, prompt, 0, Run([1, 2, 3, 4], stats), seconds)
+
+    passes = {"target_passes": 2, "draft_passes": 4, "weight_bytes_per_token": 0.5}
+    ours = {"seconds": {"prefill": 1.0}, "total_seconds": 3.0, "seconds_to_first_token": 1.5}
+    runs = [timed("autoregressive", 8.0, passes | ours), timed("tree", 4.0, passes | ours)]
+    peer = passes | {"seconds_to_first_token": 1.0}
+    runs += [timed("peer", 7.0, peer), timed("autoregressive", 9.0, passes | ours, 1)]
+    tree, peer = (paper.speeds(runs, side, 100, 400.0) for side in ("tree", "peer"))
+    assert (tree["tokens_per_second"], tree["ratio"], tree["steps_per_second"]) == (1.0, 2.0, 2.0)
+    assert (tree["bytes_per_second"], tree["share"], tree["seconds_to_first_token"]) == (100.0, 0.25, 1.5)
+    assert (peer["ratio"], peer["steps_per_second"], peer["runs"]) == (8 / 7, 0.5, 1)
+
+
 def test_paper_without_a_draft(options, tmp_path):
     at = options.index("--draft")
     assert paper.main(options[:at] + options[at + 2 :]) == 0
@@ -176,6 +210,7 @@ def test_transformers_passes_are_counted(options):
     settings = {"do_sample": False, "max_new_tokens": NEW, "seed": 0}
     ids = torch.tensor([models.tokenizer.encode("import os\n")])
     plain = transformers_side(models, settings)(ids).stats
+    assert plain.pop("seconds_to_first_token") > 0
     assert plain == {"steps": NEW, "target_passes": NEW, "draft_passes": 0, "weight_bytes_per_token": 1.0}
     assisted = transformers_side(models, settings, ASSISTED)(ids)
     steps, drafted = assisted.stats["target_passes"], assisted.stats["draft_passes"]

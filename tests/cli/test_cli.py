@@ -359,6 +359,8 @@ def test_train_then_decode_then_train_again(tmp_path):
         (["--preset", "huge"], "huge"),
         (["--source", "no such folder"], "no such folder"),
         (["--target-tokens", "0"], "--target-tokens"),
+        (["--target-seconds", "0"], "--target-seconds"),
+        (["--draft-seconds", "5", "--draft-tokens", "9000"], "not both"),
         (["--vocab-size", "5"], "257"),
         (["--device", "abacus"], "abacus"),
     ],

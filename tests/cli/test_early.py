@@ -69,7 +69,6 @@ REFUSED = [
     ("tune-tree --out /nowhere/x", "the folder /nowhere does not exist"),
     ("tune-tree --prompts /nowhere", "cannot read /nowhere"),
     (f"tune-tree --prompts {FILE}", "must hold JSON lines"),
-    ("tune-tree --backend triton", "choose --backend torch"),
     ("tune-tree -n 3", None),
     ("warm-up --tokens 1", "--tokens must be at least 2, got 1"),
     ("warm-up --no-greedy --no-sample", "nothing to prepare"),

@@ -130,7 +130,10 @@ def test_the_finalist_that_decodes_fastest_is_kept(target, drafts, monkeypatch):
             pass
 
     monkeypatch.setattr("stagedspec.tuning.trees._Side", Side)
-    assert _fastest(decoder, Tuning(pair_of(decoder)), model, "staged", [None], 8)[-1] == last
+    finalists = model.finalists("staged", FINALISTS)
+    assert _fastest(decoder, Tuning(pair_of(decoder)), model, "staged", finalists, [None], 8)[-1] == last
+    monkeypatch.setattr("stagedspec.tuning.trees.measure", None)  # one alone is not timed
+    assert _fastest(decoder, Tuning(pair_of(decoder)), model, "staged", finalists[1:2], [None], 8)[-1] == finalists[1]
 
 
 def test_a_step_of_a_batch_takes_as_long_as_its_longest_row():

@@ -10,9 +10,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+from stagedspec.decoder import Decoder
 from stagedspec.models.ngram import KatzTable
 from stagedspec.training import corpus as corpus_module
-from stagedspec.training import distil, recipe, sample
+from stagedspec.training import distil, recipe, sample, state
 from stagedspec.training import fit as fit_module
 from stagedspec.training.card import source_line
 from stagedspec.training.fit import FitConfig, cross_entropy, fit, heldout_blocks, heldout_loss, sample_blocks
@@ -62,9 +63,10 @@ def run_fit(model, config, folder, tokens, report=lambda values: None, **options
 # ---- the loop
 
 
-def test_loss_falls(tmp_path, stream):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_loss_falls(tmp_path, stream, optimizer):
     model = tiny_model()
-    config = FitConfig(tokens=80 * 8 * 16, batch=8, block=16, learning_rate=1e-2)
+    config = FitConfig(tokens=80 * 8 * 16, batch=8, block=16, learning_rate=1e-2, optimizer=optimizer)
     reports = []
     before = heldout_loss(model, stream[:500], 16)
     run_fit(model, config, tmp_path, stream, reports.append, evaluate=lambda: {"seen": 1}, evaluate_every=40)
@@ -93,7 +95,7 @@ def test_a_resumed_run_is_bitwise_an_uninterrupted_one(tmp_path, stream):
     resumed = run_fit(tiny_model(), config, tmp_path / "killed", stream)
     for one, other in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(one, other)
-    saved = [load_file(tmp_path / name / fit_module.CHECKPOINT) for name in ("whole", "killed")]
+    saved = [load_file(tmp_path / name / state.CHECKPOINT) for name in ("whole", "killed")]
     assert saved[0].keys() == saved[1].keys()
     assert all(torch.equal(saved[0][key], saved[1][key]) for key in saved[0])
 
@@ -108,25 +110,34 @@ def test_micro_batches_add_up_to_the_batch(tmp_path, stream):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("distilled", [False, True], ids=["cross_entropy", "distillation"])
-def test_compiled_attention_is_causal_without_a_mask(stream, distilled):
-    """What a GPU run compiles is one graph whose attention has no mask tensor, with the same loss."""
-    model, target, blocks = tiny_model(), tiny_model(1), stream[:68].view(4, 17)
+def test_a_compiled_layer_serves_all_and_is_causal_without_a_mask(stream, distilled):
+    """What a GPU run compiles is one graph a model, whatever its depth, whose attention has no mask tensor, with the
+    same loss; an evaluation compiles nothing."""
+    settings = tiny_model().config
+    settings.n_layer = 10  # more than there may be graphs of one function
+    torch.manual_seed(0)
+    model, target, blocks = GPT2LMHeadModel(settings).train(), tiny_model(1, width=8), stream[:68].view(4, 17)
     loss_of = distil.distillation_loss(target) if distilled else cross_entropy
+    wanted = loss_of(model, blocks)
     graphs = []
 
     def keep(graph, inputs):
         graphs.append(graph)
         return graph.forward
 
+    for each in (model, target):
+        fit_module.compile_layers(each, backend=keep, fullgraph=True)
     with fit_module.causal_attention(model, target):
-        loss = torch.compile(loss_of, backend=keep, fullgraph=True)(model, blocks)
-    (graph,) = graphs
-    calls = [node for node in graph.graph.nodes if "scaled_dot_product" in str(node.target)]
-    assert len(calls) == 1 + distilled and all(
-        node.kwargs["attn_mask"] is None and node.kwargs["is_causal"] for node in calls
-    )
+        loss = loss_of(model, blocks)
+    assert len(graphs) == 1 + distilled
+    for graph in graphs:
+        (call,) = (node for node in graph.graph.nodes if "scaled_dot_product" in str(node.target))
+        assert call.kwargs["attn_mask"] is None and call.kwargs["is_causal"]
     assert model.config._attn_implementation == "sdpa"
-    torch.testing.assert_close(loss, loss_of(model, blocks))
+    torch.testing.assert_close(loss, wanted)
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        torch.testing.assert_close(loss_of(model.eval(), blocks), wanted)
+    assert len(graphs) == 1 + distilled
 
 
 @pytest.mark.parametrize(
@@ -140,6 +151,11 @@ def test_compiled_attention_is_causal_without_a_mask(stream, distilled):
         {"warmup": 2.0},
         {"weight_decay": -1.0},
         {"final_learning_rate": math.nan},
+        {"seconds": 0.0},
+        {"seconds": math.inf},
+        {"optimizer": "sgd"},
+        {"shallow_layers": 0},
+        {"shallow_share": 1.5},
     ],
     ids=str,
 )
@@ -159,7 +175,7 @@ def test_fit_refuses_foreign_and_damaged_checkpoints(tmp_path, stream):
         fit_module.load_weights(tiny_model(), tmp_path / "nothing", config)
     with pytest.raises(ValueError, match="micro_batch"):
         run_fit(tiny_model(), config, tmp_path, stream, micro_batch=3)
-    path = tmp_path / fit_module.CHECKPOINT
+    path = tmp_path / state.CHECKPOINT
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(ValueError, match="damaged"):
         run_fit(tiny_model(), config, tmp_path, stream)
@@ -195,7 +211,168 @@ def test_a_resumed_run_may_keep_its_checkpoints_at_other_times(tmp_path, stream)
         fit_module.load_weights(tiny_model(3), tmp_path, replace(config, seed=1))
 
 
+# ---- optimizers, budgets and depth
+
+
+def test_muon_takes_the_matrices_of_the_layers(stream):
+    model = tiny_model()
+    adamw, muon = state.make_optimizers(model, "muon", 1e-2, 0.1)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    taken = [[names[id(p)] for group in each.param_groups for p in group["params"]] for each in (muon, adamw)]
+    assert sorted(taken[0]) == sorted(
+        f"transformer.h.0.{name}.weight" for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    )
+    assert sorted([*taken[0], *taken[1]]) == sorted(names.values())
+    (alone,) = state.make_optimizers(model, "adamw", 1e-2, 0.1)
+    for optimizer in (adamw, alone):
+        assert all((p.dim() >= 2) == (group["weight_decay"] > 0) for group in optimizer.param_groups
+                   for p in group["params"])  # fmt: skip
+
+
+class Clock:
+    """A clock that a test advances, in place of `time`."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr(fit_module, "time", self)
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+def test_a_budget_of_seconds(tmp_path, stream, monkeypatch):
+    """Ends when they are over, at the end of its schedule; a run that was killed goes on with what was left."""
+    clock, rates, reports = Clock(monkeypatch), [], []
+    config = FitConfig(tokens=1, seconds=20, batch=2, block=16, checkpoint_seconds=0, final_learning_rate=0.1)
+    rate_at = FitConfig.rate_at
+    monkeypatch.setattr(FitConfig, "rate_at", lambda self, at: rates.append(rate_at(self, at)) or rates[-1])
+
+    def batch_at(step):
+        clock.now += 1.0 if step < 8 else 0.5  # as on a machine that gets faster
+        return sample_blocks(stream, config, step)
+
+    def report(values):
+        reports.append(values)
+        if values["step"] == 8:
+            raise Killed
+
+    with pytest.raises(Killed):
+        fit(tiny_model(), config, tmp_path, batch_at, cross_entropy, report)
+    at = state.position_of(tmp_path)
+    assert (at.step, at.seconds, at.layers) == (8, 8.0, 1) and at.progress == pytest.approx(0.4)
+    clock.now += 1000
+    fit(tiny_model(), config, tmp_path, batch_at, cross_entropy, lambda values: reports.append(values))
+    assert [values["step"] for values in reports] == list(range(1, 33))
+    assert reports[7]["steps"] == 20 and reports[-1]["steps"] == 32
+    assert rates[0] < config.learning_rate < 1.02 * max(rates) and rates[-1] < 0.15 * max(rates)
+    assert rates[2:] == sorted(rates[2:], reverse=True)
+    assert state.position_of(tmp_path).progress == 1
+
+
+def test_copies_of_layers_change_nothing_at_first(stream):
+    """A model whose layers were repeated computes what it did before; every copy has its source's weights and moments,
+    but for the weights of what it adds."""
+    torch.manual_seed(0)
+    settings = tiny_model(spread=0.3).config
+    settings.n_layer = 5
+    deep = GPT2LMHeadModel(settings).eval()
+    layers = list(deep.transformer.h)
+    fit_module.set_layers(deep, layers[:2])
+    optimizers = state.make_optimizers(deep, "muon", 1e-3, 0.1)
+    cross_entropy(deep, stream[:34].view(2, 17)).backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    blocks = stream[34:68].view(2, 17)
+    before = cross_entropy(deep, blocks).item()
+    shallow = {name: value.clone() for name, value in state.state_of(deep, optimizers).items()}
+    fit_module.set_layers(deep, layers)
+    optimizers = state.make_optimizers(deep, "muon", 1e-3, 0.1)
+    state.load_state(deep, optimizers, state.deeper(shallow, 2, 5))
+    assert cross_entropy(deep, blocks).item() == pytest.approx(before, abs=1e-5)
+    found = state.state_of(deep, optimizers)
+    for index, source in enumerate((0, 0, 0, 1, 1)):
+        for name in ("weight", "momentum_buffer"):
+            assert torch.equal(*(x[f"{name}.transformer.h.{i}.mlp.c_fc.weight"]
+                                 for x, i in ((found, index), (shallow, source))))  # fmt: skip
+        adds = found[f"weight.transformer.h.{index}.mlp.c_proj.weight"]
+        wanted = shallow[f"weight.transformer.h.{source}.mlp.c_proj.weight"]
+        assert torch.equal(adds, wanted if index in (0, 3) else torch.zeros_like(wanted))
+    assert torch.equal(found["exp_avg.transformer.wte.weight"], shallow["exp_avg.transformer.wte.weight"])
+
+
+def test_a_run_grows_and_resumes_bitwise(tmp_path, stream):
+    """With layers added after 60% of the steps, killed before and after, it ends as an uninterrupted one."""
+    settings = tiny_model().config
+    settings.n_layer = 3
+
+    def model():
+        torch.manual_seed(0)
+        return GPT2LMHeadModel(settings)
+
+    config = FitConfig(
+        tokens=10 * 4 * 16, batch=4, block=16, optimizer="muon", shallow_layers=1, checkpoint_seconds=0
+    )  # fmt: skip
+    reports = []
+    whole = run_fit(model(), config, tmp_path / "whole", stream, reports.append)
+    assert [values["layers"] for values in reports] == [1] * 6 + [3] * 4
+    assert reports[5]["tflops"] > 0 and len(whole.transformer.h) == 3
+    deeper = reports[6]["loss"] / reports[5]["loss"]
+    assert deeper < 1.1  # it does not jump
+
+    def kill(values):
+        if values["step"] in (4, 6, 8):
+            raise Killed
+
+    for _ in range(3):
+        with pytest.raises(Killed):
+            run_fit(model(), config, tmp_path / "killed", stream, kill)
+    assert state.position_of(tmp_path / "killed")[3] == 3
+    resumed = run_fit(model(), config, tmp_path / "killed", stream)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+    found = fit_module.load_weights(model(), tmp_path / "killed", config)
+    assert torch.equal(found.transformer.h[2].mlp.c_fc.weight, whole.transformer.h[2].mlp.c_fc.weight)
+
+
+@pytest.mark.parametrize("budget", [{"tokens": 1}, {"tokens": 1, "seconds": 1e-9}], ids=str)
+def test_a_short_run_has_its_whole_depth_in_the_end(tmp_path, stream, budget):
+    settings = tiny_model().config
+    settings.n_layer = 2
+    config = FitConfig(**budget, batch=2, block=16, shallow_layers=1, shallow_share=1.0)
+    run_fit(GPT2LMHeadModel(settings), config, tmp_path, stream)
+    at = state.position_of(tmp_path)
+    assert (at.layers, at.progress) == (2, 1.0)
+
+
 # ---- sampling
+
+
+def decoder_of(model: GPT2LMHeadModel) -> Decoder:
+    return Decoder.from_pretrained(model, device="cpu")
+
+
+def test_rows_do_not_depend_on_batches():
+    """And each has noise of its own."""
+    decoder, prompts = decoder_of(tiny_model(spread=0.5)), torch.arange(20)[:, None] % 3
+    rows = sample.sample_rows(decoder, prompts, 9, temperature=1.0, seed=2, top_k=5)
+    assert rows.shape == (20, 9) and torch.equal(rows[:, :1], prompts) and len(set(map(tuple, rows.tolist()))) > 15
+    for row in (3, 17):
+        alone = decoder.generate(
+            prompts[row : row + 1], max_new_tokens=8, mode="autoregressive", do_sample=True, top_k=5, seed=[40 + row],
+            eos_token_id=[],
+        )  # fmt: skip
+        assert torch.equal(alone[0], rows[row])
+
+
+def test_sampling_ends_when_its_time_is_over(tmp_path, stream):
+    """With the shard that was begun, one at least; shards that are there are all read."""
+    decoder, reports = decoder_of(tiny_model(spread=0.5)), []
+
+    def shards(**options):
+        return list(sample.sample_shards(decoder, 480, 1.0, tmp_path, stream, batch=8, length=20, **options))
+
+    whole = shards(seconds=1e-9, report=reports.append)
+    assert len(whole) == 1 and [values["step"] for values in reports] == [1]
+    assert len(shards()) == 3 and len(shards(seconds=1e-9)) == 3
 
 
 def test_a_quarter_of_the_prompts_starts_a_text():
@@ -210,7 +387,9 @@ def test_a_quarter_of_the_prompts_starts_a_text():
 
 def test_shards_take_their_temperatures_in_turn(tmp_path, stream):
     """And each has a seed of its own."""
-    shards = list(sample.sample_shards(tiny_model(spread=0.5), 480, [1.0, 0.5], tmp_path, stream, batch=8, length=20))
+    shards = list(
+        sample.sample_shards(decoder_of(tiny_model(spread=0.5)), 480, [1.0, 0.5], tmp_path, stream, batch=8, length=20)
+    )
     told = []
     for path in sorted(tmp_path.iterdir()):
         with safe_open(path, "pt") as file:
@@ -220,10 +399,10 @@ def test_shards_take_their_temperatures_in_turn(tmp_path, stream):
 
 
 def test_shards_resume_and_depend_on_their_index_alone(tmp_path, stream):
-    model = tiny_model(spread=0.5)
+    decoder = decoder_of(tiny_model(spread=0.5))
 
     def shards(folder, tokens=400, **options):
-        return list(sample.sample_shards(model, tokens, [1.0, 0.1], folder, stream, batch=8, length=20, **options))
+        return list(sample.sample_shards(decoder, tokens, [1.0, 0.1], folder, stream, batch=8, length=20, **options))
 
     reports = []
     whole = shards(tmp_path / "whole", longest_prompt=4, report=reports.append)
@@ -242,9 +421,8 @@ def test_shards_resume_and_depend_on_their_index_alone(tmp_path, stream):
 
 def test_samples_follow_the_models_distribution():
     model = tiny_model(spread=0.2)
-    prompts = torch.full((20_000, 1), 5)
-    rows = sample.sample_rows(model, prompts, 3, temperature=0.7, seed=0)
-    assert model.generation_config.eos_token_id == 0  # left as it was
+    prompts = torch.full((6_000, 1), 5)
+    rows = sample.sample_rows(decoder_of(model), prompts, 3, temperature=0.7, seed=0)
     with torch.no_grad():
         first = torch.softmax(model(prompts[:1]).logits[0, -1] / 0.7, -1)
         token = int(first.argmax())
@@ -261,7 +439,7 @@ def test_samples_follow_the_models_distribution():
 def test_samples_of_the_top_k():
     model = tiny_model(spread=0.2)
     prompts = torch.full((5000, 1), 5)
-    rows = sample.sample_rows(model, prompts, 2, temperature=2.0, seed=0, top_k=3)
+    rows = sample.sample_rows(decoder_of(model), prompts, 2, temperature=2.0, seed=0, top_k=3)
     with torch.no_grad():
         best, tokens = torch.softmax(model(prompts[:1]).logits[0, -1] / 2.0, -1).topk(3)
     counts = torch.bincount(rows[:, 1], minlength=VOCAB)
@@ -295,7 +473,7 @@ def test_a_cut_keeps_ties():
 def test_sampling_settings_that_cannot_be(tmp_path, stream, settings):
     given = {"tokens_wanted": 10, "temperature": 1.0, "folder": tmp_path, "corpus": stream, "batch": 2, "length": 20}
     with pytest.raises(ValueError):
-        sample.sample_shards(tiny_model(), **{**given, **settings})  # before anything is read from it
+        sample.sample_shards(decoder_of(tiny_model()), **{**given, **settings})  # before anything is read from it
 
 
 def test_damaged_shards(tmp_path):
@@ -589,6 +767,7 @@ def test_recipe_refuses_too_little_source(config, tmp_path):
         {"ngram_successors": 0},
         {"target_samples": 5},
         {"target_top_k": 0},
+        {"draft_sample_seconds": 0.0},
     ],
     ids=lambda settings: next(iter(settings)),
 )

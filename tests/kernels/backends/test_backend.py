@@ -24,8 +24,9 @@ from stagedspec.kernels.backends.cuda_graph import Captured
 from stagedspec.kernels.backends.triton_backend import TritonBackend, warping_settings
 from stagedspec.kernels.common import registry
 from stagedspec.models.gpt2 import GPT2, Cache, Reader
+from stagedspec.planning import cost
 from stagedspec.planning.profile import Tuning, fingerprint, pair_of
-from stagedspec.tuning.trees import tune
+from stagedspec.tuning.trees import outcomes, tune
 
 TREE = TreeConfig(nodes=6, depth=3, passes=2, width=1, children=3, prefetch=1, prefetch_width=1)
 SAMPLINGS = {
@@ -457,8 +458,24 @@ def test_refusals(pair, device, prompts):
     many = TreeConfig(nodes=20, depth=8, passes=8, width=100, children=40, prefetch=0)
     with pytest.raises(ValueError, match="at most 16384 candidates on a GPU, got 702 draft evaluations with 40"):
         decoder.generate(ids, max_new_tokens=4, tree=many)
-    with pytest.raises(ValueError, match=r"tuning trees is not supported by backend 'triton'.* backend='torch'"):
-        tune(decoder, [[5, 6, 7]], 8)
+
+
+@pytest.mark.slow
+def test_trees_are_tuned(device, monkeypatch):
+    """The draft is measured as with plain torch, and the best trees that the kernels can grow are chosen; after the
+    time given none are timed."""
+    models = {"target": small(1), "draft": small(2), "device": device, "dtype": "float32"}
+    both = [Decoder.from_pretrained(**models, backend=name) for name in ("torch", "triton")]
+    for sampled in (False, True):
+        found = [outcomes(decoder, [5, 6, 7], 3, sampled, seed=3) for decoder in both]
+        assert found[0] == found[1] and len(found[0]) == 3
+    monkeypatch.setattr(cost, "_least_times", lambda target, runs, before: [1e-3 * (1 + n) for n in range(len(runs))])
+    monkeypatch.setattr("stagedspec.tuning.trees._timed", lambda *_: [])
+    tuning = tune(both[1], [[5, 6, 7]], 3, seconds=0)
+    assert {key[0] for key in tuning.trees} == {"chain", "tree", "staged"} and len(tuning.trees) == 6
+    for (mode, batch, sampled), levels in tuning.trees.items():
+        assert both[1].tree_for(mode, batch, do_sample=sampled) == levels[-1]
+        assert levels[-1].depth <= both[1].target.ops.max_depth and not levels[-1].node_floor
 
 
 def test_scratch_only_grows(device):
