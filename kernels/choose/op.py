@@ -20,7 +20,7 @@ from stagedspec.kernels.common.registry import (
 )
 
 SLICE = 2048  # tokens of one program of `scan`
-BLOCK = 1024  # candidates looked at together
+BLOCK = 512  # candidates looked at together
 FEW = 128  # and four times as many: candidates that are compared with each other
 TOGETHER = 32  # of them at a time
 SPAN = 64  # groups compacted together; under top-p twice as many
@@ -135,7 +135,7 @@ def candidates(shape: tuple[int], device: torch.device) -> list[dict[str, int]]:
     """Settings to try at the shape (V,), the default first."""
     default = {"slice": SLICE, "block": BLOCK, "span": SPAN} | WARPS
     others = [{"slice": size, "scan_warps": warps} for size in (1024, 2048, 4096) for warps in (2, 4, 8)]
-    others += [{"block": 512}]
+    others += [{"block": 1024}]
     others += [{"span": span, "select_warps": warps} for span in (16, 32, 64) for warps in (4, 8, 16)]
     return [default, *(default | other for other in others if default | other != default)]
 
