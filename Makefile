@@ -7,7 +7,7 @@
 #                modes side by side (bench/decode.py), whose options are ARGS="..."
 # make compile-report   compile every kernel for real GPUs, without one: registers, memory, spills, instructions, seconds
 # make test-gpu  whole generations and the kernels' tests on a GPU, with the Python that has torch for it: PYTHON=python3,
-#                nothing is installed
+#                nothing is installed; without those of kernels/compiled/, which runs on CPUs alone
 # make bench-gpu the kernels beside their peers on a GPU, likewise, into bench/results/: what has a goal first, then what
 #                there is time for, no case after 7 minutes; ARGS="--full --budget inf" for all shapes, however long
 # make profile   a step's kernels: their times beside the bytes that they must move, and a timeline, trace.json;
@@ -72,7 +72,7 @@ GPU_TESTS = $(addprefix decoding/test_,decoder.py inputs.py warm_up.py torch_sta
 test-gpu: $(GPU_PATH)
 	cd $(GPU_PATH) && $(GPU_PYTHON) -m pytest -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) \
 		--numprocesses auto --maxprocesses 8 --dist worksteal \
-		-k "not torch-cpu" $(addprefix $(CURDIR)/tests/,$(GPU_TESTS)) $(ARGS)
+		-k "not torch-cpu" --ignore-glob '/**/test_compiled*' $(addprefix $(CURDIR)/tests/,$(GPU_TESTS)) $(ARGS)
 
 bench-gpu: $(GPU_PATH)
 	cd $(GPU_PATH) && $(GPU_PYTHON) $(CURDIR)/bench/kernels/run.py $(ARGS)

@@ -79,7 +79,7 @@ def measure(name: str, shape: ModelShape, nodes: Sequence[int], device: torch.de
     ops = resolve(backend, device, [shape.head_size], dtype)
     model = GPT2(make_random(shape, shape.positions, 0, device), ops, device, dtype)
     prefix = 2 * shape.layers * min(cost.CONTEXT, shape.positions - 1) * shape.width * model.kv_dtype.itemsize
-    parts = {count: cost._pass(model, False, 1, count, False) for count in nodes}
+    parts = {count: cost.timed_pass(model, False, 1, count, False) for count in nodes}
     graphs = {count: ops.repeated(part) for count, part in parts.items()}
     times: dict[int, list[Stopwatch]] = {count: [] for count in nodes}
     with current_device(device):

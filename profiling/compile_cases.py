@@ -186,7 +186,7 @@ def chooses(arch: int) -> list[CompileCase]:
                 "SCALING": int(not whole), "NOISE": int(not whole),
                 "TOP_K": top_k, "TOP_P": top_p, "MIN_P": min_p, "CHILDREN": children, "WHOLE": whole,
                 "BLOCK": choose.BLOCK, "FEW": choose.FEW, "TOGETHER": choose.TOGETHER,
-                "SPAN": min(choose.SPAN, triton.next_power_of_2(groups)), "PDL": False,
+                "SPAN": min(choose.SPAN * (2 if top_p else 1), triton.next_power_of_2(groups)), "PDL": False,
             }  # fmt: skip
             warps = choose.WARPS["select_warps"]
             registers = most_registers(arch, warps, choose.SPILLING)

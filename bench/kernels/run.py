@@ -81,9 +81,14 @@ def compile_apart(todo: list[tuple[str, Choice]], compiled: bool, end: float) ->
     processes = max(1, min(len(os.sched_getaffinity(0)), memory // PROCESS, len(parts)))
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
         waiting = [pool.submit(do_once, op, part, compiled, end) for op, part in parts]
-        for (op, part), done in zip(parts, waiting, strict=True):
-            if done.exception():
-                print(f"not compiled ahead: {op} {part}: {done.exception()}"[:300], file=sys.stderr)
+        try:
+            for (op, part), done in zip(parts, waiting, strict=True):
+                if done.exception():
+                    print(f"not compiled ahead: {op} {part}: {done.exception()}"[:300], file=sys.stderr)
+        except BaseException:  # an interrupt: the pool would wait for all of them
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
 
 
 def do_once(op: str, choice: Choice, compiled: bool, end: float) -> None:

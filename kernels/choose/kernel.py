@@ -17,6 +17,9 @@ a row reduces the slices. With warpers two kernels run:
    are then found exactly on order-preserving integer keys of the candidates: by comparing each with all while they are
    few, else four bits at a time.
 
+A choice under top-p alone looks for no threshold: tokens are taken in the order of their scores, noise included, until
+those more likely than the token weigh less than top-p. The first one does with probability top-p or more.
+
 top-p sums probabilities in 64-bit fixed point (2^-40 of the largest probability), so the sum has no order. The torch
 reference sums in fp32, in sorted order: the two can differ only for a token at which the cumulative probability is
 within about 1e-6 of the threshold. Tied tokens go lowest id first, the best stays, as in transformers.
@@ -245,15 +248,11 @@ def select_kernel(
         if not WHOLE and top_p < 0.9999:
             # What a group has below t weighs at most 64 exp(t), and at most what it weighs without its largest if that
             # is not below t. All groups' together: safely less than is dropped?
-            spare = total.to(tl.float32) * (0.9 / UNIT) * (1.0 - top_p)
-            step = tl.full((), 64, tl.int32)
-            for start in range(0, 64, 16):
-                steps = start + tl.arange(0, 16)
-                depths = 0.5 * (steps + 1).to(tl.float32)[:, None]  # [16, 1]
-                most = tl.where(maxima[None, :] >= top - depths, (weights - peaks)[None, :], weights[None, :])
-                below = tl.sum(tl.minimum(most, GROUP_SIZE * tl.exp(-depths)), 1)
-                step = tl.minimum(step, tl.min(tl.where(below <= spare, steps, 64), 0))
-            floor = tl.where(step < 64, top - 0.5 * (step + 1).to(tl.float32), float("-inf"))
+            spare = total.to(tl.float32) * (0.98 / UNIT) * (1.0 - top_p)
+            depths = 0.6 * (1 + tl.arange(0, 32)).to(tl.float32)
+            most = tl.where(maxima[None, :] >= top - depths[:, None], (weights - peaks)[None, :], weights[None, :])
+            below = tl.sum(tl.minimum(most, (tl.exp(-depths) * GROUP_SIZE)[:, None]), 1)  # [32]
+            floor = top - tl.min(tl.where(below <= spare, depths, float("inf")), 0)
     elif MIN_P and TOP_K == 0:
         floor = tl.where(min_p > 1e-37, top + tl.log(tl.maximum(min_p, 1e-37)) - 0.01, float("-inf"))
 
@@ -282,45 +281,71 @@ def select_kernel(
         count += tl.sum(found.to(tl.int32), 0)
     tl.debug_barrier()
 
-    # Thresholds: keys above `least_key` stay; of the keys equal to it the ids from `least_id` on.
+    # Thresholds: keys above `least_key` stay; of the keys equal to it the ids from `least_id` on. For a choice the one
+    # of top-p is not searched for.
+    PARTS: tl.constexpr = min(BLOCK, 256)  # candidates that are compared with several tests at once
     least_key = tl.full((), 0, tl.uint32)
     least_id = tl.full((), 0, tl.uint32)
+    target = tl.full((), 1 << 62, tl.int64)
     if TOP_K > 0:
-        least_key = _threshold(p_values, p_ids, count, TOP_K, top, 0, BLOCK, FEW, TOGETHER)
+        least_key = _threshold(p_values, p_ids, count, TOP_K, top, 0, PARTS, FEW, TOGETHER)
     if TOP_P:
         if TOP_K > 0:
             total = _mass(p_values, count, top, least_key, BLOCK)
         target = tl.maximum((total.to(tl.float64) * top_p).to(tl.int64), 1)
-        key = _threshold(p_values, p_ids, count, target, top, 1, BLOCK, FEW, TOGETHER)
-        if key >= least_key:
-            least_key = key
-            above = _mass(p_values, count, top, key + 1, BLOCK)
-            tied = _mass(p_values, count, top, key, BLOCK) - above
-            one = (tl.exp(value_of(key) - top) * UNIT).to(tl.int64)
-            if tied > one:
-                stay = (target - above + one - 1) // tl.maximum(one, 1)
-                least_id = _search(p_values, p_ids, count, stay.to(tl.int32), top, key, 2, BLOCK)
-
-    # The scores of what stays, over the candidates' values.
-    nothing = rank_key(tl.full((), float("-inf"), tl.float32), tl.full((), V, tl.int32))
-    winner = nothing
-    for start in range(0, count, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        values = tl.load(p_values + at, at < count, float("-inf"))
-        tokens = tl.load(p_ids + at, at < count, V)
-        keys = order_key(values)
-        stays = (at < count) & ((keys > least_key) | ((keys == least_key) & (tokens.to(tl.uint32) >= least_id)))
-        if MIN_P:
-            stays = stays & ((values == top) | (tl.exp(values - top) >= min_p))  # the best stays
-        if NOISE == 1:
-            values = values + gumbel_at(tokens, seed, stream, position)
-        elif NOISE == 2:
-            values = values + tl.load(p_noise + row * V + tokens, at < count, 0.0)
-        values = tl.where(stays, values, float("-inf"))
         if CHILDREN > 0:
-            tl.debug_barrier()  # in a small vocabulary several warps hold the same values: all have read them
-            tl.store(p_values + at, values, at < count)
-        winner = tl.maximum(winner, tl.max(tl.where(stays, rank_key(values, tokens), nothing), 0))
+            key = _threshold(p_values, p_ids, count, target, top, 1, PARTS, FEW, TOGETHER)
+            if key >= least_key:
+                least_key = key
+                above = _mass(p_values, count, top, key + 1, BLOCK)
+                tied = _mass(p_values, count, top, key, BLOCK) - above
+                one = (tl.exp(value_of(key) - top) * UNIT).to(tl.int64)
+                if tied > one:
+                    stay = (target - above + one - 1) // tl.maximum(one, 1)
+                    least_id = _search(p_values, p_ids, count, stay.to(tl.int32), top, key, 2, PARTS)
+
+    # The scores of what stays, over the candidates' values, and the best of them. A choice under top-p takes tokens in
+    # the order of their scores, until those more likely than the token weigh less than top-p: mostly the first one.
+    nothing = rank_key(tl.full((), float("-inf"), tl.float32), tl.full((), V, tl.int32))
+    winner, last = nothing, tl.full((), 0x7FFFFFFFFFFFFFFF, tl.int64)
+    least = tl.full((), float("-inf"), tl.float32)
+    searching = count > 0
+    while searching:
+        winner = nothing
+        for start in range(0, count, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            values = tl.load(p_values + at, at < count, float("-inf"))
+            tokens = tl.load(p_ids + at, at < count, V)
+            keys = order_key(values)
+            stays = (at < count) & ((keys > least_key) | ((keys == least_key) & (tokens.to(tl.uint32) >= least_id)))
+            if MIN_P:
+                stays = stays & ((values == top) | (tl.exp(values - top) >= min_p))  # the best stays
+            stays = stays & (values >= least)
+            if NOISE == 1:
+                values = values + gumbel_at(tokens, seed, stream, position)
+            elif NOISE == 2:
+                values = values + tl.load(p_noise + row * V + tokens, at < count, 0.0)
+            values = tl.where(stays, values, float("-inf"))
+            if CHILDREN > 0:
+                tl.debug_barrier()  # in a small vocabulary several warps hold the same values: all have read them
+                tl.store(p_values + at, values, at < count)
+            ranked = rank_key(values, tokens)
+            winner = tl.maximum(winner, tl.max(tl.where(stays & (ranked < last), ranked, nothing), 0))
+        searching = False
+        if TOP_P and CHILDREN == 0:
+            last, token = winner, value_and_id(winner)[1]
+            if token < V:
+                least = scale_logits(tl.load(p_logits + token), scale, SCALING)  # what is less likely is out, too
+                above = tl.full((), 0, tl.int64)
+                for start in range(0, count, BLOCK):
+                    at = start + tl.arange(0, BLOCK)
+                    values = tl.load(p_values + at, at < count, float("-inf"))
+                    tokens = tl.load(p_ids + at, at < count, V)
+                    before = (at < count) & ((values > least) | ((values == least) & (tokens > token)))
+                    if TOP_K > 0:
+                        before = before & (order_key(values) >= least_key)
+                    above += tl.sum(tl.where(before, (tl.exp(values - top) * UNIT).to(tl.int64), 0), 0)
+                searching = above >= target
     best, chosen = value_and_id(winner)
     if CHILDREN == 0:
         tl.store(p_out + i_row, tl.where(valid & (chosen < V), chosen, NO_CHOICE))

@@ -20,10 +20,10 @@ from stagedspec.kernels.common.registry import (
 )
 
 SLICE = 2048  # tokens of one program of `scan`
-BLOCK = 256  # candidates looked at together
+BLOCK = 512  # candidates looked at together
 FEW = 128  # and four times as many: candidates that are compared with each other
 TOGETHER = 32  # of them at a time
-SPAN = 64  # groups compacted together
+SPAN = 64  # groups compacted together; under top-p twice as many
 WARPS = {"scan_warps": 4, "select_warps": 8}
 SPILLING = (80, 89, 90, 100, 120)  # `select_kernel`'s, see `most_registers`
 
@@ -135,7 +135,7 @@ def candidates(shape: tuple[int], device: torch.device) -> list[dict[str, int]]:
     """Settings to try at the shape (V,), the default first."""
     default = {"slice": SLICE, "block": BLOCK, "span": SPAN} | WARPS
     others = [{"slice": size, "scan_warps": warps} for size in (1024, 2048, 4096) for warps in (2, 4, 8)]
-    others += [{"block": 512}]
+    others += [{"block": 1024}]
     others += [{"span": span, "select_warps": warps} for span in (16, 32, 64) for warps in (4, 8, 16)]
     return [default, *(default | other for other in others if default | other != default)]
 
@@ -161,7 +161,7 @@ def launch_select(
     whole = not sampling.warped(vocab_size)
     if whole:  # also where greedy decoding ignores warpers
         scoring, top_k, top_p, min_p = AS_THEY_ARE, 0, 1.0, 0.0
-    warps = settings["select_warps"]
+    warps, span = settings["select_warps"], settings["span"] * (2 if top_p < 1.0 else 1)
     members = parts.take(rows * count, torch.int32)
     values, ids = parts.take(rows * vocab_size), parts.take(rows * vocab_size, torch.int32)
     launch_kernel(
@@ -174,7 +174,7 @@ def launch_select(
         NOISE=scoring.noise_kind, TOP_K=top_k if 0 < top_k < vocab_size else 0, TOP_P=top_p < 1.0, MIN_P=min_p > 0.0,
         CHILDREN=0 if logprobs is None else out.shape[1], WHOLE=whole,
         BLOCK=min(settings["block"], triton.next_power_of_2(vocab_size)),
-        FEW=FEW, TOGETHER=TOGETHER, SPAN=min(settings["span"], triton.next_power_of_2(count)),
+        FEW=FEW, TOGETHER=TOGETHER, SPAN=min(span, triton.next_power_of_2(count)),
         num_warps=warps, maxnreg=most_registers(architecture(logits.device), warps, SPILLING),
         **launch_options(logits.device),
     )  # fmt: skip

@@ -250,9 +250,11 @@ class DraftCascade:
         missed too many. Returns the number of passes that the controller learns of."""
         controller, most = cast(Controller, self.controller), max(WAITS)
         count, whole = min(controller.missed, most), controller.unread or controller.missed > most
+        # Plain steps write one token each. What drafted steps wrote before, the host may not know yet.
+        written = controller.unread + controller.missed if controller.unread else self.sequences.longest
         controller.catch_up()
         if whole:
-            self.reader.read(self.sequences.longest - 2 - count)
+            self.reader.read(written - 2 - count)
         if not count:
             return 0
         self._read(count, self.noise)

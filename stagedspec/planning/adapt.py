@@ -230,7 +230,8 @@ class Controller:
         self.missed = self.unread = 0
 
     def read(self, rows: Sequence[Sequence[tuple[int, float]]]) -> None:
-        """Takes the draft's ranks of tokens written without it. In a batch the row that it guesses worst counts.
+        """Takes the draft's ranks of tokens written without it. In a batch the mean over all rows counts: a few tokens
+        do not say which row will be done last, and the worst of them would be an accident.
 
         rows: for each row that is running, of each token in turn: its rank among the draft's children, -1 for none, and
         the log-probability that the draft gave it.
@@ -244,7 +245,7 @@ class Controller:
         self.onward.add(onward, weight)
         for known in self.known[1:]:
             level = known.level
-            known.gained(1.0 + min(_mean_path(level.tree, level.reach, [row], onward) for row in rows), weight)
+            known.gained(1.0 + _mean_path(level.tree, level.reach, rows, onward), weight)
         if self.chosen == 0:
             self._wait = min(self._wait + 1, len(WAITS) - 1)
         self._choose()

@@ -118,11 +118,11 @@ class PassTimes:
         for key in keys:
             if key not in self._passes:
                 model = self.draft if key[0] else self.target
-                self._passes[key] = ops.repeated(_pass(model, *key))
+                self._passes[key] = ops.repeated(timed_pass(model, *key))
         ops.prepare([(self._passes[key], ()) for key in keys], self.target.device)
 
 
-def _pass(model: GPT2, draft: bool, batch: int, nodes: int, sampled: bool) -> Callable[[], object]:
+def timed_pass(model: GPT2, draft: bool, batch: int, nodes: int, sampled: bool) -> Callable[[], object]:
     """A pass over `nodes` nodes of each of `batch` sequences, up to the choice of its tokens."""
     ops, device = model.ops, model.device
     context = min(CONTEXT, model.positions - 1)

@@ -336,6 +336,17 @@ def test_a_reading_weighs_by_the_tokens_of_a_row():
     assert one.known[3].lasting.weight == pytest.approx(second().known[3].lasting.weight * LASTING**weight + weight)
 
 
+def test_a_row_that_misses_a_few_tokens_does_not_end_drafting():
+    """Another one in every reading: over the generation all rows are alike."""
+    controller = second()
+    controller.chosen = 0
+    for number in range(6):
+        rows = [[(0, -0.05)] * 4 for _ in range(8)]
+        rows[number] = [(-1, -9.0)] * 4
+        make_reading(controller, rows)
+    assert controller.chosen > 0
+
+
 def test_a_walk_takes_no_more_siblings_than_the_tree_has_nodes_for():
     """Of three nodes two are left for the root's children, and one below the first of them."""
     tree = TreeConfig(nodes=3, depth=2, passes=2, width=1, children=4, prefetch=0)
