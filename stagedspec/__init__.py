@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # for type checkers: at run time `__getattr__` imports them
     from stagedspec import hf
     from stagedspec.decoder import Chunk, Completion, Decoder
-    from stagedspec.decoding.sampling import Sampling
+    from stagedspec.decoding.sampling import Sampling, row_seed
     from stagedspec.decoding.stats import Stats
     from stagedspec.models.ngram import KatzTable
     from stagedspec.planning.tree import MODES, TreeConfig
@@ -21,6 +21,7 @@ _EXPORTS = {
     "Sampling": "decoding.sampling",
     "Stats": "decoding.stats",
     "TreeConfig": "planning.tree",
+    "row_seed": "decoding.sampling",
 }
 __all__ = [
     "MODES",
@@ -33,6 +34,7 @@ __all__ = [
     "TreeConfig",
     "__version__",
     "hf",
+    "row_seed",
 ]
 
 

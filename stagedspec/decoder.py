@@ -1,26 +1,27 @@
 """The public `Decoder`: loads models, reads the arguments of calls, and decodes."""
 
 import copy
+import itertools
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partialmethod
+from functools import partial, partialmethod
 from pathlib import Path
 from threading import Lock
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
 import torch
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 
-from stagedspec.decoding import arguments
+from stagedspec.decoding import arguments, many
 from stagedspec.decoding import warm_up as warmup
 from stagedspec.decoding.callbacks import Callbacks, ended
 from stagedspec.decoding.decoder_cache import cached, draft_key
 from stagedspec.decoding.generation import Generation
 from stagedspec.decoding.output import StagedOutput, finish
 from stagedspec.decoding.pool import GenerationPool
-from stagedspec.decoding.request import Call, CallContext, Request, StagedOptions, encode
+from stagedspec.decoding.request import MAX_BATCH, Call, CallContext, Request, StagedOptions, encode
 from stagedspec.decoding.stats import ORIGINS, Stats, marks_wanted
 from stagedspec.devices import resolve_device, resolve_dtype
 from stagedspec.kernels.backends import select as kernel_backend
@@ -42,18 +43,29 @@ from stagedspec.models.ngram import KatzTable
 from stagedspec.planning.planner import TreePlanner
 from stagedspec.planning.profile import Tuning
 from stagedspec.planning.tree import TreeConfig
+from stagedspec.values import at_least
 
 log = logging.getLogger("stagedspec")
 
 
 @dataclass(frozen=True)
 class Completion:
-    """A completed prompt: the new text, its tokens, who first proposed each of them, and what it cost."""
+    """A completed prompt: the new text, its tokens, who first proposed each of them, and what it cost.
+
+    finish_reason: "length" where the limit ended it; "stop" where an end-of-sequence token, a stop string or another
+    criterion did; "skipped" for a prompt that `complete_many` could not complete, for the reason in `error`.
+    index, sample, seed: of `complete_many`: of the prompt, of its completion, and, sampled, the seed that repeats it.
+    """
 
     text: str
     tokens: list[int]
     origins: list[str]
     stats: Stats
+    finish_reason: str = "length"
+    error: str | None = None
+    index: int = 0
+    sample: int = 0
+    seed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -378,27 +390,131 @@ class Decoder:
 
     def complete(self, prompt: str | torch.Tensor, max_new_tokens: int | None = None, **options: Any) -> Completion:
         """Completes one prompt, text or LongTensor [T] or [1, T]; options as in `generate`, but 64 new tokens."""
-        chunks = list(self.stream(prompt, max_new_tokens, **options))
-        tokens = [token for chunk in chunks for token in chunk.tokens]
-        origins = [origin for chunk in chunks for origin in chunk.origins]
-        return Completion("".join(chunk.text for chunk in chunks), tokens, origins, cast(Stats, self.last_stats))
+        call = self._read_one(prompt, max_new_tokens, options)
+        run = self._start(call.request, call.callbacks, call.began)
+        for _ in run.steps():
+            if call.callbacks is not None:
+                call.callbacks.notify(run.sequences, run.prompt_lengths)
+        stats = self.last_stats = run.stats()
+        one = many.Waiting(many.Prompt(prompt), call)
+        completion = self._completion(many.Ended.of(one, run.sequences.rows[0], stats))
+        self._keep(run, stats)
+        return completion
+
+    def complete_many(
+        self,
+        prompts: Iterable[str | torch.Tensor],
+        max_new_tokens: int | None = None,
+        *,
+        num_samples: int = 1,
+        seed: int | Sequence[int] | torch.Tensor | None = None,
+        batch: int = MAX_BATCH,
+        ordered: bool = True,
+        window: int = 512,
+        skip: Container[tuple[int, int]] = (),
+        **options: Any,
+    ) -> Iterator[Completion]:
+        """Completes prompts, texts or LongTensors [T], in batches, and yields a `Completion` for each sample of each.
+
+        Its tokens are those of `complete(prompt, seed=completion.seed, ...)`, whatever is decoded beside it. Options as
+        in `complete`; a stopping criterion sees one row at a time, and with logits processors prompts are decoded one
+        by one. A prompt that is empty, too long or no text is skipped: the logger `stagedspec` names it, and so does
+        its completion, with the finish_reason "skipped".
+
+        num_samples: completions of each prompt. seed: of a sampled run, which gives each row the seed
+        `row_seed(seed, index, sample)`; or one a prompt, used as they are; None draws one, as in `generate`. batch:
+        rows decoded together. ordered: whether completions come in the order of the prompts, or as they end. window:
+        so many rows are read ahead and sorted by length. skip: pairs (index, sample) that are left out, such as those
+        of an earlier run.
+
+        Where the backend can (torch), the next prompt takes the place of a row that has ended; else (triton) a batch
+        ends as a whole. All is decoded with the weights at the time of the call. `last_stats` is left as it is.
+
+        Raises ValueError for bad options, before any work; InvalidLogitsError as `generate` raises it.
+        """
+        if isinstance(prompts, (str, torch.Tensor)) or not isinstance(prompts, Iterable):
+            raise ValueError(
+                f"prompts must be several texts or LongTensors of token ids, got {type(prompts).__name__}: "
+                "give a list, or use complete for one"
+            )
+        num_samples, window = at_least("num_samples", num_samples), at_least("window", window)
+        if at_least("batch", batch) > MAX_BATCH:
+            raise ValueError(f"batch must be at most {MAX_BATCH}, got {batch}")
+        if options.get("max_time") is not None:
+            raise ValueError("complete_many takes no max_time: a prompt's time would pass while others are decoded")
+        self.follow()
+        context = self.context
+        options = arguments.with_shared_criteria(context, options)
+        # A prompt of one token shows whether the options are good: what is refused later is a prompt. With a tree that
+        # is given nothing is measured.
+        tree = options.get("tree") or self.planner.fixed or TreeConfig()
+        one = torch.zeros(1, dtype=torch.long, device="cpu")
+        trial = self._read_one(one, max_new_tokens, {**options, "seed": 0, "tree": tree}, context)
+        seed_of = many.seeds(seed, num_samples, trial.request.sampling.do_sample)
+
+        def read(prompt: many.Prompt, batch: int) -> Call:
+            return self._read_one(prompt.given, max_new_tokens, {**options, "seed": prompt.seed}, context, batch)
+
+        each = (
+            many.Prompt(prompt, index, sample, seed_of(index, sample))
+            for index, prompt in enumerate(prompts)
+            for sample in range(num_samples)
+            if (index, sample) not in skip
+        )
+        return self._complete_many(each, read, context.models, batch, window, ordered)
+
+    def _complete_many(
+        self,
+        prompts: Iterator[many.Prompt],
+        read: Callable[[many.Prompt, int], Call],
+        models: Models,
+        batch: int,
+        window: int,
+        ordered: bool,
+    ) -> Iterator[Completion]:
+        done: dict[int, Completion] = {}  # not yielded yet, by number
+        numbers, following = itertools.count(), 0
+
+        def windows() -> Iterator[list[many.Waiting]]:
+            while part := list(itertools.islice(prompts, window)):
+                together, waiting = batch if len(part) > 1 else 1, []
+                for prompt, number in zip(part, numbers, strict=False):
+                    try:
+                        waiting.append(many.Waiting(prompt, read(prompt, together), number))
+                    except ValueError as error:
+                        log.warning("prompt %d is skipped: %s", prompt.index, error)
+                        done[number] = Completion("", [], [], Stats(""), "skipped", str(error), *prompt.names)
+                yield waiting
+
+        def start(request: Request, callbacks: Callbacks | None) -> Generation:
+            return self._start(request, callbacks, models=models)
+
+        replaces = models.target.ops.replaces_rows
+        ended = many.decode(windows(), batch, replaces, start, partial(self._keep, stats=None))
+        for one in itertools.chain(ended, [None]):  # at the end, those that were skipped last
+            if one is not None:
+                done[one.number] = self._completion(one)
+            while done and (not ordered or following in done):
+                yield done.pop(following if ordered else next(iter(done)))
+                following += 1
+
+    def _completion(self, ended: many.Ended) -> Completion:
+        return Completion(
+            self._decode(ended.tokens),
+            ended.tokens,
+            [ORIGINS[origin] for origin in ended.origins],
+            ended.stats,
+            "stop" if ended.stopped else "length",
+            None,
+            *ended.prompt.names,
+        )
 
     def stream(self, prompt: str | torch.Tensor, max_new_tokens: int | None = None, **options: Any) -> Iterator[Chunk]:
         """Completes one prompt and yields what each step adds; options as in `generate`, but 64 new tokens.
 
         Closing the iterator, or Ctrl-C, ends it cleanly.
         """
-        input_ids = encode(prompt, self.tokenizer)
-        if len(input_ids) != 1:
-            raise ValueError(f"stream and complete take one prompt, got a batch of {len(input_ids)}; use generate")
-        for name in ("streamer", "return_dict_in_generate", "assistant_model"):
-            if options.get(name):
-                raise ValueError(f"stream and complete take no {name}: use generate")
-        lengths = {"generation_config", "max_new_tokens", "max_length"}
-        if max_new_tokens is None and not lengths & (options.keys() | self.defaults.keys()):
-            max_new_tokens = 64
-        staged = StagedOptions(options.pop("mode", "staged"), options.pop("seed", None), options.pop("tree", None))
-        return self._stream(self._read(input_ids, None, max_new_tokens, staged, options))
+        return self._stream(self._read_one(prompt, max_new_tokens, options))
 
     def _stream(self, call: Call) -> Iterator[Chunk]:
         run = self._start(call.request, call.callbacks, call.began)
@@ -431,11 +547,18 @@ class Decoder:
 
     # ------------------------------------------------------------ generations
 
-    def _start(self, request: Request, callbacks: Callbacks | None = None, began: float | None = None) -> Generation:
+    def _start(
+        self,
+        request: Request,
+        callbacks: Callbacks | None = None,
+        began: float | None = None,
+        models: Models | None = None,
+    ) -> Generation:
+        """models: of the time when the request was read; None for the current ones."""
         controller = self.planner.controller(
             request.mode, len(request.prompts), request.sampling.do_sample, request.levels
         )
-        return self.pool.take(self.models, request, callbacks, self.mark, controller, began)
+        return self.pool.take(models or self.models, request, callbacks, self.mark, controller, began)
 
     def _keep(self, run: Generation, stats: Stats | None) -> None:
         """Returns a generation that has ended to the pool; its results must have been read before."""
@@ -486,12 +609,34 @@ class Decoder:
         )  # fmt: skip
 
     def _read(
-        self, input_ids: Any, attention_mask: Any, max_new_tokens: Any, staged: StagedOptions, options: dict
-    ) -> Call:
-        """The arguments of `generate`, read and checked."""
+        self, input_ids: Any, attention_mask: Any, max_new_tokens: Any, staged: StagedOptions, options: dict,
+        context: CallContext | None = None,
+    ) -> Call:  # fmt: skip
+        """The arguments of `generate`, read and checked. context: None for the current one."""
         began = time.perf_counter()
-        self.follow()
-        return arguments.read(self.context, input_ids, attention_mask, max_new_tokens, staged, options, began)
+        if context is None:
+            self.follow()
+            context = self.context
+        return arguments.read(context, input_ids, attention_mask, max_new_tokens, staged, options, began)
+
+    def _read_one(
+        self, prompt: str | torch.Tensor, max_new_tokens: int | None, options: dict[str, Any],
+        context: CallContext | None = None, batch: int | None = None,
+    ) -> Call:  # fmt: skip
+        """The arguments of `complete`, read and checked. batch: of `StagedOptions`."""
+        input_ids = encode(prompt, self.tokenizer)
+        if len(input_ids) != 1:
+            raise ValueError(f"stream and complete take one prompt, got a batch of {len(input_ids)}; use generate")
+        options = dict(options)
+        for name in ("streamer", "return_dict_in_generate", "assistant_model"):
+            if options.get(name):
+                raise ValueError(f"stream and complete take no {name}: use generate")
+        lengths = {"generation_config", "max_new_tokens", "max_length"}
+        if max_new_tokens is None and not lengths & (options.keys() | self.defaults.keys()):
+            max_new_tokens = 64
+        mode, seed, tree = options.pop("mode", "staged"), options.pop("seed", None), options.pop("tree", None)
+        staged = StagedOptions(mode, seed, tree, batch)
+        return self._read(input_ids, None, max_new_tokens, staged, options, context)
 
     def tree_for(
         self, mode: str, batch: int = 1, tree: TreeConfig | None = None, do_sample: bool = False

@@ -28,7 +28,7 @@ LAYERS = (
     ("stagedspec.planning",),
     ("stagedspec.decoding",),
     ("stagedspec.decoder",),
-    ("stagedspec.hf", "stagedspec.tuning", "stagedspec.check", "stagedspec.training"),
+    ("stagedspec.hf", "stagedspec.ray", "stagedspec.tuning", "stagedspec.check", "stagedspec.training"),
     ("stagedspec.cli",),
     ("stagedspec.__main__",),
 )

@@ -22,6 +22,8 @@ A backend may leave out what belongs to a capability that it does not have. Each
     skips_passes         `Growth.pays` is always True and `TreeConfig.pass_floor` has no effect; a step verifies as many
                          nodes as its tree may have, so `TreeConfig.node_floor` saves no time
     adapts_trees         `AdaptiveBackend` is left out; every step uses one tree
+    replaces_rows        `ReplaceableSequences` and `ReplaceableNoise` are left out; a row that has ended waits for the
+                         others
     keeps_generations    `ReusableSequences` and `ReusableNoise` are left out; every generation makes its own state
     times_phases         of the phases of a step, the statistics have the time of prefill alone
     compiles_kernels     `CompilingBackend` is left out; there is nothing to warm up (`Decoder.warm_up`) or to check
@@ -130,8 +132,8 @@ class Sequences(Protocol):
         """Number of steps in which any row ran."""
 
     @property
-    def accepted(self) -> Counter[int]:
-        """How many row-steps accepted so many tokens from nodes below the root."""
+    def accepted(self) -> list[Counter[int]]:
+        """For each row, how many of its steps accepted so many tokens from nodes below the root."""
 
 
 class ReusableSequences(Sequences, Protocol):
@@ -141,11 +143,19 @@ class ReusableSequences(Sequences, Protocol):
     def chunk_sizes(self) -> list[int]:
         """All sizes that `chunks` may return."""
 
-    def fits(self, prompts: list[list[int]], new_tokens: int, eos: Sequence[int]) -> bool:
+    def fits(self, prompts: list[list[int]], new_tokens: int | Sequence[int], eos: Sequence[int]) -> bool:
         """Whether `restart` can take these arguments."""
 
-    def restart(self, prompts: list[list[int]], new_tokens: int, eos: Sequence[int]) -> None:
+    def restart(self, prompts: list[list[int]], new_tokens: int | Sequence[int], eos: Sequence[int]) -> None:
         """Begins another generation in the same tensors. Arguments as of `Backend.make_sequences`."""
+
+
+class ReplaceableSequences(Sequences, Protocol):
+    """Sequences in which another prompt can take the place of a row that has ended. Only where
+    `Backend.replaces_rows`."""
+
+    def replace(self, index: int, prompt: list[int], new_tokens: int) -> None:
+        """Begins row `index` anew, between two steps. `capacity` tokens must be enough for it."""
 
 
 class NoiseAt(Protocol):
@@ -170,6 +180,13 @@ class ReusableNoise(Noise, Protocol):
 
     def restart(self, seeds: list[int], streams: list[int]) -> None:
         """Begins another generation in the same tensors. Arguments as of `Backend.make_noise`."""
+
+
+class ReplaceableNoise(Noise, Protocol):
+    """Noise of `ReplaceableSequences`. Only where `Backend.replaces_rows`."""
+
+    def replace(self, index: int, seed: int, stream: int, start: int, limit: int) -> None:
+        """Begins row `index` anew, whose prompt has `start` tokens. The rest as of `Backend.make_noise`."""
 
 
 class Moves(Protocol):
@@ -330,6 +347,8 @@ class Backend(Protocol):
     skips_passes: bool
     # The tree may change from step to step, by what was accepted so far.
     adapts_trees: bool
+    # Between two steps another prompt can take the place of a row that has ended.
+    replaces_rows: bool
     # State stays in place, so that the next generation can use it, with the CUDA graphs over it.
     keeps_generations: bool
     # The host sees when each phase of a step begins and ends: it is not replayed as a whole.
@@ -358,10 +377,15 @@ class Backend(Protocol):
     # ------------------------------------------------------------ state
 
     def make_sequences(
-        self, prompts: list[list[int]], new_tokens: int, eos: Sequence[int], device: torch.device, most: int = 1
+        self,
+        prompts: list[list[int]],
+        new_tokens: int | Sequence[int],
+        eos: Sequence[int],
+        device: torch.device,
+        most: int = 1,
     ) -> Sequences:
-        """State of a generation. prompts: token ids of each row; new_tokens: at most so many more; eos: ids that end a
-        row; most: tokens that a row may gain in one step."""
+        """State of a generation. prompts: token ids of each row; new_tokens: at most so many more, one number or one a
+        row; eos: ids that end a row; most: tokens that a row may gain in one step."""
 
     def make_noise(
         self,

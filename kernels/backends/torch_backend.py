@@ -70,6 +70,7 @@ class TorchBackend:
 
     skips_passes = True
     adapts_trees = True
+    replaces_rows = True
     keeps_generations = False
     times_phases = True
     compiles_kernels = False
@@ -98,7 +99,12 @@ class TorchBackend:
     # ------------------------------------------------------------ state
 
     def make_sequences(
-        self, prompts: list[list[int]], new_tokens: int, eos: Sequence[int], device: torch.device, most: int = 1
+        self,
+        prompts: list[list[int]],
+        new_tokens: int | Sequence[int],
+        eos: Sequence[int],
+        device: torch.device,
+        most: int = 1,
     ) -> host.Sequences:
         return host.Sequences(prompts, new_tokens, eos, device)
 

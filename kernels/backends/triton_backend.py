@@ -87,6 +87,8 @@ class TritonBackend:
     # A step is a CUDA graph, one for each tree: its passes and its tensors never change.
     skips_passes = False
     adapts_trees = True
+    # It could: a graph reads the state of a row from memory that stays. Nothing resets that of a single row yet.
+    replaces_rows = False
     keeps_generations = True
     times_phases = False
     compiles_kernels = True
@@ -148,7 +150,12 @@ class TritonBackend:
     # ---------------------------------------------------------------- state
 
     def make_sequences(
-        self, prompts: list[list[int]], new_tokens: int, eos: Sequence[int], device: torch.device, most: int = 1
+        self,
+        prompts: list[list[int]],
+        new_tokens: int | Sequence[int],
+        eos: Sequence[int],
+        device: torch.device,
+        most: int = 1,
     ) -> state.Sequences:
         return state.Sequences(prompts, new_tokens, eos, device, most)
 

@@ -23,7 +23,7 @@ from stagedspec.kernels.common.constants import (
 from stagedspec.kernels.common.inputs import NgramTable, TreeSettings
 from stagedspec.kernels.compiled.build import compiled, entry
 from stagedspec.kernels.reference.noise import Noise
-from stagedspec.kernels.state.host import Batch, Sequences, Tree, Trees
+from stagedspec.kernels.state.host import Batch, Row, Sequences, Tree, Trees
 
 NEVER = float("-inf")
 NONE = -1
@@ -322,6 +322,7 @@ class Growth:
         self.floor, self._pass_floor = (math.log(f) if f else NEVER for f in (config.node_floor, config.pass_floor))
         rows = len(sequences.rows)
         self.slots = Slots.of(rows, config.slots, config.children, sequences.capacity)
+        self._rows: list[Row | None] = [None] * rows  # whose text is in the arrays
         self.table, self.ring = Successors.of(table), Ring.of(noise)
         self._found, self._sizes = np.empty((4, rows, config.nodes - 1), np.int64), np.empty(rows, np.int64)
         self.begin()
@@ -330,10 +331,10 @@ class Growth:
         """Starts the trees of a step: slots of the catch-up token, unless no running row needs it, and the root."""
         slots = self.slots
         for b, row in enumerate(self.sequences.rows):
-            known, length = int(slots.lengths[b]), len(row.tokens)
+            known, length = int(slots.lengths[b]) if row is self._rows[b] else 0, len(row.tokens)
             if known < length:
                 slots.text[b, known:length] = row.tokens[known:]
-            slots.lengths[b], slots.running[b] = length, row.running
+            slots.lengths[b], slots.running[b], self._rows[b] = length, row.running, row
         running = [row.caught_up for row in self.sequences.rows if row.running]
         self.caught_up = bool(running) and all(running)
         _begin(slots, self.caught_up)

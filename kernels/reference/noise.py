@@ -103,7 +103,7 @@ class Noise:
     ):
         """reach: positions that a step needs; limits: the position of each row from which on none is ever chosen;
         past: positions that are kept behind."""
-        self.vocab_size, self.reach, self.limits = vocab_size, reach, limits
+        self.vocab_size, self.reach, self.limits = vocab_size, reach, list(limits)
         self.seeds = torch.tensor(seeds, device=device)
         self.streams = torch.tensor(streams, device=device)
         self.block = max(1, min(self.BLOCK, self.MEMORY // (vocab_size * len(seeds))))
@@ -112,6 +112,12 @@ class Noise:
         self.host = self.values.cpu().numpy()  # on a CPU the same memory
         self.lengths: list[int] = []
         self.made: list[int] = []  # the first position of each row that is not made yet
+
+    def replace(self, index: int, seed: int, stream: int, start: int, limit: int) -> None:
+        """Begins a row anew: another seed and stream, for the positions from `start` to before `limit`."""
+        self.seeds[index], self.streams[index], self.limits[index] = seed, stream, limit
+        if self.made:
+            self.made[index] = start
 
     def advance(self, sequences: Sequences) -> None:
         """Makes the positions that a step of the sequences can choose for available."""

@@ -98,21 +98,28 @@ class _Span(NamedTuple):
 class Sequences:
     """The committed tokens of a batch, and when each row stops, on the device.
 
-    prompts: token ids of each row; new_tokens: at most so many more; eos: ids that end a row; most: tokens that a row
-    may gain in one step. capacity: the most tokens that a row may hold, in this generation or another one.
+    prompts: token ids of each row; new_tokens: at most so many more, one number or one a row; eos: ids that end a row;
+    most: tokens that a row may gain in one step. capacity: the most tokens that a row may hold, in this generation or
+    another one.
 
     Raises ValueError for an empty prompt, for no new tokens, and for a device that cannot run kernels.
     """
 
     def __init__(
-        self, prompts: list[list[int]], new_tokens: int, eos: Sequence[int], device: torch.device, most: int = 1
+        self,
+        prompts: list[list[int]],
+        new_tokens: int | Sequence[int],
+        eos: Sequence[int],
+        device: torch.device,
+        most: int = 1,
     ):
         if not prompts or not all(prompts):
             raise ValueError(f"every prompt needs at least one token, got {[len(prompt) for prompt in prompts]}")
-        if new_tokens < 1:
+        limits = host.limits_of(prompts, new_tokens)
+        if any(limit <= len(prompt) for prompt, limit in zip(prompts, limits, strict=True)):
             raise ValueError(f"new_tokens must be at least 1, got {new_tokens}")
         rows, self.most = len(prompts), most
-        self.device, self.capacity = device, _whole(max(map(len, prompts)) + new_tokens, TOKENS)
+        self.device, self.capacity = device, _whole(max(limits), TOKENS)
         check_runs(torch.empty(0, device=device), "Sequences")
 
         # One block of memory: one copy to the device begins a generation, one copy to the host reads its results.
@@ -147,16 +154,18 @@ class Sequences:
         fields = {name: block[place] for name, place in self._places.items()}
         return fields | {"tokens": fields["tokens"].view(-1, self.capacity)}
 
-    def fits(self, prompts: list[list[int]], new_tokens: int, eos: Sequence[int]) -> bool:
+    def fits(self, prompts: list[list[int]], new_tokens: int | Sequence[int], eos: Sequence[int]) -> bool:
         """Whether `restart` has room for these arguments."""
-        room = max(map(len, prompts)) + new_tokens <= self.capacity and len(set(eos)) <= len(self.state.eos)
+        limits = host.limits_of(prompts, new_tokens)
+        room = max(limits) <= self.capacity and len(set(eos)) <= len(self.state.eos)
         return room and len(prompts) == len(self)
 
     @torch.inference_mode()
-    def restart(self, prompts: list[list[int]], new_tokens: int, eos: Sequence[int]) -> None:
+    def restart(self, prompts: list[list[int]], new_tokens: int | Sequence[int], eos: Sequence[int]) -> None:
         """Begins another generation in the same tensors, so that CUDA graphs over them can be used again."""
         self._first_token.start()
-        self._spans = [_Span(len(prompt), len(prompt) + new_tokens) for prompt in prompts]
+        limits = host.limits_of(prompts, new_tokens)
+        self._spans = [_Span(len(prompt), limit) for prompt, limit in zip(prompts, limits, strict=True)]
         self._lengths, self._gained = [span.start for span in self._spans], 1  # as the host knows them
         if self._sent is not None:
             self._sent.synchronize()  # wait until the last generation's copy has read what is overwritten here
@@ -289,13 +298,15 @@ class Sequences:
         ]
 
     @property
-    def accepted(self) -> Counter[int]:
-        """How many row-steps accepted so many tokens from nodes below the root; waits for the device."""
-        result: Counter[int] = Counter()
+    def accepted(self) -> list[Counter[int]]:
+        """For each row, how many of its steps accepted so many tokens from nodes below the root; waits for the
+        device."""
+        result: list[Counter[int]] = [Counter() for _ in self._spans]
         for counts in self._counts:
-            more = [*counts.cpu().sum(0).tolist(), 0]  # row-steps that accepted at least d tokens
-            result.update({depth: more[depth] - more[depth + 1] for depth in range(len(more) - 1)})
-        return +result
+            for row, known in zip(result, counts.tolist(), strict=True):
+                more = [*known, 0]  # steps that accepted at least d tokens
+                row.update({depth: more[depth] - more[depth + 1] for depth in range(len(known))})
+        return [+row for row in result]
 
     @property
     def steps(self) -> int:

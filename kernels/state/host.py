@@ -65,13 +65,20 @@ def ngram_guesses(
 # ---------------------------------------------------------------- committed sequences
 
 
+def limits_of(prompts: list[list[int]], new_tokens: int | Sequence[int]) -> list[int]:
+    """The length at which each row ends. new_tokens: at most so many more than its prompt, one number or one a row."""
+    counts = [new_tokens] * len(prompts) if isinstance(new_tokens, int) else new_tokens
+    return [len(prompt) + count for prompt, count in zip(prompts, counts, strict=True)]
+
+
 @dataclass
 class Row:
     """One sequence of the batch.
 
     limit: the length at which it ends; origins: who first proposed each new token; invalid: it ended because no next
     token can be chosen; caught_up: the draft has read all tokens but the last (else all but the last two); follower:
-    the context n-gram, (a, b) -> the token after the latest occurrence of a, b.
+    the context n-gram, (a, b) -> the token after the latest occurrence of a, b; accepted: how many steps accepted so
+    many tokens from nodes below the root.
     """
 
     tokens: list[int]
@@ -81,6 +88,7 @@ class Row:
     invalid: bool = False
     caught_up: bool = False
     follower: dict[tuple[int, int], int] = field(default_factory=dict)
+    accepted: Counter[int] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         tokens = self.tokens
@@ -96,23 +104,34 @@ class Row:
 class Sequences:
     """The committed tokens of a batch, and when each row stops.
 
-    prompts: token ids of each row; new_tokens: at most so many more; eos: ids that end a row; device: of the inputs of
-    passes.
+    prompts: token ids of each row; new_tokens: at most so many more, one number or one a row; eos: ids that end a row;
+    device: of the inputs of passes.
     """
 
-    def __init__(self, prompts: list[list[int]], new_tokens: int, eos: Sequence[int], device: torch.device):
-        self.rows = [Row(list(prompt), len(prompt) + new_tokens) for prompt in prompts]
+    def __init__(
+        self, prompts: list[list[int]], new_tokens: int | Sequence[int], eos: Sequence[int], device: torch.device
+    ):
+        limits = limits_of(prompts, new_tokens)
+        self.rows = [Row(list(prompt), limit) for prompt, limit in zip(prompts, limits, strict=True)]
         self.eos, self.device = frozenset(eos), device
         self.seconds_to_first_token: float | None = None  # from here to the end of the first step
         self._begin = time.perf_counter()
-        self.accepted: Counter[int] = Counter()  # how many row-steps accepted so many tokens from nodes below the root
         self.steps = 0  # in which any row ran
         self.roots_only = False  # whether the next step must verify roots alone (`Trees.verify_commit`)
         self.capacity = max(row.limit for row in self.rows)  # the most tokens that a row may hold
 
+    def replace(self, index: int, prompt: list[int], new_tokens: int) -> None:
+        """Begins row `index` anew with another prompt, of which `capacity` tokens must be enough."""
+        self.rows[index] = Row(list(prompt), len(prompt) + new_tokens)
+
     @property
     def lengths(self) -> list[int]:
         return [len(row.tokens) for row in self.rows]
+
+    @property
+    def accepted(self) -> list[Counter[int]]:
+        """For each row, how many of its steps accepted so many tokens from nodes below the root."""
+        return [row.accepted for row in self.rows]
 
     @property
     def longest(self) -> int:
@@ -406,12 +425,13 @@ class Trees:
                 row.invalid = not self.sequences.roots_only
                 row.running = not row.invalid
             accepted = max(min(len(row.tokens) - length, len(path) - 1), 0) if ran else -1
+            if ran:
+                row.accepted[accepted] += 1
             # A stopped row needs no more keys and values, and its path may reach past the end of the cache.
             steps = [PathStep(node, tree.nodes[node].slot) for node in path] if row.running else []
             moves.rows.append(RowMoves(accepted, length, steps))
             if path:
                 row.caught_up = row.running and tree.nodes[path[-1]].slot >= 0
-        self.sequences.accepted.update(count for count in moves.accepted if count >= 0)
         return moves
 
 

@@ -63,8 +63,9 @@ def clear_errors(command: Callable[..., None]) -> Callable[..., None]:
             console = Console(stderr=True)
             console.print(f"error: {message}", style="bold red", markup=False, highlight=False, soft_wrap=True)
             raise typer.Exit(2) from None
-        except KeyboardInterrupt:
-            Console(stderr=True).print("\ninterrupted", style="dim")
+        except KeyboardInterrupt as stopped:
+            said = f"\ninterrupted: {stopped}" if str(stopped) else "\ninterrupted"
+            Console(stderr=True).print(said, style="dim", markup=False, highlight=False, soft_wrap=True)
             raise typer.Exit(130) from None
 
     return wrapped

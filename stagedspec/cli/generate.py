@@ -1,13 +1,13 @@
-"""`stagedspec generate`: complete a prompt."""
+"""`stagedspec generate`: complete a prompt, or the prompts of a file."""
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
-from stagedspec.cli import early_checks
+from stagedspec.cli import early_checks, many
 from stagedspec.cli.options import (
     STAGED,
     Backend,
@@ -30,11 +30,18 @@ from stagedspec.cli.options import (
 from stagedspec.cli.origins import Shown, pieces, save
 from stagedspec.cli.output import as_lines, preparing, stream
 
+if TYPE_CHECKING:
+    from stagedspec.decoder import Decoder
+
+MAX_BATCH = 16  # `decoding.request.MAX_BATCH`, which cannot be imported without torch
+
 EXAMPLES = (
     "Examples: [bold]stagedspec generate 'def fibonacci(n):'[/bold]; with sampling: [bold]stagedspec generate "
     "--sample --top-k 50 --seed 7 'import os'[/bold]; from a pipe: "
-    "[bold]head -20 file.py | stagedspec generate -[/bold]"
+    "[bold]head -20 file.py | stagedspec generate -[/bold]; a file of prompts: [bold]stagedspec generate "
+    "--prompts prompts.jsonl --out completions.jsonl[/bold]"
 )
+MANY = "Many prompts"
 
 
 def generate(
@@ -74,14 +81,51 @@ def generate(
     passes: Passes = None,
     tree: Tree = None,
     stats: Annotated[bool, typer.Option("--stats", help="Print statistics to stderr at the end.")] = False,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="Complete the prompts of a file of JSON lines, gzipped if it ends in .gz, into the file --out.",
+            rich_help_panel=MANY,
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="File of completions, a JSON line a sample, in the order of the prompts once all are there. What it "
+            "holds already is not done again, so the same command goes on after an interruption; settings are kept in "
+            "OUT.run.json.",
+            rich_help_panel=MANY,
+        ),
+    ] = None,
+    field: Annotated[str, typer.Option(help="Field of the prompt's text.", rich_help_panel=MANY)] = "prompt",
+    id_field: Annotated[
+        str | None,
+        typer.Option(help="Field that names a prompt, which its completions have too.", rich_help_panel=MANY),
+    ] = None,
+    text_field: Annotated[
+        str, typer.Option(help="Field of the completion's text in --out.", rich_help_panel=MANY)
+    ] = "text",
+    num_samples: Annotated[int, typer.Option(help="Completions of each prompt.", rich_help_panel=MANY)] = 1,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="End a completion before this text; may be given several times, and may hold \\n for a line break.",
+            rich_help_panel=MANY,
+        ),
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Prompts decoded together, at most 16.", rich_help_panel=MANY)] = 16,
+    token_ids: Annotated[bool, typer.Option("--token-ids", help="Write token ids, too.", rich_help_panel=MANY)] = False,
     save_html: Annotated[
         Path | None, typer.Option(help="Also write the coloured completion to a file: HTML, or SVG if it ends in .svg.")
     ] = None,
     as_json: Json = False,
     no_color: NoColor = False,
 ) -> None:
-    """Complete a prompt, streaming to the terminal; each token is coloured by the model that first proposed it."""
-    early_checks.check_at_least(1, max_new_tokens=max_new_tokens)
+    """Complete a prompt, streaming to the terminal; each token is coloured by the model that first proposed it.
+
+    With --prompts, complete all prompts of a file into another one.
+    """
+    early_checks.check_at_least(1, max_new_tokens=max_new_tokens, num_samples=num_samples, batch=batch)
     warpers = early_checks.check_sampling(seed, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     if warpers and not sample:
         options = ", ".join("--" + name.replace("_", "-") for name in warpers)
@@ -89,11 +133,49 @@ def generate(
     if save_html is not None:
         early_checks.check_output(save_html, "--save-html")
     early_checks.check_new_tokens(target, max_new_tokens)
+
+    def load() -> "Decoder":
+        return load_decoder(
+            target, draft, ngram, device, dtype, backend, tree, (mode.value,),
+            nodes=nodes, depth=depth, width=width, passes=passes,
+        )  # fmt: skip
+
+    if prompts is not None:
+        for option, given in (
+            ("a prompt", prompt), ("--file", file), ("--json", as_json), ("--stats", stats), ("--save-html", save_html)
+        ):  # fmt: skip
+            if given:
+                raise ValueError(f"there is both {option} and --prompts: leave one of them out")
+        if batch > MAX_BATCH:
+            raise ValueError(f"--batch can be at most {MAX_BATCH}, got {batch}")
+        strings = [text.replace("\\n", "\n") for text in stop or []]
+        if not all(strings):
+            raise ValueError("--stop must not be empty")
+        shape = {"nodes": nodes, "depth": depth, "width": width, "passes": passes}
+        early_checks.check_models(
+            target, draft, ngram, device, dtype, backend, tree,
+            {name: value for name, value in shape.items() if value is not None}, (mode.value,),
+        )  # fmt: skip
+        new_tokens = many.NEW_TOKENS if max_new_tokens is None else max_new_tokens
+        decides: dict[str, Any] = {
+            "target": target, "dtype": dtype, "field": field, "max_new_tokens": new_tokens, "sample": sample,
+            **{name: warpers.get(name) for name in ("temperature", "top_k", "top_p", "min_p")},
+            "seed": seed, "num_samples": num_samples, "stop": strings, "token_ids": token_ids,
+        }  # fmt: skip
+        given_prompts, completions = many.check(prompts, out, field, id_field, text_field, decides)
+        many.complete(
+            load, given_prompts, completions, id_field, text_field, token_ids, strings, num_samples,
+            max_new_tokens=new_tokens, mode=mode.value, do_sample=sample, seed=seed, batch=batch,
+            stop_strings=strings or None, **warpers,
+        )  # fmt: skip
+        return
+    for option, needless in (("--out", out), ("--id-field", id_field), ("--stop", stop), ("--token-ids", token_ids)):
+        if needless:
+            raise ValueError(f"{option} belongs to a file of prompts: add --prompts")
+    if num_samples > 1:
+        raise ValueError("--num-samples belongs to a file of prompts: add --prompts")
     text = _prompt_text(prompt, file)
-    decoder = load_decoder(
-        target, draft, ngram, device, dtype, backend, tree, (mode.value,),
-        nodes=nodes, depth=depth, width=width, passes=passes,
-    )  # fmt: skip
+    decoder = load()
     tokenizer = tokenizer_of(decoder)
     if max_new_tokens is None:
         length = len(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)

@@ -107,6 +107,14 @@ def read(
     return calls[0]
 
 
+def with_shared_criteria(context: CallContext, options: dict[str, Any]) -> dict[str, Any]:
+    """Options of many calls, whose stop strings are made a criterion once: that reads the whole vocabulary."""
+    options = dict(options)
+    _check_callables(options)
+    _replace_stop_strings(options, options.get("stop_strings", context.defaults.get("stop_strings")), context.tokenizer)
+    return options
+
+
 # Methods with which a model's `generate` reads its arguments. `Decoder.generate` uses those of a plain GPT-2.
 _READERS = (
     "_get_logits_processor", "_get_stopping_criteria", "_prepare_generation_config", "_prepare_special_tokens",

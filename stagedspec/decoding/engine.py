@@ -6,12 +6,14 @@ from typing import TypeAlias, cast
 import torch
 
 from stagedspec.decoding.proposers import DraftCascade, PromptLookup, Proposer, Step
-from stagedspec.decoding.request import Request
+from stagedspec.decoding.request import Request, RequestRow
 from stagedspec.decoding.stats import Clock
 from stagedspec.kernels.backends.interface import (
     Backend,
     Noise,
     NoiseAt,
+    ReplaceableNoise,
+    ReplaceableSequences,
     ReusableNoise,
     ReusableSequences,
     Sequences,
@@ -46,7 +48,7 @@ class Engine:
         target, tree = models.target, request.tree
         ops, prompts = target.ops, request.prompts
         self.models, self.target, self.warping = models, target, request.sampling.warping
-        self.host_chooses, self.clock, self.new_tokens = host_chooses, clock, request.new_tokens
+        self.host_chooses, self.clock = host_chooses, clock
         self.trees = request.trees
         # `ReusableSequences` and `ReusableNoise` with a backend that `keeps_generations`.
         self.sequences: Sequences = ops.make_sequences(
@@ -77,7 +79,17 @@ class Engine:
         cast(ReusableSequences, self.sequences).restart(request.prompts, request.new_tokens, request.eos)
         if self.noise is not None:
             cast(ReusableNoise, self.noise).restart(request.seeds, request.streams)
-        self.new_tokens = request.new_tokens
+
+    def replace(self, index: int, row: RequestRow) -> None:
+        """Begins a row that has ended anew, with another prompt: resets its state and fills its part of the caches.
+        Only where the backend `replaces_rows`."""
+        cast(ReplaceableSequences, self.sequences).replace(index, row.prompt, row.new_tokens)
+        if self.noise is not None:
+            noise, start = cast(ReplaceableNoise, self.noise), len(row.prompt)
+            noise.replace(index, row.seed, row.stream, start, row.limit)
+        self.reader.read_row(index, row.prompt[:-1])
+        if self.proposer is not None:
+            self.proposer.replace(index, row.prompt)
 
     def begin(self, controller: Controller | None) -> None:
         """Begins a generation. controller: chooses the tree of every step; None where each has the request's."""
@@ -94,12 +106,12 @@ class Engine:
         """The KV caches: the target's, and the draft's if there is one."""
         return [self.cache] if self.proposer is None else [self.cache, *self.proposer.caches]
 
-    def prefill(self, prompts: list[list[int]]) -> None:
+    def prefill(self, request: Request) -> None:
         """Fills the caches with the prompts, without the last tokens, which the first step reads."""
-        lengths = list(map(len, prompts))
+        lengths = list(map(len, request.prompts))
         self.reader.read(max(lengths) - 1)
         if self.proposer is not None:
-            self.proposer.prefill(lengths, self.new_tokens)
+            self.proposer.prefill(lengths, max(request.new_tokens))
 
     def prefill_passes(self, prompts: list[list[int]] | None = None) -> Iterator[tuple[Callable, tuple]]:
         """The passes of `prefill`, (pass, arguments), for `Backend.prepare`. None: those of prompts of any length."""

@@ -1,6 +1,7 @@
 """State and step loop of one generation."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
@@ -11,7 +12,7 @@ import torch
 from stagedspec.decoding.callbacks import Callbacks
 from stagedspec.decoding.engine import Chooser, Engine
 from stagedspec.decoding.proposers import Step
-from stagedspec.decoding.request import Request
+from stagedspec.decoding.request import Request, RequestRow
 from stagedspec.decoding.stats import ORIGINS, Clock, Mark, Stats
 from stagedspec.devices import current_device
 from stagedspec.kernels.backends.interface import CompilingBackend, ReusableSequences, Sequences
@@ -56,6 +57,7 @@ class Generation:
         self.request, self.choose = request, _chooser(callbacks)
         self.passes: list[int] = []  # of the draft, in each step and right before it
         self.seconds = 0.0
+        self._entered = [(0, 0.0)] * len(request.rows)  # steps and seconds before each row began
 
     def fits(self, kind: tuple, request: Request) -> bool:
         """Whether `restart` can take a request of this kind (`kind_of`): the same operations, and enough memory."""
@@ -92,7 +94,7 @@ class Generation:
         with target.ops.lock, current_device(target.device):
             self.prepare()
             with self.clock("prefill"):
-                self.engine.prefill(self.request.prompts)
+                self.engine.prefill(self.request)
         while not self.sequences.finished:
             with target.ops.lock, current_device(target.device):  # given back before the consumer's code runs
                 self._step()
@@ -102,6 +104,18 @@ class Generation:
         if self.engine.proposer is not None:
             self.engine.proposer.learn()
         self.sequences.check()
+
+    @torch.inference_mode()
+    def replace(self, index: int, row: RequestRow) -> None:
+        """Lets another prompt take the place of a row that has ended, between two steps. Only where the backend
+        `replaces_rows`, and only if `sequences.capacity` tokens are enough for it."""
+        begin = time.perf_counter()
+        target = self.engine.target
+        with target.ops.lock, current_device(target.device), self.clock("prefill"):
+            self.engine.replace(index, row)
+        self.request.rows[index] = row
+        self._entered[index] = len(self.passes), self.seconds
+        self.seconds += time.perf_counter() - begin
 
     def _step(self) -> None:
         tree, reads = self.engine.begin_step()
@@ -165,28 +179,34 @@ class Generation:
         most = max(map(len, new))
         return torch.tensor([row + [pad] * (most - len(row)) for row in new], device="cpu")
 
-    def stats(self) -> Stats:
-        """Statistics so far, excluding steps launched before the host saw that all rows had finished."""
-        steps, config = self.sequences.steps, self.request.tree
-        origins = [origin for row in self.sequences.rows for origin in row.origins]
-        accepted, models, proposer = self.sequences.accepted, self.engine.models, self.engine.proposer
-        controller = None if proposer is None else proposer.controller
-        first = self.sequences.seconds_to_first_token
+    def stats(self, index: int | None = None) -> Stats:
+        """Statistics so far, excluding steps launched before the host saw that all rows had finished; of one row since
+        it began, or of all rows. The seconds of a row are those since it began: other rows were decoded meanwhile."""
+        config, sequences, models = self.request.tree, self.sequences, self.engine.models
+        rows, counts = sequences.rows, sequences.accepted
+        if index is not None:
+            rows, counts = [rows[index]], [counts[index]]
+        accepted = sum(counts, Counter())
+        steps = sequences.steps if index is None else accepted.total()
+        began, before = (0, 0.0) if index is None else self._entered[index]
+        first = sequences.seconds_to_first_token if index is None else None
+        controller = None if self.engine.proposer is None else self.engine.proposer.controller
+        origins = [origin for row in rows for origin in row.origins]
         return Stats(
             mode=self.request.mode,
             tree=asdict(config),
-            adapted={} if controller is None else controller.made,
+            adapted={} if controller is None or index is not None else controller.made,
             steps=steps,
             row_steps=accepted.total(),
             new_tokens=len(origins),
             target_passes=steps,
-            draft_passes=sum(self.passes[:steps]),
+            draft_passes=sum(self.passes[began : began + steps]),
             accepted_per_depth=[
                 sum(times for count, times in accepted.items() if count > depth) for depth in range(config.depth)
             ],
-            origins={name: origins.count(index) for index, name in enumerate(ORIGINS)},
-            seconds=dict(self.clock.seconds),
-            total_seconds=self.seconds,
+            origins={name: origins.count(number) for number, name in enumerate(ORIGINS)},
+            seconds=dict(self.clock.seconds) if index is None else {},
+            total_seconds=self.seconds - before,
             seconds_to_first_token=None if first is None else self._before + first,
             target_bytes=models.target.weight_bytes,
             draft_bytes=0 if models.draft is None else models.draft.weight_bytes,

@@ -61,8 +61,9 @@ def translate(
                 )
     eos, longest, others = _split_criteria(criteria, vocab_size)
     pad = 0 if config._pad_token_tensor is None else int(config._pad_token_tensor)
+    new_tokens = max(longest - width, 1)
     request = validate(
-        context, options, input_ids, mask, max_new_tokens=max(longest - width, 1), sampling=sampling, eos_token_id=eos,
+        context, options, input_ids, mask, max_new_tokens=new_tokens, sampling=sampling, eos_token_id=eos,
         lookup=config.prompt_lookup_num_tokens,
     )  # fmt: skip
     return_dict = bool(config.return_dict_in_generate)
@@ -81,7 +82,7 @@ def translate(
     ]
     callbacks = Callbacks(
         input_ids,
-        request.new_tokens,
+        new_tokens,
         pad,
         eos,
         LogitsProcessorList(rest) if rest else None,

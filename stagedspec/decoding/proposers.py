@@ -69,7 +69,10 @@ class Proposer(Protocol):
         """Begins a generation."""
 
     def prefill(self, lengths: list[int], new_tokens: int) -> None:
-        """Reads the prompts. lengths: of each row's; new_tokens: that each row may gain."""
+        """Reads the prompts. lengths: of each row's; new_tokens: that a row may gain."""
+
+    def replace(self, index: int, prompt: list[int]) -> None:
+        """Reads the prompt of a row that has begun anew."""
 
     def readings(self) -> Iterator[tuple[Callable, tuple]]:
         """Passes that `begin_step` may make, (pass, arguments), for `Backend.prepare`."""
@@ -179,6 +182,14 @@ class DraftCascade:
             self.reader.read(max(lengths) - 2 - last)
             if last:
                 self._read(last, None)
+
+    def replace(self, index: int, prompt: list[int]) -> None:
+        """Reads the prompt, unless all rows will be read as a whole (`_catch_up`) before the draft proposes again."""
+        controller = self.controller
+        if controller is None or not (controller.unread or controller.missed > max(WAITS)):
+            self.reader.read_row(index, prompt[:-2])
+        else:
+            controller.missed = min(controller.missed, self.sequences.longest)
 
     def readings(self) -> Iterator[tuple[Callable, tuple]]:
         for read in self._reads.values():
@@ -309,6 +320,9 @@ class PromptLookup:
         """There is nothing to choose."""
 
     def prefill(self, lengths: list[int], new_tokens: int) -> None:
+        """There is nothing to fill."""
+
+    def replace(self, index: int, prompt: list[int]) -> None:
         """There is nothing to fill."""
 
     def readings(self) -> Iterator[tuple[Callable, tuple]]:

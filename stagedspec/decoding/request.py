@@ -45,19 +45,30 @@ class CallContext(NamedTuple):
 
 
 class StagedOptions(NamedTuple):
-    """The arguments of `Decoder.generate` that transformers' `generate` does not have. Documented there."""
+    """The arguments of `Decoder.generate` that transformers' `generate` does not have. Documented there.
+
+    batch: how many rows will decode together, where a call is read for one of them; None: those of the call.
+    """
 
     mode: str
     seed: int | Sequence[int] | torch.Tensor | None = None
     tree: TreeConfig | None = None
+    batch: int | None = None
 
 
 class RequestRow(NamedTuple):
-    """One sequence of a request. prompt: token ids without padding. seed, stream: of its noise, as of `counters`."""
+    """One sequence of a request. prompt: token ids without padding. seed, stream: of its noise, as of `counters`.
+    new_tokens: at most so many."""
 
     prompt: list[int]
     seed: int
     stream: int
+    new_tokens: int
+
+    @property
+    def limit(self) -> int:
+        """The length at which it ends."""
+        return len(self.prompt) + self.new_tokens
 
 
 @dataclass(frozen=True)
@@ -65,7 +76,6 @@ class Request:
     """The checked settings of one generation."""
 
     rows: list[RequestRow]
-    new_tokens: int
     mode: str
     tree: TreeConfig
     sampling: Sampling
@@ -81,6 +91,10 @@ class Request:
     @property
     def prompts(self) -> list[list[int]]:
         return [row.prompt for row in self.rows]
+
+    @property
+    def new_tokens(self) -> list[int]:
+        return [row.new_tokens for row in self.rows]
 
     @property
     def seeds(self) -> list[int]:
@@ -125,7 +139,7 @@ def validate(
     A seed of None is drawn here if tokens are sampled. lookup: length of the chains that the context n-gram proposes;
     it has no effect where a draft proposes.
     """
-    models, (mode, seed, tree) = context.models, options
+    models, (mode, seed, tree, batch) = context.models, options
     target = models.target
     # Other ids can never come up.
     eos = [token for token in token_ids("eos_token_id", eos_token_id) if 0 <= token < target.vocab_size]
@@ -151,15 +165,15 @@ def validate(
         settings = TreeConfig(chain + 1, chain, chain, width=1, children=1, prefetch=0)
         mode = "lookup"
     else:
-        settings, levels = context.planner.plan(mode, len(prompts), tree, sampling.do_sample)
+        settings, levels = context.planner.plan(mode, batch or len(prompts), tree, sampling.do_sample)
     device = models.device.type
     if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != target.dtype:
         warnings.warn(f"autocast has no effect here: decoding computes in {target.dtype}", stacklevel=2)
     if seed is None and sampling.do_sample:
         # Last, so that torch's generator is not advanced by a call that is refused or that samples nothing.
         seeds, streams = counters(int(torch.randint(2**63 - 1, (), device="cpu")), len(prompts))
-    rows = [RequestRow(*row) for row in zip(prompts, seeds, streams, strict=True)]
-    return Request(rows, max_new_tokens, mode, settings, sampling, eos, levels, prompt_lookup)
+    rows = [RequestRow(*row, max_new_tokens) for row in zip(prompts, seeds, streams, strict=True)]
+    return Request(rows, mode, settings, sampling, eos, levels, prompt_lookup)
 
 
 def encode(prompt: str | torch.Tensor, tokenizer: PreTrainedTokenizerBase | None) -> torch.Tensor:

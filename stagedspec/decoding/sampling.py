@@ -63,6 +63,18 @@ class Sampling:
         }
 
 
+def row_seed(seed: int, index: int, sample: int = 0) -> int:
+    """The seed of sample `sample` of prompt `index`, both from 0, in a run with this seed of 64 bits.
+
+    It is below 2**53, so that every reader of JSON keeps it: the upper bits of one 64-bit word of NumPy's
+    `SeedSequence` of the three numbers, which stays the same in all releases.
+    """
+    from numpy import uint64
+    from numpy.random import SeedSequence
+
+    return int(SeedSequence([seed % 2**64, index, sample]).generate_state(1, uint64)[0]) >> 11
+
+
 def counters(seed: "int | Sequence[int] | torch.Tensor", batch: int) -> tuple[list[int], list[int]]:
     """Seeds and streams of the rows. One integer: row b is stream b. One seed a row: every row is stream 0,
     so that a row can be reproduced alone.

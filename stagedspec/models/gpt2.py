@@ -264,6 +264,15 @@ class Reader:
         for start, size in self.sequences.chunks(count):
             self._pass(size)(self.sequences.chunk(start, size, self.model.kv_dtype), start)
 
+    def read_row(self, index: int, tokens: list[int]) -> None:
+        """Reads the tokens alone, and puts their keys and values into row `index`, from position 0."""
+        model, cache = self.model, self.cache
+        alone = Cache(model, 1, 0, len(tokens))
+        for start, size in self.sequences.chunks(len(tokens)):
+            part = torch.tensor([tokens[start : start + size]], device=model.device)
+            read_chunk(model, alone, model.ops.prefill_batch(part, start, model.kv_dtype), start)
+        cache.rows[:, index, cache.tree_rows : cache.tree_rows + len(tokens)] = alone.rows[:, 0]
+
     def calls(self, sizes: Iterable[int]) -> Iterator[tuple[Callable, tuple]]:
         """The pass over a chunk of each size and its arguments, for the backend's `prepare`; those already prepared are
         left out."""

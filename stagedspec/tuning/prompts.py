@@ -2,7 +2,9 @@
 
 import gzip
 import json
+import zlib
 from pathlib import Path
+from typing import Any
 
 # The beginnings of Python files and functions.
 PROMPTS = (
@@ -18,25 +20,44 @@ PROMPTS = (
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The `prompt` texts of a file of JSON lines, gzipped if its name ends in .gz. Empty lines are skipped.
+    """The `prompt` texts of a file of JSON lines (`read_objects`).
 
     Raises ValueError for a file that is missing, unreadable or empty, or has a line without a prompt text.
     """
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
-            lines = [(number, line) for number, line in enumerate(file, 1) if line.strip()]
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read prompts from {path}: {error}") from None
-    expected = f"{path} must hold JSON lines, each with a `prompt` text"
-    if not lines:
-        raise ValueError(f"{expected}, but there are no prompts")
     prompts = []
-    for number, line in lines:
-        try:
-            prompt = json.loads(line)["prompt"]
-        except (ValueError, KeyError, TypeError):
-            prompt = None
+    for number, values in read_objects(path):
+        prompt = values.get("prompt")
         if not isinstance(prompt, str) or not prompt:
-            raise ValueError(f"{expected}, but line {number} has none")
+            raise ValueError(f"{path} must hold JSON lines, each with a `prompt` text, but line {number} has none")
         prompts.append(prompt)
     return prompts
+
+
+def read_objects(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """The objects of a file of JSON lines, with their line numbers from 1. It is gzipped if its name ends in .gz. Empty
+    lines are skipped.
+
+    Raises ValueError for a file that is missing, unreadable or empty, or has a line that is no JSON object.
+    """
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            lines = [(number, line) for number, line in enumerate(file, 1) if line.strip()]
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"cannot read prompts from {path}: {getattr(error, 'strerror', None) or error}") from None
+    if not lines:
+        raise ValueError(f"{path} must hold JSON lines, each with a prompt, but there are no prompts")
+    objects = []
+    for number, line in lines:
+        try:
+            values = json.loads(line.decode())
+        except UnicodeDecodeError:
+            raise ValueError(f"{path} must hold JSON lines, but line {number} is not UTF-8 text") from None
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} must hold JSON lines, but line {number} is no JSON: {error}") from None
+        if not isinstance(values, dict):
+            raise ValueError(
+                f"{path} must hold JSON lines, each an object with a prompt, but line {number} is "
+                f"of type {type(values).__name__}"
+            )
+        objects.append((number, values))
+    return objects

@@ -169,7 +169,7 @@ def test_warm_up_serves_the_first_generation(decoder):
 
 def test_warm_up_of_all_that_a_decoder_has(decoder):
     decoder.warm_up(tokens=8)
-    assert {len(run.request.prompts[0]) + run.request.new_tokens for run in decoder.pool.kept} == {8}
+    assert {run.request.rows[0].limit for run in decoder.pool.kept} == {8}
     kinds = {(run.request.mode, run.request.sampling.do_sample) for run in decoder.pool.kept}
     assert kinds == set(itertools.product(("autoregressive", "chain", "tree", "staged"), (False, True)))
     alone = Decoder.from_pretrained(make_gpt2(n_layer=1), device=PLACE, dtype="float32", backend="triton")

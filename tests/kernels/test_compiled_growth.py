@@ -92,6 +92,11 @@ def run(config, lengths, seed, table, sampled, steps) -> list:
         found.verify_commit(chosen)
         if step == 2:
             sequences.stop(0, len(sequences.rows[0].tokens))
+        if step == 3:  # another text in the place of the row that has ended
+            prompt = [generator.randrange(VOCAB) for _ in range(lengths[0] // 2 + 1)]
+            sequences.replace(0, prompt, 15)
+            if noise is not None:
+                noise.replace(0, seed + 9, 0, len(prompt), len(prompt) + 15)
         sequences.roots_only = step == 1
     return sizes
 

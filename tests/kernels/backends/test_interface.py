@@ -68,6 +68,8 @@ def test_state_offers_every_member(backend, device):
     wanted = interface.ReusableSequences if kept else interface.Sequences
     assert problems(sequences, wanted) == problems(growth, interface.Growth) == []
     assert problems(noise, interface.ReusableNoise if kept else interface.Noise) == []
+    assert (problems(sequences, interface.ReplaceableSequences) == []) == backend.replaces_rows
+    assert (problems(noise, interface.ReplaceableNoise) == []) == backend.replaces_rows
     assert all(problems(row, interface.Row) == [] for row in sequences.rows)
     noise.advance(sequences)
     growth.begin()

@@ -2,6 +2,7 @@
 
 import math
 import random
+from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -141,7 +142,7 @@ def replay(prompts, new_tokens, eos, config: TreeConfig, table, seed: int | None
             assert (row.tokens, row.origins, row.limit, row.running) == tuple(snapshot)
         assert ours.state.active.item() == sum(row.running for row in host.rows)
         assert ours.finished == host.finished  # `rows` has waited for the device
-    assert ours.accepted == {count: accepted.count(count) for count in set(accepted)}
+    assert sum(ours.accepted, Counter()) == Counter(accepted) and ours.accepted == host.accepted
     return host, ours
 
 
@@ -272,7 +273,7 @@ def load(trees: device_state.Trees, host: list[host_state.Tree]) -> None:
 @pytest.mark.parametrize("nodes", [2, 33, 64])
 def test_walks(kind, nodes):
     generator = random.Random(nodes)
-    for eos, new_tokens in (([], 100), ([3, 1], 100), ([*range(-12, -2), 3], 100), ([], 3)):
+    for eos, new_tokens in (([], 100), ([3, 1], 100), ([*range(-12, -2), 3], 100), ([], 3), ([], [2, 1, 9, 3])):
         prompts = [[7] * (row + 1) for row in range(4)]
         ours = device_state.Sequences(prompts, new_tokens, eos, DEVICE)
         host = host_state.Sequences(prompts, new_tokens, eos, torch.device("cpu"))
@@ -399,8 +400,9 @@ def test_errors(table):
     config = TreeConfig(nodes=4, depth=2, passes=2, width=1, children=2, prefetch=0)
     with pytest.raises(ValueError, match="every prompt needs at least one token"):
         device_state.Sequences([[1], []], 5, [], DEVICE)
-    with pytest.raises(ValueError, match="new_tokens must be at least 1, got 0"):
-        device_state.Sequences([[1]], 0, [], DEVICE)
+    for none in (0, [3, 0]):
+        with pytest.raises(ValueError, match="new_tokens must be at least 1, got "):
+            device_state.Sequences([[1], [1, 2]], none, [], DEVICE)
     sequences = device_state.Sequences([[1, 2], [3]], 5, [], DEVICE)
     growth = device_state.Growth(sequences, config, None, None)
     with pytest.raises(ValueError, match="names must be a tensor, got NoneType"):
