@@ -130,7 +130,7 @@ def test_a_step_allocates_nothing_and_reads_nothing_back(pair, prompts, device, 
     )
     engine = decoder._start(request).engine
     with torch.inference_mode():
-        engine.prefill(request.prompts)
+        engine.prefill(request)
         engine.step(TREE)
         with Calls() as calls:
             if device.type == "cuda":
