@@ -72,7 +72,7 @@ def fit_ngram(
 
     where = resolve_device(device)
     quiet_transformers()
-    model: Any = read_checkpoint(draft, "draft")  # Any: the annotations of transformers' `to` lack its self
+    model = read_checkpoint(draft, "draft")
     vocab_size, end_of_text = model.config.vocab_size, model.config.eos_token_id
     with progress_bar(TextColumn("{task.fields[rate]}")) as progress:
         task = progress.add_task("fitting" if files else "sampling", total=None, rate="")
@@ -98,8 +98,10 @@ def fit_ngram(
 
             import torch
 
+            from stagedspec.decoder import Decoder
+
             shards = sample_shards(
-                model.to(where).eval(),
+                Decoder.from_pretrained(model, device=where),
                 tokens,
                 temperature,
                 work_dir or out.with_name(out.name + ".samples"),

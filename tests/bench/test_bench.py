@@ -89,7 +89,7 @@ def test_results_of_a_run(folder, tmp_path, capsys):
         (b"{}\n", "line 1"),
         (b'{"prompt": 3}\n', "line 1"),
         (b"text\n", "line 1"),
-        (b"\xff\xfe", "read"),
+        (b"\xff\xfe", "UTF-8"),
     ],
     ids=["empty", "no field", "no text", "no JSON", "binary"],
 )
