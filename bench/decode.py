@@ -9,7 +9,6 @@ the autoregressive mode's, and a side whose output differs gets no ratio. See be
 
 import argparse
 import itertools
-import json
 import sys
 from pathlib import Path
 
@@ -18,7 +17,6 @@ from ctranslate2_peer import ctranslate2_side
 from rich.console import Console
 
 import stagedspec
-from machine import arguments_of, header, where
 from sides import (
     BASELINE,
     PLAIN,
@@ -30,10 +28,10 @@ from sides import (
     load,
     measure,
     our_side,
+    run_command,
     transformers_side,
 )
 from stagedspec.decoding.request import MAX_BATCH
-from stagedspec.kernels.common.files import write_text
 from stagedspec.tuning.compare import summarise, table
 from stagedspec.tuning.prompts import read_prompts
 
@@ -131,16 +129,7 @@ def _least(runs: list) -> dict[str, float]:
 
 @clear_errors
 def main(arguments: list[str] | None = None) -> int:
-    arguments = arguments_of(arguments)
-    options = parse(arguments)
-    console = Console()
-    if options.out is not None and not options.out.resolve().parent.is_dir():
-        raise ValueError(f"--out: the folder {options.out.parent} does not exist")
-    report = bench(options, console)
-    report = header("decode.py", arguments, report.pop("device")) | report
-    if options.out is not None:
-        write_text(options.out, json.dumps(report, indent=1) + "\n")
-    console.print(f"{report['command']}\n{where(report)}", highlight=False, soft_wrap=True)
+    report = run_command("decode.py", parse, bench, arguments)
     return 0 if report["identical"] else 1
 
 

@@ -8,7 +8,6 @@ a side whose tokens differ from another's ends the run. See bench/README.md.
 
 import argparse
 import itertools
-import json
 import statistics
 import sys
 import time
@@ -17,10 +16,8 @@ from pathlib import Path
 from rich.console import Console
 
 import stagedspec
-from machine import arguments_of, header, where
-from sides import add_options, check_options, clear_errors, load
+from sides import add_options, check_options, clear_errors, load, run_command
 from stagedspec.cli.output import empty_table, progress_bar
-from stagedspec.kernels.common.files import write_text
 from stagedspec.tuning.prompts import read_prompts
 
 
@@ -108,16 +105,7 @@ def bench(options: argparse.Namespace, console: Console) -> dict:
 
 @clear_errors
 def main(arguments: list[str] | None = None) -> int:
-    arguments = arguments_of(arguments)
-    options = parse(arguments)
-    console = Console()
-    if options.out is not None and not options.out.resolve().parent.is_dir():
-        raise ValueError(f"--out: the folder {options.out.parent} does not exist")
-    report = bench(options, console)
-    report = header("many.py", arguments, report.pop("device")) | report
-    if options.out is not None:
-        write_text(options.out, json.dumps(report, indent=1) + "\n")
-    console.print(f"{report['command']}\n{where(report)}", highlight=False, soft_wrap=True)
+    run_command("many.py", parse, bench, arguments)
     return 0
 
 

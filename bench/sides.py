@@ -5,6 +5,7 @@ import contextlib
 import copy
 import functools
 import hashlib
+import json
 import math
 import sys
 import time
@@ -15,11 +16,14 @@ from pathlib import Path
 
 import torch
 import transformers
+from rich.console import Console
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 
 import stagedspec
 from journal import Journal
+from machine import arguments_of, header, where
 from stagedspec.cli.output import progress_bar, quiet_transformers
+from stagedspec.kernels.common.files import write_text
 from stagedspec.models import embedded
 from stagedspec.models.loading import check_same_tokens, load_tokenizer, read_checkpoint
 from stagedspec.tuning import compare
@@ -75,6 +79,28 @@ def clear_errors(main: Callable[..., int]) -> Callable[..., int]:
             return 130
 
     return wrapped
+
+
+def run_command(
+    script: str,
+    parse: Callable[[list[str]], argparse.Namespace],
+    bench: Callable[[argparse.Namespace, Console], dict],
+    arguments: list[str] | None,
+) -> dict:
+    """Runs a benchmark as a command: prints how it was called and where, writes its report to --out, and returns it.
+
+    bench: its report names the `device`. Raises ValueError for an --out in a folder that does not exist.
+    """
+    arguments = arguments_of(arguments)
+    options, console = parse(arguments), Console()
+    if options.out is not None and not options.out.resolve().parent.is_dir():
+        raise ValueError(f"--out: the folder {options.out.parent} does not exist")
+    report = bench(options, console)
+    report = header(script, arguments, report.pop("device")) | report
+    if options.out is not None:
+        write_text(options.out, json.dumps(report, indent=1) + "\n")
+    console.print(f"{report['command']}\n{where(report)}", highlight=False, soft_wrap=True)
+    return report
 
 
 # ---------------------------------------------------------------- prompts

@@ -190,6 +190,8 @@ class DraftCascade:
             self.reader.read_row(index, prompt[:-2])
         else:
             controller.missed = min(controller.missed, self.sequences.longest)
+            if controller.unread:
+                controller.unread = max(controller.unread, len(prompt))
 
     def readings(self) -> Iterator[tuple[Callable, tuple]]:
         for read in self._reads.values():
@@ -262,7 +264,9 @@ class DraftCascade:
         controller, most = cast(Controller, self.controller), max(WAITS)
         count, whole = min(controller.missed, most), controller.unread or controller.missed > most
         # Plain steps write one token each. What drafted steps wrote before, the host may not know yet.
-        written = controller.unread + controller.missed if controller.unread else self.sequences.longest
+        written = self.sequences.longest
+        if controller.unread:
+            written = min(written, controller.unread + controller.missed)
         controller.catch_up()
         if whole:
             self.reader.read(written - 2 - count)
