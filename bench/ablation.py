@@ -79,9 +79,11 @@ def groups(models: Models, base: TreeConfig, drafts: dict[str, stagedspec.Decode
             return
         found[group][name] = Variant(using, tree)
 
+    # Enough for that many nodes without prefetch, too, however small the base is.
+    enough = {"passes": max(base.passes, 4), "width": max(base.width, 2)}
     for nodes in NODES[::2]:
         for name, levels in (("tree", 0), ("staged", prefetch)):
-            add("staged", f"{name}, {nodes} nodes", nodes=nodes, prefetch=levels)
+            add("staged", f"{name}, {nodes} nodes", nodes=nodes, prefetch=levels, **enough)
     # A decoder of the same weights without the table.
     bare = stagedspec.Decoder(decoder.target, decoder.draft, None, decoder.tokenizer)
     add("n-gram", "Katz table and context", prefetch=prefetch)

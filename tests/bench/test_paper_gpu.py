@@ -174,6 +174,8 @@ def test_each_variant_is_what_its_name_says(options):
     for name, variant in found["nodes"].items():
         nodes, passes = (int(part.split()[0]) for part in name.split(", "))
         assert (variant.tree.nodes, variant.tree.passes) == (nodes, passes)
+    smallest = ablation.groups(models, TreeConfig(8, 2, 1, 1, 8, 1, 1), {})["staged"]
+    assert {"tree, 16 nodes", "staged, 16 nodes", "tree, 32 nodes", "staged, 32 nodes"} <= smallest.keys()
     assert found["n-gram"]["context alone"].decoder.ngram is None and found["n-gram"]["none"].tree.prefetch == 0
     sizes = [len(variants) for _, _, variants in ablation.parts(found)]
     assert max(sizes) == ablation.TOGETHER and sum(sizes) == sum(map(len, found.values()))
