@@ -43,7 +43,7 @@ from stagedspec.tuning.prompts import PROMPTS, read_prompts
 from stagedspec.tuning.trees import tune
 
 # Shares of the whole time that training may take; corpus, loading and export take what they need.
-TRAINING = {"target": 0.3, "target_samples": 0.05, "draft": 0.08, "draft_samples": 0.03}
+TRAINING = {"target": 0.28, "target_samples": 0.03, "pretraining": 0.06, "draft": 0.12, "draft_samples": 0.02}
 # Weights by which the stages after training divide what is left.
 LATER = {"tune": 2, "measure": 9, "ablation": 1.5, "acceptance": 0.5}
 LEAST = 2.0  # seconds that a stage is given, however late it is
@@ -110,12 +110,12 @@ def training_config(options: argparse.Namespace) -> recipe.TrainConfig:
     config = recipe.preset(options.preset, device=options.device)
     total = 60 * options.minutes
     settings: dict[str, Any] = {"compiled": options.compile}
+    for name in ("target", "pretraining", "draft"):
+        given, fit = getattr(options, f"{name}_seconds", None), getattr(config, f"{name}_fit")
+        if fit is not None:
+            settings[f"{name}_fit"] = replace(fit, seconds=TRAINING[name] * total if given is None else given)
     for name in ("target", "draft"):
-        given = getattr(options, f"{name}_seconds")
-        seconds = TRAINING[name] * total if given is None else given
-        fit = getattr(config, f"{name}_fit")
         settings[f"{name}_sample_seconds"] = TRAINING[f"{name}_samples"] * total
-        settings[f"{name}_fit"] = replace(fit, seconds=seconds)
     return replace(config, sources=tuple(options.source or _installed(config.sources)), **settings)
 
 
@@ -258,8 +258,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=28.0, help="for everything (default 28)")
     parser.add_argument("--preset", help="what is trained: gpt2-large on a GPU, else embedded-cpu")
     parser.add_argument("--source", action="append", help="Python source, repeatable; default: the preset's, if there")
-    parser.add_argument("--target-seconds", type=float, help="of training (default: 0.3 of the time)")
-    parser.add_argument("--draft-seconds", type=float, help="of distilling (default: a twelfth of the time)")
+    parser.add_argument("--target-seconds", type=float, help="of training (default: 0.28 of the time)")
+    parser.add_argument("--draft-seconds", type=float, help="of distilling (default: 0.12 of the time)")
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, default=True, help="compile layers when training on a GPU"
     )

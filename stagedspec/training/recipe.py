@@ -190,12 +190,16 @@ _LARGE = TrainConfig(
         checkpoint_seconds=240,
     ),
     draft_fit=FitConfig(
-        tokens=40_000_000, seconds=150, batch=32, block=1024, learning_rate=3e-3, optimizer="muon", seed=1
+        tokens=40_000_000, seconds=190, batch=32, block=1024, learning_rate=3e-3, optimizer="muon", seed=1
     ),
+    pretraining_fit=FitConfig(
+        tokens=100_000_000, seconds=90, batch=64, block=1024, learning_rate=3e-3, optimizer="muon", seed=1
+    ),
+    sample_share=0.25,
     target_samples=2_000_000,
     target_rows=256,
     target_length=512,
-    draft_samples=20_000_000,
+    draft_samples=4_000_000,
     draft_rows=1024,
     draft_length=256,
     longest_prompt=16,
