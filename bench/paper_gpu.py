@@ -42,10 +42,10 @@ from stagedspec.training.sources import check_sources
 from stagedspec.tuning.prompts import PROMPTS, read_prompts
 from stagedspec.tuning.trees import tune
 
-# Shares of the whole time that training may take; about a sixth is left for the corpus, loading and export.
-TRAINING = {"target": 0.34, "target_samples": 0.05, "draft": 0.08, "draft_samples": 0.03}
+# Shares of the whole time that training may take; corpus, loading and export take what they need.
+TRAINING = {"target": 0.3, "target_samples": 0.05, "draft": 0.08, "draft_samples": 0.03}
 # Weights by which the stages after training divide what is left.
-LATER = {"tune": 2, "measure": 8, "ablation": 2, "acceptance": 1}
+LATER = {"tune": 2, "measure": 9, "ablation": 1.5, "acceptance": 0.5}
 LEAST = 2.0  # seconds that a stage is given, however late it is
 ASSETS = Path("train", "assets")
 
@@ -82,8 +82,8 @@ class State:
             found = cls(**{**json.loads(path.read_text(encoding="utf-8")), "failed": None})
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path} is damaged ({error}): remove the folder to begin again") from None
-        if found.minutes != minutes:  # with more time, stages go on
-            found.minutes, found.done = minutes, {}
+        if found.minutes != minutes:  # with more time, what measures goes on; training is over when it is over
+            found.minutes, found.done = minutes, {name: taken for name, taken in found.done.items() if name == "train"}
         return found
 
     def save(self, path: Path) -> None:
@@ -258,7 +258,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=28.0, help="for everything (default 28)")
     parser.add_argument("--preset", help="what is trained: gpt2-large on a GPU, else embedded-cpu")
     parser.add_argument("--source", action="append", help="Python source, repeatable; default: the preset's, if there")
-    parser.add_argument("--target-seconds", type=float, help="of training (default: a third of the time)")
+    parser.add_argument("--target-seconds", type=float, help="of training (default: 0.3 of the time)")
     parser.add_argument("--draft-seconds", type=float, help="of distilling (default: a twelfth of the time)")
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, default=True, help="compile layers when training on a GPU"
