@@ -51,7 +51,7 @@ def _patch_lang_once(function):
     """The interpreter patches triton.language at each launch, and again whenever a kernel calls a function. That is a
     quarter of its time, and changes nothing where both modules are patched: their functions are no builtins then."""
     unpatched = tl.core.is_builtin(tl.load) or tl.core.is_builtin(tl.core.load)
-    return _patch_lang(function) if unpatched else None
+    return _patch_lang(function) if unpatched else interpreter._LangPatchScope()
 
 
 interpreter._patch_lang = _patch_lang_once
