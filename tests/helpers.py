@@ -16,6 +16,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may wait for a network
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="stagedspec-tests-")  # nor leave anything in the user's cache
 # All processes of a run keep what Numba compiled in the first one's folder: compiling it takes half a minute.
 os.environ.setdefault("NUMBA_CACHE_DIR", os.environ["XDG_CACHE_HOME"] + "/numba")
+# Processes that tests start have one core, as each process of pytest-xdist has. Tests of threads set their number.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
