@@ -3,7 +3,7 @@
 import json
 import platform
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -67,7 +67,7 @@ def trained_tokens(fit: dict, folder: Path) -> int:
     return fit["tokens"] if fit["seconds"] is None else position_of(folder).step * fit["batch"] * fit["block"]
 
 
-def model_card(config: dict, preset: str | None, out: Path, stages: Iterable[str], measured: dict) -> str:
+def model_card(config: dict, preset: str | None, out: Path, stages: Sequence[str], measured: dict) -> str:
     """The card as Markdown.
 
     config: TrainConfig as a dict; preset: its name, if it is one; measured: parameters, held-out figures, acceptance.
@@ -141,8 +141,9 @@ def model_card(config: dict, preset: str | None, out: Path, stages: Iterable[str
         "|---|---|---|",
     ]
     tokens = {
-        "target": trained_tokens(config["target_fit"], out / "target"),
-        "draft": trained_tokens(config["draft_fit"], out / "draft"),
+        stage: trained_tokens(config[f"{stage}_fit"], out / stage) for stage in stages if config.get(f"{stage}_fit")
+    }
+    tokens |= {
         "target-samples": config["target_samples"],
         "draft-samples": config["draft_samples"],
     }

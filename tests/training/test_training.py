@@ -615,6 +615,7 @@ def config(source):
         vocab_size=300,
         target_fit=FitConfig(**fits, learning_rate=1e-2),
         draft_fit=FitConfig(**fits, learning_rate=2e-2, seed=1, checkpoint_seconds=0.0),
+        pretraining_fit=FitConfig(**fits, learning_rate=2e-2, seed=1),
         evaluate_every=20,
         device="cpu",
     )
