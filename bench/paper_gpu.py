@@ -45,7 +45,7 @@ from stagedspec.tuning.trees import tune
 # Shares of the whole time that training may take; corpus, loading and export take what they need.
 TRAINING = {"target": 0.28, "target_samples": 0.03, "pretraining": 0.06, "draft": 0.12, "draft_samples": 0.02}
 # Weights by which the stages after training divide what is left.
-LATER = {"tune": 2, "measure": 9, "ablation": 1.5, "acceptance": 0.5}
+LATER = {"tune": 4, "measure": 18, "ablation": 3, "acceptance": 1}
 LEAST = 2.0  # seconds that a stage is given, however late it is
 ASSETS = Path("train", "assets")
 
