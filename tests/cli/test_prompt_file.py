@@ -4,8 +4,11 @@ import errno
 import gzip
 import json
 import os
+import subprocess
+import sys
 
 import pytest
+from filelock import FileLock
 from test_cli import assert_error, models, one_thread, run  # noqa: F401 (fixtures)
 
 from stagedspec import Decoder, row_seed
@@ -38,10 +41,12 @@ def lines(path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_a_line_for_every_sample_in_the_order_of_the_prompts(models, prompts, out):  # noqa: F811
+def test_a_line_for_every_sample_in_the_order_of_the_prompts(models, prompts, out, caplog):  # noqa: F811
     result = complete(prompts, out, *SAMPLED, "--id-field", "name", "--token-ids", *models)
     assert result.exit_code == 0, result.output
-    assert "18 completions, 4 prompts skipped" in result.stdout
+    assert "18 completions, 2 prompts skipped" in result.stdout
+    for name in ("'task/5' in line 11", "'task/7' in line 15"):
+        assert f"prompt {name} is skipped: " in caplog.text
     found = lines(out)
     assert [(one["index"], one["sample"]) for one in found] == [(i, s) for i in range(len(TEXTS)) for s in range(2)]
     decoder = Decoder.from_pretrained(models[1], draft=models[3], device="cpu")
@@ -148,6 +153,24 @@ def test_what_was_finished_is_kept(models, prompts, out, whole, monkeypatch, fau
     assert len(lines(out)) == 6
     assert complete(prompts, out, *SAMPLED, *models).exit_code == 0
     assert without_times(out) == whole
+
+
+def test_one_run_at_a_time(models, prompts, out, tmp_path):  # noqa: F811
+    """The lock is the operating system's: a run that was killed holds none."""
+    lock = tmp_path / "out.jsonl.lock"
+    with FileLock(lock):
+        assert_error(
+            complete(prompts, out, *OPTIONS, *models), f"another run is writing {out}: wait until it has ended"
+        )
+        assert not out.exists()
+    killed = "import filelock, os, sys; filelock.FileLock(sys.argv[1]).acquire(); os.kill(os.getpid(), 9)"
+    assert subprocess.run([sys.executable, "-c", killed, str(lock)]).returncode == -9
+    assert complete(prompts, out, *OPTIONS, *models).exit_code == 0
+    with FileLock(lock, timeout=0):  # it was given back, as after an error
+        pass
+    assert_error(complete(prompts, out, *OPTIONS, "-n", "3", *models), "was begun with")
+    with FileLock(lock, timeout=0):
+        pass
 
 
 def test_other_settings_are_refused(models, prompts, out, tmp_path):  # noqa: F811

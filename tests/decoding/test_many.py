@@ -371,20 +371,32 @@ def test_too_few_seeds(decoder):
         list(decoder.complete_many(PROMPTS[:3], 4, do_sample=True, seed=[1, 2]))
 
 
-def test_invalid_logits_end_the_run(target, make_decoder):
-    """What had ended before is not lost."""
-    model = copy.deepcopy(target)
-    model.config.n_positions = POSITIONS
+@pytest.mark.parametrize("more", [{}, {"stopping_criteria": [AfterThree(2)]}], ids=["plain", "criterion"])
+@pytest.mark.parametrize("mode", ["autoregressive", "staged"])
+def test_prompts_without_a_next_token_are_skipped(target, drafts, make_decoder, caplog, mode, more):
+    """By name; the others of their batch are completed as they are alone."""
     bad = 40  # only prompts that have this token lead to NaN
-    decoder = make_decoder(model)
+    decoder = make_decoder(target, drafts["good"], tree=TREE)
+    options = {"max_new_tokens": 9, "mode": mode, "eos_token_id": ENDS, **more}
+    prompts = [ids[:6] for ids in PROMPTS if bad not in ids]
+    alone = [decoder.complete(ids, **options).tokens for ids in prompts]
+    assert not any(bad in tokens for tokens in alone)
     decoder.target.token_table[bad] = float("inf")
     if decoder.target.compiled is not None:
         decoder.target.compiled.weights.tables[0][bad] = float("inf")
-    prompts = [torch.tensor([1, 2]), torch.tensor([3, bad]), torch.tensor([4])]
-    found = decoder.complete_many(prompts, 3, batch=1, mode="autoregressive", eos_token_id=[])
-    assert len(next(found).tokens) == 3
-    with pytest.raises(InvalidLogitsError):
-        next(found)
+    for index in (0, 4, 5):
+        prompts.insert(index, torch.tensor([3, bad, 7]))
+        alone.insert(index, [])
+    for batch in (1, 3, 16):
+        caplog.clear()
+        found = list(decoder.complete_many(prompts, batch=batch, **options))
+        assert [one.tokens for one in found] == alone
+        assert [one.index for one in found if one.finish_reason == "skipped"] == [0, 4, 5]
+        for index in (0, 4, 5):
+            assert "no token can be chosen at position 3: after" in found[index].error
+            assert f"prompt {index} is skipped: {found[index].error}" in caplog.text
+    with pytest.raises(InvalidLogitsError, match="position 3 of row 0"):
+        decoder.complete(prompts[0], **options)
 
 
 def test_a_reason_for_every_completion(decoder):
