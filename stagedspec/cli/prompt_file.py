@@ -106,7 +106,10 @@ class Completions:
         for number, line in enumerate(whole.splitlines(), 1):
             try:
                 values = json.loads(line)
-                self.done.add((int(values["index"]), int(values["sample"])))
+                pair = int(values["index"]), int(values["sample"])
+                if pair in self.done:
+                    raise ValueError("a second completion")
+                self.done.add(pair)
             except (ValueError, KeyError, TypeError):
                 raise ValueError(
                     f"--out: line {number} of {self.path} is not one that this command wrote: choose another file, or "
@@ -131,11 +134,14 @@ class Completions:
         self.settings = {**self.settings, **more}
         if self._size:
             self._check_settings()
-        else:
-            write_text(self._settings_path, json.dumps(self.settings, indent=1) + "\n")
-        self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o666)
-        os.ftruncate(self._file, self._size)
-        os.lseek(self._file, self._size, os.SEEK_SET)
+        try:
+            if not self._size:
+                write_text(self._settings_path, json.dumps(self.settings, indent=1) + "\n")
+            self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o666)
+            os.ftruncate(self._file, self._size)
+            os.lseek(self._file, self._size, os.SEEK_SET)
+        except OSError as error:
+            raise self._failed(error) from None
 
     def add(self, values: dict[str, Any]) -> None:
         """Writes a line. Raises OSError where there is no room for it, and then leaves what was there."""

@@ -1,5 +1,6 @@
 """`stagedspec generate --prompts`: files of prompts and of completions, and runs that go on with earlier ones."""
 
+import codecs
 import errno
 import gzip
 import json
@@ -65,7 +66,8 @@ def test_a_line_for_every_sample_in_the_order_of_the_prompts(models, prompts, ou
 
 def test_gzip_and_other_fields(models, tmp_path, out):  # noqa: F811
     path = tmp_path / "prompts.jsonl.gz"
-    path.write_bytes(gzip.compress(b'{"code": "import os", "id": 7}\n{"code": "x", "id": 8}'))
+    lines_of = b'{"code": "import os", "id": 7}\r\n{"code": "x", "id": 8}'  # as editors on Windows write it
+    path.write_bytes(gzip.compress(codecs.BOM_UTF8 + lines_of))
     more = ["--field", "code", "--id-field", "id", "--text-field", "completion"]
     assert complete(path, out, *OPTIONS, *more, *models).exit_code == 0
     assert [(one["id"], len(one["completion"]) > 0) for one in lines(out)] == [(7, True), (8, True)]
@@ -173,6 +175,15 @@ def test_one_run_at_a_time(models, prompts, out, tmp_path):  # noqa: F811
         pass
 
 
+def test_a_disk_that_is_full_from_the_start(models, prompts, out, monkeypatch):  # noqa: F811
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(prompt_file, "write_text", full)
+    result = complete(prompts, out, *OPTIONS, *models)
+    assert_error(result, f"cannot write {out}: No space left on device; 0 completions are kept")
+
+
 def test_other_settings_are_refused(models, prompts, out, tmp_path):  # noqa: F811
     options = [*OPTIONS, "--sample", "--seed", "3", *models]
     assert complete(prompts, out, *options).exit_code == 0
@@ -203,7 +214,7 @@ def test_other_settings_are_refused(models, prompts, out, tmp_path):  # noqa: F8
 BAD_FILES = [
     ("", "there are no prompts"),
     ("\n \n", "there are no prompts"),
-    ('{"prompt": "a"}\n{"prompt": \n', "line 2 is no JSON"),
+    ('{"prompt": "a"}\n{"prompt": \n', "line 2 is no JSON: Expecting value at character 12"),
     ('{"prompt": "a"}\n\n["b"]\n', "line 3 is of type list"),
     ('{"prompt": "a"}\n{"text": "b"}\n', "line 2 has no field 'prompt'; it has 'text'"),
     ('{"prompt": "a"}\n{"prompt": 3}\n', "'prompt' of line 2 must be text, got int"),
@@ -254,6 +265,8 @@ def test_bad_places(tmp_path, prompts, out, monkeypatch):
     for option in (["--out", str(out)], ["--stop", "x"], ["--id-field", "x"], ["--num-samples", "2"], ["--token-ids"]):
         assert_error(run("generate", "x", *option), "belongs to a file of prompts: add --prompts")
     assert not out.exists() and generate.MAX_BATCH == MAX_BATCH
-    out.write_text('{"index": 0}\n')
     out.with_name("out.jsonl.run.json").write_text("{}")
-    assert_error(complete(prompts, out), "line 1 of", "is not one that this command wrote")
+    once = '{"index": 0, "sample": 0}\n'
+    for content, number in (('{"index": 0}\n', 1), (once + once, 2)):
+        out.write_text(content)
+        assert_error(complete(prompts, out), f"line {number} of", "is not one that this command wrote")

@@ -135,29 +135,36 @@ def test_adaptive_trees_of_a_batch_that_is_filled_again(target, drafts, make_dec
 # ---------------------------------------------------------------- rows that replace others
 
 
-def test_caches_of_a_replaced_row_are_those_of_a_fresh_prefill(decoder, place, target, drafts):
-    """After every step, by the keys and values that transformers computes for the same tokens."""
+def test_caches_of_rows_that_change_places_are_those_of_a_fresh_prefill(decoder, place, target, drafts):
+    """After every step, by the keys and values that transformers computes for the same tokens: of rows that replaced
+    others, and of the last ones, which take the places of those that have no successor."""
     if place.backend != "torch":
         return
-    ids, mask = left_pad(random_prompts([9, 5, 12], seed=14))
+    ids, mask = left_pad(random_prompts([9, 5, 12, 7], seed=14))
     sampling = Sampling(do_sample=True, temperature=0.7)
-    options = StagedOptions("staged", [3, 4, 5], TREE)
+    options = StagedOptions("staged", [3, 4, 5, 6], TREE)
     run = decoder._start(validate(decoder.context, options, ids, mask, max_new_tokens=15, sampling=sampling))
-    prompts = zip(random_prompts([11, 1, 2], seed=3), (9, 14, 3), strict=True)
+    prompts = zip(random_prompts([11, 1, 2], seed=3), (9, 25, 3), strict=True)
     following = [RequestRow(ids, 8, 0, new) for ids, new in prompts]
-    checked = 0
+    checked, left = 0, []
     for _ in run.steps():
-        for index, row in enumerate(run.sequences.rows):
+        for index, row in reversed(list(enumerate(run.sequences.rows))):
             if not row.running:
                 if following:
                     run.replace(index, following.pop(0))
+                elif len(run.sequences.rows) > 1:
+                    run.remove(index)
+                    left.append(len(run.sequences.rows))
+        for index, row in enumerate(run.sequences.rows):
+            assert run.request.prompts[index] == row.tokens[: len(run.request.prompts[index])]
+            if not row.running:
                 continue
             unread = 1 if row.caught_up else 2
             for model, cache, missing in zip((target, drafts["good"]), run.engine.caches, (1, unread), strict=True):
                 if len(row.tokens) > missing:
                     check_cache(model, row.tokens[:-missing], cache, index)
                     checked += 1
-    assert checked > 20 and not following
+    assert checked > 25 and left == [3, 2, 1] and not following
 
 
 def test_windows_whose_prompts_do_not_fit_begin_another_batch(decoder, expected, place, runs):
