@@ -74,7 +74,7 @@ def work(options: argparse.Namespace) -> Work:
     if options.threads:
         torch.set_num_threads(options.threads)
     shape, generator = shape_of(options.random), torch.Generator().manual_seed(options.seed)
-    lengths = torch.randint(16, 129, (options.limit,), generator=generator).sort(descending=True)[0].tolist()
+    lengths = torch.randint(16, 65, (options.limit,), generator=generator).sort(descending=True)[0].tolist()
     prompts = [torch.randint(shape.vocab, (length,), generator=generator) for length in lengths]
     with tempfile.TemporaryDirectory(prefix="stagedspec-models-") as folder:
         save_random(shape, 1024, Path(folder), 0, torch.device("cpu"))
