@@ -2,23 +2,31 @@
 
     python bench/many.py [--prompts FILE.jsonl[.gz]] [--limit 96] [--max-new-tokens 128] [--stop TEXT] [--batch 16]
 
-Completions end at the stop token or at their limit, so at very different lengths. The sides take turns on all prompts;
-a side whose tokens differ from another's ends the run. See bench/README.md.
+Completions end at the stop token or at their limit, so at very different lengths. Whole batches compute all their rows
+until the last one has ended, as `generate` does; trimmed ones leave out rows that have ended; then the next prompts
+replace them. All take prompts in order of length. The sides take turns on all prompts; a side whose tokens differ from
+another's ends the run. See bench/README.md.
 """
 
 import argparse
 import itertools
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import torch
 from rich.console import Console
 
 import stagedspec
-from sides import add_options, check_options, clear_errors, load, run_command
+from random_models import SHAPES, save_random, shape_of
+from sides import add_options, check_options, clear_errors, encode, load, run_command
 from stagedspec.cli.output import empty_table, progress_bar
 from stagedspec.tuning.prompts import read_prompts
+
+KINDS = WHOLE, TRIMMED, _ = "whole", "trimmed", "replaced"
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -28,6 +36,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16], help="rows decoded together")
     parser.add_argument("--greedy", action="store_true", help="without it, top-k sampling at temperature 1")
     parser.add_argument("--stop", default="\n", help="text of the token that ends a completion (default: a line break)")
+    parser.add_argument(
+        "--random", choices=SHAPES, help="random weights of a GPT-2's shape, in place of a model, prompts and --stop"
+    )
+    parser.add_argument(
+        "--mean", type=int, default=48, help="with --random: new tokens that completions would have without a limit"
+    )
     parser.add_argument("--repeats", type=int, default=5, help="rounds, each with a call of every side")
     parser.add_argument("--out", type=Path, help="write results as JSON")
     options = parser.parse_args(arguments)
@@ -35,30 +49,66 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
+class Work(NamedTuple):
+    """What all sides do. prompts: the longest first; settings: of `Decoder.complete_many`."""
+
+    decoder: stagedspec.Decoder
+    prompts: list[torch.Tensor]
+    settings: dict[str, Any]
+
+
+def work(options: argparse.Namespace) -> Work:
+    """Loads model and prompts. Raises ValueError for a stop text that is not one token."""
+    settings: dict[str, Any] = {"max_new_tokens": options.max_new_tokens}
+    if not options.greedy:
+        settings |= {"do_sample": True, "top_k": None if options.random else options.top_k}
+    if options.random is None:
+        models = load(options)
+        stop = models.tokenizer.encode(options.stop, add_special_tokens=False)
+        if len(stop) != 1:
+            raise ValueError(f"--stop must be the text of one token, got {options.stop!r} of {len(stop)}")
+        room = models.decoder.target.positions + 1 - options.max_new_tokens
+        encoded, _ = encode(read_prompts(options.prompts), models.tokenizer, room, options.limit)
+        prompts = [ids[0] for ids in encoded]
+        return Work(models.decoder, sorted(prompts, key=len, reverse=True), settings | {"eos_token_id": stop})
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    shape, generator = shape_of(options.random), torch.Generator().manual_seed(options.seed)
+    lengths = torch.randint(16, 65, (options.limit,), generator=generator).sort(descending=True)[0].tolist()
+    prompts = [torch.randint(shape.vocab, (length,), generator=generator) for length in lengths]
+    with tempfile.TemporaryDirectory(prefix="stagedspec-models-") as folder:
+        save_random(shape, 1024, Path(folder), 0, torch.device("cpu"))
+        decoder = stagedspec.Decoder.from_pretrained(
+            folder, device=options.device, dtype=options.dtype, backend=options.backend
+        )
+    # Random weights choose nearly evenly: one of these tokens comes up once in `mean`.
+    return Work(decoder, prompts, settings | {"eos_token_id": list(range(shape.vocab // options.mean))})
+
+
 def bench(options: argparse.Namespace, console: Console) -> dict:
     """Runs the benchmark and prints its table. Raises ValueError where tokens differ."""
-    models = load(options)
-    decoder, prompts = models.decoder, read_prompts(options.prompts)[: options.limit]
-    stop = models.tokenizer.encode(options.stop, add_special_tokens=False)
-    if len(stop) != 1:
-        raise ValueError(f"--stop must be the text of one token, got {options.stop!r} of {len(stop)}")
-    settings = {"max_new_tokens": options.max_new_tokens, "eos_token_id": stop, "seed": options.seed}
-    if not options.greedy:
-        settings |= {"do_sample": True, "top_k": options.top_k}
+    decoder, prompts, settings = work(options)
     ops = decoder.target.ops
     refills = ops.replaces_rows
+    seeds = [stagedspec.row_seed(options.seed, index) for index in range(len(prompts))]
     sides = [
-        (mode, batch, refilled)
+        (mode, batch, kind)
         for mode, batch in itertools.product(options.modes, options.batch)
-        for refilled in ((False, True) if refills and batch > 1 else (False,))
+        for kind in (KINDS if refills and batch > 1 else KINDS[:1])
     ]
 
-    def run(mode: str, batch: int, refilled: bool) -> list[list[int]]:
-        ops.replaces_rows = refilled
+    def run(mode: str, batch: int, kind: str) -> list[list[int]]:
+        together, tokens = batch if kind == TRIMMED else len(prompts), []
+        ops.replaces_rows = refills and kind != WHOLE
         try:
-            return [one.tokens for one in decoder.complete_many(prompts, mode=mode, batch=batch, **settings)]
+            for start in range(0, len(prompts), together):
+                part = slice(start, start + together)
+                own = {} if options.greedy else {"seed": seeds[part]}
+                found = decoder.complete_many(prompts[part], mode=mode, batch=batch, **settings, **own)
+                tokens += [one.tokens for one in found]
         finally:
             ops.replaces_rows = refills
+        return tokens
 
     seconds: dict[tuple, list[float]] = {side: [] for side in sides}
     expected: list[list[int]] = []
@@ -78,13 +128,17 @@ def bench(options: argparse.Namespace, console: Console) -> dict:
     lengths = sorted(map(len, expected))
     tokens = sum(lengths)
     rows = []
-    for mode, batch, refilled in sides:
-        times = seconds[mode, batch, refilled]
-        fixed = seconds[mode, batch, False]
-        gain = statistics.median(theirs / ours for theirs, ours in zip(fixed, times, strict=True))
+    for mode, batch, kind in sides:
+        times = seconds[mode, batch, kind]
+        over = {
+            other: statistics.median(
+                theirs / ours for theirs, ours in zip(seconds[mode, batch, other], times, strict=True)
+            )
+            for other in KINDS[: KINDS.index(kind)]
+        }
         rows.append(
-            {"mode": mode, "batch": batch, "replaced": refilled, "seconds": times,
-             "tokens_per_second": tokens / statistics.median(times), "over_whole_batches": gain if refilled else None}
+            {"mode": mode, "batch": batch, "rows": kind, "seconds": times,
+             "tokens_per_second": tokens / statistics.median(times), "over": over}
         )  # fmt: skip
     quartiles = statistics.quantiles(lengths, n=4, method="inclusive")
     console.print(
@@ -93,12 +147,12 @@ def bench(options: argparse.Namespace, console: Console) -> dict:
         highlight=False,
     )
     table = empty_table()
-    for name in ("mode", "batch", "rows", "tokens/s", "over whole batches"):
+    for name in ("mode", "batch", "rows", "tokens/s", *(f"over {kind}" for kind in KINDS[:2])):
         table.add_column(name, justify="left" if name in ("mode", "rows") else "right")
     for row in rows:
-        gain = "" if row["over_whole_batches"] is None else f"{row['over_whole_batches']:.2f}x"
-        kind = "" if row["batch"] == 1 else "replaced" if row["replaced"] else "whole batches"
-        table.add_row(row["mode"], str(row["batch"]), kind, f"{row['tokens_per_second']:.0f}", gain)
+        over = [f"{row['over'][kind]:.2f}x" if kind in row["over"] else "" for kind in KINDS[:2]]
+        kind = row["rows"] if row["batch"] > 1 else ""
+        table.add_row(row["mode"], str(row["batch"]), kind, f"{row['tokens_per_second']:.0f}", *over)
     console.print(table)
     return {"lengths": lengths, "sides": rows, "device": decoder.device, "backend": decoder.backend}
 

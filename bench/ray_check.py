@@ -55,9 +55,7 @@ def main() -> int:
                     kind,
                     fn_constructor_kwargs={"seed_field": "seed", **OPTIONS, **more},
                     batch_size=4,
-                    compute=ray.data.ActorPoolStrategy(size=2),
-                    max_restarts=2,  # Ray makes a dead actor anew, and repeats the task that it had
-                    max_task_retries=2,
+                    compute=ray.data.ActorPoolStrategy(size=2),  # Ray makes a dead actor anew, and repeats its task
                 )
                 .take_all()
             )

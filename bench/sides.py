@@ -57,7 +57,7 @@ def add_options(parser: argparse.ArgumentParser, limit: int, max_new_tokens: int
 def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Exits with a message if a number is not positive that must be."""
     names = ("limit", "max_new_tokens", "repeats", "threads", "batch", "prompt_tokens", "warm_up", "steps")
-    for name in (*names, "peer_prompts"):
+    for name in (*names, "peer_prompts", "mean"):
         value = getattr(options, name, None)
         for number in value if isinstance(value, list) else [value]:
             if number is not None and number < 1:

@@ -418,8 +418,8 @@ class Decoder:
 
         Its tokens are those of `complete(prompt, seed=completion.seed, ...)`, whatever is decoded beside it. Options as
         in `complete`; a stopping criterion sees one row at a time, and with logits processors prompts are decoded one
-        by one. A prompt that is empty, too long or no text is skipped: the logger `stagedspec` names it, and so does
-        its completion, with the finish_reason "skipped".
+        by one. A prompt that is empty, too long or no text, or after which no token can be chosen, is skipped: the
+        logger `stagedspec` names it, and so does its completion, with the finish_reason "skipped".
 
         num_samples: completions of each prompt. seed: of a sampled run, which gives each row the seed
         `row_seed(seed, index, sample)`; or one a prompt, used as they are; None draws one, as in `generate`. batch:
@@ -430,7 +430,7 @@ class Decoder:
         Where the backend can (torch), the next prompt takes the place of a row that has ended; else (triton) a batch
         ends as a whole. All is decoded with the weights at the time of the call. `last_stats` is left as it is.
 
-        Raises ValueError for bad options, before any work; InvalidLogitsError as `generate` raises it.
+        Raises ValueError for bad options, before any work.
         """
         if isinstance(prompts, (str, torch.Tensor)) or not isinstance(prompts, Iterable):
             raise ValueError(
@@ -482,15 +482,17 @@ class Decoder:
                     try:
                         waiting.append(many.Waiting(prompt, read(prompt, together), number))
                     except ValueError as error:
-                        log.warning("prompt %d is skipped: %s", prompt.index, error)
-                        done[number] = Completion("", [], [], Stats(""), "skipped", str(error), *prompt.names)
+                        done[number] = self._skipped(prompt, str(error))
                 yield waiting
+
+        def again(one: many.Waiting) -> many.Waiting:
+            return one._replace(call=read(one.prompt, batch))
 
         def start(request: Request, callbacks: Callbacks | None) -> Generation:
             return self._start(request, callbacks, models=models)
 
         replaces = models.target.ops.replaces_rows
-        ended = many.decode(windows(), batch, replaces, start, partial(self._keep, stats=None))
+        ended = many.decode(windows(), batch, replaces, start, partial(self._keep, stats=None), again)
         for one in itertools.chain(ended, [None]):  # at the end, those that were skipped last
             if one is not None:
                 done[one.number] = self._completion(one)
@@ -498,7 +500,14 @@ class Decoder:
                 yield done.pop(following if ordered else next(iter(done)))
                 following += 1
 
+    @staticmethod
+    def _skipped(prompt: many.Prompt, error: str) -> Completion:
+        log.warning("prompt %s is skipped: %s", prompt.index, error)
+        return Completion("", [], [], Stats(""), "skipped", error, *prompt.names)
+
     def _completion(self, ended: many.Ended) -> Completion:
+        if ended.error is not None:
+            return self._skipped(ended.prompt, ended.error)
         return Completion(
             self._decode(ended.tokens),
             ended.tokens,

@@ -157,6 +157,10 @@ class ReplaceableSequences(Sequences, Protocol):
     def replace(self, index: int, prompt: list[int], new_tokens: int) -> None:
         """Begins row `index` anew, between two steps. `capacity` tokens must be enough for it."""
 
+    def remove(self, index: int) -> None:
+        """Leaves row `index` out, between two steps, so that passes have one sequence less. The last row takes its
+        place; at least one must be left."""
+
 
 class NoiseAt(Protocol):
     """The Gumbel noise at the nodes of one pass."""
@@ -187,6 +191,9 @@ class ReplaceableNoise(Noise, Protocol):
 
     def replace(self, index: int, seed: int, stream: int, start: int, limit: int) -> None:
         """Begins row `index` anew, whose prompt has `start` tokens. The rest as of `Backend.make_noise`."""
+
+    def remove(self, index: int) -> None:
+        """Leaves row `index` out; the last row takes its place."""
 
 
 class Moves(Protocol):
@@ -347,7 +354,7 @@ class Backend(Protocol):
     skips_passes: bool
     # The tree may change from step to step, by what was accepted so far.
     adapts_trees: bool
-    # Between two steps another prompt can take the place of a row that has ended.
+    # Between two steps another prompt can take the place of a row that has ended, or the row can be left out.
     replaces_rows: bool
     # State stays in place, so that the next generation can use it, with the CUDA graphs over it.
     keeps_generations: bool

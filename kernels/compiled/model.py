@@ -223,7 +223,7 @@ class CompiledModel:
 
     def forward(self, batch: Batch, rows: torch.Tensor, tree_rows: int, write: int, first: int) -> torch.Tensor:
         """Hidden states [B, N, d] of a pass, before the last norm, as `GPT2.forward`. batch: `host.Batch`; rows: the KV
-        cache [layers, B, S, 2, H, D], whose first `tree_rows` are of the tree; write: the row of node 0; first: the
+        cache [layers, >= B, S, 2, H, D], whose first `tree_rows` are of the tree; write: the row of node 0; first: the
         first row that is attended to. Raises ValueError for a cache that this pass does not fit."""
         x = np.empty((*batch.inputs.shape[1:], self.weights.tables[0].shape[1]), f32)
         self._passes(batch, rows, tree_rows, write, first, x=x)
@@ -282,7 +282,14 @@ class CompiledModel:
         they are wanted."""
         inputs, sequences, nodes = batch.inputs, *batch.inputs.shape[1:]
         weights, width = self.weights, self.weights.tables[0].shape[1]
-        shape = len(weights.scales), sequences, rows.shape[2], 2, weights.heads, width // weights.heads
+        shape = (
+            len(weights.scales),
+            max(sequences, rows.shape[1]),
+            rows.shape[2],
+            2,
+            weights.heads,
+            width // weights.heads,
+        )
         if not rows.is_contiguous() or rows.dtype != self.kv_dtype or rows.shape != shape:
             raise ValueError(f"expected a whole KV cache {shape} in fp32, got {tuple(rows.shape)} in {rows.dtype}")
         masks, others = batch.seen.shape[0], (batch.seen.shape[1], len(batch.prefixes), min(write, first) >= 0)
@@ -316,7 +323,7 @@ class CompiledModel:
                     *(() if choice is None else choice.arrays(memory, part, count)),
                 )  # fmt: skip
                 self._run(memory, arrays, Settings(
-                    1, int(kind > 0), kind, k, nodes, seen_at, prefix_at, write, rows.data_ptr(), most, sequences,
+                    1, int(kind > 0), kind, k, nodes, seen_at, prefix_at, write, rows.data_ptr(), most, rows.shape[1],
                     part.start,
                 ))  # fmt: skip
 

@@ -12,10 +12,11 @@ from stagedspec.kernels.state.host import Batch
 def layer_views(
     cache: torch.Tensor, tree_rows: int, batch: Batch, write: int, first: int
 ) -> Iterator[tuple[torch.Tensor, ...]]:
-    """For each layer of a KV cache [layers, B, S, 2, H, D]: where the pass's rows go, [B, N, 2, H, D], and the keys and
-    values visible under its bias, [B, H, R, D], from row `first` on. What lies where is in the bias: tree_rows is not
-    needed here."""
-    nodes, visible = batch.tokens.shape[1], batch.bias.shape[-1]
+    """For each layer of a KV cache [layers, >= B, S, 2, H, D]: where the pass's rows go, [B, N, 2, H, D], and the keys
+    and values visible under its bias, [B, H, R, D], from row `first` on. What lies where is in the bias: tree_rows is
+    not needed here."""
+    (sequences, nodes), visible = batch.tokens.shape, batch.bias.shape[-1]
+    cache = cache[:, :sequences]
     store = cache.narrow(2, write, nodes).unbind(0)
     keys, values = cache.narrow(2, first, visible).permute(3, 0, 1, 4, 2, 5).unbind(0)
     return zip(store, keys.unbind(0), values.unbind(0), strict=True)

@@ -119,6 +119,22 @@ class Noise:
         if self.made:
             self.made[index] = start
 
+    def remove(self, index: int) -> None:
+        """Leaves row `index` out; the last row takes its place."""
+        for held in (self.limits, self.made):
+            if held:
+                held[index] = held[-1]
+                del held[-1]
+        if index < len(self.values) - 1:
+            self.seeds[index], self.streams[index], self.values[index] = (
+                self.seeds[-1],
+                self.streams[-1],
+                self.values[-1],
+            )
+            self.host[index] = self.host[-1]  # on a CPU that is done
+        self.seeds, self.streams = self.seeds[:-1], self.streams[:-1]
+        self.values, self.host = self.values[:-1], self.host[:-1]
+
     def advance(self, sequences: Sequences) -> None:
         """Makes the positions that a step of the sequences can choose for available."""
         self.lengths = lengths = sequences.lengths

@@ -279,7 +279,7 @@ class Sequences:
         """Raises InvalidLogitsError if a row ended because no next token can be chosen; waits for the device."""
         state = self._fields(self._block.cpu())
         ends = zip(state["running"].tolist(), state["lengths"].tolist(), strict=True)
-        raise_invalid([(index, length) for index, (runs, length) in enumerate(ends) if runs < 0])
+        raise_invalid({index: length for index, (runs, length) in enumerate(ends) if runs < 0})
 
     @property
     def seconds_to_first_token(self) -> float | None:

@@ -124,6 +124,11 @@ class Sequences:
         """Begins row `index` anew with another prompt, of which `capacity` tokens must be enough."""
         self.rows[index] = Row(list(prompt), len(prompt) + new_tokens)
 
+    def remove(self, index: int) -> None:
+        """Leaves row `index` out, between two steps. The last row takes its place; at least one must be left."""
+        self.rows[index] = self.rows[-1]
+        del self.rows[-1]
+
     @property
     def lengths(self) -> list[int]:
         return [len(row.tokens) for row in self.rows]
@@ -144,7 +149,7 @@ class Sequences:
 
     def check(self) -> None:
         """Raises InvalidLogitsError if a row ended because no next token can be chosen."""
-        raise_invalid([(index, len(row.tokens)) for index, row in enumerate(self.rows) if row.invalid])
+        raise_invalid({index: len(row.tokens) for index, row in enumerate(self.rows) if row.invalid})
 
     def chunks(self, count: int) -> list[tuple[int, int]]:
         """(start, size) of the passes that read the first `count` tokens of every row."""

@@ -3,6 +3,12 @@
 The library does the work. `stagedspec.cli.app` is the Typer app.
 """
 
-from stagedspec.cli.app import app
+import sys
+
+try:
+    from stagedspec.cli.app import app
+except KeyboardInterrupt:  # there is no command yet that would answer it
+    print("\ninterrupted", file=sys.stderr)
+    sys.exit(130)
 
 __all__ = ["app"]

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Any
 
 from stagedspec.decoding.sampling import Sampling, counters
@@ -227,12 +227,9 @@ def check_output(path: Path, option: str, make_folder: bool = False) -> None:
         raise ValueError(f"{option}: cannot write {path}: the folder {folder} does not exist")
     if path.exists() and not path.is_file():
         return  # a pipe or a device: nothing to try
-    there = path.exists()
-    trial = path if there or folder == path.resolve().parent else folder / path.name
     try:
-        with trial.open("ab"):
+        # Another process may be about to make the file: only others are made and removed here.
+        with path.open("ab") if path.exists() else TemporaryFile(dir=folder):
             pass
-        if not there:
-            trial.unlink()
     except OSError as error:
         raise ValueError(f"{option}: cannot write {path}: {error.strerror}") from None

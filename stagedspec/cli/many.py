@@ -1,7 +1,9 @@
 """`stagedspec generate --prompts`: complete the prompts of a file into another file."""
 
+import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,39 +56,59 @@ def complete(
     num_samples: int,
     **options: Any,
 ) -> None:
-    """Completes what is not completed yet. options: of `Decoder.complete_many`."""
-    total, before = num_samples * len(prompts.texts), len(out.done)
-    if before >= total:
-        out.sort()
-        typer.echo(f"{out.path}: all {total:,} completions are there")
-        return
-    decoder = load()
-    dtype = str(decoder.target.dtype).removeprefix("torch.")
-    out.begin(arithmetic=f"{dtype} on {decoder.device.type}, backend {decoder.backend}")
-    tokens, skipped, rate = 0, 0, 0.0
-    try:
-        with preparing():
-            decoder.tree_for(options["mode"], options["batch"], do_sample=options["do_sample"])
-        found = decoder.complete_many(
-            prompts.texts, num_samples=num_samples, ordered=False, skip=frozenset(out.done), **options
-        )
-        begin = time.perf_counter()
-        with _progress() as progress:
-            task = progress.add_task("completing", total=total, completed=before, rate="")
-            for one in found:
-                out.add(_line(one, prompts, id_field, text_field, token_ids, stop))
-                tokens, skipped = tokens + len(one.tokens), skipped + (one.error is not None)
-                rate = tokens / (time.perf_counter() - begin)
-                progress.update(task, advance=1, rate=f"{rate:,.0f} tokens/s")
-        out.sort()
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            f"{len(out.done):,} of {total:,} completions are in {out.path}; the same command goes on with the rest"
-        ) from None
-    finally:
-        out.close()
-    skips = f", {skipped:,} prompts skipped" if skipped else ""
+    """Completes what is not completed yet, and closes `out`. options: of `Decoder.complete_many`."""
+    with closing(out):
+        total, before = num_samples * len(prompts.texts), len(out.done)
+        if before >= total:
+            out.sort()
+            typer.echo(f"{out.path}: all {total:,} completions are there")
+            return
+        decoder = load()
+        dtype = str(decoder.target.dtype).removeprefix("torch.")
+        out.begin(arithmetic=f"{dtype} on {decoder.device.type}, backend {decoder.backend}")
+        tokens, rate = 0, 0.0
+        skipped: set[int] = set()
+        try:
+            with preparing():
+                decoder.tree_for(options["mode"], options["batch"], do_sample=options["do_sample"])
+            found = decoder.complete_many(
+                prompts.texts, num_samples=num_samples, ordered=False, skip=frozenset(out.done), **options
+            )
+            begin = time.perf_counter()
+            with _progress() as progress, _named(prompts):
+                task = progress.add_task("completing", total=total, completed=before, rate="")
+                for one in found:
+                    out.add(_line(one, prompts, id_field, text_field, token_ids, stop))
+                    tokens += len(one.tokens)
+                    if one.error is not None:
+                        skipped.add(one.index)
+                    rate = tokens / (time.perf_counter() - begin)
+                    progress.update(task, advance=1, rate=f"{rate:,.0f} tokens/s")
+            out.sort()
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"{len(out.done):,} of {total:,} completions are in {out.path}; the same command goes on with the rest"
+            ) from None
+    skips = f", {len(skipped):,} prompts skipped" if skipped else ""
     typer.echo(f"{out.path}: {total - before:,} completions{skips}, {tokens:,} tokens, {rate:,.0f} tokens/s")
+
+
+@contextmanager
+def _named(prompts: Prompts) -> Iterator[None]:
+    """Lets the decoder's warnings name prompts by their lines and ids."""
+
+    def name(record: logging.LogRecord) -> bool:
+        if isinstance(record.args, tuple) and str(record.msg).startswith("prompt %s"):
+            index, *rest = record.args
+            record.args = (prompts.name(int(str(index))), *rest)
+        return True
+
+    log = logging.getLogger("stagedspec")
+    log.addFilter(name)
+    try:
+        yield
+    finally:
+        log.removeFilter(name)
 
 
 def _progress() -> Any:

@@ -13,11 +13,18 @@ from stagedspec.tuning.prompts import read_objects
 
 @dataclass(frozen=True)
 class Prompts:
-    """The prompts of a file. ids: of each, None without an id field; digest: of all that is read of the file."""
+    """The prompts of a file. ids: of each, None without an id field; lines: their numbers from 1; digest: of all that
+    decides completions."""
 
     texts: list[str]
     ids: list[str | int] | None
+    lines: list[int]
     digest: str
+
+    def name(self, index: int) -> str:
+        """A prompt as messages name it."""
+        line = f"line {self.lines[index]}"
+        return f"in {line}" if self.ids is None else f"{self.ids[index]!r} in {line}"
 
     @classmethod
     def read(cls, path: Path, field: str, id_field: str | None) -> "Prompts":
@@ -25,7 +32,8 @@ class Prompts:
         type, and an id that came before."""
         texts: list[str] = []
         ids: list[str | int] = []
-        lines: dict[str | int, int] = {}
+        lines: list[int] = []
+        line_of: dict[str | int, int] = {}
         for number, values in read_objects(path):
             for name in (field, id_field):
                 if name is not None and name not in values:
@@ -35,6 +43,7 @@ class Prompts:
             if not isinstance(text, str):
                 raise ValueError(f"{path}: {field!r} of line {number} must be text, got {type(text).__name__}")
             texts.append(text)
+            lines.append(number)
             if id_field is None:
                 continue
             own = values[id_field]
@@ -42,30 +51,45 @@ class Prompts:
                 raise ValueError(
                     f"{path}: {id_field!r} of line {number} must be text or a whole number, got {type(own).__name__}"
                 )
-            if own in lines:
-                raise ValueError(f"{path}: lines {lines[own]} and {number} both have the {id_field} {own!r}")
-            lines[own] = number
+            if own in line_of:
+                raise ValueError(f"{path}: lines {line_of[own]} and {number} both have the {id_field} {own!r}")
+            line_of[own] = number
             ids.append(own)
         digest = hashlib.sha256(json.dumps([texts, ids]).encode()).hexdigest()
-        return cls(texts, None if id_field is None else ids, digest)
+        return cls(texts, None if id_field is None else ids, lines, digest)
 
 
 class Completions:
     """A file of JSON lines that grows by whole lines, each with the `index` of its prompt and its `sample`.
 
     What was written before stays: the pairs are in `done`. A last line that was cut off is removed. The settings of the
-    first run lie beside the file, in NAME.run.json.
+    first run lie beside the file, in NAME.run.json. No other process can use the file until `close`, or the end of this
+    one, however it ends: it holds a lock of the operating system, on the empty file NAME.lock.
 
-    Raises ValueError for a file that another command wrote, or that was begun with other settings.
+    Raises ValueError for a file that another run is writing, that another command wrote, or that was begun with other
+    settings.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]):
+        from filelock import FileLock, Timeout  # takes a while, and --help should answer at once
+
         self.path, self.settings = path, settings
         self._settings_path = path.with_name(path.name + ".run.json")
         self.done: set[tuple[int, int]] = set()
-        whole = self._read()
-        if whole:
-            self._check_settings()
+        self._file = -1  # not open
+        self._lock = FileLock(path.with_name(path.name + ".lock"), timeout=0)
+        try:
+            self._lock.acquire()
+            whole = self._read()
+            if whole:
+                self._check_settings()
+        except Timeout:
+            raise ValueError(
+                f"--out: another run is writing {path}: wait until it has ended, or choose another file"
+            ) from None
+        except BaseException:
+            self.close()
+            raise
         self._size = len(whole)
 
     def _read(self) -> bytes:
@@ -82,7 +106,10 @@ class Completions:
         for number, line in enumerate(whole.splitlines(), 1):
             try:
                 values = json.loads(line)
-                self.done.add((int(values["index"]), int(values["sample"])))
+                pair = int(values["index"]), int(values["sample"])
+                if pair in self.done:
+                    raise ValueError("a second completion")
+                self.done.add(pair)
             except (ValueError, KeyError, TypeError):
                 raise ValueError(
                     f"--out: line {number} of {self.path} is not one that this command wrote: choose another file, or "
@@ -107,11 +134,14 @@ class Completions:
         self.settings = {**self.settings, **more}
         if self._size:
             self._check_settings()
-        else:
-            write_text(self._settings_path, json.dumps(self.settings, indent=1) + "\n")
-        self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o666)
-        os.ftruncate(self._file, self._size)
-        os.lseek(self._file, self._size, os.SEEK_SET)
+        try:
+            if not self._size:
+                write_text(self._settings_path, json.dumps(self.settings, indent=1) + "\n")
+            self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o666)
+            os.ftruncate(self._file, self._size)
+            os.lseek(self._file, self._size, os.SEEK_SET)
+        except OSError as error:
+            raise self._failed(error) from None
 
     def add(self, values: dict[str, Any]) -> None:
         """Writes a line. Raises OSError where there is no room for it, and then leaves what was there."""
@@ -127,7 +157,11 @@ class Completions:
         self.done.add((values["index"], values["sample"]))
 
     def close(self) -> None:
-        os.close(self._file)
+        """Lets other processes use the file. May be called again."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+        self._lock.release()
 
     def sort(self) -> None:
         """Puts the lines into the order of the prompts."""

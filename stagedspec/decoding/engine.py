@@ -91,6 +91,19 @@ class Engine:
         if self.proposer is not None:
             self.proposer.replace(index, row.prompt)
 
+    def remove(self, index: int) -> None:
+        """Leaves a row out of all further passes; the last row takes its index. Only where the backend
+        `replaces_rows`."""
+        sequences = cast(ReplaceableSequences, self.sequences)
+        last = len(sequences.rows) - 1
+        for cache in self.caches:
+            cache.move_row(last, index, len(sequences.rows[last].tokens))
+        sequences.remove(index)
+        if self.noise is not None:
+            cast(ReplaceableNoise, self.noise).remove(index)
+        if self.proposer is not None:
+            self.proposer.remove()
+
     def begin(self, controller: Controller | None) -> None:
         """Begins a generation. controller: chooses the tree of every step; None where each has the request's."""
         if self.proposer is not None:

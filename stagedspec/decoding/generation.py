@@ -117,6 +117,18 @@ class Generation:
         self._entered[index] = len(self.passes), self.seconds
         self.seconds += time.perf_counter() - begin
 
+    @torch.inference_mode()
+    def remove(self, index: int) -> None:
+        """Leaves a row that has ended out of all further steps, between two of them; the last row takes its index. Only
+        where the backend `replaces_rows`."""
+        begin = time.perf_counter()
+        with self.engine.target.ops.lock:
+            self.engine.remove(index)
+        for rows in (self.request.rows, self._entered):
+            rows[index] = rows[-1]  # type: ignore[index, assignment]
+            del rows[-1]  # type: ignore[attr-defined]
+        self.seconds += time.perf_counter() - begin
+
     def _step(self) -> None:
         tree, reads = self.engine.begin_step()
         step = self._steps[tree](self.choose)

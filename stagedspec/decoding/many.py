@@ -1,5 +1,5 @@
 """Decodes many prompts in batches, longest first. Where the backend can, the next prompt takes the place of a row that
-has ended; elsewhere a batch ends as a whole.
+has ended, and at the end, when there is none, the row is left out; elsewhere a batch ends as a whole.
 
 Every prompt is read as a call of its own, and its row has that call's seed, limit and criteria. So a row's tokens are
 those that it has alone.
@@ -18,6 +18,7 @@ from stagedspec.decoding.request import Call, Request, RequestRow
 from stagedspec.decoding.sampling import counters, row_seed
 from stagedspec.decoding.stats import Stats
 from stagedspec.kernels.backends.interface import Row, Sequences
+from stagedspec.kernels.state.invalid_logits import InvalidLogitsError
 from stagedspec.values import plain
 
 
@@ -54,7 +55,8 @@ class Waiting(NamedTuple):
 
 
 class Ended(NamedTuple):
-    """A completed prompt. tokens, origins: the new ones; stopped: by a token or a criterion, not by its limit."""
+    """A completed prompt. tokens, origins: the new ones; stopped: by a token or a criterion, not by its limit. error:
+    why it could not be completed, else None."""
 
     number: int
     prompt: Prompt
@@ -62,6 +64,7 @@ class Ended(NamedTuple):
     origins: list[int]
     stopped: bool
     stats: Stats
+    error: str | None = None
 
     @classmethod
     def of(cls, one: Waiting, row: Row, stats: Stats) -> "Ended":
@@ -119,6 +122,10 @@ class _Queue:
             return None
         return self._waiting.popleft()
 
+    def put_back(self, prompts: Sequence[Waiting]) -> None:
+        """Makes prompts that were taken the next ones."""
+        self._waiting.extendleft(reversed(prompts))
+
 
 class _OneRow:
     """One row of a batch as a batch of its own, for `Callbacks.notify`."""
@@ -137,13 +144,15 @@ def decode(
     replaces: bool,
     start: Callable[[Request, Callbacks | None], Generation],
     keep: Callable[[Generation], None],
+    again: Callable[[Waiting], Waiting],
 ) -> Iterator[Ended]:
     """Completes prompts, `batch` at a time, and yields them as they end.
 
     windows: prompts to sort together, whose requests differ in their rows alone. replaces: the backend's
-    `replaces_rows`. start: makes a generation; keep: takes one that has ended.
+    `replaces_rows`. start: makes a generation; keep: takes one that has ended. again: reads a prompt once more.
 
-    Raises InvalidLogitsError where no next token of a row can be chosen.
+    A row for which no next token can be chosen ends the generation: it is yielded with its error, and the rows that it
+    took with it begin anew.
     """
     queue = _Queue(windows)
     while (first := queue.take()) is not None:
@@ -155,32 +164,59 @@ def decode(
         refills = replaces and len(rows) > 1
         # A look at the rows waits for a device: not after every step, unless something depends on it.
         looks = refills or first.call.callbacks is not None
-        for _ in run.steps():
-            if looks:
-                ended = _ended(run, rows)
-                for index in (found[0] for found in ended) if refills else ():
-                    if (one := queue.take(run.sequences.capacity)) is not None:
-                        run.replace(index, one.row)
-                        rows[index] = one
-                yield from (one for _, one in ended)
-        yield from (one for _, one in _ended(run, rows))
-        keep(run)
+        try:
+            for _ in run.steps():
+                if looks:
+                    ended = _ended(run, rows)
+                    if refills:
+                        _refill(run, rows, [index for index, _ in ended], queue)
+                    yield from (one for _, one in ended)
+            yield from (one for _, one in _ended(run, rows))
+            keep(run)
+        except InvalidLogitsError as error:
+            yield from _failed(run, rows, error)
+            yield from (one for _, one in _ended(run, rows))
+            queue.put_back([again(one) for one in rows if one is not None])
 
 
 def _ended(run: Generation, rows: list[Waiting | None]) -> Sequence[tuple[int, Ended]]:
-    """Rows that have ended, with their places in the batch, which become free."""
-    found: list[tuple[int, Ended]] = []
+    """Rows that have ended, with their places in the batch, which become free. Raises InvalidLogitsError, and then
+    leaves all as they are, if one has no next token."""
     sequences = run.sequences
-    for index, (one, row) in enumerate(zip(rows, sequences.rows, strict=True)):
-        if one is None:
-            continue
-        if one.call.callbacks is not None:
-            view = _OneRow(sequences, index, row)
+    known = list(sequences.rows)
+    for index, one in enumerate(rows):
+        if one is not None and one.call.callbacks is not None:
+            view = _OneRow(sequences, index, known[index])
             one.call.callbacks.notify(cast(Sequences, view), [len(one.row.prompt)])
-            row = view.rows[0]
-        if not row.running:
-            if not found:
-                sequences.check()
-            found.append((index, Ended.of(one, row, run.stats(index))))
-            rows[index] = None
+            known[index] = view.rows[0]
+    places = [index for index, one in enumerate(rows) if one is not None and not known[index].running]
+    if places:
+        sequences.check()
+    found: list[tuple[int, Ended]] = []
+    for index in places:
+        found.append((index, Ended.of(cast(Waiting, rows[index]), known[index], run.stats(index))))
+        rows[index] = None
     return found
+
+
+def _refill(run: Generation, rows: list[Waiting | None], places: list[int], queue: _Queue) -> None:
+    """Gives the places of rows that have ended to the next prompts. A place for which there is none is left out, so
+    that no pass computes it any more: the last row then takes it."""
+    for index in reversed(places):
+        if (one := queue.take(run.sequences.capacity)) is not None:
+            run.replace(index, one.row)
+            rows[index] = one
+        elif len(rows) > 1:
+            run.remove(index)
+            rows[index] = rows[-1]
+            del rows[-1]
+
+
+def _failed(run: Generation, rows: list[Waiting | None], error: InvalidLogitsError) -> Iterator[Ended]:
+    """The rows that have no next token. They end, and their places become free."""
+    for index, position in error.positions.items():
+        run.sequences.stop(index, position)
+        one = rows[index]
+        if one is not None:
+            rows[index] = None
+            yield Ended(one.number, one.prompt, [], [], False, Stats(""), error.reason(position))

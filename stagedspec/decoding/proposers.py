@@ -74,6 +74,9 @@ class Proposer(Protocol):
     def replace(self, index: int, prompt: list[int]) -> None:
         """Reads the prompt of a row that has begun anew."""
 
+    def remove(self) -> None:
+        """Goes on with fewer rows: `sequences`, noise and caches have changed."""
+
     def readings(self) -> Iterator[tuple[Callable, tuple]]:
         """Passes that `begin_step` may make, (pass, arguments), for `Backend.prepare`."""
 
@@ -150,11 +153,11 @@ class DraftCascade:
         rows = max([tree.slots for tree in trees] + [max(WAITS)] * adapts)
         self.cache = Cache(draft, len(sequences.rows), rows, sequences.capacity)
         # Made here, since the first one may compile: a step must not take so long.
-        self._growths: dict[TreeConfig, Growth] = {
-            tree: draft.ops.make_growth(sequences, tree, models.ngram, noise, draft.kv_dtype)
-            for tree in trees
-            if tree.passes
-        }
+        self._make_growth = partial(
+            draft.ops.make_growth, sequences, table=models.ngram, noise=noise, dtype=draft.kv_dtype
+        )
+        self._growths: dict[TreeConfig, Growth] = {}
+        self.remove()
         self.reader = Reader(draft, self.cache, sequences, repeated)
         self.caches, self.readers = [self.cache], [(self.reader, 2)]
         # Passes over what the draft has missed. A prompt was chosen under no noise.
@@ -192,6 +195,9 @@ class DraftCascade:
             controller.missed = min(controller.missed, self.sequences.longest)
             if controller.unread:
                 controller.unread = max(controller.unread, len(prompt))
+
+    def remove(self) -> None:
+        self._growths = {tree: self._make_growth(config=tree) for tree in self.trees if tree.passes}
 
     def readings(self) -> Iterator[tuple[Callable, tuple]]:
         for read in self._reads.values():
@@ -328,6 +334,9 @@ class PromptLookup:
 
     def replace(self, index: int, prompt: list[int]) -> None:
         """There is nothing to fill."""
+
+    def remove(self) -> None:
+        """There is nothing that depends on the number of rows."""
 
     def readings(self) -> Iterator[tuple[Callable, tuple]]:
         return iter(())

@@ -32,7 +32,8 @@ class Layer:
 
 
 class Cache:
-    """A static KV cache [layers, B, S, 2, H, D]: the tree region, then the prefix.
+    """A static KV cache [layers, B, S, 2, H, D]: the tree region, then the prefix. A pass of fewer than B sequences is
+    about the first ones.
 
     Tree nodes are in rows [0, tree_rows); the token at position p is in row tree_rows + p. The two regions are adjacent
     so that one contiguous slice covers both.
@@ -47,6 +48,12 @@ class Cache:
     def commit(self, model: "GPT2", moves: Own) -> None:
         """Moves accepted nodes into the prefix. moves: of the backend's `Moves` or `Unread`."""
         model.ops.move_rows(self.rows, self.tree_rows, moves)
+
+    def move_row(self, source: int, target: int, count: int) -> None:
+        """Copies the first `count` tokens of a sequence to another one."""
+        if source != target:
+            held = slice(self.tree_rows, self.tree_rows + count)
+            self.rows[:, target, held] = self.rows[:, source, held]
 
 
 class GPT2:

@@ -7,6 +7,7 @@ text and logits. Stages, in order, and what each leaves in the run's folder:
     corpus          corpus.safetensors, tokenizer/
     target          target/checkpoint.safetensors
     target-samples  target-samples/shard-*.safetensors
+    pretraining     pretraining/checkpoint.safetensors: of the draft, on the corpus alone; not in every recipe
     draft           draft/checkpoint.safetensors
     draft-samples   draft-samples/shard-*.safetensors
     ngram           ngram.safetensors
@@ -21,7 +22,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
@@ -46,7 +47,8 @@ from stagedspec.training.fit import (
 from stagedspec.training.sources import check_sources
 from stagedspec.training.state import position_of
 
-STAGES = ("corpus", "target", "target-samples", "draft", "draft-samples", "ngram", "assets")
+STAGES = ("corpus", "target", "target-samples", "pretraining", "draft", "draft-samples", "ngram", "assets")
+_MODELS = {"pretraining": "draft"}  # stages that train another model than their name says
 Progress = Callable[[dict], None]
 
 
@@ -70,6 +72,7 @@ class TrainConfig:
 
     sources:            what sources.source_folder takes: "stdlib", installed packages, folders.
     target, draft:      sizes; target_fit, draft_fit: their training.
+    pretraining_fit:    the draft's training on the corpus alone, before it is distilled; None: it is only distilled.
     sample_share:       part of the draft's training batches that is the target's own text.
     overlap_weight, choice_weight: in the draft's loss, see distil.distillation_loss.
     target_top_k:       top-k of the target's distribution when it is sampled and when it teaches; None: all tokens.
@@ -95,6 +98,7 @@ class TrainConfig:
     draft: Shape = SIZES["draft"].without_vocabulary
     target_fit: FitConfig = _TARGET_FIT
     draft_fit: FitConfig = _DRAFT_FIT
+    pretraining_fit: FitConfig | None = None
     sample_share: float = 0.75
     overlap_weight: float = 6.0
     choice_weight: float = 4.0
@@ -128,11 +132,21 @@ class TrainConfig:
         for name in (*positive.split(), "ngram_successors", "evaluate_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, model in (("target", "target"), ("draft", "draft"), ("pretraining", "draft")):
+            settings, depth = getattr(self, f"{name}_fit"), getattr(self, model).layers
+            if settings is None:
+                continue
+            if settings.block > self.n_positions:
+                raise ValueError(
+                    f"{name}_fit.block must be at most n_positions ({self.n_positions}), got {settings.block}"
+                )
+            if settings.shallow_layers is not None and settings.shallow_layers > depth:
+                raise ValueError(
+                    f"{name}_fit.shallow_layers must be at most its {depth} layers, got {settings.shallow_layers}"
+                )
         for name in ("target", "draft"):
-            block, micro = getattr(self, f"{name}_fit").block, getattr(self, f"{name}_micro_batch")
-            batch, length = getattr(self, f"{name}_fit").batch, getattr(self, f"{name}_length")
-            if block > self.n_positions:
-                raise ValueError(f"{name}_fit.block must be at most n_positions ({self.n_positions}), got {block}")
+            batch, micro = getattr(self, f"{name}_fit").batch, getattr(self, f"{name}_micro_batch")
+            length = getattr(self, f"{name}_length")
             if not self.longest_prompt < length <= self.n_positions:
                 raise ValueError(
                     f"{name}_length must be above longest_prompt ({self.longest_prompt}) and at most n_positions "
@@ -140,9 +154,6 @@ class TrainConfig:
                 )
             if micro is not None and (micro < 1 or batch % micro):
                 raise ValueError(f"{name}_micro_batch must divide the batch of {batch}, got {micro}")
-            shallow, depth = getattr(self, f"{name}_fit").shallow_layers, getattr(self, name).layers
-            if shallow is not None and shallow > depth:
-                raise ValueError(f"{name}_fit.shallow_layers must be at most its {depth} layers, got {shallow}")
         if not 0 <= self.sample_share <= 1:
             raise ValueError(f"sample_share must be from 0 to 1, got {self.sample_share}")
         if self.target_top_k is not None and self.target_top_k < 1:
@@ -179,12 +190,16 @@ _LARGE = TrainConfig(
         checkpoint_seconds=240,
     ),
     draft_fit=FitConfig(
-        tokens=40_000_000, seconds=150, batch=32, block=1024, learning_rate=3e-3, optimizer="muon", seed=1
+        tokens=40_000_000, seconds=190, batch=32, block=1024, learning_rate=3e-3, optimizer="muon", seed=1
     ),
+    pretraining_fit=FitConfig(
+        tokens=100_000_000, seconds=90, batch=64, block=1024, learning_rate=3e-3, optimizer="muon", seed=1
+    ),
+    sample_share=0.25,
     target_samples=2_000_000,
     target_rows=256,
     target_length=512,
-    draft_samples=20_000_000,
+    draft_samples=4_000_000,
     draft_rows=1024,
     draft_length=256,
     longest_prompt=16,
@@ -273,12 +288,15 @@ class _Run:
             ("corpus", self._corpus_done, self._make_corpus),
             ("target", lambda: self._fitted("target"), self._fit_target),
             ("target-samples", lambda: self._done("target-samples"), self._sample_target),
+            ("pretraining", lambda: self._fitted("pretraining"), self._pretrain_draft),
             ("draft", lambda: self._fitted("draft"), self._fit_draft),
             ("draft-samples", lambda: self._done("draft-samples"), self._sample_draft),
             ("ngram", (self.out / "ngram.safetensors").exists, self._fit_ngram),
             ("assets", (self.out / "assets" / "README.md").exists, self._export),
         )
         for name, done, work in stages:
+            if name not in stages_of(self.config):
+                continue
             if done():
                 self.progress({"stage": name, "skipped": True})
                 continue
@@ -313,18 +331,26 @@ class _Run:
         })  # fmt: skip
 
     def _fit_target(self, report: Progress) -> None:
+        self._fit("target", self.config.target, self.config.target_fit, self.config.target_micro_batch, report)
+
+    def _pretrain_draft(self, report: Progress) -> None:
+        settings = cast(FitConfig, self.config.pretraining_fit)
+        self._fit("pretraining", self.config.draft, settings, None, report)
+
+    def _fit(self, stage: str, shape: Shape, settings: FitConfig, micro_batch: int | None, report: Progress) -> None:
+        """Trains a model on the corpus."""
         corpus, config = self._corpus(), self.config
-        model = _placed(new_model(self.config, config.target), self.device)
+        model = _placed(new_model(config, shape), self.device)
         fit(
             model,
-            config.target_fit,
-            self.out / "target",
-            lambda step: sample_blocks(corpus.train, config.target_fit, step),
+            settings,
+            self.out / stage,
+            lambda step: sample_blocks(corpus.train, settings, step),
             cross_entropy,
             report,
-            lambda: heldout(model, corpus, config.target_fit.block),
+            lambda: heldout(model, corpus, settings.block),
             config.evaluate_every,
-            config.target_micro_batch,
+            micro_batch,
             compiled=config.compiled,
         )
 
@@ -349,6 +375,8 @@ class _Run:
     def _fit_draft(self, report: Progress) -> None:
         corpus, config = self._corpus(), self.config
         target, draft = self._trained("target"), _placed(new_model(self.config, config.draft), self.device)
+        if config.pretraining_fit is not None:
+            load_weights(draft, self.out / "pretraining", config.pretraining_fit)
         samples = torch.cat([rows.flatten() for rows in sample.load_shards(self.out / "target-samples")])
         blocks = heldout_blocks(corpus.heldout, config.draft_fit.block, limit=16)
         fit(
@@ -430,7 +458,7 @@ class _Run:
             ),
         }
         made_as = next((name for name, config in PRESETS.items() if config == self.config), None)
-        text = card.model_card(asdict(self.config), made_as, self.out, STAGES[:-1], measured)
+        text = card.model_card(asdict(self.config), made_as, self.out, stages_of(self.config)[:-1], measured)
         for path in assets.rglob("*.safetensors"):
             path.chmod(0o644)  # safetensors are written for the owner alone; these are installed for everybody
         with replacing(assets / "README.md") as part:  # last: the card marks the export as done
@@ -486,7 +514,7 @@ class _Run:
 
     def _fitted(self, name: str) -> bool:
         position = position_of(self.out / name)
-        return position.progress == 1 and position.layers == getattr(self.config, name).layers
+        return position.progress == 1 and position.layers == getattr(self.config, _MODELS.get(name, name)).layers
 
     def _done(self, name: str) -> bool:
         return (self.out / name / "done").exists()
@@ -506,6 +534,11 @@ class _Run:
 
     def _for_sampling(self, name: str) -> Decoder:
         return Decoder.from_pretrained(self._trained(name), device=self.device)
+
+
+def stages_of(config: TrainConfig) -> tuple[str, ...]:
+    """The stages of a run with these settings."""
+    return tuple(stage for stage in STAGES if stage != "pretraining" or config.pretraining_fit is not None)
 
 
 def new_model(config: TrainConfig, shape: Shape) -> GPT2LMHeadModel:

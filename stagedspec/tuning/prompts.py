@@ -49,11 +49,13 @@ def read_objects(path: Path) -> list[tuple[int, dict[str, Any]]]:
     objects = []
     for number, line in lines:
         try:
-            values = json.loads(line.decode())
+            values = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))  # editors put a mark before it
         except UnicodeDecodeError:
             raise ValueError(f"{path} must hold JSON lines, but line {number} is not UTF-8 text") from None
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} must hold JSON lines, but line {number} is no JSON: {error}") from None
+            # A position in the file would be one in the line.
+            reason = f"{error.msg} at character {error.pos}" if isinstance(error, json.JSONDecodeError) else error
+            raise ValueError(f"{path} must hold JSON lines, but line {number} is no JSON: {reason}") from None
         if not isinstance(values, dict):
             raise ValueError(
                 f"{path} must hold JSON lines, each an object with a prompt, but line {number} is "

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import stagedspec
+from stagedspec.models.shapes import ModelShape
 from stagedspec.training.corpus import Corpus, encode, train_tokenizer
 from stagedspec.tuning.compare import Run, compare
 
@@ -227,3 +228,23 @@ def test_batches(folder, tmp_path, capsys):
         run(folder, "--batch", "1", "0")
     with pytest.raises(SystemExit):
         run(folder, "--batch", "17")
+
+
+@pytest.mark.parametrize("kind", ["named", "random"])
+def test_many_prompts(folder, tmp_path, capsys, monkeypatch, kind):
+    """All sides have the same tokens, and each is compared with those before it."""
+    many = script("many")
+    shape = ModelShape(1, 32, 2, vocab=300)
+    monkeypatch.setattr(many, "shape_of", lambda name: shape)
+    models = ["--target", str(folder / "target"), "--prompts", str(folder / "prompts.jsonl.gz"), "--stop", " "]
+    arguments = models if kind == "named" else ["--random", "S", "--mean", "5"]
+    small = ["--limit", "5", "--max-new-tokens", "12", "--modes", "autoregressive", "--batch", "1", "2"]
+    assert many.main([*arguments, *small, "--repeats", "1", "--out", str(tmp_path / "out.json")]) == 0
+    report = json.loads((tmp_path / "out.json").read_text())
+    sides = [(side["batch"], side["rows"], list(side["over"])) for side in report["sides"]]
+    assert sides == [
+        (1, "whole", []), (2, "whole", []), (2, "trimmed", ["whole"]), (2, "replaced", ["whole", "trimmed"])
+    ]  # fmt: skip
+    assert len(report["lengths"]) == (2 if kind == "named" else 5) and report["lengths"][-1] <= 12
+    assert many.main([*models[:-1], "import os", "--limit", "2"]) == 2
+    assert "--stop must be the text of one token" in capsys.readouterr().err

@@ -20,7 +20,11 @@ def stages(monkeypatch):
     def later(options):
         return {name: lambda seconds, name=name: given.append((name, seconds)) for name in paper_gpu.LATER}
 
-    monkeypatch.setattr(paper_gpu, "train", lambda options, report: report({"stage": "target", "step": 3, "steps": 9}))
+    def train(options, report):
+        given.append(("train", 0.0))
+        report({"stage": "target", "step": 3, "steps": 9})
+
+    monkeypatch.setattr(paper_gpu, "train", train)
     monkeypatch.setattr(paper_gpu, "later_stages", later)
     return given
 
@@ -36,13 +40,15 @@ def command(tmp_path, *more: str) -> list[str]:
 def test_every_stage_gets_its_share_of_what_is_left(stages, tmp_path):
     assert paper_gpu.main(command(tmp_path)) == 0
     weights, left = dict(paper_gpu.LATER), 600.0
-    assert [name for name, _ in stages] == list(weights)
-    for name, seconds in stages:
+    assert [name for name, _ in stages] == ["train", *weights]
+    for name, seconds in stages[1:]:
         assert seconds == pytest.approx(left * weights[name] / sum(weights.values()), rel=0.05)
         del weights[name]
     assert list(state_of(tmp_path)["done"]) == ["train", *paper_gpu.LATER]
-    assert paper_gpu.main(command(tmp_path)) == 0 and len(stages) == 4  # done before
-    assert paper_gpu.main([*command(tmp_path)[:-1], "20"]) == 0 and len(stages) == 8  # with more time, all go on
+    assert paper_gpu.main(command(tmp_path)) == 0 and len(stages) == 5  # done before
+    # With more time all go on but training, which is over.
+    assert paper_gpu.main([*command(tmp_path)[:-1], "20"]) == 0
+    assert [name for name, _ in stages[5:]] == list(paper_gpu.LATER)
 
 
 def test_a_run_that_is_ended_says_where_it_was_and_goes_on(stages, tmp_path, monkeypatch, capsys):
@@ -60,7 +66,8 @@ def test_a_run_that_is_ended_says_where_it_was_and_goes_on(stages, tmp_path, mon
     path.write_text(json.dumps(state | {"spent": 590.0}))
     assert paper_gpu.main(command(tmp_path)) == 0
     assert "goes on: it was in train after 590 s (stage target, step 3" in capsys.readouterr().out
-    assert sum(seconds for _, seconds in stages) < 30 and all(seconds >= paper_gpu.LEAST for _, seconds in stages)
+    later = [seconds for name, seconds in stages if name != "train"]
+    assert sum(later) < 30 and all(seconds >= paper_gpu.LEAST for seconds in later)
 
 
 def test_a_stage_that_fails_loses_no_other(stages, tmp_path, monkeypatch, capsys):
@@ -74,11 +81,11 @@ def test_a_stage_that_fails_loses_no_other(stages, tmp_path, monkeypatch, capsys
 
     monkeypatch.setattr(paper_gpu, "later_stages", failing)
     assert paper_gpu.main(command(tmp_path)) == 1
-    assert [name for name, _ in stages] == ["tune", "ablation", "acceptance"]
+    assert [name for name, _ in stages] == ["train", "tune", "ablation", "acceptance"]
     assert state_of(tmp_path)["failed"] == {"measure": "no room"}
     assert "measure failed: no room" in (tmp_path / "run" / "summary.md").read_text()
     monkeypatch.setattr(paper_gpu, "later_stages", later)
-    assert paper_gpu.main(command(tmp_path)) == 0 and [name for name, _ in stages[3:]] == ["measure"]
+    assert paper_gpu.main(command(tmp_path)) == 0 and [name for name, _ in stages[4:]] == ["measure"]
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,8 @@ def test_two_shapes_are_too_few(file, capsys):
 
 
 @pytest.mark.interpreted
-def test_measures_what_a_pass_launches():
+def test_measures_what_a_pass_launches(monkeypatch):
+    monkeypatch.setattr(step_model, "ROUNDS", 2)
     shape = ModelShape(2, 32, 2, vocab=300, positions=256)
     device = torch.device("cuda", 0) if GPU else torch.device("cpu")
     one, five = step_model.measure("tiny", shape, (1, 5), device, "triton")

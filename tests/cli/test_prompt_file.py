@@ -1,11 +1,15 @@
 """`stagedspec generate --prompts`: files of prompts and of completions, and runs that go on with earlier ones."""
 
+import codecs
 import errno
 import gzip
 import json
 import os
+import subprocess
+import sys
 
 import pytest
+from filelock import FileLock
 from test_cli import assert_error, models, one_thread, run  # noqa: F401 (fixtures)
 
 from stagedspec import Decoder, row_seed
@@ -38,10 +42,12 @@ def lines(path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_a_line_for_every_sample_in_the_order_of_the_prompts(models, prompts, out):  # noqa: F811
+def test_a_line_for_every_sample_in_the_order_of_the_prompts(models, prompts, out, caplog):  # noqa: F811
     result = complete(prompts, out, *SAMPLED, "--id-field", "name", "--token-ids", *models)
     assert result.exit_code == 0, result.output
-    assert "18 completions, 4 prompts skipped" in result.stdout
+    assert "18 completions, 2 prompts skipped" in result.stdout
+    for name in ("'task/5' in line 11", "'task/7' in line 15"):
+        assert f"prompt {name} is skipped: " in caplog.text
     found = lines(out)
     assert [(one["index"], one["sample"]) for one in found] == [(i, s) for i in range(len(TEXTS)) for s in range(2)]
     decoder = Decoder.from_pretrained(models[1], draft=models[3], device="cpu")
@@ -60,7 +66,8 @@ def test_a_line_for_every_sample_in_the_order_of_the_prompts(models, prompts, ou
 
 def test_gzip_and_other_fields(models, tmp_path, out):  # noqa: F811
     path = tmp_path / "prompts.jsonl.gz"
-    path.write_bytes(gzip.compress(b'{"code": "import os", "id": 7}\n{"code": "x", "id": 8}'))
+    lines_of = b'{"code": "import os", "id": 7}\r\n{"code": "x", "id": 8}'  # as editors on Windows write it
+    path.write_bytes(gzip.compress(codecs.BOM_UTF8 + lines_of))
     more = ["--field", "code", "--id-field", "id", "--text-field", "completion"]
     assert complete(path, out, *OPTIONS, *more, *models).exit_code == 0
     assert [(one["id"], len(one["completion"]) > 0) for one in lines(out)] == [(7, True), (8, True)]
@@ -150,6 +157,33 @@ def test_what_was_finished_is_kept(models, prompts, out, whole, monkeypatch, fau
     assert without_times(out) == whole
 
 
+def test_one_run_at_a_time(models, prompts, out, tmp_path):  # noqa: F811
+    """The lock is the operating system's: a run that was killed holds none."""
+    lock = tmp_path / "out.jsonl.lock"
+    with FileLock(lock):
+        assert_error(
+            complete(prompts, out, *OPTIONS, *models), f"another run is writing {out}: wait until it has ended"
+        )
+        assert not out.exists()
+    killed = "import filelock, os, sys; filelock.FileLock(sys.argv[1]).acquire(); os.kill(os.getpid(), 9)"
+    assert subprocess.run([sys.executable, "-c", killed, str(lock)]).returncode == -9
+    assert complete(prompts, out, *OPTIONS, *models).exit_code == 0
+    with FileLock(lock, timeout=0):  # it was given back, as after an error
+        pass
+    assert_error(complete(prompts, out, *OPTIONS, "-n", "3", *models), "was begun with")
+    with FileLock(lock, timeout=0):
+        pass
+
+
+def test_a_disk_that_is_full_from_the_start(models, prompts, out, monkeypatch):  # noqa: F811
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(prompt_file, "write_text", full)
+    result = complete(prompts, out, *OPTIONS, *models)
+    assert_error(result, f"cannot write {out}: No space left on device; 0 completions are kept")
+
+
 def test_other_settings_are_refused(models, prompts, out, tmp_path):  # noqa: F811
     options = [*OPTIONS, "--sample", "--seed", "3", *models]
     assert complete(prompts, out, *options).exit_code == 0
@@ -180,7 +214,7 @@ def test_other_settings_are_refused(models, prompts, out, tmp_path):  # noqa: F8
 BAD_FILES = [
     ("", "there are no prompts"),
     ("\n \n", "there are no prompts"),
-    ('{"prompt": "a"}\n{"prompt": \n', "line 2 is no JSON"),
+    ('{"prompt": "a"}\n{"prompt": \n', "line 2 is no JSON: Expecting value at character 12"),
     ('{"prompt": "a"}\n\n["b"]\n', "line 3 is of type list"),
     ('{"prompt": "a"}\n{"text": "b"}\n', "line 2 has no field 'prompt'; it has 'text'"),
     ('{"prompt": "a"}\n{"prompt": 3}\n', "'prompt' of line 2 must be text, got int"),
@@ -231,6 +265,8 @@ def test_bad_places(tmp_path, prompts, out, monkeypatch):
     for option in (["--out", str(out)], ["--stop", "x"], ["--id-field", "x"], ["--num-samples", "2"], ["--token-ids"]):
         assert_error(run("generate", "x", *option), "belongs to a file of prompts: add --prompts")
     assert not out.exists() and generate.MAX_BATCH == MAX_BATCH
-    out.write_text('{"index": 0}\n')
     out.with_name("out.jsonl.run.json").write_text("{}")
-    assert_error(complete(prompts, out), "line 1 of", "is not one that this command wrote")
+    once = '{"index": 0, "sample": 0}\n'
+    for content, number in (('{"index": 0}\n', 1), (once + once, 2)):
+        out.write_text(content)
+        assert_error(complete(prompts, out), f"line {number} of", "is not one that this command wrote")

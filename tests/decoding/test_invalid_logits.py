@@ -237,7 +237,7 @@ def test_a_row_that_is_stopped_before_the_error():
 
 def test_the_command_says_it_in_a_line(monkeypatch):
     def fail(*arguments, **options):
-        raise_invalid([(0, 4)])
+        raise_invalid({0: 4})
 
     monkeypatch.setattr("stagedspec.Decoder.default", fail)
     result = CliRunner().invoke(app, ["generate", "import os"])

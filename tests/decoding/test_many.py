@@ -135,29 +135,36 @@ def test_adaptive_trees_of_a_batch_that_is_filled_again(target, drafts, make_dec
 # ---------------------------------------------------------------- rows that replace others
 
 
-def test_caches_of_a_replaced_row_are_those_of_a_fresh_prefill(decoder, place, target, drafts):
-    """After every step, by the keys and values that transformers computes for the same tokens."""
+def test_caches_of_rows_that_change_places_are_those_of_a_fresh_prefill(decoder, place, target, drafts):
+    """After every step, by the keys and values that transformers computes for the same tokens: of rows that replaced
+    others, and of the last ones, which take the places of those that have no successor."""
     if place.backend != "torch":
         return
-    ids, mask = left_pad(random_prompts([9, 5, 12], seed=14))
+    ids, mask = left_pad(random_prompts([9, 5, 12, 7], seed=14))
     sampling = Sampling(do_sample=True, temperature=0.7)
-    options = StagedOptions("staged", [3, 4, 5], TREE)
+    options = StagedOptions("staged", [3, 4, 5, 6], TREE)
     run = decoder._start(validate(decoder.context, options, ids, mask, max_new_tokens=15, sampling=sampling))
-    prompts = zip(random_prompts([11, 1, 2], seed=3), (9, 14, 3), strict=True)
+    prompts = zip(random_prompts([11, 1, 2], seed=3), (9, 25, 3), strict=True)
     following = [RequestRow(ids, 8, 0, new) for ids, new in prompts]
-    checked = 0
+    checked, left = 0, []
     for _ in run.steps():
-        for index, row in enumerate(run.sequences.rows):
+        for index, row in reversed(list(enumerate(run.sequences.rows))):
             if not row.running:
                 if following:
                     run.replace(index, following.pop(0))
+                elif len(run.sequences.rows) > 1:
+                    run.remove(index)
+                    left.append(len(run.sequences.rows))
+        for index, row in enumerate(run.sequences.rows):
+            assert run.request.prompts[index] == row.tokens[: len(run.request.prompts[index])]
+            if not row.running:
                 continue
             unread = 1 if row.caught_up else 2
             for model, cache, missing in zip((target, drafts["good"]), run.engine.caches, (1, unread), strict=True):
                 if len(row.tokens) > missing:
                     check_cache(model, row.tokens[:-missing], cache, index)
                     checked += 1
-    assert checked > 20 and not following
+    assert checked > 25 and left == [3, 2, 1] and not following
 
 
 def test_windows_whose_prompts_do_not_fit_begin_another_batch(decoder, expected, place, runs):
@@ -371,20 +378,32 @@ def test_too_few_seeds(decoder):
         list(decoder.complete_many(PROMPTS[:3], 4, do_sample=True, seed=[1, 2]))
 
 
-def test_invalid_logits_end_the_run(target, make_decoder):
-    """What had ended before is not lost."""
-    model = copy.deepcopy(target)
-    model.config.n_positions = POSITIONS
+@pytest.mark.parametrize("more", [{}, {"stopping_criteria": [AfterThree(2)]}], ids=["plain", "criterion"])
+@pytest.mark.parametrize("mode", ["autoregressive", "staged"])
+def test_prompts_without_a_next_token_are_skipped(target, drafts, make_decoder, caplog, mode, more):
+    """By name; the others of their batch are completed as they are alone."""
     bad = 40  # only prompts that have this token lead to NaN
-    decoder = make_decoder(model)
+    decoder = make_decoder(target, drafts["good"], tree=TREE)
+    options = {"max_new_tokens": 9, "mode": mode, "eos_token_id": ENDS, **more}
+    prompts = [ids[:6] for ids in PROMPTS if bad not in ids]
+    alone = [decoder.complete(ids, **options).tokens for ids in prompts]
+    assert not any(bad in tokens for tokens in alone)
     decoder.target.token_table[bad] = float("inf")
     if decoder.target.compiled is not None:
         decoder.target.compiled.weights.tables[0][bad] = float("inf")
-    prompts = [torch.tensor([1, 2]), torch.tensor([3, bad]), torch.tensor([4])]
-    found = decoder.complete_many(prompts, 3, batch=1, mode="autoregressive", eos_token_id=[])
-    assert len(next(found).tokens) == 3
-    with pytest.raises(InvalidLogitsError):
-        next(found)
+    for index in (0, 4, 5):
+        prompts.insert(index, torch.tensor([3, bad, 7]))
+        alone.insert(index, [])
+    for batch in (1, 3, 16):
+        caplog.clear()
+        found = list(decoder.complete_many(prompts, batch=batch, **options))
+        assert [one.tokens for one in found] == alone
+        assert [one.index for one in found if one.finish_reason == "skipped"] == [0, 4, 5]
+        for index in (0, 4, 5):
+            assert "no token can be chosen at position 3: after" in found[index].error
+            assert f"prompt {index} is skipped: {found[index].error}" in caplog.text
+    with pytest.raises(InvalidLogitsError, match="position 3 of row 0"):
+        decoder.complete(prompts[0], **options)
 
 
 def test_a_reason_for_every_completion(decoder):

@@ -130,7 +130,8 @@ def test_mean_far_from_zero_in_half_precision(device, error_ratio):
     assert error_ratio(problem.normed(), problem.plain(), problem.plain(torch.float64)) <= 2
 
 
-@pytest.mark.parametrize("shape", [(40, 192), (40, 640), (40, 1280), (40, 1600), (72, 2600)], ids=str)
+# The last: two tiles of outputs and splits that are not even; on Hopper, tokens that take turns in shared memory.
+@pytest.mark.parametrize("shape", [(40, 192), (40, 640), (40, 1280), (40, 1600), (72, 2600 if GPU else 700)], ids=str)
 def test_a_row_has_the_same_bits_in_any_batch(device, dtype, shape, fixed_order):
     problem = Problem(device, dtype, 150, *shape)
     normed, (added, stats) = problem.normed(), problem.added()
