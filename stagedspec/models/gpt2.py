@@ -45,8 +45,9 @@ class Cache:
         self.tree_rows = tree_rows
         shape = (model.config.n_layer, batch, tree_rows + positions, 2, model.heads, model.head_size)
         # Zeros, not garbage: masked rows are multiplied by zero, and zero times NaN is NaN.
-        if model.device.type == "cpu":  # from NumPy, which asks for large pages: every key lies in a page of its own
-            memory = np.zeros(math.prod(shape) * model.kv_dtype.itemsize, np.uint8)
+        size = math.prod(shape) * model.kv_dtype.itemsize
+        if model.device.type == "cpu" and size:  # from NumPy, which asks for large pages: a key may have one of its own
+            memory = np.zeros(size, np.uint8)
             self.rows = torch.from_numpy(memory).view(model.kv_dtype).view(shape)
         else:
             self.rows = torch.zeros(shape, dtype=model.kv_dtype, device=model.device)
