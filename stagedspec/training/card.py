@@ -67,6 +67,12 @@ def trained_tokens(fit: dict, folder: Path) -> int:
     return fit["tokens"] if fit["seconds"] is None else position_of(folder).step * fit["batch"] * fit["block"]
 
 
+def sampled_tokens(config: dict, name: str, out: Path) -> int:
+    """Tokens in the shards of a model's samples, which are fewer than wanted where sampling had a budget of seconds."""
+    shards = len(list((out / f"{name}-samples").glob("shard-*.safetensors")))
+    return shards * config[f"{name}_rows"] * config[f"{name}_length"]
+
+
 def model_card(config: dict, preset: str | None, out: Path, stages: Sequence[str], measured: dict) -> str:
     """The card as Markdown.
 
@@ -79,6 +85,7 @@ def model_card(config: dict, preset: str | None, out: Path, stages: Sequence[str
         name: (assets / name).stat().st_size / 1e6
         for name in ("target/model.safetensors", "draft/model.safetensors", "ngram.safetensors")
     }
+    sampled = {name: sampled_tokens(config, name, out) for name in ("target", "draft")}
     total = sum(path.stat().st_size for path in assets.rglob("*") if path.is_file()) / 1e6
     device = torch.device("cuda" if torch.cuda.is_available() and config["device"] != "cpu" else "cpu")
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
@@ -126,9 +133,9 @@ def model_card(config: dict, preset: str | None, out: Path, stages: Sequence[str
         "",
         *(f"- {line}" for line in _sources(config, out)),
         "",
-        f"The draft saw {config['sample_share']:.0%} samples of the target ({config['target_samples']:,} tokens, at"
+        f"The draft saw {config['sample_share']:.0%} samples of the target ({sampled['target']:,} tokens, at"
         f" temperatures {', '.join(map(str, config['target_temperatures']))}{cut}) and {1 - config['sample_share']:.0%}"
-        f" corpus. The n-gram was fitted on {config['draft_samples']:,} tokens of the draft at temperature"
+        f" corpus. The n-gram was fitted on {sampled['draft']:,} tokens of the draft at temperature"
         f" {config['draft_temperature']}. A sampled row begins with up to {config['longest_prompt']} tokens of the"
         " training corpus.",
         "",
@@ -143,10 +150,7 @@ def model_card(config: dict, preset: str | None, out: Path, stages: Sequence[str
     tokens = {
         stage: trained_tokens(config[f"{stage}_fit"], out / stage) for stage in stages if config.get(f"{stage}_fit")
     }
-    tokens |= {
-        "target-samples": config["target_samples"],
-        "draft-samples": config["draft_samples"],
-    }
+    tokens |= {f"{name}-samples": count for name, count in sampled.items()}
     for stage in stages:
         fit = config.get(f"{stage}_fit")
         seconds = stage_seconds(out / f"{stage}.jsonl", fit and fit["batch"] * fit["block"])

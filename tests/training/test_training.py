@@ -680,6 +680,9 @@ def test_model_card(trained, config):
     for wanted in ("bits per byte", "stagedspec train", torch.__version__, "temperature 1.5", "Float16", "held out"):
         assert wanted in text
     assert str(trained[0]) not in text and str(config.sources[0]) not in text  # no paths of this machine
+    for name in ("target", "draft"):
+        sampled = sum(rows.numel() for rows in sample.load_shards(trained[0] / f"{name}-samples"))
+        assert f"| {name}-samples | {sampled} |" in text and f"{sampled:,} tokens" in text
     assert "not recorded" not in text
 
 
