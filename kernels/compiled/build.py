@@ -35,7 +35,7 @@ COMPILED: list[Any] = []  # all functions that Numba compiles
 instruction: Any = intrinsic
 
 
-def compiled(function: Callable, wrapped: bool = False) -> Callable:
+def compiled(function: Callable, wrapped: bool = False, inline: str = "never") -> Callable:
     """Decorator: Numba compiles the function at its first call and keeps the result on disk.
 
     Only other compiled functions may call it, and Python too if it is `wrapped` (`entry`), which compiles longer.
@@ -49,6 +49,7 @@ def compiled(function: Callable, wrapped: bool = False) -> Callable:
         "error_model": "numpy",
         "no_cpython_wrapper": not wrapped,
         "no_cfunc_wrapper": True,
+        "inline": inline,
     }
     COMPILED.append(numba.njit(**options)(function))
     settings: Any = numba.config  # its names are set when it is imported
@@ -60,6 +61,12 @@ def compiled(function: Callable, wrapped: bool = False) -> Callable:
 def entry(function: Callable) -> Callable:
     """As `compiled`, for functions that Python calls."""
     return compiled(function, wrapped=True)
+
+
+def inlined(function: Callable) -> Callable:
+    """As `compiled`, for functions that are called in one place. They become part of the function around them before it
+    is compiled; else Numba compiles them alone, and once more with every function that contains them."""
+    return compiled(function, inline="always")
 
 
 def succeeds(attempt: Callable[[], object], what: str = "passes") -> bool:

@@ -9,7 +9,7 @@ from numba import types
 
 from stagedspec.kernels.common.constants import INVALID
 from stagedspec.kernels.compiled.attention import exp
-from stagedspec.kernels.compiled.build import compiled, instruction
+from stagedspec.kernels.compiled.build import compiled, inlined, instruction
 
 f32, i32 = np.float32, np.int32
 NEVER, INFINITE = f32(np.finfo(f32).min), f32(np.inf)
@@ -91,7 +91,7 @@ def kth(row: np.ndarray, k: int) -> np.float32:
     return heap[0]
 
 
-@compiled
+@inlined
 def best_children(
     row: np.ndarray, scale: np.float32, k: int, noise: np.ndarray, sampled: bool, found: np.ndarray, best: np.ndarray
 ) -> None:
@@ -143,7 +143,7 @@ def _largest(row: np.ndarray, noise: np.ndarray, sampled: bool, least: np.float3
     return at
 
 
-@compiled
+@inlined
 def choose_token(row: np.ndarray, temperature: np.float32, k: int, noise: np.ndarray, sampled: bool) -> int:
     """The token chosen by logits row [V], which it may overwrite, as `reference.choose`: of the largest, or, if
     sampled, of the largest sum of logit / temperature and noise [V] among the k largest and their ties. INVALID where

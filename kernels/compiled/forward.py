@@ -21,13 +21,14 @@ from numba import carray, types
 
 from stagedspec.kernels.compiled import team
 from stagedspec.kernels.compiled.attention import GROUP, attend, exp
-from stagedspec.kernels.compiled.build import compiled, entry, instruction
+from stagedspec.kernels.compiled.build import compiled, entry, inlined, instruction
 from stagedspec.kernels.compiled.choice import best_children, choose_token
 from stagedspec.kernels.compiled.product import multiply
 from stagedspec.kernels.compiled.team import begin_tasks, end_tasks, wait_for_tasks
 
 f32 = np.float32
-RELU, GELU_TANH = range(2)
+# What is done with a product: an activation; keys and values go into the cache; it is added to hidden states.
+RELU, GELU_TANH, KEEP, ADD, NOTHING = np.arange(5)  # as NumPy's, since Numba would compile a function for each literal
 ACTIVATIONS = {"relu": RELU, "gelu_new": GELU_TANH, "gelu_pytorch_tanh": GELU_TANH}
 LAYER_STAGES, HEAD_STAGES = 7, 3
 TOKEN, CHILDREN = 1, 2
@@ -142,7 +143,7 @@ def _pointer(context: Any, address: Any) -> tuple[Any, Callable]:
 # ---------------------------------------------------------------- one row
 
 
-@compiled
+@inlined
 def _normalise(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, epsilon: np.float32, y: np.ndarray) -> None:
     """y = LayerNorm(x), both [d]."""
     width = x.size
@@ -157,7 +158,7 @@ def _normalise(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, epsilon: np.
         y[j] = (x[j] - mean) * scale * weight[j] + bias[j]
 
 
-@compiled
+@inlined
 def _activate(row: np.ndarray, kind: int) -> None:
     """Activation in place. GELU by tanh is v * sigmoid(2u)."""
     if kind == RELU:
@@ -195,33 +196,61 @@ def _norm_stage(
 
 
 @compiled
+def _product_stage(
+    x: np.ndarray,
+    weights: np.ndarray,
+    bias: np.ndarray,
+    y: np.ndarray,
+    then: int,
+    target: np.ndarray,
+    shared: np.ndarray,
+    stage: int,
+    spare: np.ndarray,
+) -> None:
+    """y [>= M, out] = x [M, in] @ weights + bias, and what is done `then` with each block of it. spare: of `multiply`.
+
+    One function for all products, since each that contains `multiply` takes as long to compile as all the rest.
+    """
+    rows, blocks, columns = len(x), weights.shape[0], weights.shape[2]
+    first, last = begin_tasks(shared, stage, blocks)
+    while first < last:
+        for block in range(first, last):
+            multiply(x, rows, weights, bias, y, block, spare)
+            begin, end = block * columns, min((block + 1) * columns, y.shape[1])
+            if then == KEEP:
+                nodes, width = shared[NODES], y.shape[1] // 3
+                for n in range(rows):
+                    row = (shared[SEQUENCE] + n // nodes) * shared[CACHE_ROWS] + shared[WRITE] + n % nodes
+                    for j in range(max(begin, width), end):
+                        target[row, j - width] = y[n, j]
+            elif then == ADD:
+                for n in range(rows):
+                    for j in range(begin, end):
+                        target[n, j] += y[n, j]
+            elif then != NOTHING:
+                for n in range(rows):
+                    _activate(y[n, begin:end], then)
+        end_tasks(shared, stage, last - first)
+        first, last = begin_tasks(shared, stage, blocks)
+    wait_for_tasks(shared, stage, blocks)
+
+
+@inlined
 def _layer(
     weights: Weights, work: Workspace, x: np.ndarray, cache: np.ndarray, i: int, shared: np.ndarray, thread: int
 ) -> None:
     """One layer: x [M, d] in place. cache: rows of all layers and sequences [.., 2, H, D]."""
     stage = LAYER_STAGES * i
     rows, width = x.shape
-    heads = cache.shape[2]
-    nodes, write = shared[NODES], shared[WRITE]
-    sequence, per_sequence = i * shared[CACHE_SEQUENCES] + shared[SEQUENCE], shared[CACHE_ROWS]
-    normed, mixed, added, qkv, inner = work.normed[:rows], work.mixed[:rows], work.added, work.qkv, work.inner
-    _norm_stage(x, weights.norms[0][i], weights.norms[1][i], weights.epsilon, normed, shared, stage)
+    heads, nodes, per_sequence = cache.shape[2], shared[NODES], shared[CACHE_ROWS]
+    per_layer = shared[CACHE_SEQUENCES] * per_sequence
+    first_row = i * per_layer + shared[SEQUENCE] * per_sequence
+    flat = cache[i * per_layer : (i + 1) * per_layer].reshape(per_layer, 2 * width)
+    normed, mixed, added, qkv, inner = work.normed[:rows], work.mixed[:rows], work.added, work.qkv, work.inner[:rows]
+    norms, products, biases, spare = weights.norms, weights.products, weights.biases, work.columns[thread]
 
-    flat = cache.reshape(len(cache), 2 * width)
-    product, bias = weights.products[0][i], weights.biases[0][i]
-    blocks, columns = product.shape[0], product.shape[2]
-    first, last = begin_tasks(shared, stage + 1, blocks)
-    while first < last:
-        for block in range(first, last):
-            multiply(normed, rows, product, bias, qkv, block, work.columns[thread])
-            begin, end = max(block * columns, width), min((block + 1) * columns, 3 * width)
-            for n in range(rows):  # keys and values go into the cache
-                kept = flat[(sequence + n // nodes) * per_sequence + write + n % nodes]
-                for j in range(begin, end):
-                    kept[j - width] = qkv[n, j]
-        end_tasks(shared, stage + 1, last - first)
-        first, last = begin_tasks(shared, stage + 1, blocks)
-    wait_for_tasks(shared, stage + 1, blocks)
+    _norm_stage(x, norms[0][i], norms[1][i], weights.epsilon, normed, shared, stage)
+    _product_stage(normed, products[0][i], biases[0][i], qkv, KEEP, flat, shared, stage + 1, spare)
 
     groups = (nodes + GROUP - 1) // GROUP
     tasks = rows // nodes * heads * groups
@@ -232,60 +261,20 @@ def _layer(
             begin = row * nodes + group * GROUP
             end = min(begin + GROUP, (row + 1) * nodes)
             attend(
-                qkv[begin:end], cache, (sequence + row) * per_sequence, head, work.visible[begin:end],
+                qkv[begin:end], cache, first_row + row * per_sequence, head, work.visible[begin:end],
                 work.counts[begin:end], weights.scales[i], work.shares[thread], mixed[begin:end],
             )  # fmt: skip
         end_tasks(shared, stage + 2, last - first)
         first, last = begin_tasks(shared, stage + 2, tasks)
     wait_for_tasks(shared, stage + 2, tasks)
 
-    _add_stage(mixed, weights.products[1][i], weights.biases[1][i], added, x, shared, stage + 3, work.columns[thread])
-    _norm_stage(x, weights.norms[2][i], weights.norms[3][i], weights.epsilon, normed, shared, stage + 4)
-
-    product, bias = weights.products[2][i], weights.biases[2][i]
-    blocks = product.shape[0]
-    first, last = begin_tasks(shared, stage + 5, blocks)
-    while first < last:
-        for block in range(first, last):
-            multiply(normed, rows, product, bias, inner, block, work.columns[thread])
-            for n in range(rows):
-                _activate(inner[n, block * columns : (block + 1) * columns], weights.activation)
-        end_tasks(shared, stage + 5, last - first)
-        first, last = begin_tasks(shared, stage + 5, blocks)
-    wait_for_tasks(shared, stage + 5, blocks)
-
-    _add_stage(
-        inner[:rows], weights.products[3][i], weights.biases[3][i], added, x, shared, stage + 6, work.columns[thread]
-    )
+    _product_stage(mixed, products[1][i], biases[1][i], added, ADD, x, shared, stage + 3, spare)
+    _norm_stage(x, norms[2][i], norms[3][i], weights.epsilon, normed, shared, stage + 4)
+    _product_stage(normed, products[2][i], biases[2][i], inner, weights.activation, x, shared, stage + 5, spare)
+    _product_stage(inner, products[3][i], biases[3][i], added, ADD, x, shared, stage + 6, spare)
 
 
-@compiled
-def _add_stage(
-    y: np.ndarray,
-    product: np.ndarray,
-    bias: np.ndarray,
-    added: np.ndarray,
-    x: np.ndarray,
-    shared: np.ndarray,
-    stage: int,
-    spare: np.ndarray,
-) -> None:
-    """x [M, d] += y @ product + bias. added: memory [>= M, d]; spare: of `multiply`."""
-    rows, width = x.shape
-    blocks, columns = product.shape[0], product.shape[2]
-    first, last = begin_tasks(shared, stage, blocks)
-    while first < last:
-        for block in range(first, last):
-            multiply(y, rows, product, bias, added, block, spare)
-            for n in range(rows):
-                for j in range(block * columns, min(width, (block + 1) * columns)):
-                    x[n, j] += added[n, j]
-        end_tasks(shared, stage, last - first)
-        first, last = begin_tasks(shared, stage, blocks)
-    wait_for_tasks(shared, stage, blocks)
-
-
-@compiled
+@inlined
 def _head(
     weights: Weights, work: Workspace, x: np.ndarray, logits: np.ndarray, shared: np.ndarray, stage: int, thread: int
 ) -> None:
@@ -293,17 +282,11 @@ def _head(
     rows = len(x)
     normed = work.normed[:rows]
     _norm_stage(x, weights.final[0], weights.final[1], weights.epsilon, normed, shared, stage)
-    blocks = len(weights.head)
-    first, last = begin_tasks(shared, stage + 1, blocks)
-    while first < last:
-        for block in range(first, last):
-            multiply(normed, rows, weights.head, weights.zeros, logits, block, work.columns[thread])
-        end_tasks(shared, stage + 1, last - first)
-        first, last = begin_tasks(shared, stage + 1, blocks)
-    wait_for_tasks(shared, stage + 1, blocks)
+    spare = work.columns[thread]
+    _product_stage(normed, weights.head, weights.zeros, logits, NOTHING, x, shared, stage + 1, spare)
 
 
-@compiled
+@inlined
 def _share(arrays: Arrays, shared: np.ndarray) -> None:
     """Tells helpers where the arrays are that all write."""
     shared[ROWS], shared[X] = len(arrays.x), arrays.x.ctypes.data
@@ -314,7 +297,7 @@ def _share(arrays: Arrays, shared: np.ndarray) -> None:
     shared[LOGPROBS] = arrays.logprobs.ctypes.data
 
 
-@compiled
+@inlined
 def _embed(weights: Weights, work: Workspace, arrays: Arrays, shared: np.ndarray) -> None:
     """The beginning of a pass: hidden states, and what each row attends to."""
     token_table, position_table = weights.tables
@@ -338,7 +321,7 @@ def _embed(weights: Weights, work: Workspace, arrays: Arrays, shared: np.ndarray
             work.counts[row] = count
 
 
-@compiled
+@inlined
 def _choose(work: Workspace, logits: np.ndarray, shared: np.ndarray, stage: int) -> None:
     """The choice by logits [M, V], which it overwrites."""
     rows, each, size = len(logits), shared[EACH], shared[NOISE_SIZE]

@@ -21,55 +21,47 @@ from stagedspec.kernels.common.constants import (
     PROBES,
 )
 from stagedspec.kernels.common.inputs import NgramTable, TreeSettings
-from stagedspec.kernels.compiled.build import compiled, entry
+from stagedspec.kernels.compiled.build import compiled, entry, inlined
 from stagedspec.kernels.reference.noise import Noise
 from stagedspec.kernels.state.host import Batch, Row, Sequences, Tree, Trees
 
 NEVER = float("-inf")
 NONE = -1
-CATCH_UP, ROOT = range(2)  # the first two slots
+CATCH_UP, ROOT = np.arange(2)  # the first two slots; as NumPy's, since Numba would compile functions for each literal
+
+
+_SLOT = np.dtype(
+    [(name, np.int64) for name in ("token", "previous", "depth", "parent", "evaluates", "count")]
+    + [("score", np.float64), ("chance", np.float64), ("guess", np.int64)]
+)
+_CANDIDATE = np.dtype([("token", np.int64), ("slot", np.int64), ("node", np.int64), ("score", np.float64)])
 
 
 class Slots(NamedTuple):
     """The slots of all rows, S each, and their candidates, C a slot, best first. A candidate's number is that of its
-    slot times C, plus its rank.
+    slot times C, plus its rank. Records, because a function compiles longer for every array that it is given.
 
-    token, previous, depth: int64 [B, S]; parent: the slot above; guess: bool; score: fp64; evaluates: the number of the
-    candidate that a slot evaluates, or NONE; seen: bool [B, S, S], the slots that each attends to; inputs: int64
-    [2, B, S], tokens and positions for the draft; chance: fp64 [B, S], how well the guesses below a slot begin.
-    candidates: int64 [B, S, C]; scores: fp64; slot: that evaluates one, or NONE; node: its number in the finished tree,
-    or NONE; counts: int64 [B, S].
-    text: int64 [B, most], the committed tokens; lengths, running: of each row.
+    each [B, S]: token, previous, depth; parent: the slot above; evaluates: the number of the candidate that a slot
+    evaluates, or NONE; count: of its candidates; score; chance: how well the guesses below it begin; guess: 1 for one.
+    candidates [B, S, C]: token, score; slot: that evaluates it; node: its number in the finished tree; each or NONE.
+    seen: bool [B, S, S], the slots that each attends to; inputs: int64 [2, B, S], tokens and positions for the draft.
+    text: int64 [B, most], the committed tokens; lengths, running: int64 [B].
     """
 
-    token: np.ndarray
-    previous: np.ndarray
-    depth: np.ndarray
-    parent: np.ndarray
-    guess: np.ndarray
-    score: np.ndarray
-    evaluates: np.ndarray
+    each: np.ndarray
+    candidates: np.ndarray
     seen: np.ndarray
     inputs: np.ndarray
-    chance: np.ndarray
-    candidates: np.ndarray
-    scores: np.ndarray
-    slot: np.ndarray
-    node: np.ndarray
-    counts: np.ndarray
     text: np.ndarray
     lengths: np.ndarray
     running: np.ndarray
 
     @classmethod
     def of(cls, rows: int, slots: int, children: int, most: int) -> "Slots":
-        whole = lambda *shape: np.empty((rows, *shape), np.int64)  # noqa: E731
-        real = lambda *shape: np.empty((rows, *shape), np.float64)  # noqa: E731
         return cls(
-            whole(slots), whole(slots), whole(slots), whole(slots), np.empty((rows, slots), np.bool_), real(slots),
-            whole(slots), np.zeros((rows, slots, slots), np.bool_), np.empty((2, rows, slots), np.int64), real(slots),
-            whole(slots, children), real(slots, children), whole(slots, children), whole(slots, children),
-            whole(slots), whole(most), np.zeros(rows, np.int64), np.zeros(rows, np.bool_),
+            np.zeros((rows, slots), _SLOT), np.zeros((rows, slots, children), _CANDIDATE),
+            np.zeros((rows, slots, slots), np.bool_), np.empty((2, rows, slots), np.int64),
+            np.empty((rows, most), np.int64), np.zeros(rows, np.int64), np.zeros(rows, np.int64),
         )  # fmt: skip
 
 
@@ -110,17 +102,16 @@ class Ring(NamedTuple):
 @compiled
 def _add(slots: Slots, b: int, index: int, token: int, parent: int, score: float) -> None:
     """Makes a slot below another one."""
-    slots.token[b, index], slots.previous[b, index] = token, slots.token[b, parent]
-    slots.depth[b, index], slots.parent[b, index] = slots.depth[b, parent] + 1, parent
-    slots.guess[b, index], slots.score[b, index] = False, score
-    slots.chance[b, index] = score
-    slots.evaluates[b, index], slots.counts[b, index] = NONE, 0
+    slot, above = slots.each[b, index], slots.each[b, parent]
+    slot.token, slot.previous, slot.depth, slot.parent = token, above.token, above.depth + 1, parent
+    slot.guess, slot.score, slot.chance = 0, score, score
+    slot.evaluates, slot.count = NONE, 0
     for other in range(index):
         slots.seen[b, index, other] = slots.seen[b, parent, other]
     for other in range(index, slots.seen.shape[2]):
         slots.seen[b, index, other] = other == index
     slots.inputs[0, b, index] = max(token, 0)
-    slots.inputs[1, b, index] = max(slots.lengths[b] - 1 + slots.depth[b, index], 0)
+    slots.inputs[1, b, index] = max(slots.lengths[b] - 1 + slot.depth, 0)
 
 
 @entry
@@ -129,11 +120,11 @@ def _begin(slots: Slots, caught_up: bool) -> None:
     for b in range(len(slots.lengths)):
         length = slots.lengths[b]
         previous = slots.text[b, length - 2] if length > 1 else -1
-        slots.depth[b, CATCH_UP] = -2
+        slots.each[b, CATCH_UP].depth = -2
         for slot in range(2):
             token, score = (max(previous, 0), NEVER) if slot == CATCH_UP else (slots.text[b, length - 1], 0.0)
             _add(slots, b, slot, token, CATCH_UP, score)
-        slots.previous[b, CATCH_UP], slots.previous[b, ROOT] = -1, previous
+        slots.each[b, CATCH_UP].previous, slots.each[b, ROOT].previous = -1, previous
         slots.seen[b, ROOT, CATCH_UP] = not caught_up and previous >= 0
 
 
@@ -143,16 +134,16 @@ def _best_open(slots: Slots, b: int, count: int, deepest: int) -> tuple[int, int
     slots; deepest: of the tree."""
     most, slot, rank = NEVER, NONE, NONE
     for s in range(count):
-        if slots.depth[b, s] < deepest - 1:
-            for c in range(slots.counts[b, s]):
-                if slots.slot[b, s, c] < 0:  # those that follow are no better
-                    if slot < 0 or slots.scores[b, s, c] > most:
-                        most, slot, rank = slots.scores[b, s, c], s, c
+        if slots.each[b, s].depth < deepest - 1:
+            for c in range(slots.each[b, s].count):
+                if slots.candidates[b, s, c].slot < 0:  # those that follow are no better
+                    if slot < 0 or slots.candidates[b, s, c].score > most:
+                        most, slot, rank = slots.candidates[b, s, c].score, s, c
                     break
     return slot, rank
 
 
-@compiled
+@inlined
 def _after(slots: Slots, b: int, first: int, last: int) -> int:
     """The token after the latest occurrence of two in the text, or NONE."""
     for at in range(slots.lengths[b] - 1, 1, -1):
@@ -161,7 +152,7 @@ def _after(slots: Slots, b: int, first: int, last: int) -> int:
     return NONE
 
 
-@compiled
+@inlined
 def _row_of(table: Successors, first: int, last: int) -> int:
     """The table's row after two tokens, as `KatzTable.successors_of`."""
     key = first * table.size + last
@@ -175,7 +166,7 @@ def _row_of(table: Successors, first: int, last: int) -> int:
     return last
 
 
-@compiled
+@inlined
 def _better(scores: np.ndarray, parents: np.ndarray, tokens: np.ndarray, one: int, other: int) -> bool:
     """The order of guesses: by score, then slot, then token."""
     if scores[one] != scores[other]:
@@ -201,33 +192,35 @@ def _extend(
             s, c = _best_open(slots, b, count, deepest)
             token, parent, score, evaluates = 0, CATCH_UP, NEVER, NONE
             if s >= 0:
-                slots.slot[b, s, c] = index
-                token, parent, score = slots.candidates[b, s, c], s, slots.scores[b, s, c]
+                candidate = slots.candidates[b, s, c]
+                candidate.slot = index
+                token, parent, score = candidate.token, s, candidate.score
                 evaluates = s * slots.candidates.shape[2] + c
             _add(slots, b, index, token, parent, score)
-            slots.evaluates[b, index] = evaluates
+            slots.each[b, index].evaluates = evaluates
         index = count + selected
         begin, end = first, index
         for _ in range(levels):
             found = 0
             for s in range(begin, end):
-                if slots.depth[b, s] >= deepest - 1 or slots.token[b, s] < 0:
+                slot = slots.each[b, s]
+                if slot.depth >= deepest - 1 or slot.token < 0:
                     continue  # its children would be leaves, which need no evaluation
                 before = found
-                follower = _after(slots, b, slots.previous[b, s], slots.token[b, s])
+                follower = _after(slots, b, slot.previous, slot.token)
                 if follower >= 0:
-                    scores[found], tokens[found] = slots.chance[b, s] + CONTEXT_LOGPROB, follower
+                    scores[found], tokens[found] = slot.chance + CONTEXT_LOGPROB, follower
                     found += 1
                 if table.size:
-                    row = _row_of(table, slots.previous[b, s], slots.token[b, s])
+                    row = _row_of(table, slot.previous, slot.token)
                     for r in range(each - 1):
                         if table.tokens[row, r] != follower:
-                            scores[found] = slots.chance[b, s] + np.float64(table.logprobs[row, r])
+                            scores[found] = slot.chance + np.float64(table.logprobs[row, r])
                             tokens[found] = table.tokens[row, r]
                             found += 1
                 parents[before:found] = s
                 if len(ring.values):
-                    past = min(max(slots.depth[b, s], -ring.past), ring.reach - 1)
+                    past = min(max(slot.depth, -ring.past), ring.reach - 1)
                     place = (slots.lengths[b] + past) % ring.values.shape[1]
                     for option in range(before, found):
                         scores[option] += np.float64(ring.values[b, place, tokens[option]])
@@ -243,7 +236,7 @@ def _extend(
                     found, end = found - 1, end + 1
                     scores[best], parents[best], tokens[best] = scores[found], parents[found], tokens[found]
                 _add(slots, b, index, token, parent, NEVER)
-                slots.guess[b, index], slots.chance[b, index] = True, score
+                slots.each[b, index].guess, slots.each[b, index].chance = 1, score
                 index += 1
 
 
@@ -257,26 +250,27 @@ def _record(
     best = NEVER
     for b in range(len(slots.lengths)):
         for index in range(start, stop):
-            if slots.guess[b, index] and slots.token[b, index] >= 0:
-                above = slots.parent[b, index]
-                for c in range(slots.counts[b, above]):
-                    if slots.candidates[b, above, c] == slots.token[b, index] and slots.scores[b, above, c] > NEVER:
-                        slots.slot[b, above, c] = index
-                        slots.evaluates[b, index] = above * slots.candidates.shape[2] + c
-                        slots.score[b, index] = slots.scores[b, above, c]
-            count = 0
-            if slots.score[b, index] > NEVER and slots.depth[b, index] < deepest:
+            slot = slots.each[b, index]
+            if slot.guess and slot.token >= 0:
+                above = slot.parent
+                for c in range(slots.each[b, above].count):
+                    candidate = slots.candidates[b, above, c]
+                    if candidate.token == slot.token and candidate.score > NEVER:
+                        candidate.slot = index
+                        slot.evaluates = above * slots.candidates.shape[2] + c
+                        slot.score = candidate.score
+            slot.count = 0
+            if slot.score > NEVER and slot.depth < deepest:
                 for c in range(tokens.shape[2]):
-                    score = slots.score[b, index] + np.float64(logprobs[b, index - start, c])
+                    score = slot.score + np.float64(logprobs[b, index - start, c])
                     if score <= floor:  # so are all that follow, and everything below them
                         break
-                    slots.candidates[b, index, c], slots.scores[b, index, c] = tokens[b, index - start, c], score
-                    slots.slot[b, index, c] = NONE
-                    count += 1
-            slots.counts[b, index] = count
+                    candidate = slots.candidates[b, index, c]
+                    candidate.token, candidate.score, candidate.slot = tokens[b, index - start, c], score, NONE
+                    slot.count += 1
         s, c = _best_open(slots, b, stop, deepest)
         if s >= 0 and slots.running[b]:
-            best = max(best, slots.scores[b, s, c])
+            best = max(best, slots.candidates[b, s, c].score)
     return best
 
 
@@ -286,24 +280,27 @@ def _harvest(slots: Slots, count: int, nodes: int, found: np.ndarray, sizes: np.
     parent, slot and origin of each node below the root, and how many there are, sizes [B]."""
     children = slots.candidates.shape[2]
     for b in range(len(sizes)):
-        slots.node[b, :count] = NONE
+        for s in range(count):
+            for c in range(slots.each[b, s].count):
+                slots.candidates[b, s, c].node = NONE
         sizes[b] = 0
         for node in range(nodes):
             most, slot, rank = NEVER, NONE, NONE
             for s in range(count):
-                for c in range(slots.counts[b, s]):
-                    if slots.node[b, s, c] < 0:  # those that follow are no better
-                        if slot < 0 or slots.scores[b, s, c] > most:
-                            most, slot, rank = slots.scores[b, s, c], s, c
+                for c in range(slots.each[b, s].count):
+                    candidate = slots.candidates[b, s, c]
+                    if candidate.node < 0:  # those that follow are no better
+                        if slot < 0 or candidate.score > most:
+                            most, slot, rank = candidate.score, s, c
                         break
             if slot < 0:
                 break
-            slots.node[b, slot, rank] = node + 1
-            above, below = slots.evaluates[b, slot], slots.slot[b, slot, rank]
-            found[0, b, node] = slots.candidates[b, slot, rank]
-            found[1, b, node] = 0 if above < 0 else slots.node[b, above // children, above % children]
-            found[2, b, node] = below
-            found[3, b, node] = NGRAM if below >= 0 and slots.guess[b, below] else DRAFT
+            best, above = slots.candidates[b, slot, rank], slots.each[b, slot].evaluates
+            best.node = node + 1
+            found[0, b, node] = best.token
+            found[1, b, node] = 0 if above < 0 else slots.candidates[b, above // children, above % children].node
+            found[2, b, node] = best.slot
+            found[3, b, node] = NGRAM if best.slot >= 0 and slots.each[b, best.slot].guess else DRAFT
             sizes[b] += 1
 
 
@@ -354,7 +351,7 @@ class Growth:
         slots, now = self.slots, slice(self.start, self._stop)
         prefixes = [length - 2 + self.caught_up for length in self.sequences.lengths]
         inputs, device = slots.inputs[:, :, now], self.sequences.device
-        return Batch(inputs, slots.depth[:, now], slots.seen[:, now], prefixes, self.dtype, device)
+        return Batch(inputs, slots.each["depth"][:, now], slots.seen[:, now], prefixes, self.dtype, device)
 
     def record(self, tokens: torch.Tensor, logprobs: torch.Tensor) -> None:
         """Notes what the draft proposed: tokens, logprobs [B, slots of the pass, C], best first."""
@@ -369,7 +366,7 @@ class Growth:
         _harvest(self.slots, self._stop, nodes, found, self._sizes)
         trees = []
         for b, row in enumerate(sequences.rows):
-            tree = Tree.root(row.tokens[-1], ROOT)
+            tree = Tree.root(row.tokens[-1], int(ROOT))
             for token, parent, slot, origin in zip(*found[:, b, : self._sizes[b]].tolist(), strict=True):
                 tree.add(token, parent, slot, origin)
             trees.append(tree)

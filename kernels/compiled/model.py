@@ -217,7 +217,7 @@ class CompiledModel:
             epsilon=f32(config.layer_norm_epsilon),
             vocabulary=len(head),
             heads=config.n_head,
-            activation=ACTIVATIONS[config.activation_function],
+            activation=int(ACTIVATIONS[config.activation_function]),
         )
         return cls(laid_out)
 

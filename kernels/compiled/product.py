@@ -22,7 +22,7 @@ from numba import types
 from numba.core import cgutils
 from numba.core.codegen import get_host_cpu_features
 
-from stagedspec.kernels.compiled.build import compiled, instruction
+from stagedspec.kernels.compiled.build import inlined, instruction
 
 
 def _features() -> set[str]:
@@ -184,7 +184,7 @@ _one, _two, _three, _four, _five, _six = (_tile(rows) for rows in range(1, TILE 
 _next_three, _next_four, _next_five, _next_six = (_tile(rows, alone=False) for rows in range(3, TILE + 1))
 
 
-@compiled
+@inlined
 def multiply(
     x: np.ndarray, rows: int, weights: np.ndarray, bias: np.ndarray, y: np.ndarray, block: int, spare: np.ndarray
 ) -> None:
@@ -204,7 +204,7 @@ def multiply(
             y[n, j] = sums[n, j - first]
 
 
-@compiled
+@inlined
 def _add_products(x: np.ndarray, rows: int, weights: np.ndarray, block: int, y: np.ndarray, chunk: np.ndarray) -> None:
     """y [>= rows, COLUMNS] += x [>= rows, in] @ block. chunk: memory of the shape of y."""
     depth = x.shape[1]

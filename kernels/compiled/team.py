@@ -20,7 +20,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from stagedspec.kernels.compiled.build import compiled, entry, instruction
+from stagedspec.kernels.compiled.build import compiled, entry, inlined, instruction
 
 LINE = 16  # words between those that different threads write, so that they lie in different cache lines
 ROUND, OPEN, INSIDE, THREADS, MODEL, LAST = (LINE * place for place in range(6))  # LAST: the number of stages
@@ -109,7 +109,7 @@ def find_sleeping(shared: np.ndarray, sleeping: np.ndarray) -> None:
         sleeping[helper] |= put(shared, SLEEPS + helper, 0)
 
 
-@compiled
+@inlined
 def open_pass(shared: np.ndarray) -> None:
     """Lets helpers in."""
     for stage in range(shared[LAST]):
@@ -119,7 +119,7 @@ def open_pass(shared: np.ndarray) -> None:
     put(shared, OPEN, number)
 
 
-@compiled
+@inlined
 def close_pass(shared: np.ndarray) -> None:
     """Returns when no helper is inside the pass any more, and lets none in."""
     put(shared, OPEN, 0)
@@ -158,7 +158,7 @@ def next_pass(shared: np.ndarray, helper: int, model: int) -> int:
                 return 0
 
 
-@compiled
+@inlined
 def leave_pass(shared: np.ndarray) -> None:
     """A helper has done its part of the pass that it was let into."""
     add(shared, INSIDE, -1)
