@@ -23,6 +23,7 @@ NEVER = f32(np.finfo(f32).min)
 WIDE, NARROW = 64, 16  # numbers of a head that are taken at once
 BLOCK = 16  # keys that stay in the nearest cache while all nodes take them
 GROUP = 16  # most nodes of a task
+AHEAD = 16  # keys or values that are fetched ahead: one lies too far from the next for the hardware's own prefetching
 
 
 class _Loop:
@@ -48,6 +49,17 @@ class _Loop:
         """Of the key or value of this round."""
         row = self.builder.sext(self.load(self._rows, self.k, ir.IntType(32), 4), self.whole)
         return self.builder.add(self._cache, self.builder.mul(row, self._stride))
+
+    def fetch(self, address: ir.Value, size: int) -> None:
+        """Fetches the key or value AHEAD rows later, of `size` numbers, into the nearest cache. Committed tokens lie in
+        order; what is fetched in vain does no harm."""
+        byte, index = ir.IntType(8), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte.as_pointer(), index, index, index])
+        prefetch = cgutils.get_or_insert_function(self.builder.module, kind, "llvm.prefetch.p0")
+        later = self.builder.add(address, self.builder.mul(self._stride, self.number(AHEAD)))
+        for part in range(0, size * 4, 64):
+            line = self.place(later, part, byte, 1)
+            self.builder.call(prefetch, [line, *(ir.Constant(index, value) for value in (0, 3, 1))])
 
     def end(self) -> None:
         following = self.builder.add(self.k, self.number(1))
@@ -93,6 +105,7 @@ def _scores(size: int) -> Callable:
             queries = [loop.load(query, part, loop.vector, LANES * 4) for part in parts]
             loop.start()
             key = loop.address()
+            loop.fetch(key, size)
             total = builder.fmul(queries[0], loop.load(key, 0, loop.vector, LANES * 4), flags=EXACT)
             for part in parts[1:]:
                 total = loop.fused(queries[part], loop.load(key, part, loop.vector, LANES * 4), total)
@@ -138,6 +151,7 @@ def _mix(size: int) -> Callable:
             for one, given in zip(sums, begin, strict=True):
                 one.add_incoming(given, loop.before)
             value, share = loop.address(), loop.load(shares, loop.k, loop.real, 4)
+            loop.fetch(value, size)
             first = builder.insert_element(none, share, ir.Constant(ir.IntType(32), 0))
             lanes = builder.shuffle_vector(first, none, ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES))
             added = [loop.fused(lanes, loop.load(value, part, loop.vector, LANES * 4), sums[part]) for part in parts]

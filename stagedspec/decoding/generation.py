@@ -124,9 +124,9 @@ class Generation:
         begin = time.perf_counter()
         with self.engine.target.ops.lock:
             self.engine.remove(index)
-        for rows in (self.request.rows, self._entered):
-            rows[index] = rows[-1]  # type: ignore[index, assignment]
-            del rows[-1]  # type: ignore[attr-defined]
+        rows, entered = self.request.rows, self._entered
+        rows[index], entered[index] = rows[-1], entered[-1]
+        del rows[-1], entered[-1]
         self.seconds += time.perf_counter() - begin
 
     def _step(self) -> None:

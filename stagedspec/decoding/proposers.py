@@ -146,6 +146,7 @@ class DraftCascade:
         repeated: Callable[[Callable], Callable] | None = None,
     ):
         self.draft = draft = cast(GPT2, models.draft)
+        self.ngram = models.ngram
         self.trees, self.sequences = trees, sequences
         self.warping, self.noise, self.clock = warping, noise, clock
         self.controller: Controller | None = None
@@ -153,11 +154,7 @@ class DraftCascade:
         rows = max([tree.slots for tree in trees] + [max(WAITS)] * adapts)
         self.cache = Cache(draft, len(sequences.rows), rows, sequences.capacity)
         # Made here, since the first one may compile: a step must not take so long.
-        self._make_growth = partial(
-            draft.ops.make_growth, sequences, table=models.ngram, noise=noise, dtype=draft.kv_dtype
-        )
-        self._growths: dict[TreeConfig, Growth] = {}
-        self.remove()
+        self._growths = self._make_growths()
         self.reader = Reader(draft, self.cache, sequences, repeated)
         self.caches, self.readers = [self.cache], [(self.reader, 2)]
         # Passes over what the draft has missed. A prompt was chosen under no noise.
@@ -197,7 +194,11 @@ class DraftCascade:
                 controller.unread = max(controller.unread, len(prompt))
 
     def remove(self) -> None:
-        self._growths = {tree: self._make_growth(config=tree) for tree in self.trees if tree.passes}
+        self._growths = self._make_growths()
+
+    def _make_growths(self) -> dict[TreeConfig, Growth]:
+        draft, made = self.draft, (self.ngram, self.noise, self.draft.kv_dtype)
+        return {tree: draft.ops.make_growth(self.sequences, tree, *made) for tree in self.trees if tree.passes}
 
     def readings(self) -> Iterator[tuple[Callable, tuple]]:
         for read in self._reads.values():

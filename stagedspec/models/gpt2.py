@@ -4,11 +4,13 @@ Every setting of `GPT2Config` that changes the forward pass is followed, or refu
 """
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Iterator, KeysView, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -43,7 +45,12 @@ class Cache:
         self.tree_rows = tree_rows
         shape = (model.config.n_layer, batch, tree_rows + positions, 2, model.heads, model.head_size)
         # Zeros, not garbage: masked rows are multiplied by zero, and zero times NaN is NaN.
-        self.rows = torch.zeros(shape, dtype=model.kv_dtype, device=model.device)
+        size = math.prod(shape) * model.kv_dtype.itemsize
+        if model.device.type == "cpu" and size:  # from NumPy, which asks for large pages: a key may have one of its own
+            memory = np.zeros(size, np.uint8)
+            self.rows = torch.from_numpy(memory).view(model.kv_dtype).view(shape)
+        else:
+            self.rows = torch.zeros(shape, dtype=model.kv_dtype, device=model.device)
 
     def commit(self, model: "GPT2", moves: Own) -> None:
         """Moves accepted nodes into the prefix. moves: of the backend's `Moves` or `Unread`."""
