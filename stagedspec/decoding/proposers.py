@@ -113,10 +113,12 @@ class _Made(NamedTuple):
 
 class _Reading(NamedTuple):
     """A reading under way. shown [2, B, N]: of each token its rank among the draft's children, -1 for none and
-    NOT_COUNTED for tokens that do not count, and its log-probability."""
+    NOT_COUNTED for tokens that do not count, and its log-probability. tokens: of each row. timed: as of `_Made`."""
 
     watch: Stopwatch
     shown: torch.Tensor
+    tokens: int
+    timed: bool
 
     def tell(self, controller: Controller) -> None:
         rows = zip(*self.shown.tolist(), strict=True)
@@ -124,7 +126,9 @@ class _Reading(NamedTuple):
             [
                 [(int(rank), score) for rank, score in zip(ranks, scores, strict=True) if rank != NOT_COUNTED]
                 for ranks, scores in rows
-            ]
+            ],
+            self.tokens,
+            self.watch.seconds if self.timed else None,
         )
 
 
@@ -165,6 +169,7 @@ class DraftCascade:
                 rank = partial(rank_unread, draft, self.cache, count, warping, kind)
                 self._reads[kind] = rank if repeated is None else repeated(rank)
         self._used: set[int] = set()  # levels whose graphs exist
+        self._read_before: set[Noise | None] = set()  # kinds of readings whose graphs exist
         self._under_way: deque[_Made | _Reading] = deque()
 
     def restart(self, controller: Controller | None) -> None:
@@ -290,6 +295,7 @@ class DraftCascade:
         if noise is not None:
             noise.advance(self.sequences)
         unread, watch = self._unread(count), Stopwatch(self.draft.device)
+        watch.start()
         tokens, logprobs = self._reads[noise](unread)
         if unread.moves is not None:
             self.cache.commit(self.draft, unread.moves)
@@ -299,7 +305,10 @@ class DraftCascade:
         ranks = torch.where(unread.counted, ranks, NOT_COUNTED)
         shown = to_host(torch.stack((ranks.to(scores.dtype), scores)))
         watch.stop()
-        self._under_way.append(_Reading(watch, shown))
+        # The first of its kind compiles or captures.
+        timed = noise in self._read_before
+        self._read_before.add(noise)
+        self._under_way.append(_Reading(watch, shown, count, timed))
 
     def _unread(self, count: int) -> Unread:
         ops, draft = cast(AdaptiveBackend, self.draft.ops), self.draft

@@ -34,6 +34,7 @@ TRIAL = 3
 # decoding: where the gain is small an error could be larger. (at most so fast, drafted steps)
 REFRESH = ((1.5, 32), (math.inf, 64))
 TIMES = 9  # of the last steps whose median counts: what else the machine does makes some of them much longer
+TELLS = 3  # drafted steps that the time of one reading counts as
 READ = 0.25  # of one token that the draft has read
 READS = 8.0  # at most, of one reading
 RESUME = 1.05  # how fast a tree must seem, beside plain decoding, before drafting starts again
@@ -159,6 +160,7 @@ class Controller:
         self._drafted: int = 0 if last is None else last._drafted  # steps since the last plain one
         self._drafts: bool | None = None  # whether the last step drafted
         self.onward = _Mean(0.5, PRIOR)  # probability that an accepted path goes on by one more node
+        self._left = math.inf  # tokens to write, drafted ones not counted
         self.missed = 0  # tokens of each row that the draft has not read
         self.unread = 0  # tokens of the longest prompt, while the draft has read none of it
         self.trial = TRIAL if last is None else 0  # plain steps that are to be made now, whatever pays
@@ -176,7 +178,7 @@ class Controller:
     def begin(self, prompt: int, new_tokens: int) -> bool:
         """Whether the draft is to read the prompts before the first step: where drafting pays, and enough is left to
         write. prompt: tokens of the longest."""
-        cost = self._reading(prompt)
+        self._left, cost = new_tokens, self._reading(prompt)
         if cost >= min(self.credit, new_tokens * (1 - self.rate(0) / self.rate(self.chosen))):
             self.chosen = 0
         self.unread = 0 if self.chosen else prompt
@@ -185,9 +187,16 @@ class Controller:
         return self.chosen > 0
 
     def _reading(self, count: int) -> float:
-        """The time that the draft takes to read so many tokens of every row, in plain steps."""
+        """The time that the draft takes to read so many tokens of every row, in plain steps.
+
+        While nothing is drafted at the expected price: what drafted steps took may be of a moment that is over.
+        """
+        return self._price(count) * self._pace(self.chosen > 0) / self._takes(0)
+
+    def _price(self, count: int) -> float:
+        """The expected seconds of such a reading."""
         level = self.known[-1].level
-        return (level.first + count * level.read) * self._pace(True) / self._takes(0)
+        return level.first + count * level.read
 
     @property
     def level(self) -> Level:
@@ -207,7 +216,9 @@ class Controller:
         """Whether the draft should read before this step."""
         if not self.missed or self.trial:
             return False
-        affordable = self._reading(self.unread + self.missed) <= self.credit / 4
+        # What was saved may go into a long prompt, where enough is left to write: it would never be read otherwise.
+        most = min(self.credit, self._left / 2) if self.credit >= CREDIT else self.credit / 4
+        affordable = self._reading(self.unread + self.missed) <= most
         return self.chosen > 0 or (affordable and self.missed >= WAITS[self._wait])
 
     def rate(self, index: int) -> float:
@@ -229,13 +240,19 @@ class Controller:
             self._account(-self._reading(self.unread + self.missed))
         self.missed = self.unread = 0
 
-    def read(self, rows: Sequence[Sequence[tuple[int, float]]]) -> None:
+    def read(self, rows: Sequence[Sequence[tuple[int, float]]], tokens: int = 0, seconds: float | None = None) -> None:
         """Takes the draft's ranks of tokens written without it. In a batch the mean over all rows counts: a few tokens
         do not say which row will be done last, and the worst of them would be an accident.
 
         rows: for each row that is running, of each token in turn: its rank among the draft's children, -1 for none, and
-        the log-probability that the draft gave it.
+        the log-probability that the draft gave it. tokens: how many of each row were read in so many seconds, None for
+        the expected ones.
         """
+        if seconds is not None and not self.chosen:
+            # Nothing else shows, while nothing is drafted, whether that is still as slow as it was.
+            pace = seconds / (self._price(tokens) * self._pace(False))
+            self._account(-max(0.0, min(pace, ACCIDENT) - 1.0) * self._reading(tokens))
+            self.slower.extend([max(1.0, pace)] * TELLS)
         rows = [row for row in rows if row]
         count = sum(map(len, rows))
         if not count:
@@ -258,7 +275,7 @@ class Controller:
         if made:
             self._drafted += 1
         else:
-            self.missed += 1
+            self.missed, self._left = self.missed + 1, self._left - 1
             self.trial, self._drafted = max(0, self.trial - 1), 0
         return made
 
@@ -290,7 +307,7 @@ class Controller:
                 self.pace.append(pace)
         self._drafts = drafts
         if not drafts:
-            self._account(SHARE, CREDIT)
+            self._account(SHARE, min(max(CREDIT, self._reading(self.unread + self.missed)), 4 * CREDIT))
             return
         faster = self.rate(made) / self.rate(0)
         if self._drafted >= next(steps for bound, steps in REFRESH if faster <= bound):

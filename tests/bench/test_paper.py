@@ -63,7 +63,8 @@ def test_paper_writes_tables_and_figures(options, tmp_path, capsys):
         table = {line["name"]: line for line in sampling["table_3"]}
         assert list(table) == SIDES and table["autoregressive"]["ratio"] == 1.0
         assert table["autoregressive"]["target_passes"] == NEW and table[PLAIN]["runs"] == 2
-        assert all(line["steps_per_second"] >= line["tokens_per_second"] for line in table.values())
+        # Of transformers the first token is left out, too.
+        assert all(table[mode]["steps_per_second"] >= table[mode]["tokens_per_second"] for mode in stagedspec.MODES)
         assert all(line["seconds_to_first_token"] > 0 for line in table.values())
     text = (out / "paper.md").read_text()
     for part in ("Table 3", "Table 1", "0.31", "0.35", "350", "3.17x", "not comparable", "figure2.svg"):

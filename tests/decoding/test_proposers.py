@@ -28,7 +28,7 @@ class Scripted(Controller):
     def due(self) -> bool:
         return self.missed == PLAIN
 
-    def read(self, rows) -> None:
+    def read(self, rows, *_) -> None:
         self.shown.append(rows)
         self.chosen = 1
 

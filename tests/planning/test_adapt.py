@@ -47,9 +47,9 @@ def make_step(controller: Controller, *result, **more) -> None:
     controller.step(controller.launch(), *result, **more)
 
 
-def make_reading(controller: Controller, rows) -> None:
+def make_reading(controller: Controller, rows, *more) -> None:
     controller.catch_up()
-    controller.read(rows)
+    controller.read(rows, *more)
 
 
 def play(controller: Controller, text: list[float], seed: int = 0, late: int = 0) -> float:
@@ -173,7 +173,8 @@ def batch(controller: Controller, rates: list[float], new_tokens: int, slower: f
         if controller.due:
             seconds += first * slower
             missed = [[(0, -0.05) if generator.random() < rate else (-1, -9.0) for _ in range(4)] for rate in rates]
-            make_reading(controller, [row for row, more in zip(missed, left, strict=True) if more > 0])
+            shown = [row for row, more in zip(missed, left, strict=True) if more > 0]
+            make_reading(controller, shown, 4, first * slower)
         tree, taken = controller.level.tree, []
         for rate, more in zip(rates, left, strict=True):
             depth = 0
@@ -234,6 +235,21 @@ def test_a_busy_moment_is_forgotten():
         last = Controller(levels(), last)
         took = batch(last, [0.3] * 8, 96)
     assert took < 96 / 0.92
+
+
+@pytest.mark.parametrize(("prompt", "generations"), [(8, 5), (110, 7), (400, 22)])
+def test_drafting_that_a_busy_moment_ended_begins_again(prompt, generations):
+    """Its times are of that moment, and while nothing is drafted only readings show how long the draft takes now. A
+    long prompt is read when enough was saved for that."""
+    costly = tuple(replace(level, read=0.04) for level in levels())
+    last = Controller(costly)
+    batch(last, [0.95], 96)
+    last.slower.extend([10.0] * 9)
+    last.credit, last.chosen = 0.0, 0
+    for _ in range(generations):
+        last = Controller(costly, last)
+        took = batch(last, [0.95], 96, prompt=prompt)
+    assert last.level.name == "full" and took < 96 / 1.5
 
 
 def plain_steps(controller: Controller, seconds: list[float]) -> None:
@@ -440,7 +456,7 @@ class Fickle(Controller):
     def due(self) -> bool:
         return (self.missed > 0 or self.unread > 0) and self.chosen > 0
 
-    def read(self, rows) -> None:
+    def read(self, rows, *_) -> None:
         self.reads += 1
 
     def step(self, made, nodes, passes, accepted, depths, left, seconds) -> None:

@@ -70,7 +70,7 @@ class Erratic(Controller):
         self.chosen = Erratic.ORDER[(Erratic.start + len(self.made_levels)) % len(Erratic.ORDER)]
         return self.made_levels[-1]
 
-    def read(self, rows) -> None:
+    def read(self, rows, *_) -> None:
         self.shown.append(rows)
 
     def step(self, made, nodes, passes, accepted, depths, left, seconds) -> None:
