@@ -29,13 +29,15 @@ def check(
         raise ValueError("--prompts needs a file for the completions: add --out")
     early_checks.check_input(prompts, "--prompts", "JSON lines")
     early_checks.check_output(out, "--out")
-    prompts, out = prompts.expanduser(), out.expanduser()
+    prompts, out = prompts.expanduser(), out.expanduser().resolve()  # one name, whatever link leads to the file
     if out.exists() and not out.is_file():
         raise ValueError(f"--out must be a regular file, which a later run can go on with, but {out} is none")
     if out.suffix == ".gz":
         raise ValueError(f"--out is written as plain text, got {out}: leave out .gz")
-    if out.exists() and out.samefile(prompts):
-        raise ValueError(f"--out and --prompts are the same file, {out}: choose another one for the completions")
+    for path in Completions.files(out):
+        if path.exists() and path.samefile(prompts):
+            beside = "" if path == out else f": a run with --out {out} writes it too"
+            raise ValueError(f"--out and --prompts are the same file, {path}{beside}; choose another --out")
     own = {"index", "sample", "seed", "finish_reason", "error", "tokens", "stats"}
     for option, name in (("--id-field", id_field), ("--text-field", text_field)):
         if name in own or (name == text_field and name == id_field):

@@ -74,15 +74,17 @@ class Completions:
         from filelock import FileLock, Timeout  # takes a while, and --help should answer at once
 
         self.path, self.settings = path, settings
-        self._settings_path = path.with_name(path.name + ".run.json")
+        _, self._settings_path, lock, *_ = self.files(path)
         self.done: set[tuple[int, int]] = set()
         self._file = -1  # not open
-        self._lock = FileLock(path.with_name(path.name + ".lock"), timeout=0)
+        self._lock = FileLock(lock, timeout=0)
         try:
+            if lock.exists() and lock.stat().st_size:  # to take it would empty it
+                raise ValueError(f"--out: {lock} is not a lock of this command: choose another file, or remove it")
             self._lock.acquire()
             whole = self._read()
-            if whole:
-                self._check_settings()
+            if self._settings_path.exists():
+                self._check_settings(differ=not whole)
         except Timeout:
             raise ValueError(
                 f"--out: another run is writing {path}: wait until it has ended, or choose another file"
@@ -91,6 +93,11 @@ class Completions:
             self.close()
             raise
         self._size = len(whole)
+
+    @staticmethod
+    def files(path: Path) -> list[Path]:
+        """The files that a run writes: the completions, their settings, the lock, and what takes their places."""
+        return [path.with_name(path.name + end) for end in ("", ".run.json", ".lock", ".part", ".run.json.part")]
 
     def _read(self) -> bytes:
         """The whole lines of the file."""
@@ -117,13 +124,17 @@ class Completions:
                 ) from None
         return whole
 
-    def _check_settings(self) -> None:
+    def _check_settings(self, differ: bool = False) -> None:
+        """Raises ValueError if the file of settings is not ours, or unless differ, if it has others."""
         try:
             before = json.loads(self._settings_path.read_text(encoding="utf-8"))
             differing = [name for name, value in self.settings.items() if before[name] != value]
         except (OSError, ValueError, KeyError, TypeError):  # also those of another version
-            raise ValueError(f"{self._settings_path} cannot be read: remove it and {self.path} to begin anew") from None
-        for name in differing:
+            raise ValueError(
+                f"--out: {self._settings_path} cannot be read as settings of this command: choose another file, or "
+                f"remove it and {self.path} to begin anew"
+            ) from None
+        for name in differing if not differ else ():
             raise ValueError(
                 f"--out: {self.path} was begun with {_shown(name, before[name])}, and this run has "
                 f"{_shown(name, self.settings[name])}: repeat the first run's options, or choose another file"

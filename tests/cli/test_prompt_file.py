@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from filelock import FileLock
@@ -202,10 +203,41 @@ def test_other_settings_are_refused(models, prompts, out, tmp_path):  # noqa: F8
     assert out.read_bytes() == held
     settings = out.with_name("out.jsonl.run.json")
     settings.write_text("[")
-    assert_error(complete(prompts, out, *options), "cannot be read: remove it")
+    assert_error(complete(prompts, out, *options), "cannot be read as settings", "remove it")
     settings.unlink()
     assert_error(complete(prompts, out, *options), "was not written by this command")
     assert out.read_bytes() == held
+
+
+def test_a_link_is_the_file_that_it_leads_to(models, prompts, out, whole, tmp_path, monkeypatch):  # noqa: F811
+    """The same lock and settings by both names, and a run that is killed while it sorts loses nothing."""
+    link = tmp_path / "link"
+    link.symlink_to(out)
+
+    def killed(path, data):
+        assert path.resolve() != out, "the completions themselves were opened for writing"
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", killed)
+        assert complete(prompts, link, *SAMPLED, *models).exit_code == 130
+    assert link.is_symlink() and len(lines(out)) == len(whole)
+    with FileLock(tmp_path / "out.jsonl.lock"):
+        assert_error(complete(prompts, link, *SAMPLED, *models), f"another run is writing {out}")
+    assert complete(prompts, out, *SAMPLED, *models).exit_code == 0 and without_times(out) == whole
+    assert complete(prompts, link, *SAMPLED, *models).exit_code == 0 and link.is_symlink()
+    assert not list(tmp_path.glob("link?*"))
+
+
+@pytest.mark.parametrize("end", [".run.json", ".lock", ".part", ".run.json.part"])
+def test_no_file_beside_the_completions_is_the_prompts(prompts, out, end):
+    beside = out.with_name(out.name + end)
+    held = prompts.read_bytes()
+    beside.write_bytes(held)
+    assert_error(complete(beside, out), f"--out and --prompts are the same file, {beside}: a run with --out {out}")
+    if not end.endswith(".part"):
+        assert_error(complete(prompts, out), f"{beside} ", "choose another file, or remove it")
+    assert beside.read_bytes() == held and not out.exists()
 
 
 # ---------------------------------------------------------------- bad input
