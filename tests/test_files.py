@@ -22,6 +22,17 @@ def test_a_file_changes_in_one_step_or_not_at_all(tmp_path, shared):
     assert path.read_text(encoding="utf-8") == "ü" and list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o444])
+def test_permissions_stay(tmp_path, mode):
+    path = tmp_path / "a.json"
+    write_text(path, "old")
+    path.chmod(mode)
+    with replacing(path) as part:
+        assert part.stat().st_mode & 0o077 == 0
+        part.write_text("new")
+    assert path.read_text() == "new" and path.stat().st_mode & 0o777 == mode
+
+
 def test_writers_of_a_shared_file_do_not_meet(tmp_path):
     from concurrent.futures import ThreadPoolExecutor
 

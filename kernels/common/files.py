@@ -1,9 +1,10 @@
 """Files that appear whole: written beside their place, then moved there in one step."""
 
 import os
+import shutil
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -11,7 +12,8 @@ from pathlib import Path
 def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
     """Gives the path of a file to write, which takes the place of `path` at the end, or is removed after an error.
 
-    A link, a pipe or a device is written to directly, for there is nothing to put in its place.
+    It has the permissions of a file that was there. A link, a pipe or a device is written to directly, for there is
+    nothing to put in its place.
     shared: other threads and processes may write the same file at the same time. Without it, what a killed process
     left is overwritten by the next one. Raises OSError where the file cannot be written.
     """
@@ -21,7 +23,13 @@ def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
     writer = f".{os.getpid()}-{threading.get_ident()}" if shared else ""
     part = path.with_name(f"{path.name}{writer}.part")
     try:
+        there = path.exists()
+        if there:
+            part.touch(0o600)  # nobody else reads what may not be theirs to read
         yield part
+        if there:
+            with suppress(OSError):  # it has gone meanwhile, or the file system knows no permissions
+                shutil.copymode(path, part)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
