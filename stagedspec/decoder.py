@@ -22,6 +22,7 @@ from stagedspec.decoding.generation import Generation
 from stagedspec.decoding.output import StagedOutput, finish
 from stagedspec.decoding.pool import GenerationPool
 from stagedspec.decoding.request import MAX_BATCH, Call, CallContext, Request, StagedOptions, encode
+from stagedspec.decoding.sampling import Sampling
 from stagedspec.decoding.stats import ORIGINS, Stats, marks_wanted
 from stagedspec.devices import resolve_device, resolve_dtype
 from stagedspec.kernels.backends import select as kernel_backend
@@ -445,12 +446,7 @@ class Decoder:
         self.follow()
         context = self.context
         options = arguments.with_shared_criteria(context, options)
-        # A prompt of one token shows whether the options are good: what is refused later is a prompt. With a tree that
-        # is given nothing is measured.
-        tree = options.get("tree") or self.planner.fixed or TreeConfig()
-        one = torch.zeros(1, dtype=torch.long, device="cpu")
-        trial = self._read_one(one, max_new_tokens, {**options, "seed": 0, "tree": tree}, context)
-        seed_of = many.seeds(seed, num_samples, trial.request.sampling.do_sample)
+        seed_of = many.seeds(seed, num_samples, self._sampling(max_new_tokens, options, context).do_sample)
 
         def read(prompt: many.Prompt, batch: int) -> Call:
             return self._read_one(prompt.given, max_new_tokens, {**options, "seed": prompt.seed}, context, batch)
@@ -462,6 +458,17 @@ class Decoder:
             if (index, sample) not in skip
         )
         return self._complete_many(each, read, context.models, batch, window, ordered)
+
+    def _sampling(self, max_new_tokens: int | None, options: dict[str, Any], context: CallContext) -> Sampling:
+        """How `complete` would choose tokens with these options. Raises ValueError for bad ones.
+
+        A prompt of one token shows whether they are good: what is refused later is a prompt. With a tree that is given
+        nothing is measured.
+        """
+        tree = options.get("tree") or self.planner.fixed or TreeConfig()
+        one = torch.zeros(1, dtype=torch.long, device="cpu")
+        trial = self._read_one(one, max_new_tokens, {**options, "seed": 0, "tree": tree}, context)
+        return trial.request.sampling
 
     def _complete_many(
         self,

@@ -38,12 +38,17 @@ class Complete:
             if name in options:
                 instead = "a column of seeds, seed_field" if name == "seed" else "a row for each completion"
                 raise ValueError(f"ray.Complete takes no {name}: give {instead}")
-        if options.get("do_sample") and seed_field is None:
-            raise ValueError("sampling needs a seed for each row: give seed_field, the name of a column of seeds")
         self.field, self.text_field, self.seed_field, self.options = field, text_field, seed_field, options
         made = decoder or {}
         self.decoder = Decoder.default(**made) if target is None else Decoder.from_pretrained(target, **made)
         self.decoder.complete_many([], **options)  # refuses bad options now
+        call = {name: value for name, value in options.items() if name not in ("batch", "window")}
+        new_tokens = call.pop("max_new_tokens", None)
+        # Options, their generation_config or the model's own may ask for it.
+        if seed_field is None and self.decoder._sampling(new_tokens, call, self.decoder.context).do_sample:
+            raise ValueError(
+                "sampling needs a seed for each row: give seed_field, the name of a column of seeds, or do_sample=False"
+            )
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The columns of the batch with those of the completions: text_field, `finish_reason` and `error`, which is ""

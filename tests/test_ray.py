@@ -1,11 +1,13 @@
 """`stagedspec.ray.Complete` as Ray Data calls it, without Ray: bench/ray_check.py runs it on a local Ray."""
 
+import shutil
 import string
 
 import numpy as np
 import pytest
 from helpers import VOCAB, byte_tokenizer, make_draft, make_gpt2
 from test_packaging import run_in_root
+from transformers import GenerationConfig
 
 from stagedspec import Decoder, row_seed
 from stagedspec.ray import Complete
@@ -65,7 +67,7 @@ def test_names_of_columns(folders):
     [
         ({"seed": 3}, "takes no seed: give a column of seeds"),
         ({"num_samples": 2}, "takes no num_samples: give a row for each"),
-        ({"do_sample": True}, "sampling needs a seed for each row"),
+        ({"do_sample": True, "max_new_tokens": 9}, "sampling needs a seed for each row"),
         ({"temperature": -1.0, "do_sample": True, "seed_field": "s"}, "temperature must be"),
         ({"max_new_tokens": 49}, "n_positions"),
     ],
@@ -74,6 +76,19 @@ def test_bad_options_when_the_actor_starts(folders, options, message):
     target, made = folders
     with pytest.raises(ValueError, match=message):
         Complete(target, decoder=made, **options)
+
+
+def test_sampling_that_the_model_asks_for_needs_seeds(folders, tmp_path):
+    target, made = folders
+    copy = tmp_path / "sampling"
+    shutil.copytree(target, copy)
+    GenerationConfig(do_sample=True).save_pretrained(copy)
+    with pytest.raises(ValueError, match="sampling needs a seed for each row"):
+        Complete(str(copy), decoder=made, **OPTIONS)
+    assert Complete(str(copy), decoder=made, do_sample=False, **OPTIONS)(batch(["ab"]))["error"] == [""]
+    asked = OPTIONS | {"generation_config": GenerationConfig(do_sample=True, max_new_tokens=9)}
+    with pytest.raises(ValueError, match="sampling needs a seed for each row"):
+        Complete(target, decoder=made, **asked)
 
 
 def test_it_needs_no_ray():
