@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from stagedspec.decoder import Decoder
 
 MAX_BATCH = 16  # `decoding.request.MAX_BATCH`, which cannot be imported without torch
+FIELD, TEXT_FIELD = "prompt", "text"
 
 EXAMPLES = (
     "Examples: [bold]stagedspec generate 'def fibonacci(n):'[/bold]; with sampling: [bold]stagedspec generate "
@@ -50,7 +51,10 @@ def generate(
     max_new_tokens: Annotated[
         int | None,
         typer.Option(
-            "--max-new-tokens", "-n", help="New tokens at most. Default: 128, or what the model has room for."
+            "--max-new-tokens",
+            "-n",
+            help="New tokens at most. Default: 128, or what the model has room for; with --prompts 128, and a prompt "
+            "that leaves no room for them is skipped.",
         ),
     ] = None,
     mode: Annotated[Mode, typer.Option(help="How to decode; the output is the same in every mode.")] = STAGED,
@@ -97,14 +101,14 @@ def generate(
             rich_help_panel=MANY,
         ),
     ] = None,
-    field: Annotated[str, typer.Option(help="Field of the prompt's text.", rich_help_panel=MANY)] = "prompt",
+    field: Annotated[str, typer.Option(help="Field of the prompt's text.", rich_help_panel=MANY)] = FIELD,
     id_field: Annotated[
         str | None,
         typer.Option(help="Field that names a prompt, which its completions have too.", rich_help_panel=MANY),
     ] = None,
     text_field: Annotated[
         str, typer.Option(help="Field of the completion's text in --out.", rich_help_panel=MANY)
-    ] = "text",
+    ] = TEXT_FIELD,
     num_samples: Annotated[int, typer.Option(help="Completions of each prompt.", rich_help_panel=MANY)] = 1,
     stop: Annotated[
         list[str] | None,
@@ -113,7 +117,7 @@ def generate(
             rich_help_panel=MANY,
         ),
     ] = None,
-    batch: Annotated[int, typer.Option(help="Prompts decoded together, at most 16.", rich_help_panel=MANY)] = 16,
+    batch: Annotated[int, typer.Option(help="Prompts decoded together, at most 16.", rich_help_panel=MANY)] = MAX_BATCH,
     token_ids: Annotated[bool, typer.Option("--token-ids", help="Write token ids, too.", rich_help_panel=MANY)] = False,
     save_html: Annotated[
         Path | None, typer.Option(help="Also write the coloured completion to a file: HTML, or SVG if it ends in .svg.")
@@ -169,11 +173,13 @@ def generate(
             stop_strings=strings or None, **warpers,
         )  # fmt: skip
         return
-    for option, needless in (("--out", out), ("--id-field", id_field), ("--stop", stop), ("--token-ids", token_ids)):
+    for option, needless in (
+        ("--out", out), ("--field", field != FIELD), ("--id-field", id_field),
+        ("--text-field", text_field != TEXT_FIELD), ("--num-samples", num_samples > 1), ("--stop", stop),
+        ("--batch", batch != MAX_BATCH), ("--token-ids", token_ids),
+    ):  # fmt: skip
         if needless:
             raise ValueError(f"{option} belongs to a file of prompts: add --prompts")
-    if num_samples > 1:
-        raise ValueError("--num-samples belongs to a file of prompts: add --prompts")
     text = _prompt_text(prompt, file)
     decoder = load()
     tokenizer = tokenizer_of(decoder)

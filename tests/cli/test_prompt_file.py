@@ -294,8 +294,11 @@ def test_bad_places(tmp_path, prompts, out, monkeypatch):
     ):
         assert_error(complete(*arguments), part)
     assert_error(run("generate", "--prompts", str(prompts)), "add --out")
-    for option in (["--out", str(out)], ["--stop", "x"], ["--id-field", "x"], ["--num-samples", "2"], ["--token-ids"]):
-        assert_error(run("generate", "x", *option), "belongs to a file of prompts: add --prompts")
+    for option in (
+        ["--out", str(out)], ["--field", "x"], ["--id-field", "x"], ["--text-field", "x"], ["--num-samples", "2"],
+        ["--stop", "x"], ["--batch", "3"], ["--token-ids"],
+    ):  # fmt: skip
+        assert_error(run("generate", "x", *option), f"{option[0]} belongs to a file of prompts: add --prompts")
     assert not out.exists() and generate.MAX_BATCH == MAX_BATCH
     out.with_name("out.jsonl.run.json").write_text("{}")
     once = '{"index": 0, "sample": 0}\n'
