@@ -481,15 +481,27 @@ class Decoder:
     ) -> Iterator[Completion]:
         done: dict[int, Completion] = {}  # not yielded yet, by number
         numbers, following = itertools.count(), 0
+        refused = (-1, "")  # the last prompt that could not be read, and why: its samples follow one another
+        named: set[int] = set()  # prompts whose skipping was logged
+
+        def skipped(prompt: many.Prompt, error: str) -> Completion:
+            if prompt.index not in named:
+                named.add(prompt.index)
+                log.warning("prompt %s is skipped: %s", prompt.index, error)
+            return Completion("", [], [], Stats(""), "skipped", error, *prompt.names)
 
         def windows() -> Iterator[list[many.Waiting]]:
+            nonlocal refused
             while part := list(itertools.islice(prompts, window)):
                 together, waiting = batch if len(part) > 1 else 1, []
                 for prompt, number in zip(part, numbers, strict=False):
-                    try:
-                        waiting.append(many.Waiting(prompt, read(prompt, together), number))
-                    except ValueError as error:
-                        done[number] = self._skipped(prompt, str(error))
+                    if prompt.index != refused[0]:
+                        try:
+                            waiting.append(many.Waiting(prompt, read(prompt, together), number))
+                            continue
+                        except ValueError as error:
+                            refused = prompt.index, str(error)
+                    done[number] = skipped(prompt, refused[1])
                 yield waiting
 
         def again(one: many.Waiting) -> many.Waiting:
@@ -502,19 +514,12 @@ class Decoder:
         ended = many.decode(windows(), batch, replaces, start, partial(self._keep, stats=None), again)
         for one in itertools.chain(ended, [None]):  # at the end, those that were skipped last
             if one is not None:
-                done[one.number] = self._completion(one)
+                done[one.number] = self._completion(one) if one.error is None else skipped(one.prompt, one.error)
             while done and (not ordered or following in done):
                 yield done.pop(following if ordered else next(iter(done)))
                 following += 1
 
-    @staticmethod
-    def _skipped(prompt: many.Prompt, error: str) -> Completion:
-        log.warning("prompt %s is skipped: %s", prompt.index, error)
-        return Completion("", [], [], Stats(""), "skipped", error, *prompt.names)
-
     def _completion(self, ended: many.Ended) -> Completion:
-        if ended.error is not None:
-            return self._skipped(ended.prompt, ended.error)
         return Completion(
             self._decode(ended.tokens),
             ended.tokens,

@@ -406,6 +406,17 @@ def test_prompts_without_a_next_token_are_skipped(target, drafts, make_decoder, 
         decoder.complete(prompts[0], **options)
 
 
+def test_a_prompt_is_refused_once_for_all_its_samples(decoder, caplog, monkeypatch):
+    asked = []
+    read = decoder._read_one
+    monkeypatch.setattr(decoder, "_read_one", lambda prompt, *rest: asked.append(prompt) or read(prompt, *rest))
+    options = {"num_samples": 3, "do_sample": True, "seed": 1, "window": 2}
+    found = list(decoder.complete_many(["", PROMPTS[0], 3, ""], 4, **options))
+    assert [one.error is None for one in found] == [False] * 3 + [True] * 3 + [False] * 6
+    assert [sum(one is given for one in asked) for given in ("", 3)] == [2, 1]
+    assert [caplog.text.count(f"prompt {index} is skipped") for index in range(4)] == [1, 0, 1, 1]
+
+
 def test_a_reason_for_every_completion(decoder):
     first = decoder.complete(PROMPTS[0], 6, eos_token_id=[])
     assert first.finish_reason == "length" and first.error is None
