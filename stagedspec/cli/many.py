@@ -1,5 +1,6 @@
 """`stagedspec generate --prompts`: complete the prompts of a file into another file."""
 
+import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +13,7 @@ import typer
 from stagedspec.cli import early_checks
 from stagedspec.cli.output import preparing, progress_bar
 from stagedspec.cli.prompt_file import Completions, Prompts
+from stagedspec.models import checkpoints, embedded
 
 if TYPE_CHECKING:
     from stagedspec.decoder import Completion, Decoder
@@ -43,6 +45,10 @@ def check(
         if name in own or (name == text_field and name == id_field):
             raise ValueError(f"{option} {name} is the name of another field of the completions")
     found = Prompts.read(prompts, field, id_field)
+    target = settings["target"]
+    folder = None if target is None else checkpoints.local_folder(target, "target")
+    if folder is not None:
+        settings = settings | {"target": str(folder.resolve())}
     fields = {"prompts": found.digest, "id_field": id_field, "text_field": text_field}
     return found, Completions(out, fields | settings)
 
@@ -67,7 +73,10 @@ def complete(
             return
         decoder = load()
         dtype = str(decoder.target.dtype).removeprefix("torch.")
-        out.begin(arithmetic=f"{dtype} on {decoder.device.type}, backend {decoder.backend}")
+        out.begin(
+            arithmetic=f"{dtype} on {decoder.device.type}, backend {decoder.backend}",
+            weights=_digest(out.settings["target"]),
+        )
         tokens, rate = 0, 0.0
         skipped: set[int] = set()
         try:
@@ -93,6 +102,20 @@ def complete(
             ) from None
     skips = f", {len(skipped):,} prompts skipped" if skipped else ""
     typer.echo(f"{out.path}: {total - before:,} completions{skips}, {tokens:,} tokens, {rate:,.0f} tokens/s")
+
+
+def _digest(target: str | None) -> str | None:
+    """A name for the target's weights: other ones may have been saved to the same folder. None for a hub id that is not
+    in the hub's cache."""
+    folder = embedded.TARGET if target is None else checkpoints.find(target, "target")
+    if folder is None:
+        return None
+    found = hashlib.sha256()
+    for path in checkpoints.weight_files(folder):
+        with path.open("rb") as file:
+            while part := file.read(2**20):
+                found.update(part)
+    return found.hexdigest()
 
 
 @contextmanager

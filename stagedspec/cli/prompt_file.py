@@ -199,6 +199,6 @@ class Completions:
 
 
 def _shown(name: str, value: object) -> str:
-    if name == "prompts":
-        return f"other prompts ({str(value)[:8]})"
+    if name in ("prompts", "weights"):
+        return f"other {name} ({str(value)[:8]})"
     return f"{name.replace('_', ' ')} {json.dumps(value)}"

@@ -5,6 +5,7 @@ import errno
 import gzip
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -48,7 +49,7 @@ def test_a_line_for_every_sample_in_the_order_of_the_prompts(models, prompts, ou
     assert result.exit_code == 0, result.output
     assert "18 completions, 2 prompts skipped" in result.stdout
     for name in ("'task/5' in line 11", "'task/7' in line 15"):
-        assert f"prompt {name} is skipped: " in caplog.text
+        assert caplog.text.count(f"prompt {name} is skipped: ") == 1  # not once a sample
     found = lines(out)
     assert [(one["index"], one["sample"]) for one in found] == [(i, s) for i in range(len(TEXTS)) for s in range(2)]
     decoder = Decoder.from_pretrained(models[1], draft=models[3], device="cpu")
@@ -207,6 +208,29 @@ def test_other_settings_are_refused(models, prompts, out, tmp_path):  # noqa: F8
     settings.unlink()
     assert_error(complete(prompts, out, *options), "was not written by this command")
     assert out.read_bytes() == held
+
+
+def test_other_weights_in_the_same_folder_are_refused(models, prompts, out, tmp_path, monkeypatch):  # noqa: F811
+    folder = tmp_path / "target"
+    shutil.copytree(models[1], folder)
+    options = [*OPTIONS, "--draft", models[3], "--device", "cpu"]
+    assert complete(prompts, out, *options, "--target", str(folder)).exit_code == 0
+    held = out.read_bytes()
+    half = held[: held.index(b"\n") + 1]
+    out.write_bytes(half)
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    middle = len(whole) // 2
+    weights.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+    assert_error(complete(prompts, out, *options, "--target", str(folder)), "was begun with other weights (")
+    assert out.read_bytes() == half
+    weights.write_bytes(whole)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(folder)
+    for name in ("target", "./target", "link"):  # the same folder
+        out.write_bytes(half)
+        assert complete(prompts, out, *options, "--target", name).exit_code == 0
+        assert [one["text"] for one in lines(out)] == [json.loads(line)["text"] for line in held.splitlines()]
 
 
 def test_a_link_is_the_file_that_it_leads_to(models, prompts, out, whole, tmp_path, monkeypatch):  # noqa: F811
