@@ -76,7 +76,8 @@ def read(
         if begin is None:
             raise ValueError("give input_ids: this model has no begin-of-sequence token to start from")
         input_ids = torch.tensor([[begin]], device="cpu")
-    unpad(input_ids, attention_mask, context.models.target.vocab_size)  # its messages are clearer than transformers'
+    # Its messages are clearer than transformers'.
+    unpad(input_ids, attention_mask, context.models.target.vocab_size, staged.mode)
     if given is None:
         options.setdefault("top_k", own.get("top_k"))
         if all(settings.of(name) is None for name in ("max_new_tokens", "max_length")):

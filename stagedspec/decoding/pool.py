@@ -11,8 +11,13 @@ from stagedspec.decoding.stats import Mark
 from stagedspec.models.model_set import Models
 from stagedspec.planning.adapt import Controller
 
-# At most so many generations, and so many bytes of keys and values, are kept.
-KEPT, KEPT_BYTES = 8, 2**31
+KEPT = 8  # generations at most
+
+
+def kept_bytes(device: torch.device) -> int:
+    """How many bytes of keys and values are kept at most: 2 GiB, or a sixteenth of the GPU's memory if that is more."""
+    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+    return max(2**31, memory // 16)
 
 
 class GenerationPool:
@@ -58,11 +63,12 @@ class GenerationPool:
         engine, ops = generation.engine, models.target.ops
         if engine.models.target is not models.target or engine.models.draft is not models.draft:
             return  # their weights have changed meanwhile
-        if not ops.keeps_generations or generation.clock.mark is not None or engine.nbytes > KEPT_BYTES:
+        most = kept_bytes(models.device)
+        if not ops.keeps_generations or generation.clock.mark is not None or engine.nbytes > most:
             return
         with ops.lock:
             self.kept.append(generation)
-            while len(self.kept) > KEPT or sum(kept.engine.nbytes for kept in self.kept) > KEPT_BYTES:
+            while len(self.kept) > KEPT or sum(kept.engine.nbytes for kept in self.kept) > most:
                 del self.kept[0]
 
     def release(self, models: Models) -> None:

@@ -17,6 +17,7 @@ from stagedspec.planning.tree import TreeConfig
 from stagedspec.values import at_least, plain, whole
 
 MAX_BATCH = 16
+MAX_PLAIN_BATCH = 64  # of plain decoding, which has no trees
 NEW_TOKENS = 128  # default of max_new_tokens
 
 
@@ -145,7 +146,7 @@ def validate(
     eos = [token for token in token_ids("eos_token_id", eos_token_id) if 0 <= token < target.vocab_size]
     if attention_mask is None and pad_token_id is not None and pad_token_id not in eos:
         attention_mask = _mask_of_padding(input_ids, pad_token_id)
-    prompts = unpad(input_ids, attention_mask, target.vocab_size)
+    prompts = unpad(input_ids, attention_mask, target.vocab_size, mode)
     max_new_tokens = at_least("max_new_tokens", max_new_tokens)
     longest = max(map(len, prompts))
     room = target.positions + 1 - longest  # the last token is not read, and needs no position
@@ -202,7 +203,16 @@ def _mask_of_padding(input_ids: torch.Tensor, pad: int) -> torch.Tensor | None:
     return (input_ids != pad).long()
 
 
-def unpad(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, vocab_size: int) -> list[list[int]]:
+def check_batch(size: int, mode: str) -> None:
+    """Raises ValueError unless a batch of this mode may have so many prompts."""
+    most = MAX_PLAIN_BATCH if mode == "autoregressive" else MAX_BATCH
+    if not 1 <= size <= most:
+        raise ValueError(f"the batch must have 1 to {most} prompts, got {size}; call generate for a part at a time")
+
+
+def unpad(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, vocab_size: int, mode: str = "autoregressive"
+) -> list[list[int]]:
     """Checks prompts [B, width] and returns their tokens without the padding. Raises ValueError.
 
     Positions count real tokens only, as transformers' position ids do, so dropping the padding changes nothing.
@@ -216,10 +226,7 @@ def unpad(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, vocab_si
     batch, width = input_ids.shape
     if input_ids.is_meta:
         raise ValueError("input_ids must hold tokens, got a tensor on the meta device, which has none: make it on cpu")
-    if not 1 <= batch <= MAX_BATCH:
-        raise ValueError(
-            f"the batch must have 1 to {MAX_BATCH} prompts, got {batch}; call generate for a part at a time"
-        )
+    check_batch(batch, mode)
     if width == 0:
         raise ValueError("the prompt is empty: give at least one token (the end-of-text token starts from nothing)")
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask

@@ -8,7 +8,7 @@ import torch
 
 from stagedspec.decoding.arguments import read
 from stagedspec.decoding.pool import GenerationPool
-from stagedspec.decoding.request import Call, CallContext, StagedOptions
+from stagedspec.decoding.request import Call, CallContext, StagedOptions, check_batch
 from stagedspec.decoding.stats import Mark
 from stagedspec.devices import out_of_memory
 from stagedspec.kernels.common.progress import reporting
@@ -58,6 +58,7 @@ def warm_up(
             raise ValueError(f"modes must be among {', '.join(MODES)}, got {mode!r}")
         planner.tree_for(mode, tree=planner.fixed or TreeConfig())  # one is there, and measures nothing
         _read(context, "autoregressive", sampling, size, tokens)
+        check_batch(int(size), mode)
     made = 0
     for mode, sampling, size in wanted:
         name = f"{mode}, {'sampled' if sampling.get('do_sample') else 'greedy'}" + (f", batch {size}" * (size > 1))

@@ -28,6 +28,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from stagedspec.decoder import Decoder
+from stagedspec.decoding.request import MAX_PLAIN_BATCH
 from stagedspec.devices import resolve_device
 from stagedspec.kernels.common.files import replacing, write_text
 from stagedspec.models.loading import no_bars
@@ -81,6 +82,7 @@ class TrainConfig:
     draft_samples:      tokens sampled from the draft for the n-gram, at draft_temperature; a shard is draft_rows x
                         draft_length tokens.
     target_sample_seconds, draft_sample_seconds: sampling ends after so long, with fewer tokens.
+    sampled_together:   rows of a batch of sampling, at most 64; lower it when memory runs out.
     longest_prompt:     sampled rows begin with 1 to this many tokens of the corpus.
     ngram_contexts, ngram_successors: size of the table.
     target_micro_batch, draft_micro_batch: blocks a pass (memory), the whole batch by default.
@@ -113,6 +115,7 @@ class TrainConfig:
     draft_length: int = 256
     target_sample_seconds: float | None = None
     draft_sample_seconds: float | None = None
+    sampled_together: int = MAX_PLAIN_BATCH
     longest_prompt: int = 64
     ngram_contexts: int = 32_768
     ngram_successors: int = 4
@@ -154,6 +157,8 @@ class TrainConfig:
                 )
             if micro is not None and (micro < 1 or batch % micro):
                 raise ValueError(f"{name}_micro_batch must divide the batch of {batch}, got {micro}")
+        if not 1 <= self.sampled_together <= MAX_PLAIN_BATCH:
+            raise ValueError(f"sampled_together must be from 1 to {MAX_PLAIN_BATCH}, got {self.sampled_together}")
         if not 0 <= self.sample_share <= 1:
             raise ValueError(f"sample_share must be from 0 to 1, got {self.sample_share}")
         if self.target_top_k is not None and self.target_top_k < 1:
@@ -369,6 +374,7 @@ class _Run:
             report,
             config.target_top_k,
             config.target_sample_seconds or math.inf,
+            config.sampled_together,
         )
         self._finish("target-samples", shards, report)
 
@@ -416,6 +422,7 @@ class _Run:
             config.seed + 2,
             report,
             seconds=config.draft_sample_seconds or math.inf,
+            together=config.sampled_together,
         )
         self._finish("draft-samples", shards, report)
 
@@ -473,7 +480,9 @@ class _Run:
         path = self.out / "train.json"
         wanted = json.loads(json.dumps(asdict(self.config)))
         # None of these changes what is computed, beyond rounding.
-        free = {"device", "target_micro_batch", "draft_micro_batch", "evaluate_every", "compiled"}
+        free = {
+            "device", "target_micro_batch", "draft_micro_batch", "evaluate_every", "compiled", "sampled_together",
+        }  # fmt: skip
         if path.exists() and self._corpus_done():
             try:
                 stored = json.loads(path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Bulk sampling of a model into shards of token ids, by our own decoder in its largest batches.
+"""Bulk sampling of a model into shards of token ids, by our own decoder in large batches.
 
 The paper distils the draft on text of the target and fits the n-gram on text of the draft (arXiv 2308.04623, sections
 3.2 and 4). A shard depends only on the settings and its index, so sampling can be killed and resumed at any time.
@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from stagedspec.decoder import Decoder
-from stagedspec.decoding.request import MAX_BATCH
+from stagedspec.decoding.request import MAX_PLAIN_BATCH
 from stagedspec.kernels.common.files import replacing
 
 
@@ -46,14 +46,20 @@ def cut(logits: torch.Tensor, top_k: int | None) -> torch.Tensor:
 
 
 def sample_rows(
-    decoder: Decoder, prompts: torch.Tensor, length: int, temperature: float, seed: int, top_k: int | None = None
+    decoder: Decoder,
+    prompts: torch.Tensor,
+    length: int,
+    temperature: float,
+    seed: int,
+    top_k: int | None = None,
+    together: int = MAX_PLAIN_BATCH,
 ) -> torch.Tensor:
     """Continues prompts [rows, p] to LongTensor [rows, length] by sampling, also after an end-of-text token.
 
-    A row depends on its prompt, the seed and its index alone, not on the size of batches.
+    together: rows decoded in one batch. A row depends on its prompt, the seed and its index alone, not on the batch.
     """
     done = []
-    for part in torch.arange(len(prompts)).split(MAX_BATCH):
+    for part in torch.arange(len(prompts)).split(together):
         rows = decoder.generate(
             prompts[part],
             max_new_tokens=length - prompts.shape[1],
@@ -81,6 +87,7 @@ def sample_shards(
     report: Callable[[dict], None] = lambda values: None,
     top_k: int | None = None,
     seconds: float = math.inf,
+    together: int = MAX_PLAIN_BATCH,
 ) -> Iterator[torch.Tensor]:
     """Samples until there are `tokens_wanted` tokens, or time is over.
 
@@ -93,6 +100,7 @@ def sample_shards(
                  `longest_prompt` tokens.
     length:      tokens a row, the prompt included; at most the model's n_positions.
     top_k:       draw among this many best tokens; None: among all.
+    together:    rows decoded in one batch, at most 64; tokens do not depend on it.
     seconds:     after so many no further shard is begun, from the second on.
     report:      called with a dict after each shard: step and steps (shards), seconds, tokens_per_second (new tokens).
 
@@ -111,6 +119,8 @@ def sample_shards(
         raise ValueError(f"temperatures must be positive numbers, got {temperatures}")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be at least 1 or None, got {top_k}")
+    if not 1 <= together <= MAX_PLAIN_BATCH:
+        raise ValueError(f"together must be from 1 to {MAX_PLAIN_BATCH} rows, got {together}")
     if len(corpus) <= longest_prompt:
         raise ValueError(f"the corpus has {len(corpus)} tokens, not more than a prompt of {longest_prompt}")
     return _shards(
@@ -126,6 +136,7 @@ def sample_shards(
         report,
         top_k,
         seconds,
+        together,
     )
 
 
@@ -142,6 +153,7 @@ def _shards(
     report: Callable[[dict], None],
     top_k: int | None,
     seconds: float,
+    together: int,
 ) -> Iterator[torch.Tensor]:
     folder.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
@@ -164,7 +176,7 @@ def _shards(
             return
         start = time.perf_counter()
         prompts = prompt_rows(corpus, batch, longest_prompt, end_of_text, shard_seed)
-        rows = sample_rows(decoder, prompts, length, settings["temperature"], shard_seed, top_k)
+        rows = sample_rows(decoder, prompts, length, settings["temperature"], shard_seed, top_k, together)
         with replacing(path) as part:
             save_file({"tokens": rows.int()}, part, metadata={"settings": json.dumps(settings)})
         taken = time.perf_counter() - start

@@ -352,12 +352,14 @@ def decoder_of(model: GPT2LMHeadModel) -> Decoder:
 
 def test_rows_do_not_depend_on_batches():
     """And each has noise of its own."""
-    decoder, prompts = decoder_of(tiny_model(spread=0.5)), torch.arange(20)[:, None] % 3
-    rows = sample.sample_rows(decoder, prompts, 9, temperature=1.0, seed=2, top_k=5)
-    assert rows.shape == (20, 9) and torch.equal(rows[:, :1], prompts) and len(set(map(tuple, rows.tolist()))) > 15
-    for row in (3, 17):
+    decoder, prompts = decoder_of(tiny_model(spread=0.5)), torch.arange(70)[:, None] % 3
+    settings = {"temperature": 1.0, "seed": 2, "top_k": 5}
+    rows = sample.sample_rows(decoder, prompts, 9, **settings)
+    assert rows.shape == (70, 9) and torch.equal(rows[:, :1], prompts) and len(set(map(tuple, rows.tolist()))) > 50
+    assert torch.equal(rows, sample.sample_rows(decoder, prompts, 9, **settings, together=16))
+    for row in (3, 67):
         alone = decoder.generate(
-            prompts[row : row + 1], max_new_tokens=8, mode="autoregressive", do_sample=True, top_k=5, seed=[40 + row],
+            prompts[row : row + 1], max_new_tokens=8, mode="autoregressive", do_sample=True, top_k=5, seed=[140 + row],
             eos_token_id=[],
         )  # fmt: skip
         assert torch.equal(alone[0], rows[row])
@@ -772,6 +774,7 @@ def test_recipe_refuses_too_little_source(config, tmp_path):
         {"target_samples": 5},
         {"target_top_k": 0},
         {"draft_sample_seconds": 0.0},
+        {"sampled_together": 65},
     ],
     ids=lambda settings: next(iter(settings)),
 )

@@ -96,6 +96,20 @@ def test_same_tokens_as_torch(pair, prompts, device, mode, sampling):
         assert stats.tokens_per_step > 1.2 and stats.draft_passes == stats.steps * (TREE.for_mode(mode).passes)
 
 
+def test_plain_batches_may_be_large(pair, device):
+    """64 rows, of which each has the tokens that torch gives it alone; with a tree 17 are too many."""
+    torch_side, triton_side = decoders(pair, device)
+    ids = torch.randint(1, 61, (64, 1), generator=torch.Generator().manual_seed(2)).to(device)
+    options = {"max_new_tokens": 3, "eos_token_id": [], "do_sample": True, "top_k": 20, "mode": "autoregressive"}
+    found = triton_side.generate(ids, seed=list(range(64)), **options)
+    for row in (0, 16, 63):
+        assert torch.equal(found[row : row + 1], torch_side.generate(ids[row : row + 1], seed=[row], **options))
+    with pytest.raises(ValueError, match="1 to 64 prompts, got 65"):
+        triton_side.generate(ids[:1].expand(65, -1), **options)
+    with pytest.raises(ValueError, match="1 to 16 prompts, got 17"):
+        triton_side.generate(ids[:17], mode="tree")
+
+
 def test_ends_where_torch_ends(pair, prompts, device):
     """At an end-of-sequence token, each row on its own."""
     torch_side, triton_side = decoders(pair, device)
@@ -378,10 +392,10 @@ def test_what_is_kept_of_generations(pair, device, monkeypatch):
 
     decoder.release()
     (small,) = kept()
-    monkeypatch.setattr("stagedspec.decoding.pool.KEPT_BYTES", 2 * small.engine.nbytes)
+    monkeypatch.setattr("stagedspec.decoding.pool.kept_bytes", lambda device: 2 * small.engine.nbytes)
     assert len(kept(do_sample=True)) == len(kept(do_sample=True, top_k=2)) == 2
     before = list(decoder.pool.kept)
-    monkeypatch.setattr("stagedspec.decoding.pool.KEPT_BYTES", small.engine.nbytes - 1)
+    monkeypatch.setattr("stagedspec.decoding.pool.kept_bytes", lambda device: small.engine.nbytes - 1)
     assert kept() == before
     torch_side = decoders(pair, device)[0]
     torch_side.generate(ids, max_new_tokens=1)
