@@ -97,12 +97,12 @@ def test_same_tokens_as_torch(pair, prompts, device, mode, sampling):
 
 
 def test_plain_batches_may_be_large(pair, device):
-    """64 rows, of which each has the tokens that torch gives it alone; with a tree 17 are too many."""
+    """33 rows, of which each has the tokens that torch gives it alone; with a tree 17 are too many."""
     torch_side, triton_side = decoders(pair, device)
-    ids = torch.randint(1, 61, (64, 1), generator=torch.Generator().manual_seed(2)).to(device)
-    options = {"max_new_tokens": 3, "eos_token_id": [], "do_sample": True, "top_k": 20, "mode": "autoregressive"}
-    found = triton_side.generate(ids, seed=list(range(64)), **options)
-    for row in (0, 16, 63):
+    ids = torch.randint(1, 61, (33, 1), generator=torch.Generator().manual_seed(2)).to(device)
+    options = {"max_new_tokens": 2, "eos_token_id": [], "do_sample": True, "top_k": 20, "mode": "autoregressive"}
+    found = triton_side.generate(ids, seed=list(range(33)), **options)
+    for row in (0, 16, 32):
         assert torch.equal(found[row : row + 1], torch_side.generate(ids[row : row + 1], seed=[row], **options))
     with pytest.raises(ValueError, match="1 to 64 prompts, got 65"):
         triton_side.generate(ids[:1].expand(65, -1), **options)
