@@ -13,7 +13,7 @@ import torch
 
 import stagedspec
 from stagedspec.kernels.common.files import write_text
-from stagedspec.tuning.compare import Run, Timed, sides_of
+from stagedspec.tuning.compare import Run, Timed
 
 HERE = Path(__file__).parent
 
@@ -66,23 +66,18 @@ class Journal:
             seconds=timed.seconds, tokens=timed.run.tokens, stats=timed.run.stats,
         )  # fmt: skip
 
-    def rounds(
-        self, title: str, sides: list[str], prompts: list[torch.Tensor], first: dict[str, int] | None = None
-    ) -> dict[tuple[int, int], list[Timed]]:
-        """Finished rounds of a comparison by (repeat, index of the prompt): those in which every side ran that had to.
-
-        first: as of `compare.measure`.
-        """
+    def rounds(self, title: str, sides: list[str], prompts: list[torch.Tensor]) -> dict[tuple[int, int], list[Timed]]:
+        """Finished rounds of a comparison by (repeat, index of the prompt): those in which every side ran."""
         found: dict[tuple, dict[str, dict]] = {}
         for entry in self.entries:
             if entry.get("title") == title and entry["side"] in sides:
                 found.setdefault((entry["repeat"], entry["prompt"], entry["round"]), {})[entry["side"]] = entry
         done = {}
         for index, prompt in enumerate(prompts):
-            wanted, name = sides_of(index, sides, first), prompt_hash(prompt)
+            name = prompt_hash(prompt)
             for (repeat, of, _), runs in found.items():
-                if of == name and runs.keys() >= set(wanted):
-                    done[repeat, index] = [_timed(runs[side], index) for side in runs if side in wanted]
+                if of == name and runs.keys() >= set(sides):
+                    done[repeat, index] = [_timed(run, index) for run in runs.values()]
         return done
 
 

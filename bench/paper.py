@@ -13,6 +13,7 @@ import json
 import math
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median, median_low
 
@@ -58,6 +59,45 @@ PAPER = {
 NODES = (1, 8, 16, 32, 64)
 
 
+@dataclass(frozen=True)
+class Compared:
+    """Sides that took turns on the same prompts, with one of `samplings`. title: what tables call it."""
+
+    sampling: str
+    title: str
+    runs: list[Timed]
+    sides: list[str]
+
+    @property
+    def prompts(self) -> int:
+        """How many were measured."""
+        return len({run.prompt for run in self.runs})
+
+    @property
+    def foreign(self) -> frozenset[str]:
+        """Sampled, transformers draws other random numbers: its tokens are not expected to be ours."""
+        return frozenset(side for side in self.sides if side not in MODES and self.sampling == "sample")
+
+    @property
+    def rows(self) -> list[Row]:
+        return summarise(self.runs, self.sides, self.foreign)
+
+    @property
+    def ratios(self) -> dict[str, list[float | None]]:
+        """The speed-up of each side on every prompt, None where its output differs."""
+        return {
+            side: speedups(self.runs, side, BASELINE) for side in self.sides if side not in self.foreign | {BASELINE}
+        }
+
+    def as_dict(self, target_bytes: int, roof: float) -> dict:
+        return {
+            "prompts": self.prompts,
+            "sides": [row.as_dict() for row in self.rows],
+            "speedups": self.ratios,
+            "table_3": [speeds(self.runs, side, target_bytes, roof) for side in self.sides],
+        }
+
+
 # ---------------------------------------------------------------- what is measured
 
 
@@ -69,22 +109,23 @@ def samplings(options: argparse.Namespace) -> dict[str, dict]:
     }
 
 
-def sides_of(models: Models, settings: dict, prompts: list, console: Console) -> dict:
-    """Our modes, the baseline first, then transformers: alone, with the draft as assistant, with prompt lookup, and on
-    a GPU compiled with a static cache, if it compiles. All are ready: nothing of ours is compiled when it runs.
-
-    Without a draft, only those that need none.
-    """
+def our_sides(models: Models, settings: dict, prompts: list) -> dict:
+    """Our modes, the baseline first; without a draft that alone. All are ready: nothing is compiled when they run."""
     modes = MODES if models.draft is not None else (BASELINE,)
-    kinds = (PLAIN, ASSISTED, LOOKUP) if models.draft is not None else (PLAIN, LOOKUP)
     decoder = models.decoder
     if decoder.target.ops.compiles_kernels:  # else the first prompt of each length captures graphs while it is timed
         chosen = {key: value for key, value in settings.items() if key in CHOICES}
         longest = max(ids.shape[1] for ids in prompts)
         decoder.warm_up(modes, [chosen], tokens=longest + settings["max_new_tokens"])
-    ours = {mode: our_side(decoder, mode, settings) for mode in modes}
-    sides = ours | {kind: transformers_side(models, settings, kind) for kind in kinds}
-    if decoder.device.type == "cuda":
+    return {mode: our_side(decoder, mode, settings) for mode in modes}
+
+
+def peers(models: Models, settings: dict, prompts: list, console: Console) -> dict:
+    """transformers alone, with the draft as assistant if there is one, with prompt lookup, and on a GPU compiled with a
+    static cache, if it compiles."""
+    kinds = (PLAIN, ASSISTED, LOOKUP) if models.draft is not None else (PLAIN, LOOKUP)
+    sides = {kind: transformers_side(models, settings, kind) for kind in kinds}
+    if models.decoder.device.type == "cuda":
         static = transformers_side(models, settings, STATIC)
         try:
             static(max(prompts, key=lambda ids: ids.shape[1]))
@@ -130,31 +171,60 @@ def completions(
     return result
 
 
+def compare_all(
+    models: Models, prompts: list, journal: Journal, options: argparse.Namespace, until: float, console: Console
+) -> list[Compared]:
+    """Our modes and transformers, taking turns on every prompt, greedy and sampled. With --peer-prompts first our modes
+    on all prompts, then all sides on the first few: transformers takes many times as long.
+
+    until: a time of `time.perf_counter` by which to end; every comparison has a share of what is left, and measures one
+    prompt at least.
+    """
+    few = options.peer_prompts is not None and options.peer_prompts < len(prompts)
+    plans = [(name, False, prompts) for name in TITLES] if few else []
+    plans += [(name, True, prompts[: options.peer_prompts]) for name in TITLES]
+    found = []
+    for index, (name, beside_peers, some) in enumerate(plans):
+        settings = samplings(options)[name]
+        shares = [1 if with_peers else 3 for _, with_peers, _ in plans[index:]]
+        end = time.perf_counter() + (until - time.perf_counter()) * shares[0] / sum(shares)
+        sides = our_sides(models, settings, some) | (peers(models, settings, some, console) if beside_peers else {})
+        title = f"{name}, peers" if few and beside_peers else name
+        runs = measure(sides, some, options.repeats, title, journal, end)
+        measured = len({run.prompt for run in runs})
+        shown = f"{TITLES[name]}, {'first ' * beside_peers}{measured} prompts" if few else TITLES[name]
+        found.append(Compared(name, shown, runs, list(sides)))
+    return found
+
+
 # ---------------------------------------------------------------- tables
 
 
-def table_1(rows: dict[str, list[Row]]) -> str:
-    """Weight bytes read per token, relative to autoregressive decoding, ours beside the paper's."""
+def table_1(compared: list[Compared]) -> str:
+    """Weight bytes read per token, relative to autoregressive decoding, ours beside the paper's. Each side's are of the
+    first comparison that it is in."""
     headings = ["weight bytes per token"]
-    for name in rows:
-        headings += [TITLES[name], "paper"]
+    found: dict[str, dict[str, Row]] = {name: {} for name in TITLES}
+    for one in compared:
+        found[one.sampling] = {row.name: row for row in one.rows} | found[one.sampling]
     lines = []
-    for row in next(iter(rows.values())):
-        line = [row.name]
-        for name in rows:
-            found = next(other for other in rows[name] if other.name == row.name)
-            paper = PAPER[name].get(row.name)
-            line += [number(found.weight_bytes_per_token), number(paper and paper[1])]
+    for name in TITLES:
+        headings += [TITLES[name], "paper"]
+    for side in dict.fromkeys(side for one in compared for side in one.sides):
+        line = [side]
+        for name in TITLES:
+            row, paper = found[name].get(side), PAPER[name].get(side)
+            line += [number(row and row.weight_bytes_per_token), number(paper and paper[1])]
         lines.append(line)
     return markdown(headings, lines)
 
 
-def table_2(name: str, rows: list[Row]) -> str:
+def table_2(compared: Compared) -> str:
     """Tokens per second, speed-up over autoregressive and tokens per step, ours beside the paper's."""
-    paper = PAPER[name]
-    headings = [TITLES[name], "tokens/s", "speed-up", "tokens/step", "same output", "paper: tokens/s", "speed-up"]
+    paper = PAPER[compared.sampling]
+    headings = [compared.title, "tokens/s", "speed-up", "tokens/step", "same output", "paper: tokens/s", "speed-up"]
     lines = []
-    for row in rows:
+    for row in compared.rows:
         same = {None: "not comparable", True: "yes"}.get(row.identical, f"NO ({row.differing} differ)")
         theirs = paper.get(row.name)
         ours = number(row.tokens_per_second, ".0f"), number(row.speedup, ".2f", "x"), number(row.tokens_per_step), same
@@ -194,9 +264,9 @@ def speeds(runs: list[Timed], name: str, target_bytes: int, roof: float) -> dict
     return medians | {"name": name, "runs": len(found["ratio"]), "share": medians["bytes_per_second"] / roof}
 
 
-def table_3(name: str, lines: list[dict]) -> str:
+def table_3(title: str, lines: list[dict]) -> str:
     """Whole calls and steps apart."""
-    headings = [TITLES[name], "calls", "tokens/s", "over plain", "steps alone", "passes: target", "draft", "GB/s",
+    headings = [title, "calls", "tokens/s", "over plain", "steps alone", "passes: target", "draft", "GB/s",
                 "of the roof", "first token, ms"]  # fmt: skip
     forms = {"runs": "d", "tokens_per_second": ".0f", "ratio": ".2f", "steps_per_second": ".0f",
              "target_passes": ".0f", "draft_passes": ".0f"}  # fmt: skip
@@ -208,7 +278,18 @@ def table_3(name: str, lines: list[dict]) -> str:
     return markdown(headings, rows)
 
 
-def summary(report: dict, rows: dict[str, list[Row]]) -> str:
+def tables(compared: list[Compared], report: dict) -> dict[str, list[str]]:
+    """The three tables as Markdown, the second and third in a part for each comparison."""
+    return {
+        "Table 1": [table_1(compared)],
+        "Table 2": [table_2(one) for one in compared],
+        "Table 3": [
+            table_3(one.title, found["table_3"]) for one, found in zip(compared, report["compared"], strict=True)
+        ],
+    }
+
+
+def summary(report: dict, compared: list[Compared]) -> str:
     """The part of bench/README.md that this script writes."""
     prompts = report["prompts"]
     skipped = f", {prompts['skipped']} skipped as empty or longer than {prompts['room']} tokens" * bool(
@@ -216,15 +297,20 @@ def summary(report: dict, rows: dict[str, list[Row]]) -> str:
     )
     settings = report["settings"]
     spoken = f" ({prompts['measured']} of them measured)" * (prompts["measured"] != prompts["used"])
+    shown = {name: f"**{name}**\n\n" + "\n\n".join(found) for name, found in tables(compared, report).items()}
+    beside = (
+        " Where transformers is in a table, all of its sides ran on the same prompts, taking turns; in Table 1 its "
+        "figures are of those prompts. Compare tokens/s within a table, not between tables."
+    )
     parts = [
         f"`{report['command']}`  \n{where(report)}  \n"
         f"{prompts['used']} prompts of `{prompts['file']}`{skipped}{spoken}; {settings['max_new_tokens']} new tokens, "
         f"batch 1, {settings['dtype']}.",
-        "**Table 1**\n\n" + table_1(rows),
-        "**Table 2**\n\n" + "\n\n".join(table_2(name, found) for name, found in rows.items()),
+        shown["Table 1"],
+        shown["Table 2"],
         "Sampled, transformers draws other random numbers: its tokens are not comparable token by token, so it gets no "
-        "ratio.",
-        "**Table 3**\n\n" + "\n\n".join(table_3(name, one["table_3"]) for name, one in report["samplings"].items()),
+        "ratio." + beside * (len(compared) > len(TITLES)),
+        shown["Table 3"],
         "Medians over the calls. Over plain: time of a whole call of `autoregressive` over that of the side, whether "
         "or not the tokens are the same: other kernels round otherwise. Steps alone: without prefill; transformers: "
         "after the first token. GB/s: weights read in that time, beside the rate at which this machine reads or copies "
@@ -244,7 +330,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_options(parser, limit=24, max_new_tokens=128)
     parser.add_argument("--repeats", type=int, default=1, help="runs of every side on every prompt")
-    parser.add_argument("--peer-prompts", type=int, help="transformers runs on so many of the prompts (default: all)")
+    parser.add_argument(
+        "--peer-prompts",
+        type=int,
+        help="transformers runs on so many of the prompts, after our modes ran on all (default: all)",
+    )
     parser.add_argument("--tree", type=Path, help="trees that `stagedspec tune-tree` wrote")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no further prompt after so long")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "paper", help="folder to write to")
@@ -276,29 +366,22 @@ def bench(options: argparse.Namespace, arguments: list[str], console: Console) -
     if journal.entries:
         console.print(f"{len(journal.entries)} runs were measured before; --fresh measures them again", highlight=False)
 
-    rows, panels, steps, report["samplings"] = {}, {}, {}, {}
     report["roofline"] = measure_roofline(models)
+    compared = compare_all(models, encoded, journal, options, began + options.seconds, console)
+    report["prompts"]["measured"] = min(one.prompts for one in compared[: len(TITLES)])
     target_bytes, roof = models.decoder.target.weight_bytes, report["roofline"]["roofs"][0]["bytes_per_second"]
-    for index, (name, settings) in enumerate(samplings(options).items()):
-        sides = sides_of(models, settings, encoded, console)
-        peers = {side: options.peer_prompts for side in sides if side not in MODES and options.peer_prompts}
-        now = time.perf_counter()
-        until = now + (began + options.seconds - now) / (len(TITLES) - index)
-        runs = measure(sides, encoded, options.repeats, name, journal, peers, until)
-        report["prompts"]["measured"] = len({run.prompt for run in runs})
-        # Sampled, transformers draws other random numbers: its tokens are not expected to be ours.
-        foreign = frozenset(side for side in sides if side not in MODES) if name == "sample" else frozenset()
-        rows[name] = summarise(runs, list(sides), foreign)
-        ratios = {side: speedups(runs, side, BASELINE) for side in sides if side not in foreign | {BASELINE}}
-        panels[TITLES[name]] = {side: values for side, values in ratios.items() if None not in values}
-        last = [side for side in sides if side in MODES][-1]
-        steps[name] = [run.run.stats["tokens_per_step"] for run in runs if run.side == last and run.repeat == 0]
-        report["samplings"][name] = {
-            "sides": [row.as_dict() for row in rows[name]],
-            "speedups": ratios,
-            "table_3": [speeds(runs, side, target_bytes, roof) for side in sides],
-        }
-    report["identical"] = all(row.identical for found in rows.values() for row in found if row.name in MODES)
+    report["compared"] = [
+        {"sampling": one.sampling, "title": one.title, **one.as_dict(target_bytes, roof)} for one in compared
+    ]
+    report["identical"] = all(row.identical for one in compared for row in one.rows if row.name in MODES)
+    panels: dict[str, dict] = {title: {} for title in TITLES.values()}
+    steps = {}
+    for one in reversed(compared):  # a side's figures are those of the first comparison that it is in
+        panels[TITLES[one.sampling]] |= {side: found for side, found in one.ratios.items() if None not in found}
+        last = [side for side in one.sides if side in MODES][-1]
+        steps[one.sampling] = [
+            run.run.stats["tokens_per_step"] for run in one.runs if run.side == last and run.repeat == 0
+        ]
 
     written = figures.roofline(report["roofline"], options.out / "figure1")
     paper = {
@@ -312,14 +395,12 @@ def bench(options: argparse.Namespace, arguments: list[str], console: Console) -
     for path in (options.out / "figure3.svg", options.out / "figure3.html"):
         save(path, shown)
         written.append(path)
-    text = summary(report, rows)
+    text = summary(report, compared)
     write_text(options.out / "paper.json", json.dumps(report, indent=1) + "\n")
     write_text(options.out / "paper.md", text.replace("figures/", "") + "\n")
 
     print_completions(console, shown)
-    tables = [table_1(rows), *(table_2(name, found) for name, found in rows.items())]
-    tables += [table_3(name, found["table_3"]) for name, found in report["samplings"].items()]
-    for part in tables:
+    for part in (part for parts in tables(compared, report).values() for part in parts):
         console.print(f"\n{part}", highlight=False, soft_wrap=True)
     console.print(f"\n{report['command']}\n{where(report)}\nwritten to {options.out}", highlight=False, soft_wrap=True)
     if options.update_readme:

@@ -315,14 +315,13 @@ def measure(
     repeats: int,
     title: str,
     journal: Journal | None = None,
-    first: dict[str, int] | None = None,
     until: float = math.inf,
 ) -> list[Timed]:
     """Warms up every side, then runs all on all prompts, except for runs that the journal already holds.
 
-    first, until: as of `compare.measure`. Warmed up with the longest prompt: a static cache is made for it.
+    until: as of `compare.measure`. Warmed up with the longest prompt: a static cache is made for it.
     """
-    done = {} if journal is None else journal.rounds(title, list(sides), prompts, first)
+    done = {} if journal is None else journal.rounds(title, list(sides), prompts)
     rounds = len(prompts) * repeats
     missing = rounds - sum(repeat < repeats and index < len(prompts) for repeat, index in done)
     with progress_bar(auto_refresh=False) as progress:
@@ -336,7 +335,7 @@ def measure(
         for side in sides.values() if missing else ():
             side(max(prompts, key=_length))
             progress.update(task, advance=1, refresh=True)
-        return compare.measure(sides, prompts, repeats, on_run, done, first, until)
+        return compare.measure(sides, prompts, repeats, on_run, done, until)
 
 
 def _length(prompt: torch.Tensor | tuple[torch.Tensor, torch.Tensor]) -> int:

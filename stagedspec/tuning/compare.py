@@ -100,13 +100,11 @@ def measure(
     repeats: int = 1,
     on_run: Callable[[Timed], None] | None = None,
     done: Mapping[tuple[int, int], Sequence[Timed]] | None = None,
-    first: Mapping[str, int] | None = None,
     until: float = math.inf,
 ) -> list[Timed]:
     """The runs for `compare`, in order; arguments as there.
 
-    first: sides that run on so many of the first prompts alone. until: a time of `time.perf_counter` after which no
-    further prompt is begun, from the second on.
+    until: a time of `time.perf_counter` after which no further prompt is begun, from the second on.
     """
     if not sides or not prompts or repeats < 1:
         raise ValueError(
@@ -120,7 +118,7 @@ def measure(
                 continue
             if runs and time.perf_counter() > until:
                 return runs
-            names = sides_of(index, sides, first)
+            names = list(sides)
             shift = (index + repeat) % len(names)
             for name in names[shift:] + names[:shift]:
                 started = time.perf_counter()
@@ -129,11 +127,6 @@ def measure(
                 if on_run is not None:
                     on_run(runs[-1])
     return runs
-
-
-def sides_of(prompt: int, names: Iterable[str], first: Mapping[str, int] | None) -> list[str]:
-    """Those of the sides that run on a prompt; first: as in `measure`."""
-    return [name for name in names if prompt < (first or {}).get(name, math.inf)]
 
 
 def summarise(runs: Sequence[Timed], names: Sequence[str], incomparable: frozenset[str] = frozenset()) -> list[Row]:

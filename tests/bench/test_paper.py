@@ -51,7 +51,9 @@ def test_paper_writes_tables_and_figures(options, tmp_path, capsys):
     found = json.loads((out / "paper.json").read_text())
     assert found["identical"] and found["prompts"]["used"] == 2 and found["prompts"]["skipped"] == 1
     assert "1 skipped" in printed
-    for name, sampling in found["samplings"].items():
+    assert [sampling["sampling"] for sampling in found["compared"]] == ["greedy", "sample"]
+    for sampling in found["compared"]:
+        name = sampling["sampling"]
         sides = {side["name"]: side for side in sampling["sides"]}
         assert list(sides) == SIDES
         assert all(sides[mode]["identical"] for mode in stagedspec.MODES)
@@ -105,8 +107,8 @@ def test_paper_goes_on_after_an_interruption(options, tmp_path, monkeypatch, cap
     first = (tmp_path / "out" / "paper.json").read_text()
     assert paper.main(options) == 0
     assert lines(tmp_path) == after
-    same = json.loads((tmp_path / "out" / "paper.json").read_text())["samplings"]
-    assert same == json.loads(first)["samplings"]
+    same = json.loads((tmp_path / "out" / "paper.json").read_text())["compared"]
+    assert same == json.loads(first)["compared"]
 
 
 @pytest.mark.slow
@@ -153,17 +155,27 @@ def test_paper_gives_no_ratio_where_outputs_differ(options, tmp_path, monkeypatc
 
 
 def test_peers_on_some_prompts_and_a_budget_of_time(options, tmp_path):
-    """Peers run on the first prompt alone; when time is over no further prompt is begun; the next run goes on."""
+    """Ours run on all prompts, then all sides on the first; when time is over no further prompt is begun; the next run
+    goes on."""
+
+    def compared() -> list[dict]:
+        return json.loads((tmp_path / "out" / "paper.json").read_text())["compared"]
+
     few = [*options, "--peer-prompts", "1"]
     assert paper.main([*few, "--seconds", "1e-9"]) == 0
-    found = json.loads((tmp_path / "out" / "paper.json").read_text())
-    assert found["prompts"]["measured"] == 1 and len(lines(tmp_path)) == 2 * 7
+    assert [one["prompts"] for one in compared()] == [1, 1, 1, 1] and len(lines(tmp_path)) == 2 * (4 + 7)
     assert "(1 of them measured)" in (tmp_path / "out" / "paper.md").read_text()
     assert paper.main(few) == 0
-    assert len(lines(tmp_path)) == 2 * 7 + 2 * 4
-    for sampling in json.loads((tmp_path / "out" / "paper.json").read_text())["samplings"].values():
-        runs = {line["name"]: line["runs"] for line in sampling["table_3"]}
-        assert runs == {side: 2 if side in stagedspec.MODES else 1 for side in SIDES}
+    assert len(lines(tmp_path)) == 2 * (4 + 7) + 2 * 4
+    titles = [f"{name}, {some} prompts" for some in ("2", "first 1") for name in ("greedy", "top-k 50, T=1")]
+    assert [one["title"] for one in compared()] == titles
+    for one in compared():
+        runs = {line["name"]: line["runs"] for line in one["table_3"]}
+        assert runs == (dict.fromkeys(SIDES, 1) if "first" in one["title"] else dict.fromkeys(stagedspec.MODES, 2))
+    text = (tmp_path / "out" / "paper.md").read_text()
+    assert all(text.count(f"| {title} ") == 2 for title in titles) and "taking turns" in text
+    first = text[text.index("Table 1") : text.index("Table 2")]  # with every side, each once
+    assert [line.split("|")[1].strip() for line in first.splitlines() if line.count("|") == 6][2:] == SIDES
 
 
 def test_speeds_by_hand():
@@ -185,7 +197,7 @@ def test_paper_without_a_draft(options, tmp_path):
     at = options.index("--draft")
     assert paper.main(options[:at] + options[at + 2 :]) == 0
     found = json.loads((tmp_path / "out" / "paper.json").read_text())
-    assert [side["name"] for side in found["samplings"]["greedy"]["sides"]] == ["autoregressive", PLAIN, LOOKUP]
+    assert [side["name"] for side in found["compared"][0]["sides"]] == ["autoregressive", PLAIN, LOOKUP]
 
 
 @pytest.mark.parametrize("script", [paper, acceptance])
