@@ -13,6 +13,7 @@ import argparse
 import gc
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -31,7 +32,7 @@ import torch
 from rich.console import Console
 
 from machine import commit
-from report import markdown
+from report import FIGURES, markdown, update_readme
 from sides import clear_errors
 from stagedspec.cli.output import quiet_transformers
 from stagedspec.decoder import Decoder
@@ -46,6 +47,7 @@ from stagedspec.tuning.trees import tune
 TRAINING = {"target": 0.28, "target_samples": 0.03, "pretraining": 0.06, "draft": 0.12, "draft_samples": 0.02}
 # Weights by which the stages after training divide what is left.
 LATER = {"tune": 4, "measure": 18, "ablation": 3, "acceptance": 1}
+README_PART = "paper-gpu"
 LEAST = 2.0  # seconds that a stage is given, however late it is
 ASSETS = Path("train", "assets")
 
@@ -58,11 +60,14 @@ class Interrupted(KeyboardInterrupt):
 class State:
     """Where a run is, written to state.json every few seconds by a thread of its own.
 
+    minutes: of the plan; training: of the plan when the run began, by which training is planned. commit: of the code.
     spent: seconds of all processes that worked on this run. stage, at: what is under way, and its last report. done:
     stages that ended, with their seconds; failed: stages that did not, with their messages.
     """
 
     minutes: float
+    training: float | None = None
+    commit: str | None = None
     spent: float = 0.0
     stage: str = ""
     at: dict | None = None
@@ -71,17 +76,26 @@ class State:
 
     def __post_init__(self) -> None:
         self.done, self.failed = self.done or {}, self.failed or {}
+        self.training = self.training or self.minutes
         self._before, self._began = self.spent, time.perf_counter()
 
     @classmethod
-    def load(cls, path: Path, minutes: float) -> "State":
-        """The state of an earlier process, or a new one."""
-        if not path.exists():
-            return cls(minutes)
+    def read(cls, path: Path) -> "State":
+        """The state that an earlier process left. Raises ValueError if there is none."""
         try:
-            found = cls(**{**json.loads(path.read_text(encoding="utf-8")), "failed": None})
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            raise ValueError(f"{path} does not exist: name the folder of a run") from None
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path} is damaged ({error}): remove the folder to begin again") from None
+
+    @classmethod
+    def load(cls, path: Path, minutes: float) -> "State":
+        """The state of an earlier process, or a new one, with this code's commit."""
+        if not path.exists():
+            return cls(minutes, commit=commit())
+        found = cls.read(path)
+        found.failed, found.commit = {}, commit()
         if found.minutes != minutes:  # with more time, what measures goes on; training is over when it is over
             found.minutes, found.done = minutes, {name: taken for name, taken in found.done.items() if name == "train"}
         return found
@@ -105,10 +119,10 @@ class State:
 # ---------------------------------------------------------------- stages
 
 
-def training_config(options: argparse.Namespace) -> recipe.TrainConfig:
+def training_config(options: argparse.Namespace, minutes: float) -> recipe.TrainConfig:
     """The preset with its shares of the time, and the sources that are given, else those of its own that are there."""
     config = recipe.preset(options.preset, device=options.device)
-    total = 60 * options.minutes
+    total = 60 * minutes
     settings: dict[str, Any] = {"compiled": options.compile}
     for name in ("target", "pretraining", "draft"):
         given, fit = getattr(options, f"{name}_seconds", None), getattr(config, f"{name}_fit")
@@ -128,7 +142,7 @@ def _installed(sources: tuple[str, ...]) -> list[str]:
     return found
 
 
-def train(options: argparse.Namespace, report: Callable[[dict], None]) -> None:
+def train(options: argparse.Namespace, minutes: float, report: Callable[[dict], None]) -> None:
     """Corpus, target, samples, draft, samples, n-gram table, export."""
     last = [""]
 
@@ -139,7 +153,7 @@ def train(options: argparse.Namespace, report: Callable[[dict], None]) -> None:
             print(json.dumps(values), flush=True)
         last[0] = values["stage"]
 
-    recipe.train(training_config(options), Path("train"), show)
+    recipe.train(training_config(options, minutes), Path("train"), show)
 
 
 def tune_trees(options: argparse.Namespace, seconds: float) -> None:
@@ -201,7 +215,7 @@ def later_stages(options: argparse.Namespace) -> dict[str, Callable[[float], Any
 
 def summary(state: State) -> str:
     """All that there is so far, as Markdown."""
-    parts = [f"# The paper, measured here\n\ncommit {commit()}; {state}"]
+    parts = [f"# The paper, measured here\n\ncommit {state.commit}; {state}"]
     parts += [f"{stage} failed: {message}" for stage, message in (state.failed or {}).items()]
     lines = []
     for stage in recipe.STAGES:
@@ -240,6 +254,14 @@ def summary(state: State) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def readme_part(text: str) -> tuple[str, list[Path]]:
+    """A summary as the part of bench/README.md that --update-readme writes, and its figures."""
+    text = re.sub(r"^#+ (.+)$", r"**\1**", text.partition("\n\n")[2], flags=re.MULTILINE)
+    links = re.compile(r"\]\(((?:paper|ablation|acceptance)/([^)/]+))\)")
+    figures = [Path(path) for path, _ in links.findall(text)]
+    return links.sub(rf"]({FIGURES.name}/{README_PART}-\2)", text), figures
+
+
 def _last(log: Path) -> dict:
     """The values of a training stage's log, each as it was last reported."""
     found: dict = {}
@@ -268,6 +290,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", type=int, help="default 256 on a GPU, else 64")
     parser.add_argument("--peer-prompts", type=int, help="prompts for transformers; default 8 on a GPU, else 2")
     parser.add_argument("--device", default="auto")
+    parser.add_argument(
+        "--update-readme", action="store_true", help="only write what a run left in --out into bench/README.md"
+    )
     options = parser.parse_args(arguments)
     device = resolve_device(options.device)
     options.gpu, options.device = device.type == "cuda", str(device)
@@ -288,7 +313,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 @clear_errors
 def main(arguments: list[str] | None = None) -> int:
     options = parse(sys.argv[1:] if arguments is None else arguments)
-    options.out.mkdir(parents=True, exist_ok=True)
+    if not options.update_readme:
+        options.out.mkdir(parents=True, exist_ok=True)
     if options.prompts is not None:  # so that commands in the reports name no place of this machine
         kept = options.out / options.prompts.name
         if not kept.exists():
@@ -297,9 +323,16 @@ def main(arguments: list[str] | None = None) -> int:
     before = Path.cwd()
     os.chdir(options.out)
     try:
-        return run(options)
+        return to_readme() if options.update_readme else run(options)
     finally:
         os.chdir(before)
+
+
+def to_readme() -> int:
+    """Writes what a run left in the current folder into bench/README.md."""
+    text, found = readme_part(summary(State.read(Path("state.json"))))
+    update_readme(README_PART, text, found, prefix=f"{README_PART}-")
+    return 0
 
 
 def run(options: argparse.Namespace) -> int:
@@ -325,7 +358,7 @@ def run(options: argparse.Namespace) -> int:
     same = True
     try:
         stages: dict[str, Callable[[float], Any]] = {
-            "train": lambda _: train(options, lambda at: setattr(state, "at", at))
+            "train": lambda _: train(options, state.training, lambda at: setattr(state, "at", at))
         }
         for name, work in (stages | later_stages(options)).items():
             if name in state.done:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from stagedspec.kernels.common.files import write_text
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 README, FIGURES = HERE / "README.md", HERE / "figures"
 
 
@@ -42,11 +42,15 @@ def replace_between(text: str, name: str, content: str) -> str:
     return f"{text[: text.index(begin) + len(begin)]}\n{content.strip()}\n{text[text.index(end) :]}"
 
 
-def update_readme(name: str, content: str, figures: Iterable[Path], readme: Path = README) -> None:
-    """Writes a benchmark's tables between its marks in the README and its figures beside it, in figures/."""
+def update_readme(
+    name: str, content: str, figures: Iterable[Path], readme: Path | None = None, prefix: str = ""
+) -> None:
+    """Writes a benchmark's tables between its marks in the README, by default bench/README.md, and its figures beside
+    it, in figures/, their names with the prefix."""
+    readme = readme or README
     text = replace_between(readme.read_text(encoding="utf-8"), name, content)
     folder = readme.parent / FIGURES.name
     folder.mkdir(exist_ok=True)
     for figure in figures:
-        shutil.copyfile(figure, folder / figure.name)
+        shutil.copyfile(figure, folder / (prefix + figure.name))
     write_text(readme, text)

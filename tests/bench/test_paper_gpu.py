@@ -1,6 +1,7 @@
 """bench/paper_gpu.py and bench/ablation.py: the stages of a run, its plan of time, what it leaves, and goes on from."""
 
 import json
+import re
 
 import ablation
 import paper_gpu
@@ -8,6 +9,7 @@ import pytest
 import torch
 from test_bench import folder, one_thread  # noqa: F401 (fixtures)
 
+import report
 from sides import load
 from stagedspec import TreeConfig
 
@@ -20,7 +22,7 @@ def stages(monkeypatch):
     def later(options):
         return {name: lambda seconds, name=name: given.append((name, seconds)) for name in paper_gpu.LATER}
 
-    def train(options, report):
+    def train(options, minutes, report):
         given.append(("train", 0.0))
         report({"stage": "target", "step": 3, "steps": 9})
 
@@ -52,7 +54,7 @@ def test_every_stage_gets_its_share_of_what_is_left(stages, tmp_path):
 
 
 def test_a_run_that_is_ended_says_where_it_was_and_goes_on(stages, tmp_path, monkeypatch, capsys):
-    def stopped(options, report):
+    def stopped(options, minutes, report):
         report({"stage": "target", "step": 3, "steps": 9, "loss": 2.5})
         raise paper_gpu.Interrupted
 
@@ -63,6 +65,11 @@ def test_a_run_that_is_ended_says_where_it_was_and_goes_on(stages, tmp_path, mon
     state = state_of(tmp_path)
     assert state["stage"] == "train" and state["done"] == {}
     path = tmp_path / "run" / "state.json"
+    path.write_text(json.dumps(state | {"spent": 590.0}))
+    # With more time, too, training keeps its plan: its learning rate follows that.
+    monkeypatch.setattr(paper_gpu, "train", lambda options, minutes, report: stages.append(("train", minutes)))
+    assert paper_gpu.main([*command(tmp_path)[:-1], "20"]) == 0 and stages[0] == ("train", 10.0)
+    del stages[:]
     path.write_text(json.dumps(state | {"spent": 590.0}))
     assert paper_gpu.main(command(tmp_path)) == 0
     assert "goes on: it was in train after 590 s (stage target, step 3" in capsys.readouterr().out
@@ -128,6 +135,21 @@ def test_all_of_it(tmp_path, monkeypatch):
     for figure in ("paper/figure1.svg", "paper/figure2.svg", "paper/figure3.svg", "acceptance/acceptance.svg"):
         assert (run / figure).exists() and figure in text
     assert json.loads((run / "paper" / "paper.json").read_text())["identical"]
+
+    readme = tmp_path / "bench" / "README.md"  # what the run left becomes a part of it, with its figures
+    readme.parent.mkdir()
+    readme.write_text("<!-- paper-gpu: begin -->\n<!-- paper-gpu: end -->\n")
+    monkeypatch.setattr(report, "README", readme)
+    assert paper_gpu.main(["--out", str(run), "--update-readme"]) == 0
+    text = readme.read_text()
+    figures = re.findall(r"\((figures/[^)]+)\)", text)
+    assert "figures/paper-gpu-ablation.svg" in figures and all((readme.parent / path).is_file() for path in figures)
+    assert "**Table 3**" in text and not re.search("^#", text, re.MULTILINE)
+
+
+def test_a_readme_of_a_run_that_is_not_there(tmp_path, capsys):
+    assert paper_gpu.main(["--out", str(tmp_path), "--update-readme"]) == 2
+    assert "state.json does not exist" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- ablation.py
