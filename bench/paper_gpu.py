@@ -125,7 +125,7 @@ def training_config(options: argparse.Namespace, minutes: float) -> recipe.Train
     total = 60 * minutes
     settings: dict[str, Any] = {"compiled": options.compile}
     for name in ("target", "pretraining", "draft"):
-        given, fit = getattr(options, f"{name}_seconds", None), getattr(config, f"{name}_fit")
+        given, fit = getattr(options, f"{name}_seconds"), getattr(config, f"{name}_fit")
         if fit is not None:
             settings[f"{name}_fit"] = replace(fit, seconds=TRAINING[name] * total if given is None else given)
     for name in ("target", "draft"):
@@ -281,6 +281,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--preset", help="what is trained: gpt2-large on a GPU, else embedded-cpu")
     parser.add_argument("--source", action="append", help="Python source, repeatable; default: the preset's, if there")
     parser.add_argument("--target-seconds", type=float, help="of training (default: 0.28 of the time)")
+    parser.add_argument(
+        "--pretraining-seconds", type=float, help="of the draft on the corpus (default: 0.06 of the time)"
+    )
     parser.add_argument("--draft-seconds", type=float, help="of distilling (default: 0.12 of the time)")
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, default=True, help="compile layers when training on a GPU"
@@ -300,7 +303,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     for name, (on_gpu, on_cpu) in defaults.items():
         if getattr(options, name) is None:
             setattr(options, name, on_gpu if options.gpu else on_cpu)
-    for name in ("minutes", "target_seconds", "draft_seconds", "limit", "max_new_tokens", "peer_prompts"):
+    for name in (
+        "minutes",
+        "target_seconds",
+        "pretraining_seconds",
+        "draft_seconds",
+        "limit",
+        "max_new_tokens",
+        "peer_prompts",
+    ):
         value = getattr(options, name)
         if value is not None and not 0 < value < float("inf"):
             parser.error(f"--{name.replace('_', '-')} must be positive, got {value}")

@@ -41,6 +41,12 @@ def train(
     target_seconds: Annotated[
         float | None, typer.Option(help="Train the target for so long, in place of a number of tokens.")
     ] = None,
+    pretraining_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of the corpus the draft is trained on before it is distilled; 0: none.")
+    ] = None,
+    pretraining_seconds: Annotated[
+        float | None, typer.Option(help="Train the draft on the corpus for so long before, in place of tokens.")
+    ] = None,
     draft_seconds: Annotated[
         float | None, typer.Option(help="Distil the draft for so long, in place of a number of tokens.")
     ] = None,
@@ -68,10 +74,13 @@ def train(
         draft_samples=draft_samples, target_micro_batch=target_micro_batch, draft_micro_batch=draft_micro_batch,
         evaluate_every=evaluate_every,
     )  # fmt: skip
-    for name, tokens, seconds in (
-        ("target", target_tokens, target_seconds),
-        ("draft", draft_tokens, draft_seconds),
-    ):
+    early_checks.check_at_least(0, pretraining_tokens=pretraining_tokens)
+    budgets = {
+        "target": (target_tokens, target_seconds),
+        "pretraining": (pretraining_tokens, pretraining_seconds),
+        "draft": (draft_tokens, draft_seconds),
+    }
+    for name, (tokens, seconds) in budgets.items():
         if tokens is not None and seconds is not None:
             raise ValueError(f"give --{name}-tokens or --{name}-seconds, not both")
         if seconds is not None and not 0 < seconds < float("inf"):
@@ -104,14 +113,12 @@ def train(
     }
     settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     config = recipe.preset(preset, device=device)
-    for name, tokens, seconds in (
-        ("target_fit", target_tokens, target_seconds),
-        ("draft_fit", draft_tokens, draft_seconds),
-    ):
+    for name, (tokens, seconds) in budgets.items():
+        fit = getattr(config, f"{name}_fit") or config.draft_fit  # a preset may have no pretraining
         if tokens is not None:
-            settings[name] = replace(getattr(config, name), tokens=tokens, seconds=None)
+            settings[f"{name}_fit"] = replace(fit, tokens=tokens, seconds=None) if tokens else None
         if seconds is not None:
-            settings[name] = replace(getattr(config, name), seconds=seconds)
+            settings[f"{name}_fit"] = replace(fit, seconds=seconds)
     config = replace(config, **settings)
     quiet_transformers()
     with progress_bar(TextColumn("{task.fields[figures]}"), transient=False) as progress:

@@ -337,7 +337,7 @@ def test_fit_ngram_errors_are_one_line(models, tmp_path, arguments, part):
 
 # ---- train
 
-TRAIN = ["--preset", "tiny", "--target-tokens", "2048", "--draft-tokens", "1024"]
+TRAIN = ["--preset", "tiny", "--target-tokens", "2048", "--pretraining-tokens", "1024", "--draft-tokens", "1024"]
 TRAIN += ["--target-samples", "2048", "--draft-samples", "2048", "--device", "cpu"]
 
 
@@ -350,7 +350,10 @@ def test_train_then_decode_then_train_again(tmp_path):
     parts += [f"--ngram={out / 'assets' / 'ngram.safetensors'}", "--device=cpu"]
     assert run_json("generate", "def ", "-n", "8", *parts)["text"]
     again = run("train", "--out", str(out), *TRAIN, "--json")
-    assert all(json.loads(line)["skipped"] for line in again.stdout.splitlines())
+    stages = [json.loads(line) for line in again.stdout.splitlines()]
+    assert all(stage["skipped"] for stage in stages) and "pretraining" in [stage["stage"] for stage in stages]
+    other = [*TRAIN, "--pretraining-tokens", "0"]  # without that stage: another run
+    assert_error(run("train", "--out", str(out), *other), "pretraining_fit")
 
 
 @pytest.mark.parametrize(
@@ -360,6 +363,7 @@ def test_train_then_decode_then_train_again(tmp_path):
         (["--source", "no such folder"], "no such folder"),
         (["--target-tokens", "0"], "--target-tokens"),
         (["--target-seconds", "0"], "--target-seconds"),
+        (["--pretraining-seconds", "-1"], "--pretraining-seconds"),
         (["--draft-seconds", "5", "--draft-tokens", "9000"], "not both"),
         (["--vocab-size", "5"], "257"),
         (["--device", "abacus"], "abacus"),
