@@ -2,11 +2,11 @@
 
     python bench/ablation.py --target T --draft D --ngram N [--tree tree.json] [--drafts D2 ...] [--out FOLDER]
 
-Every variant is a fixed tree. Up to five of a group take turns with plain decoding on every prompt, greedy, and are
+Every variant is a fixed tree. Up to six of a group take turns with plain decoding on every prompt, greedy, and are
 compared with it token by token. The base is the tree that the decoder would use. Groups, the first ones first when time
 is short:
 
-    staged    the tree with draft² (staged) over the same tree without (tree), at equal nodes and passes
+    staged    the tree with draft² (staged) over the same tree without (tree), at equal nodes
     n-gram    both n-grams, the context's alone, none
     nodes     tokens a second over nodes and draft passes: the figure
     shape     width and prefetch
@@ -32,14 +32,14 @@ import figures
 import stagedspec
 from journal import Journal, code_fingerprint, prompt_hash
 from machine import arguments_of, header, where
-from report import markdown
+from report import markdown, update_readme
 from sides import BASELINE, HERE, Models, add_options, check_options, clear_errors, encode, load, measure
 from stagedspec import TreeConfig
 from stagedspec.kernels.common.files import write_text
 from stagedspec.tuning.compare import Run, Timed, summarise
 from stagedspec.tuning.prompts import read_prompts
 
-TOGETHER = 5
+TOGETHER = 6  # even, so that tree and staged take turns
 NODES, PASSES, WIDTHS, PREFETCH = (16, 24, 32, 48, 64), (1, 2, 3, 4, 6), (1, 2, 4), (0, 1, 2, 4, 8)
 
 
@@ -79,11 +79,12 @@ def groups(models: Models, base: TreeConfig, drafts: dict[str, stagedspec.Decode
             return
         found[group][name] = Variant(using, tree)
 
-    # Enough for that many nodes without prefetch, too, however small the base is.
-    enough = {"passes": max(base.passes, 4), "width": max(base.width, 2)}
     for nodes in NODES[::2]:
-        for name, levels in (("tree", 0), ("staged", prefetch)):
-            add("staged", f"{name}, {nodes} nodes", nodes=nodes, prefetch=levels, **enough)
+        for passes in PASSES[1:4:2]:
+            for name, levels in (("tree", 0), ("staged", prefetch)):
+                # Wide enough for that many nodes in few passes without prefetch, too.
+                changes = {"nodes": nodes, "passes": passes, "width": max(base.width, 4), "prefetch": levels}
+                add("staged", f"{name}, {nodes} nodes, {passes} passes", **changes)
     # A decoder of the same weights without the table.
     bare = stagedspec.Decoder(decoder.target, decoder.draft, None, decoder.tokenizer)
     add("n-gram", "Katz table and context", prefetch=prefetch)
@@ -164,11 +165,45 @@ def table(group: str, lines: Sequence[dict]) -> str:
     return markdown(headings, rows)
 
 
-def gains(lines: Sequence[dict]) -> dict[int, float]:
-    """Tokens a second of staged over tree, by nodes."""
-    found = {line["name"]: line["tokens_per_second"] for line in lines}
-    pairs = ((nodes, found.get(f"tree, {nodes} nodes"), found.get(f"staged, {nodes} nodes")) for nodes in NODES)
-    return {nodes: staged / tree for nodes, tree, staged in pairs if tree and staged}
+def gains(lines: Sequence[dict]) -> list[tuple[int, str, dict, dict]]:
+    """Nodes, passes ("best": each with those that it is fastest with), and the lines of tree and staged, for all nodes
+    that both have."""
+    found: dict[int, dict[str, dict[str, dict]]] = {}
+    for line in lines:
+        if line["name"] != BASELINE:
+            mode, nodes, passes = line["name"].split(", ")
+            found.setdefault(int(nodes.split()[0]), {}).setdefault(passes.split()[0], {})[mode] = line
+    result = []
+    for nodes, by_passes in found.items():
+        both = {passes: lines for passes, lines in by_passes.items() if len(lines) == 2}
+        result += [(nodes, passes, lines["tree"], lines["staged"]) for passes, lines in both.items()]
+        if both:
+            best = (max((lines[mode] for lines in both.values()), key=_speed) for mode in ("tree", "staged"))
+            result.append((nodes, "best", *best))
+    return result
+
+
+def _speed(line: dict) -> float:
+    return line["tokens_per_second"]
+
+
+def gain_table(lines: Sequence[dict]) -> str:
+    """Staged over tree, a line for each number of nodes and passes."""
+    headings = [
+        "nodes",
+        "passes",
+        "tree, tokens/s",
+        "staged, tokens/s",
+        "staged over tree",
+        "tokens/step: tree",
+        "staged",
+    ]
+    rows = []
+    for nodes, passes, tree, staged in gains(lines):
+        cells = [f"{_speed(tree):.0f}", f"{_speed(staged):.0f}", f"{_speed(staged) / _speed(tree):.2f}x"]
+        cells += [f"{line['tokens_per_step']:.2f}" for line in (tree, staged)]
+        rows.append([str(nodes), passes, *cells])
+    return markdown(headings, rows)
 
 
 def summary(report: dict) -> str:
@@ -179,11 +214,14 @@ def summary(report: dict) -> str:
         f"{settings['max_new_tokens']} new tokens, {settings['dtype']}. The base tree: {settings['base']}."
     ]
     if "staged" in found:
-        told = ", ".join(f"{ratio:.2f}x at {nodes} nodes" for nodes, ratio in gains(found["staged"]).items())
-        parts.append(f"The staged gain alone, staged over tree with the same nodes and passes: {told}.")
+        parts.append(
+            "The staged gain alone: staged over tree, which is the same tree without the n-grams' guesses. Best: each "
+            "with the passes that it is fastest with."
+        )
+        parts.append(gain_table(found["staged"]))
     parts += [table(group, lines) for group, lines in found.items()]
     if "nodes" in found:
-        parts.append("![Tokens a second over nodes and draft passes](ablation.svg)")
+        parts.append("![Tokens a second over nodes and draft passes](figures/ablation.svg)")
     return "\n\n".join(parts)
 
 
@@ -198,6 +236,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no further group after so long")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "ablation", help="folder to write to")
     parser.add_argument("--fresh", action="store_true", help="measure again what has been measured before")
+    parser.add_argument("--update-readme", action="store_true", help="also write bench/README.md and its figure")
     options = parser.parse_args(arguments)
     check_options(parser, options)
     return options
@@ -243,11 +282,12 @@ def bench(options: argparse.Namespace, arguments: list[str], console: Console) -
     done = report["groups"]
     report["identical"] = all(line["identical"] for lines in done.values() for line in lines)
 
-    if "nodes" in done:
-        figures.ablation(done["nodes"], options.out / "ablation")
+    written = figures.ablation(done["nodes"], options.out / "ablation") if "nodes" in done else []
     text = summary(report)
     write_text(options.out / "ablation.json", json.dumps(report, indent=1) + "\n")
-    write_text(options.out / "ablation.md", text + "\n")
+    write_text(options.out / "ablation.md", text.replace("figures/", "") + "\n")
+    if options.update_readme:
+        update_readme("ablation", text, [path for path in written if path.suffix != ".png"])
     console.print(f"{text}\nwritten to {options.out}", highlight=False, soft_wrap=True)
     return report["identical"]
 

@@ -249,8 +249,8 @@ def summary(state: State) -> str:
     for name in ("paper", "ablation", "acceptance"):
         path = Path(name, f"{name}.md")
         if path.exists():
-            text = path.read_text(encoding="utf-8").replace("](figure", f"]({name}/figure")
-            parts.append(f"## {name.capitalize()}\n\n" + text.replace(f"]({name}.svg", f"]({name}/{name}.svg"))
+            text = re.sub(r"\]\(([^)/]+\.(?:svg|html))\)", rf"]({name}/\1)", path.read_text(encoding="utf-8"))
+            parts.append(f"## {name.capitalize()}\n\n{text}")
     return "\n\n".join(parts) + "\n"
 
 

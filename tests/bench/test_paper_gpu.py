@@ -110,7 +110,7 @@ def test_bad_input_is_refused_before_training(stages, tmp_path, more, capsys):
 def test_all_of_it(tmp_path, monkeypatch):
     """From the sources to the figures, with few trees and in no more time than the stages cannot do without."""
     monkeypatch.setattr(ablation, "NODES", (16, 24, 32))
-    monkeypatch.setattr(ablation, "PASSES", (2,))
+    monkeypatch.setattr(ablation, "PASSES", (1, 2))
     monkeypatch.setattr("stagedspec.tuning.trees.FINALISTS", 1)
     prompts = tmp_path / "mine.jsonl"
     prompts.write_text('{"prompt": "import os\\n"}\n{"prompt": "def f(x):\\n"}\n')
@@ -129,7 +129,16 @@ def test_all_of_it(tmp_path, monkeypatch):
     assert paper_gpu.main([*command(tmp_path), *more]) == 0
     run = tmp_path / "run"
     text = (run / "summary.md").read_text()
-    for part in ("| target ", "| draft ", "Trees: predicted", "Table 3", "staged gain alone", "coupled less", "commit"):
+    for part in (
+        "| target ",
+        "| draft ",
+        "Trees: predicted",
+        "Table 3",
+        "staged gain alone",
+        "staged over tree",
+        "coupled less",
+        "commit",
+    ):
         assert part in text
     assert str(tmp_path) not in text
     for figure in ("paper/figure1.svg", "paper/figure2.svg", "paper/figure3.svg", "acceptance/acceptance.svg"):
@@ -173,9 +182,15 @@ def test_trees_of_an_ablation():
 
 
 def test_staged_over_tree_by_hand():
-    speeds = {"tree, 16 nodes": 2.0, "staged, 16 nodes": 3.0, "tree, 32 nodes": 4.0}
-    lines = [{"name": name, "tokens_per_second": speed} for name, speed in speeds.items()]
-    assert ablation.gains(lines) == {16: 1.5}
+    speeds = {"autoregressive": 1.0, "tree, 16 nodes, 2 passes": 2.0, "staged, 16 nodes, 2 passes": 3.0}
+    speeds |= {"tree, 16 nodes, 4 passes": 2.5, "staged, 16 nodes, 4 passes": 2.0, "tree, 32 nodes, 2 passes": 4.0}
+    lines = [{"name": name, "tokens_per_second": speed, "tokens_per_step": 1.0} for name, speed in speeds.items()]
+    table = [[cell.strip() for cell in line.split("|")[1:6]] for line in ablation.gain_table(lines).splitlines()[2:]]
+    assert table == [
+        ["16", "2", "2", "3", "1.50x"],
+        ["16", "4", "2", "2", "0.80x"],
+        ["16", "best", "2", "3", "1.20x"],
+    ]
 
 
 def test_ablation_writes_tables_and_a_figure_and_goes_on(options, folder, tmp_path, monkeypatch):  # noqa: F811
@@ -204,11 +219,12 @@ def test_each_variant_is_what_its_name_says(options):
         nodes, passes = (int(part.split()[0]) for part in name.split(", "))
         assert (variant.tree.nodes, variant.tree.passes) == (nodes, passes)
     smallest = ablation.groups(models, TreeConfig(8, 2, 1, 1, 8, 1, 1), {})["staged"]
-    assert {"tree, 16 nodes", "staged, 16 nodes", "tree, 32 nodes", "staged, 32 nodes"} <= smallest.keys()
+    for nodes, passes in ((16, 2), (16, 4), (32, 4), (64, 4)):
+        assert {f"{mode}, {nodes} nodes, {passes} passes" for mode in ("tree", "staged")} <= smallest.keys()
     assert found["n-gram"]["context alone"].decoder.ngram is None and found["n-gram"]["none"].tree.prefetch == 0
     sizes = [len(variants) for _, _, variants in ablation.parts(found)]
     assert max(sizes) == ablation.TOGETHER and sum(sizes) == sum(map(len, found.values()))
     ids = torch.tensor([[1, 2, 3]])
-    variant = found["staged"]["tree, 16 nodes"]
+    variant = found["staged"]["tree, 16 nodes, 2 passes"]
     run = ablation.side(variant.decoder, variant.tree, 4)(ids)
     assert run.stats["tree"]["nodes"] == 16 and run.stats["tree"]["prefetch"] == 0
