@@ -40,7 +40,8 @@ from stagedspec.tuning.compare import Run, Timed, summarise
 from stagedspec.tuning.prompts import read_prompts
 
 TOGETHER = 6  # even, so that tree and staged take turns
-NODES, PASSES, WIDTHS, PREFETCH = (16, 24, 32, 48, 64), (1, 2, 3, 4, 6), (1, 2, 4), (0, 1, 2, 4, 8)
+NODES, PASSES, WIDTHS, PREFETCH = (8, 16, 24, 32, 48, 64), (1, 2, 3, 4, 6), (1, 2, 4), (0, 1, 2, 4, 8)
+STAGED_NODES, STAGED_PASSES = (16, 32, 64), (2, 4)
 
 
 @dataclass(frozen=True)
@@ -79,11 +80,11 @@ def groups(models: Models, base: TreeConfig, drafts: dict[str, stagedspec.Decode
             return
         found[group][name] = Variant(using, tree)
 
-    for nodes in NODES[::2]:
-        for passes in PASSES[1:4:2]:
+    wide = max(base.width, 4)  # enough for many nodes in few passes, without prefetch, too
+    for nodes in STAGED_NODES:
+        for passes in STAGED_PASSES:
             for name, levels in (("tree", 0), ("staged", prefetch)):
-                # Wide enough for that many nodes in few passes without prefetch, too.
-                changes = {"nodes": nodes, "passes": passes, "width": max(base.width, 4), "prefetch": levels}
+                changes = {"nodes": nodes, "passes": passes, "width": wide, "prefetch": levels}
                 add("staged", f"{name}, {nodes} nodes, {passes} passes", **changes)
     # A decoder of the same weights without the table.
     bare = stagedspec.Decoder(decoder.target, decoder.draft, None, decoder.tokenizer)
@@ -92,7 +93,7 @@ def groups(models: Models, base: TreeConfig, drafts: dict[str, stagedspec.Decode
     add("n-gram", "none", prefetch=0)
     for passes in PASSES:
         for nodes in NODES:
-            add("nodes", f"{nodes} nodes, {passes} passes", nodes=nodes, passes=passes, prefetch=prefetch)
+            add("nodes", f"{nodes} nodes, {passes} passes", nodes=nodes, passes=passes, width=wide, prefetch=prefetch)
     for width in WIDTHS:
         add("shape", f"width {width}", width=width)
     for levels in PREFETCH:

@@ -110,7 +110,8 @@ def test_bad_input_is_refused_before_training(stages, tmp_path, more, capsys):
 def test_all_of_it(tmp_path, monkeypatch):
     """From the sources to the figures, with few trees and in no more time than the stages cannot do without."""
     monkeypatch.setattr(ablation, "NODES", (16, 24, 32))
-    monkeypatch.setattr(ablation, "PASSES", (1, 2))
+    monkeypatch.setattr(ablation, "PASSES", (2,))
+    monkeypatch.setattr(ablation, "STAGED_PASSES", (2,))
     monkeypatch.setattr("stagedspec.tuning.trees.FINALISTS", 1)
     prompts = tmp_path / "mine.jsonl"
     prompts.write_text('{"prompt": "import os\\n"}\n{"prompt": "def f(x):\\n"}\n')
