@@ -7,7 +7,7 @@ compared with it token by token. The base is the tree that the decoder would use
 is short:
 
     staged    the tree with draft² (staged) over the same tree without (tree), at equal nodes
-    n-gram    both n-grams, the context's alone, none
+    n-gram    both n-grams, the Katz table alone, the context's alone, none
     nodes     tokens a second over nodes and draft passes: the figure
     shape     width and prefetch
     drafts    other drafts for the same target
@@ -89,6 +89,7 @@ def groups(models: Models, base: TreeConfig, drafts: dict[str, stagedspec.Decode
     # A decoder of the same weights without the table.
     bare = stagedspec.Decoder(decoder.target, decoder.draft, None, decoder.tokenizer)
     add("n-gram", "Katz table and context", prefetch=prefetch)
+    add("n-gram", "Katz table alone", prefetch=prefetch, context=False)
     add("n-gram", "context alone", bare, prefetch=prefetch)
     add("n-gram", "none", prefetch=0)
     for passes in PASSES:

@@ -36,6 +36,9 @@ class TreeSettings(Protocol):
     def pass_floor(self) -> float: ...
 
     @property
+    def context(self) -> bool: ...
+
+    @property
     def guesses(self) -> int: ...
 
     @property

@@ -179,7 +179,7 @@ def _better(scores: np.ndarray, parents: np.ndarray, tokens: np.ndarray, one: in
 @entry
 def _extend(
     slots: Slots, table: Successors, ring: Ring, first: int, count: int, selected: int, levels: int, width: int,
-    deepest: int,
+    deepest: int, context: bool,
 ) -> None:  # fmt: skip
     """Makes the slots of a pass of every row after its `count` slots: `selected` of the best open candidates, unused
     ones if there are too few; then `levels` times `width` guesses, first below slots `first` and later, then below the
@@ -207,7 +207,7 @@ def _extend(
                 if slot.depth >= deepest - 1 or slot.token < 0:
                     continue  # its children would be leaves, which need no evaluation
                 before = found
-                follower = _after(slots, b, slot.previous, slot.token)
+                follower = _after(slots, b, slot.previous, slot.token) if context else -1
                 if follower >= 0:
                     scores[found], tokens[found] = slot.chance + CONTEXT_LOGPROB, follower
                     found += 1
@@ -346,7 +346,7 @@ class Growth:
         config, known = self.config, self._stop
         first, selected = (known, config.width) if number else (ROOT, 0)
         levels, width = config.prefetch, config.prefetch_width
-        _extend(self.slots, self.table, self.ring, first, known, selected, levels, width, config.depth)
+        _extend(self.slots, self.table, self.ring, first, known, selected, levels, width, config.depth, config.context)
         self._stop = known + selected + config.guesses
         slots, now = self.slots, slice(self.start, self._stop)
         prefixes = [length - 2 + self.caught_up for length in self.sequences.lengths]
@@ -377,7 +377,7 @@ def try_out() -> None:
     """Grows a tree, which compiles the functions for the types of all growths."""
     smallest = SimpleNamespace(
         nodes=2, depth=2, passes=2, width=1, children=1, prefetch=1, prefetch_width=1, node_floor=0.0, pass_floor=0.0,
-        guesses=1, slots=5,
+        context=True, guesses=1, slots=5,
     )  # fmt: skip
     growth = Growth(Sequences([[0]], 1, (), torch.device("cpu")), smallest, None, None, torch.float32)
     growth.batch(0)

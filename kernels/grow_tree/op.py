@@ -160,11 +160,13 @@ class PassSettings(NamedTuple):
     prefetch: int
     prefetch_width: int
     depth: int
+    context: int
 
     @classmethod
     def of(cls, config: TreeSettings, start: int, record: int) -> "PassSettings":
         floor = math.log(config.node_floor) if config.node_floor else -math.inf
-        return cls(start, record, floor, config.width, config.prefetch, config.prefetch_width, config.depth)
+        shape = config.width, config.prefetch, config.prefetch_width, config.depth
+        return cls(start, record, floor, *shape, int(config.context))
 
     def shape(self, state: GrowthState | Recorded) -> TreeShape:
         size = state.slots.shape[2]
@@ -191,7 +193,7 @@ def _launch_pass(
         (tokens.shape[0],),
         tokens, lengths, *noise, *table, *proposed, *state, *inputs, tokens.shape[1], vocab_size, table.slots,
         settings.start, settings.record, proposed.children, settings.width, settings.prefetch,
-        settings.prefetch_width, tree.slots, words(tree.slots), settings.depth, settings.floor,
+        settings.prefetch_width, tree.slots, words(tree.slots), settings.depth, settings.context, settings.floor,
         FIRST=proposed.names is None, SAMPLED=noise.seeds is not None, **constants,
         num_warps=warps, maxnreg=most_registers(architecture(tokens.device), warps, GROW_SPILLING),
         **launch_options(tokens.device),
@@ -203,7 +205,7 @@ _grow_pass = register(
     "Tensor? table_tokens, Tensor? table_logprobs, Tensor? names, Tensor? values, Tensor(a!) slots, "
     "Tensor(b!) slot_masks, Tensor(c!) slot_scores, Tensor(d!) candidates, Tensor(e!) candidate_scores, "
     "Tensor(f!) batch, Tensor(g!) batch_masks, Tensor(h!) prefix, int vocab_size, int start, int record, float floor, "
-    "int width, int prefetch, int prefetch_width, int depth) -> ()",
+    "int width, int prefetch, int prefetch_width, int depth, int context) -> ()",
     _launch_pass,
 )
 
@@ -235,7 +237,7 @@ _harvest_tree = register(
     "harvest_tree(Tensor tokens, Tensor lengths, Tensor? names, Tensor? values, Tensor(a!) slots, "
     "Tensor(b!) slot_scores, Tensor(c!) candidates, Tensor(d!) candidate_scores, Tensor(e!) tree, Tensor(f!) batch, "
     "Tensor(g!) batch_masks, Tensor(h!) prefix, int start, int record, float floor, int width, int prefetch, "
-    "int prefetch_width, int depth) -> ()",
+    "int prefetch_width, int depth, int context) -> ()",
     _launch_harvest,
 )
 

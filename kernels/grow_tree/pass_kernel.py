@@ -94,6 +94,7 @@ def _add_slots(
 @triton.jit(
     do_not_specialize=(
         "stride", "start", "record", "given", "width", "prefetch", "prefetch_width", "slots", "words", "max_depth",
+        "context",
     )
 )  # fmt: skip
 def grow_pass_kernel(
@@ -127,6 +128,7 @@ def grow_pass_kernel(
     slots,
     words,
     max_depth,
+    context,  # 1: draft² also guesses what the sequence says, 0: from its table alone
     floor,
     FIRST: tl.constexpr,  # the first pass: there is none to record
     GUESSES: tl.constexpr,  # whether prefetch > 0
@@ -215,7 +217,7 @@ def grow_pass_kernel(
             tl.debug_barrier()
             b_parents &= (b_depth < max_depth - 1) & (b_token >= 0)
             b_names, b_gains = successors(
-                p_sequence, length, b_previous, tl.where(b_parents, b_token, -1),
+                p_sequence, length * context, b_previous, tl.where(b_parents, b_token, -1),
                 p_keys, p_rows, p_table_tokens, p_table_logprobs, vocab_size, hash_slots,
                 SUCCESSORS, NGRAM_RANKS, BLOCK,
             )  # fmt: skip

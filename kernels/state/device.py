@@ -506,6 +506,7 @@ class _Undrafted(NamedTuple):
     guesses: int = 0
     node_floor: float = 0.0
     pass_floor: float = 0.0
+    context: bool = True
 
 
 class Trees:

@@ -98,7 +98,8 @@ class _RowGrowth:
         above = self.slots[slot]
         if above.depth >= self.config.depth - 1 or above.token < 0:
             return []  # its children would be leaves, which need no evaluation
-        return ngram_guesses(self.follower, self.table, above.previous, above.token)
+        follower = self.follower if self.config.context else {}
+        return ngram_guesses(follower, self.table, above.previous, above.token)
 
     def guess(self, options: list[tuple[float, int, int]]) -> list[tuple[float, int]]:
         """Makes slots of the best `prefetch_width` of options (score, parent slot, token); returns (score, slot)."""

@@ -35,7 +35,7 @@ def check_models(
     dtype: str,
     backend: str,
     tree: Path | None = None,
-    shape: dict[str, int] | None = None,
+    shape: dict[str, Any] | None = None,
     modes: Sequence[str] = (),
 ) -> None:
     """Checks the options that name models, device, dtype, backend and trees.

@@ -71,7 +71,7 @@ def load_decoder(
 
     Raises ValueError for invalid options before torch is imported or a model is loaded.
     """
-    settings = {name: value for name, value in shape.items() if value is not None}
+    settings: dict[str, Any] = {name: value for name, value in shape.items() if value is not None}
     early_checks.check_models(target, draft, ngram, device, dtype, backend, tree, settings, modes)
     quiet_transformers()
     options: dict[str, Any] = {"device": device, "dtype": dtype, "backend": backend}

@@ -15,7 +15,8 @@ class TreeConfig:
     depth: the longest path below the root.
     passes: draft passes a step. width: nodes a pass evaluates because they score best.
     children: the candidates kept of every evaluated node.
-    prefetch: levels that draft² guesses below the nodes of a pass; prefetch_width: guesses a level.
+    prefetch: levels that draft² guesses below the nodes of a pass; prefetch_width: guesses a level. context: whether it
+    also guesses what followed the same two tokens before in the sequence; otherwise from its table alone.
     node_floor: the least probability, by the draft, that a node's path is accepted; less likely ones stay out.
     pass_floor: the least such probability of the best node that one more pass would evaluate; else no pass is run.
     With floors of 0 every step has the same shape.
@@ -32,6 +33,7 @@ class TreeConfig:
     prefetch_width: int = 2
     node_floor: float = 0.0
     pass_floor: float = 0.0
+    context: bool = True
 
     def __post_init__(self) -> None:
         low = {"nodes": 1, "depth": 0, "passes": 0, "width": 1, "children": 1, "prefetch": 0, "prefetch_width": 1}
@@ -42,6 +44,8 @@ class TreeConfig:
             if value is None or not 0 <= value < 1:
                 raise ValueError(f"tree {name} must be a probability in [0, 1), got {getattr(self, name)!r}")
             object.__setattr__(self, name, value)
+        if not isinstance(self.context, bool):
+            raise ValueError(f"tree context must be True or False, got {self.context!r}")
         if self.nodes > 256:
             raise ValueError(f"tree nodes must be at most 256, got {self.nodes}")
         if self.depth > 256 or self.slots > 1024:

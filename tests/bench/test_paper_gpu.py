@@ -222,6 +222,7 @@ def test_each_variant_is_what_its_name_says(options):
     smallest = ablation.groups(models, TreeConfig(8, 2, 1, 1, 8, 1, 1), {})["staged"]
     for nodes, passes in ((16, 2), (16, 4), (32, 4), (64, 4)):
         assert {f"{mode}, {nodes} nodes, {passes} passes" for mode in ("tree", "staged")} <= smallest.keys()
+    assert not found["n-gram"]["Katz table alone"].tree.context and found["n-gram"]["none"].tree.context
     assert found["n-gram"]["context alone"].decoder.ngram is None and found["n-gram"]["none"].tree.prefetch == 0
     sizes = [len(variants) for _, _, variants in ablation.parts(found)]
     assert max(sizes) == ablation.TOGETHER and sum(sizes) == sum(map(len, found.values()))

@@ -123,6 +123,7 @@ BAD_TREES = {
     "children": ({"children": 0}, "tree children .* at least 1, got 0"),
     "prefetch": ({"prefetch": -1}, "tree prefetch .* at least 0, got -1"),
     "prefetch_width": ({"prefetch_width": 0}, "tree prefetch_width .* at least 1, got 0"),
+    "context": ({"context": 1}, "tree context must be True or False, got 1"),
     "no-passes": ({"passes": 0}, "a tree of 12 nodes needs at least one draft pass and a depth of 1"),
     "no-depth": ({"depth": 0}, "needs at least one draft pass and a depth of 1"),
     "too-few-proposals": ({"nodes": 40}, "propose at most 20 nodes, fewer than nodes - 1 = 39"),

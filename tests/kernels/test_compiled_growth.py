@@ -28,7 +28,7 @@ def trees(draw):
     return TreeConfig(
         nodes=draw(st.integers(2, most + 1)), depth=draw(st.integers(1, 6)), passes=passes, width=width,
         children=children, prefetch=draw(st.integers(0, 3)), prefetch_width=draw(st.integers(1, 3)),
-        node_floor=draw(FLOORS), pass_floor=draw(FLOORS),
+        node_floor=draw(FLOORS), pass_floor=draw(FLOORS), context=draw(st.booleans()),
     )  # fmt: skip
 
 

@@ -162,6 +162,7 @@ def table():
     prefetch=st.integers(0, 2),
     prefetch_width=st.integers(1, 3),
     floor=st.sampled_from([0.0, 0.01]),
+    context=st.booleans(),
     katz=st.booleans(),
     noisy=st.booleans(),
     eos=st.lists(st.integers(0, VOCAB - 1), max_size=2),
@@ -169,13 +170,13 @@ def table():
 )
 @settings(max_examples=6, phases=[Phase.explicit, Phase.generate])  # shrinking would take an hour
 def test_the_same_as_on_the_host(
-    table, seed, lengths, depth, passes, width, children, prefetch, prefetch_width, floor, katz, noisy, eos, new_tokens
-):
+    table, seed, lengths, depth, passes, width, children, prefetch, prefetch_width, floor, context, katz, noisy, eos,
+    new_tokens,
+):  # fmt: skip
     generator = random.Random(seed)
     most = 1 + (1 + (passes - 1) * width) * children
-    config = TreeConfig(
-        generator.randint(2, most), depth, passes, width, children, prefetch, prefetch_width, node_floor=floor
-    )
+    shape = depth, passes, width, children, prefetch, prefetch_width
+    config = TreeConfig(generator.randint(2, most), *shape, node_floor=floor, context=context)
     prompts = [[generator.randrange(4) for _ in range(length)] for length in lengths]
     replay(prompts, new_tokens, eos, config, table if katz else None, seed if noisy else None, generator, steps=3)
 
@@ -186,6 +187,7 @@ def test_the_same_as_on_the_host(
         TreeConfig(nodes=1, depth=0, passes=0, children=1, prefetch=0),
         TreeConfig(nodes=40, depth=6, passes=4, width=6, children=4, prefetch=2, prefetch_width=3),
         TreeConfig(nodes=5, depth=4, passes=4, width=1, children=1, prefetch=0),
+        TreeConfig(nodes=12, depth=5, passes=2, width=2, children=4, prefetch=2, prefetch_width=2, context=False),
         TreeConfig(nodes=30, depth=2, passes=2, width=4, children=16, prefetch=1, prefetch_width=5),
         TreeConfig(nodes=13, depth=10, passes=2, width=2, children=4, prefetch=8, prefetch_width=1),
         TreeConfig(nodes=4, depth=30, passes=1, width=1, children=3, prefetch=28, prefetch_width=1),
@@ -196,6 +198,7 @@ def test_the_same_as_on_the_host(
         "autoregressive",
         "two-words",
         "chain",
+        "table-alone",
         "more-children-than-tokens",
         "8-levels",
         "28-levels",

@@ -1,6 +1,7 @@
 """Tree growth and verification against brute force on random drafts."""
 
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -187,6 +188,13 @@ def test_guesses_save_passes():
     wrong = SimpleNamespace(successors_of=lambda first, last: [((last + 2) % 6, -0.1)])
     (tree,) = grow([[5, 0]], config, Certain(), wrong).trees
     assert sorted(paths_of(tree)) == [(1,), (6,)]  # guesses that the draft does not confirm never enter
+    # 5, 0 was followed by 1, 2 before: the text itself guesses right, unless the tree leaves it out.
+    wrong = SimpleNamespace(successors_of=lambda first, last: [((last + 2) % 6, -1.0)])
+    text = [5, 0, 1, 2, 3, 5, 0]
+    (tree,) = grow([text], config, Certain(), wrong).trees
+    assert (1, 2, 3) in paths_of(tree)
+    (tree,) = grow([text], replace(config, context=False), Certain(), wrong).trees
+    assert sorted(paths_of(tree)) == [(1,), (6,)]
 
 
 # ---------------------------------------------------------------- n-grams
