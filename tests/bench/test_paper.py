@@ -371,7 +371,7 @@ def test_readme_is_written_between_its_marks(tmp_path):
 
 def test_the_readme_has_the_marks():
     text = report.README.read_text(encoding="utf-8")
-    for name in ("paper", "paper-gpu", "acceptance"):
+    for name in ("paper", "paper-gpu", "ablation", "acceptance"):
         report.replace_between(text, name, "")
     for figure in re.findall(r"\((figures/[^)]+)\)", text):
         assert (report.README.parent / figure).is_file(), figure
