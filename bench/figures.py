@@ -76,12 +76,14 @@ def roofline(report: dict, path: Path) -> list[Path]:
             speed = roof["bytes_per_second"]
             corner = min(peak / speed, right)
             axes.plot([left, corner], [left * speed, corner * speed], color=INK, linestyle=("-", "--", ":")[index % 3])
-            label = f"{roof['name']}: {speed / 1e9:.3g} GB/s"
+            label = f"{roof['name']}: {_rate(speed)} GB/s"
             axes.plot([], [], color=INK, linestyle=("-", "--", ":")[index % 3], label=label)
         axes.axhline(peak, color=INK, linewidth=1.2)
-        axes.text(right / 1.05, peak * 1.06, f"arithmetic: {peak / 1e9:.3g} GFLOP/s", ha="right", va="bottom")
+        axes.text(right / 1.05, peak * 1.06, f"arithmetic: {_rate(peak)} GFLOP/s", ha="right", va="bottom")
         models = list(dict.fromkeys(entry["model"] for entry in passes))
-        for model, look, above in zip(models, (LOOKS["staged"], ("#0072b2", "s")), (False, True), strict=False):
+        rates = [entry["flops"] / entry["seconds"] for entry in passes]
+        highest = passes[rates.index(max(rates))]["model"]
+        for model, look in zip(models, (LOOKS["staged"], ("#0072b2", "s")), strict=False):
             points = [entry for entry in passes if entry["model"] == model]
             x = [entry["flops"] / entry["bytes"] for entry in points]
             y = [entry["flops"] / entry["seconds"] for entry in points]
@@ -91,18 +93,22 @@ def roofline(report: dict, path: Path) -> list[Path]:
                     f"M={entry['nodes']}",
                     (a, b),
                     textcoords="offset points",
-                    xytext=(0, 8 if above else -16),
+                    xytext=(0, 8 if model == highest else -16),
                     ha="center",
                     color=look[0],
                     fontsize=9,
                 )
-        axes.set(xscale="log", yscale="log", xlim=(left, right), ylim=(None, peak * 2))
-        axes.margins(y=0.12)
+        axes.set(xscale="log", yscale="log", xlim=(left, right), ylim=(min(rates) / 2, peak * 2))
         axes.set(xlabel="arithmetic per byte of weights, FLOP/byte", ylabel="GFLOP/s", title="Roofline of this machine")
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1e9:g}"))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1e9:,.10g}"))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         figure.legend(loc="outside lower center", ncols=2)
         return save(figure, path)
+
+
+def _rate(value: float) -> str:
+    """In units of 1e9, three digits."""
+    return f"{float(f'{value / 1e9:.3g}'):,.10g}"
 
 
 def speedups(
@@ -126,9 +132,9 @@ def speedups(
                 )  # fmt: skip
             for name, value in paper.get(title, {}).items():
                 axes.axhline(value, color=LOOKS[name][0], linestyle=(0, (1, 2)), linewidth=1.4)
-                axes.annotate(
-                    f"paper, {name} {value:.2f}x", (1, value), xycoords=("axes fraction", "data"), ha="right",
-                    va="bottom", fontsize=8.5, color=LOOKS[name][0], textcoords="offset points", xytext=(0, 1),
+                axes.annotate(  # on the left and below: there the sorted lines are highest
+                    f"paper, {name} {value:.2f}x", (0, value), xycoords=("axes fraction", "data"), ha="left",
+                    va="top", fontsize=8.5, color=LOOKS[name][0], textcoords="offset points", xytext=(3, -2),
                 )  # fmt: skip
             axes.set(title=title, xlabel="prompts, sorted by speed-up", yscale="log")
             axes.yaxis.set_major_locator(LogLocator(base=2, subs=(1.0, 1.5), numticks=20))
