@@ -22,16 +22,15 @@ Variants, all with the same bits:
 """
 
 import argparse
-import json
-import statistics
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 import triton
+from passes import compare, report
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
@@ -465,41 +464,6 @@ def test(variant: Variant) -> int:
         return int(pytest.main(["-q", "-p", "no:benchmark", "-k", "not torch-cpu", str(file)]))
 
 
-def passes(rounds: int = 31) -> dict[str, dict[str, float]]:
-    """Microseconds of captured passes of GPT-2 L in bf16 up to the choice of tokens, medians, all sides alternating."""
-    sys.path.insert(0, str(Path(__file__).parents[2]))
-    from random_models import make_random
-    from stagedspec.kernels.backends.select import resolve
-    from stagedspec.kernels.common.timing import Stopwatch
-    from stagedspec.models.gpt2 import GPT2
-    from stagedspec.models.shapes import SIZES
-    from stagedspec.planning import cost
-
-    device = torch.device("cuda", 0)
-    torch.cuda.set_device(device)
-    ops, shape = resolve("triton", device, [HEAD_SIZE], torch.bfloat16), SIZES["L"]
-    model = GPT2(make_random(shape, shape.positions, 0, device), ops, device, torch.bfloat16)
-    cases = [(1, nodes, context) for context in (128, 256, 448, 900) for nodes in (1, 16, 32, 64)]
-    cases += [(8, 16, 352), (8, 64, 512), (16, 1, 256), (64, 1, 256)]
-    graphs, times = {}, {}
-    for side, variant in {"today": None, **VARIANTS}.items():
-        with in_place(variant):
-            for batch, nodes, cost.CONTEXT in cases:
-                key = side, f"B={batch} N={nodes} L={cost.CONTEXT}"
-                graphs[key], times[key] = ops.repeated(cost.timed_pass(model, False, batch, nodes, False)), []
-                graphs[key]()
-    for _ in range(rounds):
-        for key, graph in graphs.items():
-            times[key].append(Stopwatch(device))
-            times[key][-1].start()
-            graph()
-            times[key][-1].stop()
-    found: dict[str, dict[str, float]] = {}
-    for (side, case), watches in times.items():
-        found.setdefault(case, {})[side] = round(1e6 * statistics.median(watch.seconds for watch in watches), 1)
-    return found
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -509,11 +473,9 @@ def main() -> int:
     options = parser.parse_args()
     if options.test is not None:
         return test(list(VARIANTS.values())[options.test])
-    found = passes()
-    for case, sides in found.items():
-        print(case, *(f"{side}: {microseconds}" for side, microseconds in sides.items()), sep="  ")
-    if options.out is not None:
-        options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    sides = {name: partial(in_place, variant) for name, variant in {"today": None, **VARIANTS}.items()}
+    cases = [(1, nodes, length) for length in (128, 256, 448, 900) for nodes in (1, 16, 32, 64)]
+    report(compare(sides, [*cases, (8, 16, 352), (8, 64, 512), (16, 1, 256), (64, 1, 256)]), options.out)
     return 0
 
 
