@@ -207,7 +207,10 @@ def check_batch(size: int, mode: str) -> None:
     """Raises ValueError unless a batch of this mode may have so many prompts."""
     most = MAX_PLAIN_BATCH if mode == "autoregressive" else MAX_BATCH
     if not 1 <= size <= most:
-        raise ValueError(f"the batch must have 1 to {most} prompts, got {size}; call generate for a part at a time")
+        of_plain = f" (up to {MAX_PLAIN_BATCH} in the mode 'autoregressive')" * (most < size <= MAX_PLAIN_BATCH)
+        raise ValueError(
+            f"the batch must have 1 to {most} prompts, got {size}{of_plain}; call generate for a part at a time"
+        )
 
 
 def unpad(

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from stagedspec.values import at_least, real
+from stagedspec.values import at_least, real, truth
 
 MODES = ("autoregressive", "chain", "tree", "staged")
 
@@ -44,8 +44,7 @@ class TreeConfig:
             if value is None or not 0 <= value < 1:
                 raise ValueError(f"tree {name} must be a probability in [0, 1), got {getattr(self, name)!r}")
             object.__setattr__(self, name, value)
-        if not isinstance(self.context, bool):
-            raise ValueError(f"tree context must be True or False, got {self.context!r}")
+        object.__setattr__(self, "context", truth("tree context", self.context))
         if self.nodes > 256:
             raise ValueError(f"tree nodes must be at most 256, got {self.nodes}")
         if self.depth > 256 or self.slots > 1024:

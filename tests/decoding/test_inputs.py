@@ -47,7 +47,11 @@ BAD_CALLS = {
     "no-data": ({"input_ids": IDS.to("meta")}, "must hold tokens, got a tensor on the meta device"),
     "empty-prompt": ({"input_ids": IDS[:, :0]}, "prompt is empty: give at least one token"),
     "empty-batch": ({"input_ids": IDS[:0]}, "1 to 16 prompts, got 0"),
-    "large-batch": ({"input_ids": IDS[:1].expand(17, -1)}, "1 to 16 prompts, got 17"),
+    "large-batch": (
+        {"input_ids": IDS[:1].expand(17, -1)},
+        r"1 to 16 prompts, got 17 \(up to 64 in the mode 'autoregressive'\); call",
+    ),
+    "larger-batch": ({"input_ids": IDS[:1].expand(65, -1)}, "1 to 16 prompts, got 65; call"),
     "id-too-large": ({"input_ids": torch.tensor([[1, VOCAB]])}, rf"\[0, {VOCAB}\).*got {VOCAB}"),
     "id-negative": ({"input_ids": torch.tensor([[-1, 2]])}, rf"\[0, {VOCAB}\).*got -1"),
     "mask-shape": ({"attention_mask": ONES[:, :2]}, r"shape of input_ids, \[2, 3\], got \[2, 2\]"),
@@ -123,7 +127,7 @@ BAD_TREES = {
     "children": ({"children": 0}, "tree children .* at least 1, got 0"),
     "prefetch": ({"prefetch": -1}, "tree prefetch .* at least 0, got -1"),
     "prefetch_width": ({"prefetch_width": 0}, "tree prefetch_width .* at least 1, got 0"),
-    "context": ({"context": 1}, "tree context must be True or False, got 1"),
+    "context": ({"context": "no"}, "tree context must be True or False, got 'no'"),
     "no-passes": ({"passes": 0}, "a tree of 12 nodes needs at least one draft pass and a depth of 1"),
     "no-depth": ({"depth": 0}, "needs at least one draft pass and a depth of 1"),
     "too-few-proposals": ({"nodes": 40}, "propose at most 20 nodes, fewer than nodes - 1 = 39"),
@@ -135,6 +139,11 @@ def test_impossible_trees(case):
     options, message = BAD_TREES[case]
     with pytest.raises(ValueError, match=message):
         TreeConfig(**options)
+
+
+def test_a_tree_holds_numbers_and_truths_of_python():
+    tree = TreeConfig(nodes=torch.tensor(5), context=torch.tensor(False))
+    assert tree == TreeConfig(nodes=5, context=False) and (type(tree.nodes), type(tree.context)) == (int, bool)
 
 
 BAD_MAKING = {
