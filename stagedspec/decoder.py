@@ -600,7 +600,8 @@ class Decoder:
 
         Without it the first generation with each mode, sampling and batch size does the same for itself. What is
         compiled and measured is kept on disk for later processes. CUDA graphs live as long as the decoder keeps the
-        generation: those of the last eight such combinations, with 2 GiB of keys and values at most.
+        generation: those of the last eight such combinations, with at most 2 GiB of keys and values, or a sixteenth of
+        the GPU's memory if that is more.
 
         modes: None for all that this decoder has. samplings: options of `generate` that choose tokens, one dict each
         (do_sample, temperature, top_k, top_p, min_p); by default greedy and top-k 50. batch: one batch size or several.
