@@ -377,7 +377,7 @@ def bench(options: argparse.Namespace, arguments: list[str], console: Console) -
     panels: dict[str, dict] = {title: {} for title in TITLES.values()}
     steps = {}
     for one in reversed(compared):  # a side's figures are those of the first comparison that it is in
-        panels[TITLES[one.sampling]] |= {side: found for side, found in one.ratios.items() if None not in found}
+        panels[TITLES[one.sampling]] |= one.ratios
         last = [side for side in one.sides if side in MODES][-1]
         steps[one.sampling] = [
             run.run.stats["tokens_per_step"] for run in one.runs if run.side == last and run.repeat == 0
@@ -390,7 +390,9 @@ def bench(options: argparse.Namespace, arguments: list[str], console: Console) -
         }
         for name in PAPER
     }
-    written += figures.speedups(panels, paper, options.out / "figure2")
+    drawn = {title: {side: found for side, found in ratios.items() if None not in found}
+             for title, ratios in panels.items()}  # fmt: skip
+    written += figures.speedups(drawn, paper, options.out / "figure2")
     shown = completions(models, encoded, steps, options)
     for path in (options.out / "figure3.svg", options.out / "figure3.html"):
         save(path, shown)
