@@ -88,8 +88,9 @@ def groups(models: Models, base: TreeConfig, drafts: dict[str, stagedspec.Decode
                 add("staged", f"{name}, {nodes} nodes, {passes} passes", **changes)
     # A decoder of the same weights without the table.
     bare = stagedspec.Decoder(decoder.target, decoder.draft, None, decoder.tokenizer)
-    add("n-gram", "Katz table and context", prefetch=prefetch)
-    add("n-gram", "Katz table alone", prefetch=prefetch, context=False)
+    if decoder.ngram is not None:
+        add("n-gram", "Katz table and context", prefetch=prefetch)
+        add("n-gram", "Katz table alone", prefetch=prefetch, context=False)
     add("n-gram", "context alone", bare, prefetch=prefetch)
     add("n-gram", "none", prefetch=0)
     for passes in PASSES:

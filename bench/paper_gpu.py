@@ -60,9 +60,9 @@ class Interrupted(KeyboardInterrupt):
 class State:
     """Where a run is, written to state.json every few seconds by a thread of its own.
 
-    minutes: of the plan; training: of the plan when the run began, by which training is planned. commit: of the code.
-    spent: seconds of all processes that worked on this run. stage, at: what is under way, and its last report. done:
-    stages that ended, with their seconds; failed: stages that did not, with their messages.
+    minutes: of the plan; training: of the plan when the run began, by which training is planned. commit: of the code,
+    every one that has worked on this run. spent: seconds of all processes that did. stage, at: what is under way, and
+    its last report. done: stages that ended, with their seconds; failed: stages that did not, with their messages.
     """
 
     minutes: float
@@ -95,7 +95,10 @@ class State:
         if not path.exists():
             return cls(minutes, commit=commit())
         found = cls.read(path)
-        found.failed, found.commit = {}, commit()
+        found.failed, now = {}, commit()
+        known = [] if found.commit is None else found.commit.split(", ")
+        if now is not None and now not in known:  # what an earlier one trained or measured is not made again
+            found.commit = ", ".join([*known, now])
         if found.minutes != minutes:  # with more time, what measures goes on; training is over when it is over
             found.minutes, found.done = minutes, {name: taken for name, taken in found.done.items() if name == "train"}
         return found
@@ -326,11 +329,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(sys.argv[1:] if arguments is None else arguments)
     if not options.update_readme:
         options.out.mkdir(parents=True, exist_ok=True)
-    if options.prompts is not None:  # so that commands in the reports name no place of this machine
-        kept = options.out / options.prompts.name
-        if not kept.exists():
-            shutil.copyfile(options.prompts, kept)
-        options.prompts = Path(kept.name)
+        if options.prompts is not None:  # so that commands in the reports name no place of this machine
+            kept = options.out / options.prompts.name
+            if not kept.exists():
+                shutil.copyfile(options.prompts, kept)
+            options.prompts = Path(kept.name)
     before = Path.cwd()
     os.chdir(options.out)
     try:

@@ -12,6 +12,7 @@ from test_bench import folder, one_thread  # noqa: F401 (fixtures)
 import report
 from sides import load
 from stagedspec import TreeConfig
+from stagedspec.models.ngram_fit import fit_table
 
 
 @pytest.fixture
@@ -158,8 +159,20 @@ def test_all_of_it(tmp_path, monkeypatch):
 
 
 def test_a_readme_of_a_run_that_is_not_there(tmp_path, capsys):
-    assert paper_gpu.main(["--out", str(tmp_path), "--update-readme"]) == 2
-    assert "state.json does not exist" in capsys.readouterr().err
+    prompts = tmp_path / "mine.jsonl"
+    prompts.write_text('{"prompt": "import os"}\n')
+    (tmp_path / "run").mkdir()
+    more = ["--prompts", str(prompts), "--update-readme"]
+    assert paper_gpu.main(["--out", str(tmp_path / "run"), *more]) == 2
+    assert "state.json does not exist" in capsys.readouterr().err and not any((tmp_path / "run").iterdir())
+
+
+def test_every_commit_that_worked_on_a_run(stages, tmp_path, monkeypatch):
+    """What an earlier one trained is not made again."""
+    for name in ("aaa", "bbb", None, "bbb"):
+        monkeypatch.setattr(paper_gpu, "commit", lambda name=name: name)
+        assert paper_gpu.main(command(tmp_path)) == 0
+    assert "\n\ncommit aaa, bbb; " in (tmp_path / "run" / "summary.md").read_text()
 
 
 # ---------------------------------------------------------------- ablation.py
@@ -213,9 +226,14 @@ def test_ablation_writes_tables_and_a_figure_and_goes_on(options, folder, tmp_pa
     assert ablation.main(options) == 0
 
 
-def test_each_variant_is_what_its_name_says(options):
-    models = load(ablation.parse(options))
+def test_each_variant_is_what_its_name_says(options, tmp_path):
+    bare = load(ablation.parse(options))
+    table = fit_table([torch.arange(100) % 7], bare.decoder.target.vocab_size)
+    table.save(tmp_path / "ngram.safetensors")
+    models = load(ablation.parse([*options, "--ngram", str(tmp_path / "ngram.safetensors")]))
     found = ablation.groups(models, TreeConfig(12, 4, 2, 2, 4, 1, 1), {})
+    assert list(found["n-gram"]) == ["Katz table and context", "Katz table alone", "context alone", "none"]
+    assert list(ablation.groups(bare, TreeConfig(), {})["n-gram"]) == ["context alone", "none"]  # there is no table
     for name, variant in found["nodes"].items():
         nodes, passes = (int(part.split()[0]) for part in name.split(", "))
         assert (variant.tree.nodes, variant.tree.passes) == (nodes, passes)
