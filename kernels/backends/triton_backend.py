@@ -80,7 +80,7 @@ class TritonBackend:
     name = "triton"
     max_head_size = MAX_HEAD_SIZE
     max_depth = WINDOW - 2  # the draft's pass begins one token above the root
-    timed_rows: tuple[int, ...] = (1, 16, 64)  # few: each number of rows has kernels of its own to compile
+    timed_rows: tuple[int, ...] = (1, 16, 32, 64)  # few: each number of rows has kernels of its own to compile
     # On an H200 (bench/README.md): the kernels of tree growth, verification and commit, and the launch of a graph.
     overheads = Overheads(step=2.5e-5, node=0.0, drafting=0.0, draft_pass=1e-5, row=0.0)
 

@@ -41,6 +41,20 @@ def test_times_between_and_beyond_the_measured_sizes():
         assert [timed(1, rows, False) for rows in (1, 2, 3, 6, 9)] == pytest.approx([3.0, 4.0, 4.5, 6.0, 9.0])
 
 
+def test_kernels_for_powers_of_two_of_rows_take_as_long_for_fewer():
+    known = {
+        (draft, batch, rows, False): seconds
+        for draft in (False, True)
+        for batch in (1, 2)
+        for rows, seconds in ((1, 1.0), (16, 4.0), (32, 6.0))
+    }
+    model = SimpleNamespace(ops=SimpleNamespace(timed_rows=(1, 16, 32), compiles_kernels=True))
+    times = PassTimes(model, model, known)
+    for timed in (times.target_pass, times.draft_pass):
+        assert [timed(1, rows, False) for rows in (1, 5, 8, 9, 16, 17, 32)] == pytest.approx([1, 2.4, 2.4, 4, 4, 6, 6])
+        assert [timed(2, rows, False) for rows in (1, 3, 5, 16)] == pytest.approx([1, 1.6, 2.4, 4])
+
+
 def text(first: float, hit: float = 0.0):
     return ((1.0, (first,) + (0.0,) * (CHILDREN - 1), hit),)
 
