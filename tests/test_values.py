@@ -56,9 +56,9 @@ def test_plain_values():
 
 
 def test_trees_take_numbers_of_any_kind():
-    tree = TreeConfig(np.int64(8), torch.tensor(3), np.uint8(2), node_floor=np.float32(0.5))
-    assert tree == TreeConfig(8, 3, 2, node_floor=0.5)
-    assert {type(value) for value in vars(tree).values()} == {int, float}
+    tree = TreeConfig(np.int64(8), torch.tensor(3), np.uint8(2), node_floor=np.float32(0.5), context=np.False_)
+    assert tree == TreeConfig(8, 3, 2, node_floor=0.5, context=False)
+    assert {type(value) for value in vars(tree).values()} == {int, float, bool}
 
 
 def test_settings_need_no_torch():
