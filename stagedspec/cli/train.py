@@ -56,6 +56,9 @@ def train(
         int | None, typer.Option(help="Blocks of one target pass; lower it when memory runs out.")
     ] = None,
     draft_micro_batch: Annotated[int | None, typer.Option(help="Blocks of one draft pass.")] = None,
+    sampled_together: Annotated[
+        int | None, typer.Option(help="Rows sampled in one batch, at most 64; lower it when memory runs out.")
+    ] = None,
     evaluate_every: Annotated[int | None, typer.Option(help="Steps between two held-out evaluations.")] = None,
     compiled: Annotated[
         bool | None, typer.Option("--compile/--no-compile", help="Compile layers when training on a GPU. Default: yes.")
@@ -72,7 +75,7 @@ def train(
     early_checks.check_at_least(
         1, target_tokens=target_tokens, draft_tokens=draft_tokens, target_samples=target_samples,
         draft_samples=draft_samples, target_micro_batch=target_micro_batch, draft_micro_batch=draft_micro_batch,
-        evaluate_every=evaluate_every,
+        evaluate_every=evaluate_every, sampled_together=sampled_together,
     )  # fmt: skip
     early_checks.check_at_least(0, pretraining_tokens=pretraining_tokens)
     budgets = {
@@ -108,6 +111,7 @@ def train(
         "target_micro_batch": target_micro_batch,
         "draft_micro_batch": draft_micro_batch,
         "evaluate_every": evaluate_every,
+        "sampled_together": sampled_together,
         "compiled": compiled,
         "seed": seed,
     }

@@ -115,12 +115,12 @@ class TrainConfig:
     draft_length: int = 256
     target_sample_seconds: float | None = None
     draft_sample_seconds: float | None = None
-    sampled_together: int = MAX_PLAIN_BATCH
+    sampled_together: int = field(default=MAX_PLAIN_BATCH, compare=False)
     longest_prompt: int = 64
     ngram_contexts: int = 32_768
     ngram_successors: int = 4
-    target_micro_batch: int | None = None
-    draft_micro_batch: int | None = None
+    target_micro_batch: int | None = field(default=None, compare=False)
+    draft_micro_batch: int | None = field(default=None, compare=False)
     evaluate_every: int = 2000
     compiled: bool = True
     seed: int = 0
@@ -139,6 +139,11 @@ class TrainConfig:
             settings, depth = getattr(self, f"{name}_fit"), getattr(self, model).layers
             if settings is None:
                 continue
+            micro = getattr(self, f"{model}_micro_batch")
+            if micro is not None and (micro < 1 or settings.batch % micro):
+                raise ValueError(
+                    f"{model}_micro_batch must divide the batch of {name}_fit, {settings.batch}, got {micro}"
+                )
             if settings.block > self.n_positions:
                 raise ValueError(
                     f"{name}_fit.block must be at most n_positions ({self.n_positions}), got {settings.block}"
@@ -148,15 +153,12 @@ class TrainConfig:
                     f"{name}_fit.shallow_layers must be at most its {depth} layers, got {settings.shallow_layers}"
                 )
         for name in ("target", "draft"):
-            batch, micro = getattr(self, f"{name}_fit").batch, getattr(self, f"{name}_micro_batch")
             length = getattr(self, f"{name}_length")
             if not self.longest_prompt < length <= self.n_positions:
                 raise ValueError(
                     f"{name}_length must be above longest_prompt ({self.longest_prompt}) and at most n_positions "
                     f"({self.n_positions}), got {length}"
                 )
-            if micro is not None and (micro < 1 or batch % micro):
-                raise ValueError(f"{name}_micro_batch must divide the batch of {batch}, got {micro}")
         if not 1 <= self.sampled_together <= MAX_PLAIN_BATCH:
             raise ValueError(f"sampled_together must be from 1 to {MAX_PLAIN_BATCH}, got {self.sampled_together}")
         if not 0 <= self.sample_share <= 1:
@@ -340,7 +342,7 @@ class _Run:
 
     def _pretrain_draft(self, report: Progress) -> None:
         settings = cast(FitConfig, self.config.pretraining_fit)
-        self._fit("pretraining", self.config.draft, settings, None, report)
+        self._fit("pretraining", self.config.draft, settings, self.config.draft_micro_batch, report)
 
     def _fit(self, stage: str, shape: Shape, settings: FitConfig, micro_batch: int | None, report: Progress) -> None:
         """Trains a model on the corpus."""

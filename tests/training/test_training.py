@@ -770,6 +770,7 @@ def test_recipe_refuses_too_little_source(config, tmp_path):
         {"target_length": 65},
         {"longest_prompt": 64},
         {"target_micro_batch": 3},
+        {"draft_micro_batch": 4, "pretraining_fit": recipe.FitConfig(tokens=100, batch=6, block=32)},
         {"ngram_successors": 0},
         {"target_samples": 5},
         {"target_top_k": 0},
@@ -781,6 +782,10 @@ def test_recipe_refuses_too_little_source(config, tmp_path):
 def test_recipe_settings_that_cannot_be(settings):
     with pytest.raises(ValueError):
         recipe.preset("tiny", **settings)
+
+
+def test_a_preset_that_needs_less_memory_is_the_preset():
+    assert recipe.preset("tiny", sampled_together=2, draft_micro_batch=4, device="cpu") == recipe.PRESETS["tiny"]
 
 
 def test_shapes_that_cannot_be():
