@@ -34,7 +34,7 @@ def place_of_bit(word, rank):
     """The place of the set bit with `rank` set bits below it."""
     pairs, nibbles, bytes_ = _bit_counts(word)
     halves = (bytes_ + (bytes_ >> 8)) & 0x00FF00FF
-    position = word & 0
+    position = word & 0  # zeros, in Gluon too, where `zeros_like` lacks a layout
     position, rank = _descend(halves, position, rank, 16)
     position, rank = _descend(bytes_, position, rank, 8)
     position, rank = _descend(nibbles, position, rank, 4)

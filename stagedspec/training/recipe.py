@@ -20,7 +20,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -90,6 +90,9 @@ class TrainConfig:
     compiled:           compile a model's layers when it is trained on a GPU.
     device:             "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:<n>". A run may continue on another one.
 
+    Comparisons leave out what changes nothing but rounding and memory (`compare=False`): a run may continue with other
+    values of these.
+
     Raises ValueError for invalid settings.
     """
 
@@ -121,8 +124,8 @@ class TrainConfig:
     ngram_successors: int = 4
     target_micro_batch: int | None = field(default=None, compare=False)
     draft_micro_batch: int | None = field(default=None, compare=False)
-    evaluate_every: int = 2000
-    compiled: bool = True
+    evaluate_every: int = field(default=2000, compare=False)
+    compiled: bool = field(default=True, compare=False)
     seed: int = 0
     device: str = field(default="auto", compare=False)
 
@@ -481,10 +484,7 @@ class _Run:
         """Checks that the folder, if there is a corpus in it, was made with the same settings, and notes them in it."""
         path = self.out / "train.json"
         wanted = json.loads(json.dumps(asdict(self.config)))
-        # None of these changes what is computed, beyond rounding.
-        free = {
-            "device", "target_micro_batch", "draft_micro_batch", "evaluate_every", "compiled", "sampled_together",
-        }  # fmt: skip
+        free = {setting.name for setting in fields(TrainConfig) if not setting.compare}
         if path.exists() and self._corpus_done():
             try:
                 stored = json.loads(path.read_text(encoding="utf-8"))

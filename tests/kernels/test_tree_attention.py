@@ -17,8 +17,8 @@ from stagedspec.kernels.common.timing import graph_of
 from stagedspec.kernels.tree_attention import op, scratch_size, tree_attention
 
 POISON = 1e4
-# Heads of 64 in 16 bits have a kernel of their own on Hopper, for the window that decoders use.
-# Only a GPU is fast enough for many blocks of keys, and for more programs than it has multiprocessors.
+# On a GPU also heads and a window as decoders have them, many splits of keys, and more programs than it has
+# multiprocessors: the interpreter is too slow for that. bench/kernels/experiments/one_launch.py runs the same tests.
 SIZES, WINDOW, LONG, HEADS = ((32, 64), 32, 700, 20) if GPU else ((32,), 16, 150, 1)
 
 
