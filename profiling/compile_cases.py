@@ -25,6 +25,7 @@ from stagedspec.kernels.linear.kernel import ROWS, stat_tiles
 from stagedspec.kernels.lm_head import hopper as lm_head_hopper
 from stagedspec.kernels.lm_head import op as lm_head
 from stagedspec.kernels.lm_head.kernel import head_kernel, norm_kernel
+from stagedspec.kernels.tree_attention import hopper as attention_hopper
 from stagedspec.kernels.tree_attention import op as tree_attention
 from stagedspec.kernels.tree_attention.shared import INTEGERS
 from stagedspec.models.shapes import SIZES, ModelShape
@@ -296,6 +297,38 @@ def attentions(arch: int) -> list[CompileCase]:
     return cases
 
 
+def attentions_hopper(arch: int) -> list[CompileCase]:
+    """Each of the settings, alone and in batches."""
+    types = {"p_qkv": "*bf16", "p_cache": "*bf16", "p_masks": "*i32", "p_prefix": "*i32", "p_out": "*bf16"}
+    types |= {"scale": "fp32"} | dict.fromkeys(INTEGERS, "i32")
+    kernel, cases = attention_hopper._attend, []
+    names = kernel.arg_names
+    models = {name: (shape.heads, 1) for name, shape in MODELS.items() if shape.head_size == 64} | {"grouped": (5, 4)}
+    passes = {"n1": (1, 1, 1), "n64": (1, 64, 2), "n256": (1, 256, 8), "b8-n16": (8, 16, 1)}  # sequences, nodes, words
+    for model, (heads, group) in models.items() if arch == 90 else ():
+        for name, (batch, nodes, words) in passes.items():
+            chosen = attention_hopper.settings(nodes * group, batch * heads)
+            registers = chosen.pop("maxnreg")
+            constants = {
+                "KV_HEADS": heads, "GROUP": group, "D": 64, "WORDS": words, "WINDOW": tree_attention.WINDOW,
+                "TILE": attention_hopper.TILE, "CHUNK": attention_hopper.CHUNK, "CHUNKS": attention_hopper.CHUNKS,
+                "SETTLED": True, "PDL": False,
+            } | chosen  # fmt: skip
+            cases.append(
+                CompileCase(
+                    f"{model}-{name}",
+                    kernel,
+                    {key: types.get(key, "constexpr") for key in names},
+                    constants,
+                    attention_hopper.CHUNKS,
+                    matrix=True,
+                    maxnreg=registers,
+                    aligned=tuple(key for key in names if key.startswith("p_")),
+                )
+            )
+    return cases
+
+
 def embeds(arch: int) -> list[CompileCase]:
     tables = ("p_token_table", "p_position_table", "p_out")
     kinds = dict.fromkeys(("p_tokens", "p_positions"), "*i32") | dict.fromkeys(tables, "*bf16")
@@ -423,6 +456,7 @@ CASES: dict[str, Callable[[int], list[CompileCase]]] = {
     "linear_hopper": linears_hopper,
     "embed": embeds,
     "tree_attention": attentions,
+    "tree_attention_hopper": attentions_hopper,
     "compact": compacts,
     "lm_head": lm_heads,
     "lm_head_hopper": lm_heads_hopper,

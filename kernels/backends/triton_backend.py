@@ -311,8 +311,9 @@ class TritonBackend:
         )
         scratch = self.memory.scratch_of(need, qkv.device)
         attention.tree_attention(
-            qkv, cache, batch.masks, batch.prefix, batch.first_bit, chunk, tree_rows, scale, out, scratch, WINDOW
-        )
+            qkv, cache, batch.masks, batch.prefix, batch.first_bit, chunk, tree_rows, scale, out, scratch, WINDOW,
+            settled=True,  # since `embed`
+        )  # fmt: skip
         return out
 
     # ---------------------------------------------------------------- token choice

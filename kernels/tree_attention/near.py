@@ -7,10 +7,7 @@ from stagedspec.kernels.tree_attention.shared import (
     INTEGERS,
     far_end,
     load_queries,
-    mask_word,
-    node_positions,
-    place_of_bit,
-    popcount,
+    near_rows,
     rescaled,
 )
 
@@ -72,33 +69,14 @@ def _attend_near(
 
     # Where the near keys lie: WINDOW of each query, one query after another.
     index = tl.arange(0, ROWS * WINDOW)  # [KEYS]
-    query = i_tile * ROWS + index // WINDOW  # node * GROUP + head in the group
-    node, known = query // GROUP, query < N * GROUP
-    position = node_positions(p_masks, node, prefix, known, WORDS)
-    keys = position - (WINDOW - 1) + index % WINDOW  # [KEYS], positions
-    rank = keys - prefix
-    bits = tl.full([ROWS * WINDOW], 0, tl.uint32)  # the word that holds the key's bit,
-    bit = tl.full([ROWS * WINDOW], 0, tl.int32)  # the first bit of that word,
-    rest = tl.full([ROWS * WINDOW], 0, tl.int32)  # and the set bits of that word below the key's
-    below = tl.full([ROWS * WINDOW], 0, tl.int32)
-    for i_word in tl.static_range(WORDS):
-        word = mask_word(p_masks, node, i_word, known, WORDS)
-        above = below + popcount(word)
-        here = (rank >= below) & (rank < above)
-        bits = tl.where(here, word, bits)
-        bit = tl.where(here, 32 * i_word, bit)
-        rest = tl.where(here, rank - below, rest)
-        below = above
-    bit += place_of_bit(bits, rest)
-    inside = rank >= 0
-    fresh = inside & (bit >= first_bit)
-    row = tl.where(inside, tl.where(fresh, bit - first_bit, bit), tree_rows + keys)
+    row, fresh, seen = near_rows(
+        p_masks, i_tile * ROWS, index, prefix, first_bit, tree_rows, queries, GROUP, WORDS, WINDOW
+    )
     offset = row.to(tl.int64) * tl.where(fresh, QKV_STRIDE, ROW_STRIDE)
     p_k = (tl.where(fresh, p_pass, p_cache) + offset)[:, None] + dims[None, :]  # [KEYS, D]
     p_v = (tl.where(fresh, p_pass + V_STEP, p_cache + V_STEP) + offset)[:, None] + dims[None, :]
     ALIGN: tl.constexpr = 16 if D * p_cache.dtype.element_ty.primitive_bitwidth % 128 == 0 else 1
     p_k, p_v = tl.multiple_of(p_k, [1, ALIGN]), tl.multiple_of(p_v, [1, ALIGN])  # tl.where drops it
-    seen = (keys >= 0) & (position >= 0) & known
     b_k = tl.load(p_k, mask=seen[:, None] & in_head, other=0.0)
     b_v = tl.load(p_v, mask=seen[:, None] & in_head, other=0.0)
 

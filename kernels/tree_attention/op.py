@@ -69,6 +69,11 @@ def prompt_tiles(head_size: int, itemsize: int) -> dict[str, int]:
     return {"D_PAD": padded, "ROWS": rows, "KEYS": keys}
 
 
+def by_hopper(head_size: int, itemsize: int, window: int, device: torch.device) -> bool:
+    """Whether the kernel for Hopper runs, by what all passes have in common: it has bits of its own."""
+    return (head_size, itemsize, window) == (64, 2, WINDOW) and architecture(device) == 90
+
+
 def far_warps(arch: int, head_size: int) -> int:
     """Wide heads spill in four warps where the matrix instructions take their operands from registers."""
     return 2 * WARPS if head_size > 64 and arch in (80, 120) else WARPS
@@ -105,13 +110,14 @@ class PassNodes(NamedTuple):
     chunk: bool
     tree_rows: int
     window: int
+    settled: bool
 
 
 def _launch(
     qkv: torch.Tensor, cache: torch.Tensor, placed: PassNodes, scale: float, out: torch.Tensor, partials: torch.Tensor
 ) -> None:
     check_runs(qkv, "tree_attention")
-    masks, prefix, first_bit, chunk, tree_rows, window = placed
+    masks, prefix, first_bit, chunk, tree_rows, window, settled = placed
     batch, nodes, words = masks.shape
     _, rows, _, kv_heads, size = cache.shape
     group = out.shape[1] // size // kv_heads
@@ -130,11 +136,17 @@ def _launch(
             num_warps=far_warps(architecture(qkv.device), size), **tiles, **shared,
         )  # fmt: skip
         return
+    shared |= {"WORDS": words, "WINDOW": window}
+    if by_hopper(size, qkv.element_size(), window, qkv.device):
+        from stagedspec.kernels.tree_attention import hopper  # Gluon takes a while to import
+
+        given = qkv, cache, masks, prefix, out, scale, nodes, rows, first_bit, tree_rows
+        return hopper.launch(queries, batch * kv_heads, *given, SETTLED=settled, **shared)
     tiles = tree_tiles(size, qkv.element_size(), window)
     splits = _splits(rows, tree_rows, tiles["SPLIT"])
     count = batch * kv_heads * splits * queries
     acc, top, total = partials[: count * size], partials[count * size :], partials[count * (size + 1) :]
-    shared |= {"WORDS": words, "WINDOW": window} | {name: tiles[name] for name in ("D_PAD", "SPLIT")}
+    shared |= {name: tiles[name] for name in ("D_PAD", "SPLIT")}
     inputs, parts, sizes = (qkv, cache, masks, prefix), (acc, top, total), (nodes, rows, first_bit, tree_rows, splits)
     launch_kernel(
         far,
@@ -159,7 +171,7 @@ def _launch(
 
 _op = register(
     "tree_attention(Tensor qkv, Tensor(a!) cache, Tensor masks, Tensor prefix, int first_bit, bool chunk, "
-    "int tree_rows, int window, float scale, Tensor(b!) out, Tensor(c!) partials) -> ()",
+    "int tree_rows, int window, bool settled, float scale, Tensor(b!) out, Tensor(c!) partials) -> ()",
     _launch,
 )
 
@@ -176,7 +188,7 @@ def mask_words(seen: torch.Tensor) -> torch.Tensor:
 
 def _check_nodes(op: str, placed: PassNodes, rows: int) -> None:
     """Whether the nodes' rows lie where the pass may write, in a cache of `rows` rows, and masks reach them."""
-    masks, _, first_bit, chunk, tree_rows, window = placed
+    masks, _, first_bit, chunk, tree_rows, window, _ = placed
     _, nodes, words = masks.shape
     if not (8 <= window <= 256 and window & (window - 1) == 0):
         raise ValueError(f"{op}: window must be a power of two from 8 to 256, got {window}")
@@ -208,6 +220,7 @@ def tree_attention(
     out: torch.Tensor,
     scratch: Scratch,
     window: int = WINDOW,
+    settled: bool = False,
 ) -> None:
     """Attention of a pass of N nodes a sequence; writes out and appends the nodes' K and V to the cache.
 
@@ -221,6 +234,9 @@ def tree_attention(
     `window` bits set. True for a chunk of a prompt: every node sees those before it, masks and scratch are not read,
     and the K and V follow the prefix. scale: factor of the scores, as a rule D**-0.5. scratch: of `scratch_size`, or
     more. window: a power of two, the same for everything that must agree bitwise. Scores and sums are in fp32.
+
+    settled: whether masks, prefix and the rows that it counts were complete before the kernel ahead of this one began,
+    as after `embed`, which starts nothing before that. On Hopper they are then read before that kernel has ended.
 
     What lies in masks and prefix is on the device and not checked: bits below first_bit + N only, prefix at most
     S - tree_rows, of a chunk at most S - tree_rows - N.
@@ -249,7 +265,7 @@ def tree_attention(
             f"{op}: out must have H*{size} columns with H a multiple of the cache's {kv_heads}, got {out.shape[1]}"
         )
     check_tensor(op, "qkv", qkv, (batch * nodes, (heads + 2 * kv_heads) * size), FLOATS, device)
-    placed = PassNodes(masks, prefix, first_bit, chunk, tree_rows, window)
+    placed = PassNodes(masks, prefix, first_bit, chunk, tree_rows, window, settled)
     _check_nodes(op, placed, rows)
     need = (0, 0) if chunk else scratch_size(batch, nodes, heads, kv_heads, size, rows, tree_rows)
     if scratch.partials.numel() < need[0]:

@@ -44,17 +44,58 @@ def place_of_bit(word, rank):
 
 
 @triton.jit
-def mask_word(p_masks, nodes, i_word, ok, WORDS: tl.constexpr):
-    return tl.load(p_masks + nodes * WORDS + i_word, mask=ok, other=0).to(tl.uint32, bitcast=True)
+def mask_word(p_masks, nodes, i_word, ok, WORDS: tl.constexpr, FROM: tl.constexpr):
+    """FROM: ".cg" reads past L1, which may hold what lay there earlier."""
+    return tl.load(p_masks + nodes * WORDS + i_word, mask=ok, other=0, cache_modifier=FROM).to(tl.uint32, bitcast=True)
 
 
 @triton.jit
-def node_positions(p_masks, nodes, prefix, ok, WORDS: tl.constexpr):
+def node_positions(p_masks, nodes, prefix, ok, WORDS: tl.constexpr, FROM: tl.constexpr = ""):
     """Positions of nodes, int32; -1 for a node that sees nothing."""
-    count = popcount(mask_word(p_masks, nodes, 0, ok, WORDS))
+    count = popcount(mask_word(p_masks, nodes, 0, ok, WORDS, FROM))
     for i_word in range(1, WORDS):
-        count += popcount(mask_word(p_masks, nodes, i_word, ok, WORDS))
+        count += popcount(mask_word(p_masks, nodes, i_word, ok, WORDS, FROM))
     return tl.where(count > 0, prefix + count - 1, -1)
+
+
+@triton.jit
+def near_rows(
+    p_masks,
+    first_query,
+    index,
+    prefix,
+    first_bit,
+    tree_rows,
+    queries,
+    GROUP: tl.constexpr,
+    WORDS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    FROM: tl.constexpr = "",
+):
+    """Where near keys lie, WINDOW of each query, one query after another; `index` counts from `first_query`.
+
+    Returns rows, whether these are of the pass's qkv (else of the cache), and whether the query sees the key.
+    """
+    query = first_query + index // WINDOW  # node * GROUP + head in the group
+    node, known = query // GROUP, query < queries
+    position = node_positions(p_masks, node, prefix, known, WORDS, FROM)
+    key = position - (WINDOW - 1) + index % WINDOW  # its position
+    rank = key - prefix
+    zero = index & 0
+    bits = zero.to(tl.uint32)  # the word that holds the key's bit,
+    bit, rest, below = zero, zero, zero  # the first bit of that word, and the set bits of that word below the key's
+    for i_word in tl.static_range(WORDS):
+        word = mask_word(p_masks, node, i_word, known, WORDS, FROM)
+        above = below + popcount(word)
+        here = (rank >= below) & (rank < above)
+        bits = tl.where(here, word, bits)
+        bit = tl.where(here, 32 * i_word, bit)
+        rest = tl.where(here, rank - below, rest)
+        below = above
+    bit += place_of_bit(bits, rest)
+    fresh = (rank >= 0) & (bit >= first_bit)
+    row = tl.where(rank >= 0, tl.where(fresh, bit - first_bit, bit), tree_rows + key)
+    return row, fresh, (key >= 0) & (position >= 0) & known
 
 
 @triton.jit

@@ -439,7 +439,7 @@ def test_opcheck(device):
     given = arguments(device)
     scratch, scale = given.pop("scratch"), given.pop("scale")
     values = list(given.values())
-    torch.library.opcheck(op._op, (*values[:-1], WINDOW, scale, values[-1], scratch.partials))
+    torch.library.opcheck(op._op, (*values[:-1], WINDOW, False, scale, values[-1], scratch.partials))
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
