@@ -61,7 +61,8 @@ def resolve(
 def _import_gluon() -> None:
     """Imports the kernels that TritonBackend imports only where they are launched: Gluon takes a while to import."""
     import stagedspec.kernels.linear.hopper
-    import stagedspec.kernels.lm_head.hopper  # noqa: F401
+    import stagedspec.kernels.lm_head.hopper
+    import stagedspec.kernels.tree_attention.hopper  # noqa: F401
 
 
 def _triton_problem(device: torch.device, head_size: int) -> str:
