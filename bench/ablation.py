@@ -276,6 +276,7 @@ def bench(options: argparse.Namespace, arguments: list[str], console: Console) -
     for group, part, variants in parts(groups(models, base, drafts)):
         if (group, part) not in done:
             if done and time.perf_counter() - began > options.seconds:
+                console.print(f"left out, time is over: {group}: {', '.join(variants)}", highlight=False)
                 continue
             done[group, part] = measured(variants, decoder, encoded, group, options.max_new_tokens)
             journal.add(group=group, part=part, lines=done[group, part])

@@ -198,6 +198,7 @@ def bench(options: argparse.Namespace, arguments: list[str], console: Console) -
         for temperature in progress.track(options.temperatures, description="temperatures"):
             if temperature not in done:
                 if done and time.perf_counter() - began > options.seconds:
+                    console.print(f"left out, time is over: T={temperature:g}", highlight=False)
                     continue
                 done[temperature] = measure(models, encoded, temperature, options)
                 journal.add(**done[temperature])

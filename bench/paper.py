@@ -192,6 +192,9 @@ def compare_all(
         title = f"{name}, peers" if few and beside_peers else name
         runs = measure(sides, some, options.repeats, title, journal, end)
         measured = len({run.prompt for run in runs})
+        if measured < len(some):
+            console.print(f"left out, time is over: {title}: {len(some) - measured} of {len(some)} prompts",
+                          highlight=False)  # fmt: skip
         shown = f"{TITLES[name]}, {'first ' * beside_peers}{measured} prompts" if few else TITLES[name]
         found.append(Compared(name, shown, runs, list(sides)))
     return found
