@@ -44,7 +44,7 @@ def _case(model: str, batch: int, count: int, context: int) -> Case:
 
     def ours() -> None:
         for layer in cache:
-            tree_attention(qkv, layer, masks, prefix, 0, False, count, scale, out, scratch, settled=True)  # as in a pass
+            tree_attention(qkv, layer, masks, prefix, 0, False, count, scale, out, scratch, settled=True)
 
     # Peers get their keys and values laid out as they like best, tree rows already in place: they append nothing.
     visible = torch.cat((seen, torch.ones(count, context, dtype=torch.bool)), 1).to(DEVICE)
