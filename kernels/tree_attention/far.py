@@ -73,7 +73,7 @@ def _attend_far(
         ok = rows < N * GROUP
         b_q = load_queries(p_q, rows, ok, dims, GROUP, D, QKV_STRIDE)  # [ROWS, D]
         # The last far position of each query [ROWS].
-        last = node_positions(p_masks, rows // GROUP, prefix, ok, WORDS) - WINDOW
+        last = node_positions(p_masks, rows // GROUP, prefix, ok, WORDS, False) - WINDOW
         b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee") * scale  # [SPLIT, ROWS]
         b_s = tl.where(keys[:, None] <= last[None, :], b_s, float("-inf"))
         b_max = tl.max(b_s, axis=0)

@@ -117,7 +117,7 @@ def _attend(
     i_row = gl.arange(0, TILE, S_ROWS)
     rows = gl.where((i_row < ROWS) & (first_query + i_row < queries), first_query + i_row, -1)
     last = (
-        node_positions(p_masks, rows // GROUP, prefix, rows >= 0, WORDS, ".cg") - WINDOW
+        node_positions(p_masks, rows // GROUP, prefix, rows >= 0, WORDS, True) - WINDOW
     )  # each query's last far position
     last, rows = gl.expand_dims(gl.expand_dims(last, 0), 2), gl.expand_dims(gl.expand_dims(rows, 0), 2)
     near_blocks = gl.cdiv(gl.minimum(queries - first_query, ROWS) * WINDOW, BLOCK)
@@ -276,7 +276,7 @@ def _near(
     """Of near keys [CHUNKS, CHUNK]: 2 * row + 1 for a row of the pass's qkv, 2 * row for one of the cache, -1 for what
     its query does not see."""
     row, fresh, seen = near_rows(
-        p_masks, first_query, index, prefix, first_bit, tree_rows, queries, GROUP, WORDS, WINDOW, ".cg"
+        p_masks, first_query, index, prefix, first_bit, tree_rows, queries, GROUP, WORDS, WINDOW, True
     )
     return gl.where(seen, 2 * row + gl.where(fresh, 1, 0), -1)
 

@@ -70,7 +70,7 @@ def _attend_near(
     # Where the near keys lie: WINDOW of each query, one query after another.
     index = tl.arange(0, ROWS * WINDOW)  # [KEYS]
     row, fresh, seen = near_rows(
-        p_masks, i_tile * ROWS, index, prefix, first_bit, tree_rows, queries, GROUP, WORDS, WINDOW
+        p_masks, i_tile * ROWS, index, prefix, first_bit, tree_rows, queries, GROUP, WORDS, WINDOW, False
     )
     offset = row.to(tl.int64) * tl.where(fresh, QKV_STRIDE, ROW_STRIDE)
     p_k = (tl.where(fresh, p_pass, p_cache) + offset)[:, None] + dims[None, :]  # [KEYS, D]

@@ -44,17 +44,19 @@ def place_of_bit(word, rank):
 
 
 @triton.jit
-def mask_word(p_masks, nodes, i_word, ok, WORDS: tl.constexpr, FROM: tl.constexpr):
-    """FROM: ".cg" reads past L1, which may hold what lay there earlier."""
-    return tl.load(p_masks + nodes * WORDS + i_word, mask=ok, other=0, cache_modifier=FROM).to(tl.uint32, bitcast=True)
+def mask_word(p_masks, nodes, i_word, ok, WORDS: tl.constexpr, PAST_L1: tl.constexpr):
+    """PAST_L1: L1 may hold what lay there earlier."""
+    p_words = p_masks + nodes * WORDS + i_word
+    word = tl.load(p_words, mask=ok, other=0, cache_modifier=".cg" if PAST_L1 else "")
+    return word.to(tl.uint32, bitcast=True)
 
 
 @triton.jit
-def node_positions(p_masks, nodes, prefix, ok, WORDS: tl.constexpr, FROM: tl.constexpr = ""):
+def node_positions(p_masks, nodes, prefix, ok, WORDS: tl.constexpr, PAST_L1: tl.constexpr):
     """Positions of nodes, int32; -1 for a node that sees nothing."""
-    count = popcount(mask_word(p_masks, nodes, 0, ok, WORDS, FROM))
+    count = popcount(mask_word(p_masks, nodes, 0, ok, WORDS, PAST_L1))
     for i_word in range(1, WORDS):
-        count += popcount(mask_word(p_masks, nodes, i_word, ok, WORDS, FROM))
+        count += popcount(mask_word(p_masks, nodes, i_word, ok, WORDS, PAST_L1))
     return tl.where(count > 0, prefix + count - 1, -1)
 
 
@@ -70,7 +72,7 @@ def near_rows(
     GROUP: tl.constexpr,
     WORDS: tl.constexpr,
     WINDOW: tl.constexpr,
-    FROM: tl.constexpr = "",
+    PAST_L1: tl.constexpr,
 ):
     """Where near keys lie, WINDOW of each query, one query after another; `index` counts from `first_query`.
 
@@ -78,14 +80,14 @@ def near_rows(
     """
     query = first_query + index // WINDOW  # node * GROUP + head in the group
     node, known = query // GROUP, query < queries
-    position = node_positions(p_masks, node, prefix, known, WORDS, FROM)
+    position = node_positions(p_masks, node, prefix, known, WORDS, PAST_L1)
     key = position - (WINDOW - 1) + index % WINDOW  # its position
     rank = key - prefix
     zero = index & 0
     bits = zero.to(tl.uint32)  # the word that holds the key's bit,
     bit, rest, below = zero, zero, zero  # the first bit of that word, and the set bits of that word below the key's
     for i_word in tl.static_range(WORDS):
-        word = mask_word(p_masks, node, i_word, known, WORDS, FROM)
+        word = mask_word(p_masks, node, i_word, known, WORDS, PAST_L1)
         above = below + popcount(word)
         here = (rank >= below) & (rank < above)
         bits = tl.where(here, word, bits)
