@@ -15,7 +15,6 @@ j * 8 + g of the result is column g * 8 + j of the head.
     ROWS     queries of a program, 8 or 16
     AHEAD    loads the first far keys and values before the kernel ahead has ended, and each block while the one before
              it is computed; else one block at a time, in so few registers that two programs fit a multiprocessor
-    TRIGGER  when the next kernel may start: at the beginning (0), after the wait (1), when the keys are done with (2)
 """
 
 import torch
@@ -54,7 +53,6 @@ def _attend(
     CHUNK: gl.constexpr,
     CHUNKS: gl.constexpr,
     AHEAD: gl.constexpr,
-    TRIGGER: gl.constexpr,
     SETTLED: gl.constexpr,
     PDL: gl.constexpr,
 ):
@@ -94,8 +92,6 @@ def _attend(
     V_KEYS: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, V))
     S_KEYS: gl.constexpr = gl.SliceLayout(1, MMA)
     S_ROWS: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, MMA))
-    if PDL and TRIGGER == 0:
-        cuda.gdc_launch_dependents()
     if PDL and not SETTLED:
         cuda.gdc_wait()
     i_tile, i_head = gl.program_id(0), gl.program_id(1)
@@ -143,8 +139,6 @@ def _attend(
             )
     if PDL:
         cuda.gdc_wait()
-        if TRIGGER == 1:
-            cuda.gdc_launch_dependents()
     b_q = gl.convert_layout(
         _queries(p_q, first_query, queries, GROUP, QKV_STRIDE, CHUNKS, TILE, D, Q),
         gl.DotOperandLayout(0, MMA, 8),
@@ -201,7 +195,7 @@ def _attend(
         v_code = s_codes.index(i).load(V_KEYS)
         near_v = _near_values(p_pass + V_STEP, p_cache + V_STEP, v_code, QKV_STRIDE, ROW_STRIDE, V)
         near_acc = _valued(b_p, near_v, near_acc, MMA)
-    if PDL and TRIGGER == 2:
+    if PDL:  # not earlier: the next kernel's weights would compete with the keys and values
         cuda.gdc_launch_dependents()
     s_near_max = gl.allocate_shared_memory(gl.float32, [CHUNKS, TILE], FLAT, near_max)
     s_near_sum = gl.allocate_shared_memory(gl.float32, [CHUNKS, TILE], FLAT, near_sum)
@@ -367,9 +361,9 @@ def _over_chunks(b_max, b_sum, b_acc):
 
 def settings(queries: int, groups: int) -> dict[str, int | None]:
     """Of a launch over `queries` queries of each of `groups` KV heads, those of all sequences together."""
-    ahead = groups * triton.cdiv(queries, TILE) <= MULTIPROCESSORS
-    rows = TILE if ahead and groups * triton.cdiv(queries, 8) > MULTIPROCESSORS else 8
-    return {"ROWS": rows, "AHEAD": ahead, "TRIGGER": 1 if ahead else 2, "maxnreg": None if ahead else 128}
+    rows = 8 if queries <= 8 or groups * triton.cdiv(queries, 8) <= MULTIPROCESSORS else TILE
+    ahead = groups * triton.cdiv(queries, rows) <= MULTIPROCESSORS
+    return {"ROWS": rows, "AHEAD": ahead, "maxnreg": None if ahead else 128}
 
 
 def launch(queries: int, groups: int, *given: torch.Tensor | float, **constants: int) -> None:

@@ -268,7 +268,7 @@ def committed(case, path):
 def test_committed_or_in_the_tree(device, dtype, fixed_order, prefix):
     """Node 5 of a chain, with 0 to 5 of its ancestors committed, evaluated alone."""
     parents = CHAIN[:6]
-    whole = make(device, dtype, [masks_of(parents)], [prefix])
+    whole = make(device, dtype, [masks_of(parents)], [prefix], LONG)
     expected = whole.run()[0][:, 5]
     for count in range(1, 6):
         after = committed(whole, range(count))
@@ -415,7 +415,7 @@ def test_kernels_that_start_early_wait_for_what_they_read(device, fixed_order, m
 
 
 def arguments(device):
-    case = make(device, torch.float32, [masks_of(MIXED)], [40], 60)
+    case = make(device, torch.float32, [masks_of(MIXED)], [40], 60, size=32)
     batch, nodes, heads, kv_heads, size = case.sizes
     need = scratch_size(batch, nodes, heads, kv_heads, size, case.cache.shape[1], case.tree_rows)
     return {
