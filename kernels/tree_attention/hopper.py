@@ -101,7 +101,6 @@ def _attend(
     p_q = p_pass + i_kv * (GROUP * D)
     p_pass += (HEADS + i_kv) * D
     p_masks += i_b * N * WORDS
-    p_out += i_b.to(gl.int64) * N * OUT_STRIDE + i_kv * (GROUP * D)
     p_far = p_cache + tree_rows.to(gl.int64) * ROW_STRIDE
     first_query, queries = i_tile * ROWS, N * GROUP
 
@@ -214,6 +213,7 @@ def _attend(
     row = first_query + i_row
     ok, nodes = (i_row < ROWS) & (row < queries), row // GROUP
     dims = columns % 8 * 8 + columns // 8
+    p_out += i_b.to(gl.int64) * N * OUT_STRIDE + i_kv * (GROUP * D)
     p_result = p_out + gl.expand_dims(nodes * OUT_STRIDE + row % GROUP * D, 1) + gl.expand_dims(dims, 0)
     gl.store(p_result, b_out.to(p_out.dtype.element_ty), mask=gl.expand_dims(ok, 1))
 
