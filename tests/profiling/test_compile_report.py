@@ -37,6 +37,7 @@ CASES = {
         "linear_hopper: l down 64": "HGMMA",
         "tree_attention: far-l-n64": "HGMMA",
         "tree_attention: near-l-n64": "HMMA",
+        "tree_attention_hopper: l-n64": "HMMA",
         "choose: select-children-50257": "",
         "lm_head: head-greedy-50257x1280-r16": "HGMMA",
         "lm_head_hopper: sampled-50257x1280-r64": "HGMMA",
@@ -110,6 +111,13 @@ def test_wrong_addresses_are_seen(lower, between, upper, expected):
     code = SUM.format(lower=lower, between=between, upper=upper)
     on_blackwell = code.replace("UP1, UR4, 0x20", "UP1, UP2, UR4, 0x20")
     assert compile_report.miscompiled(code) is compile_report.miscompiled(on_blackwell) is expected
+
+
+@pytest.mark.parametrize(("spilled", "problem"), [(16, ""), (17, "spills registers")])
+def test_only_what_a_case_allows_may_be_spilled(spilled, problem):
+    case = compile_report.CompileCase("spilling", None, {}, {}, spills=16)
+    report = compile_report.Report("spilling", 90, registers=128, spilled=spilled)
+    assert compile_report.find_problem(case, report, "") == problem
 
 
 @pytest.mark.parametrize(("seconds", "problem"), [(9.9, ""), (12.3, "takes 12 s to compile, at most 10 are allowed")])
