@@ -305,7 +305,8 @@ def attentions_hopper(arch: int) -> list[CompileCase]:
     kernel, cases = attention_hopper._attend, []
     names = kernel.arg_names
     models = {name: (shape.heads, 1) for name, shape in MODELS.items() if shape.head_size == 64} | {"grouped": (5, 4)}
-    passes = {"n1": (1, 1, 1), "n64": (1, 64, 2), "n256": (1, 256, 8), "b8-n16": (8, 16, 1)}  # sequences, nodes, words
+    passes = {"n1": (1, 1, 1), "n64": (1, 64, 2), "n256": (1, 256, 8)}  # sequences, nodes, words of a mask
+    passes |= {"b16-n1": (16, 1, 1), "b8-n16": (8, 16, 1)}
     for model, (heads, group) in models.items() if arch == 90 else ():
         for name, (batch, nodes, words) in passes.items():
             chosen = attention_hopper.settings(nodes * group, batch * heads)

@@ -1,9 +1,11 @@
 """The embedding gather against indexing."""
 
+import inspect
+
 import pytest
 import torch
 
-from stagedspec.kernels.embed import _op, embed
+from stagedspec.kernels.embed import _embed, _op, embed
 
 
 @pytest.mark.parametrize("width", [24, 37, 96])
@@ -18,6 +20,12 @@ def test_embed(device, dtype, width, index):
     embed(table, places, tokens, positions, out)
     expected = table[tokens.long().clamp(0, 60)].float() + places[positions.long().clamp(0, 19)].float()
     assert torch.equal(out, expected.to(dtype).flatten(0, 1))
+
+
+def test_nothing_starts_before_it_has_waited():
+    """Attention reads what is settled before its own wait: it may, because `embed` comes first in every pass."""
+    source = inspect.getsource(_embed.fn)
+    assert source.index("gdc_wait()") < source.index("gdc_launch_dependents()")
 
 
 def test_nothing_is_written_behind_the_last_row(device, dtype):

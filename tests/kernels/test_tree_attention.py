@@ -14,7 +14,7 @@ from stagedspec.kernels import linear
 from stagedspec.kernels.common import registry
 from stagedspec.kernels.common.registry import Scratch
 from stagedspec.kernels.common.timing import graph_of
-from stagedspec.kernels.tree_attention import op, scratch_size, tree_attention
+from stagedspec.kernels.tree_attention import hopper, op, scratch_size, tree_attention
 
 POISON = 1e4
 # On a GPU also heads and a window as decoders have them, many splits of keys, and more programs than it has
@@ -215,10 +215,10 @@ def test_nodes_that_see_nothing_get_zeros(device, dtype, error_ratio):
     assert not out[0, [1, 3]].any() and not out[1].any()
 
 
-def test_more_than_128_nodes(device, error_ratio):
+def test_as_many_nodes_as_a_pass_may_have(device, error_ratio):
     dtype = torch.float16
-    parents = [-1] + [max(node - 20, 0) for node in range(1, 200)]
-    check(make(device, dtype, [masks_of(parents)], [133], heads=1, kv_heads=1), error_ratio)
+    parents = [-1] + [max(node - 20, 0) for node in range(1, op.MAX_NODES)]
+    check(make(device, dtype, [masks_of(parents)], [133], heads=HEADS, kv_heads=HEADS), error_ratio)
 
 
 def test_a_layer_of_a_cache(device, dtype):
@@ -308,6 +308,23 @@ def test_alone_or_beside_others(device, dtype, fixed_order, whole, count):
             first_bit=first,
         )
         assert torch.equal(part.run()[0], expected[rows, first:])
+
+
+@pytest.mark.parametrize("nodes, group", [(1, 1), (4, 2), (64, 1)] if GPU else [(1, 1), (9, 2)])
+def test_alone_or_in_a_batch(device, dtype, fixed_order, nodes, group):
+    """Sequences of a batch, each with the bits that it has alone: prefixes at the edges of the window and of blocks of
+    far keys. On Hopper the launches differ by whether a program loads ahead, with 8 queries and with 16."""
+    edges = (WINDOW - 1, WINDOW, 256, 256 + WINDOW, 257 + WINDOW) if GPU else (WINDOW,)
+    prefix = [-1, 0, *edges, LONG]
+    parents = [-1] + [node - 1 if node % 8 else node // 2 for node in range(1, nodes)]
+    masks = [masks_of(parents)] * len(prefix)
+    case = make(device, dtype, masks, prefix, LONG, heads=HEADS * group, kv_heads=HEADS)
+    together, after = case.run()
+    for row in range(len(prefix)):
+        parts = {name: getattr(case, name)[row : row + 1].contiguous() for name in ("qkv", "cache", "masks", "prefix")}
+        alone, cache = replace(case, **parts).run()
+        assert torch.equal(alone[0], together[row]), prefix[row]
+        assert torch.equal(cache[0].nan_to_num(7.0), after[row].nan_to_num(7.0)), prefix[row]
 
 
 def test_prompts_in_any_chunks(device, dtype, fixed_order):
@@ -412,6 +429,28 @@ def test_kernels_that_start_early_wait_for_what_they_read(device, fixed_order, m
 
 
 # ---------------------------------------------------------------- interface
+
+
+@pytest.mark.parametrize(
+    "size, itemsize, window, arch, expected",
+    [(64, 2, 32, 90, True), (64, 2, 32, 80, False), (64, 2, 32, 100, False), (64, 2, 16, 90, False),
+     (64, 4, 32, 90, False), (32, 2, 32, 90, False), (128, 2, 32, 90, False)],
+)  # fmt: skip
+def test_where_the_kernel_for_hopper_runs(monkeypatch, size, itemsize, window, arch, expected):
+    """Wherever it can: nobody would see by the results that it does not."""
+    monkeypatch.setattr(op, "architecture", lambda device: arch)
+    assert op.by_hopper(size, itemsize, window, torch.device("cpu")) is expected
+
+
+@pytest.mark.parametrize(
+    "queries, groups, rows, ahead",
+    [(1, 20, 8, True), (9, 20, 8, True), (64, 20, 16, True), (256, 20, 16, False), (1, 160, 8, False),
+     (9, 160, 16, False)],
+)  # fmt: skip
+def test_settings_of_the_kernel_for_hopper(queries, groups, rows, ahead):
+    """Small tiles where every program has a multiprocessor; two programs on each where there are more."""
+    chosen = {"ROWS": rows, "AHEAD": ahead, "maxnreg": None if ahead else 128}
+    assert hopper.settings(queries, groups) == chosen
 
 
 def arguments(device):
