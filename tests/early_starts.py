@@ -6,6 +6,7 @@ from contextvars import copy_context
 import pytest
 import torch
 import triton.language as tl
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
 
 from stagedspec.kernels.common import registry
@@ -97,3 +98,31 @@ class EarlyStarts:
 
     def _let_begin(self, **_) -> None:
         self._others_may_begin = True
+
+
+class Settled(TorchDispatchMode):
+    """Fails where attention over a tree takes masks, prefix or a cache for settled that were written after `embed`, the
+    first kernel of its pass, by anything but the pass itself. checked: how often it did not fail."""
+
+    OF_A_PASS = ("stagedspec.row_stats", "stagedspec.linear", "stagedspec.tree_attention")
+
+    def __init__(self):
+        super().__init__()
+        self.passes = self.checked = 0
+        self.written: dict[int, int] = {}  # memory -> how many passes had begun when it was written last
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | (kwargs or {})
+        name = str(func)
+        self.passes += name.startswith("stagedspec.embed")
+        if name.startswith("stagedspec.tree_attention") and given["settled"] and not given["chunk"]:
+            for key in ("masks", "prefix", "cache"):
+                last = self.written.get(given[key].untyped_storage().data_ptr(), 0)
+                assert last < self.passes, f"{key}: written after embed, read before the wait"
+            self.checked += 1
+        if not name.startswith(self.OF_A_PASS):
+            for argument in func._schema.arguments:
+                value = given.get(argument.name)
+                if argument.alias_info is not None and argument.alias_info.is_write and value is not None:
+                    self.written[value.untyped_storage().data_ptr()] = self.passes
+        return func(*args, **(kwargs or {}))

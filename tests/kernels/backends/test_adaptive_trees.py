@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from early_starts import Settled
 from helpers import check_cache, left_pad, make_draft, make_gpt2, oracle_generate, random_prompts, slow_but
 from replay import Replay
 
@@ -137,7 +138,9 @@ def test_same_tokens_as_plain_decoding(decoder, reference, pair, device, erratic
     plain = reference(ids, mask, NEW, eos_token_id=[], **options)
     if not options:
         assert torch.equal(plain.cpu(), oracle_generate(pair[0], ids.cpu(), mask.cpu(), NEW))
-    assert torch.equal(decoder.generate(ids, mask, NEW, eos_token_id=[], **options), plain)
+    with Settled() as settled:
+        assert torch.equal(decoder.generate(ids, mask, NEW, eos_token_id=[], **options), plain)
+    assert settled.checked > 0
     controller = decoder.planner._controllers["staged", len(lengths), "do_sample" in options]
     pairs = set(zip(controller.made_levels, controller.made_levels[1:], strict=False))
     assert len(pairs) >= 6 and controller.shown
@@ -161,7 +164,9 @@ def test_the_host_takes_part(decoder, reference, device, erratic):
     options = {"repetition_penalty": 1.4, "eos_token_id": [], "do_sample": True, "seed": 2}
     plain = reference(ids, mask, 8, **options)
     Erratic.start = 1
-    assert torch.equal(decoder.generate(ids, mask, 8, **options), plain)
+    with Settled() as settled:
+        assert torch.equal(decoder.generate(ids, mask, 8, **options), plain)
+    assert settled.checked > 0
     assert set(decoder.planner._controllers["staged", 3, True].made_levels) == {0, 1, 2}
 
 

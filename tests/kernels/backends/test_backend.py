@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from early_starts import Settled
 from helpers import DTYPES, make_gpt2
 from replay import VIEWS, Replay
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -89,7 +90,9 @@ def test_same_tokens_as_torch(pair, prompts, device, mode, sampling):
     options = {"max_new_tokens": 5, "eos_token_id": [], **SAMPLINGS[sampling]}
     ids, mask = (tensor.to(device) for tensor in prompts)
     expected = torch_side.generate(ids, mask, mode="autoregressive", **options)
-    assert torch.equal(triton_side.generate(ids, mask, mode=mode, **options), expected)
+    with Settled() as settled:
+        assert torch.equal(triton_side.generate(ids, mask, mode=mode, **options), expected)
+    assert settled.checked > 0
     stats = triton_side.last_stats
     assert stats.new_tokens == 10 and sum(stats.origins.values()) == 10
     if mode != "autoregressive":
@@ -220,7 +223,9 @@ def test_prompt_lookup(pair, device):
     mask[1, :3] = 0
     options = {"eos_token_id": [], "prompt_lookup_num_tokens": 3}
     expected = torch_side.generate(ids, mask, 6, **options)
-    assert torch.equal(triton_side.generate(ids, mask, 6, **options), expected)
+    with Settled() as settled:
+        assert torch.equal(triton_side.generate(ids, mask, 6, **options), expected)
+    assert settled.checked > 0
     theirs, ours = torch_side.last_stats, triton_side.last_stats
     assert (ours.steps, ours.origins, ours.accepted_per_depth) == (
         theirs.steps,
