@@ -329,6 +329,25 @@ def test_half_precision_equals_its_own_plain_decoding(target, drafts, dtype, mak
             assert torch.equal(decoder.generate(ids, mask, 38, mode=mode, tree=TREES[tree], **options), expected), mode
 
 
+def test_heads_of_64_alone_and_in_a_batch(make_decoder):
+    """Which have attention of their own on Hopper: there the passes of each mode, alone and in a batch, have other
+    tiles. Prompts shorter than its window, longer, and of several blocks of keys."""
+    target = make_gpt2(4, n_embd=256, n_head=4, n_layer=1, n_positions=640, initializer_range=0.1)
+    decoder = make_decoder(target, make_draft("good", target), dtype="bfloat16")
+    prompts = random_prompts([1, 20, 33, 70, 289, 600] * 2 + [31, 32, 300, 5], seed=3)
+    tree = TreeConfig(nodes=40, depth=5, passes=2, width=4, children=8, prefetch=1)
+    options = {"max_new_tokens": 12, "seed": list(range(16)), "do_sample": True, "top_k": 20, "eos_token_id": []}
+    ids, mask = left_pad(prompts)
+    plain = decoder.generate(ids, mask, mode="autoregressive", **options)
+    for mode in ("chain", "staged"):
+        assert torch.equal(decoder.generate(ids, mask, mode=mode, tree=tree, **options), plain), mode
+    assert decoder.last_stats.tokens_per_step > 1.2
+    for row in (0, 5, 13):
+        alone = options | {"seed": [row]}
+        found = decoder.generate(torch.tensor([prompts[row]]), mode="autoregressive", **alone)
+        assert torch.equal(found[0, -12:], plain[row, -12:]), row
+
+
 # ---------------------------------------------------------------- the caches
 
 
