@@ -13,8 +13,9 @@ j * 8 + g of the result is column g * 8 + j of the head.
 `settings` chooses among launches that give the same bits:
 
     ROWS     queries of a program, 8 or 16
-    AHEAD    loads the first far keys and values before the kernel ahead has ended, and each block while the one before
-             it is computed; else one block at a time, in so few registers that two programs fit a multiprocessor
+    AHEAD    loads the first far keys and values before the kernel ahead has ended (if SETTLED), and each block while
+             the one before it is computed; else one block at a time, in so few registers that two programs fit a
+             multiprocessor
 """
 
 import torch
@@ -104,16 +105,15 @@ def _attend(
     p_far = p_cache + tree_rows.to(gl.int64) * ROW_STRIDE
     first_query, queries = i_tile * ROWS, N * GROUP
 
-    # Before the kernel ahead has ended, if that is so: what was there before this pass.
+    # If SETTLED, before the kernel ahead has ended: what was there before this pass.
     prefix = gl.maximum(gl.load(p_prefix + i_b, cache_modifier=".cg"), 0)
     bound = far_end(prefix, first_bit, N, WINDOW)
     k_index, v_index = _index(K_KEYS, CHUNKS, CHUNK), _index(V_KEYS, CHUNKS, CHUNK)
     s_index = _index(S_KEYS, CHUNKS, CHUNK)
     i_row = gl.arange(0, TILE, S_ROWS)
     rows = gl.where((i_row < ROWS) & (first_query + i_row < queries), first_query + i_row, -1)
-    last = (
-        node_positions(p_masks, rows // GROUP, prefix, rows >= 0, WORDS, True) - WINDOW
-    )  # each query's last far position
+    # The last far position of each query.
+    last = node_positions(p_masks, rows // GROUP, prefix, rows >= 0, WORDS, True) - WINDOW
     last, rows = gl.expand_dims(gl.expand_dims(last, 0), 2), gl.expand_dims(gl.expand_dims(rows, 0), 2)
     near_blocks = gl.cdiv(gl.minimum(queries - first_query, ROWS) * WINDOW, BLOCK)
     p_index = _index(gl.BlockedLayout([1, 1], [1, 32], [CHUNKS, 1], [1, 0]), CHUNKS, CHUNK)

@@ -3,13 +3,7 @@
 import triton
 import triton.language as tl
 
-from stagedspec.kernels.tree_attention.shared import (
-    INTEGERS,
-    far_end,
-    load_queries,
-    near_rows,
-    rescaled,
-)
+from stagedspec.kernels.tree_attention.shared import INTEGERS, far_end, load_queries, near_rows, rescaled
 
 
 @triton.jit(do_not_specialize=INTEGERS)

@@ -235,8 +235,9 @@ def tree_attention(
     and the K and V follow the prefix. scale: factor of the scores, as a rule D**-0.5. scratch: of `scratch_size`, or
     more. window: a power of two, the same for everything that must agree bitwise. Scores and sums are in fp32.
 
-    settled: whether masks, prefix and the rows that it counts were complete before the kernel ahead of this one began,
-    as after `embed`, which starts nothing before that. On Hopper they are then read before that kernel has ended.
+    settled: whether masks, prefix and the rows that it counts were complete before the kernel ahead of this one began.
+    So it is in a pass that begins with `embed`: nothing that follows starts before `embed` has waited for all before
+    it. The kernel for Hopper then reads them before the kernel ahead has ended; the others, prompts' too, always wait.
 
     What lies in masks and prefix is on the device and not checked: bits below first_bit + N only, prefix at most
     S - tree_rows, of a chunk at most S - tree_rows - N.
