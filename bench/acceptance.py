@@ -23,7 +23,7 @@ from report import markdown, update_readme
 from rules import RULES
 from sides import HERE, Models, add_options, check_options, clear_errors, encode, load
 from stagedspec.cli.output import progress_bar
-from stagedspec.decoding.request import MAX_BATCH
+from stagedspec.decoding.limits import MAX_BATCH
 from stagedspec.kernels.common.files import write_text
 from stagedspec.kernels.reference import warp
 from stagedspec.tuning.prompts import read_prompts

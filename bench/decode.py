@@ -31,7 +31,7 @@ from sides import (
     run_command,
     transformers_side,
 )
-from stagedspec.decoding.request import MAX_BATCH
+from stagedspec.decoding.limits import MAX_BATCH
 from stagedspec.tuning.compare import summarise, table
 from stagedspec.tuning.prompts import read_prompts
 

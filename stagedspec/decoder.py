@@ -19,10 +19,10 @@ from stagedspec.decoding import warm_up as warmup
 from stagedspec.decoding.callbacks import Callbacks, ended
 from stagedspec.decoding.decoder_cache import cached, draft_key
 from stagedspec.decoding.generation import Generation
+from stagedspec.decoding.limits import MAX_BATCH, check_rows
 from stagedspec.decoding.output import StagedOutput, finish
 from stagedspec.decoding.pool import GenerationPool
-from stagedspec.decoding.request import MAX_BATCH, Call, CallContext, Request, StagedOptions, encode
-from stagedspec.decoding.sampling import Sampling
+from stagedspec.decoding.request import Call, CallContext, Request, StagedOptions, encode
 from stagedspec.decoding.stats import ORIGINS, Stats, marks_wanted
 from stagedspec.devices import resolve_device, resolve_dtype
 from stagedspec.kernels.backends import select as kernel_backend
@@ -424,9 +424,9 @@ class Decoder:
 
         num_samples: completions of each prompt. seed: of a sampled run, which gives each row the seed
         `row_seed(seed, index, sample)`; or one a prompt, used as they are; None draws one, as in `generate`. batch:
-        rows decoded together. ordered: whether completions come in the order of the prompts, or as they end. window:
-        so many rows are read ahead and sorted by length. skip: pairs (index, sample) that are left out, such as those
-        of an earlier run.
+        rows decoded together, at most 16, in the mode 'autoregressive' 64. ordered: whether completions come in the
+        order of the prompts, or as they end. window: so many rows are read ahead and sorted by length. skip: pairs
+        (index, sample) that are left out, such as those of an earlier run.
 
         Where the backend can (torch), the next prompt takes the place of a row that has ended; else (triton) a batch
         ends as a whole. All is decoded with the weights at the time of the call. `last_stats` is left as it is.
@@ -439,14 +439,15 @@ class Decoder:
                 "give a list, or use complete for one"
             )
         num_samples, window = at_least("num_samples", num_samples), at_least("window", window)
-        if at_least("batch", batch) > MAX_BATCH:
-            raise ValueError(f"batch must be at most {MAX_BATCH}, got {batch}")
+        batch = at_least("batch", batch)
         if options.get("max_time") is not None:
             raise ValueError("complete_many takes no max_time: a prompt's time would pass while others are decoded")
         self.follow()
         context = self.context
         options = arguments.with_shared_criteria(context, options)
-        seed_of = many.seeds(seed, num_samples, self._sampling(max_new_tokens, options, context).do_sample)
+        trial = self._trial(max_new_tokens, options, context)
+        check_rows("batch", batch, trial.mode)
+        seed_of = many.seeds(seed, num_samples, trial.sampling.do_sample)
 
         def read(prompt: many.Prompt, batch: int) -> Call:
             return self._read_one(prompt.given, max_new_tokens, {**options, "seed": prompt.seed}, context, batch)
@@ -459,16 +460,15 @@ class Decoder:
         )
         return self._complete_many(each, read, context.models, batch, window, ordered)
 
-    def _sampling(self, max_new_tokens: int | None, options: dict[str, Any], context: CallContext) -> Sampling:
-        """How `complete` would choose tokens with these options. Raises ValueError for bad ones.
+    def _trial(self, max_new_tokens: int | None, options: dict[str, Any], context: CallContext) -> Request:
+        """What `complete` would do with these options. Raises ValueError for bad ones.
 
         A prompt of one token shows whether they are good: what is refused later is a prompt. With a tree that is given
         nothing is measured.
         """
         tree = options.get("tree") or self.planner.fixed or TreeConfig()
         one = torch.zeros(1, dtype=torch.long, device="cpu")
-        trial = self._read_one(one, max_new_tokens, {**options, "seed": 0, "tree": tree}, context)
-        return trial.request.sampling
+        return self._read_one(one, max_new_tokens, {**options, "seed": 0, "tree": tree}, context).request
 
     def _complete_many(
         self,

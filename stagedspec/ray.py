@@ -45,7 +45,7 @@ class Complete:
         call = {name: value for name, value in options.items() if name not in ("batch", "window")}
         new_tokens = call.pop("max_new_tokens", None)
         # Options, their generation_config or the model's own may ask for it.
-        if seed_field is None and self.decoder._sampling(new_tokens, call, self.decoder.context).do_sample:
+        if seed_field is None and self.decoder._trial(new_tokens, call, self.decoder.context).sampling.do_sample:
             raise ValueError(
                 "sampling needs a seed for each row: give seed_field, the name of a column of seeds, or do_sample=False"
             )

@@ -29,11 +29,11 @@ from stagedspec.cli.options import (
 )
 from stagedspec.cli.origins import Shown, pieces, save
 from stagedspec.cli.output import as_lines, preparing, stream
+from stagedspec.decoding.limits import MAX_BATCH, NEW_TOKENS, check_rows
 
 if TYPE_CHECKING:
     from stagedspec.decoder import Decoder
 
-MAX_BATCH = 16  # `decoding.request.MAX_BATCH`, which cannot be imported without torch
 FIELD, TEXT_FIELD = "prompt", "text"
 
 EXAMPLES = (
@@ -117,7 +117,9 @@ def generate(
             rich_help_panel=MANY,
         ),
     ] = None,
-    batch: Annotated[int, typer.Option(help="Prompts decoded together, at most 16.", rich_help_panel=MANY)] = MAX_BATCH,
+    batch: Annotated[
+        int, typer.Option(help="Prompts decoded together, at most 16; in plain decoding 64.", rich_help_panel=MANY)
+    ] = MAX_BATCH,
     token_ids: Annotated[bool, typer.Option("--token-ids", help="Write token ids, too.", rich_help_panel=MANY)] = False,
     save_html: Annotated[
         Path | None, typer.Option(help="Also write the coloured completion to a file: HTML, or SVG if it ends in .svg.")
@@ -150,8 +152,7 @@ def generate(
         ):  # fmt: skip
             if given:
                 raise ValueError(f"there is both {option} and --prompts: leave one of them out")
-        if batch > MAX_BATCH:
-            raise ValueError(f"--batch can be at most {MAX_BATCH}, got {batch}")
+        check_rows("--batch", batch, mode.value)
         strings = [text.replace("\\n", "\n") for text in stop or []]
         if not all(strings):
             raise ValueError("--stop must not be empty")
@@ -160,7 +161,7 @@ def generate(
             target, draft, ngram, device, dtype, backend, tree,
             {name: value for name, value in shape.items() if value is not None}, (mode.value,),
         )  # fmt: skip
-        new_tokens = many.NEW_TOKENS if max_new_tokens is None else max_new_tokens
+        new_tokens = NEW_TOKENS if max_new_tokens is None else max_new_tokens
         decides: dict[str, Any] = {
             "target": target, "dtype": dtype, "field": field, "max_new_tokens": new_tokens, "sample": sample,
             **{name: warpers.get(name) for name in ("temperature", "top_k", "top_p", "min_p")},

@@ -18,7 +18,6 @@ from stagedspec.models import checkpoints, embedded
 if TYPE_CHECKING:
     from stagedspec.decoder import Completion, Decoder
 
-NEW_TOKENS = 128
 # What a line has of the statistics.
 STATS = ("new_tokens", "steps", "tokens_per_step", "total_seconds", "origins")
 

@@ -26,8 +26,9 @@ from transformers import (
 )
 from transformers.generation import BaseWatermarkingConfig
 
+from stagedspec.decoding.limits import NEW_TOKENS
 from stagedspec.decoding.prepared import Prepared, translate
-from stagedspec.decoding.request import NEW_TOKENS, Call, CallContext, StagedOptions, token_ids, unpad, validate
+from stagedspec.decoding.request import Call, CallContext, StagedOptions, token_ids, unpad, validate
 from stagedspec.decoding.sampling import Sampling
 from stagedspec.decoding.settings import REFUSED_ARGUMENTS, refuse_arguments, refuse_settings
 from stagedspec.models.gpt2 import GPT2

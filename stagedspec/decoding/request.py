@@ -9,16 +9,13 @@ import torch
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from stagedspec.decoding.callbacks import Callbacks
+from stagedspec.decoding.limits import MAX_PLAIN_BATCH, most_rows
 from stagedspec.decoding.sampling import Sampling, counters
 from stagedspec.models.model_set import Models
 from stagedspec.planning.adapt import Level
 from stagedspec.planning.planner import TreePlanner
 from stagedspec.planning.tree import TreeConfig
 from stagedspec.values import at_least, plain, whole
-
-MAX_BATCH = 16
-MAX_PLAIN_BATCH = 64  # of plain decoding, which has no trees
-NEW_TOKENS = 128  # default of max_new_tokens
 
 
 class CallContext(NamedTuple):
@@ -205,7 +202,7 @@ def _mask_of_padding(input_ids: torch.Tensor, pad: int) -> torch.Tensor | None:
 
 def check_batch(size: int, mode: str) -> None:
     """Raises ValueError unless a batch of this mode may have so many prompts."""
-    most = MAX_PLAIN_BATCH if mode == "autoregressive" else MAX_BATCH
+    most = most_rows(mode)
     if not 1 <= size <= most:
         of_plain = f" (up to {MAX_PLAIN_BATCH} in the mode 'autoregressive')" * (most < size <= MAX_PLAIN_BATCH)
         raise ValueError(

@@ -28,7 +28,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from stagedspec.decoder import Decoder
-from stagedspec.decoding.request import MAX_PLAIN_BATCH
+from stagedspec.decoding.limits import MAX_PLAIN_BATCH
 from stagedspec.devices import resolve_device
 from stagedspec.kernels.common.files import replacing, write_text
 from stagedspec.models.loading import no_bars

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from stagedspec.decoder import Decoder
-from stagedspec.decoding.request import MAX_PLAIN_BATCH
+from stagedspec.decoding.limits import MAX_PLAIN_BATCH
 from stagedspec.kernels.common.files import replacing
 
 

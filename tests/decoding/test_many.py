@@ -79,6 +79,11 @@ def test_greedy_is_that_of_transformers_alone(decoder, expected, place, runs, ba
     assert sum(len(run) - 1 for run in runs) == (len(PROMPTS) - batch if refilled else 0)
 
 
+def test_plain_batches_may_be_larger(decoder, expected):
+    found = decoder.complete_many(PROMPTS * 2, NEW, batch=30, mode="autoregressive", eos_token_id=ENDS)
+    assert [one.tokens for one in found] == expected * 2
+
+
 def test_the_draft_proposes_for_rows_that_replaced_others(decoder, place):
     """With a good draft they gain several tokens a step, too."""
     found = list(decoder.complete_many(PROMPTS, NEW, batch=3, eos_token_id=[]))
@@ -348,7 +353,8 @@ REFUSED = [
     ({"prompts": "text"}, "prompts must be several texts"),
     ({"prompts": torch.ones(2, 3, dtype=torch.long)}, "got Tensor"),
     ({"prompts": 5}, "got int"),
-    ({"batch": 17}, "batch must be at most 16, got 17"),
+    ({"batch": 17}, r"batch can be at most 16 \(64 in the mode 'autoregressive'\), got 17"),
+    ({"batch": 65, "mode": "autoregressive"}, "batch can be at most 64, got 65"),
     ({"batch": 0}, "batch must be"),
     ({"num_samples": 0}, "num_samples must be"),
     ({"window": "many"}, "window must be"),
