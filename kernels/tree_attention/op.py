@@ -69,7 +69,7 @@ def prompt_tiles(head_size: int, itemsize: int) -> dict[str, int]:
     return {"D_PAD": padded, "ROWS": rows, "KEYS": keys}
 
 
-def by_hopper(head_size: int, itemsize: int, window: int, device: torch.device) -> bool:
+def in_one_launch(head_size: int, itemsize: int, window: int, device: torch.device) -> bool:
     """Whether the kernel for Hopper runs, by what all passes have in common: it has bits of its own."""
     return (head_size, itemsize, window) == (64, 2, WINDOW) and architecture(device) == 90
 
@@ -137,7 +137,7 @@ def _launch(
         )  # fmt: skip
         return
     shared |= {"WORDS": words, "WINDOW": window}
-    if by_hopper(size, qkv.element_size(), window, qkv.device):
+    if in_one_launch(size, qkv.element_size(), window, qkv.device):
         from stagedspec.kernels.tree_attention import hopper  # Gluon takes a while to import
 
         given = qkv, cache, masks, prefix, out, scale, nodes, rows, first_bit, tree_rows

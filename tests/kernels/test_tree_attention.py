@@ -439,7 +439,7 @@ def test_kernels_that_start_early_wait_for_what_they_read(device, fixed_order, m
 def test_where_the_kernel_for_hopper_runs(monkeypatch, size, itemsize, window, arch, expected):
     """Wherever it can: nobody would see by the results that it does not."""
     monkeypatch.setattr(op, "architecture", lambda device: arch)
-    assert op.by_hopper(size, itemsize, window, torch.device("cpu")) is expected
+    assert op.in_one_launch(size, itemsize, window, torch.device("cpu")) is expected
 
 
 @pytest.mark.parametrize(
