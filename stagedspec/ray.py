@@ -56,7 +56,7 @@ class Complete:
         for name in (self.field, self.seed_field):
             if name is not None and name not in batch:
                 raise ValueError(f"there is no column {name!r} among {', '.join(map(repr, batch))}")
-        seeds = None if self.seed_field is None else [int(seed) for seed in batch[self.seed_field]]
+        seeds = None if self.seed_field is None else list(batch[self.seed_field])
         # numpy's texts are subclasses of Python's; anything else is for `complete_many` to skip.
         found = list(self.decoder.complete_many(list(batch[self.field]), seed=seeds, **self.options))
         columns = {

@@ -48,6 +48,8 @@ def test_parts_give_what_the_whole_gives(folders):
         found += zip(result["text"], result["finish_reason"], result["error"], strict=True)
     assert found == [(one.text, one.finish_reason, one.error or "") for one in whole]
     assert {reason for _, reason, _ in found} == {"length", "skipped"}
+    with pytest.raises(ValueError, match=r"seed must be an integer of 64 bits, got 1\.5"):
+        actors[0](batch(TEXTS, own=np.full(6, 1.5)))
 
 
 def test_names_of_columns(folders):

@@ -16,7 +16,7 @@ from stagedspec.decoder import Decoder
 from stagedspec.devices import current_device
 from stagedspec.kernels.state.host import CHUNK
 from stagedspec.models.gpt2 import Cache
-from stagedspec.values import whole
+from stagedspec.values import at_least, whole
 
 LogitsFunction = Callable[[list[int], list[int]], torch.Tensor]
 
@@ -97,13 +97,12 @@ def compare_logits(
         or any((whole(size) or 0) < 1 for size in tokens_per_pass)
     ):
         raise ValueError(f"tokens_per_pass must be two whole numbers of at least 1, got {tokens_per_pass!r}")
-    if (whole(positions) or 0) < 1:
-        raise ValueError(f"positions must be a whole number of at least 1, got {positions!r}")
+    sizes, positions = list(map(operator.index, tokens_per_pass)), at_least("positions", positions)
     sides = [logits_function(side) for side in (first, second)]
     found = []
     for index, row in enumerate(rows):
         start = max(1, len(row) - positions)
-        ours, theirs = (_read(side, row, start, size) for side, size in zip(sides, tokens_per_pass, strict=True))
+        ours, theirs = (_read(side, row, start, size) for side, size in zip(sides, sizes, strict=True))
         if ours.shape != theirs.shape:
             raise ValueError(f"both sides must have one vocabulary, got {ours.shape[1]} and {theirs.shape[1]} logits")
         found += [((index, start + at), *_differences(*pair)) for at, pair in enumerate(zip(ours, theirs, strict=True))]

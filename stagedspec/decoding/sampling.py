@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from stagedspec.values import plain, real, truth, whole
+from stagedspec.values import at_least, plain, real, truth, whole
 
 if TYPE_CHECKING:
     import torch
@@ -68,11 +68,14 @@ def row_seed(seed: int, index: int, sample: int = 0) -> int:
 
     It is below 2**53, so that every reader of JSON keeps it: the upper bits of one 64-bit word of NumPy's
     `SeedSequence` of the three numbers, which stays the same in all releases.
+
+    Raises ValueError for a seed that is no integer of 64 bits, and for an index or sample below 0.
     """
+    words = [_seed(seed) % 2**64, at_least("index", index, 0), at_least("sample", sample, 0)]
     from numpy import uint64
     from numpy.random import SeedSequence
 
-    return int(SeedSequence([seed % 2**64, index, sample]).generate_state(1, uint64)[0]) >> 11
+    return int(SeedSequence(words).generate_state(1, uint64)[0]) >> 11
 
 
 def counters(seed: "int | Sequence[int] | torch.Tensor", batch: int) -> tuple[list[int], list[int]]:
@@ -86,10 +89,12 @@ def counters(seed: "int | Sequence[int] | torch.Tensor", batch: int) -> tuple[li
     seeds = [given] * batch if single else list(given)
     if len(seeds) != batch:
         raise ValueError(f"seed must be one integer or one a row: expected {batch}, got {len(seeds)}")
-    signed = []
-    for value in seeds:
-        number = whole(value)
-        if number is None or not -(2**63) <= number < 2**64:
-            raise ValueError(f"seed must be an integer of 64 bits, got {value!r}")
-        signed.append(number - 2**64 if number >= 2**63 else number)
-    return signed, list(range(batch)) if single else [0] * batch
+    return list(map(_seed, seeds)), list(range(batch)) if single else [0] * batch
+
+
+def _seed(value: object) -> int:
+    """A seed as a signed integer. Raises ValueError unless it is an integer of 64 bits, signed or not."""
+    number = whole(value)
+    if number is None or not -(2**63) <= number < 2**64:
+        raise ValueError(f"seed must be an integer of 64 bits, got {value!r}")
+    return number - 2**64 if number >= 2**63 else number

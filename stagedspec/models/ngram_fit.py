@@ -24,6 +24,7 @@ from torch import Tensor
 
 from stagedspec.kernels.common.constants import MAX_VOCAB
 from stagedspec.models.ngram import KatzTable
+from stagedspec.values import at_least, whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,11 +49,11 @@ class NgramCounts:
 
     def __init__(self, vocab_size: int, separator: int | None = None):
         self.vocab_size = _check_vocab_size(vocab_size)
-        if separator is not None and not 0 <= separator < vocab_size:
-            raise ValueError(f"separator must be a token id from 0 to {vocab_size - 1}, got {separator}")
-        self.separator = separator
+        self.separator = whole(separator)
+        if separator is not None and (self.separator is None or not 0 <= self.separator < self.vocab_size):
+            raise ValueError(f"separator must be a token id from 0 to {self.vocab_size - 1}, got {separator!r}")
         self.num_tokens = 0
-        self.unigrams = torch.zeros(vocab_size, dtype=torch.int64, device="cpu")
+        self.unigrams = torch.zeros(self.vocab_size, dtype=torch.int64, device="cpu")
         self._bigrams: list[tuple[Tensor, Tensor]] = []
         self._trigrams: list[tuple[Tensor, Tensor]] = []
 
@@ -153,8 +154,7 @@ class KatzModel:
         discount_limit: larger counts count as reliable and are not discounted (k in the source, which recommends 5).
         Raises ValueError if nothing was counted.
         """
-        if discount_limit < 1:
-            raise ValueError(f"discount_limit must be at least 1, got {discount_limit}")
+        discount_limit = at_least("discount_limit", discount_limit)
         if counts.num_tokens == 0:
             raise ValueError("no tokens to fit on: give at least one token")
         size = counts.vocab_size
@@ -180,12 +180,12 @@ class KatzModel:
 
     def distribution(self, a: int, b: int) -> Tensor:
         """P(· | a, b) as float64 [V], for any context, counted or not. a = -1 means no first token: P(· | b)."""
-        size = self.vocab_size
-        if not (-1 <= a < size and 0 <= b < size):
+        size, first, last = self.vocab_size, whole(a), whole(b)
+        if first is None or last is None or not (-1 <= first < size and 0 <= last < size):
             raise ValueError(f"a context is two token ids below {size} (the first may be -1: none), got ({a}, {b})")
-        probs = _distribution(self.bigram, b, self.unigram)
-        row = int(torch.searchsorted(self.trigram.contexts, a * size + b))
-        if row < len(self.trigram.contexts) and self.trigram.contexts[row] == a * size + b:
+        probs = _distribution(self.bigram, last, self.unigram)
+        row = int(torch.searchsorted(self.trigram.contexts, first * size + last))
+        if row < len(self.trigram.contexts) and self.trigram.contexts[row] == first * size + last:
             probs = _distribution(self.trigram, row, probs)
         return probs
 
@@ -198,10 +198,7 @@ class KatzModel:
         Exact: a row is the top r of `distribution`. A token not counted after a context ranks as in the lower order,
         so no more than the first r + (number of counted successors) of the lower order's ranking can matter.
         """
-        if successors < 1 or max_contexts < 0:
-            raise ValueError(
-                f"successors must be at least 1 and max_contexts at least 0, got {successors} and {max_contexts}"
-            )
+        successors, max_contexts = at_least("successors", successors), at_least("max_contexts", max_contexts, 0)
         size, low, high = self.vocab_size, self.bigram, self.trigram
         width = min(successors, size)
 
@@ -434,9 +431,10 @@ def fit_from_text(
 
 
 def _check_vocab_size(vocab_size: int) -> int:
-    if not 1 <= vocab_size <= MAX_VOCAB:
-        raise ValueError(f"vocab_size must be from 1 to {MAX_VOCAB}, got {vocab_size}")
-    return vocab_size
+    number = whole(vocab_size)
+    if number is None or not 1 <= number <= MAX_VOCAB:
+        raise ValueError(f"vocab_size must be a whole number from 1 to {MAX_VOCAB}, got {vocab_size!r}")
+    return number
 
 
 def _check_tokens(tokens: Tensor, vocab_size: int) -> Tensor:

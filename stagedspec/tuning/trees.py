@@ -25,6 +25,7 @@ from stagedspec.planning.cost import CHILDREN, SAMPLED, AcceptanceProfile, Model
 from stagedspec.planning.profile import Tuning, pair_of
 from stagedspec.planning.tree import MODES, TreeConfig
 from stagedspec.tuning.compare import Run, compare, measure
+from stagedspec.values import at_least
 
 KINDS, WINDOW = 3, 8  # kinds of text in a profile, and consecutive tokens taken to be of one kind
 FINALISTS, HEATS = 4, 8  # trees of a mode that are timed, and on how many groups of prompts
@@ -142,6 +143,7 @@ def tune(
     Raises ValueError without a draft or prompts, or for prompts that leave no room for new_tokens.
     """
     began, ops = time.perf_counter(), decoder.target.ops
+    new_tokens, batches = at_least("new_tokens", new_tokens), [at_least("batches", batch) for batch in batches]
     if seconds is None:
         seconds = COMPILED_SECONDS if ops.compiles_kernels else math.inf
     if decoder.draft is None:

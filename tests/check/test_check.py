@@ -7,6 +7,7 @@ from contextvars import copy_context
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from helpers import make_draft, make_gpt2, random_prompts
@@ -473,6 +474,8 @@ def test_the_same_bits_however_many_tokens_a_pass_takes(model):
     found = compare_logits(ours, ours, random_prompts([9, 30]), tokens_per_pass=(1, 5), positions=16)
     assert found.identical and found.positions == 8 + 16 and str(found) == "the same bits at 24 positions"
     assert compare_logits(ours, ours, random_prompts([40]), (3, 64), 100).positions == 39
+    numbers = (np.int64(3), torch.tensor(5)), np.uint8(4)
+    assert compare_logits(ours, ours, random_prompts([3]), *numbers).positions == 2
 
 
 @pytest.mark.parametrize("kind", ["decoder", "transformers"])

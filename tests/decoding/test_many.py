@@ -7,6 +7,7 @@ import random
 import string
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from helpers import POSITIONS, VOCAB, byte_tokenizer, check_cache, left_pad, oracle_generate, random_prompts
@@ -256,6 +257,21 @@ def test_seeds_of_rows_stay_what_they_are():
     ]  # fmt: skip
     every = {row_seed(seed, index, sample) for seed in range(3) for index in range(40) for sample in range(20)}
     assert len(every) == 3 * 40 * 20 and max(every) < 2**53
+
+
+def test_seeds_of_rows_take_numbers_of_any_kind():
+    for kind in (np.int64, np.int32, np.uint8, torch.tensor):
+        found = row_seed(kind(7), kind(2), kind(1))
+        assert type(found) is int and found == row_seed(7, 2, 1)
+    assert row_seed(np.int64(-1), 3) == row_seed(2**64 - 1, 3) == row_seed(-1, 3)
+    for seed in (True, 7.0, "7", None, [7], 2**64, -(2**63) - 1):
+        with pytest.raises(ValueError, match="seed must be an integer of 64 bits, got "):
+            row_seed(seed, 0)
+    for bad in (-1, True, 1.0, None):
+        with pytest.raises(ValueError, match="index must be a whole number of at least 0, got "):
+            row_seed(7, bad)
+        with pytest.raises(ValueError, match="sample must be a whole number of at least 0, got "):
+            row_seed(7, 0, bad)
 
 
 def test_samples_of_a_prompt(decoder):

@@ -5,6 +5,7 @@ import struct
 from collections import Counter
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -224,15 +225,28 @@ def test_bad_settings():
         (lambda: NgramCounts(0), "vocab_size"),
         (lambda: NgramCounts(2**21), "vocab_size"),
         (lambda: NgramCounts(4, separator=4), "separator"),
+        (lambda: NgramCounts(4, separator=True), "separator"),
+        (lambda: NgramCounts(4.0), "vocab_size"),
         (lambda: KatzModel.fit(text, 3, discount_limit=0), "discount_limit"),
         (lambda: model.compile(successors=0), "successors"),
         (lambda: model.compile(max_contexts=-1), "max_contexts"),
         (lambda: model.distribution(0, 3), "context"),
         (lambda: model.distribution(-2, 0), "context"),
+        (lambda: model.distribution(0, True), "context"),
         (lambda: fit_table([], 3), "no tokens"),
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_numbers_of_numpy():
+    """Keys of this vocabulary do not fit into 32 bits."""
+    text, size = torch.tensor([70000, 69999, 70000, 69999, 1]), 70001
+    own = KatzModel.fit(text, np.int32(size), np.int64(5), np.int32(1))
+    model = KatzModel.fit(text, size, 5, 1)
+    assert torch.equal(own.distribution(np.int32(70000), np.int32(69999)), model.distribution(70000, 69999))
+    one, other = own.compile(np.int64(3), np.int64(2)), model.compile(3, 2)
+    assert torch.equal(one.tokens, other.tokens) and torch.equal(one.keys, other.keys)
 
 
 # The table

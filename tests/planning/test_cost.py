@@ -400,3 +400,7 @@ def test_tuning_needs_a_pair_and_prompts(target, decoder):
         tune(Decoder.from_pretrained(target, device="cpu"), [[1]], 8)
     with pytest.raises(ValueError, match="at least one prompt of 1 to 40 tokens"):
         tune(decoder, [[1] * 41, []], 8)
+    with pytest.raises(ValueError, match="new_tokens must be a whole number of at least 1"):
+        tune(decoder, [[1]], 0)
+    with pytest.raises(ValueError, match="batches must be a whole number of at least 1"):
+        tune(decoder, [[1]], 8, [0])
