@@ -352,7 +352,8 @@ class Decoder:
         min_p, eos_token_id (None or an empty list never stops), pad_token_id, max_length, generation_config,
         logits_processor, stopping_criteria, streamer, return_dict_in_generate (then a `hf.StagedOutput`, with
         `stats`), output_scores, repetition_penalty and the rest; assistant_model is a draft for this call, and
-        prompt_lookup_num_tokens proposes by the context n-gram where there is no draft (a draft takes precedence).
+        prompt_lookup_num_tokens proposes by the context n-gram where there is no draft (one takes precedence, with a
+        warning).
         `stagedspec.decoding.settings` lists what is honoured and what is refused. An option left out is the
         generation_config's, else the model's own, else 128 new tokens, greedy, nothing warped (with a
         generation_config: transformers' defaults, such as top_k=50).

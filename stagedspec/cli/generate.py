@@ -43,6 +43,11 @@ EXAMPLES = (
     "--prompts prompts.jsonl --out completions.jsonl[/bold]"
 )
 MANY = "Many prompts"
+# Names of statistics that would be read otherwise.
+SHOWN = {
+    "total_seconds": "seconds of prefill and steps",
+    "seconds_to_first_token": "seconds from call to first token",
+}
 
 
 def generate(
@@ -240,6 +245,7 @@ def _print_stats(values: dict[str, Any]) -> None:
     from rich.table import Table
 
     grid = Table(show_header=False, box=None)
+    grid.add_column(no_wrap=True)
     for name, value in values.items():
         if isinstance(value, dict):
             shown = ", ".join(f"{key} {_number(part)}" for key, part in value.items())
@@ -250,7 +256,7 @@ def _print_stats(values: dict[str, Any]) -> None:
         else:
             shown = _number(value)
         if shown:
-            grid.add_row(name.replace("_", " "), shown)
+            grid.add_row(SHOWN.get(name, name.replace("_", " ")), shown)
     Console(stderr=True).print(grid)
 
 

@@ -135,7 +135,7 @@ def validate(
     """Checks a request and chooses its trees. Raises ValueError for what this decoder cannot do.
 
     A seed of None is drawn here if tokens are sampled. lookup: length of the chains that the context n-gram proposes;
-    it has no effect where a draft proposes.
+    it has no effect in plain decoding and where a draft proposes, and a warning says so.
     """
     models, (mode, seed, tree, batch) = context.models, options
     target = models.target
@@ -164,6 +164,9 @@ def validate(
         mode = "lookup"
     else:
         settings, levels = context.planner.plan(mode, batch or len(prompts), tree, sampling.do_sample)
+    if lookup is not None and not prompt_lookup:
+        why = "mode 'autoregressive' proposes nothing" if mode == "autoregressive" else "the draft proposes"
+        warnings.warn(f"prompt_lookup_num_tokens has no effect here: {why}", stacklevel=2)
     device = models.device.type
     if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != target.dtype:
         warnings.warn(f"autocast has no effect here: decoding computes in {target.dtype}", stacklevel=2)

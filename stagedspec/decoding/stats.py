@@ -64,8 +64,10 @@ class Stats:
     counted for each row that was still running.
     new_tokens: tokens produced. accepted_per_depth[d]: row-steps that accepted a node of depth d + 1.
     origins: tokens by the model that first proposed them (Spector & Ré, Figure 3).
-    seconds: wall-clock seconds by phase; total_seconds: of the whole generation. seconds_to_first_token: from the
-    beginning of the call to the end of its first step, measuring and compiling included; None without a step.
+    seconds: wall-clock seconds by phase. total_seconds: of prefill and steps, compiling included, but neither what the
+    call does before (reading its arguments, measuring passes, making buffers) nor the time of a stream's consumer.
+    seconds_to_first_token: from the beginning of the call, all of that included, to the end of its first step, so it
+    can be above total_seconds; None without a step.
     """
 
     mode: str

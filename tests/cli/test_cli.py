@@ -131,7 +131,8 @@ def test_generate_takes_tree_settings_and_prints_statistics(models):
     tree = ["--nodes", "5", "--depth", "3", "--width", "1", "--passes", "2"]
     result = run("generate", "import", "-n", "8", "--stats", *tree, *models)
     assert result.exit_code == 0, result.output
-    assert "tokens per step" in result.stderr
+    for name in ("tokens per step", "seconds of prefill and steps", "seconds from call to first token"):
+        assert name in result.stderr
 
 
 def test_generate_saves_html_and_svg(models, tmp_path):

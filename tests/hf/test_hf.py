@@ -984,6 +984,16 @@ def test_two_different_drafts_are_refused(target, draft):
     assert torch.equal(found, target.generate(ids, max_new_tokens=4, do_sample=False))
 
 
+@pytest.mark.parametrize(
+    ("mode", "why"), [("staged", "the draft proposes"), ("autoregressive", "mode 'autoregressive' proposes nothing")]
+)
+def test_prompt_lookup_without_effect(decoder, mode, why):
+    ids = torch.tensor([[1, 2, 3]])
+    with pytest.warns(UserWarning, match=f"prompt_lookup_num_tokens has no effect here: {why}") as told:
+        found = decoder.generate(ids, max_new_tokens=4, mode=mode, prompt_lookup_num_tokens=3)
+    assert len(told) == 1 and torch.equal(found, decoder.generate(ids, max_new_tokens=4, mode=mode))
+
+
 @pytest.mark.parametrize("count", [0, 256, 2.0, "x"])
 def test_prompt_lookup_is_checked_with_a_draft_too(decoder, count):
     with pytest.raises(ValueError, match="prompt_lookup_num_tokens must be a whole number from 1 to 255"):
