@@ -3,7 +3,9 @@
 A program has all keys of 8 or 16 queries of a KV head: no program waits for another, and nothing is passed on through
 memory. Each of its eight warps takes 32 keys at a time through both products in its own registers, with a greatest
 score, a sum and weighted values of its own (FlashAttention 2, arXiv 2307.08691, section 3.3); the warps' meet in
-shared memory at the end and are added up in one order, the far part and the near one apart.
+shared memory at the end and are added up in one order, the far part and the near one apart. The near keys of a query
+are those of one warp, so the window must be 32. The matrix instructions are those of a single warp on registers
+(mma_v2), which needs no other warp; Hopper's wgmma takes four warps together and one operand from shared memory.
 
 Keys and values come straight into the registers from which the matrix instructions read them. A matrix instruction sums
 over 16 columns, in any order that both operands share: so the 16 bytes of a key's row that a thread loads stay together
