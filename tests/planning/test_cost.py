@@ -90,8 +90,8 @@ def drawn(config, ranks, hit, steps=400):
 @pytest.mark.parametrize("passes, prefetch, nodes", [(1, 3, 9), (1, 8, 9), (3, 8, 32), (6, 8, 32), (4, 2, 16)])
 @pytest.mark.parametrize("first, hit", [(0.97, 0.95), (0.85, 0.8), (0.7, 0.5)])
 def test_expected_tokens_with_draft2_against_drawing(passes, prefetch, nodes, first, hit):
-    """Every pass goes on where the guesses of the one before ended, wherever that was. The model takes them to end where
-    they do on average, which is at most an eighth off here."""
+    """Every pass goes on where the guesses of the one before ended, wherever that was. The model takes them to end
+    where they do on average, which is at most an eighth off here."""
     ranks = (first, 0.4 * (1 - first), 0.2 * (1 - first))
     config = TreeConfig(nodes, passes * (1 + prefetch), passes, 2 if passes > 1 else 1, 8, prefetch, 1)
     kinds = expected(config, ((1.0, ranks, hit),))
