@@ -24,9 +24,9 @@ from stagedspec.planning.tree import TreeConfig
 # Acceptance profiles of the embedded draft, greedy and sampled (top-k 50, T=1, shared noise): text is a mixture of
 # easy, middling and hard parts, each (share of the text, how often the target takes the draft's first, second, ...
 # child, how often draft² names the draft's first child). Fitted to counted tokens, nodes and passes a step of 14 greedy
-# and 14 sampled trees, on prompts that bench/decode.py does not use: tokens within 5%, 1% on average. Real trees grow
-# where the draft is sure, which a profile does not model: so these rates are a little higher than those of the text.
-# They are a prior for the shape of the tree: `stagedspec tune-tree` measures those of a pair.
+# and 14 sampled trees. Real trees grow where the draft is sure, which a profile does not model: so these rates are a
+# little higher than those of the text. They are a prior for the shape of the tree, and rather too easy than too hard,
+# since trees adapt downwards: `stagedspec tune-tree` measures those of a pair.
 AcceptanceProfile = tuple[float, tuple[float, ...], float]
 PROFILES: dict[bool, tuple[AcceptanceProfile, ...]] = {
     False: (
@@ -180,41 +180,49 @@ class Expected:
 
 
 def expected(config: TreeConfig, profiles: Sequence[AcceptanceProfile]) -> list[Expected]:
-    """Expected steps with the tree `config`, for each profile."""
+    """Expected steps with the tree `config`, for each profile.
+
+    Every chain of guesses is taken to be right as far as one is on average: where that is no whole number, as far as
+    the whole numbers beside it, in a part of the steps each. Where it breaks is known when the next pass is made.
+    """
     found = []
     for share, ranks, hit in profiles:
-        passes, values = _grown(
-            config.depth, config.passes, config.width, config.prefetch, config.prefetch_width, config.pass_floor,
-            ranks[: config.children], hit,
-        )  # fmt: skip
-        count = min(config.nodes - 1, bisect_right(values, -config.node_floor, key=lambda value: -value))
-        tokens = 1.0 + sum(values[:count])
-        found.append(Expected(share / tokens, tokens, 1 + count, passes))
+        right = sum(hit**level for level in range(1, config.prefetch + 1))
+        more = right % 1.0
+        kinds = []
+        for part, guesses in ((1.0 - more, math.floor(right)), (more, math.ceil(right))):
+            if part > 0.0:
+                passes, values = _grown(
+                    config.depth, config.passes, config.width, guesses, config.prefetch_width, config.pass_floor,
+                    ranks[: config.children],
+                )  # fmt: skip
+                count = min(config.nodes - 1, bisect_right(values, -config.node_floor, key=lambda value: -value))
+                kinds.append(Expected(part, 1.0 + sum(values[:count]), 1 + count, passes))
+        tokens = sum(kind.share * kind.tokens for kind in kinds)
+        found += [replace(kind, share=kind.share * share / tokens) for kind in kinds]
     steps = sum(kind.share for kind in found)
     return [replace(kind, share=kind.share / steps) for kind in found]
 
 
 @memoise
 def _grown(
-    depth: int, passes: int, width: int, prefetch: int, prefetch_width: int, pass_floor: float,
-    ranks: tuple[float, ...], hit: float,
-) -> tuple[int, list[float]]:  # fmt: skip
+    depth: int, passes: int, width: int, guesses: int, prefetch_width: int, pass_floor: float, ranks: tuple[float, ...]
+) -> tuple[int, list[float]]:
     """The passes run, and the values of all candidates, best first, if every node's children were accepted
-    independently, by rank."""
+    independently, by rank, and `guesses` levels of guesses below a node were right."""
     values: list[float] = []
     waiting: list[tuple[float, int]] = []  # candidates not evaluated yet: (-value, depth)
 
-    def evaluate(value: float, level: int, guess: int) -> None:
+    def evaluate(value: float, level: int, guesses: int) -> None:
         for rank, rate in enumerate(ranks):
             child = value * rate
             values.append(child)
             if level + 1 >= depth:
                 continue
-            if rank == 0 and guess > 0:
-                # The guess is right with some probability; otherwise the child still waits.
-                evaluate(child * hit, level + 1, guess - 1)
-                child *= 1 - hit
-            heapq.heappush(waiting, (-child, level + 1))
+            if rank == 0 and guesses > 0:
+                evaluate(child, level + 1, guesses - 1)
+            else:
+                heapq.heappush(waiting, (-child, level + 1))
 
     for number in range(passes):
         count = min(width, len(waiting))
@@ -222,7 +230,7 @@ def _grown(
             return number, sorted(values, reverse=True)
         wanted = [(-1.0, 0)] if number == 0 else [heapq.heappop(waiting) for _ in range(count)]
         for index, (value, level) in enumerate(wanted):
-            evaluate(-value, level, prefetch if index < prefetch_width else 0)
+            evaluate(-value, level, guesses if index < prefetch_width else 0)
     return passes, sorted(values, reverse=True)
 
 

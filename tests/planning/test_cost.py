@@ -66,20 +66,37 @@ def test_expected_tokens_of_a_chain_are_a_geometric_sum():
     assert (kind.nodes, kind.passes, kind.share) == (6, 5, 1.0)
 
 
-def test_expected_tokens_with_draft2_against_drawing():
-    """Chains of guesses: a pass learns one level for certain and `prefetch` more while the guesses are right."""
-    config = TreeConfig(nodes=9, depth=8, passes=1, width=1, children=8, prefetch=3, prefetch_width=1)
-    (kind,) = expected(config, text(0.7, 0.6))
-    generator, total = random.Random(0), 0
-    for _ in range(40000):
-        depth = 1
-        while depth <= 3 and generator.random() < 0.6:
-            depth += 1
-        taken = 0
-        while taken < depth and generator.random() < 0.7:
-            taken += 1
-        total += 1 + taken
-    assert kind.tokens == pytest.approx(total / 40000, rel=0.01)
+def drawn(config, ranks, hit, steps=400):
+    """Mean tokens of steps in which every guess is right or wrong by lot; the tree then grows as far as it may."""
+    generator, total = random.Random(0), 0.0
+    for _ in range(steps):
+        values, waiting = [], [(1.0, 0)]
+        for number in range(config.passes):
+            best = sorted(waiting, reverse=True)[: config.width if number else 1]
+            waiting = [node for node in waiting if node not in best]
+            for index, (value, level) in enumerate(best):
+                guesses = config.prefetch if index < config.prefetch_width else 0
+                while True:
+                    right = guesses > 0 and level + 1 < config.depth and generator.random() < hit
+                    values += [value * rate for rate in ranks]
+                    waiting += [(value * rate, level + 1) for rate in ranks[int(right) :]]
+                    if not right:
+                        break
+                    value, level, guesses = value * ranks[0], level + 1, guesses - 1
+        total += 1 + sum(sorted(values, reverse=True)[: config.nodes - 1])
+    return total / steps
+
+
+@pytest.mark.parametrize("passes, prefetch, nodes", [(1, 3, 9), (1, 8, 9), (3, 8, 32), (6, 8, 32), (4, 2, 16)])
+@pytest.mark.parametrize("first, hit", [(0.97, 0.95), (0.85, 0.8), (0.7, 0.5)])
+def test_expected_tokens_with_draft2_against_drawing(passes, prefetch, nodes, first, hit):
+    """Every pass goes on where the guesses of the one before ended, wherever that was. The model takes them to end
+    where they do on average, which is at most an eighth off here."""
+    ranks = (first, 0.4 * (1 - first), 0.2 * (1 - first))
+    config = TreeConfig(nodes, passes * (1 + prefetch), passes, 2 if passes > 1 else 1, 8, prefetch, 1)
+    kinds = expected(config, ((1.0, ranks, hit),))
+    assert sum(kind.share for kind in kinds) == pytest.approx(1)
+    assert sum(kind.share * kind.tokens for kind in kinds) == pytest.approx(drawn(config, ranks, hit), rel=0.125)
 
 
 def test_guesses_that_are_always_right_are_not_evaluated_again():
@@ -92,7 +109,10 @@ def test_guesses_that_are_always_right_are_not_evaluated_again():
 def test_guesses_below_more_nodes_of_a_pass():
     config = TreeConfig(nodes=25, depth=8, passes=2, width=2, children=8, prefetch=2, prefetch_width=1)
     profile = ((1.0, (0.5, 0.4), 0.6),)
-    one, two = (expected(replace(config, prefetch_width=width), profile)[0].tokens for width in (1, 2))
+    one, two = (
+        sum(kind.share * kind.tokens for kind in expected(replace(config, prefetch_width=width), profile))
+        for width in (1, 2)
+    )
     assert one < two - 0.01
 
 
