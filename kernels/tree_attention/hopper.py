@@ -123,11 +123,10 @@ def _attend(
         gl.int32, [ROWS * WINDOW // BLOCK, CHUNKS, CHUNK], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     )
     for i in range(near_blocks):
-        s_codes.index(i).store(
-            _near(
-                p_masks, first_query, i * BLOCK + p_index, prefix, first_bit, tree_rows, queries, GROUP, WORDS, WINDOW
-            )
+        row, fresh, seen = near_rows(
+            p_masks, first_query, i * BLOCK + p_index, prefix, first_bit, tree_rows, queries, GROUP, WORDS, WINDOW, True
         )
+        s_codes.index(i).store(gl.where(seen, 2 * row + gl.where(fresh, 1, 0), -1))  # see `_at`
     k_code, v_code = s_codes.index(0).load(K_KEYS), s_codes.index(0).load(V_KEYS)
     if AHEAD:
         b_k = _far_keys(p_far, k_index, bound, ROW_STRIDE, D, K)
@@ -257,29 +256,9 @@ def _queries(
 
 
 @gluon.jit
-def _near(
-    p_masks,
-    first_query,
-    index,
-    prefix,
-    first_bit,
-    tree_rows,
-    queries,
-    GROUP: gl.constexpr,
-    WORDS: gl.constexpr,
-    WINDOW: gl.constexpr,
-):
-    """Of near keys [CHUNKS, CHUNK]: 2 * row + 1 for a row of the pass's qkv, 2 * row for one of the cache, -1 for what
-    its query does not see."""
-    row, fresh, seen = near_rows(
-        p_masks, first_query, index, prefix, first_bit, tree_rows, queries, GROUP, WORDS, WINDOW, True
-    )
-    return gl.where(seen, 2 * row + gl.where(fresh, 1, 0), -1)
-
-
-@gluon.jit
 def _at(p_pass, p_cache, code, QKV_STRIDE: gl.constexpr, ROW_STRIDE: gl.constexpr):
-    """Where near keys begin, by what `_near` returns."""
+    """Where near keys begin, by their codes: 2 * row + 1 for a row of the pass's qkv, 2 * row for one of the cache, -1
+    for a key that its query does not see."""
     fresh = (code & 1) == 1
     return gl.where(fresh, p_pass, p_cache) + (code >> 1).to(gl.int64) * gl.where(fresh, QKV_STRIDE, ROW_STRIDE)
 
