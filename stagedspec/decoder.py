@@ -19,7 +19,7 @@ from stagedspec.decoding import warm_up as warmup
 from stagedspec.decoding.callbacks import Callbacks, ended
 from stagedspec.decoding.decoder_cache import cached, draft_key
 from stagedspec.decoding.generation import Generation
-from stagedspec.decoding.limits import MAX_BATCH, check_rows
+from stagedspec.decoding.limits import MAX_BATCH, check_batch
 from stagedspec.decoding.output import StagedOutput, finish
 from stagedspec.decoding.pool import GenerationPool
 from stagedspec.decoding.request import Call, CallContext, Request, StagedOptions, encode
@@ -447,7 +447,7 @@ class Decoder:
         context = self.context
         options = arguments.with_shared_criteria(context, options)
         trial = self._trial(max_new_tokens, options, context)
-        check_rows("batch", batch, trial.mode)
+        check_batch(batch, trial.mode)
         seed_of = many.seeds(seed, num_samples, trial.sampling.do_sample)
 
         def read(prompt: many.Prompt, batch: int) -> Call:

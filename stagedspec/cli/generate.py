@@ -29,7 +29,7 @@ from stagedspec.cli.options import (
 )
 from stagedspec.cli.origins import Shown, pieces, save
 from stagedspec.cli.output import as_lines, preparing, stream
-from stagedspec.decoding.limits import MAX_BATCH, NEW_TOKENS, check_rows
+from stagedspec.decoding.limits import MAX_BATCH, NEW_TOKENS, check_batch
 
 if TYPE_CHECKING:
     from stagedspec.decoder import Decoder
@@ -157,7 +157,7 @@ def generate(
         ):  # fmt: skip
             if given:
                 raise ValueError(f"there is both {option} and --prompts: leave one of them out")
-        check_rows("--batch", batch, mode.value)
+        check_batch(batch, mode.value)
         strings = [text.replace("\\n", "\n") for text in stop or []]
         if not all(strings):
             raise ValueError("--stop must not be empty")

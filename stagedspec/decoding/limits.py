@@ -5,13 +5,9 @@ MAX_BATCH = 16
 MAX_PLAIN_BATCH = 64  # of plain decoding, which has no trees
 
 
-def most_rows(mode: str) -> int:
-    """The most rows of a batch."""
-    return MAX_PLAIN_BATCH if mode == "autoregressive" else MAX_BATCH
-
-
-def check_rows(name: str, rows: int, mode: str) -> None:
-    """Raises ValueError where the mode decodes fewer rows together."""
-    if rows > most_rows(mode):
-        plain = f" ({MAX_PLAIN_BATCH} in the mode 'autoregressive')" * (most_rows(mode) < rows <= MAX_PLAIN_BATCH)
-        raise ValueError(f"{name} can be at most {most_rows(mode)}{plain}, got {rows}")
+def check_batch(size: int, mode: str) -> None:
+    """Raises ValueError unless the mode can decode so many rows together."""
+    most = MAX_PLAIN_BATCH if mode == "autoregressive" else MAX_BATCH
+    if not 1 <= size <= most:
+        plain = f" (up to {MAX_PLAIN_BATCH} in the mode 'autoregressive')" * (most < size <= MAX_PLAIN_BATCH)
+        raise ValueError(f"a batch must have 1 to {most} rows{plain}, got {size}; decode more in parts")

@@ -9,7 +9,7 @@ import torch
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from stagedspec.decoding.callbacks import Callbacks
-from stagedspec.decoding.limits import MAX_PLAIN_BATCH, most_rows
+from stagedspec.decoding.limits import check_batch
 from stagedspec.decoding.sampling import Sampling, counters
 from stagedspec.models.model_set import Models
 from stagedspec.planning.adapt import Level
@@ -201,16 +201,6 @@ def _mask_of_padding(input_ids: torch.Tensor, pad: int) -> torch.Tensor | None:
     if not isinstance(input_ids, torch.Tensor) or not bool((input_ids == pad).any()):
         return None
     return (input_ids != pad).long()
-
-
-def check_batch(size: int, mode: str) -> None:
-    """Raises ValueError unless a batch of this mode may have so many prompts."""
-    most = most_rows(mode)
-    if not 1 <= size <= most:
-        of_plain = f" (up to {MAX_PLAIN_BATCH} in the mode 'autoregressive')" * (most < size <= MAX_PLAIN_BATCH)
-        raise ValueError(
-            f"the batch must have 1 to {most} prompts, got {size}{of_plain}; call generate for a part at a time"
-        )
 
 
 def unpad(

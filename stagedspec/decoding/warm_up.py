@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from stagedspec.decoding.arguments import read
+from stagedspec.decoding.limits import check_batch
 from stagedspec.decoding.pool import GenerationPool
-from stagedspec.decoding.request import Call, CallContext, StagedOptions, check_batch
+from stagedspec.decoding.request import Call, CallContext, StagedOptions
 from stagedspec.decoding.stats import Mark
 from stagedspec.devices import out_of_memory
 from stagedspec.kernels.common.progress import reporting

@@ -58,7 +58,7 @@ REFUSED = [
     (f"generate --prompts {FILE} --out x", "line 1 is no JSON"),
     (f"generate --prompts {FILE}", "add --out"),
     (f"generate x --prompts {FILE} --out x", "both a prompt and --prompts"),
-    (f"generate --prompts {FILE} --out x --batch 17", "--batch can be at most 16"),
+    (f"generate --prompts {FILE} --out x --batch 17", "a batch must have 1 to 16 rows"),
     ("demo --max-new-tokens 0", "--max-new-tokens must be at least 1, got 0"),
     ("demo --seed 99999999999999999999", "--seed must be"),
     ("demo --device x", "--device must be"),

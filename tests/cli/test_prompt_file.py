@@ -310,7 +310,7 @@ def test_bad_places(tmp_path, prompts, out, monkeypatch):
         ((prompts, out, "--id-field", "text"), "--id-field text is the name of another field"),
         ((prompts, out, "--json"), "both --json and --prompts"),
         ((prompts, out, "a prompt"), "both a prompt and --prompts"),
-        ((prompts, out, "--batch", "17"), "--batch can be at most 16 (64 in the mode 'autoregressive'), got 17"),
+        ((prompts, out, "--batch", "17"), "16 rows (up to 64 in the mode 'autoregressive'), got 17"),
         ((prompts, out, "--num-samples", "0"), "--num-samples must be at least 1"),
         ((prompts, out, "--stop", ""), "--stop must not be empty"),
         ((prompts, out, "--draft", "x"), "add --target"),

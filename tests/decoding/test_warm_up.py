@@ -196,7 +196,7 @@ def test_warm_up_of_all_that_a_decoder_has(decoder):
         ({"samplings": [{"prompt_lookup_num_tokens": 3}]}, "samplings may hold"),
         ({"batch": 0}, "batch must be whole numbers of at least 1, got 0"),
         ({"batch": [1, True]}, "batch must be whole numbers of at least 1, got True"),
-        ({"batch": 17}, "1 to 16 prompts, got 17"),
+        ({"batch": 17}, r"1 to 16 rows \(up to 64 .*\), got 17"),
         ({"batch": []}, "warm_up needs a list of batch"),
         ({"batch": 1.5}, "batch must be whole numbers of at least 1, got 1.5"),
         ({"batch": None}, "batch must be whole numbers of at least 1, got None"),

@@ -107,9 +107,9 @@ def test_plain_batches_may_be_large(pair, device):
     found = triton_side.generate(ids, seed=list(range(33)), **options)
     for row in (0, 16, 32):
         assert torch.equal(found[row : row + 1], torch_side.generate(ids[row : row + 1], seed=[row], **options))
-    with pytest.raises(ValueError, match="1 to 64 prompts, got 65"):
+    with pytest.raises(ValueError, match="1 to 64 rows, got 65"):
         triton_side.generate(ids[:1].expand(65, -1), **options)
-    with pytest.raises(ValueError, match="1 to 16 prompts, got 17"):
+    with pytest.raises(ValueError, match=r"1 to 16 rows .*, got 17"):
         triton_side.generate(ids[:17], mode="tree")
 
 
