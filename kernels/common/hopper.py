@@ -3,6 +3,7 @@
 from functools import cache
 
 import torch
+from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -11,7 +12,17 @@ from stagedspec.kernels.common.registry import SHARED_LIMIT
 
 copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name in Triton 3.9 and in 3.6
 SHARED = SHARED_LIMIT[90]  # bytes of shared memory that a block may take
+RENAMED = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))  # between Triton 3.6 and 3.9
 SPARE = 2048  # bytes of it that stay free for barriers
+
+
+@gluon.jit
+def reinterpreted(shared, shape, layout: gl.constexpr):
+    """The same shared memory with another shape and layout."""
+    if RENAMED:
+        return shared.reinterpret(shared.dtype, shape, layout)
+    else:
+        return shared._reinterpret(shared.dtype, shape, layout)
 
 
 @cache

@@ -12,7 +12,9 @@ epilogue are left to do. This needs control of what is in flight and when, so it
 Triton.
 
 - Weights and x come by bulk tensor copies, a barrier for each block of columns; the matrix instructions read both from
-  shared memory. Where x has no room beside the weights its blocks take turns in a ring of slots.
+  shared memory. Where x has no room beside the weights, the first blocks of weights are moved to registers before the
+  kernel ahead has ended (HELD), and x comes to where they were. Where that would be too many registers, the blocks of x
+  take turns in a ring of slots.
 - As few splits as shared memory allows: adding up parts costs more than longer programs do.
 - Passes over many tokens, such as chunks of a prompt, are limited by L2 instead, from which every program reads both
   operands. There a program takes up to 128 tokens and two groups of 64 weight rows, each for four warps, and the
@@ -38,7 +40,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra import cuda
 
 from stagedspec.kernels.common.constants import HOPPER_SPLIT
-from stagedspec.kernels.common.hopper import SHARED, SPARE, copy, described
+from stagedspec.kernels.common.hopper import SHARED, SPARE, copy, described, reinterpreted
 from stagedspec.kernels.common.launch_configs import config
 from stagedspec.kernels.common.registry import Scratch, launch_kernel, launch_options
 from stagedspec.kernels.linear.kernel import ROWS, activate, stat_tiles
@@ -46,6 +48,7 @@ from stagedspec.kernels.linear.records import Epilogue, Norm
 
 WHOLE = 1600  # columns that are not split
 MANY = 60  # programs of 128 tokens and 128 outputs
+MOST_HELD = 768  # columns of the weights in registers: 192 a thread
 RING = 64  # columns a block where the weight's blocks take turns
 
 
@@ -79,6 +82,8 @@ def _linear_hopper(
     TOKENS: gl.constexpr,
     WEIGHT_SLOTS: gl.constexpr,
     SLOTS: gl.constexpr,
+    HELD: gl.constexpr,
+    WINDOW: gl.constexpr,
     PDL: gl.constexpr,
 ):
     TILES: gl.constexpr = (OUT + ROWS - 1) // ROWS
@@ -99,18 +104,19 @@ def _linear_hopper(
     s_weight = gl.allocate_shared_memory(weight.dtype, [WEIGHT_SLOTS, GROUPS * ROWS, BLOCK_K], weight.layout)
     s_x = gl.allocate_shared_memory(x.dtype, [SLOTS, TOKENS, BLOCK_K], x.layout)
     weight_there = gl.allocate_shared_memory(gl.int64, [WEIGHT_SLOTS, 1], mbarrier.MBarrierLayout())
-    x_there = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    x_there = gl.allocate_shared_memory(gl.int64, [HELD + SLOTS, 1], mbarrier.MBarrierLayout())
     for i in range(WEIGHT_SLOTS):
         mbarrier.init(weight_there.index(i), count=1)
-    for i in range(SLOTS):
+    for i in range(HELD + SLOTS):
         mbarrier.init(x_there.index(i), count=1)
     fence_async_shared()  # the copies' unit sees the barriers as they are now
     if PDL:
         cuda.gdc_launch_dependents()
     for i in range(WEIGHT_SLOTS):
         mbarrier.expect(weight_there.index(i), GROUPS * ROWS * BLOCK_K * 2)
-        copy(weight, [i_row, i_start + i * BLOCK_K], weight_there.index(i), s_weight.index(i))
-    for i in range(SLOTS):
+        place = [i_row, i_start + i * BLOCK_K]
+        copy(weight, place, weight_there.index(i), s_weight.index(i), pred=i < WINDOW)
+    for i in range(HELD + SLOTS):
         mbarrier.expect(x_there.index(i), TOKENS * BLOCK_K * 2)
     # [GROUPS, ROWS]
     tiles = i_tile + gl.arange(0, GROUPS, gl.SliceLayout(1, OF_ROW))
@@ -120,15 +126,31 @@ def _linear_hopper(
         b_bias = gl.load(p_bias + rows, mask=real, other=0.0)
     if NORM:
         b_sums = gl.load(p_sums + rows, mask=real, other=0.0)
+    held = ()
+    if HELD > 0:
+        for i in gl.static_range(HELD):
+            mbarrier.wait(weight_there.index(i), 0)
+            held += (s_weight.index(i).load(gl.DotOperandLayout(0, SUM, 2)),)  # type: ignore[assignment]
+            if i + WINDOW < BLOCKS:
+                i_next = i + WINDOW
+                place = [i_row, i_start + i_next * BLOCK_K]
+                copy(weight, place, weight_there.index(i_next), s_weight.index(i_next))
+        tl.debug_barrier()
+        fence_async_shared()  # x comes to where these blocks were
+        X: gl.constexpr = x.layout
+        s_held = reinterpreted(s_weight, [HELD, TOKENS, BLOCK_K], X)
 
     if PDL:
         cuda.gdc_wait()
+    if HELD > 0:
+        for i in range(HELD):
+            copy(x, [i_token, i_start + i * BLOCK_K], x_there.index(i), s_held.index(i))
     for i in range(SLOTS):
-        copy(x, [i_token, i_start + i * BLOCK_K], x_there.index(i), s_x.index(i))
+        copy(x, [i_token, i_start + (HELD + i) * BLOCK_K], x_there.index(HELD + i), s_x.index(i))
     tokens = i_token + gl.arange(0, TOKENS, OF_TOKEN)
     ok = tokens < M
     there = ok[:, None, None] & real[None, :, :]  # [TOKENS, GROUPS, ROWS]
-    i_out = tokens.to(gl.int64)[:, None, None] * OUT + rows[None, :, :]
+    i_out = tokens[:, None, None] * OUT + rows[None, :, :]
     if RESIDUAL:
         b_residual = gl.load(p_residual + i_out, mask=there, other=0.0)
     if NORM:
@@ -136,20 +158,26 @@ def _linear_hopper(
         b_mean = gl.convert_layout(b_mean, OF_TOKEN)
         b_scale = gl.convert_layout(b_scale, OF_TOKEN)
     b_acc = gl.zeros((GROUPS * ROWS, TOKENS), gl.float32, SUM)
-    for i in range(BLOCKS):
-        i_slot, i_weight = i % SLOTS, i % WEIGHT_SLOTS
-        mbarrier.wait(x_there.index(i_slot), (i // SLOTS) & 1)
+    if HELD > 0:
+        for i in gl.static_range(HELD):
+            mbarrier.wait(x_there.index(i), 0)
+            b_acc = warpgroup_mma(held[i], s_held.index(i).permute((1, 0)), b_acc, is_async=True)
+        b_acc = warpgroup_mma_wait(0, deps=(b_acc,) + held)[0]  # noqa: RUF005 (the compiler knows no stars)
+    for i in range(HELD, BLOCKS):
+        i_slot, i_weight = (i - HELD) % SLOTS, i % WEIGHT_SLOTS
+        mbarrier.wait(x_there.index(HELD + i_slot), ((i - HELD) // SLOTS) & 1)
         mbarrier.wait(weight_there.index(i_weight), (i // WEIGHT_SLOTS) & 1)
         b_acc = warpgroup_mma(s_weight.index(i_weight), s_x.index(i_slot).permute((1, 0)), b_acc, is_async=True)
         b_acc = warpgroup_mma_wait(1, deps=(b_acc,))
-        if SLOTS < BLOCKS:
+        if SLOTS < BLOCKS - HELD:
             # The block before this one is done with: its slots take the next ones.
             i_next = i - 1 + SLOTS
-            wanted = (i > 0) & (i_next < BLOCKS)
-            free = x_there.index(i_next % SLOTS)
+            wanted = (i > HELD) & (i_next < BLOCKS)
+            i_free = (i_next - HELD) % SLOTS
+            free = x_there.index(HELD + i_free)
             tl.debug_barrier()
             mbarrier.expect(free, TOKENS * BLOCK_K * 2, pred=wanted)
-            copy(x, [i_token, i_start + i_next * BLOCK_K], free, s_x.index(i_next % SLOTS), pred=wanted)
+            copy(x, [i_token, i_start + i_next * BLOCK_K], free, s_x.index(i_free), pred=wanted)
             if WEIGHT_SLOTS < BLOCKS:
                 i_next = i - 1 + WEIGHT_SLOTS
                 wanted = (i > 0) & (i_next < BLOCKS)
@@ -168,7 +196,7 @@ def _linear_hopper(
     last = True
     if SPLITS > 1:
         p_part = p_partials + i_out  # [SPLITS, M, OUT]
-        part = M.to(gl.int64) * OUT
+        part = M * OUT
         gl.store(p_part + i_split * part, b_sum, mask=there)
         i_count = i_block * gl.num_programs(0) + gl.program_id(0)
         tl.debug_barrier()
@@ -263,25 +291,31 @@ def candidates(shape: tuple[int, ...], device: torch.device) -> list[dict[str, i
 
 def settings(tokens: int, inputs: int, groups: int = 1) -> dict[str, int]:
     """Of a program that takes `tokens` tokens, a power of two, and `groups` times 64 rows of the weight: splits,
-    columns a block, and how many blocks of the weight and of x are in shared memory: all, or as many as fit.
+    columns a block, how many blocks of the weight and of x have slots in shared memory, how many blocks of the weight
+    are HELD in registers, and how many are asked for at once (WINDOW).
 
-    Up to 64 tokens all of a group's weights are, and three blocks of x at least. Large blocks are faster: they may go a
-    little beyond the last column, where zeros are. With more tokens or groups both operands go through rings.
+    Up to 64 tokens all blocks of a group's weights have slots, and of x those that are not multiplied by a block in
+    registers; or three of x at least, which take turns. Large blocks are faster: they may go a little beyond the last
+    column, where zeros are. With more tokens or groups both operands go through rings.
     """
     splits, part = splits_of(inputs)
     chosen = {"SPLITS": splits, "TOKENS": tokens, "GROUPS": groups}
     if tokens > 64 or groups > 1:
         slots = (SHARED - SPARE) // ((tokens + groups * ROWS) * RING * 2)
         slots = min(slots, part // RING)
-        return chosen | {"SPLIT_K": part, "BLOCK_K": RING, "WEIGHT_SLOTS": slots, "SLOTS": slots}
-    for block in (256, 128, 64) if tokens < 64 else (128, 64):
+        shared = {"WEIGHT_SLOTS": slots, "SLOTS": slots, "HELD": 0, "WINDOW": slots}
+        return chosen | {"SPLIT_K": part, "BLOCK_K": RING} | shared
+    for block in (256, 128, 64):
         blocks = triton.cdiv(part, block)
         length = blocks * block
-        slots = (SHARED - SPARE - length * ROWS * 2) // (tokens * block * 2)
+        slots = min(blocks, (SHARED - SPARE - length * ROWS * 2) // (tokens * block * 2))
+        held = blocks - slots if (blocks - slots) * block <= MOST_HELD else 0
         fits = length == part or (splits == 1 and length - part <= part // 16)
-        if fits and slots >= min(3, blocks):
+        if fits and held + slots >= min(3, blocks):
             break
-    return chosen | {"SPLIT_K": length, "BLOCK_K": block, "WEIGHT_SLOTS": blocks, "SLOTS": min(blocks, slots)}
+    window = max(3, blocks - held) if tokens == 64 else blocks
+    shared = {"WEIGHT_SLOTS": blocks, "SLOTS": slots, "HELD": held, "WINDOW": window}
+    return chosen | {"SPLIT_K": length, "BLOCK_K": block} | shared
 
 
 def launch(
@@ -298,6 +332,8 @@ def launch(
     if stats is not None and stats.data_ptr() % 8:  # a sum and its squares are read at once
         raise ValueError(f"linear: stats must start at a multiple of 8 bytes, got {stats.data_ptr():#x}; clone it")
     (count, inputs), outputs = x.shape, weight.shape[0]
+    if splits_of(inputs)[0] * count * outputs >= 2**31:  # places in them have 32 bits
+        raise ValueError(f"linear: {count} rows of {outputs} outputs are too many; give fewer rows at a time")
     shape = padded(count), outputs, inputs
     tuned = config("linear_hopper", shape, x.device, candidates)
     if tuned not in candidates(shape, x.device):  # others would count beyond the counters

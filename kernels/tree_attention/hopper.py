@@ -14,10 +14,11 @@ j * 8 + g of the result is column g * 8 + j of the head.
 
 `settings` chooses among launches that give the same bits:
 
-    ROWS     queries of a program, 8 or 16
-    AHEAD    loads the first far keys and values before the kernel ahead has ended (if SETTLED), and each block while
-             the one before it is computed; else one block at a time, in so few registers that two programs fit a
-             multiprocessor
+    ROWS         queries of a program, 8 or 16
+    AHEAD        loads the first far keys and values before the kernel ahead has ended (if SETTLED), and each block
+                 while the one before it is computed; else one block at a time, in so few registers that two programs
+                 fit a multiprocessor
+    MEANWHILE    the next kernel may start at once; else when the keys and values are done with
 """
 
 import torch
@@ -56,6 +57,7 @@ def _attend(
     CHUNK: gl.constexpr,
     CHUNKS: gl.constexpr,
     AHEAD: gl.constexpr,
+    MEANWHILE: gl.constexpr,
     SETTLED: gl.constexpr,
     PDL: gl.constexpr,
 ):
@@ -97,6 +99,8 @@ def _attend(
     S_ROWS: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, MMA))
     if PDL and not SETTLED:
         cuda.gdc_wait()
+    if PDL and MEANWHILE:
+        cuda.gdc_launch_dependents()
     i_tile, i_head = gl.program_id(0), gl.program_id(1)
     i_b, i_kv = i_head // KV_HEADS, i_head % KV_HEADS
     p_cache += i_b.to(gl.int64) * S * ROW_STRIDE + i_kv * D
@@ -144,6 +148,14 @@ def _attend(
         gl.DotOperandLayout(0, MMA, 8),
         assert_trivial=True,
     )
+    # The warps' results [CHUNKS, ROWS, D].
+    WIDE: gl.constexpr = ROWS // 4 if AHEAD else 4  # columns a thread; with 2 the registers would not do
+    SUM: gl.constexpr = gl.BlockedLayout([CHUNKS, 1, WIDE], [1, WIDE // 2, 64 // WIDE], [1, CHUNKS, 1], [2, 1, 0])
+    OUT: gl.constexpr = gl.SliceLayout(0, SUM)  # [ROWS, D]
+    where = p_pass, p_cache, first_query, queries, first_bit
+    if AHEAD:
+        p_own, p_new, own = _own_rows(where, GROUP, QKV_STRIDE, ROW_STRIDE, ROWS, D, OUT)
+        own_k, own_v = gl.load(p_own, mask=own), gl.load(p_own + V_STEP, mask=own)
     far_max = gl.full([CHUNKS, TILE], float("-inf"), gl.float32, gl.SliceLayout(2, MMA))
     far_sum = gl.zeros([CHUNKS, TILE], gl.float32, gl.SliceLayout(2, MMA))
     far_acc = gl.zeros([CHUNKS, TILE, D], gl.float32, MMA)
@@ -178,8 +190,10 @@ def _attend(
             )
             b_v = _far_values(p_far + V_STEP, start + v_index, bound, ROW_STRIDE, V)
             far_acc = _valued(b_p, b_v, far_acc, MMA)
+    if AHEAD:  # nobody in this launch reads the rows appended here
+        gl.store(p_new, own_k, mask=own)
+        gl.store(p_new + V_STEP, own_v, mask=own)
     # The warps' results meet in shared memory: the far ones at once, so that their registers are free.
-    SUM: gl.constexpr = gl.BlockedLayout([CHUNKS, 1, 4], [1, 2, 16], [1, 8, 1], [2, 1, 0])
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     SWIZZLED: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 8, [2, 1, 0])
     s_far_max = gl.allocate_shared_memory(gl.float32, [CHUNKS, TILE], FLAT, far_max)
@@ -195,36 +209,30 @@ def _attend(
         v_code = s_codes.index(i).load(V_KEYS)
         near_v = _near_values(p_pass + V_STEP, p_cache + V_STEP, v_code, QKV_STRIDE, ROW_STRIDE, V)
         near_acc = _valued(b_p, near_v, near_acc, MMA)
-    if PDL:  # not earlier: the next kernel's weights would compete with the keys and values
+    if PDL and not MEANWHILE:
         cuda.gdc_launch_dependents()
     s_near_max = gl.allocate_shared_memory(gl.float32, [CHUNKS, TILE], FLAT, near_max)
     s_near_sum = gl.allocate_shared_memory(gl.float32, [CHUNKS, TILE], FLAT, near_sum)
     s_near = gl.allocate_shared_memory(gl.float32, [CHUNKS, TILE, D], SWIZZLED, near_acc)
-    PER_ROW: gl.constexpr = gl.SliceLayout(2, SUM)  # [CHUNKS, TILE]
-    far_max, far_sum, far_acc = _over_chunks(s_far_max.load(PER_ROW), s_far_sum.load(PER_ROW), s_far.load(SUM))
-    near_max, near_sum, near_acc = _over_chunks(s_near_max.load(PER_ROW), s_near_sum.load(PER_ROW), s_near.load(SUM))
+    far_max, far_sum, far_acc = _over_chunks(s_far_max, s_far_sum, s_far, ROWS, SUM)
+    near_max, near_sum, near_acc = _over_chunks(s_near_max, s_near_sum, s_near, ROWS, SUM)
     top = gl.maximum(far_max, near_max)
     top = gl.where(top == float("-inf"), 0.0, top)
     far_weight, near_weight = gl.exp2(far_max - top), gl.exp2(near_max - top)
     b_sum = far_weight * far_sum + near_weight * near_sum
     b_out = gl.expand_dims(far_weight, 1) * far_acc + gl.expand_dims(near_weight, 1) * near_acc
     b_out /= gl.expand_dims(gl.where(b_sum > 0.0, b_sum, 1.0), 1)
-    OUT: gl.constexpr = gl.SliceLayout(0, SUM)  # [TILE, D]
-    i_row, columns = gl.arange(0, TILE, gl.SliceLayout(1, OUT)), gl.arange(0, D, gl.SliceLayout(0, OUT))
+    i_row, columns = gl.arange(0, ROWS, gl.SliceLayout(1, OUT)), gl.arange(0, D, gl.SliceLayout(0, OUT))
     row = first_query + i_row
-    ok, nodes = (i_row < ROWS) & (row < queries), row // GROUP
+    ok, nodes = row < queries, row // GROUP
     dims = columns % 8 * 8 + columns // 8
     p_out += i_b.to(gl.int64) * N * OUT_STRIDE + i_kv * (GROUP * D)
     p_result = p_out + gl.expand_dims(nodes * OUT_STRIDE + row % GROUP * D, 1) + gl.expand_dims(dims, 0)
     gl.store(p_result, b_out.to(p_out.dtype.element_ty), mask=gl.expand_dims(ok, 1))
-
-    # Nobody in this launch reads the rows appended here.
-    appended = gl.expand_dims(ok & (row % GROUP == 0), 1)
-    p_own = gl.multiple_of(p_pass + gl.expand_dims(nodes * QKV_STRIDE, 1) + gl.expand_dims(columns, 0), [1, 8])
-    p_new = p_cache + gl.expand_dims((first_bit + nodes).to(gl.int64) * ROW_STRIDE, 1) + gl.expand_dims(columns, 0)
-    p_new = gl.multiple_of(p_new, [1, 8])
-    gl.store(p_new, gl.load(p_own, mask=appended), mask=appended)
-    gl.store(p_new + V_STEP, gl.load(p_own + V_STEP, mask=appended), mask=appended)
+    if not AHEAD:  # here, not earlier, for want of registers
+        p_own, p_new, own = _own_rows(where, GROUP, QKV_STRIDE, ROW_STRIDE, ROWS, D, OUT)
+        gl.store(p_new, gl.load(p_own, mask=own), mask=own)
+        gl.store(p_new + V_STEP, gl.load(p_own + V_STEP, mask=own), mask=own)
 
 
 @gluon.jit
@@ -232,6 +240,29 @@ def _index(LAYOUT: gl.constexpr, CHUNKS: gl.constexpr, CHUNK: gl.constexpr):
     """The keys of a block [CHUNKS, CHUNK]."""
     chunks = gl.arange(0, CHUNKS, gl.SliceLayout(1, LAYOUT))
     return gl.expand_dims(chunks * CHUNK, 1) + gl.expand_dims(gl.arange(0, CHUNK, gl.SliceLayout(0, LAYOUT)), 0)
+
+
+@gluon.jit
+def _own_rows(
+    where,
+    GROUP: gl.constexpr,
+    QKV_STRIDE: gl.constexpr,
+    ROW_STRIDE: gl.constexpr,
+    ROWS: gl.constexpr,
+    D: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):
+    """Where the keys of the queries' nodes are [ROWS, D], where they go, and for which rows: one of each node."""
+    p_pass, p_cache, first_query, queries, first_bit = where
+    row, columns = (
+        first_query + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT)),
+        gl.arange(0, D, gl.SliceLayout(0, LAYOUT)),
+    )
+    nodes = row // GROUP
+    p_own = p_pass + gl.expand_dims(nodes * QKV_STRIDE, 1) + gl.expand_dims(columns, 0)
+    p_new = p_cache + gl.expand_dims((first_bit + nodes).to(gl.int64) * ROW_STRIDE, 1) + gl.expand_dims(columns, 0)
+    own = gl.expand_dims((row < queries) & (row % GROUP == 0), 1)
+    return gl.multiple_of(p_own, [1, 8]), gl.multiple_of(p_new, [1, 8]), own
 
 
 @gluon.jit
@@ -328,8 +359,11 @@ def _valued(b_p, b_v, b_acc, MMA: gl.constexpr):
 
 
 @gluon.jit
-def _over_chunks(b_max, b_sum, b_acc):
-    """Of all chunks together: greatest scores [TILE], sums, weighted values [TILE, D]."""
+def _over_chunks(s_max, s_sum, s_acc, ROWS: gl.constexpr, SUM: gl.constexpr):
+    """Of all chunks together: greatest scores [ROWS], sums, weighted values [ROWS, D]."""
+    PER_ROW: gl.constexpr = gl.SliceLayout(2, SUM)
+    b_max, b_sum = s_max.slice(0, ROWS, 1).load(PER_ROW), s_sum.slice(0, ROWS, 1).load(PER_ROW)
+    b_acc = s_acc.slice(0, ROWS, 1).load(SUM)
     top = gl.max(b_max, 0)
     weight = gl.exp2(b_max - gl.expand_dims(gl.where(top == float("-inf"), 0.0, top), 0))
     b_sum, b_acc = gl.sum(weight * b_sum, 0), gl.sum(gl.expand_dims(weight, 2) * b_acc, 0)
@@ -343,8 +377,11 @@ def _over_chunks(b_max, b_sum, b_acc):
 def settings(queries: int, groups: int) -> dict[str, int | None]:
     """Of a launch over `queries` queries of each of `groups` KV heads, those of all sequences together."""
     rows = 8 if queries <= 8 or groups * triton.cdiv(queries, 8) <= MULTIPROCESSORS else TILE
-    ahead = groups * triton.cdiv(queries, rows) <= MULTIPROCESSORS
-    return {"ROWS": rows, "AHEAD": ahead, "maxnreg": None if ahead else 128}
+    programs = groups * triton.cdiv(queries, rows)
+    ahead = programs <= MULTIPROCESSORS
+    # Beside few programs the next kernel has many, whose weights would compete with the keys and values.
+    meanwhile = ahead and 2 * programs > MULTIPROCESSORS
+    return {"ROWS": rows, "AHEAD": ahead, "MEANWHILE": meanwhile, "maxnreg": None if ahead else 128}
 
 
 def launch(queries: int, groups: int, *given: torch.Tensor | float, **constants: int) -> None:

@@ -230,21 +230,24 @@ def test_errors(device):
 
 
 def test_hopper_has_room():
-    """Every block of x has a slot or takes turns in three at least, beside the weights, at every width it serves; parts
-    begin at the same columns for any number of tokens."""
+    """Every block of x has a slot, or the place of weights that are in registers, or takes turns in three slots at
+    least, at every width it serves; every block of weights is asked for; parts begin at the same columns for any number
+    of tokens."""
     assert not by_hopper(2, 640, torch.device("cpu"))
     for inputs in range(8, HOPPER_SPLIT * MOST_SPLITS + 1, 8):
         splits, part = hopper.splits_of(inputs)
         assert splits <= triton.cdiv(inputs, HOPPER_SPLIT) <= MOST_SPLITS
         assert (splits == 1) == (inputs <= hopper.WHOLE)
-        for count in (1, 9, 20, 200):
+        for count in (1, 9, 20, 40, 200):
             chosen = hopper.settings(min(64, hopper.padded(count)), inputs)
-            length, slots = chosen["SPLIT_K"], chosen["SLOTS"]
+            length, slots, held = chosen["SPLIT_K"], chosen["SLOTS"], chosen["HELD"]
             assert chosen["SPLITS"] == splits and length * splits >= inputs and (splits == 1 or length == part)
             blocks, rest = divmod(length, chosen["BLOCK_K"])
-            assert rest == 0 and min(blocks, 3) <= slots <= blocks
+            assert rest == 0 and (held + slots == blocks or (held == 0 and 3 <= slots < blocks))
+            assert held * chosen["BLOCK_K"] <= hopper.MOST_HELD and chosen["TOKENS"] <= ROWS
+            assert chosen["WINDOW"] > 0 and held + chosen["WINDOW"] >= blocks == chosen["WEIGHT_SLOTS"]
             elements = length * ROWS + slots * chosen["BLOCK_K"] * chosen["TOKENS"]
-            assert elements * 2 + (blocks + slots) * 8 <= SHARED
+            assert elements * 2 + (blocks + held + slots) * 8 <= SHARED
 
 
 @pytest.mark.parametrize("outputs", [200, 64 * op.WIDE])  # kernel.py splits the columns of the first alone

@@ -443,13 +443,14 @@ def test_where_the_kernel_for_hopper_runs(monkeypatch, size, itemsize, window, a
 
 
 @pytest.mark.parametrize(
-    "queries, groups, rows, ahead",
-    [(1, 20, 8, True), (9, 20, 8, True), (64, 20, 16, True), (256, 20, 16, False), (1, 160, 8, False),
-     (9, 160, 16, False)],
+    "queries, groups, rows, ahead, meanwhile",
+    [(1, 20, 8, True, False), (9, 20, 8, True, False), (16, 20, 8, True, False), (32, 20, 8, True, True),
+     (64, 20, 16, True, True), (256, 20, 16, False, False), (1, 160, 8, False, False), (9, 160, 16, False, False)],
 )  # fmt: skip
-def test_settings_of_the_kernel_for_hopper(queries, groups, rows, ahead):
-    """Small tiles where every program has a multiprocessor; two programs on each where there are more."""
-    chosen = {"ROWS": rows, "AHEAD": ahead, "maxnreg": None if ahead else 128}
+def test_settings_of_the_kernel_for_hopper(queries, groups, rows, ahead, meanwhile):
+    """Small tiles where every program has a multiprocessor; two programs on each where there are more. The next kernel
+    starts at once where one program on each takes more than half of them."""
+    chosen = {"ROWS": rows, "AHEAD": ahead, "MEANWHILE": meanwhile, "maxnreg": None if ahead else 128}
     assert hopper.settings(queries, groups) == chosen
 
 
