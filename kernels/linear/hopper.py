@@ -11,10 +11,10 @@ as soon as the programs of the kernel ahead have started. After that kernel ends
 epilogue are left to do. This needs control of what is in flight and when, so it is written in Gluon, a level below
 Triton.
 
-- Weights and x come by bulk tensor copies, a barrier for each block of columns; the matrix instructions read both from
-  shared memory. Where x has no room beside the weights, the first blocks of weights are moved to registers before the
-  kernel ahead has ended (HELD), and x comes to where they were. Where that would be too many registers, the blocks of x
-  take turns in a ring of slots.
+- Weights and x come by bulk tensor copies into shared memory, a barrier for each block of columns; the matrix
+  instructions read both there. Where x has no room beside the weights, the first blocks of weights are moved to
+  registers before the kernel ahead has ended, the matrix instructions read them from there (HELD), and x comes to where
+  they were. Where that would be too many registers, the blocks of x take turns in a ring of slots.
 - As few splits as shared memory allows: adding up parts costs more than longer programs do.
 - Passes over many tokens, such as chunks of a prompt, are limited by L2 instead, from which every program reads both
   operands. There a program takes up to 128 tokens and two groups of 64 weight rows, each for four warps, and the
@@ -48,7 +48,7 @@ from stagedspec.kernels.linear.records import Epilogue, Norm
 
 WHOLE = 1600  # columns that are not split
 MANY = 60  # programs of 128 tokens and 128 outputs
-MOST_HELD = 768  # columns of the weights in registers: 192 a thread
+MOST_HELD = 768  # columns of 64 rows of the weight: 192 registers a thread
 RING = 64  # columns a block where the weight's blocks take turns
 
 
@@ -83,7 +83,7 @@ def _linear_hopper(
     WEIGHT_SLOTS: gl.constexpr,
     SLOTS: gl.constexpr,
     HELD: gl.constexpr,
-    WINDOW: gl.constexpr,
+    ASKED: gl.constexpr,
     PDL: gl.constexpr,
 ):
     TILES: gl.constexpr = (OUT + ROWS - 1) // ROWS
@@ -115,7 +115,7 @@ def _linear_hopper(
     for i in range(WEIGHT_SLOTS):
         mbarrier.expect(weight_there.index(i), GROUPS * ROWS * BLOCK_K * 2)
         place = [i_row, i_start + i * BLOCK_K]
-        copy(weight, place, weight_there.index(i), s_weight.index(i), pred=i < WINDOW)
+        copy(weight, place, weight_there.index(i), s_weight.index(i), pred=i < ASKED)
     for i in range(HELD + SLOTS):
         mbarrier.expect(x_there.index(i), TOKENS * BLOCK_K * 2)
     # [GROUPS, ROWS]
@@ -131,8 +131,8 @@ def _linear_hopper(
         for i in gl.static_range(HELD):
             mbarrier.wait(weight_there.index(i), 0)
             held += (s_weight.index(i).load(gl.DotOperandLayout(0, SUM, 2)),)  # type: ignore[assignment]
-            if i + WINDOW < BLOCKS:
-                i_next = i + WINDOW
+            if i + ASKED < BLOCKS:
+                i_next = i + ASKED
                 place = [i_row, i_start + i_next * BLOCK_K]
                 copy(weight, place, weight_there.index(i_next), s_weight.index(i_next))
         tl.debug_barrier()
@@ -169,15 +169,14 @@ def _linear_hopper(
         mbarrier.wait(weight_there.index(i_weight), (i // WEIGHT_SLOTS) & 1)
         b_acc = warpgroup_mma(s_weight.index(i_weight), s_x.index(i_slot).permute((1, 0)), b_acc, is_async=True)
         b_acc = warpgroup_mma_wait(1, deps=(b_acc,))
-        if SLOTS < BLOCKS - HELD:
+        if HELD + SLOTS < BLOCKS:  # then none is held
             # The block before this one is done with: its slots take the next ones.
             i_next = i - 1 + SLOTS
-            wanted = (i > HELD) & (i_next < BLOCKS)
-            i_free = (i_next - HELD) % SLOTS
-            free = x_there.index(HELD + i_free)
+            wanted = (i > 0) & (i_next < BLOCKS)
+            free = x_there.index(i_next % SLOTS)
             tl.debug_barrier()
             mbarrier.expect(free, TOKENS * BLOCK_K * 2, pred=wanted)
-            copy(x, [i_token, i_start + i_next * BLOCK_K], free, s_x.index(i_free), pred=wanted)
+            copy(x, [i_token, i_start + i_next * BLOCK_K], free, s_x.index(i_next % SLOTS), pred=wanted)
             if WEIGHT_SLOTS < BLOCKS:
                 i_next = i - 1 + WEIGHT_SLOTS
                 wanted = (i > 0) & (i_next < BLOCKS)
@@ -289,32 +288,34 @@ def candidates(shape: tuple[int, ...], device: torch.device) -> list[dict[str, i
     return [{"TOKENS": tokens, "GROUPS": groups} for tokens, groups in found]
 
 
-def settings(tokens: int, inputs: int, groups: int = 1) -> dict[str, int]:
+def settings(tokens: int, inputs: int, groups: int = 1, norm: bool = False) -> dict[str, int]:
     """Of a program that takes `tokens` tokens, a power of two, and `groups` times 64 rows of the weight: splits,
     columns a block, how many blocks of the weight and of x have slots in shared memory, how many blocks of the weight
-    are HELD in registers, and how many are asked for at once (WINDOW).
+    are HELD in registers, and how many are ASKED for before the first has come. norm: whether LayerNorm comes first.
 
     Up to 64 tokens all blocks of a group's weights have slots, and of x those that are not multiplied by a block in
     registers; or three of x at least, which take turns. Large blocks are faster: they may go a little beyond the last
-    column, where zeros are. With more tokens or groups both operands go through rings.
+    column, where zeros are. At 64 tokens what the kernel ahead reads suffers if all weights are asked for at once.
+    With more tokens or groups both operands go through rings.
     """
     splits, part = splits_of(inputs)
     chosen = {"SPLITS": splits, "TOKENS": tokens, "GROUPS": groups}
     if tokens > 64 or groups > 1:
         slots = (SHARED - SPARE) // ((tokens + groups * ROWS) * RING * 2)
         slots = min(slots, part // RING)
-        shared = {"WEIGHT_SLOTS": slots, "SLOTS": slots, "HELD": 0, "WINDOW": slots}
+        shared = {"WEIGHT_SLOTS": slots, "SLOTS": slots, "HELD": 0, "ASKED": slots}
         return chosen | {"SPLIT_K": part, "BLOCK_K": RING} | shared
+    most = MOST_HELD if inputs <= 2048 or not norm else 0  # statistics of wider rows take as many registers
     for block in (256, 128, 64):
         blocks = triton.cdiv(part, block)
         length = blocks * block
         slots = min(blocks, (SHARED - SPARE - length * ROWS * 2) // (tokens * block * 2))
-        held = blocks - slots if (blocks - slots) * block <= MOST_HELD else 0
+        held = blocks - slots if (blocks - slots) * block <= most else 0
         fits = length == part or (splits == 1 and length - part <= part // 16)
         if fits and held + slots >= min(3, blocks):
             break
-    window = max(3, blocks - held) if tokens == 64 else blocks
-    shared = {"WEIGHT_SLOTS": blocks, "SLOTS": slots, "HELD": held, "WINDOW": window}
+    asked = min(blocks, max(3, blocks - held)) if tokens == 64 else blocks
+    shared = {"WEIGHT_SLOTS": blocks, "SLOTS": slots, "HELD": held, "ASKED": asked}
     return chosen | {"SPLIT_K": length, "BLOCK_K": block} | shared
 
 
@@ -333,12 +334,12 @@ def launch(
         raise ValueError(f"linear: stats must start at a multiple of 8 bytes, got {stats.data_ptr():#x}; clone it")
     (count, inputs), outputs = x.shape, weight.shape[0]
     if splits_of(inputs)[0] * count * outputs >= 2**31:  # places in them have 32 bits
-        raise ValueError(f"linear: {count} rows of {outputs} outputs are too many; give fewer rows at a time")
+        raise ValueError(f"linear: rows times outputs times splits must be under 2**31, got {count} rows; give fewer")
     shape = padded(count), outputs, inputs
     tuned = config("linear_hopper", shape, x.device, candidates)
     if tuned not in candidates(shape, x.device):  # others would count beyond the counters
         raise ValueError(f"linear_hopper at {shape}: no such settings, {tuned}; run `stagedspec tune` again")
-    chosen = settings(tuned["TOKENS"], inputs, tuned["GROUPS"])
+    chosen = settings(tuned["TOKENS"], inputs, tuned["GROUPS"], stats is not None)
     tokens, rows, block = chosen["TOKENS"], chosen["GROUPS"] * ROWS, chosen["BLOCK_K"]
     launch_kernel(
         _linear_hopper,

@@ -68,9 +68,8 @@ def activate(x, ACTIVATION: tl.constexpr):
     elif ACTIVATION == 2:
         return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     elif ACTIVATION == 3:
-        return x / (
-            1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x))
-        )  # 0.5 * (1 + tanh(u)) is sigmoid(2u)
+        # 0.5 * (1 + tanh(u)) is 1 / (1 + exp(-2 * u)).
+        return x / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
     elif ACTIVATION == 4:
         return x / (1.0 + tl.exp(-x))
     elif ACTIVATION == 5:

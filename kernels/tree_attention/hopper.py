@@ -149,12 +149,12 @@ def _attend(
         assert_trivial=True,
     )
     # The warps' results [CHUNKS, ROWS, D].
-    WIDE: gl.constexpr = ROWS // 4 if AHEAD else 4  # columns a thread; with 2 the registers would not do
+    WIDE: gl.constexpr = ROWS // 4 if AHEAD else 4  # columns a thread; in turn, 2 would spill
     SUM: gl.constexpr = gl.BlockedLayout([CHUNKS, 1, WIDE], [1, WIDE // 2, 64 // WIDE], [1, CHUNKS, 1], [2, 1, 0])
     OUT: gl.constexpr = gl.SliceLayout(0, SUM)  # [ROWS, D]
-    where = p_pass, p_cache, first_query, queries, first_bit
+    passed = p_pass, p_cache, first_query, queries, first_bit  # what `_own_rows` goes by
     if AHEAD:
-        p_own, p_new, own = _own_rows(where, GROUP, QKV_STRIDE, ROW_STRIDE, ROWS, D, OUT)
+        p_own, p_new, own = _own_rows(passed, GROUP, QKV_STRIDE, ROW_STRIDE, ROWS, D, OUT)
         own_k, own_v = gl.load(p_own, mask=own), gl.load(p_own + V_STEP, mask=own)
     far_max = gl.full([CHUNKS, TILE], float("-inf"), gl.float32, gl.SliceLayout(2, MMA))
     far_sum = gl.zeros([CHUNKS, TILE], gl.float32, gl.SliceLayout(2, MMA))
@@ -230,7 +230,7 @@ def _attend(
     p_result = p_out + gl.expand_dims(nodes * OUT_STRIDE + row % GROUP * D, 1) + gl.expand_dims(dims, 0)
     gl.store(p_result, b_out.to(p_out.dtype.element_ty), mask=gl.expand_dims(ok, 1))
     if not AHEAD:  # here, not earlier, for want of registers
-        p_own, p_new, own = _own_rows(where, GROUP, QKV_STRIDE, ROW_STRIDE, ROWS, D, OUT)
+        p_own, p_new, own = _own_rows(passed, GROUP, QKV_STRIDE, ROW_STRIDE, ROWS, D, OUT)
         gl.store(p_new, gl.load(p_own, mask=own), mask=own)
         gl.store(p_new + V_STEP, gl.load(p_own + V_STEP, mask=own), mask=own)
 
@@ -244,7 +244,7 @@ def _index(LAYOUT: gl.constexpr, CHUNKS: gl.constexpr, CHUNK: gl.constexpr):
 
 @gluon.jit
 def _own_rows(
-    where,
+    passed,
     GROUP: gl.constexpr,
     QKV_STRIDE: gl.constexpr,
     ROW_STRIDE: gl.constexpr,
@@ -253,11 +253,9 @@ def _own_rows(
     LAYOUT: gl.constexpr,
 ):
     """Where the keys of the queries' nodes are [ROWS, D], where they go, and for which rows: one of each node."""
-    p_pass, p_cache, first_query, queries, first_bit = where
-    row, columns = (
-        first_query + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT)),
-        gl.arange(0, D, gl.SliceLayout(0, LAYOUT)),
-    )
+    p_pass, p_cache, first_query, queries, first_bit = passed
+    row = first_query + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
+    columns = gl.arange(0, D, gl.SliceLayout(0, LAYOUT))
     nodes = row // GROUP
     p_own = p_pass + gl.expand_dims(nodes * QKV_STRIDE, 1) + gl.expand_dims(columns, 0)
     p_new = p_cache + gl.expand_dims((first_bit + nodes).to(gl.int64) * ROW_STRIDE, 1) + gl.expand_dims(columns, 0)
@@ -379,7 +377,7 @@ def settings(queries: int, groups: int) -> dict[str, int | None]:
     rows = 8 if queries <= 8 or groups * triton.cdiv(queries, 8) <= MULTIPROCESSORS else TILE
     programs = groups * triton.cdiv(queries, rows)
     ahead = programs <= MULTIPROCESSORS
-    # Beside few programs the next kernel has many, whose weights would compete with the keys and values.
+    # The multiprocessors left free take the next kernel's programs, whose weights compete with the keys and values.
     meanwhile = ahead and 2 * programs > MULTIPROCESSORS
     return {"ROWS": rows, "AHEAD": ahead, "MEANWHILE": meanwhile, "maxnreg": None if ahead else 128}
 

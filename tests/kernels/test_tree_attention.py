@@ -370,8 +370,11 @@ def test_prompts_in_any_chunks(device, dtype, fixed_order):
     assert (ours - exact).abs().max() <= 2 * (same - exact).abs().max() + 1e-6
 
 
+@pytest.mark.parametrize(
+    "meanwhile", [False, True] if GPU else [False]
+)  # the next kernel from the beginning, on Hopper
 @pytest.mark.parametrize("settled", [True, False])
-def test_kernels_that_start_early_wait_for_what_they_read(device, fixed_order, monkeypatch, settled):
+def test_kernels_that_start_early_wait_for_what_they_read(device, fixed_order, monkeypatch, settled, meanwhile):
     """Layers of linear and attention that share their buffers: the same bits as one after the other. On a GPU over and
     over, in a graph, where every kernel starts before the one ahead has ended; else as early as it could. Not settled:
     some far rows of the prefix are those of a prompt that is read just before."""
@@ -380,6 +383,9 @@ def test_kernels_that_start_early_wait_for_what_they_read(device, fixed_order, m
     width = heads * size
     case = make(device, dtype, [masks_of(MIXED)], [150], 150, heads=heads, kv_heads=heads, size=size)
     nodes = case.masks.shape[1]
+    if meanwhile:
+        monkeypatch.setattr(hopper, "MULTIPROCESSORS", heads * -(-nodes // 8))
+        assert hopper.settings(nodes, heads)["MEANWHILE"]
     generator = torch.Generator().manual_seed(1)
 
     def randn(*shape, scale=1.0):
