@@ -22,8 +22,9 @@ Triton.
 - The next kernel may start before this one has waited: it waits before it reads, and no kernel ends before the one
   ahead of it has. So several kernels behind are already fetching while one computes.
 
-Sums run over columns in their order, 16 at a time, in the same instructions for any number of tokens; a row is summed
-in a layout that is the same for any number of tokens. The bits are those of this kernel, not of kernel.py's.
+Sums run over columns in their order, 16 at a time, for any number of tokens and wherever the weights are read from; a
+row is summed in a layout that is the same for any number of tokens. The bits are those of this kernel, not of
+kernel.py's.
 """
 
 import torch
@@ -334,7 +335,8 @@ def launch(
         raise ValueError(f"linear: stats must start at a multiple of 8 bytes, got {stats.data_ptr():#x}; clone it")
     (count, inputs), outputs = x.shape, weight.shape[0]
     if splits_of(inputs)[0] * count * outputs >= 2**31:  # places in them have 32 bits
-        raise ValueError(f"linear: rows times outputs times splits must be under 2**31, got {count} rows; give fewer")
+        got = f"{count} x {outputs} x {splits_of(inputs)[0]}"
+        raise ValueError(f"linear: rows x outputs x splits must be under 2**31, got {got}; give fewer rows at a time")
     shape = padded(count), outputs, inputs
     tuned = config("linear_hopper", shape, x.device, candidates)
     if tuned not in candidates(shape, x.device):  # others would count beyond the counters

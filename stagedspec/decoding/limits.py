@@ -10,4 +10,5 @@ def check_batch(size: int, mode: str) -> None:
     most = MAX_PLAIN_BATCH if mode == "autoregressive" else MAX_BATCH
     if not 1 <= size <= most:
         plain = f" (up to {MAX_PLAIN_BATCH} in the mode 'autoregressive')" * (most < size <= MAX_PLAIN_BATCH)
-        raise ValueError(f"a batch must have 1 to {most} rows{plain}, got {size}; decode more in parts")
+        advice = "give fewer at a time" if size > most else "give at least one"
+        raise ValueError(f"a batch must have 1 to {most} rows{plain}, got {size}; {advice}")

@@ -1,6 +1,7 @@
 """Linears against plain torch in fp64, by the rule that our error is at most twice plain torch's in the same dtype."""
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from stagedspec.kernels.linear import (
     stat_tiles,
 )
 from stagedspec.kernels.linear.kernel import ROWS
+from stagedspec.kernels.linear.records import NO_NORM, Epilogue
 
 EPSILON = 1e-5
 # Tokens, outputs, inputs: odd, aligned, one split and several, more tokens than a program takes.
@@ -131,7 +133,8 @@ def test_mean_far_from_zero_in_half_precision(device, error_ratio):
 
 
 # The last: two tiles of outputs and splits that are not even. On Hopper, x takes turns in shared memory at 64 tokens of
-# 1600 columns, and comes to where weights were at 20 and more tokens of 1280 and of 2400, the latter in blocks of 64.
+# 1600 columns. At 20 and more tokens of 1280, and of 2400 without a norm (in blocks of 64), it comes to where weights
+# were.
 @pytest.mark.parametrize("shape", [(40, 192), (40, 640), (40, 1280), (40, 1600), (72, 2400 if GPU else 700)], ids=str)
 def test_a_row_has_the_same_bits_in_any_batch(device, dtype, shape, fixed_order):
     problem = Problem(device, dtype, 150, *shape)
@@ -239,8 +242,8 @@ def test_hopper_has_room():
         splits, part = hopper.splits_of(inputs)
         assert splits <= triton.cdiv(inputs, HOPPER_SPLIT) <= MOST_SPLITS
         assert (splits == 1) == (inputs <= hopper.WHOLE)
-        for count in (1, 9, 20, 40, 200):
-            chosen = hopper.settings(min(64, hopper.padded(count)), inputs)
+        for count, norm in product((1, 9, 20, 40, 200), (False, True)):
+            chosen = hopper.settings(min(64, hopper.padded(count)), inputs, norm=norm)
             length, slots, held = chosen["SPLIT_K"], chosen["SLOTS"], chosen["HELD"]
             assert chosen["SPLITS"] == splits and length * splits >= inputs and (splits == 1 or length == part)
             blocks, rest = divmod(length, chosen["BLOCK_K"])
@@ -249,6 +252,12 @@ def test_hopper_has_room():
             assert 0 < chosen["ASKED"] <= blocks and held + chosen["ASKED"] >= blocks == chosen["WEIGHT_SLOTS"]
             elements = length * ROWS + slots * chosen["BLOCK_K"] * chosen["TOKENS"]
             assert elements * 2 + (blocks + held + slots) * 8 <= SHARED
+
+
+def test_hopper_refuses_more_than_32_bits_can_place():
+    x, weight = torch.empty(1024, 5120, device="meta"), torch.empty(2**19, 5120, device="meta")
+    with pytest.raises(ValueError, match=r"under 2\*\*31, got 1024 x 524288 x 4; give fewer rows"):
+        hopper.launch(x, NO_NORM, weight, Epilogue(None, 0, None), x, None, Scratch.of([], torch.device("cpu")))
 
 
 @pytest.mark.parametrize("outputs", [200, 64 * op.WIDE])  # kernel.py splits the columns of the first alone

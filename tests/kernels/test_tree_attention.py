@@ -370,9 +370,8 @@ def test_prompts_in_any_chunks(device, dtype, fixed_order):
     assert (ours - exact).abs().max() <= 2 * (same - exact).abs().max() + 1e-6
 
 
-@pytest.mark.parametrize(
-    "meanwhile", [False, True] if GPU else [False]
-)  # the next kernel from the beginning, on Hopper
+# meanwhile: on Hopper, the next kernel may start when this one does.
+@pytest.mark.parametrize("meanwhile", [False, True] if GPU else [False])
 @pytest.mark.parametrize("settled", [True, False])
 def test_kernels_that_start_early_wait_for_what_they_read(device, fixed_order, monkeypatch, settled, meanwhile):
     """Layers of linear and attention that share their buffers: the same bits as one after the other. On a GPU over and
