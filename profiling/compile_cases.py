@@ -98,9 +98,10 @@ def linears_hopper(arch: int) -> list[CompileCase]:
     for name, outputs, inputs, norm, activation in (*_linears(), wide) if arch == 90 else ():
         for tokens, groups in (*((tokens, 1) for tokens in (8, 16, 32, 64)), (128, 2)):
             chosen = linear_hopper.settings(tokens, inputs, groups, norm)
+            chosen["LATE"] = linear_hopper.late(outputs, inputs, chosen)
             kinds = {
                 key: _described(rows, chosen["BLOCK_K"]) for key, rows in (("x", tokens), ("weight", groups * ROWS))
-            }
+            } | {"p_weight": "*bf16"}
             what = f"{name} {tokens}", outputs, inputs, norm, activation
             cases.append(_linear(linear_hopper._linear_hopper, *what, kinds, chosen, num_warps=4 * groups))
     return cases

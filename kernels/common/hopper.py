@@ -11,6 +11,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from stagedspec.kernels.common.registry import SHARED_LIMIT
 
 copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name in Triton 3.9 and in 3.6
+MULTIPROCESSORS = 132  # of an H100 or H200
 SHARED = SHARED_LIMIT[90]  # bytes of shared memory that a block may take
 RENAMED = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))  # between Triton 3.6 and 3.9
 SPARE = 2048  # bytes of it that stay free for barriers
@@ -23,6 +24,12 @@ def reinterpreted(shared, shape, layout: gl.constexpr):
         return shared.reinterpret(shared.dtype, shape, layout)
     else:
         return shared._reinterpret(shared.dtype, shape, layout)
+
+
+@gluon.jit
+def fetch_to_l2(pointers):
+    """The lines of 128 bytes that hold these places."""
+    gl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], gl.int32, False, 1)
 
 
 @cache

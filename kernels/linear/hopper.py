@@ -41,7 +41,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra import cuda
 
 from stagedspec.kernels.common.constants import HOPPER_SPLIT
-from stagedspec.kernels.common.hopper import SHARED, SPARE, copy, described, reinterpreted
+from stagedspec.kernels.common.hopper import (
+    MULTIPROCESSORS,
+    SHARED,
+    SPARE,
+    copy,
+    described,
+    fetch_to_l2,
+    reinterpreted,
+)
 from stagedspec.kernels.common.launch_configs import config
 from stagedspec.kernels.common.registry import Scratch, launch_kernel, launch_options
 from stagedspec.kernels.linear.kernel import ROWS, activate, stat_tiles
@@ -57,6 +65,7 @@ RING = 64  # columns a block where the weight's blocks take turns
 def _linear_hopper(
     x,  # [M, K], described in blocks [TOKENS, BLOCK_K]
     weight,  # [OUT, K], described in blocks [ROWS, BLOCK_K]
+    p_weight,
     p_stats,  # [M, STAT_TILES, 2]
     p_sums,  # [OUT]
     p_bias,  # [OUT]
@@ -85,6 +94,7 @@ def _linear_hopper(
     SLOTS: gl.constexpr,
     HELD: gl.constexpr,
     ASKED: gl.constexpr,
+    LATE: gl.constexpr,
     PDL: gl.constexpr,
 ):
     TILES: gl.constexpr = (OUT + ROWS - 1) // ROWS
@@ -117,6 +127,8 @@ def _linear_hopper(
         mbarrier.expect(weight_there.index(i), GROUPS * ROWS * BLOCK_K * 2)
         place = [i_row, i_start + i * BLOCK_K]
         copy(weight, place, weight_there.index(i), s_weight.index(i), pred=i < ASKED)
+    if LATE > 0:
+        _fetch_late(p_weight, i_split * TILES + i_tile, OUT, K, TILES, SPLITS, SPLIT_K, ROWS, LATE)
     for i in range(HELD + SLOTS):
         mbarrier.expect(x_there.index(i), TOKENS * BLOCK_K * 2)
     # [GROUPS, ROWS]
@@ -231,6 +243,35 @@ def _linear_hopper(
 
 
 @gluon.jit
+def _fetch_late(
+    p_weight,
+    i_program,
+    OUT: gl.constexpr,
+    K: gl.constexpr,
+    TILES: gl.constexpr,
+    SPLITS: gl.constexpr,
+    SPLIT_K: gl.constexpr,
+    ROWS: gl.constexpr,
+    LATE: gl.constexpr,
+):
+    """Brings a share of the last LATE programs' weights to L2: lines of 128 bytes, one a thread at a time."""
+    EARLY: gl.constexpr = TILES * SPLITS - LATE
+    THREADS: gl.constexpr = 128
+    LINE: gl.constexpr = 64  # columns
+    WIDTH: gl.constexpr = SPLIT_K // LINE  # lines of a row of a program's weights
+    LINES: gl.constexpr = LATE * ROWS * WIDTH
+    if i_program < EARLY:
+        i_line = i_program * THREADS + gl.arange(0, THREADS, gl.BlockedLayout([1], [32], [THREADS // 32], [0]))
+        for start in range(0, LINES, EARLY * THREADS):
+            i_row = gl.minimum(start + i_line, LINES - 1) // WIDTH
+            i_late = EARLY + i_row // ROWS
+            row = i_late % TILES * ROWS + i_row % ROWS
+            column = i_late // TILES * SPLIT_K + (start + i_line) % WIDTH * LINE
+            place = gl.minimum(row, OUT - 1).to(gl.int64) * K + gl.minimum(column, K - 1)
+            fetch_to_l2(p_weight + place)
+
+
+@gluon.jit
 def _merged_stats(
     p_stats,
     i_token,
@@ -320,6 +361,15 @@ def settings(tokens: int, inputs: int, groups: int = 1, norm: bool = False) -> d
     return chosen | {"SPLIT_K": length, "BLOCK_K": block} | shared
 
 
+def late(outputs: int, inputs: int, chosen: dict[str, int]) -> int:
+    """How many programs of a launch over one block of tokens find a multiprocessor only when the kernel ahead leaves
+    it, which is taken to have one program for each 64 inputs. Those of the down-projection that start earlier bring
+    the others' weights to L2 meanwhile; at 16 tokens and fewer that delays what is needed first."""
+    programs = triton.cdiv(outputs, ROWS) * chosen["SPLITS"]
+    early = MULTIPROCESSORS - triton.cdiv(inputs, ROWS)
+    return programs - early if 32 <= chosen["TOKENS"] <= 64 and chosen["GROUPS"] == 1 and 0 < early < programs else 0
+
+
 def launch(
     x: torch.Tensor,
     norm: Norm,
@@ -348,6 +398,7 @@ def launch(
         (triton.cdiv(outputs, rows), chosen["SPLITS"], triton.cdiv(count, tokens)),
         described("linear", "x", x, tokens, block),
         described("linear", "weight", weight, rows, block),
+        weight,
         stats,
         sums,
         bias,
@@ -367,6 +418,7 @@ def launch(
         STATS=stats_out is not None,
         ROWS=ROWS,
         **chosen,
+        LATE=late(outputs, inputs, chosen) if count <= tokens else 0,
         num_warps=4 * chosen["GROUPS"],
         **launch_options(x.device),
     )

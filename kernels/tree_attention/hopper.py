@@ -28,11 +28,11 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.language.extra import cuda
 
+from stagedspec.kernels.common.hopper import MULTIPROCESSORS, fetch_to_l2
 from stagedspec.kernels.common.registry import launch_kernel
 from stagedspec.kernels.tree_attention.shared import INTEGERS, far_end, near_rows, node_positions
 
 TILE, CHUNK, CHUNKS = 16, 32, 8  # rows of a matrix instruction; keys of a warp at a time; warps
-MULTIPROCESSORS = 132  # of an H100 or H200
 
 
 @gluon.jit(do_not_specialize=INTEGERS)
@@ -138,9 +138,7 @@ def _attend(
     for start in range(BLOCK if AHEAD else 0, bound, BLOCK):  # the others into L2: a row of 128 bytes a thread
         p_row = p_far + gl.where(start + p_index < bound, start + p_index, 0).to(gl.int64) * ROW_STRIDE
         for i_half in gl.static_range(2):
-            gl.inline_asm_elementwise(
-                "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [p_row + i_half * V_STEP], gl.int32, False, 1
-            )
+            fetch_to_l2(p_row + i_half * V_STEP)
     if PDL:
         cuda.gdc_wait()
     b_q = gl.convert_layout(
@@ -165,13 +163,13 @@ def _attend(
         near_k = _near_keys(p_pass, p_cache, k_code, QKV_STRIDE, ROW_STRIDE, D, K)
         near_v = _near_values(p_pass + V_STEP, p_cache + V_STEP, v_code, QKV_STRIDE, ROW_STRIDE, V)
         b_p, far_max, far_sum, far_acc = _weights(
-            b_q, b_k, gl.expand_dims(s_index, 1) <= last, scale, far_max, far_sum, far_acc, MMA
+            b_q, b_k, gl.expand_dims(s_index, 1) <= last, scale, far_max, far_sum, far_acc, MMA, True
         )
         far_acc = _valued(b_p, b_v, far_acc, MMA)
         b_k = _far_keys(p_far, BLOCK + k_index, bound, ROW_STRIDE, D, K)
         b_v = _far_values(p_far + V_STEP, BLOCK + v_index, bound, ROW_STRIDE, V)
         b_p, near_max, near_sum, near_acc = _weights(
-            b_q, near_k, gl.expand_dims(owner, 1) == rows, scale, near_max, near_sum, near_acc, MMA
+            b_q, near_k, gl.expand_dims(owner, 1) == rows, scale, near_max, near_sum, near_acc, MMA, True
         )
         near_acc = _valued(b_p, near_v, near_acc, MMA)
         for start in range(BLOCK, bound, BLOCK):
@@ -335,16 +333,18 @@ def _values(p_values, seen, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _weights(b_q, b_k, here, scale, b_max, b_sum, b_acc, MMA: gl.constexpr):
+def _weights(b_q, b_k, here, scale, b_max, b_sum, b_acc, MMA: gl.constexpr, FIRST: gl.constexpr = False):
     """Weights of a block's keys [CHUNKS, TILE, CHUNK]; the greatest score so far [CHUNKS, TILE]; the sum of weights and
-    the weighted values before [CHUNKS, TILE, D], relative to it."""
+    the weighted values before [CHUNKS, TILE, D], relative to it. FIRST: there are none before to rescale."""
     b_k = gl.convert_layout(gl.permute(b_k, (0, 2, 1)), gl.DotOperandLayout(1, MMA, 8), assert_trivial=True)
     b_s = mma_v2(b_q, b_k, gl.zeros([b_q.shape[0], b_q.shape[1], b_k.shape[2]], gl.float32, MMA)) * scale
     b_s = gl.where(here, b_s, float("-inf"))
-    top = gl.maximum(b_max, gl.max(b_s, 2))
+    top = gl.max(b_s, 2) if FIRST else gl.maximum(b_max, gl.max(b_s, 2))
     finite = gl.where(top == float("-inf"), 0.0, top)
     before = gl.exp2(b_max - finite)
     b_p = gl.exp2(b_s - gl.expand_dims(finite, 2))
+    if FIRST:
+        return b_p, top, gl.sum(b_p, 2), b_acc
     return b_p, top, before * b_sum + gl.sum(b_p, 2), gl.expand_dims(before, 2) * b_acc
 
 

@@ -260,6 +260,25 @@ def test_hopper_refuses_more_than_32_bits_can_place():
         hopper.launch(x, NO_NORM, weight, Epilogue(None, 0, None), x, None, Scratch.of([], torch.device("cpu")))
 
 
+@pytest.mark.parametrize("count", [20, 64] if GPU else [9])
+def test_weights_of_programs_that_start_late_are_fetched_early(device, dtype, count, monkeypatch):
+    """On Hopper: one of four programs is early, and the others' last rows and columns do not exist. No bit changes."""
+    problem = Problem(device, dtype, count, 72, 2400)
+    before = problem.normed(), *problem.added()
+    monkeypatch.setattr(hopper, "MULTIPROCESSORS", 2400 // 64 + 2)
+    assert hopper.late(72, 2400, hopper.settings(64, 2400)) == 3
+    assert all(map(torch.equal, (problem.normed(), *problem.added()), before))
+
+
+def test_how_many_programs_start_late():
+    """Of GPT-2 L's down-projection, since 80 of 132 multiprocessors have one of the kernel ahead; of others none."""
+    late = {tokens: hopper.late(1280, 5120, hopper.settings(tokens, 5120)) for tokens in (8, 16, 32, 64, 128)}
+    assert late == {8: 0, 16: 0, 32: 28, 64: 28, 128: 0}
+    assert not hopper.late(5120, 1280, hopper.settings(64, 1280)) and not hopper.late(
+        1280, 5120, hopper.settings(64, 5120, 2)
+    )
+
+
 @pytest.mark.parametrize("outputs", [200, 64 * op.WIDE])  # kernel.py splits the columns of the first alone
 @pytest.mark.parametrize("inputs", [640, 2600, 5120])
 def test_hopper_s_parts_have_room_with_any_settings(inputs, outputs):
