@@ -16,6 +16,7 @@ Triton.
   registers before the kernel ahead has ended, the matrix instructions read them from there (HELD), and x comes to where
   they were. Where that would be too many registers, the blocks of x take turns in a ring of slots.
 - As few splits as shared memory allows: adding up parts costs more than longer programs do.
+- A program that finds a multiprocessor only when the kernel ahead leaves it has its weights in L2 by then (`late`).
 - Passes over many tokens, such as chunks of a prompt, are limited by L2 instead, from which every program reads both
   operands. There a program takes up to 128 tokens and two groups of 64 weight rows, each for four warps, and the
   weights' blocks take turns in a ring too (`settings`).
