@@ -9,9 +9,11 @@ from the root, the accepted one, and a node's depth is its place in it:
     steps       = sum(accepted)                                   the bonus token included
     count       = min(steps, first end of sequence + 1, limit - length, depth of the accepted INVALID)
 
-UNCHOSEN (-1) marks a node that must not be accepted. INVALID (-2) marks a node at which no token can be chosen: the row
-ends before it, with running -1, unless it ends earlier. For an accepted node of depth d < count, chosen[n] becomes the
-token at position length + d. Its origin is that of the accepted node of depth d + 1, or the target if there is none.
+UNCHOSEN (-1) marks a node that must not be accepted. INVALID (-2) marks a node at which no token can be chosen: the
+path ends before it. In a tree of several nodes the cause may be another node, because 0 * NaN is NaN. So the row's next
+tree must be a root alone (running ROOT_ALONE), and there the row ends, with running -1. For an accepted node of depth
+d < count, chosen[n] becomes the token at position length + d. Its origin is that of the accepted node of depth d + 1,
+or the target if there is none.
 
 Shapes, for N nodes and W = ceil(N / 32) words: chosen int32 or int64 [B, N]; tree int32 [5, B, N] and masks int32
 [B, N, W] as `grow_tree` leaves them. `CommitState`, all written in place:
@@ -20,7 +22,8 @@ Shapes, for N nodes and W = ceil(N / 32) words: chosen int32 or int64 [B, N]; tr
     origins int8 [B, S]    who proposed each         active int32 [1]: rows that still run
     eos int32 [E]          ids that end a row, E >= 1, filled up with -1
 
-running is 1 while a row runs, 0 once it has stopped, -1 if it stopped because no token could be chosen.
+running is 1 or ROOT_ALONE (2) while a row runs, 0 once it has stopped, -1 if it stopped because no token could be
+chosen.
 
 Out, for D = the deepest path:
 
@@ -39,7 +42,7 @@ import torch
 import triton
 import triton.language as tl
 
-from stagedspec.kernels.common.constants import INVALID, UNCHOSEN
+from stagedspec.kernels.common.constants import INVALID, ROOT_ALONE, UNCHOSEN
 from stagedspec.kernels.common.launch_configs import config
 from stagedspec.kernels.common.registry import (
     check_runs,
@@ -51,7 +54,7 @@ from stagedspec.kernels.common.registry import (
 from stagedspec.kernels.grow_tree.state import TOKEN, TREE_DEPTH, TREE_ORIGIN, TREE_PARENT, TREE_SLOT, words
 
 NEVER_ENDS = tl.constexpr(2**30)
-_UNCHOSEN, _INVALID = tl.constexpr(UNCHOSEN), tl.constexpr(INVALID)
+_UNCHOSEN, _INVALID, _ALONE = tl.constexpr(UNCHOSEN), tl.constexpr(INVALID), tl.constexpr(ROOT_ALONE)
 
 
 @triton.jit(do_not_specialize=("stride", "ends", "nodes", "deepest", "words"))
@@ -123,7 +126,9 @@ def verify_commit_kernel(
     wrong = tl.min(tl.where(b_accepted & (b_chosen == _INVALID), b_depth, NEVER_ENDS), 0)
     count = tl.minimum(tl.minimum(tl.minimum(steps, until), wrong), tl.maximum(limit - length, 0))
     ended = (until <= count) | (length + count >= limit)
-    fails = ~ended & (wrong <= count)
+    invalid = runs & ~ended & (wrong <= count)
+    again = invalid & (nodes > 1) & (running != _ALONE)
+    fails = invalid & ~again
     goes_on = runs & ~ended & ~fails
 
     i_at = i_row * stride + length + b_depth
@@ -150,7 +155,7 @@ def verify_commit_kernel(
     tl.store(p_draft + i_depth, b_none, mask=i_depth <= deepest + 1)
     tl.store(p_draft + draft_field + i_depth, b_none, mask=i_depth <= deepest + 1)
     tl.debug_barrier()
-    b_moves = b_accepted & (i_node < tl.where(goes_on, nodes, 0))
+    b_moves = b_accepted & (b_depth < tl.where(goes_on, count, 0))
     tl.store(p_target + b_depth, i_node, mask=b_moves)
     tl.store(p_target + target_field + b_depth, length - 1 + b_depth, mask=b_moves)
     b_moves &= b_slot >= 0
@@ -162,8 +167,9 @@ def verify_commit_kernel(
 
     # Every thread has read these before the barrier.
     tl.store(p_lengths + i_row, length + count)
-    tl.store(p_running + i_row, tl.where(runs, goes_on.to(tl.int32) - fails.to(tl.int32), running))
-    tl.atomic_add(p_active, -1, mask=runs & (ended | fails))
+    runs_on = tl.where(again, _ALONE, goes_on.to(tl.int32) - fails.to(tl.int32))
+    tl.store(p_running + i_row, tl.where(runs, runs_on, running))
+    tl.atomic_add(p_active, -1, mask=runs & ~goes_on)
 
 
 # ---------------------------------------------------------------- the operation

@@ -16,6 +16,7 @@ HASH_SHIFT = 32
 TARGET, DRAFT, NGRAM = range(3)
 # In place of a chosen token: at a node that must not be accepted, and at one whose logits allow no choice.
 UNCHOSEN, INVALID = -1, -2
+ROOT_ALONE = 2  # in place of 1 where a row runs (`verify_commit`): its next tree must be a root alone
 CONTEXT_LOGPROB = -0.25  # log-probability of a match of the context n-gram: on code, about 4 of 5 are right
 
 HOPPER_SPLIT = 1280  # columns of a weight that a program of linear/hopper.py has in shared memory at most

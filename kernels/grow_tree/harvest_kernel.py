@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from stagedspec.kernels.common.constants import DRAFT, NGRAM
+from stagedspec.kernels.common.constants import DRAFT, NGRAM, ROOT_ALONE
 from stagedspec.kernels.grow_tree.record import NEVER, NOTHING, flip, pack, record_pass, reverse
 from stagedspec.kernels.grow_tree.state import (
     CANDIDATE,
@@ -20,7 +20,7 @@ from stagedspec.kernels.grow_tree.state import (
     TREE_SLOT,
 )
 
-GUESSED, DRAFTED = tl.constexpr(NGRAM), tl.constexpr(DRAFT)
+GUESSED, DRAFTED, ALONE = tl.constexpr(NGRAM), tl.constexpr(DRAFT), tl.constexpr(ROOT_ALONE)
 
 
 @triton.jit
@@ -60,6 +60,7 @@ def _taken(p_taken, p_known_score, i_place, taken):
 def harvest_tree_kernel(
     p_tokens,  # [B, S]
     p_lengths,  # [B]
+    p_running,  # [B]
     p_names,  # [B, pass, given]
     p_values,
     p_slots,
@@ -125,7 +126,8 @@ def harvest_tree_kernel(
         p_known_score = p_candidate_scores + i_row * slots * CHILDREN
         known = (start + record + prefetch * prefetch_width) * CHILDREN
         b_every = _order(p_known_score, tl.arange(0, CANDIDATES), known)
-        taken = tl.minimum(tl.sum((b_every > 0).to(tl.int32), 0), nodes - 1)
+        most = tl.where(tl.load(p_running + i_row) == ALONE, 0, nodes - 1)
+        taken = tl.minimum(tl.sum((b_every > 0).to(tl.int32), 0), most)
         # All scores above the one that parts the best from the rest, and the first of those that equal it.
         part = _parting(b_every, taken)
         above, at = tl.zeros([], tl.int32), tl.sum((b_every > part).to(tl.int32), 0)

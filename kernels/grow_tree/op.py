@@ -213,6 +213,7 @@ _grow_pass = register(
 def _launch_harvest(
     tokens: torch.Tensor,
     lengths: torch.Tensor,
+    running: torch.Tensor,
     proposed: Proposed,
     state: Recorded,
     tree: torch.Tensor,
@@ -225,7 +226,7 @@ def _launch_harvest(
     launch_kernel(
         harvest_tree_kernel,
         (tokens.shape[0],),
-        tokens, lengths, *proposed, *state, tree, *inputs, tokens.shape[1], settings.start, settings.record,
+        tokens, lengths, running, *proposed, *state, tree, *inputs, tokens.shape[1], settings.start, settings.record,
         proposed.children, settings.prefetch, settings.prefetch_width, shape.slots, settings.depth, nodes,
         words(nodes), settings.floor, **constants,
         num_warps=warps, maxnreg=most_registers(architecture(tokens.device), warps, HARVEST_SPILLING),
@@ -234,7 +235,7 @@ def _launch_harvest(
 
 
 _harvest_tree = register(
-    "harvest_tree(Tensor tokens, Tensor lengths, Tensor? names, Tensor? values, Tensor(a!) slots, "
+    "harvest_tree(Tensor tokens, Tensor lengths, Tensor running, Tensor? names, Tensor? values, Tensor(a!) slots, "
     "Tensor(b!) slot_scores, Tensor(c!) candidates, Tensor(d!) candidate_scores, Tensor(e!) tree, Tensor(f!) batch, "
     "Tensor(g!) batch_masks, Tensor(h!) prefix, int start, int record, float floor, int width, int prefetch, "
     "int prefetch_width, int depth, int context) -> ()",
@@ -354,6 +355,7 @@ def grow_pass(
 def harvest_tree(
     tokens: torch.Tensor,
     lengths: torch.Tensor,
+    running: torch.Tensor,
     state: GrowthState,
     config: TreeSettings,
     proposed: tuple[torch.Tensor, torch.Tensor] | None,
@@ -362,7 +364,8 @@ def harvest_tree(
 ) -> None:
     """Records what the draft `proposed` in the last pass and writes the finished trees and the target's inputs.
 
-    Arguments as of `grow_pass`; with config.nodes 1 nothing is recorded, and the trees are roots. tree int32 [5, B, N].
+    Arguments as of `grow_pass`; with config.nodes 1 nothing is recorded, and the trees are roots. running int32 [B]:
+    ROOT_ALONE where the row's tree must be a root alone. tree int32 [5, B, N].
     Raises ValueError for a wrong shape, dtype, device or layout.
     """
     name, device = "harvest_tree", tokens.device
@@ -370,6 +373,7 @@ def harvest_tree(
     check_tensor(name, "tokens", tokens, (None, None), torch.int32, device)
     rows, nodes = tokens.shape[0], config.nodes
     check_tensor(name, "lengths", lengths, (rows,), torch.int32, device)
+    check_tensor(name, "running", running, (rows,), torch.int32, device)
     _check_state(name, state, rows, config, device)
     known, number = Proposed(None, None), max(config.passes - 1, 0)
     if nodes > 1:
@@ -377,4 +381,4 @@ def harvest_tree(
     check_tensor(name, "tree", tree, (5, rows, nodes), torch.int32, device)
     _check_inputs(name, inputs, rows, nodes, nodes, device)
     settings = PassSettings.of(config, pass_start(config, number), config.width if number else 2)
-    _harvest_tree(tokens, lengths, *known, *state.recorded, tree, *inputs, *settings)
+    _harvest_tree(tokens, lengths, running, *known, *state.recorded, tree, *inputs, *settings)

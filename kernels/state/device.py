@@ -36,6 +36,7 @@ import numpy as np
 import torch
 
 from stagedspec.kernels import grow_tree
+from stagedspec.kernels.common.constants import ROOT_ALONE
 from stagedspec.kernels.common.host_copy import to_host
 from stagedspec.kernels.common.inputs import NgramTable, TreeSettings
 from stagedspec.kernels.common.registry import check_runs
@@ -201,7 +202,7 @@ class Sequences:
     @torch.inference_mode()
     def stop(self, index: int, length: int) -> None:
         """Ends a row; tokens beyond the first `length` are dropped."""
-        self.state.active.sub_(self.state.running[index].clamp(min=0))
+        self.state.active.sub_(self.state.running[index].clamp(0, 1))
         self.state.running[index] = 0
         self.state.lengths[index].clamp_(max=length)
 
@@ -543,8 +544,9 @@ class Trees:
         device."""
         if sequences._chains is None:
             sequences._chains = cls(sequences, _Undrafted(depth + 1, depth), None)
+        depths = [0 if runs == ROOT_ALONE else depth for runs in sequences.state.running.tolist()]
         rows = [host.Row(row.tokens, row.limit) for row in sequences.rows]
-        sequences._chains.load([host.lookup_chain(row, depth) for row in rows])
+        sequences._chains.load([host.lookup_chain(row, most) for row, most in zip(rows, depths, strict=True)])
         return sequences._chains
 
     def load(self, trees: list[host.Tree]) -> None:
@@ -586,7 +588,7 @@ class Trees:
         """Makes the trees of the best candidates: those on record, and what the draft proposed last."""
         state = self.sequences.state
         grow_tree.harvest_tree(
-            state.tokens, state.lengths, cast(GrowthState, self.growth), self.config, proposed,
+            state.tokens, state.lengths, state.running, cast(GrowthState, self.growth), self.config, proposed,
             self.tree, self.inputs.written,
         )  # fmt: skip
 

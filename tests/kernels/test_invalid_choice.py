@@ -12,7 +12,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from stagedspec import Decoder, TreeConfig
 from stagedspec.kernels import reference
-from stagedspec.kernels.common.constants import INVALID, UNCHOSEN
+from stagedspec.kernels.common.constants import INVALID, ROOT_ALONE, UNCHOSEN
 from stagedspec.kernels.state import device as device_state
 from stagedspec.kernels.state import host as host_state
 
@@ -97,9 +97,9 @@ def chain(tokens: list[int]) -> host_state.Tree:
 @pytest.mark.parametrize(
     ("chosen", "eos", "room", "wrote", "running"),
     [
-        ([INVALID, 8, 9, 1], [], 9, [], -1),
-        ([7, INVALID, 9, 1], [], 9, [7], -1),
-        ([7, 8, 9, INVALID], [], 9, [7, 8, 9], -1),
+        ([INVALID, 8, 9, 1], [], 9, [], ROOT_ALONE),
+        ([7, INVALID, 9, 1], [], 9, [7], ROOT_ALONE),
+        ([7, 8, 9, INVALID], [], 9, [7, 8, 9], ROOT_ALONE),
         ([7, 8, 9, INVALID], [], 3, [7, 8, 9], 0),  # it ends there anyway
         ([7, 8, 9, INVALID], [9], 9, [7, 8, 9], 0),
         ([7, 5, INVALID, INVALID], [], 9, [7, 5], 1),  # not on the path
@@ -109,25 +109,46 @@ def chain(tokens: list[int]) -> host_state.Tree:
 def test_walks(chosen, eos, room, wrote, running, device):
     ours = device_state.Sequences([[4, 6], [4, 6, 6]], room, eos, device)
     trees = device_state.Trees(ours, SimpleNamespace(nodes=4, depth=3), None)
+
+    def verify(first, second):
+        trees.verify_commit(torch.tensor([first, second], dtype=torch.int32, device=device))
+        ours.publish()
+        return ours.rows
+
     trees.load([chain([6, 7, 8, 9])] * 2)
-    trees.verify_commit(torch.tensor([chosen, [7, 5, 1, 1]], dtype=torch.int32, device=device))
-    ours.publish()
-    first, second = ours.rows
+    first, second = verify(chosen, [7, 5, 1, 1])
     assert first.tokens[2:] == wrote and second.tokens[3:] == [7, 5]
     assert len(first.origins) == len(wrote)
-    assert ours.state.running.tolist() == [running, 1] and first.running == (running == 1)
-    assert ours.state.active.item() == 1 + (running == 1) and ours.finished == (running < 0)
+    assert ours.state.running.tolist() == [running, 1] and first.running == (running > 0)
+    assert ours.state.active.item() == 1 + (running > 0) and not ours.finished
     moved = trees.moves.target_rows()[:, 0]
-    assert (moved >= 0).any() == (running == 1)
-    if running < 0:
-        with pytest.raises(RuntimeError, match=f"position {2 + len(wrote)} of row 0"):
+    assert (moved >= 0).sum(1).tolist() == [len(wrote) * (running > 0)] * 2
+    if running == ROOT_ALONE:  # which alone decides
+        last = wrote[-1] if wrote else 6
+        trees.load([chain([last]), chain([5, 1])])
+        (first, _) = verify([3, 1, 1, 1], [3, 1, 1, 1])
+        assert first.tokens[2:] == [*wrote, 3] and ours.state.running.tolist() == [1, 1]
+        ours.state.running[0] = ROOT_ALONE
+        trees.load([chain([3]), chain([3, 1])])
+        (first, _) = verify([INVALID, 1, 1, 1], [5, 1, 1, 1])
+        assert first.tokens[2:] == [*wrote, 3] and ours.state.running.tolist() == [-1, 1] and ours.finished
+        with pytest.raises(RuntimeError, match=f"position {3 + len(wrote)} of row 0"):
             ours.check()
         # Another step changes nothing of it, and a row that was stopped before is no error.
-        trees.verify_commit(torch.tensor([chosen, [7, 5, 1, 1]], dtype=torch.int32, device=device))
+        verify([3, 1, 1, 1], [6, 1, 1, 1])
         assert ours.state.running.tolist() == [-1, 1] and ours.state.active.item() == 1
         ours.stop(0, 2)
         assert ours.state.active.item() == 1
     ours.check()
+
+
+def test_a_row_whose_root_stands_alone(device):
+    """Prompt look-up gives it no chain, and it may be stopped."""
+    ours = device_state.Sequences([[4, 6, 4, 6]] * 2, 9, [], device)
+    ours.state.running[0] = ROOT_ALONE
+    assert device_state.Trees.lookup(ours, 3).depths.tolist() == [0, 3]
+    ours.stop(0, 2)
+    assert ours.state.active.item() == 1 and ours.state.running.tolist() == [0, 1]
 
 
 # ---------------------------------------------------------------- whole generations
@@ -174,3 +195,22 @@ def test_generations(pair, mode, options, device):
             ):
                 seen += chunk.tokens
         assert seen == expected[:3]
+
+
+@pytest.mark.parametrize("mode", ["staged", "chain"])
+@pytest.mark.parametrize("options", [{}, {"do_sample": True, "top_k": 5}], ids=["greedy", "top-k"])
+def test_a_node_that_plain_decoding_never_runs(pair, mode, options, device):
+    """NaN behind it: 0 times NaN is NaN, and other nodes of the tree have it too. The next tree is a root alone."""
+    target, draft = pair
+    broken = copy.deepcopy(target)
+    with torch.no_grad():
+        broken.transformer.wpe.weight[11] = NAN
+    prompt, options = torch.tensor([4, 5, 4, 5, 4]), {"seed": 0} | options
+
+    def decode(model, new_tokens, **kind):
+        made = Decoder.from_pretrained(model, draft, device=device, dtype="float32", backend="triton", tree=TREE)
+        return made.complete(prompt, new_tokens, **kind, **options).tokens
+
+    assert decode(broken, 7, mode=mode) == decode(target, 7, mode="autoregressive")
+    with pytest.raises(RuntimeError, match="position 12 of row 0"):
+        decode(broken, 8, mode=mode)
