@@ -91,17 +91,54 @@ def kth(row: np.ndarray, k: int) -> np.float32:
     return heap[0]
 
 
+@compiled
+def _weight(row: np.ndarray, top: np.float32, value: np.float32, token: int) -> np.float32:
+    """What tokens more likely than one weigh together, which has the logit `value`: of equal logits that of the larger
+    token counts as more likely. Weights are relative to that of a logit `top`."""
+    total = f32(0)
+    for other in range(len(row)):
+        more = row[other] > value or (row[other] == value and other > token)
+        total += exp(row[other] - top) if more else f32(0)
+    return total
+
+
+@compiled
+def nucleus(row: np.ndarray, scale: np.float32, top: np.float32, least: np.float32, top_p: np.float32) -> np.float32:
+    """The least logit of the likeliest tokens that together have the probability `top_p` among those of logits row [V]
+    times `scale` that are at least `least`. top: the largest logit. Only to a millionth: a draft's numerics are
+    free."""
+    weights = np.empty_like(row)
+    for token in range(len(row)):
+        weights[token] = exp((row[token] - top) * scale) if row[token] >= least else f32(0)
+    wanted = top_p * weights.sum()
+    low, high = top - f32(80) / scale, top
+    for _ in range(26):
+        middle = (low + high) * f32(0.5)
+        total = f32(0)
+        for token in range(len(row)):
+            total += weights[token] if row[token] >= middle else f32(0)
+        low, high = (middle, high) if total >= wanted else (low, middle)
+    return max(least, low)
+
+
 @inlined
 def best_children(
-    row: np.ndarray, scale: np.float32, k: int, noise: np.ndarray, sampled: bool, found: np.ndarray, best: np.ndarray
+    row: np.ndarray, settings: np.ndarray, k: int, noise: np.ndarray, sampled: bool, found: np.ndarray, best: np.ndarray
 ) -> None:
     """The likeliest children under logits row [V], which it overwrites -> found, their tokens, and best, their
     log-probabilities, both [C], best first, as `reference.choose_children`.
 
-    scale: multiplies logits. k: children are among the k largest logits. noise: added to them if sampled.
+    settings: what logits are multiplied by, top-p, min-p. k: children are among the k largest logits. noise: added to
+    them if sampled.
     """
     count, size = len(found), len(row)
+    scale, top_p, min_p = settings[0], settings[1], settings[2]
     least = kth(row, k) if k < size else NEVER
+    if top_p < 1 or min_p > 0:
+        top = row[_largest(row, noise, False, NEVER)]
+        if top_p < 1:
+            least = nucleus(row, scale, top, least, top_p)
+        least = max(least, top + np.log(min_p) / scale)
     for c in range(count):
         best[c], found[c] = NEVER, 0  # a valid token, even if all logits are NaN
     for token in range(size):
@@ -126,7 +163,7 @@ def best_children(
     norm_of_all = top + np.log(total)
     for c in range(count):
         logprob = best[c] - norm_of_all
-        best[c] = min(logprob, f32(-1e-4)) if logprob > NEVER else NEVER  # not NaN, where logits are infinite
+        best[c] = min(logprob, f32(-1e-4)) if logprob > NEVER else -INFINITE  # not NaN, where logits are infinite
 
 
 @compiled
@@ -144,10 +181,15 @@ def _largest(row: np.ndarray, noise: np.ndarray, sampled: bool, least: np.float3
 
 
 @inlined
-def choose_token(row: np.ndarray, temperature: np.float32, k: int, noise: np.ndarray, sampled: bool) -> int:
+def choose_token(row: np.ndarray, settings: np.ndarray, k: int, noise: np.ndarray, sampled: bool) -> int:
     """The token chosen by logits row [V], which it may overwrite, as `reference.choose`: of the largest, or, if
-    sampled, of the largest sum of logit / temperature and noise [V] among the k largest and their ties. INVALID where
-    that is undefined."""
+    sampled, of the largest sum of logit / temperature and noise [V] among the k largest and their ties, and what top-p
+    and min-p leave of these. settings: temperature, top-p, min-p. INVALID where that is undefined.
+
+    Tokens are tried in the order of their sums. One is in the nucleus if those more likely weigh less than top-p; what
+    is less likely than one outside is outside, too. So nothing is sorted, and mostly the first token is the one.
+    """
+    temperature, top_p, min_p = settings[0], settings[1], settings[2]
     broken = False
     for token in range(len(row)):
         broken |= np.isnan(row[token])
@@ -158,11 +200,21 @@ def choose_token(row: np.ndarray, temperature: np.float32, k: int, noise: np.nda
         return INVALID
     for token in range(len(row)):
         row[token] = row[token] / temperature
-    at = _largest(row, noise, True, -INFINITE)
-    if k < len(row):
-        above = 0
-        for token in range(len(row)):
-            above += row[token] > row[at]
-        if above >= k:
-            at = _largest(row, noise, True, kth(row, k))
-    return at
+    top, least, total, bounded = row[at], -INFINITE, f32(0), k >= len(row)
+    if top_p < 1:
+        if not bounded:
+            least, bounded = kth(row, k), True
+        total = _weight(row, top, least, -1)
+    while True:
+        at = _largest(row, noise, True, least)
+        if not bounded:  # mostly it is among the k largest, and to see that takes no search for the k-th
+            above, bounded = 0, True
+            for token in range(len(row)):
+                above += row[token] > row[at]
+            if above >= k:
+                least = kth(row, k)
+                continue
+        outside = top_p < 1 and 0 < _weight(row, top, row[at], at) >= top_p * total
+        if not outside and exp(row[at] - top) >= min_p:
+            return at
+        least, row[at] = row[at], -INFINITE

@@ -113,8 +113,8 @@ class Workspace(NamedTuple):
 
     x: hidden states that nobody wants, normed, mixed, added [M, d], qkv [M, 3d], inner [M, inner]; visible: the rows of
     the cache that each row attends to, in the order of their positions, int32 [M, most]; counts: how many, [M]; shares:
-    of attention, by thread [threads, GROUP, most]; columns: of a product, by thread [threads, 2, M, COLUMNS]; factor:
-    [1], of logits in `choice`: the temperature, or what multiplies them for children.
+    of attention, by thread [threads, GROUP, most]; columns: of a product, by thread [threads, 2, M, COLUMNS]; warping:
+    [3], of logits in `choice`: the temperature, or what multiplies them for children, top-p and min-p.
     """
 
     x: np.ndarray
@@ -127,7 +127,7 @@ class Workspace(NamedTuple):
     counts: np.ndarray
     shares: np.ndarray
     columns: np.ndarray
-    factor: np.ndarray
+    warping: np.ndarray
 
 
 @instruction
@@ -335,9 +335,9 @@ def _choose(work: Workspace, logits: np.ndarray, shared: np.ndarray, stage: int)
             row, place = logits[n], places[n] if sampled else 0
             noise = carray(_pointer(shared[NOISE] + 4 * size * place), (size,), f32)
             if shared[CHOICE] == CHILDREN:
-                best_children(row, work.factor[0], shared[K], noise, sampled, tokens[n], logprobs[n])
+                best_children(row, work.warping, shared[K], noise, sampled, tokens[n], logprobs[n])
             else:
-                tokens[n, 0] = choose_token(row, work.factor[0], shared[K], noise, sampled)
+                tokens[n, 0] = choose_token(row, work.warping, shared[K], noise, sampled)
         end_tasks(shared, stage, last - first)
         first, last = begin_tasks(shared, stage, rows)
     wait_for_tasks(shared, stage, rows)

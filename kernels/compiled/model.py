@@ -16,7 +16,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from stagedspec.kernels import reference
 from stagedspec.kernels.common.inputs import ModelConfig
 from stagedspec.kernels.compiled import team
 from stagedspec.kernels.compiled.attention import GROUP
@@ -137,7 +136,7 @@ class _Memory:
         work = Workspace(
             empty(rows, width), empty(rows, width), empty(rows, width), empty(rows, width), empty(rows, 3 * width),
             empty(rows, inner), np.empty((rows, most), np.int32), np.empty(rows, np.int64),
-            empty(threads, GROUP, most), empty(threads, 2, rows, COLUMNS), empty(1),
+            empty(threads, GROUP, most), empty(threads, 2, rows, COLUMNS), empty(3),
         )  # fmt: skip
         alone = team.board(LAYER_STAGES * len(weights.scales) + HEAD_STAGES)
         alone[team.THREADS] = 1
@@ -244,12 +243,10 @@ class CompiledModel:
     ) -> torch.Tensor:  # fmt: skip
         """The token chosen at every node of a pass, int64 [B, N], as `reference.choose`; arguments of `forward`.
         noise: `reference.NoiseAt`, or None when greedy."""
-        if _cuts_by_probability(warping):
-            logits = self.logits(self.forward(batch, rows, tree_rows, write, first))
-            return reference.choose(logits, warping, noise)
-        temperature, k = (1.0, None) if warping is None else (warping["temperature"], warping["top_k"])
+        warping = _NO_WARPING if warping is None else warping
         tokens = np.empty((*batch.inputs.shape[1:], 1), np.int64)
-        chosen = _Choice(TOKEN, temperature, self._among(k), tokens, noise=noise)
+        factors = warping["temperature"], *_cuts(warping)
+        chosen = _Choice(TOKEN, factors, self._among(warping["top_k"]), tokens, noise=noise)
         self._passes(batch, rows, tree_rows, write, first, chosen)
         return torch.from_numpy(tokens[..., 0])
 
@@ -259,15 +256,13 @@ class CompiledModel:
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """The likeliest children of every node of a pass: tokens int64, log-probabilities fp32, both [B, N, C], as
         `reference.choose_children`; arguments of `forward`, and noise as of `choose`."""
-        warping = None if noise is None else warping  # as in a prompt
-        if _cuts_by_probability(warping):
-            logits = self.logits(self.forward(batch, rows, tree_rows, write, first))
-            return reference.choose_children(logits, count, warping, noise)
-        scale, top_k = (GREEDY_SHARPNESS, None) if warping is None else (1 / warping["temperature"], warping["top_k"])
-        k = self._among(top_k)
+        if noise is None or warping is None:  # greedy, or as in a prompt
+            warping = _NO_WARPING | {"temperature": 1 / GREEDY_SHARPNESS}
+        k = self._among(warping["top_k"])
         shape = (*batch.inputs.shape[1:], min(count, k))
         tokens, logprobs = np.empty(shape, np.int64), np.empty(shape, f32)
-        self._passes(batch, rows, tree_rows, write, first, _Choice(CHILDREN, scale, k, tokens, logprobs, noise))
+        factors = 1 / warping["temperature"], *_cuts(warping)
+        self._passes(batch, rows, tree_rows, write, first, _Choice(CHILDREN, factors, k, tokens, logprobs, noise))
         return torch.from_numpy(tokens), torch.from_numpy(logprobs)
 
     def _among(self, k: int | None) -> int:
@@ -372,9 +367,9 @@ class _Borrowed:
             self._model._free.append(self._memory)
 
 
-def _cuts_by_probability(warping: dict | None) -> bool:
-    """Whether tokens are left out by top-p or min-p, which need all probabilities."""
-    return warping is not None and (warping["top_p"] is not None or warping["min_p"] is not None)
+def _cuts(warping: dict) -> tuple[float, float]:
+    """top-p and min-p, as they are where nothing is left out if they are not given."""
+    return 1.0 if warping["top_p"] is None else warping["top_p"], warping["min_p"] or 0.0
 
 
 def _parts(sequences: int, nodes: int) -> list[slice]:
@@ -385,15 +380,16 @@ def _parts(sequences: int, nodes: int) -> list[slice]:
     return [slice(start, min(start + at_once, sequences)) for start in range(0, sequences, at_once)]
 
 
+_NO_WARPING: dict = {"temperature": 1.0, "top_k": None, "top_p": None, "min_p": None}
 _NO_NOISE = np.empty((0, 0), f32), np.empty(0, np.int64)
 
 
 class _Choice(NamedTuple):
-    """What is chosen of the logits of B sequences of N nodes. kind, k: of `Settings`; factor: of `Workspace`; tokens:
+    """What is chosen of the logits of B sequences of N nodes. kind, k: of `Settings`; warping: of `Workspace`; tokens:
     int64 [B, N, C]; logprobs: fp32 of the same shape, of children; noise: `reference.NoiseAt`, None when greedy."""
 
     kind: int
-    factor: float
+    warping: tuple[float, float, float]
     k: int
     tokens: np.ndarray
     logprobs: np.ndarray | None = None
@@ -401,7 +397,7 @@ class _Choice(NamedTuple):
 
     def arrays(self, memory: _Memory, part: slice, count: int) -> tuple[np.ndarray, ...]:
         """The last arrays of `Arrays`, for `count` rows of some of the sequences."""
-        memory.work.factor[0] = self.factor
+        memory.work.warping[:] = self.warping
         noise, places = _NO_NOISE
         if self.noise is not None:
             noise = self.noise.values.flatten(0, 1).numpy()

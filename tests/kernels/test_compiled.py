@@ -369,23 +369,26 @@ def test_ties_and_few_tokens():
 @given(
     rows=st.integers(1, 4), size=st.integers(1, 70), k=st.integers(1, 80), seed=st.integers(0, 10**6),
     temperature=st.sampled_from([1.0, 0.7, 3.0]), greedy=st.booleans(), broken=st.sampled_from([0.0, 0.05, 1.0]),
+    top_p=st.sampled_from([None, 1.0, 0.9713, 0.6181, 0.2137, 1e-9]),
+    min_p=st.sampled_from([None, 0.0371, 0.5113, 1.0]),
 )  # fmt: skip
-@settings(max_examples=200, deadline=None)
-def test_the_token_of_the_reference(rows, size, k, seed, temperature, greedy, broken):
-    """With ties, and with logits that are infinite or no numbers."""
+@settings(max_examples=400, deadline=None)
+def test_the_token_of_the_reference(rows, size, k, seed, temperature, greedy, broken, top_p, min_p):
+    """With ties, and with logits that are infinite or no numbers. No sum of a few equal probabilities is a top-p."""
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randint(-4, 4, (1, rows, size), generator=generator) / 4
     wrong = torch.rand(logits.shape, generator=generator) < broken
     odd = torch.tensor([float("nan"), float("inf"), float("-inf"), float("-inf")])
     logits[wrong] = odd[torch.randint(4, (int(wrong.sum()),), generator=generator)]
-    warping = None if greedy else {"temperature": temperature, "top_k": k, "top_p": None, "min_p": None}
+    warping = None if greedy else {"temperature": temperature, "top_k": k, "top_p": top_p, "min_p": min_p}
     values = torch.randint(-8, 8, (1, 5, size), generator=generator) / 8
     noise = None if greedy else NoiseAt(values, torch.randint(5, (1, rows), generator=generator))
     expected = reference.choose(logits.clone(), warping, noise)
     found = []
     for row in range(rows):
         of_row = values[0, 0] if noise is None else values[0, noise.index[0, row]]
-        arguments = logits[0, row].numpy().copy(), np.float32(temperature), min(k, size), of_row.numpy()
+        chosen_by = np.array([temperature, 1.0 if top_p is None else top_p, min_p or 0.0], np.float32)
+        arguments = logits[0, row].numpy().copy(), chosen_by, min(k, size), of_row.numpy()
         found.append(choose_token(*arguments, not greedy))
     assert found == expected[0].tolist()
 
