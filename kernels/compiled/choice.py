@@ -217,4 +217,7 @@ def choose_token(row: np.ndarray, settings: np.ndarray, k: int, noise: np.ndarra
         outside = top_p < 1 and 0 < _weight(row, top, row[at], at) >= top_p * total
         if not outside and exp(row[at] - top) >= min_p:
             return at
-        least, row[at] = row[at], -INFINITE
+        least = row[at]
+        for token in range(at + 1):  # of equally likely tokens the smaller ones are outside, too
+            if row[token] == least:
+                row[token] = -INFINITE
