@@ -213,8 +213,8 @@ BROKEN = {
     "compact": (compact, "compact", lambda args, _: args[0][0, 0, 0].add_(1), "draft: KV rows moved", "cache"),
     "look-up": (workloads, "ngram_lookup", last(None, 5), "n-gram look-up", "what follows"),
     "growth": (grow_tree, "grow_pass", last(None, 8), "tree growth, greedy", "inputs of draft pass 0"),
-    "batch": (grow_tree, "harvest_tree", last(None, 6), "tree growth, greedy", "inputs of the target's pass"),
-    "harvest": (grow_tree, "harvest_tree", last(None, 5), "tree growth, sampled", "finished tree differs"),
+    "batch": (grow_tree, "harvest_tree", last(None, 7), "tree growth, greedy", "inputs of the target's pass"),
+    "harvest": (grow_tree, "harvest_tree", last(None, 6), "tree growth, sampled", "finished tree differs"),
     "verify": (device, "verify_commit", last(None, 4), "verification and commit", "number of accepted tokens"),
 }
 
