@@ -11,7 +11,8 @@ from the root, the accepted one, and a node's depth is its place in it:
 
 UNCHOSEN (-1) marks a node that must not be accepted. INVALID (-2) marks a node at which no token can be chosen: the
 path ends before it. In a tree of several nodes the cause may be another node, because 0 * NaN is NaN. So the row's next
-tree must be a root alone (running ROOT_ALONE), and there the row ends, with running -1. For an accepted node of depth
+tree must be a root alone (running ROOT_ALONE), and there the row ends, with running -1. NO_TOKEN (-3) is an INVALID of
+which that is known, so that the row ends at once. For an accepted node of depth
 d < count, chosen[n] becomes the token at position length + d. Its origin is that of the accepted node of depth d + 1,
 or the target if there is none.
 
@@ -42,7 +43,7 @@ import torch
 import triton
 import triton.language as tl
 
-from stagedspec.kernels.common.constants import INVALID, ROOT_ALONE, UNCHOSEN
+from stagedspec.kernels.common.constants import INVALID, NO_TOKEN, ROOT_ALONE, UNCHOSEN
 from stagedspec.kernels.common.launch_configs import config
 from stagedspec.kernels.common.registry import (
     check_runs,
@@ -54,7 +55,8 @@ from stagedspec.kernels.common.registry import (
 from stagedspec.kernels.grow_tree.state import TOKEN, TREE_DEPTH, TREE_ORIGIN, TREE_PARENT, TREE_SLOT, words
 
 NEVER_ENDS = tl.constexpr(2**30)
-_UNCHOSEN, _INVALID, _ALONE = tl.constexpr(UNCHOSEN), tl.constexpr(INVALID), tl.constexpr(ROOT_ALONE)
+_UNCHOSEN, _INVALID = tl.constexpr(UNCHOSEN), tl.constexpr(INVALID)
+_NO_TOKEN, _ALONE = tl.constexpr(NO_TOKEN), tl.constexpr(ROOT_ALONE)
 
 
 @triton.jit(do_not_specialize=("stride", "ends", "nodes", "deepest", "words"))
@@ -123,11 +125,13 @@ def verify_commit_kernel(
         b_ends = tl.load(p_eos + i_first + i_end, mask=i_first + i_end < ends, other=-1)
         b_stops = tl.maximum(b_stops, tl.max((b_chosen[:, None] == b_ends[None, :]).to(tl.int32), 1))
     until = tl.min(tl.where(b_accepted & (b_stops != 0) & (b_chosen >= 0), b_depth + 1, NEVER_ENDS), 0)
-    wrong = tl.min(tl.where(b_accepted & (b_chosen == _INVALID), b_depth, NEVER_ENDS), 0)
+    b_wrong = b_accepted & ((b_chosen == _INVALID) | (b_chosen == _NO_TOKEN))  # the last of the path, if any
+    wrong = tl.min(tl.where(b_wrong, b_depth, NEVER_ENDS), 0)
+    sure = tl.max((b_wrong & (b_chosen == _NO_TOKEN)).to(tl.int32), 0) > 0
     count = tl.minimum(tl.minimum(tl.minimum(steps, until), wrong), tl.maximum(limit - length, 0))
     ended = (until <= count) | (length + count >= limit)
     invalid = runs & ~ended & (wrong <= count)
-    again = invalid & (nodes > 1) & (running != _ALONE)
+    again = invalid & ~sure & (nodes > 1) & (running != _ALONE)
     fails = invalid & ~again
     goes_on = runs & ~ended & ~fails
 

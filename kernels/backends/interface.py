@@ -228,8 +228,9 @@ class Trees(Protocol):
         """Accepts the path of each tree along which every node is the token chosen at its parent, and appends the
         chosen tokens to the sequences.
 
-        chosen: integers [B, N], the token chosen at each node; UNCHOSEN at nodes that must not be accepted; INVALID
-        where no token could be chosen (common/constants.py). A row stops at an end-of-sequence token and at its limit.
+        chosen: integers [B, N], the token chosen at each node; UNCHOSEN at nodes that must not be accepted; INVALID or
+        NO_TOKEN where no token could be chosen (common/constants.py). A row stops at an end-of-sequence token and at
+        its limit.
         """
 
 

@@ -14,8 +14,9 @@ HASH_SHIFT = 32
 
 # Who first proposed a token: the index into `stagedspec.decoding.stats.ORIGINS`.
 TARGET, DRAFT, NGRAM = range(3)
-# In place of a chosen token: at a node that must not be accepted, and at one whose logits allow no choice.
-UNCHOSEN, INVALID = -1, -2
+# In place of a chosen token: at a node that must not be accepted; at one whose logits allow no choice, which in a tree
+# may be another node's doing; and at one where it is known not to be.
+UNCHOSEN, INVALID, NO_TOKEN = -1, -2, -3
 ROOT_ALONE = 2  # in place of 1 where a row runs (`verify_commit`): its next tree must be a root alone
 CONTEXT_LOGPROB = -0.25  # log-probability of a match of the context n-gram: on code, about 4 of 5 are right
 

@@ -92,13 +92,13 @@ def kth(row: np.ndarray, k: int) -> np.float32:
 
 
 @compiled
-def _weight(row: np.ndarray, top: np.float32, value: np.float32, token: int) -> np.float32:
+def _weight(row: np.ndarray, top: np.float32, value: np.float32, token: int) -> float:
     """What tokens more likely than one weigh together, which has the logit `value`: of equal logits that of the larger
     token counts as more likely. Weights are relative to that of a logit `top`."""
-    total = f32(0)
+    total = 0.0
     for other in range(len(row)):
         more = row[other] > value or (row[other] == value and other > token)
-        total += exp(row[other] - top) if more else f32(0)
+        total += float(exp(row[other] - top)) if more else 0.0
     return total
 
 
@@ -200,7 +200,7 @@ def choose_token(row: np.ndarray, settings: np.ndarray, k: int, noise: np.ndarra
         return INVALID
     for token in range(len(row)):
         row[token] = row[token] / temperature
-    top, least, total, bounded = row[at], -INFINITE, f32(0), k >= len(row)
+    top, least, total, bounded = row[at], -INFINITE, 0.0, k >= len(row)
     if top_p < 1:
         if not bounded:
             least, bounded = kth(row, k), True

@@ -365,10 +365,12 @@ def settings(tokens: int, inputs: int, groups: int = 1, norm: bool = False) -> d
 def late(outputs: int, inputs: int, chosen: dict[str, int]) -> int:
     """How many programs of a launch over one block of tokens find a multiprocessor only when the kernel ahead leaves
     it, which is taken to have one program for each 64 inputs. Those of the down-projection that start earlier bring
-    the others' weights to L2 meanwhile; at 16 tokens and fewer that delays what is needed first."""
+    the others' weights to L2 meanwhile; at 16 tokens and fewer that delays what is needed first. Not for more programs
+    than those that can fetch."""
     programs = triton.cdiv(outputs, ROWS) * chosen["SPLITS"]
     early = MULTIPROCESSORS - triton.cdiv(inputs, ROWS)
-    return programs - early if 32 <= chosen["TOKENS"] <= 64 and chosen["GROUPS"] == 1 and 0 < early < programs else 0
+    wanted = 32 <= chosen["TOKENS"] <= 64 and chosen["GROUPS"] == 1 and early < programs <= 2 * early
+    return programs - early if wanted else 0
 
 
 def launch(

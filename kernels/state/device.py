@@ -668,6 +668,7 @@ class Report:
 
     @property
     def left(self) -> list[int]:
-        """Exact for rows that go on: one that ends may have gained a token less."""
+        """Exact for rows that go on. One that ends may have gained a token less, as one whose next tree is a root alone
+        has."""
         accepted, _, lengths = self.values.tolist()
         return [limit - length + taken + 1 for limit, length, taken in zip(self.limits, lengths, accepted, strict=True)]

@@ -36,7 +36,7 @@ from typing import NamedTuple, Protocol, cast
 import numpy as np
 import torch
 
-from stagedspec.kernels.common.constants import CONTEXT_LOGPROB, INVALID, NGRAM, TARGET
+from stagedspec.kernels.common.constants import CONTEXT_LOGPROB, INVALID, NGRAM, NO_TOKEN, TARGET
 from stagedspec.kernels.common.inputs import NgramTable
 from stagedspec.kernels.state.invalid_logits import raise_invalid
 
@@ -401,12 +401,13 @@ class Trees:
     def verify_commit(self, chosen: torch.Tensor) -> "Moves":
         """Accepts a path of each tree and appends the chosen tokens along it to the sequences.
 
-        chosen: integers [B, N], the token chosen at each node, or UNCHOSEN or INVALID. The path starts at the root and
-        goes on to the child that is the chosen token, while there is one; the token chosen at its last node is the
-        bonus token. A row stops at an end-of-sequence token and at its limit.
+        chosen: integers [B, N], the token chosen at each node, or UNCHOSEN, INVALID or NO_TOKEN. The path starts at
+        the root and goes on to the child that is the chosen token, while there is one; the token chosen at its last
+        node is the bonus token. A row stops at an end-of-sequence token and at its limit.
 
         The path ends before an INVALID node. In a tree of several nodes the cause may be another node that this one
-        does not attend to, because 0 * NaN is NaN. So the next step verifies roots alone, and there the row ends.
+        does not attend to, because 0 * NaN is NaN. So the next step verifies roots alone, and there the row ends; at
+        once where the path ends before a NO_TOKEN.
         """
         moves = Moves([], self.caught_up)
         self.sequences.steps += not self.sequences.finished
@@ -425,10 +426,10 @@ class Trees:
                 if picks[node] in self.sequences.eos or len(row.tokens) == row.limit:
                     row.running = False
                     break
-            if row.running and last >= 0 and picks[last] == INVALID:
-                self.sequences.roots_only = self.nodes > 1
-                row.invalid = not self.sequences.roots_only
-                row.running = not row.invalid
+            if row.running and last >= 0 and picks[last] in (INVALID, NO_TOKEN):
+                again = picks[last] == INVALID and self.nodes > 1
+                self.sequences.roots_only |= again
+                row.invalid, row.running = not again, again
             accepted = max(min(len(row.tokens) - length, len(path) - 1), 0) if ran else -1
             if ran:
                 row.accepted[accepted] += 1

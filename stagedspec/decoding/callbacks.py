@@ -21,7 +21,7 @@ from typing import Protocol
 import torch
 
 from stagedspec.kernels.backends.interface import Backend, NoiseAt, Sequences, Trees
-from stagedspec.kernels.common.constants import INVALID, UNCHOSEN
+from stagedspec.kernels.common.constants import INVALID, NO_TOKEN, UNCHOSEN
 
 
 class Streamer(Protocol):
@@ -89,6 +89,13 @@ class Callbacks:
             at = torch.tensor(nodes, device=device)
             picked = logits[every, at]
             picked[[not alive for alive in live]] = 0.0
+            # NaN may come from another node of the row's tree (`Trees.verify_commit`): the walk ends before it, and at
+            # the root all rows begin again with roots alone.
+            nan = picked.amax(-1).isnan().tolist()
+            if any(alive and bad and below for alive, bad, below in zip(live, nan, children, strict=True)):
+                if not taken:
+                    chosen[live, 0] = INVALID
+                return chosen.to(device)
             scores = picked
             if self.processors is not None:
                 with self._unwritten("a logits processor"):
@@ -103,7 +110,7 @@ class Callbacks:
             ]
             for row, (node, token) in enumerate(zip(nodes, tokens, strict=True)):
                 if live[row]:
-                    chosen[row, node] = token
+                    chosen[row, node] = NO_TOKEN if token == INVALID else token
                     live[row] = token not in self.eos
             self.ids[:, self.width + self.processed] = torch.tensor(shown, device="cpu")
             self.processed, taken = self.processed + 1, taken + 1

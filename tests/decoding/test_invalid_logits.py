@@ -156,6 +156,23 @@ def test_processors(decoder_of, sampling, kind, mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_a_processor_that_leaves_nothing_at_one_length(decoder_of, mode):
+    """It is called once a position up to there, as in plain decoding."""
+    lengths = []
+
+    def nothing_at_9(ids, scores):
+        lengths.append(ids.shape[1])
+        return torch.full_like(scores, NAN) if ids.shape[1] == 9 else scores
+
+    ids, mask = left_pad(random_prompts([6, 4]))
+    with pytest.raises(RuntimeError, match="position 9 of row 0"):
+        decoder_of("sound").generate(
+            ids, mask, 12, mode=mode, eos_token_id=[], logits_processor=LogitsProcessorList([nothing_at_9])
+        )
+    assert lengths == [6, 7, 8, 9]
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_one_row_of_a_batch(decoder_of, mode):
     decoder = decoder_of("sound")
     ids, mask = left_pad(random_prompts([4, 6, 2]))

@@ -43,6 +43,8 @@ WARPINGS = [
     {"temperature": 0.6, "top_k": 3, "top_p": None, "min_p": None},
     {"temperature": 1.5, "top_k": None, "top_p": None, "min_p": None},
     {"temperature": 1.0, "top_k": 20, "top_p": 0.9, "min_p": 0.01},
+    {"temperature": 0.8, "top_k": None, "top_p": 0.7, "min_p": None},
+    {"temperature": 1.2, "top_k": None, "top_p": None, "min_p": 0.2},
 ]
 by_values = pytest.mark.parametrize("changes", KNOWN, ids=lambda changes: "-".join(map(str, changes.values())))
 

@@ -12,7 +12,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from stagedspec import Decoder, TreeConfig
 from stagedspec.kernels import reference
-from stagedspec.kernels.common.constants import INVALID, ROOT_ALONE, UNCHOSEN
+from stagedspec.kernels.common.constants import INVALID, NO_TOKEN, ROOT_ALONE, UNCHOSEN
 from stagedspec.kernels.state import device as device_state
 from stagedspec.kernels.state import host as host_state
 
@@ -100,6 +100,8 @@ def chain(tokens: list[int]) -> host_state.Tree:
         ([INVALID, 8, 9, 1], [], 9, [], ROOT_ALONE),
         ([7, INVALID, 9, 1], [], 9, [7], ROOT_ALONE),
         ([7, 8, 9, INVALID], [], 9, [7, 8, 9], ROOT_ALONE),
+        ([NO_TOKEN, 8, 9, 1], [], 9, [], -1),
+        ([7, NO_TOKEN, 9, 1], [], 9, [7], -1),
         ([7, 8, 9, INVALID], [], 3, [7, 8, 9], 0),  # it ends there anyway
         ([7, 8, 9, INVALID], [9], 9, [7, 8, 9], 0),
         ([7, 5, INVALID, INVALID], [], 9, [7, 5], 1),  # not on the path
@@ -120,7 +122,11 @@ def test_walks(chosen, eos, room, wrote, running, device):
     assert first.tokens[2:] == wrote and second.tokens[3:] == [7, 5]
     assert len(first.origins) == len(wrote)
     assert ours.state.running.tolist() == [running, 1] and first.running == (running > 0)
-    assert ours.state.active.item() == 1 + (running > 0) and not ours.finished
+    assert ours.state.active.item() == 1 + (running > 0) and ours.finished == (running < 0)
+    if running < 0:
+        with pytest.raises(RuntimeError, match=f"position {2 + len(wrote)} of row 0"):
+            ours.check()
+        return
     moved = trees.moves.target_rows()[:, 0]
     assert (moved >= 0).sum(1).tolist() == [len(wrote) * (running > 0)] * 2
     if running == ROOT_ALONE:  # which alone decides
@@ -207,10 +213,32 @@ def test_a_node_that_plain_decoding_never_runs(pair, mode, options, device):
         broken.transformer.wpe.weight[11] = NAN
     prompt, options = torch.tensor([4, 5, 4, 5, 4]), {"seed": 0} | options
 
-    def decode(model, new_tokens, **kind):
+    def decode(model, new_tokens, mode, *processors):
         made = Decoder.from_pretrained(model, draft, device=device, dtype="float32", backend="triton", tree=TREE)
-        return made.complete(prompt, new_tokens, **kind, **options).tokens
+        given = {"logits_processor": LogitsProcessorList(processors)}
+        return made.complete(prompt, new_tokens, mode=mode, **given, **options).tokens
 
-    assert decode(broken, 7, mode=mode) == decode(target, 7, mode="autoregressive")
-    with pytest.raises(RuntimeError, match="position 12 of row 0"):
-        decode(broken, 8, mode=mode)
+    for processors in ([], [From(99, NAN)]):
+        expected = decode(target, 7, "autoregressive", *processors)
+        assert decode(broken, 7, mode, *processors) == expected
+        with pytest.raises(RuntimeError, match="position 12 of row 0"):
+            decode(broken, 8, mode, *processors)
+
+
+@pytest.mark.parametrize("mode", ["autoregressive", "staged", "chain"])
+def test_a_processor_that_leaves_nothing_at_one_length(pair, mode, device):
+    """It is called once a position up to there, as in plain decoding."""
+    target, draft = pair
+    decoder = Decoder.from_pretrained(target, draft, device=device, dtype="float32", backend="triton", tree=TREE)
+    lengths = []
+
+    def nothing_at_8(ids, scores):
+        lengths.append(ids.shape[1])
+        return torch.full_like(scores, NAN) if ids.shape[1] == 8 else scores
+
+    with pytest.raises(RuntimeError, match="position 8 of row 0"):
+        decoder.generate(
+            torch.tensor([[4, 5, 4, 5, 4]]), max_new_tokens=9, mode=mode,
+            logits_processor=LogitsProcessorList([nothing_at_8]),
+        )  # fmt: skip
+    assert lengths == [5, 6, 7, 8]
