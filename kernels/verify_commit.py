@@ -7,14 +7,14 @@ from the root, the accepted one, and a node's depth is its place in it:
     agrees[n]   = (n == 0 or chosen[parent[n]] == token[n]) and chosen[n] != UNCHOSEN
     accepted[n] = agrees[n] and not (mask[n] & ~agrees)           words of bits
     steps       = sum(accepted)                                   the bonus token included
-    count       = min(steps, first end of sequence + 1, limit - length, depth of the accepted INVALID)
+    count       = min(steps, first end of sequence + 1, limit - length, depth of an accepted INVALID or NO_TOKEN)
 
 UNCHOSEN (-1) marks a node that must not be accepted. INVALID (-2) marks a node at which no token can be chosen: the
 path ends before it. In a tree of several nodes the cause may be another node, because 0 * NaN is NaN. So the row's next
 tree must be a root alone (running ROOT_ALONE), and there the row ends, with running -1. NO_TOKEN (-3) is an INVALID of
-which that is known, so that the row ends at once. For an accepted node of depth
-d < count, chosen[n] becomes the token at position length + d. Its origin is that of the accepted node of depth d + 1,
-or the target if there is none.
+which it is known that no other node is the cause: the row ends at once. For an accepted node of depth d < count,
+chosen[n] becomes the token at position length + d. Its origin is that of the accepted node of depth d + 1, or the
+target if there is none.
 
 Shapes, for N nodes and W = ceil(N / 32) words: chosen int32 or int64 [B, N]; tree int32 [5, B, N] and masks int32
 [B, N, W] as `grow_tree` leaves them. `CommitState`, all written in place:

@@ -103,7 +103,7 @@ def _weight(row: np.ndarray, top: np.float32, value: np.float32, token: int) -> 
 
 
 @compiled
-def nucleus(row: np.ndarray, scale: np.float32, top: np.float32, least: np.float32, top_p: np.float32) -> np.float32:
+def _nucleus(row: np.ndarray, scale: np.float32, top: np.float32, least: np.float32, top_p: np.float32) -> np.float32:
     """The least logit of the likeliest tokens that together have the probability `top_p` among those of logits row [V]
     times `scale` that are at least `least`. top: the largest logit. Only to a millionth: a draft's numerics are
     free."""
@@ -137,7 +137,7 @@ def best_children(
     if top_p < 1 or min_p > 0:
         top = row[_largest(row, noise, False, NEVER)]
         if top_p < 1:
-            least = nucleus(row, scale, top, least, top_p)
+            least = _nucleus(row, scale, top, least, top_p)
         least = max(least, top + np.log(min_p) / scale)
     for c in range(count):
         best[c], found[c] = NEVER, 0  # a valid token, even if all logits are NaN

@@ -368,7 +368,7 @@ class _Borrowed:
 
 
 def _cuts(warping: dict) -> tuple[float, float]:
-    """top-p and min-p, as they are where nothing is left out if they are not given."""
+    """top-p and min-p; where one is not given, the value that leaves out nothing."""
     return 1.0 if warping["top_p"] is None else warping["top_p"], warping["min_p"] or 0.0
 
 

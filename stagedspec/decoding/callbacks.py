@@ -89,13 +89,14 @@ class Callbacks:
             at = torch.tensor(nodes, device=device)
             picked = logits[every, at]
             picked[[not alive for alive in live]] = 0.0
-            # NaN may come from another node of the row's tree (`Trees.verify_commit`): the walk ends before it, and at
-            # the root all rows begin again with roots alone.
-            nan = picked.amax(-1).isnan().tolist()
-            if any(alive and bad and below for alive, bad, below in zip(live, nan, children, strict=True)):
-                if not taken:
-                    chosen[live, 0] = INVALID
-                return chosen.to(device)
+            if any(children):
+                # NaN may come from another node of the row's tree (`Trees.verify_commit`): the walk ends before it, and
+                # at the root all rows begin again with roots alone.
+                nan = picked.amax(-1).isnan().tolist()
+                if any(alive and bad and below for alive, bad, below in zip(live, nan, children, strict=True)):
+                    if not taken:
+                        chosen[live, 0] = INVALID
+                    return chosen.to(device)
             scores = picked
             if self.processors is not None:
                 with self._unwritten("a logits processor"):
