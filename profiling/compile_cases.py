@@ -13,6 +13,7 @@ import triton
 from stagedspec.kernels import compact, embed, ngram_lookup, verify_commit
 from stagedspec.kernels.choose import op as choose
 from stagedspec.kernels.choose.kernel import scan_kernel, select_kernel
+from stagedspec.kernels.choose.likeliest import likeliest_kernel
 from stagedspec.kernels.choose.scores import COUNTERS, GROUP, NOISES
 from stagedspec.kernels.common.hopper import layout
 from stagedspec.kernels.common.registry import SHARED_LIMIT, most_registers
@@ -107,9 +108,9 @@ def linears_hopper(arch: int) -> list[CompileCase]:
     return cases
 
 
-def _described(rows: int, columns: int) -> str:
+def _described(rows: int, columns: int, dtype: str = "bf16") -> str:
     """The type of a tensor that is copied in blocks."""
-    return f"tensordesc<bf16[{rows}, {columns}],{layout(rows, columns)!r}>"
+    return f"tensordesc<{dtype}[{rows}, {columns}],{layout(rows, columns, 1 if dtype == 'fp8e4nv' else 2)!r}>"
 
 
 def _linear(
@@ -196,6 +197,12 @@ def chooses(arch: int) -> list[CompileCase]:
             registers = most_registers(arch, warps, choose.SPILLING)
             kernel = select_kernel
             cases.append(_choosing(f"select-{name}-{vocab_size}", kernel, shape | settings, warps, maxnreg=registers))
+        for children in (4, 8):
+            settings = {
+                "STRIDE": groups * GROUP, "GROUPS": triton.next_power_of_2(groups), "CHILDREN": children,
+                "LANES": children, "PDL": False,
+            }  # fmt: skip
+            cases.append(_choosing(f"likeliest-{children}-{vocab_size}", likeliest_kernel, shape | settings, 1))
     return cases
 
 
@@ -238,6 +245,7 @@ def lm_heads_hopper(arch: int) -> list[CompileCase]:
             ("greedy-stored", True, 0, 1, False),
             ("sampled-stored", True, 1, 1, False),
             ("masses", False, 0, 1, True),
+            ("8 bits", False, 1, 2, True),
         )
     ]
 
@@ -245,12 +253,17 @@ def lm_heads_hopper(arch: int) -> list[CompileCase]:
 def _head_hopper(
     name: str, shape: ModelShape, rows: int, form: str, choosing: bool, noise: int, store: int, masses: bool
 ) -> CompileCase:
-    chosen = lm_head_hopper.settings(rows, shape.width, noise == NOISES["made"], store == 1)
-    block, groups = lm_head_hopper.BLOCK_K, choose.groups_of(shape.vocab)
-    kinds = {key: _described(count, block) for key, count in (("x", chosen["TOKENS"]), ("head", lm_head_hopper.ROWS))}
+    itemsize = 1 if form == "8 bits" else 2
+    chosen = lm_head_hopper.settings(rows, shape.width, noise == NOISES["made"], store == 1, itemsize)
+    del chosen["PROGRAMS"]
+    block, groups = chosen["BLOCK_K"], choose.groups_of(shape.vocab)
+    kinds = {
+        "x": _described(chosen["TOKENS"], block, "fp16" if itemsize == 1 else "bf16"),
+        "head": _described(lm_head_hopper.ROWS, block, "fp8e4nv" if itemsize == 1 else "bf16"),
+    }
     constants = {
         "V": shape.vocab, "STRIDE": groups * GROUP, "K": shape.width, "G": groups,
-        "ROWS": lm_head_hopper.ROWS, "BLOCK_K": block, "SCALING": 1, "NOISE": noise, "CHOOSE": choosing,
+        "ROWS": lm_head_hopper.ROWS, "SCALING": 1, "NOISE": noise, "CHOOSE": choosing,
         "STORE": store, "MASSES": masses, "PDL": False,
     } | chosen  # fmt: skip
     return _choosing(f"{form}-{name}-r{rows}", lm_head_hopper._head_hopper, constants, 4, matrix=True, **kinds)
@@ -338,11 +351,12 @@ def attentions_hopper(arch: int) -> list[CompileCase]:
 def embeds(arch: int) -> list[CompileCase]:
     tables = ("p_token_table", "p_position_table", "p_out")
     kinds = dict.fromkeys(("p_tokens", "p_positions"), "*i32") | dict.fromkeys(tables, "*bf16")
+    kinds["p_stats"] = "*fp32"
     signature = {key: kinds.get(key, "constexpr") for key in embed._embed.arg_names}
     cases = []
     for name, shape in MODELS.items():
         constants = {"V": shape.vocab, "P": shape.positions, "D": shape.width, "PDL": False}
-        constants["WIDE"] = triton.next_power_of_2(shape.width)
+        constants |= {"TILES": stat_tiles(shape.width), "ROWS": ROWS}
         cases.append(CompileCase(name, embed._embed, signature, constants, aligned=tables))
     return cases
 

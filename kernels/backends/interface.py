@@ -432,6 +432,9 @@ class Backend(Protocol):
     def kv_dtype(self, dtype: torch.dtype, device: torch.device, invariant: bool) -> torch.dtype:
         """The dtype of keys and values of a model computed in `dtype`. invariant: as of `pack_linear`."""
 
+    def head_dtype(self, dtype: torch.dtype, width: int, device: torch.device, invariant: bool) -> torch.dtype:
+        """The dtype in which `pack_head` keeps the weights of a model computed in `dtype`."""
+
     def pack_linear(
         self,
         weight: torch.Tensor,
@@ -444,6 +447,9 @@ class Backend(Protocol):
         invariant: a row's result must not depend, in any bit, on the other rows of a pass; so it is for a target. norm:
         weight and bias [in] of the LayerNorm before it, if it will be used by `norm_linear`.
         """
+
+    def pack_head(self, weight: torch.Tensor, invariant: bool) -> Own:
+        """Lays out the head [V, width] for `head_logits`, `lm_head_choose` and `lm_head_children`, likewise."""
 
     def fused_activation(self, name: str) -> bool:
         """Whether `norm_linear` takes the activation by name; others are given as functions."""

@@ -41,6 +41,14 @@ class Linear:
 
 
 @dataclass(frozen=True)
+class Head:
+    """A weight [V, width], or what `lm_head.to_eight_bits` made of it."""
+
+    weight: torch.Tensor
+    scales: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
 class NoiseAt:
     """Counters of the noise at every node of a pass: seeds int64, streams int32 [B], positions int32 [B, N]."""
 
@@ -212,6 +220,16 @@ class TritonBackend:
             return Linear(folded.weight, folded.bias, folded)
         return Linear(weight.contiguous(), None if bias is None else bias.contiguous())
 
+    def head_dtype(self, dtype: torch.dtype, width: int, device: torch.device, invariant: bool) -> torch.dtype:
+        """8 bits for a draft, whose precision cannot change the output, where they halve what its head must read."""
+        narrow = not invariant and lm_head.eight_bits_run(dtype, width, device)
+        return lm_head.EIGHT_BITS if narrow else dtype
+
+    def pack_head(self, weight: torch.Tensor, invariant: bool) -> Head:
+        if self.head_dtype(weight.dtype, weight.shape[1], weight.device, invariant) == lm_head.EIGHT_BITS:
+            return Head(*lm_head.to_eight_bits(weight))
+        return Head(weight.contiguous())
+
     def fused_activation(self, name: str) -> bool:
         return linear.activation_known(name)
 
@@ -261,8 +279,7 @@ class TritonBackend:
     ) -> torch.Tensor:
         shape = (tokens.numel(), token_table.shape[1])
         out = self.memory.buffer("embed", shape, token_table.dtype, token_table.device)
-        embed.embed(token_table, position_table, tokens, positions, out)
-        linear.row_stats(out, self._stats(out))
+        embed.embed(token_table, position_table, tokens, positions, out, self._stats(out))
         return out
 
     # ---------------------------------------------------------------- attention
@@ -319,17 +336,17 @@ class TritonBackend:
     # ---------------------------------------------------------------- token choice
 
     def head_logits(
-        self, x: torch.Tensor, norm_weight: torch.Tensor, norm_bias: torch.Tensor, epsilon: float, head: Linear
+        self, x: torch.Tensor, norm_weight: torch.Tensor, norm_bias: torch.Tensor, epsilon: float, head: Head
     ) -> torch.Tensor:
         """Logits in a new tensor."""
-        rows, (vocab_size, width) = x.flatten(0, -2), head.weight.shape
-        count = rows.shape[0]
+        rows, vocab_size = x.flatten(0, -2), head.weight.shape[0]
+        count, width = rows.shape
         out = torch.empty(count, vocab_size, dtype=torch.float32, device=x.device)
         need = lm_head.scratch_size(count, vocab_size, width, through_memory=False)
         best = self.memory.buffer("best", (count,), torch.int32, x.device)
         lm_head.lm_head_choose(
             rows, norm_weight, norm_bias, epsilon, head.weight, *self._counters((1, count), None, x.device),
-            greedy=True, logits=out, out=best, scratch=self.memory.scratch_of(need, x.device),
+            scales=head.scales, greedy=True, logits=out, out=best, scratch=self.memory.scratch_of(need, x.device),
         )  # fmt: skip
         return out.unflatten(0, x.shape[:-1])
 
@@ -352,20 +369,20 @@ class TritonBackend:
         norm_weight: torch.Tensor,
         norm_bias: torch.Tensor,
         epsilon: float,
-        head: Linear,
+        head: Head,
         warping: dict | None,
         noise: NoiseAt | None,
     ) -> torch.Tensor:
         shape, device = x.shape[:2], x.device
         out = self.memory.buffer("choose", shape, torch.int32, device)
-        settings, (vocab_size, width) = warping_settings(warping), head.weight.shape
+        settings, vocab_size, width = warping_settings(warping), head.weight.shape[0], x.shape[-1]
         through_memory = warping is not None and choice.warped(
             False, settings["top_k"], settings["top_p"], settings["min_p"], vocab_size
         )
         need = lm_head.scratch_size(out.numel(), vocab_size, width, through_memory)
         lm_head.lm_head_choose(
             x.view(-1, x.shape[-1]), norm_weight, norm_bias, epsilon, head.weight,
-            *self._counters(shape, noise, device), **settings, out=out.view(-1),
+            *self._counters(shape, noise, device), scales=head.scales, **settings, out=out.view(-1),
             scratch=self.memory.scratch_of(need, device),
         )  # fmt: skip
         return out
@@ -376,7 +393,7 @@ class TritonBackend:
         norm_weight: torch.Tensor,
         norm_bias: torch.Tensor,
         epsilon: float,
-        head: Linear,
+        head: Head,
         count: int,
         warping: dict | None,
         noise: NoiseAt | None,
@@ -386,10 +403,10 @@ class TritonBackend:
         logprobs = self.memory.buffer("logprobs", shape, torch.float32, device)
         # Without noise, as in a prompt, the likeliest children are those of greedy decoding.
         settings = warping_settings(None if noise is None else warping)
-        need = lm_head.scratch_size(x.shape[:2].numel(), *head.weight.shape)
+        need = lm_head.scratch_size(x.shape[:2].numel(), head.weight.shape[0], x.shape[-1])
         lm_head.lm_head_topm(
             x.view(-1, x.shape[-1]), norm_weight, norm_bias, epsilon, head.weight,
-            *self._counters(shape[:2], noise, device), **settings, sharpness=GREEDY_SHARPNESS,
+            *self._counters(shape[:2], noise, device), scales=head.scales, **settings, sharpness=GREEDY_SHARPNESS,
             out_tokens=tokens.view(-1, count), out_logprobs=logprobs.view(-1, count),
             scratch=self.memory.scratch_of(need, device),
         )  # fmt: skip

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 import triton
 
+from stagedspec.kernels.choose import likeliest
 from stagedspec.kernels.choose.kernel import scan_kernel, select_kernel
 from stagedspec.kernels.choose.scores import GROUP, NOISES
 from stagedspec.kernels.common.launch_configs import config
@@ -177,6 +178,31 @@ def launch_select(
         FEW=FEW, TOGETHER=TOGETHER, SPAN=min(span, triton.next_power_of_2(count)),
         num_warps=warps, maxnreg=most_registers(architecture(logits.device), warps, SPILLING),
         **launch_options(logits.device),
+    )  # fmt: skip
+
+
+def launch_children(
+    logits: torch.Tensor,
+    sampling: Sampling,
+    scoring: Scoring,
+    groups: Maxima,
+    parts: Parts,
+    out: torch.Tensor,
+    logprobs: torch.Tensor,
+) -> None:
+    """The children of every row, arguments as of `launch_select`."""
+    (rows, vocab_size), children = logits.shape, out.shape[1]
+    if sampling.warped(vocab_size) or children > likeliest.MOST:
+        launch_select(logits, sampling, scoring, groups, parts, out, logprobs)
+        return
+    count = groups_of(vocab_size)
+    tile = triton.next_power_of_2(count)
+    launch_kernel(
+        likeliest.likeliest_kernel,
+        (rows,),
+        logits, *groups, out, logprobs, V=vocab_size, STRIDE=logits.stride(0), G=count, GROUPS=tile,
+        CHILDREN=children, LANES=triton.next_power_of_2(children),
+        num_warps=min(max(1, tile // likeliest.GROUPS_OF_WARP), 8), **launch_options(logits.device),
     )  # fmt: skip
 
 

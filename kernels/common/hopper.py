@@ -33,13 +33,13 @@ def fetch_to_l2(pointers):
 
 
 @cache
-def layout(rows: int, columns: int) -> gl.NVMMASharedLayout:
-    """How blocks [rows, columns] of a 16-bit type lie in shared memory."""
-    return gl.NVMMASharedLayout.get_default_for([rows, columns], gl.bfloat16)
+def layout(rows: int, columns: int, itemsize: int = 2) -> gl.NVMMASharedLayout:
+    """How blocks [rows, columns] of a type of 16 or 8 bits lie in shared memory."""
+    return gl.NVMMASharedLayout.get_default_for([rows, columns], gl.bfloat16 if itemsize == 2 else gl.float8e4nv)
 
 
 def described(op: str, name: str, tensor: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
     """The tensor, to be copied in blocks [rows, columns]."""
     if tensor.data_ptr() % 16:
         raise ValueError(f"{op}: {name} must start at a multiple of 16 bytes, got {tensor.data_ptr():#x}; clone it")
-    return TensorDescriptor.from_tensor(tensor, [rows, columns], layout(rows, columns))
+    return TensorDescriptor.from_tensor(tensor, [rows, columns], layout(rows, columns, tensor.itemsize))

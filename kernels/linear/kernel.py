@@ -229,11 +229,19 @@ def _row_stats(p_x, p_stats, K: tl.constexpr, TILES: tl.constexpr, ROWS: tl.cons
         tl.extra.cuda.gdc_launch_dependents()
     i_token, i_tile = tl.program_id(0), tl.arange(0, WIDE)
     columns = i_tile[:, None] * ROWS + tl.arange(0, ROWS)[None, :]  # [WIDE, ROWS]
-    real = columns < K
-    b_x = tl.load(p_x + i_token * K + columns, mask=real, other=0.0).to(tl.float32)
+    b_x = tl.load(p_x + i_token * K + columns, mask=columns < K, other=0.0).to(tl.float32)
+    store_stats(b_x, p_stats + i_token * TILES * 2, K, TILES)
+
+
+@triton.jit
+def store_stats(b_x, p_stats, K: tl.constexpr, TILES: tl.constexpr):
+    """Statistics [TILES, 2] of a row of K values in tiles: b_x [power of 2, ROWS], zeros beyond the last."""
+    ROWS: tl.constexpr = b_x.shape[1]
+    i_tile = tl.arange(0, b_x.shape[0])
+    real = i_tile[:, None] * ROWS + tl.arange(0, ROWS)[None, :] < K
     count = tl.minimum(tl.maximum(K - i_tile * ROWS, 1), ROWS).to(tl.float32)
     b_total = _row_sum(b_x)
     b_apart = tl.where(real, b_x - (b_total / count)[:, None], 0.0)
-    p_tile = p_stats + (i_token * TILES + i_tile) * 2
+    p_tile = p_stats + i_tile * 2
     tl.store(p_tile, b_total, mask=i_tile < TILES)
     tl.store(p_tile + 1, _row_sum(b_apart * b_apart), mask=i_tile < TILES)

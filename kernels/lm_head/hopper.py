@@ -28,6 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     warpgroup_mma,
+    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 from triton.language.extra import cuda
@@ -40,7 +41,10 @@ from stagedspec.kernels.philox import gumbel, key_words, philox
 
 ROWS = GROUP  # of the weight, a tile: the least that the matrix instructions take, and one group of tokens
 TOKENS = 64  # most rows of x, a program
-BLOCK_K = 128  # columns of a block; 64 would synchronise too often at 64 tokens
+BLOCK_BYTES = 256  # of a row of a block; 128 would synchronise too often at 64 tokens
+MOST_PROGRAMS = {1: 3, 2: 1}  # of a multiprocessor, by the bytes of a weight: with 16 bits more gain nothing
+RESERVED = 1024  # bytes of shared memory of each program that are not its own
+SHORT_RING = 3  # slots where another program is multiplied meanwhile
 RING = 6  # slots; a shorter ring runs empty while a tile is looked at, and costs more than x from L2 does
 _BROKEN = gl.constexpr(-(2**20))  # below the first token of any tile: where the best is NaN
 
@@ -49,6 +53,7 @@ _BROKEN = gl.constexpr(-(2**20))  # below the first token of any tile: where the
 def _head_hopper(
     x,  # [M, K], described in blocks [TOKENS, BLOCK_K]
     head,  # [V, K], described in blocks [ROWS, BLOCK_K]
+    p_scales,  # [V], of the rows of an fp8 head
     p_noise,  # [M, V]
     p_seeds,  # [B]
     p_streams,  # [B]
@@ -87,6 +92,7 @@ def _head_hopper(
     # The scale is above 0: the largest of scaled scores is the largest, scaled.
     SCALED: gl.constexpr = CHOOSE or STORE == 2 or MASSES
     SUM: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])
+    BYTES: gl.constexpr = head.dtype.primitive_bitwidth // 8
     i_program, programs = gl.program_id(0), gl.num_programs(0)
     i_token = gl.program_id(1) * TOKENS
 
@@ -116,24 +122,39 @@ def _head_hopper(
         b_position = gl.load(p_positions + nodes)
     b_top = gl.full((ROWS, TOKENS), float("-inf"), gl.float32, SUM)
     b_from = gl.full((ROWS, TOKENS), i_program * ROWS, gl.int32, SUM)
+    if BYTES == 1:  # what a product still reads
+        b_read = gl.zeros((ROWS, BLOCK_K), x.dtype, gl.DotOperandLayout(0, SUM, 2))
     i = 0
     for i_tile in range(i_program, TILES, programs):
         b_acc = gl.zeros((ROWS, TOKENS), gl.float32, SUM)
+        if BYTES == 1:
+            b_acc = warpgroup_mma_init(b_acc)
         for i_block in range(BLOCKS):
             i_slot = i % SLOTS
             mbarrier.wait(there.index(i_slot), (i // SLOTS) & 1)
-            s_right = s_x.index(i_block if STAYS else i_slot)
-            b_acc = warpgroup_mma(s_head.index(i_slot), s_right.permute((1, 0)), b_acc, is_async=True)
-            b_acc = warpgroup_mma_wait(1, deps=(b_acc,))
+            s_right = s_x.index(i_block if STAYS else i_slot).permute((1, 0))
+            if BYTES == 1:
+                b_left = _widened(s_head.index(i_slot), x.dtype, SUM)  # while the block before this one is multiplied
+                b_acc = warpgroup_mma_wait(0, deps=(b_acc, b_read))[0]
+                b_acc = warpgroup_mma(b_left, s_right, b_acc, is_async=True)
+                b_read = b_left
+            else:
+                b_acc = warpgroup_mma(s_head.index(i_slot), s_right, b_acc, is_async=True)
+                b_acc = warpgroup_mma_wait(1, deps=(b_acc,))
             # The block before this one is done with: its slot takes the next.
             tl.debug_barrier()
             i_next = i - 1 + SLOTS
             _load_head(head, s_head, there, i_next, i_program, programs, i > 0, V, BLOCKS, STAYS, TOKENS)
             _load_x(x, s_x, there, i_next, i_token, i_program, programs, i > 0, V, BLOCKS, STAYS, SLOTS, ROWS)
             i += 1
-        b_score = warpgroup_mma_wait(0, deps=(b_acc,))
+        if BYTES == 1:
+            b_score = warpgroup_mma_wait(0, deps=(b_acc, b_read))[0]
+        else:
+            b_score = warpgroup_mma_wait(0, deps=(b_acc,))
         i_first = i_tile * ROWS
         real = i_first + rows < V
+        if BYTES == 1:
+            b_score *= gl.load(p_scales + i_first + rows, mask=real, other=0.0)[:, None]
         i_at = tokens.to(gl.int64)[None, :] * STRIDE + (i_first + rows)[:, None]
         there_too = real[:, None] & kept[None, :]
         if STORE == 1:
@@ -195,14 +216,15 @@ def _load_head(
     SLOTS: gl.constexpr = s_head.shape[0]
     ROWS: gl.constexpr = s_head.shape[1]
     BLOCK_K: gl.constexpr = s_head.shape[2]
+    BYTES: gl.constexpr = ROWS * BLOCK_K * (head.dtype.primitive_bitwidth // 8)
     i_row, i_slot = (i_program + (i // BLOCKS) * programs) * ROWS, i % SLOTS
     wanted = wanted & (i_row < V)
     if STAYS:
-        mbarrier.expect(there.index(i_slot), ROWS * BLOCK_K * 2, pred=wanted & (i >= BLOCKS))
+        mbarrier.expect(there.index(i_slot), BYTES, pred=wanted & (i >= BLOCKS))
         with_x = wanted & (i < BLOCKS)
     else:
         with_x = wanted
-    mbarrier.expect(there.index(i_slot), (ROWS + TOKENS) * BLOCK_K * 2, pred=with_x)
+    mbarrier.expect(there.index(i_slot), BYTES + TOKENS * BLOCK_K * 2, pred=with_x)
     copy(head, [i_row, (i % BLOCKS) * BLOCK_K], there.index(i_slot), s_head.index(i_slot), pred=wanted)
 
 
@@ -230,6 +252,23 @@ def _load_x(
         wanted = wanted & (i < BLOCKS)
     i_to = i % BLOCKS if STAYS else i % SLOTS
     copy(x, [i_token, (i % BLOCKS) * BLOCK_K], there.index(i % SLOTS), s_x.index(i_to), pred=wanted)
+
+
+@gluon.jit
+def _widened(s_block, dtype: gl.constexpr, SUM: gl.constexpr):
+    """A block of an fp8 head [ROWS, BLOCK_K] as the left operand of a product, its columns in the order of x's."""
+    ROWS: gl.constexpr = s_block.shape[0]
+    BLOCK_K: gl.constexpr = s_block.shape[1]
+    STORED: gl.constexpr = gl.DistributedLinearLayout(
+        [[0, 1], [0, 2], [0, 4], [0, 8], [0, 16], [8, 0], [0, 128]],
+        [[0, 32], [0, 64], [1, 0], [2, 0], [4, 0]],
+        [[16, 0], [32, 0]],
+        [],
+        [ROWS, BLOCK_K],
+    )
+    b_wide = gl.reshape(s_block.load(STORED).to(dtype), (ROWS, 2, 4, 8, 2, 2))  # see eight_bits.py
+    b_wide = gl.reshape(gl.permute(b_wide, (0, 1, 3, 4, 2, 5)), (ROWS, BLOCK_K))
+    return gl.convert_layout(b_wide, gl.DotOperandLayout(0, SUM, 2), assert_trivial=True)
 
 
 @triton.constexpr_function
@@ -293,18 +332,23 @@ def _choose_of_all(
 # ---------------------------------------------------------------- launching
 
 
-def settings(count: int, width: int, noisy: bool, stored: bool = False) -> dict[str, int]:
-    """Rows of x a program takes, slots of the ring, and whether all of x has room beside it. noisy: whether noise is
-    made, half of which passes through shared memory at a time; stored: whether logits without it are stored too, for
-    which 64 rows leave too few registers."""
-    tokens = min(TOKENS // 2 if noisy and stored else TOKENS, max(8, triton.next_power_of_2(count)))
-    room = SHARED - SPARE - (ROWS * tokens * 2 if noisy else 0)
-    columns = triton.cdiv(width, BLOCK_K) * BLOCK_K
-    slots = (room - columns * tokens * 2) // (ROWS * BLOCK_K * 2)
-    stays = slots >= RING
+def settings(count: int, width: int, noisy: bool, stored: bool = False, itemsize: int = 2) -> dict[str, int]:
+    """Programs a multiprocessor, columns a block, rows of x a program takes, slots of the ring, and whether all of x
+    has room beside it. noisy: whether noise is made, half of which passes through shared memory at a time; stored:
+    whether logits without it are stored too, for which 64 rows leave too few registers. itemsize: bytes of a weight.
+    A program of 8 bits multiplies for longer than it loads, so several of them share a multiprocessor."""
+    block = BLOCK_BYTES // itemsize
+    tokens = min(TOKENS // 2 if itemsize == 1 or (noisy and stored) else TOKENS, max(8, triton.next_power_of_2(count)))
+    columns = triton.cdiv(width, block) * block
+    for programs in range(MOST_PROGRAMS[itemsize], 0, -1):
+        room = (SHARED + RESERVED) // programs - RESERVED - SPARE - (ROWS * tokens * 2 if noisy else 0)
+        slots = (room - columns * tokens * 2) // (ROWS * BLOCK_BYTES)
+        stays = slots >= (RING if programs == 1 else SHORT_RING)
+        if stays:
+            break
     if not stays:
-        slots = room // ((ROWS + tokens) * BLOCK_K * 2)
-    return {"TOKENS": tokens, "SLOTS": slots, "STAYS": stays}
+        slots = room // (ROWS * BLOCK_BYTES + tokens * block * 2)
+    return {"PROGRAMS": programs, "BLOCK_K": block, "TOKENS": tokens, "SLOTS": slots, "STAYS": stays}
 
 
 @cache
@@ -315,6 +359,7 @@ def _multiprocessors(device: torch.device) -> int:
 def launch(
     x: torch.Tensor,
     head: torch.Tensor,
+    scales: torch.Tensor | None,
     sampling: Sampling,
     scoring: Scoring,
     logits: torch.Tensor,
@@ -323,15 +368,16 @@ def launch(
 ) -> None:
     """As `op._head`, of x after its LayerNorm."""
     (rows, width), vocab_size = x.shape, head.shape[0]
-    chosen = settings(rows, width, scoring.noise_kind == NOISES["made"], store == 1)
+    chosen = settings(rows, width, scoring.noise_kind == NOISES["made"], store == 1, head.itemsize)
     tokens = chosen["TOKENS"]
     chunks = triton.cdiv(rows, tokens)
-    programs = min(triton.cdiv(vocab_size, ROWS), max(1, _multiprocessors(x.device) // chunks))
+    programs = min(triton.cdiv(vocab_size, ROWS), max(1, chosen.pop("PROGRAMS") * _multiprocessors(x.device) // chunks))
     launch_kernel(
         _head_hopper,
         (programs, chunks),
-        described("lm_head", "x", x, tokens, BLOCK_K),
-        described("lm_head", "head", head, ROWS, BLOCK_K),
+        described("lm_head", "x", x, tokens, chosen["BLOCK_K"]),
+        described("lm_head", "head", head, ROWS, chosen["BLOCK_K"]),
+        outputs.maxima.scores if scales is None else scales,
         x if scoring.noise is None else scoring.noise,
         sampling.seeds,
         sampling.streams,
@@ -349,7 +395,6 @@ def launch(
         K=width,
         G=groups_of(vocab_size),
         ROWS=ROWS,
-        BLOCK_K=BLOCK_K,
         SCALING=scoring.scaling,
         NOISE=scoring.noise_kind,
         CHOOSE=outputs.choose,

@@ -15,6 +15,7 @@ from stagedspec.kernels.choose.op import (
     check_children,
     check_sampling,
     groups_of,
+    launch_children,
     launch_select,
     rounded,
 )
@@ -32,6 +33,7 @@ from stagedspec.kernels.common.registry import (
     most_registers,
     register,
 )
+from stagedspec.kernels.lm_head import eight_bits
 from stagedspec.kernels.lm_head.kernel import head_kernel, norm_kernel
 
 ROWS = 64  # most rows of one program: with noise and masses 128 spill
@@ -86,18 +88,20 @@ def _through_memory(parts: Parts, rows: int, vocab_size: int) -> torch.Tensor:
 
 
 class HeadInputs(NamedTuple):
-    """Inputs of the logits: hidden states x [M, d], the final LayerNorm, the head's weight [V, d]."""
+    """Inputs of the logits: hidden states x [M, d], the final LayerNorm, the head's weight [V, d], and the scales [V]
+    of its rows where it has 8 bits."""
 
     x: torch.Tensor
     norm_weight: torch.Tensor
     norm_bias: torch.Tensor
     epsilon: float
     head: torch.Tensor
+    scales: torch.Tensor | None
 
 
 def _normed(parts: Parts, inputs: HeadInputs) -> torch.Tensor:
-    """Room for LayerNorm(x), of the head's dtype."""
-    elements, dtype = inputs.x.numel(), inputs.head.dtype
+    """Room for LayerNorm(x), of the head's dtype, or in fp16, which 8 bits become with the fewest instructions."""
+    elements, dtype = inputs.x.numel(), inputs.x.dtype if inputs.scales is None else torch.float16
     return parts.take(elements)[: -(-elements * dtype.itemsize // 4)].view(dtype)
 
 
@@ -111,7 +115,7 @@ def _head(
     outputs: Outputs,
 ) -> None:
     """The final LayerNorm, then the head's kernel. store: STORE of `head_kernel`; logits: any tensor where it is 0."""
-    x, norm_weight, norm_bias, epsilon, head = inputs
+    x, norm_weight, norm_bias, epsilon, head, scales = inputs
     (rows, width), vocab_size = x.shape, head.shape[0]
     options = launch_options(x.device)
     launch_kernel(
@@ -120,10 +124,10 @@ def _head(
         x, norm_weight, norm_bias, normed, epsilon, K=width, BLOCK=triton.next_power_of_2(width), num_warps=4,
         **options,
     )  # fmt: skip
-    if by_hopper(head.element_size(), width, x.device):
+    if by_hopper(x.element_size(), width, x.device):
         from stagedspec.kernels.lm_head import hopper  # Gluon takes a while to import
 
-        return hopper.launch(normed.view(rows, width), head, sampling, scoring, logits, store, outputs)
+        return hopper.launch(normed.view(rows, width), head, scales, sampling, scoring, logits, store, outputs)
     settings = _settings(vocab_size, width, x.device)
     tile, block = settings["tile"], min(ROWS, max(16, triton.next_power_of_2(rows)))
     programs = min(-(-vocab_size // tile), settings["programs"], PROGRAMS)
@@ -185,11 +189,11 @@ def _launch_topm(
     else:
         outputs = Outputs(groups, scratch.counters, out_tokens, False, True)
         _head(inputs, normed, sampling, scoring, logits, 2, outputs)
-    launch_select(logits, sampling, scoring, groups, parts, out_tokens, out_logprobs)
+    launch_children(logits, sampling, scoring, groups, parts, out_tokens, out_logprobs)
 
 
 # `HeadInputs` in a schema.
-_HEAD = "Tensor x, Tensor norm_weight, Tensor norm_bias, float epsilon, Tensor head"
+_HEAD = "Tensor x, Tensor norm_weight, Tensor norm_bias, float epsilon, Tensor head, Tensor? scales"
 
 _choose = register(
     f"lm_head_choose({_HEAD}, {SAMPLING}, Tensor? noise, Tensor(a!)? logits, Tensor(b!) out, Tensor(c!) partials, "
@@ -206,12 +210,27 @@ _topm = register(
 # ---------------------------------------------------------------- public functions
 
 
+def eight_bits_run(dtype: torch.dtype, width: int, device: torch.device) -> bool:
+    """Whether a head for x [M, width] of the dtype may be given as `to_eight_bits` returns it."""
+    return by_hopper(dtype.itemsize, width, device)
+
+
 def _check(op: str, inputs: HeadInputs) -> None:
-    x, norm_weight, norm_bias, _, head = inputs
+    x, norm_weight, norm_bias, _, head, scales = inputs
     check_tensor(op, "x", x, (None, None), FLOATS, x.device)
     check_tensor(op, "norm_weight", norm_weight, (x.shape[1],), FLOATS, x.device)
     check_tensor(op, "norm_bias", norm_bias, (x.shape[1],), FLOATS, x.device)
-    check_tensor(op, "head", head, (None, x.shape[1]), x.dtype, x.device)
+    width = x.shape[1]
+    if scales is None:
+        check_tensor(op, "head", head, (None, width), x.dtype, x.device)
+        return
+    if not eight_bits_run(x.dtype, width, x.device):
+        raise ValueError(
+            f"{op}: heads in 8 bits run on Hopper, for x of 16 bits and a width that is a multiple of 8, got {x.dtype} "
+            f"of width {width} on {x.device}; leave the head as it is, without scales"
+        )
+    check_tensor(op, "head", head, (None, width + -width % eight_bits.BLOCK), eight_bits.EIGHT_BITS, x.device)
+    check_tensor(op, "scales", scales, (head.shape[0],), torch.float32, x.device)
 
 
 def lm_head_choose(
@@ -224,6 +243,7 @@ def lm_head_choose(
     streams: torch.Tensor,
     positions: torch.Tensor,
     *,
+    scales: torch.Tensor | None = None,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
@@ -236,6 +256,7 @@ def lm_head_choose(
 ) -> None:
     """One token a node: x [M, d] (hidden states before the final norm), head [V, d] of x's dtype -> out [M] int32.
 
+    head, scales: in place of the head in x's dtype what `to_eight_bits` made of it, where `eight_bits_run`.
     norm_weight, norm_bias [d], epsilon: of the final LayerNorm. seeds [B] int64 and streams [B] int32: counters of the
     noise of each sequence; positions [B, N] int32: the absolute position of the token that each row chooses, M = B*N.
     temperature, top_k (0: none), top_p (1: none), min_p (0: none): as in transformers; greedy: no warping, no noise.
@@ -244,7 +265,7 @@ def lm_head_choose(
 
     Raises ValueError for a wrong shape, dtype, device or layout, a setting out of range, or too little scratch memory.
     """
-    op, inputs = "lm_head_choose", HeadInputs(x, norm_weight, norm_bias, epsilon, head)
+    op, inputs = "lm_head_choose", HeadInputs(x, norm_weight, norm_bias, epsilon, head, scales)
     _check(op, inputs)
     rows, vocab_size = shape = x.shape[0], head.shape[0]
     sampling = Sampling(seeds, streams, positions, temperature, top_k, top_p, min_p, greedy)
@@ -267,6 +288,7 @@ def lm_head_topm(
     streams: torch.Tensor,
     positions: torch.Tensor,
     *,
+    scales: torch.Tensor | None = None,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
@@ -283,7 +305,7 @@ def lm_head_topm(
 
     The other arguments and the errors are those of `lm_head_choose`; sharpness multiplies the logits when greedy.
     """
-    op, inputs = "lm_head_topm", HeadInputs(x, norm_weight, norm_bias, epsilon, head)
+    op, inputs = "lm_head_topm", HeadInputs(x, norm_weight, norm_bias, epsilon, head, scales)
     _check(op, inputs)
     shape = x.shape[0], head.shape[0]
     sampling = Sampling(seeds, streams, positions, temperature, top_k, top_p, min_p, greedy)

@@ -5,7 +5,16 @@ length, R visible rows, C children of a node, d model width. Trees and sequences
 """
 
 from stagedspec.kernels.reference.attention import kv_dtype, layer_views, move_rows, tree_attention
-from stagedspec.kernels.reference.layers import Linear, embed, fused_activation, linear_add, norm_linear, pack_linear
+from stagedspec.kernels.reference.layers import (
+    Linear,
+    embed,
+    fused_activation,
+    head_dtype,
+    linear_add,
+    norm_linear,
+    pack_head,
+    pack_linear,
+)
 from stagedspec.kernels.reference.noise import Noise, NoiseAt, gumbel, gumbel_noise, philox
 from stagedspec.kernels.reference.token_choice import (
     choose,
@@ -26,6 +35,7 @@ __all__ = [
     "fused_activation",
     "gumbel",
     "gumbel_noise",
+    "head_dtype",
     "head_logits",
     "kv_dtype",
     "layer_views",
@@ -34,6 +44,7 @@ __all__ = [
     "lm_head_choose",
     "move_rows",
     "norm_linear",
+    "pack_head",
     "pack_linear",
     "philox",
     "tree_attention",

@@ -64,6 +64,15 @@ def pack_linear(
     return replace(layer, rows=_invariant_rows(layer)) if invariant else layer
 
 
+def pack_head(weight: torch.Tensor, invariant: bool) -> Linear:
+    return pack_linear(weight, None, invariant)
+
+
+def head_dtype(dtype: torch.dtype, width: int, device: torch.device, invariant: bool) -> torch.dtype:
+    """As computed."""
+    return dtype
+
+
 _TRIED = (1, 2, 3, 4, 5, 6, 7, 8, 11, 16, 17, 32, 48, 64)
 _known_rows: dict[tuple, int] = {}
 

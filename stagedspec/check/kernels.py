@@ -103,7 +103,8 @@ def check_embed(model: GPT2) -> str:
     tokens = torch.arange(rows, dtype=torch.int32, device=model.device)[None] * 7 % model.vocab_size
     positions = torch.arange(rows, dtype=torch.int32, device=model.device)[None] % model.positions
     out = draw.unset(rows, model.config.n_embd)
-    embed.embed(model.token_table, model.position_table, tokens, positions, out)
+    stats = draw.unset(rows, linear.stat_tiles(out.shape[1]), 2, dtype=torch.float32)
+    embed.embed(model.token_table, model.position_table, tokens, positions, out, stats)
     wanted = model.token_table[tokens[0].long()].float() + model.position_table[positions[0].long()].float()
     expect(torch.equal(out, wanted.to(model.dtype)), "the sum of both embeddings differs")
     return "exact"
@@ -278,6 +279,7 @@ class HeadCalls:
         self.model, self.draw, self.warping = model, Draw(model), SAMPLINGS[sampling]
         self.x = self.draw(ROWS[-1], model.config.n_embd)
         self.counters = Counters(1, ROWS[-1], model.device)
+        self.scales = model.head.scales
 
     def _arguments(self, rows: slice) -> tuple[tuple, Scratch]:
         model, at, x = self.model, self.counters, self.x[rows].contiguous()
@@ -291,14 +293,15 @@ class HeadCalls:
         arguments, scratch = self._arguments(rows)
         out = self.draw.unset(len(arguments[0]), dtype=torch.int32)
         logits = self.draw.unset(len(out), self.model.vocab_size, dtype=torch.float32)
-        lm_head.lm_head_choose(*arguments, greedy=True, logits=logits, out=out, scratch=scratch)
+        lm_head.lm_head_choose(*arguments, scales=self.scales, greedy=True, logits=logits, out=out, scratch=scratch)
         return logits, out
 
     def choose(self, rows: slice = slice(None)) -> tuple[torch.Tensor, ...]:
         """Tokens [M]."""
         arguments, scratch = self._arguments(rows)
         out = self.draw.unset(len(arguments[0]), dtype=torch.int32)
-        lm_head.lm_head_choose(*arguments, **warping_settings(self.warping), out=out, scratch=scratch)
+        warping = warping_settings(self.warping)
+        lm_head.lm_head_choose(*arguments, scales=self.scales, **warping, out=out, scratch=scratch)
         return (out,)
 
     def children(self, rows: slice = slice(None)) -> tuple[torch.Tensor, ...]:
@@ -308,7 +311,7 @@ class HeadCalls:
         logprobs = self.draw.unset(*tokens.shape, dtype=torch.float32)
         lm_head.lm_head_topm(
             *arguments, **warping_settings(self.warping), sharpness=GREEDY_SHARPNESS, out_tokens=tokens,
-            out_logprobs=logprobs, scratch=scratch,
+            out_logprobs=logprobs, scales=self.scales, scratch=scratch,
         )  # fmt: skip
         return tokens, logprobs
 
@@ -316,12 +319,14 @@ class HeadCalls:
 def check_head_logits(model: GPT2) -> str:
     head = HeadCalls(model)
     (logits, likeliest), parts = head.logits(), in_parts(head.logits, ROWS[-1])
+    weight = model.head.weight
+    if model.head.scales is not None:
+        weight = lm_head.from_eight_bits(weight, model.head.scales, head.x.shape[1])
 
     def by_torch(dtype: torch.dtype) -> torch.Tensor:
-        """In parts, since fp64 takes four times the memory."""
         x, gain, shift = (tensor.to(dtype) for tensor in (head.x, *model.final_norm))
         normed = F.layer_norm(x, x.shape[-1:], gain, shift, model.epsilon)
-        return torch.cat([normed @ part.to(dtype).T for part in model.head.weight.split(4096)], 1)
+        return torch.cat([normed @ part.to(dtype).T for part in weight.split(4096)], 1)  # fp64: four times the memory
 
     remark = expect_close(logits, by_torch(model.dtype), by_torch(torch.float64))
     expect(torch.equal(likeliest.long(), logits.argmax(-1)), "the likeliest tokens differ")

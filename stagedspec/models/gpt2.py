@@ -114,7 +114,7 @@ class GPT2:
         self.compiled = ops.compile_model(config, _Shared(weights, own | {"lm_head.weight": head}), scales)
         self.kv_dtype = ops.kv_dtype(dtype, device, invariant) if self.compiled is None else self.compiled.kv_dtype
         if self.compiled is None:
-            self.head = ops.pack_linear(head, None, invariant)
+            self.head = ops.pack_head(head, invariant)
             self.layers = [self._layer(weights, index) for index in range(config.n_layer)]
         self.parameters = sum(parameter.numel() for parameter in nn.Module.parameters(model))
 
@@ -147,8 +147,9 @@ class GPT2:
         """Bytes of weights that one pass reads: all layers and the head. Of the embeddings it reads only a few rows."""
         config = self.config
         inner = config.n_inner or 4 * config.n_embd
-        layer = 4 * config.n_embd**2 + 2 * config.n_embd * inner
-        return (config.n_layer * layer + self.vocab_size * config.n_embd) * self.dtype.itemsize
+        layers = config.n_layer * (4 * config.n_embd**2 + 2 * config.n_embd * inner)
+        of_head = self.ops.head_dtype(self.dtype, config.n_embd, self.device, self.invariant)
+        return layers * self.dtype.itemsize + self.vocab_size * config.n_embd * of_head.itemsize
 
     def forward(self, batch: Batch, cache: Cache, write: int, first: int = 0) -> torch.Tensor:
         """One pass over the B*N tokens of batch; returns the hidden states [B, N, d] before the final LayerNorm.

@@ -13,7 +13,7 @@ import torch
 
 from stagedspec.kernels import choose as rule
 from stagedspec.kernels import reference
-from stagedspec.kernels.backends.triton_backend import Linear, NoiseAt, TritonBackend, warping_settings
+from stagedspec.kernels.backends.triton_backend import Head, NoiseAt, TritonBackend, warping_settings
 from stagedspec.kernels.common.registry import Scratch
 from stagedspec.kernels.ngram_lookup import ngram_lookup
 from stagedspec.kernels.state import device as device_state
@@ -105,8 +105,7 @@ class HeadWorkload:
         self.x = randn(self.batch, self.nodes, width, device=self.device)
         self.norm = randn(width, device=self.device, scale=0.1) + 1, randn(width, device=self.device, scale=0.1)
         self.heads = [
-            Linear(randn(vocab, width, device=self.device, scale=SPREAD * width**-0.5), None)
-            for _ in range(self.copies)
+            Head(randn(vocab, width, device=self.device, scale=SPREAD * width**-0.5)) for _ in range(self.copies)
         ]
         self.counters = Counters(self.batch, self.nodes, self.device)
         self.ops = TritonBackend()

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from stagedspec.kernels.embed import _embed, _op, embed
+from stagedspec.kernels.linear import row_stats, stat_tiles
 
 
 @pytest.mark.parametrize("width", [24, 37, 96])
@@ -17,9 +18,12 @@ def test_embed(device, dtype, width, index):
     tokens[0, 0], tokens[1, 1] = 61, -1  # outside the table, as the last two positions are
     positions = torch.tensor([[0, 19, 3, 20, -1]] * 3).to(device, index)
     out = torch.full((15, width), float("nan"), dtype=dtype, device=device)
-    embed(table, places, tokens, positions, out)
+    stats, known = torch.full((2, 15, stat_tiles(width), 2), float("nan"), device=device)
+    embed(table, places, tokens, positions, out, stats)
     expected = table[tokens.long().clamp(0, 60)].float() + places[positions.long().clamp(0, 19)].float()
     assert torch.equal(out, expected.to(dtype).flatten(0, 1))
+    row_stats(out, known)
+    assert torch.equal(stats, known)
 
 
 def test_nothing_starts_before_it_has_waited():
@@ -32,14 +36,15 @@ def test_nothing_is_written_behind_the_last_row(device, dtype):
     """A row that is no power of two wide."""
     room = torch.full((3, 37), 7.0, dtype=dtype, device=device)
     ids = torch.zeros(1, 2, dtype=torch.int32, device=device)
-    embed(*torch.randn(2, 4, 37, device=device).to(dtype), ids, ids, room[:2])
-    assert (room[2] == 7.0).all()
+    stats = torch.full((3, 1, 2), 7.0, device=device)
+    embed(*torch.randn(2, 4, 37, device=device).to(dtype), ids, ids, room[:2], stats[:2])
+    assert (room[2] == 7.0).all() and (stats[2] == 7.0).all()
 
 
 def test_opcheck(device):
     tokens = torch.zeros(2, 3, dtype=torch.int32, device=device)
-    table, out = torch.randn(9, 8, device=device), torch.zeros(6, 8, device=device)
-    torch.library.opcheck(_op, (table, table, tokens, tokens, out))
+    table, out, stats = (torch.zeros(*shape, device=device) for shape in ((9, 8), (6, 8), (6, 1, 2)))
+    torch.library.opcheck(_op, (table, table, tokens, tokens, out, stats))
 
 
 @pytest.mark.parametrize(
@@ -51,12 +56,14 @@ def test_opcheck(device):
         ({"positions": torch.zeros(3, 2, dtype=torch.int32)}, r"positions must have the shape \[2, 3\]"),
         ({"out": torch.zeros(5, 8)}, r"out must have the shape \[6, 8\], got \[5, 8\]"),
         ({"out": torch.zeros(8, 6).t()}, r"out must be contiguous"),
+        ({"stats": torch.zeros(6, 2, 2)}, r"stats must have the shape \[6, 1, 2\], got \[6, 2, 2\]"),
     ],
 )
 def test_errors(device, change, message):
     ids = torch.zeros(2, 3, dtype=torch.int32)
     values = {"token_table": torch.zeros(9, 8), "position_table": torch.zeros(4, 8), "tokens": ids, "positions": ids}
-    values = {key: value.to(device) for key, value in (values | {"out": torch.zeros(6, 8)} | change).items()}
+    room = {"out": torch.zeros(6, 8), "stats": torch.zeros(6, 1, 2)}
+    values = {key: value.to(device) for key, value in (values | room | change).items()}
     if change.get("out") is not None and not change["out"].is_contiguous():
         values["out"] = values["out"].t().contiguous().t()
     with pytest.raises(ValueError, match=message):

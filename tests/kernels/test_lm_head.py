@@ -1,6 +1,7 @@
 """The head against fp64, its tokens against the reference's rule over its own logits."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -50,7 +51,14 @@ class Case:
         self.seeds = torch.full((batch,), 5, device=device)
         self.streams = torch.arange(batch, dtype=torch.int32, device=device)
         self.positions = torch.arange(rows, dtype=torch.int32, device=device).view(batch, -1)
+        self.narrowed = None
         self.scratch = Scratch.of([lm_head.scratch_size(rows, vocab_size, width)], device)
+
+    def narrow(self):
+        """The head in 8 bits, and for the reference what is left of it."""
+        self.narrowed = lm_head.to_eight_bits(self.head)
+        self.head = lm_head.from_eight_bits(*self.narrowed, self.x.shape[1])
+        return self
 
     def given(self, name):
         """The noise as the reference wants it."""
@@ -65,13 +73,18 @@ class Case:
     def at(self, rows=slice(None)):
         self.scratch.partials.fill_(torch.nan)
         x, positions = self.x[rows].contiguous(), self.positions.flatten()[rows].view(len(self.seeds), -1)
-        return x, self.weight, self.bias, 1e-5, self.head, self.seeds, self.streams, positions.contiguous()
+        head = self.head if self.narrowed is None else self.narrowed[0]
+        return x, self.weight, self.bias, 1e-5, head, self.seeds, self.streams, positions.contiguous()
+
+    def rest(self):
+        return {"scratch": self.scratch, "scales": None if self.narrowed is None else self.narrowed[1]}
 
     def choose(self, rows=slice(None), with_logits=True, **options):
         args = self.at(rows)
         out = torch.full((len(args[0]),), -1, dtype=torch.int32, device=self.device)
         logits = torch.full((len(out), self.vocab_size), torch.nan, device=self.device) if with_logits else None
-        lm_head.lm_head_choose(*args, **options, logits=logits, out=out, scratch=self.scratch)
+        options |= self.rest()
+        lm_head.lm_head_choose(*args, **options, logits=logits, out=out)
         assert not self.scratch.counters.any()
         return out, logits
 
@@ -79,7 +92,8 @@ class Case:
         args = self.at(rows)
         tokens = torch.full((len(args[0]), count), -1, dtype=torch.int32, device=self.device)
         logprobs = torch.full(tokens.shape, torch.nan, device=self.device)
-        lm_head.lm_head_topm(*args, **options, out_tokens=tokens, out_logprobs=logprobs, scratch=self.scratch)
+        options |= self.rest()
+        lm_head.lm_head_topm(*args, **options, out_tokens=tokens, out_logprobs=logprobs)
         return tokens, logprobs
 
 
@@ -218,9 +232,45 @@ def test_rows_of_a_batch_do_not_depend_on_each_other(name, shape, device, fixed_
     assert all(torch.equal(some[kept], every[kept]) for some, every in zip(beside, whole, strict=True))
 
 
+def test_eight_bits():
+    """Each weight is the nearest that its type and its row's scale allow; a row of zeros stays one."""
+    head = torch.randn(5, 300, dtype=torch.float64) * torch.tensor([[1e-3], [1.0], [0.0], [40.0], [7.0]])
+    narrowed, scales = lm_head.to_eight_bits(head)
+    assert narrowed.shape == (5, 384) and scales.shape == (5,) and scales.dtype == torch.float32
+    left = lm_head.from_eight_bits(narrowed, scales, 300)
+    values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
+    values = values[values.isfinite()]
+    for row, kept, scale in zip(head, left, scales, strict=True):
+        nearest = (row[:, None] - values * scale.double()).abs().amin(1)
+        assert ((row - kept).abs() <= nearest + 1e-6 * row.abs()).all()
+        torch.testing.assert_close(kept.abs().amax(), row.abs().amax().float())
+
+
+@pytest.mark.parametrize("shape", [(6, 257, 24), *LARGE, *((rows, 50257, 1024) for rows in (1, 8, 16) if GPU)], ids=str)
+def test_head_in_eight_bits(shape, device, error_ratio):
+    """As any head, of the weights that are left; refused where no kernel takes it."""
+    case = Case(device, torch.bfloat16, *shape)
+    if not lm_head.eight_bits_run(case.x.dtype, shape[2], device):
+        with pytest.raises(ValueError, match=r"heads in 8 bits run on Hopper, .* leave the head as it is"):
+            case.narrow().choose()
+        return
+    case.narrow()
+    _, logits = case.choose(greedy=True)
+    norm = F.layer_norm(case.x.double(), shape[2:], case.weight.double(), case.bias.double(), 1e-5)
+    plain = F.layer_norm(case.x, shape[2:], case.weight, case.bias, 1e-5) @ case.head.to(case.x.dtype).T
+    assert error_ratio(logits, plain, norm @ case.head.double().T) <= 2
+    assert torch.equal(case.choose(greedy=True)[0].long(), logits.argmax(-1))
+    exact = (logits + case.made()).double().log_softmax(-1).clamp(max=-1e-4)
+    made = tokens, logprobs = case.children(5)
+    torch.testing.assert_close(logprobs.double(), exact.gather(-1, tokens.long()), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(logprobs.double(), exact.topk(5).values, rtol=1e-5, atol=1e-4)
+    part = case.children(5, slice(-1, None))
+    assert all(torch.equal(some, every[-1:]) for some, every in zip(part, made, strict=True))
+
+
 def test_opcheck(device):
     case = Case(device, torch.float32, 2, 61, 24)
-    args, scratch = case.at(), case.scratch
+    args, scratch = (*case.at()[:5], None, *case.at()[5:]), case.scratch
     scratch.partials.zero_()
     out, logits = torch.zeros(2, dtype=torch.int32, device=device), torch.zeros(2, 61, device=device)
     rest = (0.9, 5, 1.0, 0.0, False)
@@ -254,18 +304,17 @@ def test_errors(device):
 
 def test_hopper_has_room():
     """A ring of a few slots at least, beside x or with its blocks, whatever the width and the number of rows."""
-    row = hopper.BLOCK_K * 2
     for width in range(8, 7681, 8):
-        for count in (1, 9, 20, 200):
-            for noisy in (False, True):
-                chosen = hopper.settings(count, width, noisy)
-                tokens, slots = chosen["TOKENS"], chosen["SLOTS"]
-                assert tokens >= max(8, min(count, hopper.TOKENS))  # the matrix instructions take 8 at least
-                assert slots >= hopper.RING
-                x = -(-width // hopper.BLOCK_K) if chosen["STAYS"] else slots
-                noise = hopper.ROWS * tokens * 2 if noisy else 0
-                taken = (slots * hopper.ROWS + x * tokens) * row + slots * 8 + noise
-                assert taken <= SHARED
+        for count, noisy, itemsize in itertools.product((1, 9, 20, 200), (False, True), (1, 2)):
+            chosen = hopper.settings(count, width, noisy, itemsize=itemsize)
+            tokens, slots = chosen["TOKENS"], chosen["SLOTS"]
+            most = hopper.TOKENS // (3 - itemsize)
+            assert tokens >= max(8, min(count, most))  # the matrix instructions take 8 at least
+            assert slots >= (hopper.RING if chosen["PROGRAMS"] == 1 else hopper.SHORT_RING)
+            x = -(-width // chosen["BLOCK_K"]) if chosen["STAYS"] else slots
+            noise = hopper.ROWS * tokens * 2 if noisy else 0
+            taken = (slots * hopper.ROWS * itemsize + x * tokens * 2) * chosen["BLOCK_K"] + slots * 8 + noise
+            assert (taken + hopper.RESERVED) * chosen["PROGRAMS"] <= SHARED + hopper.RESERVED
 
 
 @pytest.mark.parametrize(("x_from", "head_from"), [(1, 0), (0, 1)])
@@ -276,4 +325,4 @@ def test_hopper_refuses_views(x_from, head_from, monkeypatch):
     one, many = torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, 64)
     sampling = Sampling(one, one, one, 1.0, 0, 1.0, 0.0, greedy=True)
     with pytest.raises(ValueError, match="must start at a multiple of 16 bytes"):
-        hopper.launch(x, head, sampling, AS_THEY_ARE, many, 0, Outputs(Maxima(many, one), one, one, True, False))
+        hopper.launch(x, head, None, sampling, AS_THEY_ARE, many, 0, Outputs(Maxima(many, one), one, one, True, False))

@@ -71,7 +71,7 @@ def calls(device) -> dict[str, tuple]:
             | {"first_bit": 0, "chunk": False, "tree_rows": 4, "scale": 0.25, "out": floats(M, 16), "scratch": scratch},
         ),
         "compact": (compact.compact, moves),
-        "embed": (embed.embed, tables | {"out": floats(M, K)}),
+        "embed": (embed.embed, tables | {"out": floats(M, K), "stats": stats}),
         "choose": (choose.choose, {"logits": floats(M, V), **at, **chosen}),
         "lm_head_choose": (lm_head.lm_head_choose, head | at | chosen | {"logits": floats(M, V)}),
         "lm_head_topm": (lm_head.lm_head_topm, head | at | likely),
