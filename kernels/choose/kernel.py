@@ -18,7 +18,8 @@ a row reduces the slices. With warpers two kernels run:
    few, else four bits at a time.
 
 A choice under top-p alone looks for no threshold: tokens are taken in the order of their scores, noise included, until
-those more likely than the token weigh less than top-p. The first one does with probability top-p or more.
+those more likely than the token weigh less than top-p. The first one does with probability top-p or more. More
+candidates than needed do no harm there, so they are runs of four tokens: read, kept and given noise as vectors.
 
 top-p sums probabilities in 64-bit fixed point (2^-40 of the largest probability), so the sum has no order. The torch
 reference sums in fp32, in sorted order: the two can differ only for a token at which the cumulative probability is

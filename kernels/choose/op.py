@@ -20,7 +20,7 @@ from stagedspec.kernels.common.registry import (
 )
 
 SLICE = 2048  # tokens of one program of `scan`
-BLOCK = 512  # candidates looked at together
+BLOCK = 512  # candidates looked at together; half as many runs of WIDE
 FEW = 128  # and four times as many: candidates that are compared with each other
 TOGETHER = 32  # of them at a time
 SPAN = 64  # groups compacted together; under top-p twice as many
