@@ -86,6 +86,16 @@ def gumbel_at(tokens, seeds, streams, positions):
 
 
 @triton.jit
+def gumbel_fours(firsts, seed, stream, position):
+    """Noise of four tokens in a row from each of firsts [F], divisible by 4, in one row: [F, 4] fp32."""
+    k0, k1 = key_words(seed)
+    c0 = (firsts // 4).to(tl.uint32)
+    zero = c0 ^ c0
+    w0, w1, w2, w3 = philox(c0, zero + position.to(tl.uint32), zero + stream.to(tl.uint32), zero, k0, k1)
+    return gumbel(tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (firsts.shape[0], 4)))
+
+
+@triton.jit
 def gumbel_tile(first, seeds, streams, positions, TOKENS: tl.constexpr, ROWS: tl.constexpr):
     """Noise of tokens first .. first + TOKENS (first divisible by 4) for ROWS rows: [TOKENS, ROWS] fp32.
 

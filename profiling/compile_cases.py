@@ -186,12 +186,14 @@ def chooses(arch: int) -> list[CompileCase]:
             ("children-top_k", 50, False, False, 8, False),
             ("children", 0, False, False, 8, True),
         ):
+            wide = 1 if top_k or children else choose.WIDE
             settings = {
                 "STRIDE": groups * GROUP, "GROUPS": triton.next_power_of_2(groups),
                 "SCALING": int(not whole), "NOISE": int(not whole),
                 "TOP_K": top_k, "TOP_P": top_p, "MIN_P": min_p, "CHILDREN": children, "WHOLE": whole,
-                "BLOCK": choose.BLOCK, "FEW": choose.FEW, "TOGETHER": choose.TOGETHER,
-                "SPAN": min(choose.SPAN * (2 if top_p else 1), triton.next_power_of_2(groups)), "PDL": False,
+                "BLOCK": choose.BLOCK // (2 if wide > 1 else 1), "FEW": choose.FEW, "TOGETHER": choose.TOGETHER,
+                "SPAN": min(choose.SPAN * (2 if top_p else 1), triton.next_power_of_2(groups)), "WIDE": wide,
+                "LANES": 32 * choose.WARPS["select_warps"], "PDL": False,
             }  # fmt: skip
             warps = choose.WARPS["select_warps"]
             registers = most_registers(arch, warps, choose.SPILLING)

@@ -18,7 +18,8 @@ a row reduces the slices. With warpers two kernels run:
    few, else four bits at a time.
 
 A choice under top-p alone looks for no threshold: tokens are taken in the order of their scores, noise included, until
-those more likely than the token weigh less than top-p. The first one does with probability top-p or more.
+those more likely than the token weigh less than top-p. The first one does with probability top-p or more. More
+candidates than needed do no harm there, so they are runs of four tokens: read, kept and given noise as vectors.
 
 top-p sums probabilities in 64-bit fixed point (2^-40 of the largest probability), so the sum has no order. The torch
 reference sums in fp32, in sorted order: the two can differ only for a token at which the cumulative probability is
@@ -44,7 +45,9 @@ from stagedspec.kernels.choose.scores import (
     value_and_id,
     value_of,
 )
-from stagedspec.kernels.philox import gumbel_at
+from stagedspec.kernels.philox import gumbel_at, gumbel_fours
+
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # finite fp32
 
 # ---------------------------------------------------------------- scan
 
@@ -109,7 +112,40 @@ def _floor(values, target, top, TESTS: tl.constexpr):
         reached = tl.minimum(reached, tl.min(tl.where(total >= target, total, reached), 0))
         step = step * (1.0 / TESTS)
         rounds += 1
-    return tl.where(reached >= target, low, float("-inf")), reached
+    return tl.where(reached >= target, low, float("-inf"))
+
+
+@triton.jit
+def _floor_of_mass(maxima, weights, peaks, top, spare, TESTS: tl.constexpr):
+    """A score below which all tokens together weigh at most `spare`, or -inf.
+
+    maxima [n]: of groups, up to `top`; weights, peaks [n]: of a whole group and of its largest token. What a group has
+    below top - d weighs at most 64 exp(-d), and at most what it weighs without its largest if that is not below. The
+    second round of tests narrows the first one's step down to a TESTS-th.
+    """
+    step: tl.constexpr = 19.2 / TESTS
+    depth = 0.0
+    for i_round in tl.static_range(2):
+        tests = tl.arange(0, TESTS).to(tl.float32)
+        if i_round == 0:
+            tests = (tests + 1.0) * step
+        else:
+            tests = depth - tests * (step / TESTS)
+        most = tl.where(maxima[None, :] >= top - tests[:, None], (weights - peaks)[None, :], weights[None, :])
+        below = tl.sum(tl.minimum(most, (tl.exp(-tests) * GROUP_SIZE)[:, None]), 1)  # [TESTS]
+        depth = tl.min(tl.where(below <= spare, tests, float("inf")), 0)
+    return top - depth
+
+
+@triton.jit
+def _places(found, SIZE: tl.constexpr, LANES: tl.constexpr):
+    """A place of its own, from 0 on, for each of the elements found [SIZE], and how many there are. The places go
+    through the elements in columns, which are LANES apart: a thread has a column, so only columns are compared."""
+    COLUMNS: tl.constexpr = min(SIZE, LANES)
+    table = tl.reshape(found.to(tl.int32), (SIZE // COLUMNS, COLUMNS))
+    counts = tl.sum(table, 0)  # [COLUMNS]
+    places = (tl.cumsum(counts, 0) - counts)[None, :] + tl.cumsum(table, 0) - table
+    return tl.reshape(places, (SIZE,)), tl.sum(counts, 0)
 
 
 @triton.jit
@@ -198,6 +234,53 @@ def _mass(p_values, count, top, least, BLOCK: tl.constexpr):
     return total
 
 
+@triton.jit
+def _candidates(p_values, p_ids, start, count, V, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    """Values and tokens [BLOCK, WIDE] of the runs of candidates from `start` on, and each run's first token; -inf where
+    there are none."""
+    runs = start + tl.arange(0, BLOCK)
+    within = tl.arange(0, WIDE)[None, :]
+    values = tl.load(p_values + runs[:, None] * WIDE + within, (runs < count)[:, None], float("-inf"))
+    first = tl.load(p_ids + runs, runs < count, V)
+    return values, first[:, None] + within, first
+
+
+@triton.jit
+def _ranked(
+    p_values, p_ids, start, count, least_key, least_id, top, min_p, p_noise, seed, stream, position,
+    V: tl.constexpr, MIN_P: tl.constexpr, NOISE: tl.constexpr, CHILDREN: tl.constexpr, BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """`_candidates`, and rank keys of their scores, noise included; the least key for those that the thresholds drop.
+    For children the scores take the values' place in memory."""
+    values, tokens, first = _candidates(p_values, p_ids, start, count, V, BLOCK, WIDE)
+    keys = order_key(values)
+    stays = (values >= LOWEST) & ((keys > least_key) | ((keys == least_key) & (tokens.to(tl.uint32) >= least_id)))
+    if MIN_P:
+        stays = stays & ((values == top) | (tl.exp(values - top) >= min_p))  # the best stays
+    scores = values
+    if NOISE == 1 and WIDE == 4:
+        scores += gumbel_fours(first, seed, stream, position)
+    elif NOISE == 1:
+        scores += gumbel_at(tokens, seed, stream, position)
+    elif NOISE == 2:
+        scores += tl.load(p_noise + tokens, stays, 0.0)
+    scores = tl.where(stays, scores, float("-inf"))
+    if CHILDREN > 0:
+        at = start + tl.arange(0, BLOCK)[:, None] + tl.arange(0, WIDE)[None, :]
+        tl.debug_barrier()  # in a small vocabulary several warps hold the same values: all have read them
+        tl.store(p_values + at, scores, at < count)
+    return values, tokens, rank_key(scores, tl.where(stays, tokens, V))
+
+
+@triton.jit
+def _mass_before(values, tokens, least, token, least_key, top):
+    """Probability, as of `_mass`, of the candidates above `least_key` that top-p takes before the value `least` of
+    `token`: the larger, and of equal ones the larger ids."""
+    before = ((values > least) | ((values == least) & (tokens > token))) & (order_key(values) >= least_key)
+    return tl.sum(tl.where(before, (tl.exp(values - top) * UNIT).to(tl.int64), 0))
+
+
 @triton.jit(do_not_specialize=("N",), do_not_specialize_on_alignment=COUNTERS)
 def select_kernel(
     p_logits, p_maxima, p_masses, p_noise, p_seeds, p_streams, p_positions, p_groups, p_values, p_ids, p_out,
@@ -205,12 +288,12 @@ def select_kernel(
     N, scale, top_p, min_p, V: tl.constexpr, STRIDE: tl.constexpr, G: tl.constexpr, GROUPS: tl.constexpr,
     SCALING: tl.constexpr, NOISE: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr,
     CHILDREN: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr, FEW: tl.constexpr, TOGETHER: tl.constexpr,
-    SPAN: tl.constexpr, PDL: tl.constexpr,
+    SPAN: tl.constexpr, WIDE: tl.constexpr, LANES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program a row. CHILDREN 0: the choice; m: the m best and their log-probabilities.
 
     WHOLE: no warpers, the scores are final and every token of the vocabulary is in the normaliser (children only).
-    p_groups [M, G], p_values, p_ids [M, V]: lists of candidates.
+    p_groups [M, G], p_values, p_ids [M, 64 G]: lists of candidates, WIDE tokens in a row.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -221,64 +304,63 @@ def select_kernel(
     p_maxima += i_row * G
     p_masses += i_row * G
     p_groups += i_row * G
-    p_values += row * V
-    p_ids += row * V
-    if NOISE == 1:
-        seed, stream = tl.load(p_seeds + i_row // N), tl.load(p_streams + i_row // N)
-        position = tl.load(p_positions + i_row)
+    p_values += row * (G * GROUP_SIZE)
+    p_ids += row * (G * GROUP_SIZE)
+    p_noise += row * V
+    seed, stream = tl.load(p_seeds + i_row // N), tl.load(p_streams + i_row // N)
+    position = tl.load(p_positions + i_row)
 
     # A floor below which nothing can survive, from the groups' maxima.
-    groups = tl.arange(0, GROUPS)
+    groups = GROUPS - 1 - tl.arange(0, GROUPS)
     inside = groups < G
+    MASSES: tl.constexpr = WHOLE or (TOP_P and TOP_K == 0)
     maxima = tl.load(p_maxima + groups, inside, float("-inf"))  # [GROUPS]
+    if MASSES:
+        masses = tl.load(p_masses + groups, inside, 0)
     top = tl.max(maxima, 0)
     valid = (top > float("-inf")) & (top < float("inf"))  # else the row has no candidates
     maxima = tl.where(valid, maxima, float("-inf"))
     top = tl.where(valid, top, 0.0)
     floor = tl.full((), float("-inf"), tl.float32)
     least: tl.constexpr = CHILDREN if WHOLE else TOP_K
-    COUNTED: tl.constexpr = least > 0 and least <= G
-    if COUNTED:
-        floor, n_groups = _floor(maxima, least, top, 8)
+    if least > 0 and least <= G:
+        floor = _floor(maxima, least, top, 8)
     total = tl.full((), 0, tl.int64)
-    if WHOLE or (TOP_P and TOP_K == 0):
+    if MASSES:
         peaks = tl.where(inside & (maxima > float("-inf")), tl.exp(maxima - top), 0.0)
-        weights = tl.load(p_masses + groups, inside, 0).to(tl.float32) * (1.0 / GROUP_UNIT) * peaks
+        weights = masses.to(tl.float32) * (1.0 / GROUP_UNIT) * peaks
         total = tl.sum((weights * UNIT).to(tl.int64), 0)
         if not WHOLE and top_p < 0.9999:
-            # What a group has below t weighs at most 64 exp(t), and at most what it weighs without its largest if that
-            # is not below t. All groups' together: safely less than is dropped?
-            spare = total.to(tl.float32) * (0.98 / UNIT) * (1.0 - top_p)
-            depths = 0.6 * (1 + tl.arange(0, 32)).to(tl.float32)
-            most = tl.where(maxima[None, :] >= top - depths[:, None], (weights - peaks)[None, :], weights[None, :])
-            below = tl.sum(tl.minimum(most, (tl.exp(-depths) * GROUP_SIZE)[:, None]), 1)  # [32]
-            floor = top - tl.min(tl.where(below <= spare, depths, float("inf")), 0)
+            spare = total.to(tl.float32) * (0.98 / UNIT) * (1.0 - top_p)  # safely less than is dropped
+            floor = _floor_of_mass(maxima, weights, peaks, top, spare, 8)
     elif MIN_P and TOP_K == 0:
         floor = tl.where(min_p > 1e-37, top + tl.log(tl.maximum(min_p, 1e-37)) - 0.01, float("-inf"))
 
-    # The groups that reach the floor, then their tokens that do.
-    alive = inside & (maxima >= floor) & (maxima > float("-inf"))
-    place = tl.cumsum(alive.to(tl.int32), 0) - 1
-    tl.store(p_groups + place, groups, alive)
-    if not COUNTED:
-        n_groups = tl.sum(alive.to(tl.int32), 0)
+    # The groups that reach the floor, then their tokens that do, in any order. Groups and a group's tokens are taken
+    # backwards: forwards the compiler gives threads several in a row, and passes them on to store them one by one.
+    floor = tl.maximum(floor, LOWEST)  # -inf is no candidate
+    place, n_groups = _places(maxima >= floor, GROUPS, LANES)
+    tl.store(p_groups + place, groups, maxima >= floor)
     tl.debug_barrier()
     count = tl.full((), 0, tl.int32)
+    RUNS: tl.constexpr = GROUP_SIZE // WIDE  # of a group
+    runs = tl.arange(0, SPAN * RUNS)
     for start in range(0, n_groups, SPAN):
-        at = start + tl.arange(0, SPAN)
-        group = tl.load(p_groups + at, at < n_groups, G)  # [SPAN]
-        tokens = group[:, None] * GROUP_SIZE + tl.arange(0, GROUP_SIZE)[None, :]  # [SPAN, 64]
-        real = tokens < V
+        at = start + runs // RUNS
+        group = tl.load(p_groups + at, at < n_groups, G)
+        first = group * GROUP_SIZE + (RUNS - 1 - runs % RUNS) * WIDE
+        tokens = first[:, None] + tl.arange(0, WIDE)[None, :]  # [SPAN * RUNS, WIDE]
         if STRIDE >= G * GROUP_SIZE:  # there is something behind the row: whole groups may be read at once
             values = tl.load(p_logits + tokens, (group < G)[:, None], float("-inf"))
         else:
-            values = tl.load(p_logits + tokens, real, float("-inf"))
-        values = scale_logits(values, scale, SCALING)
-        found = tl.reshape(real & (values >= floor) & (values > float("-inf")), (SPAN * GROUP_SIZE,))
-        slot = count + tl.cumsum(found.to(tl.int32), 0) - 1
-        tl.store(p_values + slot, tl.reshape(values, (SPAN * GROUP_SIZE,)), found)
-        tl.store(p_ids + slot, tl.reshape(tokens, (SPAN * GROUP_SIZE,)), found)
-        count += tl.sum(found.to(tl.int32), 0)
+            values = tl.load(p_logits + tokens, tokens < V, float("-inf"))
+        values = tl.where(tokens < V, scale_logits(values, scale, SCALING), float("-inf"))
+        found = tl.max(values, 1) >= floor
+        slot, more = _places(found, SPAN * RUNS, LANES)
+        slot += count
+        tl.store(p_ids + slot, first, found)
+        tl.store(p_values + slot[:, None] * WIDE + tl.arange(0, WIDE)[None, :], values, found[:, None])
+        count += more
     tl.debug_barrier()
 
     # Thresholds: keys above `least_key` stay; of the keys equal to it the ids from `least_id` on. For a choice the one
@@ -304,47 +386,33 @@ def select_kernel(
                     stay = (target - above + one - 1) // tl.maximum(one, 1)
                     least_id = _search(p_values, p_ids, count, stay.to(tl.int32), top, key, 2, PARTS)
 
-    # The scores of what stays, over the candidates' values, and the best of them. A choice under top-p takes tokens in
-    # the order of their scores, until those more likely than the token weigh less than top-p: mostly the first one.
+    # The best of what stays. A choice under top-p takes tokens in the order of their scores, until those more likely
+    # than the token weigh less than top-p: mostly the first one. The first candidates, mostly all, stay in registers.
     nothing = rank_key(tl.full((), float("-inf"), tl.float32), tl.full((), V, tl.int32))
     winner, last = nothing, tl.full((), 0x7FFFFFFFFFFFFFFF, tl.int64)
     least = tl.full((), float("-inf"), tl.float32)
+    held_values, held_tokens, held_ranks = _ranked(
+        p_values, p_ids, 0, count, least_key, least_id, top, min_p, p_noise, seed, stream, position,
+        V, MIN_P, NOISE, CHILDREN, BLOCK, WIDE,
+    )  # fmt: skip
     searching = count > 0
     while searching:
-        winner = nothing
-        for start in range(0, count, BLOCK):
-            at = start + tl.arange(0, BLOCK)
-            values = tl.load(p_values + at, at < count, float("-inf"))
-            tokens = tl.load(p_ids + at, at < count, V)
-            keys = order_key(values)
-            stays = (at < count) & ((keys > least_key) | ((keys == least_key) & (tokens.to(tl.uint32) >= least_id)))
-            if MIN_P:
-                stays = stays & ((values == top) | (tl.exp(values - top) >= min_p))  # the best stays
-            stays = stays & (values >= least)
-            if NOISE == 1:
-                values = values + gumbel_at(tokens, seed, stream, position)
-            elif NOISE == 2:
-                values = values + tl.load(p_noise + row * V + tokens, at < count, 0.0)
-            values = tl.where(stays, values, float("-inf"))
-            if CHILDREN > 0:
-                tl.debug_barrier()  # in a small vocabulary several warps hold the same values: all have read them
-                tl.store(p_values + at, values, at < count)
-            ranked = rank_key(values, tokens)
-            winner = tl.maximum(winner, tl.max(tl.where(stays & (ranked < last), ranked, nothing), 0))
+        winner = tl.max(tl.where((held_values >= least) & (held_ranks < last), held_ranks, nothing))
+        for start in range(BLOCK, count, BLOCK):
+            values, _, ranks = _ranked(
+                p_values, p_ids, start, count, least_key, least_id, top, min_p, p_noise, seed, stream, position,
+                V, MIN_P, NOISE, CHILDREN, BLOCK, WIDE,
+            )  # fmt: skip
+            winner = tl.maximum(winner, tl.max(tl.where((values >= least) & (ranks < last), ranks, nothing)))
         searching = False
         if TOP_P and CHILDREN == 0:
             last, token = winner, value_and_id(winner)[1]
             if token < V:
                 least = scale_logits(tl.load(p_logits + token), scale, SCALING)  # what is less likely is out, too
-                above = tl.full((), 0, tl.int64)
-                for start in range(0, count, BLOCK):
-                    at = start + tl.arange(0, BLOCK)
-                    values = tl.load(p_values + at, at < count, float("-inf"))
-                    tokens = tl.load(p_ids + at, at < count, V)
-                    before = (at < count) & ((values > least) | ((values == least) & (tokens > token)))
-                    if TOP_K > 0:
-                        before = before & (order_key(values) >= least_key)
-                    above += tl.sum(tl.where(before, (tl.exp(values - top) * UNIT).to(tl.int64), 0), 0)
+                above = _mass_before(held_values, held_tokens, least, token, least_key, top)
+                for start in range(BLOCK, count, BLOCK):
+                    values, tokens, _ = _candidates(p_values, p_ids, start, count, V, BLOCK, WIDE)
+                    above += _mass_before(values, tokens, least, token, least_key, top)
                 searching = above >= target
     best, chosen = value_and_id(winner)
     if CHILDREN == 0:

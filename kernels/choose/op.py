@@ -21,10 +21,11 @@ from stagedspec.kernels.common.registry import (
 )
 
 SLICE = 2048  # tokens of one program of `scan`
-BLOCK = 512  # candidates looked at together
+BLOCK = 512  # candidates looked at together; half as many runs of WIDE
 FEW = 128  # and four times as many: candidates that are compared with each other
 TOGETHER = 32  # of them at a time
 SPAN = 64  # groups compacted together; under top-p twice as many
+WIDE = 4  # tokens in a row that are candidates together, where no threshold is searched for
 WARPS = {"scan_warps": 4, "select_warps": 8}
 SPILLING = (80, 89, 90, 100, 120)  # `select_kernel`'s, see `most_registers`
 
@@ -64,7 +65,7 @@ class Parts:
 def scratch_size(rows: int, vocab_size: int) -> tuple[int, int]:
     """Partials and counters for M rows."""
     groups = groups_of(vocab_size)
-    return 3 * rounded(rows * groups) + 2 * rounded(rows * vocab_size), rows
+    return 3 * rounded(rows * groups) + 2 * rounded(rows * groups * GROUP), rows
 
 
 class Sampling(NamedTuple):
@@ -162,9 +163,13 @@ def launch_select(
     whole = not sampling.warped(vocab_size)
     if whole:  # also where greedy decoding ignores warpers
         scoring, top_k, top_p, min_p = AS_THEY_ARE, 0, 1.0, 0.0
+    if top_k >= vocab_size:
+        top_k = 0
     warps, span = settings["select_warps"], settings["span"] * (2 if top_p < 1.0 else 1)
+    # Four at a time where rows are aligned for that. Thresholds take time with the number of candidates.
+    wide = WIDE if logits.stride(0) % WIDE == 0 and top_k == 0 and logprobs is None else 1
     members = parts.take(rows * count, torch.int32)
-    values, ids = parts.take(rows * vocab_size), parts.take(rows * vocab_size, torch.int32)
+    values, ids = parts.take(rows * count * GROUP), parts.take(rows * count * GROUP, torch.int32)
     launch_kernel(
         select_kernel,
         (rows,),
@@ -172,10 +177,10 @@ def launch_select(
         sampling.positions, members, values, ids, out, out if logprobs is None else logprobs,
         sampling.positions.shape[1], scoring.scale, top_p, min_p,
         V=vocab_size, STRIDE=logits.stride(0), G=count, GROUPS=triton.next_power_of_2(count), SCALING=scoring.scaling,
-        NOISE=scoring.noise_kind, TOP_K=top_k if 0 < top_k < vocab_size else 0, TOP_P=top_p < 1.0, MIN_P=min_p > 0.0,
+        NOISE=scoring.noise_kind, TOP_K=top_k, TOP_P=top_p < 1.0, MIN_P=min_p > 0.0,
         CHILDREN=0 if logprobs is None else out.shape[1], WHOLE=whole,
-        BLOCK=min(settings["block"], triton.next_power_of_2(vocab_size)),
-        FEW=FEW, TOGETHER=TOGETHER, SPAN=min(span, triton.next_power_of_2(count)),
+        BLOCK=min(settings["block"] // (2 if wide > 1 else 1), triton.next_power_of_2(vocab_size)),
+        FEW=FEW, TOGETHER=TOGETHER, SPAN=min(span, triton.next_power_of_2(count)), WIDE=wide, LANES=32 * warps,
         num_warps=warps, maxnreg=most_registers(architecture(logits.device), warps, SPILLING),
         **launch_options(logits.device),
     )  # fmt: skip

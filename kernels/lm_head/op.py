@@ -78,7 +78,7 @@ def scratch_size(rows: int, vocab_size: int, width: int, through_memory: bool = 
     size = 2 * rounded(PROGRAMS * rows)
     if through_memory:
         groups = rows * groups_of(vocab_size)
-        size = max(size, 3 * rounded(groups) + groups * GROUP + 2 * rounded(rows * vocab_size))
+        size = max(size, 3 * rounded(groups) + 3 * groups * GROUP)
     return _norm_elements(rows, width) + size, -(-rows // 16)
 
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from stagedspec.kernels import reference
 from stagedspec.kernels.choose import op as kernels
+from stagedspec.kernels.common.launch_configs import trying
 from stagedspec.kernels.common.registry import Scratch
 
 pytestmark = pytest.mark.interpreted
@@ -133,6 +134,30 @@ def test_thresholds_of_few_and_of_many(name, ties, monkeypatch):
     scores = logits / WARPERS[name].get("temperature", 1.0) + noise
     expected = scores.masked_fill(~kept, float("-inf")).argmax(-1)
     assert torch.equal(found[0][~close].long(), expected[~close]) and (~close).sum() >= 3
+
+
+@pytest.mark.parametrize("name", ["top_p", "min_p"])
+@pytest.mark.parametrize("noise", ["given", "made"])
+def test_candidates_in_registers_and_in_memory(name, noise, monkeypatch):
+    """Tokens depend neither on how many candidates stay in registers, nor on how many are compacted together, nor on
+    whether they are taken by fours, where those beside a candidate come along: here one is better and must not win."""
+    generator = torch.Generator().manual_seed(4)
+    logits = torch.randn(3, 300, generator=generator) * torch.tensor([[0.5], [1.5], [4.0]])
+    given = torch.randn(3, 300, generator=generator)
+    logits[2, 4:8], given[2, 5] = torch.tensor([20.0, -20.0, -20.0, -20.0]), 99.0
+    given = given.to(DEVICE) if noise == "given" else None
+    options, found = WARPERS[name] | {"temperature": 0.9}, []
+    for wide, setting in ((1, {}), (4, {}), (1, {"block": 16}), (4, {"block": 16}), (4, {"span": 1, "block": 128})):
+        monkeypatch.setattr(kernels, "WIDE", wide)
+        with trying("choose", (300,), setting):
+            found.append(choose(logits.to(DEVICE), noise=given, **options))
+    assert all(torch.equal(found[0], other) for other in found[1:])
+    kept, close = exact_warp(logits, **options)
+    made = reference.gumbel_noise(*(part.long() for part in counters(1, 3)), 300)[0]
+    scores = logits.to(DEVICE) / options["temperature"] + (made if given is None else given)
+    expected = scores.masked_fill(~kept.to(DEVICE), float("-inf")).argmax(-1)
+    assert not close.any(), "choose another seed"
+    assert torch.equal(found[0].long(), expected)
 
 
 @pytest.mark.parametrize(("size", "kept"), [(5, 3), (7, 4), (333, 167)])
