@@ -402,8 +402,8 @@ def _weights(
 
 @gluon.jit
 def _sum(b_p, KEYS: gl.constexpr):
-    """Sums over a block's keys, in one order: key i of 32 is added to those 8 behind it, then to the one 4, 2 and 1 away,
-    which are in other threads or in the same, as KEYS has it."""
+    """Sums over a block's 32 keys in one order for both values of KEYS: keys 8 apart, which are in one thread, then
+    halves of what is left."""
     if KEYS == 1:
         b_p = gl.sum(gl.reshape(b_p, [b_p.shape[0], 4, 8, b_p.shape[2]]), 1)
         return gl.sum(b_p, 1)
@@ -440,8 +440,7 @@ def _first_half(b_x):
         halves = gl.permute(gl.reshape(b_x, [b_x.shape[0], 2, 8]), (0, 2, 1))
     else:
         halves = gl.permute(gl.reshape(b_x, [b_x.shape[0], 2, 8, b_x.shape[2]]), (0, 2, 3, 1))
-    first, second = gl.split(halves)
-    return first
+    return gl.split(halves)[0]
 
 
 @gluon.jit
