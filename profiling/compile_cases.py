@@ -330,7 +330,7 @@ def attentions_hopper(arch: int) -> list[CompileCase]:
             registers = chosen.pop("maxnreg")
             constants = {
                 "KV_HEADS": heads, "GROUP": group, "D": 64, "WORDS": words, "WINDOW": tree_attention.WINDOW,
-                "TILE": attention_hopper.TILE, "CHUNK": attention_hopper.CHUNK, "CHUNKS": attention_hopper.CHUNKS,
+                "CHUNK": attention_hopper.CHUNK, "CHUNKS": attention_hopper.CHUNKS,
                 "SETTLED": True, "PDL": False,
             } | chosen  # fmt: skip
             cases.append(
@@ -344,7 +344,7 @@ def attentions_hopper(arch: int) -> list[CompileCase]:
                     maxnreg=registers,
                     aligned=tuple(key for key in names if key.startswith("p_")),
                     # Two programs a multiprocessor are 5% to 8% faster; with 16 rows they spill outside the products.
-                    spills=160 if not chosen["AHEAD"] and chosen["ROWS"] == attention_hopper.TILE else 0,
+                    spills=160 if not chosen["AHEAD"] and chosen["ROWS"] == attention_hopper.MOST_ROWS else 0,
                 )
             )
     return cases

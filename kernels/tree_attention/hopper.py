@@ -32,7 +32,8 @@ from stagedspec.kernels.common.hopper import MULTIPROCESSORS, fetch_to_l2
 from stagedspec.kernels.common.registry import launch_kernel
 from stagedspec.kernels.tree_attention.shared import INTEGERS, far_end, near_rows, node_positions
 
-TILE, CHUNK, CHUNKS = 16, 32, 8  # rows of a matrix instruction; keys of a warp at a time; warps
+ROOM = 32
+MOST_ROWS, CHUNK, CHUNKS = 16, 32, 8  # queries of a program; keys of a warp at a time; warps
 
 
 @gluon.jit(do_not_specialize=INTEGERS)
@@ -53,11 +54,12 @@ def _attend(
     WINDOW: gl.constexpr,
     D: gl.constexpr,
     ROWS: gl.constexpr,
-    TILE: gl.constexpr,
+    KEYS: gl.constexpr,
     CHUNK: gl.constexpr,
     CHUNKS: gl.constexpr,
     AHEAD: gl.constexpr,
-    MEANWHILE: gl.constexpr,
+    STARTS: gl.constexpr,
+    ROOM: gl.constexpr,
     SETTLED: gl.constexpr,
     PDL: gl.constexpr,
 ):
@@ -69,17 +71,20 @@ def _attend(
     OUT_STRIDE: gl.constexpr = HEADS * D
     BLOCK: gl.constexpr = CHUNKS * CHUNK
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [CHUNKS, 1, 1], [1, 16, 8])
+    # Of blocks [CHUNKS, keys or columns of the head, queries] if KEYS is 1, else [CHUNKS, queries, keys or columns].
+    QUERIES: gl.constexpr = 3 - KEYS
+    TILE: gl.constexpr = ROWS if KEYS == 1 else 16
     WARPS: gl.constexpr = [[1, 0, 0], [2, 0, 0], [4, 0, 0]]
     # Queries [CHUNKS, TILE, D], the same for every warp; keys [CHUNKS, CHUNK, D].
     Q: gl.constexpr = gl.DistributedLinearLayout(
-        [[0, 0, 1], [0, 0, 2], [0, 0, 4], [0, 8, 0], [0, 0, 32]],
+        [[0, 0, 1], [0, 0, 2], [0, 0, 4]] + ([[0, 8, 0], [0, 0, 32]] if TILE == 16 else [[0, 0, 32]]),
         [[0, 0, 8], [0, 0, 16], [0, 1, 0], [0, 2, 0], [0, 4, 0]],
         WARPS,
         [],
         [CHUNKS, TILE, D],
     )
     K: gl.constexpr = gl.DistributedLinearLayout(
-        [[0, 0, 1], [0, 0, 2], [0, 0, 4], [0, 0, 32], [0, 8, 0], [0, 16, 0]],
+        [[0, 0, 1], [0, 0, 2], [0, 0, 4], [0, 8, 0], [0, 0, 32], [0, 16, 0]],
         [[0, 0, 8], [0, 0, 16], [0, 1, 0], [0, 2, 0], [0, 4, 0]],
         WARPS,
         [],
@@ -95,11 +100,12 @@ def _attend(
     )
     K_KEYS: gl.constexpr = gl.SliceLayout(2, K)
     V_KEYS: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, V))
-    S_KEYS: gl.constexpr = gl.SliceLayout(1, MMA)
-    S_ROWS: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, MMA))
+    S_KEYS: gl.constexpr = gl.SliceLayout(QUERIES, MMA)
+    S_ROWS: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(KEYS, MMA))
+    PER_ROW: gl.constexpr = gl.SliceLayout(KEYS, MMA)
     if PDL and not SETTLED:
         cuda.gdc_wait()
-    if PDL and MEANWHILE:
+    if PDL and STARTS == 0:
         cuda.gdc_launch_dependents()
     i_tile, i_head = gl.program_id(0), gl.program_id(1)
     i_b, i_kv = i_head // KV_HEADS, i_head % KV_HEADS
@@ -120,7 +126,7 @@ def _attend(
     rows = gl.where((i_row < ROWS) & (first_query + i_row < queries), first_query + i_row, -1)
     # The last far position of each query.
     last = node_positions(p_masks, rows // GROUP, prefix, rows >= 0, WORDS, True) - WINDOW
-    last, rows = gl.expand_dims(gl.expand_dims(last, 0), 2), gl.expand_dims(gl.expand_dims(rows, 0), 2)
+    last, rows = gl.expand_dims(gl.expand_dims(last, 0), KEYS), gl.expand_dims(gl.expand_dims(rows, 0), KEYS)
     near_blocks = gl.cdiv(gl.minimum(queries - first_query, ROWS) * WINDOW, BLOCK)
     p_index = _index(gl.BlockedLayout([1, 1], [1, 32], [CHUNKS, 1], [1, 0]), CHUNKS, CHUNK)
     s_codes = gl.allocate_shared_memory(
@@ -141,94 +147,111 @@ def _attend(
             fetch_to_l2(p_row + i_half * V_STEP)
     if PDL:
         cuda.gdc_wait()
-    b_q = gl.convert_layout(
-        _queries(p_q, first_query, queries, GROUP, QKV_STRIDE, CHUNKS, TILE, D, Q),
-        gl.DotOperandLayout(0, MMA, 8),
-        assert_trivial=True,
-    )
-    # The warps' results [CHUNKS, ROWS, D].
+    if PDL and STARTS == 1:
+        cuda.gdc_launch_dependents()
+    b_q = _operand(_queries(p_q, first_query, queries, GROUP, QKV_STRIDE, CHUNKS, TILE, D, Q), KEYS == 2, 8, MMA)
+    # The warps' results; the queries' own keys and values [ROWS, D].
     WIDE: gl.constexpr = ROWS // 4 if AHEAD else 4  # columns a thread; in turn, 2 would spill
-    SUM: gl.constexpr = gl.BlockedLayout([CHUNKS, 1, WIDE], [1, WIDE // 2, 64 // WIDE], [1, CHUNKS, 1], [2, 1, 0])
-    OUT: gl.constexpr = gl.SliceLayout(0, SUM)  # [ROWS, D]
+    SUM: gl.constexpr = (
+        gl.BlockedLayout([CHUNKS, 1, 1], [1, 4, 8], [1, CHUNKS, 1], [2, 1, 0])
+        if KEYS == 1
+        else gl.BlockedLayout([CHUNKS, 1, WIDE], [1, WIDE // 2, 64 // WIDE], [1, CHUNKS, 1], [2, 1, 0])
+    )
+    OUT: gl.constexpr = gl.SliceLayout(0, SUM)
+    OWN: gl.constexpr = gl.BlockedLayout([1, ROWS // 4], [ROWS // 8, 256 // ROWS], [CHUNKS, 1], [1, 0])
     passed = p_pass, p_cache, first_query, queries, first_bit  # what `_own_rows` goes by
     if AHEAD:
-        p_own, p_new, own = _own_rows(passed, GROUP, QKV_STRIDE, ROW_STRIDE, ROWS, D, OUT)
+        p_own, p_new, own = _own_rows(passed, GROUP, QKV_STRIDE, ROW_STRIDE, ROWS, D, OWN)
         own_k, own_v = gl.load(p_own, mask=own), gl.load(p_own + V_STEP, mask=own)
-    far_max = gl.full([CHUNKS, TILE], float("-inf"), gl.float32, gl.SliceLayout(2, MMA))
-    far_sum = gl.zeros([CHUNKS, TILE], gl.float32, gl.SliceLayout(2, MMA))
-    far_acc = gl.zeros([CHUNKS, TILE, D], gl.float32, MMA)
+    far_max = gl.full([CHUNKS, TILE], float("-inf"), gl.float32, PER_ROW)
+    far_sum = gl.zeros([CHUNKS, TILE], gl.float32, PER_ROW)
+    far_acc = gl.zeros(_block(KEYS, CHUNKS, D, TILE), gl.float32, MMA)
     near_max, near_sum, near_acc = far_max, far_sum, far_acc
     owner = gl.where(s_codes.index(0).load(S_KEYS) >= 0, first_query + s_index // WINDOW, -2)
     if AHEAD:
         near_k = _near_keys(p_pass, p_cache, k_code, QKV_STRIDE, ROW_STRIDE, D, K)
         near_v = _near_values(p_pass + V_STEP, p_cache + V_STEP, v_code, QKV_STRIDE, ROW_STRIDE, V)
         b_p, far_max, far_sum, far_acc = _weights(
-            b_q, b_k, gl.expand_dims(s_index, 1) <= last, scale, far_max, far_sum, far_acc, MMA, True
+            b_q, b_k, gl.expand_dims(s_index, QUERIES) <= last, scale, far_max, far_sum, far_acc, MMA, KEYS, True
         )
-        far_acc = _valued(b_p, b_v, far_acc, MMA)
+        far_acc = _valued(b_p, b_v, far_acc, MMA, KEYS)
         b_k = _far_keys(p_far, BLOCK + k_index, bound, ROW_STRIDE, D, K)
         b_v = _far_values(p_far + V_STEP, BLOCK + v_index, bound, ROW_STRIDE, V)
         b_p, near_max, near_sum, near_acc = _weights(
-            b_q, near_k, gl.expand_dims(owner, 1) == rows, scale, near_max, near_sum, near_acc, MMA, True
+            b_q, near_k, gl.expand_dims(owner, QUERIES) == rows, scale, near_max, near_sum, near_acc, MMA, KEYS, True
         )
-        near_acc = _valued(b_p, near_v, near_acc, MMA)
+        near_acc = _valued(b_p, near_v, near_acc, MMA, KEYS)
         for start in range(BLOCK, bound, BLOCK):
             next_k = _far_keys(p_far, start + BLOCK + k_index, bound, ROW_STRIDE, D, K)
             next_v = _far_values(p_far + V_STEP, start + BLOCK + v_index, bound, ROW_STRIDE, V)
             b_p, far_max, far_sum, far_acc = _weights(
-                b_q, b_k, gl.expand_dims(start + s_index, 1) <= last, scale, far_max, far_sum, far_acc, MMA
+                b_q, b_k, gl.expand_dims(start + s_index, QUERIES) <= last, scale, far_max, far_sum, far_acc, MMA, KEYS
             )
-            far_acc = _valued(b_p, b_v, far_acc, MMA)
+            far_acc = _valued(b_p, b_v, far_acc, MMA, KEYS)
             b_k, b_v = next_k, next_v
     else:
         for start in range(0, bound, BLOCK):
             b_k = _far_keys(p_far, start + k_index, bound, ROW_STRIDE, D, K)
             b_p, far_max, far_sum, far_acc = _weights(
-                b_q, b_k, gl.expand_dims(start + s_index, 1) <= last, scale, far_max, far_sum, far_acc, MMA
+                b_q, b_k, gl.expand_dims(start + s_index, QUERIES) <= last, scale, far_max, far_sum, far_acc, MMA, KEYS
             )
             b_v = _far_values(p_far + V_STEP, start + v_index, bound, ROW_STRIDE, V)
-            far_acc = _valued(b_p, b_v, far_acc, MMA)
+            far_acc = _valued(b_p, b_v, far_acc, MMA, KEYS)
     if AHEAD:  # nobody in this launch reads the rows appended here
         gl.store(p_new, own_k, mask=own)
         gl.store(p_new + V_STEP, own_v, mask=own)
     # The warps' results meet in shared memory: the far ones at once, so that their registers are free.
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    SWIZZLED: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 8, [2, 1, 0])
-    s_far_max = gl.allocate_shared_memory(gl.float32, [CHUNKS, TILE], FLAT, far_max)
-    s_far_sum = gl.allocate_shared_memory(gl.float32, [CHUNKS, TILE], FLAT, far_sum)
-    s_far = gl.allocate_shared_memory(gl.float32, [CHUNKS, TILE, D], SWIZZLED, far_acc)
+    SWIZZLED: gl.constexpr = (
+        gl.SwizzledSharedLayout(8, 2, ROWS // 8, [2, 1, 0])
+        if KEYS == 1
+        else gl.SwizzledSharedLayout(4, 1, 8, [2, 1, 0])
+    )
+    HALF: gl.constexpr = ROWS < TILE  # the others are no queries
+    if HALF:
+        far_max, far_sum, far_acc = _first_half(far_max), _first_half(far_sum), _first_half(far_acc)
+    s_far_max = gl.allocate_shared_memory(gl.float32, [CHUNKS, ROWS], FLAT, far_max)
+    s_far_sum = gl.allocate_shared_memory(gl.float32, [CHUNKS, ROWS], FLAT, far_sum)
+    s_acc = gl.allocate_shared_memory(gl.float32, _room(KEYS, CHUNKS, D, ROWS, ROOM), SWIZZLED)
+    s_acc.index(0).store(far_acc)
     for i in range(1 if AHEAD else 0, near_blocks):
         k_code = s_codes.index(i).load(K_KEYS)
         near_k = _near_keys(p_pass, p_cache, k_code, QKV_STRIDE, ROW_STRIDE, D, K)
         owner = gl.where(s_codes.index(i).load(S_KEYS) >= 0, first_query + (i * BLOCK + s_index) // WINDOW, -2)
         b_p, near_max, near_sum, near_acc = _weights(
-            b_q, near_k, gl.expand_dims(owner, 1) == rows, scale, near_max, near_sum, near_acc, MMA
+            b_q, near_k, gl.expand_dims(owner, QUERIES) == rows, scale, near_max, near_sum, near_acc, MMA, KEYS
         )
         v_code = s_codes.index(i).load(V_KEYS)
         near_v = _near_values(p_pass + V_STEP, p_cache + V_STEP, v_code, QKV_STRIDE, ROW_STRIDE, V)
-        near_acc = _valued(b_p, near_v, near_acc, MMA)
-    if PDL and not MEANWHILE:
+        near_acc = _valued(b_p, near_v, near_acc, MMA, KEYS)
+    if PDL and STARTS == 2:
         cuda.gdc_launch_dependents()
-    s_near_max = gl.allocate_shared_memory(gl.float32, [CHUNKS, TILE], FLAT, near_max)
-    s_near_sum = gl.allocate_shared_memory(gl.float32, [CHUNKS, TILE], FLAT, near_sum)
-    s_near = gl.allocate_shared_memory(gl.float32, [CHUNKS, TILE, D], SWIZZLED, near_acc)
-    far_max, far_sum, far_acc = _over_chunks(s_far_max, s_far_sum, s_far, ROWS, SUM)
-    near_max, near_sum, near_acc = _over_chunks(s_near_max, s_near_sum, s_near, ROWS, SUM)
+    if HALF:
+        near_max, near_sum, near_acc = _first_half(near_max), _first_half(near_sum), _first_half(near_acc)
+    s_near_max = gl.allocate_shared_memory(gl.float32, [CHUNKS, ROWS], FLAT, near_max)
+    s_near_sum = gl.allocate_shared_memory(gl.float32, [CHUNKS, ROWS], FLAT, near_sum)
+    s_acc.index(1).store(near_acc)
+    far_max, far_sum, far_acc = _over_chunks(s_far_max, s_far_sum, s_acc.index(0), KEYS, SUM)
+    near_max, near_sum, near_acc = _over_chunks(s_near_max, s_near_sum, s_acc.index(1), KEYS, SUM)
     top = gl.maximum(far_max, near_max)
     top = gl.where(top == float("-inf"), 0.0, top)
     far_weight, near_weight = gl.exp2(far_max - top), gl.exp2(near_max - top)
     b_sum = far_weight * far_sum + near_weight * near_sum
-    b_out = gl.expand_dims(far_weight, 1) * far_acc + gl.expand_dims(near_weight, 1) * near_acc
-    b_out /= gl.expand_dims(gl.where(b_sum > 0.0, b_sum, 1.0), 1)
-    i_row, columns = gl.arange(0, ROWS, gl.SliceLayout(1, OUT)), gl.arange(0, D, gl.SliceLayout(0, OUT))
+    b_out = gl.expand_dims(far_weight, KEYS - 1) * far_acc + gl.expand_dims(near_weight, KEYS - 1) * near_acc
+    b_out /= gl.expand_dims(gl.where(b_sum > 0.0, b_sum, 1.0), KEYS - 1)
+    i_row, columns = (
+        gl.arange(0, ROWS, gl.SliceLayout(KEYS - 1, OUT)),
+        gl.arange(0, D, gl.SliceLayout(QUERIES - 1, OUT)),
+    )
     row = first_query + i_row
     ok, nodes = row < queries, row // GROUP
     dims = columns % 8 * 8 + columns // 8
     p_out += i_b.to(gl.int64) * N * OUT_STRIDE + i_kv * (GROUP * D)
-    p_result = p_out + gl.expand_dims(nodes * OUT_STRIDE + row % GROUP * D, 1) + gl.expand_dims(dims, 0)
-    gl.store(p_result, b_out.to(p_out.dtype.element_ty), mask=gl.expand_dims(ok, 1))
+    p_result = p_out + gl.expand_dims(nodes * OUT_STRIDE + row % GROUP * D, KEYS - 1)
+    p_result += gl.expand_dims(dims, QUERIES - 1)
+    gl.store(p_result, b_out.to(p_out.dtype.element_ty), mask=gl.expand_dims(ok, KEYS - 1))
     if not AHEAD:  # here, not earlier, for want of registers
-        p_own, p_new, own = _own_rows(passed, GROUP, QKV_STRIDE, ROW_STRIDE, ROWS, D, OUT)
+        p_own, p_new, own = _own_rows(passed, GROUP, QKV_STRIDE, ROW_STRIDE, ROWS, D, OWN)
         gl.store(p_new, gl.load(p_own, mask=own), mask=own)
         gl.store(p_new + V_STEP, gl.load(p_own + V_STEP, mask=own), mask=own)
 
@@ -332,40 +355,103 @@ def _values(p_values, seen, LAYOUT: gl.constexpr):
     return gl.load(gl.multiple_of(p_values, [1, 1, 16, 16]), mask=seen, other=0.0, cache_modifier=".cg")
 
 
+@triton.constexpr_function
+def _block(keys: int, chunks: int, columns: int, queries: int) -> list[int]:
+    return [chunks, columns, queries] if keys == 1 else [chunks, queries, columns]
+
+
+@triton.constexpr_function
+def _room(keys: int, chunks: int, columns: int, queries: int, room: int) -> list[int]:
+    return [room // queries, *_block(keys, chunks, columns, queries)]
+
+
 @gluon.jit
-def _weights(b_q, b_k, here, scale, b_max, b_sum, b_acc, MMA: gl.constexpr, FIRST: gl.constexpr = False):
-    """Weights of a block's keys [CHUNKS, TILE, CHUNK]; the greatest score so far [CHUNKS, TILE]; the sum of weights and
-    the weighted values before [CHUNKS, TILE, D], relative to it. FIRST: there are none before to rescale."""
-    b_k = gl.convert_layout(gl.permute(b_k, (0, 2, 1)), gl.DotOperandLayout(1, MMA, 8), assert_trivial=True)
-    b_s = mma_v2(b_q, b_k, gl.zeros([b_q.shape[0], b_q.shape[1], b_k.shape[2]], gl.float32, MMA)) * scale
+def _operand(b_x, LEFT: gl.constexpr, WIDTH: gl.constexpr, MMA: gl.constexpr):
+    """b_x [CHUNKS, rows, columns that are summed over] as the left operand of a product, or transposed as the right."""
+    if LEFT:
+        return gl.convert_layout(b_x, gl.DotOperandLayout(0, MMA, WIDTH), assert_trivial=True)
+    else:
+        return gl.convert_layout(gl.permute(b_x, (0, 2, 1)), gl.DotOperandLayout(1, MMA, WIDTH), assert_trivial=True)
+
+
+@gluon.jit
+def _product(b_columns, b_queries, b_acc, KEYS: gl.constexpr):
+    if KEYS == 1:
+        return mma_v2(b_columns, b_queries, b_acc)
+    else:
+        return mma_v2(b_queries, b_columns, b_acc)
+
+
+@gluon.jit
+def _weights(
+    b_q, b_k, here, scale, b_max, b_sum, b_acc, MMA: gl.constexpr, KEYS: gl.constexpr, FIRST: gl.constexpr = False
+):
+    """Weights of a block's keys, CHUNK of each query; the greatest score so far [CHUNKS, TILE]; the sum of weights and
+    the weighted values before, relative to it. FIRST: there are none before to rescale."""
+    b_s = _product(_operand(b_k, KEYS == 1, 8, MMA), b_q, gl.zeros(here.shape, gl.float32, MMA), KEYS) * scale
     b_s = gl.where(here, b_s, float("-inf"))
-    top = gl.max(b_s, 2) if FIRST else gl.maximum(b_max, gl.max(b_s, 2))
+    top = gl.max(b_s, KEYS) if FIRST else gl.maximum(b_max, gl.max(b_s, KEYS))
     finite = gl.where(top == float("-inf"), 0.0, top)
-    before = gl.exp2(b_max - finite)
-    b_p = gl.exp2(b_s - gl.expand_dims(finite, 2))
+    b_p = gl.exp2(b_s - gl.expand_dims(finite, KEYS))
+    total = gl.convert_layout(_sum(b_p, KEYS), top.type.layout, assert_trivial=True)
     if FIRST:
-        return b_p, top, gl.sum(b_p, 2), b_acc
-    return b_p, top, before * b_sum + gl.sum(b_p, 2), gl.expand_dims(before, 2) * b_acc
+        return b_p, top, total, b_acc
+    before = gl.exp2(b_max - finite)
+    return b_p, top, before * b_sum + total, gl.expand_dims(before, KEYS) * b_acc
 
 
 @gluon.jit
-def _valued(b_p, b_v, b_acc, MMA: gl.constexpr):
+def _sum(b_p, KEYS: gl.constexpr):
+    """Sums over a block's 32 keys in one order for both values of KEYS: keys 8 apart, which are in one thread, then
+    halves of what is left."""
+    if KEYS == 1:
+        b_p = gl.sum(gl.reshape(b_p, [b_p.shape[0], 4, 8, b_p.shape[2]]), 1)
+        return gl.sum(b_p, 1)
+    else:
+        b_p = gl.sum(gl.reshape(b_p, [b_p.shape[0], b_p.shape[1], 4, 4, 2]), 2)
+        return gl.sum(gl.sum(b_p, 2), 2)
+
+
+@gluon.jit
+def _valued(b_p, b_v, b_acc, MMA: gl.constexpr, KEYS: gl.constexpr):
     """Adds the weighted values of a block."""
-    b_p = gl.convert_layout(b_p.to(b_v.dtype), gl.DotOperandLayout(0, MMA, 2), assert_trivial=True)
-    b_v = gl.reshape(gl.permute(b_v, (0, 1, 3, 2)), [b_v.shape[0], b_v.shape[1], 64])
-    return mma_v2(b_p, gl.convert_layout(b_v, gl.DotOperandLayout(1, MMA, 2)), b_acc)
+    CHUNKS: gl.constexpr = b_v.shape[0]
+    CHUNK: gl.constexpr = b_v.shape[1]
+    b_p, b_v = b_p.to(b_v.dtype), gl.reshape(gl.permute(b_v, (0, 3, 2, 1)), [CHUNKS, 64, CHUNK])
+    if KEYS == 1:
+        # Each matrix of 8 keys and 8 queries is transposed between the threads of a warp, and then by name.
+        ROWS: gl.constexpr = b_p.shape[2]
+        b_p = gl.inline_asm_elementwise(
+            "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", "=r,r", [b_p], b_p.dtype, True, 2
+        )
+        b_p = gl.permute(gl.reshape(b_p, [CHUNKS, CHUNK // 8, 8, ROWS // 8, 8]), (0, 1, 4, 3, 2))
+        b_p = gl.reshape(b_p, [CHUNKS, CHUNK, ROWS])
+        b_p = gl.convert_layout(b_p, gl.DotOperandLayout(1, MMA, 2), assert_trivial=True)
+    else:
+        b_p = gl.convert_layout(b_p, gl.DotOperandLayout(0, MMA, 2), assert_trivial=True)
+    b_v = _operand(b_v, KEYS == 1, 2, MMA)
+    return _product(b_v, b_p, b_acc, KEYS)
 
 
 @gluon.jit
-def _over_chunks(s_max, s_sum, s_acc, ROWS: gl.constexpr, SUM: gl.constexpr):
-    """Of all chunks together: greatest scores [ROWS], sums, weighted values [ROWS, D]."""
-    PER_ROW: gl.constexpr = gl.SliceLayout(2, SUM)
-    b_max, b_sum = s_max.slice(0, ROWS, 1).load(PER_ROW), s_sum.slice(0, ROWS, 1).load(PER_ROW)
-    b_acc = s_acc.slice(0, ROWS, 1).load(SUM)
+def _first_half(b_x):
+    """The first 8 of 16 queries: b_x [CHUNKS, 16] or [CHUNKS, 16, columns]."""
+    if len(b_x.shape) == 2:
+        halves = gl.permute(gl.reshape(b_x, [b_x.shape[0], 2, 8]), (0, 2, 1))
+    else:
+        halves = gl.permute(gl.reshape(b_x, [b_x.shape[0], 2, 8, b_x.shape[2]]), (0, 2, 3, 1))
+    return gl.split(halves)[0]
+
+
+@gluon.jit
+def _over_chunks(s_max, s_sum, s_acc, KEYS: gl.constexpr, SUM: gl.constexpr):
+    """Of all chunks together: greatest scores [ROWS], sums, weighted values."""
+    PER_ROW: gl.constexpr = gl.SliceLayout(KEYS, SUM)
+    b_max, b_sum, b_acc = s_max.load(PER_ROW), s_sum.load(PER_ROW), s_acc.load(SUM)
     top = gl.max(b_max, 0)
     weight = gl.exp2(b_max - gl.expand_dims(gl.where(top == float("-inf"), 0.0, top), 0))
-    b_sum, b_acc = gl.sum(weight * b_sum, 0), gl.sum(gl.expand_dims(weight, 2) * b_acc, 0)
-    of_row: gl.constexpr = gl.SliceLayout(1, b_acc.type.layout)  # the same by another name
+    b_sum, b_acc = gl.sum(weight * b_sum, 0), gl.sum(gl.expand_dims(weight, KEYS) * b_acc, 0)
+    of_row: gl.constexpr = gl.SliceLayout(KEYS - 1, b_acc.type.layout)  # the same by another name
     return gl.convert_layout(top, of_row), gl.convert_layout(b_sum, of_row), b_acc
 
 
@@ -374,17 +460,25 @@ def _over_chunks(s_max, s_sum, s_acc, ROWS: gl.constexpr, SUM: gl.constexpr):
 
 def settings(queries: int, groups: int) -> dict[str, int | None]:
     """Of a launch over `queries` queries of each of `groups` KV heads, those of all sequences together."""
-    rows = 8 if queries <= 8 or groups * triton.cdiv(queries, 8) <= MULTIPROCESSORS else TILE
+    rows = 8 if queries <= 8 or groups * triton.cdiv(queries, 8) <= MULTIPROCESSORS else MOST_ROWS
     programs = groups * triton.cdiv(queries, rows)
     ahead = programs <= MULTIPROCESSORS
     # The multiprocessors left free take the next kernel's programs, whose weights compete with the keys and values.
     meanwhile = ahead and 2 * programs > MULTIPROCESSORS
-    return {"ROWS": rows, "AHEAD": ahead, "MEANWHILE": meanwhile, "maxnreg": None if ahead else 128}
+    keys = 1 if rows == 8 and (queries > 1 or 2 * programs > MULTIPROCESSORS) else 2
+    return {
+        "ROWS": rows,
+        "KEYS": keys,
+        "AHEAD": ahead,
+        "STARTS": 0 if meanwhile else 2,
+        "ROOM": ROOM,
+        "maxnreg": None if ahead else 128,
+    }
 
 
 def launch(queries: int, groups: int, *given: torch.Tensor | float, **constants: int) -> None:
     """given, constants: the kernel's, and options of a launch."""
     chosen = settings(queries, groups)
     grid = triton.cdiv(queries, chosen["ROWS"]), groups
-    tiles = {"TILE": TILE, "CHUNK": CHUNK, "CHUNKS": CHUNKS, "num_warps": CHUNKS}
+    tiles = {"CHUNK": CHUNK, "CHUNKS": CHUNKS, "num_warps": CHUNKS}
     launch_kernel(_attend, grid, *given, **tiles, **chosen, **constants)

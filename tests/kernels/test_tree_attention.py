@@ -448,15 +448,15 @@ def test_where_the_kernel_for_hopper_runs(monkeypatch, size, itemsize, window, a
 
 
 @pytest.mark.parametrize(
-    "queries, groups, rows, ahead, meanwhile",
-    [(1, 20, 8, True, False), (9, 20, 8, True, False), (16, 20, 8, True, False), (32, 20, 8, True, True),
-     (64, 20, 16, True, True), (256, 20, 16, False, False), (1, 160, 8, False, False), (9, 160, 16, False, False)],
+    "queries, groups, rows, keys, ahead, starts",
+    [(1, 20, 8, 2, True, 2), (9, 20, 8, 1, True, 2), (16, 20, 8, 1, True, 2), (32, 20, 8, 1, True, 0),
+     (64, 20, 16, 2, True, 0), (256, 20, 16, 2, False, 2), (1, 160, 8, 1, False, 2), (9, 160, 16, 2, False, 2)],
 )  # fmt: skip
-def test_settings_of_the_kernel_for_hopper(queries, groups, rows, ahead, meanwhile):
+def test_settings_of_the_kernel_for_hopper(queries, groups, rows, keys, ahead, starts):
     """Small tiles where every program has a multiprocessor; two programs on each where there are more. The next kernel
     starts at once where one program on each takes more than half of them."""
-    chosen = {"ROWS": rows, "AHEAD": ahead, "MEANWHILE": meanwhile, "maxnreg": None if ahead else 128}
-    assert hopper.settings(queries, groups) == chosen
+    chosen = {"ROWS": rows, "KEYS": keys, "AHEAD": ahead, "STARTS": starts, "ROOM": hopper.ROOM}
+    assert hopper.settings(queries, groups) == chosen | {"maxnreg": None if ahead else 128}
 
 
 def arguments(device):
