@@ -32,8 +32,8 @@ def part(width):
     tokens, table = torch.zeros(1, dtype=torch.int32), torch.zeros(4, width)
     def launch():
         registry.launch_kernel(
-            _embed, (1,), tokens, tokens, table, table, table,
-            V=4, P=4, D=width, WIDE=triton.next_power_of_2(width), num_warps=4, PDL=False, enable_fp_fusion=False,
+            _embed, (1,), tokens, tokens, table, table, table, table,
+            V=4, P=4, D=width, TILES=triton.cdiv(width, 64), ROWS=64, num_warps=4, PDL=False, enable_fp_fusion=False,
         )
     return launch
 
@@ -90,8 +90,8 @@ counted, long = Counted(), torch.zeros(9, dtype=torch.int32)
 
 def launch(tokens=long[:1], table=torch.zeros(4, 64), width=64, early=False):
     registry.launch_kernel(
-        counted, (1,), tokens, long[:1], table, table, table,
-        V=4, P=4, D=width, WIDE=64, num_warps=4, PDL=early, enable_fp_fusion=False,
+        counted, (1,), tokens, long[:1], table, table, table, table,
+        V=4, P=4, D=width, TILES=1, ROWS=64, num_warps=4, PDL=early, enable_fp_fusion=False,
     )
 
 different = [{}, {"table": torch.zeros(260)[1:257].view(4, 64)}, {"table": torch.zeros(4, 64, dtype=torch.bfloat16)},
