@@ -5,7 +5,9 @@ memory. Each of its eight warps takes 32 keys at a time through both products in
 score, a sum and weighted values of its own (FlashAttention 2, arXiv 2307.08691, section 3.3); the warps' meet in
 shared memory at the end and are added up in one order, the far part and the near one apart. The near keys of a query
 are those of one warp, so the window must be 32. The matrix instructions are those of a single warp on registers
-(mma_v2), which needs no other warp; Hopper's wgmma takes four warps together and one operand from shared memory.
+(mma_v2), which needs no other warp; Hopper's wgmma takes four warps together and one operand from shared memory. They
+have 16 rows and 8 columns: 16 queries are their rows; 8 are their columns, and keys the rows of the first product, a
+head's columns those of the second. Half of each product would be thrown away otherwise. The bits are the same.
 
 Keys and values come straight into the registers from which the matrix instructions read them. A matrix instruction sums
 over 16 columns, in any order that both operands share: so the 16 bytes of a key's row that a thread loads stay together
@@ -18,7 +20,9 @@ j * 8 + g of the result is column g * 8 + j of the head.
     AHEAD        loads the first far keys and values before the kernel ahead has ended (if SETTLED), and each block
                  while the one before it is computed; else one block at a time, in so few registers that two programs
                  fit a multiprocessor
-    MEANWHILE    the next kernel may start at once; else when the keys and values are done with
+    STARTS       when the next kernel may start: 0 at once, 1 when the kernel ahead has ended, 2 when the keys and
+                 values are done with
+    ALONE        takes so much shared memory that no program of the next kernel's fits beside it
 """
 
 import torch
@@ -32,7 +36,6 @@ from stagedspec.kernels.common.hopper import MULTIPROCESSORS, fetch_to_l2
 from stagedspec.kernels.common.registry import launch_kernel
 from stagedspec.kernels.tree_attention.shared import INTEGERS, far_end, near_rows, node_positions
 
-ROOM = 32
 MOST_ROWS, CHUNK, CHUNKS = 16, 32, 8  # queries of a program; keys of a warp at a time; warps
 
 
@@ -54,12 +57,11 @@ def _attend(
     WINDOW: gl.constexpr,
     D: gl.constexpr,
     ROWS: gl.constexpr,
-    KEYS: gl.constexpr,
     CHUNK: gl.constexpr,
     CHUNKS: gl.constexpr,
     AHEAD: gl.constexpr,
     STARTS: gl.constexpr,
-    ROOM: gl.constexpr,
+    ALONE: gl.constexpr,
     SETTLED: gl.constexpr,
     PDL: gl.constexpr,
 ):
@@ -71,17 +73,18 @@ def _attend(
     OUT_STRIDE: gl.constexpr = HEADS * D
     BLOCK: gl.constexpr = CHUNKS * CHUNK
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [CHUNKS, 1, 1], [1, 16, 8])
-    # Of blocks [CHUNKS, keys or columns of the head, queries] if KEYS is 1, else [CHUNKS, queries, keys or columns].
+    # Eight queries are the columns of the products, [CHUNKS, keys or the head's columns, queries]; 16 are their rows,
+    # [CHUNKS, queries, keys or columns]. A matrix instruction has 16 rows and 8 columns.
+    KEYS: gl.constexpr = 1 if ROWS == 8 else 2
     QUERIES: gl.constexpr = 3 - KEYS
-    TILE: gl.constexpr = ROWS if KEYS == 1 else 16
     WARPS: gl.constexpr = [[1, 0, 0], [2, 0, 0], [4, 0, 0]]
-    # Queries [CHUNKS, TILE, D], the same for every warp; keys [CHUNKS, CHUNK, D].
+    # Queries [CHUNKS, ROWS, D], the same for every warp; keys [CHUNKS, CHUNK, D].
     Q: gl.constexpr = gl.DistributedLinearLayout(
-        [[0, 0, 1], [0, 0, 2], [0, 0, 4]] + ([[0, 8, 0], [0, 0, 32]] if TILE == 16 else [[0, 0, 32]]),
+        [[0, 0, 1], [0, 0, 2], [0, 0, 4]] + ([[0, 8, 0], [0, 0, 32]] if ROWS == 16 else [[0, 0, 32]]),
         [[0, 0, 8], [0, 0, 16], [0, 1, 0], [0, 2, 0], [0, 4, 0]],
         WARPS,
         [],
-        [CHUNKS, TILE, D],
+        [CHUNKS, ROWS, D],
     )
     K: gl.constexpr = gl.DistributedLinearLayout(
         [[0, 0, 1], [0, 0, 2], [0, 0, 4], [0, 8, 0], [0, 0, 32], [0, 16, 0]],
@@ -122,8 +125,8 @@ def _attend(
     bound = far_end(prefix, first_bit, N, WINDOW)
     k_index, v_index = _index(K_KEYS, CHUNKS, CHUNK), _index(V_KEYS, CHUNKS, CHUNK)
     s_index = _index(S_KEYS, CHUNKS, CHUNK)
-    i_row = gl.arange(0, TILE, S_ROWS)
-    rows = gl.where((i_row < ROWS) & (first_query + i_row < queries), first_query + i_row, -1)
+    rows = first_query + gl.arange(0, ROWS, S_ROWS)
+    rows = gl.where(rows < queries, rows, -1)
     # The last far position of each query.
     last = node_positions(p_masks, rows // GROUP, prefix, rows >= 0, WORDS, True) - WINDOW
     last, rows = gl.expand_dims(gl.expand_dims(last, 0), KEYS), gl.expand_dims(gl.expand_dims(rows, 0), KEYS)
@@ -149,7 +152,7 @@ def _attend(
         cuda.gdc_wait()
     if PDL and STARTS == 1:
         cuda.gdc_launch_dependents()
-    b_q = _operand(_queries(p_q, first_query, queries, GROUP, QKV_STRIDE, CHUNKS, TILE, D, Q), KEYS == 2, 8, MMA)
+    b_q = _operand(_queries(p_q, first_query, queries, GROUP, QKV_STRIDE, CHUNKS, ROWS, D, Q), KEYS == 2, 8, MMA)
     # The warps' results; the queries' own keys and values [ROWS, D].
     WIDE: gl.constexpr = ROWS // 4 if AHEAD else 4  # columns a thread; in turn, 2 would spill
     SUM: gl.constexpr = (
@@ -163,9 +166,9 @@ def _attend(
     if AHEAD:
         p_own, p_new, own = _own_rows(passed, GROUP, QKV_STRIDE, ROW_STRIDE, ROWS, D, OWN)
         own_k, own_v = gl.load(p_own, mask=own), gl.load(p_own + V_STEP, mask=own)
-    far_max = gl.full([CHUNKS, TILE], float("-inf"), gl.float32, PER_ROW)
-    far_sum = gl.zeros([CHUNKS, TILE], gl.float32, PER_ROW)
-    far_acc = gl.zeros(_block(KEYS, CHUNKS, D, TILE), gl.float32, MMA)
+    far_max = gl.full([CHUNKS, ROWS], float("-inf"), gl.float32, PER_ROW)
+    far_sum = gl.zeros([CHUNKS, ROWS], gl.float32, PER_ROW)
+    far_acc = gl.zeros(_block(KEYS, CHUNKS, D, ROWS), gl.float32, MMA)
     near_max, near_sum, near_acc = far_max, far_sum, far_acc
     owner = gl.where(s_codes.index(0).load(S_KEYS) >= 0, first_query + s_index // WINDOW, -2)
     if AHEAD:
@@ -207,12 +210,9 @@ def _attend(
         if KEYS == 1
         else gl.SwizzledSharedLayout(4, 1, 8, [2, 1, 0])
     )
-    HALF: gl.constexpr = ROWS < TILE  # the others are no queries
-    if HALF:
-        far_max, far_sum, far_acc = _first_half(far_max), _first_half(far_sum), _first_half(far_acc)
     s_far_max = gl.allocate_shared_memory(gl.float32, [CHUNKS, ROWS], FLAT, far_max)
     s_far_sum = gl.allocate_shared_memory(gl.float32, [CHUNKS, ROWS], FLAT, far_sum)
-    s_acc = gl.allocate_shared_memory(gl.float32, _room(KEYS, CHUNKS, D, ROWS, ROOM), SWIZZLED)
+    s_acc = gl.allocate_shared_memory(gl.float32, _parts(KEYS, CHUNKS, D, ROWS, ALONE), SWIZZLED)
     s_acc.index(0).store(far_acc)
     for i in range(1 if AHEAD else 0, near_blocks):
         k_code = s_codes.index(i).load(K_KEYS)
@@ -226,8 +226,6 @@ def _attend(
         near_acc = _valued(b_p, near_v, near_acc, MMA, KEYS)
     if PDL and STARTS == 2:
         cuda.gdc_launch_dependents()
-    if HALF:
-        near_max, near_sum, near_acc = _first_half(near_max), _first_half(near_sum), _first_half(near_acc)
     s_near_max = gl.allocate_shared_memory(gl.float32, [CHUNKS, ROWS], FLAT, near_max)
     s_near_sum = gl.allocate_shared_memory(gl.float32, [CHUNKS, ROWS], FLAT, near_sum)
     s_acc.index(1).store(near_acc)
@@ -292,12 +290,12 @@ def _queries(
     GROUP: gl.constexpr,
     QKV_STRIDE: gl.constexpr,
     CHUNKS: gl.constexpr,
-    TILE: gl.constexpr,
+    ROWS: gl.constexpr,
     D: gl.constexpr,
     LAYOUT: gl.constexpr,
 ):
-    """[CHUNKS, TILE, D], the same for every chunk."""
-    rows = first_query + gl.arange(0, TILE, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))
+    """[CHUNKS, ROWS, D], the same for every chunk."""
+    rows = first_query + gl.arange(0, ROWS, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))
     p_rows = gl.expand_dims(gl.expand_dims(p_q + (rows // GROUP) * QKV_STRIDE + (rows % GROUP) * D, 0), 2)
     dims = gl.expand_dims(gl.expand_dims(gl.arange(0, D, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT))), 0), 1)
     chunks = gl.expand_dims(gl.expand_dims(gl.arange(0, CHUNKS, gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT))), 1), 2)
@@ -361,8 +359,9 @@ def _block(keys: int, chunks: int, columns: int, queries: int) -> list[int]:
 
 
 @triton.constexpr_function
-def _room(keys: int, chunks: int, columns: int, queries: int, room: int) -> list[int]:
-    return [room // queries, *_block(keys, chunks, columns, queries)]
+def _parts(keys: int, chunks: int, columns: int, queries: int, alone: bool) -> list[int]:
+    """Room for the far part, the near one, and if alone as much again, which nobody uses."""
+    return [4 if alone else 2, *_block(keys, chunks, columns, queries)]
 
 
 @gluon.jit
@@ -386,7 +385,7 @@ def _product(b_columns, b_queries, b_acc, KEYS: gl.constexpr):
 def _weights(
     b_q, b_k, here, scale, b_max, b_sum, b_acc, MMA: gl.constexpr, KEYS: gl.constexpr, FIRST: gl.constexpr = False
 ):
-    """Weights of a block's keys, CHUNK of each query; the greatest score so far [CHUNKS, TILE]; the sum of weights and
+    """Weights of a block's keys, CHUNK of each query; the greatest score so far [CHUNKS, ROWS]; the sum of weights and
     the weighted values before, relative to it. FIRST: there are none before to rescale."""
     b_s = _product(_operand(b_k, KEYS == 1, 8, MMA), b_q, gl.zeros(here.shape, gl.float32, MMA), KEYS) * scale
     b_s = gl.where(here, b_s, float("-inf"))
@@ -434,16 +433,6 @@ def _valued(b_p, b_v, b_acc, MMA: gl.constexpr, KEYS: gl.constexpr):
 
 
 @gluon.jit
-def _first_half(b_x):
-    """The first 8 of 16 queries: b_x [CHUNKS, 16] or [CHUNKS, 16, columns]."""
-    if len(b_x.shape) == 2:
-        halves = gl.permute(gl.reshape(b_x, [b_x.shape[0], 2, 8]), (0, 2, 1))
-    else:
-        halves = gl.permute(gl.reshape(b_x, [b_x.shape[0], 2, 8, b_x.shape[2]]), (0, 2, 3, 1))
-    return gl.split(halves)[0]
-
-
-@gluon.jit
 def _over_chunks(s_max, s_sum, s_acc, KEYS: gl.constexpr, SUM: gl.constexpr):
     """Of all chunks together: greatest scores [ROWS], sums, weighted values."""
     PER_ROW: gl.constexpr = gl.SliceLayout(KEYS, SUM)
@@ -462,18 +451,11 @@ def settings(queries: int, groups: int) -> dict[str, int | None]:
     """Of a launch over `queries` queries of each of `groups` KV heads, those of all sequences together."""
     rows = 8 if queries <= 8 or groups * triton.cdiv(queries, 8) <= MULTIPROCESSORS else MOST_ROWS
     programs = groups * triton.cdiv(queries, rows)
-    ahead = programs <= MULTIPROCESSORS
-    # The multiprocessors left free take the next kernel's programs, whose weights compete with the keys and values.
-    meanwhile = ahead and 2 * programs > MULTIPROCESSORS
-    keys = 1 if rows == 8 and (queries > 1 or 2 * programs > MULTIPROCESSORS) else 2
-    return {
-        "ROWS": rows,
-        "KEYS": keys,
-        "AHEAD": ahead,
-        "STARTS": 0 if meanwhile else 2,
-        "ROOM": ROOM,
-        "maxnreg": None if ahead else 128,
-    }
+    ahead, most = programs <= MULTIPROCESSORS, 2 * programs > MULTIPROCESSORS
+    # With few queries what the next kernel reads early costs more than it gains.
+    few = queries < 8 and not most
+    starts = 2 if few or not ahead else 0 if most else 1
+    return {"ROWS": rows, "AHEAD": ahead, "STARTS": starts, "ALONE": few, "maxnreg": None if ahead else 128}
 
 
 def launch(queries: int, groups: int, *given: torch.Tensor | float, **constants: int) -> None:

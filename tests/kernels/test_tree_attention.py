@@ -384,7 +384,7 @@ def test_kernels_that_start_early_wait_for_what_they_read(device, fixed_order, m
     nodes = case.masks.shape[1]
     if meanwhile:
         monkeypatch.setattr(hopper, "MULTIPROCESSORS", heads * -(-nodes // 8))
-        assert hopper.settings(nodes, heads)["MEANWHILE"]
+        assert hopper.settings(nodes, heads)["STARTS"] == 0
     generator = torch.Generator().manual_seed(1)
 
     def randn(*shape, scale=1.0):
@@ -448,15 +448,16 @@ def test_where_the_kernel_for_hopper_runs(monkeypatch, size, itemsize, window, a
 
 
 @pytest.mark.parametrize(
-    "queries, groups, rows, keys, ahead, starts",
-    [(1, 20, 8, 2, True, 2), (9, 20, 8, 1, True, 2), (16, 20, 8, 1, True, 2), (32, 20, 8, 1, True, 0),
-     (64, 20, 16, 2, True, 0), (256, 20, 16, 2, False, 2), (1, 160, 8, 1, False, 2), (9, 160, 16, 2, False, 2)],
+    "queries, groups, rows, ahead, starts, alone",
+    [(1, 20, 8, True, 2, True), (7, 20, 8, True, 2, True), (9, 20, 8, True, 1, False), (16, 20, 8, True, 1, False),
+     (32, 20, 8, True, 0, False), (1, 80, 8, True, 0, False), (64, 20, 16, True, 0, False),
+     (256, 20, 16, False, 2, False), (1, 160, 8, False, 2, False), (9, 160, 16, False, 2, False)],
 )  # fmt: skip
-def test_settings_of_the_kernel_for_hopper(queries, groups, rows, keys, ahead, starts):
+def test_settings_of_the_kernel_for_hopper(queries, groups, rows, ahead, starts, alone):
     """Small tiles where every program has a multiprocessor; two programs on each where there are more. The next kernel
-    starts at once where one program on each takes more than half of them."""
-    chosen = {"ROWS": rows, "KEYS": keys, "AHEAD": ahead, "STARTS": starts, "ROOM": hopper.ROOM}
-    assert hopper.settings(queries, groups) == chosen | {"maxnreg": None if ahead else 128}
+    starts at once where one program on each takes more than half of them, and late where there are few queries."""
+    chosen = {"ROWS": rows, "AHEAD": ahead, "STARTS": starts, "ALONE": alone, "maxnreg": None if ahead else 128}
+    assert hopper.settings(queries, groups) == chosen
 
 
 def arguments(device):
