@@ -70,11 +70,11 @@ class Watched:
 
 
 def size(value: object) -> int:
-    """Bytes of a tensor, an array, a linear layer's weight and bias, or a sequence of these; 0 for anything else."""
+    """Bytes of a tensor, an array, a layer's or head's weight, bias and scales, or a sequence of these; 0 for others."""
     if isinstance(value, (torch.Tensor, np.ndarray)):
         return value.nbytes
     if hasattr(value, "weight"):
-        return size(value.weight) + size(value.bias)
+        return sum(size(getattr(value, name, None)) for name in ("weight", "bias", "scales"))
     return sum(map(size, value)) if isinstance(value, (tuple, list)) else 0
 
 

@@ -34,7 +34,7 @@ def cases(choice: Choice) -> Iterator[Case]:
             if sampling in ("greedy", "top-k"):
                 run, check = partial(head.children, sampling), partial(check_children, head, sampling)
                 peers = {"torch eager": partial(plain, head, sampling, likeliest), MATRIX: partial(matrix_alone, head)}
-                yield Case("lm_head_topm", model, where, weights, COPIES, run, peers, check)
+                yield Case("lm_head_topm", model, where, head.of_draft[0].weight.nbytes, COPIES, run, peers, check)
     for model, count in choice.all("model", "nodes"):
         for sampling in ("greedy", "top-k", "top-p"):
             yield step_end(model, sampling, count)
@@ -141,17 +141,17 @@ def check_choice(head: HeadWorkload, sampling: str) -> float:
 
 def check_children(head: HeadWorkload, sampling: str) -> float:
     """Checks the tokens exactly for our own logits, and the log-probabilities approximately."""
-    rows = head.batch * head.nodes
-    weight = head.heads[0].weight
-    scratch = Scratch.of([lm_head.scratch_size(rows, *weight.shape)], DEVICE)
-    logits = torch.empty(rows, weight.shape[0], device=DEVICE)
+    rows, vocab, narrow = head.batch * head.nodes, head.shape.vocab, head.of_draft[0]
+    inputs = [*arguments(head)[:4], narrow.weight, *arguments(head)[5:]]
+    scratch = Scratch.of([lm_head.scratch_size(rows, vocab, head.shape.width)], DEVICE)
+    logits = torch.empty(rows, vocab, device=DEVICE)
     out = torch.empty(rows, dtype=torch.int32, device=DEVICE)
-    lm_head.lm_head_choose(*arguments(head), greedy=True, logits=logits, out=out, scratch=scratch)
+    lm_head.lm_head_choose(*inputs, scales=narrow.scales, greedy=True, logits=logits, out=out, scratch=scratch)
     noise, at = given(head, sampling)
     tokens = torch.full((rows, CHILDREN), -1, dtype=torch.int32, device=DEVICE)
     logprobs = torch.full((rows, CHILDREN), torch.nan, device=DEVICE)
     lm_head.lm_head_topm(
-        *arguments(head), **warping_settings(SAMPLINGS[sampling]), sharpness=GREEDY_SHARPNESS, noise=noise,
+        *inputs, scales=narrow.scales, **warping_settings(SAMPLINGS[sampling]), sharpness=GREEDY_SHARPNESS, noise=noise,
         out_tokens=tokens, out_logprobs=logprobs, scratch=scratch,
     )  # fmt: skip
     logits = logits.unflatten(0, (head.batch, head.nodes))

@@ -89,7 +89,7 @@ class Counters:
 
 @dataclass
 class HeadWorkload:
-    """The head of a model over N nodes of each of B sequences.
+    """The head of a model over N nodes of each of B sequences: `choose` as a target's, `children` as a draft's.
 
     copies: of its weights, so that they exceed the cache.
     """
@@ -109,6 +109,7 @@ class HeadWorkload:
         ]
         self.counters = Counters(self.batch, self.nodes, self.device)
         self.ops = TritonBackend()
+        self.of_draft = [self.ops.pack_head(head.weight, invariant=False) for head in self.heads]
 
     def choose(self, sampling: str) -> torch.Tensor:
         """Chosen tokens, int32 [B, N], of the last copy."""
@@ -122,7 +123,7 @@ class HeadWorkload:
         """Tokens and log-probabilities of children, int32 and fp32 [B, N, CHILDREN], of the last copy."""
         warping = SAMPLINGS[sampling]
         noise = None if warping is None else self.counters.noise
-        for head in self.heads:
+        for head in self.of_draft:
             found = self.ops.lm_head_children(self.x, *self.norm, 1e-5, head, CHILDREN, warping, noise)
         return found
 

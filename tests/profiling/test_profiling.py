@@ -18,6 +18,7 @@ import step
 import torch_trace
 from stagedspec import TreeConfig
 from stagedspec.kernels.backends.torch_backend import TorchBackend
+from stagedspec.kernels.backends.triton_backend import Head, Linear
 from stagedspec.kernels.compiled.product import COLUMNS
 from stagedspec.kernels.state.host import prefill_batch
 from stagedspec.models.gpt2 import GPT2
@@ -218,6 +219,14 @@ def test_bytes_that_must_be_moved(target, monkeypatch):
     head = next(row for row in rows if row.place == ("target", "lm_head_choose 61x24"))
     roof = head.moved / (head.microseconds * 1e-6)  # at which this operation is at its floor
     assert f"| {head.moved / 1e6:.2f} | {roof / 1e9:.0f} | 100% |" in torch_trace.table([head], roof)
+
+
+def test_bytes_of_layers_and_heads():
+    """A folded layer's weight counts once."""
+    weight, narrow = torch.zeros(5, 8, dtype=torch.bfloat16), torch.zeros(5, 128, dtype=torch.float8_e4m3fn)
+    folded = SimpleNamespace(weight=weight, bias=weight[0])
+    assert torch_trace.size(Linear(weight, torch.zeros(5), folded)) == 80 + 20
+    assert torch_trace.size([Head(weight), Head(narrow, torch.zeros(5))]) == 80 + 640 + 20
 
 
 def test_bytes_of_a_compiled_pass():
