@@ -70,7 +70,7 @@ class Watched:
 
 
 def size(value: object) -> int:
-    """Bytes of a tensor, an array, a layer's or head's weight, bias and scales, or a sequence of these; 0 for others."""
+    """Bytes of a tensor, array, a layer's or head's weight, bias and scales, or a sequence of these; 0 for others."""
     if isinstance(value, (torch.Tensor, np.ndarray)):
         return value.nbytes
     if hasattr(value, "weight"):
