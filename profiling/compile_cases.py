@@ -11,9 +11,9 @@ import torch
 import triton
 
 from stagedspec.kernels import compact, embed, ngram_lookup, verify_commit
+from stagedspec.kernels.choose import likeliest
 from stagedspec.kernels.choose import op as choose
 from stagedspec.kernels.choose.kernel import scan_kernel, select_kernel
-from stagedspec.kernels.choose.likeliest import likeliest_kernel
 from stagedspec.kernels.choose.scores import COUNTERS, GROUP, NOISES
 from stagedspec.kernels.common.hopper import layout
 from stagedspec.kernels.common.registry import SHARED_LIMIT, most_registers
@@ -184,7 +184,7 @@ def chooses(arch: int) -> list[CompileCase]:
             ("top_p", 0, True, False, 0, False),
             ("all", 50, True, True, 0, False),
             ("children-top_k", 50, False, False, 8, False),
-            ("children", 0, False, False, 8, True),
+            ("children", 0, False, False, likeliest.MOST + 1, True),
         ):
             wide = 1 if top_k or children else choose.WIDE
             settings = {
@@ -199,12 +199,11 @@ def chooses(arch: int) -> list[CompileCase]:
             registers = most_registers(arch, warps, choose.SPILLING)
             kernel = select_kernel
             cases.append(_choosing(f"select-{name}-{vocab_size}", kernel, shape | settings, warps, maxnreg=registers))
-        for children in (4, 8):
-            settings = {
-                "STRIDE": groups * GROUP, "GROUPS": triton.next_power_of_2(groups), "CHILDREN": children,
-                "LANES": children, "PDL": False,
-            }  # fmt: skip
-            cases.append(_choosing(f"likeliest-{children}-{vocab_size}", likeliest_kernel, shape | settings, 1))
+        for children in (4, 8, likeliest.MOST):
+            settings = {"STRIDE": groups * GROUP, "PDL": False} | likeliest.constants(children, groups)
+            warps = settings.pop("num_warps")
+            kernel = likeliest.likeliest_kernel
+            cases.append(_choosing(f"likeliest-{children}-{vocab_size}", kernel, shape | settings, warps))
     return cases
 
 

@@ -2,7 +2,7 @@
 
     choose:   argmax(warp(logits / temperature) + g), the lowest id on ties              (`reference.choose`)
     children: the top m of softmax(warp(logits / temperature) + g), and their logarithms (`reference.choose_children`),
-              for `lm_head_topm` alone; without warpers by likeliest.py
+              for `lm_head_topm` alone; without warpers up to 32 of them by likeliest.py
 
 logits [M, V] fp32, M = B*N nodes. Nothing here sums in floating point across nodes or in an order that depends on
 them: a row's result is a function of the row alone, bit for bit.

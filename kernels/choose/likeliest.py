@@ -11,7 +11,6 @@ import triton.language as tl
 from stagedspec.kernels.choose.scores import GROUP_SIZE, GROUP_UNIT, UNIT, order_key, value_of
 
 MOST = 32  # children; `select_kernel` finds more in parts
-GROUPS_OF_WARP = 256
 NOTHING = tl.constexpr(-(2**31))  # below every key
 
 
@@ -70,3 +69,10 @@ def likeliest_kernel(
     logprob = tl.minimum(value - top - tl.log(normaliser), -1e-4)
     tl.store(p_out + at, tl.where(possible, token, 0), mask=i_child < CHILDREN)
     tl.store(p_logprobs + at, tl.where(possible, logprob, float("-inf")), mask=i_child < CHILDREN)
+
+
+def constants(children: int, groups: int) -> dict[str, int]:
+    """Tiles and warps, by the children of a row and the groups of the vocabulary."""
+    tile = triton.next_power_of_2(groups)
+    warps = min(max(1, tile // 256), 8)
+    return {"GROUPS": tile, "CHILDREN": children, "LANES": triton.next_power_of_2(children), "num_warps": warps}

@@ -201,13 +201,11 @@ def launch_children(
         launch_select(logits, sampling, scoring, groups, parts, out, logprobs)
         return
     count = groups_of(vocab_size)
-    tile = triton.next_power_of_2(count)
     launch_kernel(
         likeliest.likeliest_kernel,
         (rows,),
-        logits, *groups, out, logprobs, V=vocab_size, STRIDE=logits.stride(0), G=count, GROUPS=tile,
-        CHILDREN=children, LANES=triton.next_power_of_2(children),
-        num_warps=min(max(1, tile // likeliest.GROUPS_OF_WARP), 8), **launch_options(logits.device),
+        logits, *groups, out, logprobs, V=vocab_size, STRIDE=logits.stride(0), G=count,
+        **likeliest.constants(children, count), **launch_options(logits.device),
     )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 EIGHT_BITS = torch.float8_e4m3fn
 BLOCK = 128  # columns that are permuted among themselves
+ROWS = 4096  # converted at a time: in fp32 a whole head would need several times its memory
 
 
 def to_eight_bits(head: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -20,11 +21,16 @@ def to_eight_bits(head: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     instructions: bits 6 to 0 of a column's place are bits 2, 1, 6, 5, 4, 3 and 0 of the column.
     """
     rows, width = head.shape
-    wide = F.pad(head.float(), (0, -width % BLOCK))
-    scales = wide.abs().amax(1) / torch.finfo(EIGHT_BITS).max
-    scales = torch.where(scales > 0, scales, 1.0)
-    columns = (wide / scales[:, None]).view(rows, -1, 8, 2, 4, 2)
-    return columns.permute(0, 1, 4, 2, 3, 5).reshape(rows, -1).to(EIGHT_BITS), scales
+    scales = torch.empty(rows, device=head.device)
+    narrow = torch.empty(rows, width + -width % BLOCK, dtype=EIGHT_BITS, device=head.device)
+    for start in range(0, rows, ROWS):
+        wide = F.pad(head[start : start + ROWS].float(), (0, -width % BLOCK))
+        some = wide.abs().amax(1) / torch.finfo(EIGHT_BITS).max
+        some = torch.where(some > 0, some, 1.0)
+        columns = (wide / some[:, None]).view(len(some), -1, 8, 2, 4, 2).permute(0, 1, 4, 2, 3, 5)
+        scales[start : start + ROWS] = some
+        narrow[start : start + ROWS] = columns.reshape(len(some), -1).to(EIGHT_BITS)
+    return narrow, scales
 
 
 def from_eight_bits(head: torch.Tensor, scales: torch.Tensor, width: int) -> torch.Tensor:

@@ -2,9 +2,14 @@
 
     logits = h @ head.T    h [M, d] after the final norm, head [V, d], both bf16 or fp16, fp32 sums
 
-Bytes: the head once, 2*V*d; through L2 h too, 2*M*d a program or, where it does not stay, a tile of the vocabulary.
+A draft's head may have 8 bits (eight_bits.py); h is fp16 then, as which the matrix instructions read the weights from
+registers, and the sums are multiplied by the scales of the rows.
 
-What must be moved is the weight. Each multiprocessor runs one program, which reads its share of the weight: tile after
+Bytes: the head once, 2*V*d or V*d; through L2 h too, 2*M*d a program or, where it does not stay, a tile of the
+vocabulary.
+
+What must be moved is the weight. Each multiprocessor runs one program (up to three of 8 bits: one widens its weights
+while others wait for theirs), which reads its share of the weight: tile after
 tile of ROWS tokens of the vocabulary, in blocks of columns that bulk tensor copies bring into a ring of slots. The ring
 is filled before the kernel ahead has ended (see linear/hopper.py), and refilled while a finished tile is processed. The
 blocks of the normalised x are copied with those of the first tile and kept. If there is no room for them beside a ring

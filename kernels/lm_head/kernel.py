@@ -12,7 +12,7 @@ Kernels. `norm_kernel`, one program a row: every program of the matrix multiply 
 statistics again. `head_kernel`: some programs a multiprocessor, each takes vocabulary tiles in turn. The weight tile is
 the left operand of `tl.dot`, the tokens the narrow right one, so that every M meets the same instructions in the same
 order of K. While a tile is in registers its scores get their noise, and its best token is kept, or the groups' maxima
-for `choose.select_kernel` are written. The last program to finish reduces the programs' best: maxima and lowest ids
+for `choose`'s last kernels are written. The last program to finish reduces the programs' best: maxima and lowest ids
 have no order, so neither the number of programs nor M can change a bit.
 
 For 16-bit types on Hopper, hopper.py takes `head_kernel`'s place. Device and head shape decide which of the two runs,

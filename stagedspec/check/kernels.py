@@ -107,6 +107,9 @@ def check_embed(model: GPT2) -> str:
     embed.embed(model.token_table, model.position_table, tokens, positions, out, stats)
     wanted = model.token_table[tokens[0].long()].float() + model.position_table[positions[0].long()].float()
     expect(torch.equal(out, wanted.to(model.dtype)), "the sum of both embeddings differs")
+    known = draw.unset(*stats.shape, dtype=torch.float32)
+    linear.row_stats(out, known)
+    expect(torch.allclose(stats, known), "the statistics of the rows differ")
     return "exact"
 
 

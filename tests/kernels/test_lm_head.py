@@ -6,14 +6,17 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import GPU
+from helpers import GPU, make_gpt2
 
 from stagedspec.kernels import lm_head, reference
-from stagedspec.kernels.choose.op import AS_THEY_ARE, Maxima, Outputs, Sampling
+from stagedspec.kernels.backends.triton_backend import TritonBackend
+from stagedspec.kernels.choose.op import AS_THEY_ARE, Maxima, Outputs, Parts, Sampling, groups_of, launch_children
+from stagedspec.kernels.choose.scores import GROUP
 from stagedspec.kernels.common.hopper import SHARED
 from stagedspec.kernels.common.registry import Scratch
 from stagedspec.kernels.lm_head import hopper
 from stagedspec.kernels.state.host import GREEDY_SHARPNESS
+from stagedspec.models.gpt2 import GPT2
 
 WARPERS = {
     "greedy": {"greedy": True},
@@ -232,6 +235,42 @@ def test_rows_of_a_batch_do_not_depend_on_each_other(name, shape, device, fixed_
     assert all(torch.equal(some[kept], every[kept]) for some, every in zip(beside, whole, strict=True))
 
 
+@pytest.mark.parametrize("count", [1, 2, 7, 32, 33])
+@pytest.mark.parametrize("size", [5, 61, 64, 65, 200, 4097])
+def test_children_of_scores_at_the_edges(size, count, device):
+    """The lowest ids of equal scores, across groups of 64 too; -0 equals 0; nothing where nothing can come up."""
+    if count > size:
+        return
+    inf, nan = float("inf"), float("nan")
+    random = torch.randn(size, generator=torch.Generator().manual_seed(size))
+    rows = {name: torch.full((size,), -inf) for name in ("none", "one", "three")}
+    rows["one"][-1], rows["three"][[0, size // 2, size - 1]] = 0.5, torch.tensor([1.0, 2.0, 1.0])
+    rows |= {"equal": torch.zeros(size), "zeros": torch.zeros(size) * random.sign(), "two values": random.sign()}
+    rows |= {"ends": -torch.arange(size).remainder(64).float(), "random": random, "rounded": (random * 2).round()}
+    for name, value in (("nan", nan), ("inf", inf)):
+        rows[name] = random.clone()
+        rows[name][size // 3] = value
+    scores = torch.stack([*rows.values()])
+    groups, whole = groups_of(size), F.pad(scores, (0, -size % GROUP), value=-inf).view(len(rows), -1, GROUP)
+    maxima = torch.where(whole.isnan(), inf, whole).amax(2)
+    masses = ((whole - maxima[..., None]).exp().nan_to_num() * 2**24 + 0.5).int().sum(2, dtype=torch.int32)
+    given = [tensor.contiguous().to(device) for tensor in (scores, maxima, masses)]
+    tokens = torch.full((len(rows), count), -9, dtype=torch.int32, device=device)
+    logprobs = torch.full((len(rows), count), nan, device=device)
+    scratch = torch.empty(3 * len(rows) * (groups + size + 64) * 64, device=device)
+    one = torch.zeros(1, 1, dtype=torch.int32, device=device)
+    sampling = Sampling(one, one, one, 1.0, 0, 1.0, 0.0, greedy=True)
+    launch_children(given[0], sampling, AS_THEY_ARE, Maxima(*given[1:]), Parts(scratch), tokens, logprobs)
+    for name, row, found, values in zip(rows, scores, tokens.tolist(), logprobs, strict=True):
+        possible = [] if name in ("nan", "inf") else [i for i in range(size) if row[i] > -inf]
+        best = sorted(possible, key=lambda i: (-row[i], i))[:count]
+        assert found == best + [0] * (count - len(best)), name
+        assert values.isfinite().sum() == len(best), name
+        if best:
+            expected = row.double().log_softmax(0)[best].clamp(max=-1e-4)
+            torch.testing.assert_close(values[: len(best)].double().cpu(), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_eight_bits():
     """Each weight is the nearest that its type and its row's scale allow; a row of zeros stays one."""
     head = torch.randn(5, 300, dtype=torch.float64) * torch.tensor([[1e-3], [1.0], [0.0], [40.0], [7.0]])
@@ -266,6 +305,19 @@ def test_head_in_eight_bits(shape, device, error_ratio):
     torch.testing.assert_close(logprobs.double(), exact.topk(5).values, rtol=1e-5, atol=1e-4)
     part = case.children(5, slice(-1, None))
     assert all(torch.equal(some, every[-1:]) for some, every in zip(part, made, strict=True))
+
+
+def test_a_drafts_head_has_eight_bits_where_they_run(monkeypatch):
+    ops, head, cpu = TritonBackend(), torch.randn(7, 24).half(), torch.device("cpu")
+    for invariant, runs, dtype in ((True, True, None), (False, False, None), (False, True, torch.float8_e4m3fn)):
+        monkeypatch.setattr(lm_head, "eight_bits_run", lambda *shape, runs=runs: runs)
+        kept = ops.pack_head(head, invariant)
+        assert kept.weight.dtype == ops.head_dtype(head.dtype, 24, cpu, invariant) == (dtype or head.dtype)
+        assert (kept.scales is None) is (dtype is None)
+        model = GPT2(make_gpt2(vocab_size=67), ops, cpu, torch.float16, invariant=invariant)
+        inner = 4 * model.config.n_embd
+        layers = model.config.n_layer * (4 * model.config.n_embd + 2 * inner) * model.config.n_embd
+        assert model.weight_bytes == 2 * layers + 67 * model.config.n_embd * (2 if dtype is None else 1)
 
 
 def test_opcheck(device):
