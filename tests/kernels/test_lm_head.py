@@ -360,7 +360,7 @@ def test_hopper_has_room():
         for count, noisy, itemsize in itertools.product((1, 9, 20, 200), (False, True), (1, 2)):
             chosen = hopper.settings(count, width, noisy, itemsize=itemsize)
             tokens, slots = chosen["TOKENS"], chosen["SLOTS"]
-            most = hopper.TOKENS // (3 - itemsize)
+            most = hopper.TOKENS // 2 if itemsize == 1 else hopper.TOKENS
             assert tokens >= max(8, min(count, most))  # the matrix instructions take 8 at least
             assert slots >= (hopper.RING if chosen["PROGRAMS"] == 1 else hopper.SHORT_RING)
             x = -(-width // chosen["BLOCK_K"]) if chosen["STAYS"] else slots
