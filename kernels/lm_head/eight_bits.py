@@ -21,7 +21,7 @@ def to_eight_bits(head: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     instructions: bits 6 to 0 of a column's place are bits 2, 1, 6, 5, 4, 3 and 0 of the column.
     """
     rows, width = head.shape
-    scales = torch.empty(rows, device=head.device)
+    scales = torch.empty(rows, dtype=torch.float32, device=head.device)
     narrow = torch.empty(rows, width + -width % BLOCK, dtype=EIGHT_BITS, device=head.device)
     for start in range(0, rows, ROWS):
         wide = F.pad(head[start : start + ROWS].float(), (0, -width % BLOCK))
