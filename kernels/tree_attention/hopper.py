@@ -355,6 +355,7 @@ def _values(p_values, seen, LAYOUT: gl.constexpr):
 
 @triton.constexpr_function
 def _block(keys: int, chunks: int, columns: int, queries: int) -> list[int]:
+    """The shape of a block of queries by keys, or by columns of the head."""
     return [chunks, columns, queries] if keys == 1 else [chunks, queries, columns]
 
 
@@ -375,6 +376,7 @@ def _operand(b_x, LEFT: gl.constexpr, WIDTH: gl.constexpr, MMA: gl.constexpr):
 
 @gluon.jit
 def _product(b_columns, b_queries, b_acc, KEYS: gl.constexpr):
+    """Adds the product of two operands; b_queries is the right one if KEYS is 1, else the left one."""
     if KEYS == 1:
         return mma_v2(b_columns, b_queries, b_acc)
     else:
